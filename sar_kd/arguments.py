@@ -1,0 +1,128 @@
+"""The command line, derived from the settings: one flag per field, no second list."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import time
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+
+from sar_kd.config import EMBEDDED, EMBEDDED_LR_FACTOR, MODES, SECTIONS, Config, UsageError, require
+
+# What may differ between the two halves of a resumed run without making it another run.
+_MAY_CHANGE_ON_RESUME = {"eval_steps", "log_steps", "save_steps", "resume", "output_dir", "train_steps", "device"}
+
+
+def parse_args(script: Mapping[str, str], argv: list[str] | None = None) -> Config:
+    """The configuration that a command line asks for.
+
+    Order of precedence, first wins: a flag given; with --resume, the run's own `config.json`; the mode;
+    the script's defaults; the fields' defaults.
+    Raises: UsageError, naming the flag, its value and the remedy.
+    """
+    given = vars(_build_parser(script).parse_args(argv))
+    mode = given.pop("mode", None)
+    if given.get("resume"):
+        return _resumed(given, mode)
+    mode = mode or script["mode"]
+    values = {"model_dtype": script["model_dtype"], **MODES[mode], **given}
+    notices = ()
+    if values.get("student_model", EMBEDDED) == EMBEDDED and "student_lr" not in given:
+        peak = values["student_lr"] * EMBEDDED_LR_FACTOR
+        notices = (
+            f"Learning rate: {values['student_lr']:g} x {EMBEDDED_LR_FACTOR:g} = {peak:g}, because the embedded "
+            "student is tiny; --student_lr is used as given.",
+        )
+        values["student_lr"] = peak
+    values.setdefault("output_dir", f"runs/{script['name']}-{time.strftime('%Y%m%d-%H%M%S')}")
+    return Config.from_flags(values, mode, notices)
+
+
+def _resumed(given: dict[str, object], mode: str | None) -> Config:
+    if not given.get("output_dir"):
+        raise UsageError("--resume: give the run folder with --output_dir")
+    path = Path(given["output_dir"]) / "config.json"
+    if not path.is_file():
+        raise UsageError(f"--output_dir {given['output_dir']}: holds no run to resume ({path.name} is missing)")
+    saved = json.loads(path.read_text())
+    saved_mode = saved.pop("mode")
+    values = {name: value for section in saved.values() for name, value in section.items()}
+    for name, value in given.items():
+        same = name in _MAY_CHANGE_ON_RESUME or values[name] == (list(value) if isinstance(value, tuple) else value)
+        require(same, name, value, f"the run to resume has {values[name]}; leave the flag out or start a new run")
+    require(mode in (None, saved_mode), "mode", mode, f"the run to resume has {saved_mode}; leave the flag out")
+    changed = sorted(
+        f"--{name} {value}" for name, value in given.items() if name == "train_steps" and value != values[name]
+    )
+    notices = (f"Resumed with {', '.join(changed)}: the learning rate's course changes from here on.",) * bool(changed)
+    return Config.from_flags({**values, **given, "overwrite": False}, saved_mode, notices)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UsageError(message.removeprefix("argument "))
+
+    def parse_args(self, argv=None, namespace=None):
+        known, unknown = self.parse_known_args(argv, namespace)
+        if unknown:
+            flags = [option for action in self._actions for option in action.option_strings]
+            nearest = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else "see --help for the flags there are"
+            raise UsageError(f"{unknown[0]}: no such flag; {hint}")
+        return known
+
+
+def _build_parser(script: Mapping[str, str]) -> argparse.ArgumentParser:
+    width = min(100, int(os.environ.get("COLUMNS", 100)))
+    parser = _Parser(
+        description="Distil a large causal language model into a small one, in fp16, without NaN.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=width),
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument(
+        "--mode", choices=tuple(MODES), help=f"a word for a set of values; flags given beside it win ({script['mode']})"
+    )
+    for section in SECTIONS.values():
+        title, _, description = section.__doc__.rstrip(".").partition(": ")
+        group = parser.add_argument_group(title, description)
+        hints = typing.get_type_hints(section)
+        for item in dataclasses.fields(section):
+            _add_flag(group, item, hints[item.name], script)
+    return parser
+
+
+def _add_flag(group, item: dataclasses.Field, kind: type, script: Mapping[str, str]) -> None:
+    by_mode = script["mode"] in MODES and MODES[script["mode"]].get(item.name)
+    default = by_mode or script.get(item.name, item.default)
+    shown = "" if default in ("", (), False) else f" ({default:g})" if isinstance(default, float) else f" ({default})"
+    options: dict = {"help": item.metadata["help"] + shown}
+    if kind is bool:
+        options |= {"action": "store_true"}
+    elif item.metadata["choices"]:
+        options |= {"choices": item.metadata["choices"]}
+    else:
+        is_list = kind not in (int, float, str)
+        options |= {
+            "type": _parser_of(str if is_list else kind),
+            "metavar": "FILE" if is_list else kind.__name__.upper(),
+        }
+        options |= {"nargs": "+"} if is_list else {}
+    group.add_argument(f"--{item.name}", **options)
+
+
+def _parser_of(kind: type):
+    words = {int: "a whole number", float: "a number", str: "text"}
+
+    def parse(text: str):
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is not {words[kind]}") from None
+
+    return parse

@@ -1,0 +1,265 @@
+"""What a run is: the settings, their legal values, and the modes.
+
+Every field below is a flag of the same name. A mode is a set of values for some of those fields; any flag
+given beside it wins, and no other code asks which mode it is in. Whatever a user can get wrong raises
+`UsageError`, whose one line names the flag, its value and the remedy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+EMBEDDED = "embedded"
+"""The value of --teacher_model and --student_model that means the models shipped with the package."""
+
+EMBEDDED_LR_FACTOR = 200.0
+"""A 0.4 M student wants a far higher rate than the pretrained models that the modes are written for."""
+
+
+class UsageError(ValueError):
+    """Something the user can mend before training; its text is the one line they see."""
+
+
+def flag(default, text: str, choices: tuple[str, ...] = ()):
+    """A dataclass field that is also a command-line flag with this help text."""
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+def require(holds: bool, name: str, value: object, remedy: str) -> None:
+    if not holds:
+        raise UsageError(f"--{name} {value}: {remedy}")
+
+
+def _require_at_least(settings, minimum: float, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        in_range = math.isfinite(value) and value >= minimum
+        require(in_range, name, value, f"must be a number of at least {minimum:g}")
+
+
+def _require_positive(settings, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        require(math.isfinite(value) and value > 0, name, value, "must be a number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Models: which teacher and which student."""
+
+    teacher_model: str = flag(EMBEDDED, "directory or hub id; 'embedded' is the pair shipped with the package")
+    student_model: str = flag(EMBEDDED, "directory or hub id; 'embedded' is the pair shipped with the package")
+    trust_remote_code: bool = flag(False, "run model code that comes with a checkpoint")
+
+    def __post_init__(self):
+        for name in ("teacher_model", "student_model"):
+            require(bool(getattr(self, name)), name, "''", "give a directory or a hub id")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Text: what the student reads; without any of these flags, the embedded text."""
+
+    train_file: tuple[str, ...] = flag((), "text to train on: .txt, .jsonl or .jsonl.gz, one or more")
+    validation_file: tuple[str, ...] = flag((), "held-out text; by default a part of the training text is held out")
+    text_field: str = flag("text", "the field of a .jsonl line or a dataset row that holds the text")
+    dataset_name: str = flag("", "a dataset for the `datasets` package: hub id or directory")
+    dataset_config_name: str = flag("", "its configuration, for example wikitext-103-raw-v1")
+    block_size: int = flag(256, "tokens in a block, for the student; the teacher reads the same text")
+
+    def __post_init__(self):
+        require(self.block_size >= 8, "block_size", self.block_size, "must be at least 8 tokens")
+        if self.dataset_name and self.train_file:
+            raise UsageError(f"--dataset_name {self.dataset_name}: give it or --train_file, not both")
+        if self.dataset_config_name and not self.dataset_name:
+            raise UsageError(f"--dataset_config_name {self.dataset_config_name}: needs --dataset_name")
+        if self.validation_file and not (self.train_file or self.dataset_name):
+            raise UsageError(f"--validation_file {self.validation_file[0]}: needs --train_file or --dataset_name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Loss: alpha_ce * CE(text) + alpha_kd * T^2 * KL(teacher || student)."""
+
+    temperature: float = flag(2.0, "T: logits are divided by it before the softmax of the distillation term")
+    alpha_kd: float = flag(0.1, "weight of the distillation term; 0 trains by cross-entropy alone")
+    alpha_ce: float = flag(0.9, "weight of the cross-entropy term")
+    logit_clamp: float = flag(5.0, "c: logits count within [-c, c] in the training loss")
+    logit_clamp_style: str = flag(
+        "normalized",
+        "normalized: shift logits so that logsumexp = c, then floor at -c, gradient untouched; "
+        "raw: clamp(z, -c, c) to the letter; off",
+        choices=("normalized", "raw", "off"),
+    )
+    loss_clamp: float = flag(6.0, "largest cross-entropy and largest total loss that count, in nats per token")
+    loss_clamp_style: str = flag(
+        "scale",
+        "scale: a loss above the limit is scaled down to it and keeps its gradient's direction; "
+        "hard: clamp to the letter, no gradient above the limit; off",
+        choices=("scale", "hard", "off"),
+    )
+    alignment: str = flag(
+        "auto",
+        "auto: token by token where the tokenizers are equal, byte-prefix projection where they differ; "
+        "projection: the projection in both cases",
+        choices=("auto", "projection"),
+    )
+    force: bool = flag(False, "train even where preflight says that the clamps leave nothing to learn")
+
+    def __post_init__(self):
+        _require_positive(self, "temperature", "logit_clamp", "loss_clamp")
+        _require_at_least(self, 0.0, "alpha_kd", "alpha_ce")
+        require(self.alpha_kd + self.alpha_ce > 0, "alpha_kd", self.alpha_kd, "is 0 and so is --alpha_ce: give one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimizer: AdamW, linear warm-up, cosine decay to a tenth."""
+
+    student_lr: float = flag(1e-5, "peak learning rate of the student")
+    weight_decay: float = flag(0.01, "decoupled weight decay on matrices")
+    warmup_steps: int = flag(20, "steps over which the rate rises to its peak")
+    lr_schedule: str = flag("cosine", "shape of the rate after warm-up", choices=("cosine", "constant"))
+
+    def __post_init__(self):
+        _require_positive(self, "student_lr")
+        _require_at_least(self, 0, "weight_decay", "warmup_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """Precision: where the run computes and in which dtype. Trainable weights are float32 always."""
+
+    model_dtype: str = flag(
+        "auto",
+        "compute dtype; auto is bfloat16 where the hardware has it, else float16 on CUDA, else float32",
+        choices=("auto", "float16", "bfloat16", "float32"),
+    )
+    device: str = flag("auto", "auto, cpu, cuda or cuda:N")
+    init_loss_scale: float = flag(16384.0, "first factor of the GradScaler, a power of two")
+
+    def __post_init__(self):
+        known = self.device in ("auto", "cpu", "cuda") or self.device.removeprefix("cuda:").isdecimal()
+        require(known, "device", self.device, "must be auto, cpu, cuda or cuda:N")
+        in_range = 1.0 <= self.init_loss_scale <= 2.0**24
+        require(in_range, "init_loss_scale", self.init_loss_scale, "must lie between 1 and 16777216")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """Guards: when an update is refused."""
+
+    max_grad_norm: float = flag(0.5, "gradients are clipped to this L2 norm")
+    skip_grad_norm: float = flag(2.0, "an update whose gradient norm is above this is skipped")
+    skip_rule: str = flag(
+        "storm",
+        "storm: skip above --skip_grad_norm until 80 %% of 50 attempts were skipped for it, then above "
+        "--skip_factor times the median norm; adaptive: the median rule from the start; fixed: never adapts",
+        choices=("storm", "fixed", "adaptive"),
+    )
+    skip_factor: float = flag(2.0, "the median rule skips above this many times the median of recent norms")
+    max_nan_batches: int = flag(10, "emergency stop after this many consecutive NaN batches")
+
+    def __post_init__(self):
+        _require_positive(self, "max_grad_norm", "skip_grad_norm")
+        _require_at_least(self, 1, "skip_factor", "max_nan_batches")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Run: how long, how often, where to. A step is one attempted update, applied or skipped."""
+
+    train_steps: int = flag(500, "attempted optimizer updates")
+    per_device_batch_size: int = flag(4, "blocks in a micro-batch")
+    grad_accum_steps: int = flag(2, "micro-batches in a step")
+    eval_steps: int = flag(50, "validate every so many steps; also at the start and at the end")
+    log_steps: int = flag(25, "print a line every so many steps")
+    save_steps: int = flag(100, "write a checkpoint every so many steps")
+    seed: int = flag(0, "seed of the data order and of every random number")
+    output_dir: str = flag("", "run folder; by default runs/<script>-<date>-<time>")
+    resume: bool = flag(False, "continue the run in --output_dir from its checkpoint")
+    overwrite: bool = flag(False, "start again in an --output_dir that holds a run")
+
+    def __post_init__(self):
+        _require_at_least(
+            self, 1, "train_steps", "per_device_batch_size", "grad_accum_steps", "eval_steps", "log_steps", "save_steps"
+        )
+        _require_at_least(self, 0, "seed")
+        if self.resume and self.overwrite:
+            raise UsageError("--resume --overwrite: one continues the run, the other deletes it; give one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a run is made from; each module is handed its own part."""
+
+    models: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    guards: GuardConfig = field(default_factory=GuardConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mode: str = "balanced"
+    notices: tuple[str, ...] = field(default=(), compare=False)
+    """Lines to show at the start of the run; not part of what the run is."""
+
+    def to_dict(self) -> dict:
+        """Plain values for `config.json`; `from_flags(flags(...))` gives an equal object."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "notices"}
+
+    @staticmethod
+    def from_flags(values: dict[str, object], mode: str, notices: tuple[str, ...] = ()) -> Config:
+        """The configuration in which each flag named in `values` has that value and the others their default."""
+        parts = {}
+        for name, section in SECTIONS.items():
+            own = {f.name: values[f.name] for f in dataclasses.fields(section) if f.name in values}
+            parts[name] = section(**{k: tuple(v) if isinstance(v, list) else v for k, v in own.items()})
+        return Config(**parts, mode=mode, notices=notices)
+
+
+SECTIONS = MappingProxyType(
+    {
+        "models": ModelConfig,
+        "data": DataConfig,
+        "loss": LossConfig,
+        "optim": OptimConfig,
+        "precision": PrecisionConfig,
+        "guards": GuardConfig,
+        "train": TrainConfig,
+    }
+)
+
+_CLAMPED = {
+    "logit_clamp": 5.0,
+    "logit_clamp_style": "normalized",
+    "loss_clamp": 6.0,
+    "loss_clamp_style": "scale",
+    "max_grad_norm": 0.5,
+    "skip_grad_norm": 2.0,
+    "skip_rule": "storm",
+    "skip_factor": 2.0,
+    "max_nan_batches": 10,
+}
+MODES = MappingProxyType(
+    {
+        "ultra-conservative": {
+            "student_lr": 5e-6, "temperature": 1.5, "alpha_kd": 0.05, "alpha_ce": 0.95, **_CLAMPED,
+        },
+        "balanced": {
+            "student_lr": 1e-5, "temperature": 2.0, "alpha_kd": 0.1, "alpha_ce": 0.9, **_CLAMPED,
+        },
+        "precise": {
+            "student_lr": 1e-5, "temperature": 1.0, "alpha_kd": 0.6, "alpha_ce": 0.4, **_CLAMPED,
+            "logit_clamp_style": "off", "loss_clamp_style": "off",
+            "max_grad_norm": 1.0, "skip_rule": "adaptive", "skip_factor": 4.0,
+        },
+    }
+)  # fmt: skip
+
+# The two scripts: the same program, these defaults.
+FP16_SAFE = MappingProxyType({"name": "fp16_safe", "mode": "ultra-conservative", "model_dtype": "float16"})
+STABLE = MappingProxyType({"name": "stable", "mode": "balanced", "model_dtype": "auto"})
