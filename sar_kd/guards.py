@@ -1,0 +1,169 @@
+"""When an update is refused, and when a run must stop: verdicts over plain numbers.
+
+Nothing here touches a tensor. The step reads a handful of figures from the device once and asks `StepGuard`;
+measuring is done elsewhere and never acts. Counters live here so that a checkpoint can carry them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from dataclasses import dataclass
+from statistics import median
+
+MIN_LOSS_SCALE = 1.0
+"""Floor of the loss scale. An overflow at the floor cannot be calibrated away, so it counts as a NaN batch."""
+
+MAX_LOSS_SCALE = 2.0**24
+
+CAUSES = ("no_targets", "forward", "overflow", "gradient", "norm")
+"""Why an update was skipped, one cause each.
+
+no_targets  the step's blocks hold no token to predict
+forward     a student logit, or the loss, is not finite
+overflow    the forward is finite, a gradient is not, and the loss scale can still be lowered: calibration
+gradient    a gradient is not finite although the loss scale is at its floor (or there is none)
+norm        the gradient norm is finite and above the limit
+"""
+
+_NAN_CAUSES = ("forward", "gradient")
+_STORM_ATTEMPTS = 50
+_STORM_SHARE = 0.8
+_ADAPTIVE_WARMUP = 20
+
+
+class TrainingDiverged(RuntimeError):
+    """The run met too many consecutive NaN batches; its weights are the last good ones."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is to happen with one attempted update."""
+
+    applied: bool
+    cause: str | None
+    """One of `CAUSES` where the update is skipped."""
+    norm_limit: float
+    """The gradient norm above which this attempt was to be skipped."""
+    storm: bool = False
+    """This attempt is the one at which a skip storm was recognised."""
+    emergency: bool = False
+    """The run must stop."""
+
+
+class StepGuard:
+    """Judges every attempted update of a run, in order.
+
+    skip_rule  'storm': skip above `skip_grad_norm` until 80 % of the last 50 attempts were skipped for a finite
+               norm (a fresh student's norm sits there, and would for ever); from then on the limit is
+               `skip_factor` times the median of the last 50 finite norms, never below `skip_grad_norm`.
+               'adaptive': that median rule from the start; no limit before 20 norms are known.
+               'fixed': `skip_grad_norm` whatever happens.
+    """
+
+    def __init__(self, settings):
+        """settings: `skip_grad_norm`, `skip_rule`, `skip_factor` and `max_nan_batches`, as in `config.GuardConfig`"""
+        self.skip_grad_norm: float = settings.skip_grad_norm
+        self.skip_rule: str = settings.skip_rule
+        self.skip_factor: float = settings.skip_factor
+        self.max_nan_batches: int = settings.max_nan_batches
+        self.applied = 0
+        self.skipped: Counter[str] = Counter()
+        self.nan_batches = 0
+        self.nan_batches_max = 0
+        self.in_storm = False
+        self._norms: deque[float] = deque(maxlen=_STORM_ATTEMPTS)
+        self._skipped_for_norm: deque[bool] = deque(maxlen=_STORM_ATTEMPTS)
+
+    @property
+    def attempts(self) -> int:
+        return self.applied + sum(self.skipped.values())
+
+    @property
+    def success_rate(self) -> float:
+        """Share of attempts that were applied; 1 before the first."""
+        return self.applied / self.attempts if self.attempts else 1.0
+
+    def judge(self, *, num_targets: int, forward_finite: bool, grad_norm: float, loss_scale: float) -> Verdict:
+        """The verdict on one attempt, and its entry into the counters.
+
+        num_targets     tokens to predict in the whole window; known before the forward
+        forward_finite  every student logit and the loss are finite
+        grad_norm       L2 norm after unscaling, before clipping
+        loss_scale      the factor this attempt's backward used; 1 where there is no scaler
+        """
+        limit = self._norm_limit()
+        cause = self._cause(num_targets, forward_finite, grad_norm, loss_scale, limit)
+        if cause is None:
+            self.applied += 1
+            self.nan_batches = 0
+        else:
+            self.skipped[cause] += 1
+            self.nan_batches += cause in _NAN_CAUSES
+            self.nan_batches_max = max(self.nan_batches_max, self.nan_batches)
+        storm = self._remember(cause, grad_norm)
+        emergency = self.nan_batches >= self.max_nan_batches
+        return Verdict(cause is None, cause, limit, storm, emergency)
+
+    def _cause(self, num_targets, forward_finite, grad_norm, loss_scale, limit) -> str | None:
+        if num_targets == 0:
+            return "no_targets"
+        if not forward_finite:
+            return "forward"
+        if not math.isfinite(grad_norm):
+            return "overflow" if loss_scale > MIN_LOSS_SCALE else "gradient"
+        return None if grad_norm <= limit else "norm"
+
+    def _norm_limit(self) -> float:
+        if self.skip_rule == "fixed" or (self.skip_rule == "storm" and not self.in_storm):
+            return self.skip_grad_norm
+        if len(self._norms) < _ADAPTIVE_WARMUP:
+            return math.inf
+        limit = self.skip_factor * median(self._norms)
+        return limit if self.skip_rule == "adaptive" else max(limit, self.skip_grad_norm)
+
+    def _remember(self, cause: str | None, grad_norm: float) -> bool:
+        """Enter the attempt into the windows; true if it is the one that reveals a skip storm."""
+        self._skipped_for_norm.append(cause == "norm")
+        if cause in (None, "norm"):
+            self._norms.append(grad_norm)
+        if self.skip_rule != "storm" or self.in_storm or len(self._skipped_for_norm) < _STORM_ATTEMPTS:
+            return False
+        self.in_storm = sum(self._skipped_for_norm) >= _STORM_SHARE * _STORM_ATTEMPTS
+        return self.in_storm
+
+    def state_dict(self) -> dict:
+        return {
+            "applied": self.applied,
+            "skipped": dict(self.skipped),
+            "nan_batches": self.nan_batches,
+            "nan_batches_max": self.nan_batches_max,
+            "in_storm": self.in_storm,
+            "norms": list(self._norms),
+            "skipped_for_norm": list(self._skipped_for_norm),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.applied = state["applied"]
+        self.skipped = Counter(state["skipped"])
+        self.nan_batches = state["nan_batches"]
+        self.nan_batches_max = state["nan_batches_max"]
+        self.in_storm = state["in_storm"]
+        self._norms.extend(state["norms"])
+        self._skipped_for_norm.extend(state["skipped_for_norm"])
+
+
+def raw_clamp_perplexity_floor(vocab_size: int, clamp: float) -> float:
+    """Lowest perplexity that logits in [-clamp, clamp] can express.
+
+    1 + (V - 1) * exp(-2 * clamp): the target at +clamp, every other token at -clamp
+    """
+    return 1.0 + (vocab_size - 1) * math.exp(-2.0 * clamp)
+
+
+def raw_clamp_largest_probability(vocab_size: int, clamp: float, temperature: float) -> float:
+    """Largest probability that a softmax at `temperature` of logits in [-clamp, clamp] can give one token.
+
+    1 / (1 + (V - 1) * exp(-2 * clamp / T))
+    """
+    return 1.0 / (1.0 + (vocab_size - 1) * math.exp(-2.0 * clamp / temperature))
