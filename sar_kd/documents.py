@@ -1,0 +1,117 @@
+"""Where text comes from: the embedded text, files of a user's own, or the `datasets` package."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from sar_kd import embedded
+from sar_kd.config import DataConfig, UsageError
+
+_HELD_OUT_SHARE = 0.05
+
+
+class Document(NamedTuple):
+    name: str
+    text: str
+
+
+def load_documents(config: DataConfig) -> tuple[list[Document], list[Document]]:
+    """Training and validation documents; without a validation source, 5 % of the training text is held out.
+
+    Raises: UsageError for a file that is missing, unreadable or of another kind, and for text without content
+    """
+    if config.dataset_name:
+        train, validation = _load_dataset(config)
+    elif config.train_file:
+        train, validation = _read_files("train_file", config.train_file, config.text_field), []
+    else:
+        train = [Document(*item) for item in embedded.read_text("transfer").items()]
+        validation = [Document(*item) for item in embedded.read_text("validation").items()]
+    if config.validation_file:
+        validation = _read_files("validation_file", config.validation_file, config.text_field)
+    if not validation:
+        train, validation = _hold_out(train)
+    return train, validation
+
+
+def _read_files(flag: str, paths: tuple[str, ...], text_field: str) -> list[Document]:
+    documents = [document for path in paths for document in _read_file(flag, Path(path), text_field)]
+    if not documents:
+        raise UsageError(f"--{flag} {' '.join(paths)}: holds no text")
+    return documents
+
+
+def _read_file(flag: str, path: Path, text_field: str) -> Iterator[Document]:
+    kind = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+    if kind not in (".txt", ".jsonl", ".jsonl.gz"):
+        raise UsageError(f"--{flag} {path}: must be a .txt, .jsonl or .jsonl.gz file")
+    try:
+        opened = gzip.open(path, "rt", encoding="utf-8") if kind == ".jsonl.gz" else open(path, encoding="utf-8")
+        with opened as file:
+            if kind == ".txt":
+                text = file.read()
+                if text.strip():
+                    yield Document(path.name, text)
+                return
+            for number, line in enumerate(file, 1):
+                if line.strip() and (text := _field_of(flag, path, number, line, text_field)).strip():
+                    yield Document(f"{path.name}:{number}", text)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--{flag} {path}: is not UTF-8 text (byte {error.start}); convert it first") from None
+    except OSError as error:
+        raise UsageError(f"--{flag} {path}: cannot be read ({error.strerror or error})") from None
+    except EOFError:
+        raise UsageError(f"--{flag} {path}: the gzip file is cut short") from None
+
+
+def _field_of(flag: str, path: Path, number: int, line: str, text_field: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"--{flag} {path}: line {number} is not JSON ({error.msg})") from None
+    text = row.get(text_field) if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise UsageError(f"--text_field {text_field}: line {number} of {path} has no such text (it has: {fields})")
+    return text
+
+
+def _load_dataset(config: DataConfig) -> tuple[list[Document], list[Document]]:
+    try:
+        import datasets
+    except ImportError:
+        raise UsageError(f"--dataset_name {config.dataset_name}: needs `pip install datasets`") from None
+    try:
+        loaded = datasets.load_dataset(config.dataset_name, config.dataset_config_name or None)
+    except (OSError, ValueError) as error:  # the package's own errors for the hub, the disk and unknown names
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--dataset_name {config.dataset_name}: cannot be loaded ({reason})") from None
+    if "train" not in loaded:
+        raise UsageError(f"--dataset_name {config.dataset_name}: has no 'train' split (it has: {', '.join(loaded)})")
+    if config.text_field not in loaded["train"].column_names:
+        columns = ", ".join(loaded["train"].column_names)
+        raise UsageError(f"--text_field {config.text_field}: the dataset has no such column (it has: {columns})")
+
+    def documents(split: str) -> list[Document]:
+        texts = loaded[split][config.text_field] if split in loaded else []
+        return [Document(f"{split}:{number}", text) for number, text in enumerate(texts) if text and text.strip()]
+
+    return documents("train"), documents("validation")
+
+
+def _hold_out(documents: list[Document]) -> tuple[list[Document], list[Document]]:
+    """Hold out the last documents, or the end of the last one where documents are few, about 5 % of the text."""
+    wanted = _HELD_OUT_SHARE * sum(len(document.text) for document in documents)
+    for count in range(1, len(documents)):
+        held = sum(len(document.text) for document in documents[-count:])
+        if held > 2 * wanted:
+            break
+        if held >= wanted:
+            return documents[:-count], documents[-count:]
+    name, text = documents[-1]
+    cut = text.rfind("\n", 0, len(text) - int(min(wanted, len(text) / 2))) + 1 or len(text) - int(wanted)
+    return [*documents[:-1], Document(name, text[:cut])], [Document(f"{name} (end)", text[cut:])]

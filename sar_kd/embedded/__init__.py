@@ -1,0 +1,85 @@
+"""The embedded pair and its text: what a run uses when it is given no model and no text of its own.
+
+The text is technical English that every CPython carries: the language reference (`pydoc_data.topics`) and
+the docstrings of the standard library, read from the installed interpreter with `ast`; nothing of it is
+stored here. A document is one topic, one module's docstring, or one top-level class or function with all
+docstrings inside it. The hash of a document's name puts it into a split, so that the same document falls
+into the same split under every Python version:
+
+    teacher 60 %      trained the embedded models, never used by a run
+    transfer 30 %     what a run trains on
+    validation 5 %    what a run reports
+    test 5 %          untouched, for benchmarks
+
+Teacher and transfer text are disjoint because a teacher that has memorised the transfer text teaches nothing.
+The models beside this file are made by `python -m sar_kd embedded` (`build.py`).
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+TEACHER_DIR = Path(__file__).parent / "teacher"
+STUDENT_DIR = Path(__file__).parent / "student"
+
+SPLITS = {"teacher": 0.60, "transfer": 0.90, "validation": 0.95, "test": 1.0}
+"""Upper end of each split on [0, 1), in order."""
+
+# Not documentation of the library: tests, vendored and generated trees, and what only some builds carry.
+_SKIPPED = {
+    "test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo", "ensurepip",
+    "pydoc_data", "encodings", "lib-dynload", "distutils",
+}  # fmt: skip
+_DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def split_of(name: str) -> str:
+    """The split that the document `name` belongs to, by the SHA-256 of the name."""
+    position = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    return next(split for split, end in SPLITS.items() if position < end)
+
+
+def read_text(*splits: str) -> dict[str, str]:
+    """Documents of the given splits, by name, in a fixed order.
+
+    Takes about 3 seconds: the standard library's sources are parsed, never imported.
+    """
+    assert set(splits) <= set(SPLITS), splits
+    return {name: text for name, text in _documents() if split_of(name) in splits}
+
+
+def _documents() -> Iterator[tuple[str, str]]:
+    yield from _topics()
+    root = Path(sysconfig.get_path("stdlib"))
+    seen: set[str] = set()  # methods often repeat the docstring of the class they override
+    for path in sorted(root.rglob("*.py")):
+        module = path.relative_to(root)
+        if any(part in _SKIPPED or (part[0] == "_" and part != "__init__.py") for part in module.parts):
+            continue
+        yield from _docstrings(module.as_posix(), ast.parse(path.read_bytes()), seen)
+
+
+def _topics() -> Iterator[tuple[str, str]]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # a stripped interpreter: the docstrings remain
+        return
+    yield from ((f"topic:{name}", text) for name, text in sorted(topics.items()))
+
+
+def _docstrings(module: str, tree: ast.Module, seen: set[str]) -> Iterator[tuple[str, str]]:
+    documents = [(module, [tree])]
+    documents += [(f"{module}:{node.name}", ast.walk(node)) for node in tree.body if isinstance(node, _DEFINITIONS)]
+    for name, nodes in documents:
+        parts = []
+        for node in nodes:
+            text = ast.get_docstring(node) if isinstance(node, (ast.Module, *_DEFINITIONS)) else None
+            if text and text not in seen:
+                seen.add(text)
+                parts.append(text)
+        if parts:
+            yield name, "\n\n".join(parts)
