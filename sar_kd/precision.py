@@ -1,0 +1,155 @@
+"""Where a run computes and in which dtype: device, autocast, loss scaling, random numbers.
+
+Weights that receive updates are float32 always, so float16 and bfloat16 are compute dtypes and the GradScaler
+is valid by construction.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sar_kd.config import PrecisionConfig, UsageError
+from sar_kd.guards import MAX_LOSS_SCALE, MIN_LOSS_SCALE, Verdict
+
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_PRODUCTS = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.baddbmm.default,
+)
+
+
+class HalfProductsOnCpu(TorchDispatchMode):
+    """Float16 matrix products on a CPU as a GPU does them: half inputs, float32 accumulation, half output.
+
+    A CPU's own half kernels run a hundred times slower than its float32 ones, so each product is computed in
+    float32 and rounded to half once, at the end. That models what overflows and what underflows between two
+    operations on a GPU. It does not model the order of a GPU's sums, its fused attention kernels, or the ops
+    that CUDA's autocast runs in float32 and a CPU's in half (softmax, layer_norm, exp, sum): there a CPU is
+    the stricter of the two. Other dtypes and devices pass through untouched.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _PRODUCTS and args[-1].dtype is torch.float16 and args[-1].device.type == "cpu":
+            return func(*(arg.float() for arg in args), **kwargs).half()
+        return func(*args, **kwargs)
+
+
+class Precision:
+    """The device, the compute dtype and the loss scale of a run."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, init_loss_scale: float):
+        self.device = device
+        self.dtype = dtype
+        scales = dtype is torch.float16
+        self._scaler = torch.amp.GradScaler(device.type, init_scale=init_loss_scale, enabled=scales)
+        self._one = torch.ones((), device=device)
+        self._half_on_cpu = scales and device.type == "cpu"
+
+    @contextlib.contextmanager
+    def autocast(self):
+        """Compute in the run's dtype; wraps the forwards and, for a CPU's half products, the backward too."""
+        with contextlib.ExitStack() as stack:
+            if self._half_on_cpu:
+                stack.enter_context(HalfProductsOnCpu())
+            stack.enter_context(
+                torch.amp.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
+            )
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`, times the loss scale."""
+        with HalfProductsOnCpu() if self._half_on_cpu else contextlib.nullcontext():
+            self._scaler.scale(loss).backward()
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide the optimizer's gradients by the loss scale, once per step."""
+        self._scaler.unscale_(optimizer)
+
+    @property
+    def loss_scale(self) -> Tensor:
+        """The current factor as a scalar on the device (no host sync); 1 without a scaler."""
+        return self._scaler.scale(self._one)
+
+    def update_(self, verdict: Verdict, loss_scale: float) -> None:
+        """Adapt the loss scale to a judged step, within its floor and ceiling.
+
+        loss_scale: the factor that the step used, as read with the step's other figures
+        """
+        if not self._scaler.is_enabled():
+            return
+        halves = verdict.cause in ("overflow", "gradient")
+        at_floor = halves and loss_scale * self._scaler.get_backoff_factor() < MIN_LOSS_SCALE
+        at_ceiling = not halves and loss_scale >= MAX_LOSS_SCALE
+        # A forward that is not finite says nothing about the scale: lowering it would only hide the cause.
+        keeps = verdict.cause in ("forward", "no_targets")
+        fixed = MIN_LOSS_SCALE if at_floor else loss_scale if keeps or at_ceiling else None
+        self._scaler.update(fixed)
+
+    def state_dict(self) -> dict:
+        return {"scaler": self._scaler.state_dict(), "rng": _random_state(self.device)}
+
+    def load_state_dict(self, state: dict) -> None:
+        if self._scaler.is_enabled():
+            self._scaler.load_state_dict(state["scaler"])
+        _set_random_state(state["rng"], self.device)
+
+
+def setup(config: PrecisionConfig, seed: int) -> Precision:
+    """Choose device and dtype, and seed every generator.
+
+    Raises: UsageError if the device is not there, or cannot compute in the dtype asked for
+    """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    device = _device(config.device)
+    return Precision(device, _dtype(config.model_dtype, device), config.init_loss_scale)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise UsageError(f"--device {name}: this PyTorch sees {count} CUDA devices; use --device cpu")
+        try:
+            (torch.ones(1, device=device) + 1).item()
+        except RuntimeError as error:
+            raise UsageError(
+                f"--device {name}: {torch.cuda.get_device_name(device)} cannot run this PyTorch build "
+                f"({str(error).splitlines()[0]}); install one that was built for it, or use --device cpu"
+            ) from None
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    # Ampere is the first generation with bf16 units; older cards emulate it, slowly.
+    has_bfloat16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if name == "auto":
+        name = "bfloat16" if has_bfloat16 else "float16" if device.type == "cuda" else "float32"
+    if name == "bfloat16" and device.type == "cuda" and not has_bfloat16:
+        card = torch.cuda.get_device_name(device)
+        raise UsageError(f"--model_dtype bfloat16: {card} has no bfloat16 units; use --model_dtype float16")
+    return _DTYPES[name]
+
+
+def _random_state(device: torch.device) -> dict:
+    state = {"torch": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def _set_random_state(state: dict, device: torch.device) -> None:
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
