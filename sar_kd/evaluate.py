@@ -1,0 +1,63 @@
+"""How good a model is: perplexity and bits per byte on fixed text, every token once, nothing clamped."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sar_kd.data import TokenBatch
+from sar_kd.precision import Precision
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Total nats over a text; `nan` as soon as one token's is not finite."""
+
+    nats: float
+    num_tokens: int
+    num_bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.num_tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(total nats / tokens); inf where that exceeds a float."""
+        return math.exp(self.loss) if self.loss < 700 else self.loss * math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """total nats / ln 2 / bytes of the text: the only one of these that compares across tokenizers."""
+        return self.nats / math.log(2) / self.num_bytes
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable[TokenBatch], num_bytes: int, precision: Precision) -> Evaluation:
+    """Total nats of `batches` under `model`, in eval mode, which is left as it was found.
+
+    sum over tokens, in float64, of logsumexp(z) - z[target], with z in float32
+
+    A model with float32 weights (the student) also computes in float32, as its saved copy will.
+    """
+    was_training = model.training
+    model.eval()
+    halved = next(model.parameters()).dtype is not torch.float32
+    nats = torch.zeros((), dtype=torch.float64, device=precision.device)
+    num_tokens = 0
+    for batch in batches:
+        batch = batch.to(precision.device)
+        with precision.autocast() if halved else contextlib.nullcontext():
+            logits = model(input_ids=batch.input_ids, use_cache=False).logits
+        logits = logits.flatten(0, 1)[batch.rows].float()
+        picked = logits.gather(1, batch.targets[:, None]).squeeze(1)
+        nats += (logits.logsumexp(1) - picked).double().sum()
+        num_tokens += len(batch.targets)
+    model.train(was_training)
+    return Evaluation(nats.item(), num_tokens, num_bytes)

@@ -1,0 +1,73 @@
+"""One attempted update, from batches to `optimizer.step`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from sar_kd.data import Batch
+from sar_kd.guards import StepGuard, Verdict
+from sar_kd.objective import LossTerms, Objective
+from sar_kd.optim import parameters_of
+from sar_kd.precision import Precision
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One attempted update in figures, as read from the device once."""
+
+    verdict: Verdict
+    loss: float
+    """alpha_ce * ce_loss + alpha_kd * kd_loss, nats per target token, no clamp"""
+    ce_loss: float
+    kd_loss: float
+    grad_norm: float
+    """L2, after unscaling, before clipping"""
+    loss_scale: float
+    """The factor this attempt used"""
+    num_target_tokens: int
+    teacher_rows_dropped: int
+
+
+def train_step(
+    micro_batches: list[Batch],
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    guard: StepGuard,
+    precision: Precision,
+    max_grad_norm: float,
+) -> StepReport:
+    """Attempt one update. Weights and optimizer state change if and only if the verdict is `applied`.
+
+    gradient = sum over micro-batches of d total / d weights, divided once by the window's target tokens
+    """
+    num_targets = sum(batch.num_target_tokens for batch in micro_batches)
+    sums = LossTerms.zero(precision.device)
+    for batch in micro_batches:
+        if batch.num_target_tokens:
+            terms = objective(batch.to(precision.device))
+            precision.backward(terms.total / num_targets)
+            sums = sums + terms
+    precision.unscale_(optimizer)
+    parameters = parameters_of(optimizer)
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    figures = [*sums.values(), grad_norm.to(precision.device), precision.loss_scale]
+    total, ce, kd, nonfinite_rows, dropped, norm, scale = torch.stack(
+        [f.float() for f in figures]
+    ).tolist()  # the one host read
+    verdict = guard.judge(
+        num_targets=num_targets,
+        forward_finite=nonfinite_rows == 0 and math.isfinite(total),
+        grad_norm=norm,
+        loss_scale=scale,
+    )
+    if verdict.applied:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
+        optimizer.step()
+    precision.update_(verdict, scale)
+    optimizer.zero_grad(set_to_none=True)
+    count = max(1, num_targets)
+    loss = (objective.alpha_ce * ce + objective.alpha_kd * kd) / count
+    return StepReport(verdict, loss, ce / count, kd / count, norm, scale, num_targets, int(dropped))
