@@ -1,0 +1,32 @@
+"""Exit codes: what a script returns to the shell, and the one line that goes with it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from sar_kd.config import UsageError
+from sar_kd.guards import TrainingDiverged
+
+DONE, USAGE, DIVERGED, INTERRUPTED = 0, 2, 3, 130
+
+
+def run(main: Callable[[list[str] | None], dict], argv: list[str] | None = None) -> int:
+    """Run a script's `main` and turn its outcome into an exit code.
+
+    0 done; 2 something to mend before training, said in one line; 3 emergency stop; 130 interrupted
+    """
+    try:
+        summary = main(argv)
+    except UsageError as error:
+        return _say(f"error: {error}", USAGE)
+    except TrainingDiverged as error:
+        return _say(str(error), DIVERGED)
+    except KeyboardInterrupt:
+        return _say("interrupted before anything was saved", INTERRUPTED)
+    return INTERRUPTED if summary["status"] == "interrupted" else DONE
+
+
+def _say(line: str, code: int) -> int:
+    print(line, file=sys.stderr)
+    return code

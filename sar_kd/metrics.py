@@ -1,0 +1,183 @@
+"""What a run tells: the bar and the lines in the terminal, `metrics.jsonl`, `summary.json`.
+
+The only module that prints. It measures nothing and decides nothing; it is handed figures and shows them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from sar_kd.config import Config, UsageError
+from sar_kd.guards import CAUSES
+
+
+class RunLog:
+    """A run folder and the terminal."""
+
+    def __init__(self, config: Config):
+        self.folder = Path(config.train.output_dir)
+        self._config = config
+        self._every = config.train.log_steps
+        self._is_terminal = sys.stdout.isatty()
+        self._bar: tqdm | None = None
+        self._perplexity = math.nan
+        self._metrics = None
+        self._window: list[dict] = []
+
+    def say(self, line: str) -> None:
+        """Print one line, above the bar if there is one."""
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+    def start(self, first_step: int, train_steps: int) -> None:
+        """Write `config.json`, open `metrics.jsonl` without what a resumed run is about to repeat, show the bar."""
+        replace_text(self.folder / "config.json", json.dumps(self._config.to_dict(), indent=2) + "\n")
+        path = self.folder / "metrics.jsonl"
+        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= first_step] if first_step else []
+        replace_text(path, "".join(kept))
+        self._metrics = open(path, "a", encoding="utf-8", buffering=1)
+        self._bar = tqdm(
+            total=train_steps,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self._is_terminal,
+            file=sys.stdout,
+        )
+
+    def step(self, record: dict, success_rate: float, tokens_per_second: float) -> None:
+        """Enter one attempted update; its `step` counts from 1."""
+        self._write({"event": "step", **record})
+        self._window.append(record)
+        self._bar.set_postfix_str(
+            f"loss={record['loss']:.3f} kd={record['kd_loss']:.3f} ce={record['ce_loss']:.3f} "
+            f"grad_norm={record['grad_norm']:.2f} loss_scale={record['loss_scale']:g} success={success_rate:.0%} "
+            f"ppl={self._perplexity:.2f} tok/s={tokens_per_second:,.0f}",
+            refresh=False,
+        )
+        self._bar.update(1)
+        if record["step"] % self._every == 0:
+            self._line(record["step"], success_rate)
+
+    def _line(self, step: int, success_rate: float) -> None:
+        finite = [r for r in self._window if math.isfinite(r["loss"])]
+        loss, kd, ce = (_mean([r[key] for r in finite]) for key in ("loss", "kd_loss", "ce_loss"))
+        odd = len(self._window) - len(finite)
+        bad = f" not_finite={odd}" if odd else ""
+        self.say(f"Step {step}: avg_loss={loss:.4f} (kd={kd:.4f}, ce={ce:.4f}) success_rate={success_rate:.0%}{bad}")
+        self._window.clear()
+
+    def evaluation(self, record: dict, is_best: bool) -> None:
+        """Enter one validation of the student."""
+        self._write({"event": "evaluation", **record})
+        self._perplexity = record["val_ppl"]
+        best = " (best so far)" if is_best else ""
+        self.say(f"Step {record['step']}: Validation PPL = {record['val_ppl']:.2f}{best}")
+
+    def finish(self, summary: dict) -> None:
+        """Write `summary.json` and print the closing table."""
+        if self._bar is not None:
+            self._bar.close()
+        replace_text(self.folder / "summary.json", json.dumps(plain(summary), indent=2) + "\n")
+        for line in closing_table(summary, self.folder):
+            self.say(line)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._metrics is not None:
+            self._metrics.close()
+
+    def _write(self, record: dict) -> None:
+        self._metrics.write(json.dumps(plain(record)) + "\n")
+
+
+def open_run(config: Config) -> RunLog:
+    """Make the run folder and say what the run is. The folder holds a run from `RunLog.start` on.
+
+    Raises: UsageError if the folder holds another run, or cannot be written
+    """
+    folder, train = Path(config.train.output_dir), config.train
+    holds_run = (folder / "config.json").exists()
+    if holds_run and not (train.resume or train.overwrite):
+        raise UsageError(f"--output_dir {folder}: holds a run; --resume continues it, --overwrite deletes it")
+    if folder.exists() and not holds_run and any(folder.iterdir()):
+        raise UsageError(f"--output_dir {folder}: is not empty and holds no run; name another folder")
+    try:
+        if holds_run and train.overwrite:
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
+    log = RunLog(config)
+    models = config.models
+    log.say(f"Mode {config.mode}, teacher {models.teacher_model}, student {models.student_model}, run folder {folder}")
+    for notice in config.notices:
+        log.say(notice)
+    return log
+
+
+def closing_table(summary: dict, folder: Path) -> list[str]:
+    """The result in a table: student at the start, at its best and at the end, and the teacher."""
+
+    def row(name, perplexity, bits):
+        return f"  {name:<22}{perplexity:>14.2f}{bits:>16.4f}"
+
+    skipped = ", ".join(f"{cause} {count}" for cause in CAUSES if (count := summary["skipped"].get(cause)))
+    best = f"student, best (step {summary['best_step']})"
+    lines = [
+        "",
+        f"{summary['status'].replace('_', ' ').capitalize()} after {summary['steps']} steps "
+        f"in {_duration(summary['wall_seconds'])}, {summary['tokens_per_second']:,.0f} tokens/s",
+        f"  {'':<22}{'perplexity':>14}{'bits per byte':>16}",
+        row("student, start", summary["val_ppl_start"], summary["val_bits_per_byte_start"]),
+        row("student, end", summary["val_ppl_final"], summary["val_bits_per_byte_final"]),
+        row(best, summary["val_ppl_best"], summary["val_bits_per_byte_best"]),
+        row("teacher", summary["teacher_val_ppl"], summary["teacher_val_bits_per_byte"]),
+        f"  applied {summary['applied']}, skipped {sum(summary['skipped'].values())}"
+        + (f" ({skipped})" if skipped else "")
+        + f", success rate {summary['success_rate']:.1%}, loss scale {summary['loss_scale_final']:g}",
+        f"  student saved in {folder / 'student'}, figures in {folder / 'summary.json'}",
+    ]
+    return lines
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that a reader, and a kill, meet the old text or the new, never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _complete_lines(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+
+
+def plain(value):
+    """The value as JSON can hold it: JSON has no nan and no infinity, so they become the words."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(round(seconds)), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,0 +1,248 @@
+"""The loop around the step: show it; evaluate, save and stop when the calendar says so."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import resource
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from sar_kd.checkpoint import load_checkpoint, save_checkpoint, save_student
+from sar_kd.config import Config
+from sar_kd.data import Batch, Corpus
+from sar_kd.evaluate import Evaluation, evaluate
+from sar_kd.forensics import examine, write_crash
+from sar_kd.guards import CAUSES, StepGuard, TrainingDiverged
+from sar_kd.interruption import Interruption
+from sar_kd.metrics import RunLog
+from sar_kd.models import Models
+from sar_kd.objective import Objective
+from sar_kd.optim import learning_rate_at, set_learning_rate_
+from sar_kd.precision import Precision
+from sar_kd.preflight import check_clamps
+from sar_kd.step import StepReport, train_step
+
+
+@dataclass
+class Progress:
+    """Where a run stands: everything that a resumed run must know and no other object carries."""
+
+    step: int = 0
+    """Attempts made"""
+    tokens: int = 0
+    """Target tokens of all attempts"""
+    seconds: float = 0.0
+    """Wall time, all parts of a resumed run together"""
+    train_seconds: float = 0.0
+    """The part of it spent in attempts"""
+    start: dict = field(default_factory=dict)
+    teacher: dict = field(default_factory=dict)
+    last: dict = field(default_factory=dict)
+    best: dict = field(default_factory=dict)
+    best_step: int = 0
+
+
+class Trainer:
+    """A run: its parts, and the calendar of what happens when."""
+
+    def __init__(
+        self,
+        config: Config,
+        models: Models,
+        train: Corpus,
+        validation: Corpus,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        guard: StepGuard,
+        precision: Precision,
+        log: RunLog,
+    ):
+        self.config, self.models, self.log = config, models, log
+        self.train_text, self.validation_text = train, validation
+        self.objective, self.optimizer, self.guard, self.precision = objective, optimizer, guard, precision
+        self.folder = Path(config.train.output_dir)
+        self.progress = Progress()
+
+    def run(self) -> dict:
+        """Train to `train_steps`, or to an interruption; the returned summary's `status` says which.
+
+        Raises: TrainingDiverged after an emergency stop, once everything is saved; UsageError if a resumed run
+        cannot be read, or preflight finds that nothing could be learned
+        """
+        settings, status = self.config.train, "finished"
+        before = time.monotonic()
+        if settings.resume:
+            self._resume()
+        else:
+            self._begin()
+        progress = self.progress
+        self.log.start(progress.step, settings.train_steps)
+        with Interruption() as interruption:
+            while progress.step < settings.train_steps:
+                started = time.monotonic()
+                report, micro_batches = self._attempt()
+                progress.train_seconds += time.monotonic() - started
+                self._record(report)
+                at_end = progress.step == settings.train_steps
+                if progress.step % settings.eval_steps == 0 or at_end:
+                    self._validate()
+                progress.seconds += time.monotonic() - before
+                before = time.monotonic()
+                if report.verdict.emergency:
+                    self._stop(report, micro_batches)
+                if progress.step % settings.save_steps == 0 or at_end or interruption.requested:
+                    self._save()
+                if interruption.requested and not at_end:
+                    status = "interrupted"
+                    break
+        summary = self.summary(status)
+        self.log.finish(summary)
+        return summary
+
+    def _attempt(self) -> tuple[StepReport, list[Batch]]:
+        settings, step = self.config.train, self.progress.step
+        set_learning_rate_(self.optimizer, learning_rate_at(step, settings.train_steps, self.config.optim))
+        micro_batches = self.train_text.micro_batches(
+            step, settings.per_device_batch_size, settings.grad_accum_steps, settings.seed
+        )
+        report = train_step(
+            micro_batches, self.objective, self.optimizer, self.guard, self.precision, self.config.guards.max_grad_norm
+        )
+        self.progress.step += 1
+        self.progress.tokens += report.num_target_tokens
+        return report, micro_batches
+
+    def _record(self, report: StepReport) -> None:
+        verdict, progress = report.verdict, self.progress
+        record = {"step": progress.step, **dataclasses.asdict(report)}
+        del record["verdict"]
+        record |= {"applied": verdict.applied, "cause": verdict.cause, "norm_limit": verdict.norm_limit}
+        record["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        self.log.step(record, self.guard.success_rate, progress.tokens / max(1e-9, progress.train_seconds))
+        if verdict.cause in ("forward", "gradient", "overflow"):
+            after = self.precision.loss_scale.item()
+            scale = f", loss scale {report.loss_scale:g} -> {after:g}" if after != report.loss_scale else ""
+            self.log.say(f"Step {progress.step}: skipped ({verdict.cause}{scale})")
+        if verdict.storm:
+            self.log.say(
+                f"Step {progress.step}: skip storm. 80 % of the last 50 steps were skipped for a gradient "
+                f"norm (now {report.grad_norm:.2f}) above --skip_grad_norm {self.config.guards.skip_grad_norm:g}. From here on the "
+                f"limit is {self.config.guards.skip_factor:g} times the median norm; --skip_rule fixed keeps it."
+            )
+
+    def _begin(self) -> None:
+        """Evaluate both models before the first step, refuse what cannot learn, keep the student as it is."""
+        self.progress.teacher = _figures(self._evaluate("teacher"))
+        start = self._evaluate("student")
+        self.progress.start = self.progress.last = self.progress.best = _figures(start)
+        for notice in check_clamps(self.config.loss, self.models, self.validation_text, self.precision, start.loss):
+            self.log.say(notice)
+        self.log.say(
+            f"Validation PPL at the start = {start.perplexity:.2f} (teacher {self.progress.teacher['val_ppl']:.2f}; "
+            f"bits per byte {start.bits_per_byte:.3f}, teacher {self.progress.teacher['val_bits_per_byte']:.3f})"
+        )
+        save_student(self.models.student, self.models.tokenizers.student, self.folder / "student")
+
+    def _resume(self) -> None:
+        saved = load_checkpoint(self.folder / "checkpoint", **self._state())
+        self.progress = Progress(**saved)
+        self.log.say(f"Resumed after step {self.progress.step}")
+
+    def _evaluate(self, which: str) -> Evaluation:
+        text = self.validation_text
+        batches = text.token_batches(which, self.config.train.per_device_batch_size)
+        return evaluate(getattr(self.models, which), batches, text.num_bytes, self.precision)
+
+    def _validate(self) -> None:
+        progress, evaluation = self.progress, self._evaluate("student")
+        progress.last = _figures(evaluation)
+        is_best = evaluation.loss < progress.best["val_loss"] or not math.isfinite(progress.best["val_loss"])
+        if is_best:
+            progress.best, progress.best_step = progress.last, progress.step
+            save_student(self.models.student, self.models.tokenizers.student, self.folder / "student")
+        self.log.evaluation({"step": progress.step, **progress.last}, is_best)
+
+    def _state(self) -> dict:
+        return {
+            "student": self.models.student,
+            "optimizer": self.optimizer,
+            "precision": self.precision,
+            "guard": self.guard,
+        }
+
+    def _save(self) -> None:
+        save_checkpoint(self.folder / "checkpoint", **self._state(), progress=dataclasses.asdict(self.progress))
+
+    def _stop(self, report: StepReport, micro_batches: list[Batch]) -> None:
+        """Emergency stop: the weights are the last good ones; save them, write down why, and raise."""
+        bad = micro_batches[-1]
+        findings = examine(self.models.student, bad, self.precision)
+        documents = [
+            name for batch in micro_batches for block in batch.blocks for name in self.train_text.documents_of(block)
+        ]
+        record = {"step": self.progress.step, "cause": report.verdict.cause, **findings}
+        record |= {"documents": list(dict.fromkeys(documents)), "loss_scale": report.loss_scale}
+        record |= {
+            "loss": report.loss,
+            "ce_loss": report.ce_loss,
+            "kd_loss": report.kd_loss,
+            "grad_norm": report.grad_norm,
+        }
+        write_crash(self.folder / "crash", bad, record)
+        self._validate()
+        self._save()
+        self.log.finish(self.summary("emergency_stop"))
+        module = findings["first_bad_module"]
+        where = f" First module that is not finite: {module['name']} ({module['output_dtype']})." if module else ""
+        raise TrainingDiverged(
+            f"emergency stop after {self.guard.nan_batches} consecutive NaN batches (cause: {report.verdict.cause}, "
+            f"{findings['verdict']}).{where} What to try: {findings['remedy']}. "
+            f"Details: {self.folder / 'crash' / 'crash.json'}"
+        )
+
+    def summary(self, status: str) -> dict:
+        """`summary.json`: what the run did and what it reached."""
+        progress, guard = self.progress, self.guard
+        return {
+            "status": status,
+            "steps": progress.step,
+            "applied": guard.applied,
+            "skipped": {cause: guard.skipped[cause] for cause in CAUSES},
+            "success_rate": guard.success_rate,
+            "val_ppl_start": progress.start["val_ppl"],
+            "val_ppl_final": progress.last["val_ppl"],
+            "val_ppl_best": progress.best["val_ppl"],
+            "best_step": progress.best_step,
+            "val_loss_final": progress.last["val_loss"],
+            "val_bits_per_byte_start": progress.start["val_bits_per_byte"],
+            "val_bits_per_byte_final": progress.last["val_bits_per_byte"],
+            "val_bits_per_byte_best": progress.best["val_bits_per_byte"],
+            "teacher_val_ppl": progress.teacher["val_ppl"],
+            "teacher_val_bits_per_byte": progress.teacher["val_bits_per_byte"],
+            "nan_batches_max_consecutive": guard.nan_batches_max,
+            "loss_scale_final": self.precision.loss_scale.item(),
+            "tokens": progress.tokens,
+            "tokens_per_second": progress.tokens / max(1e-9, progress.train_seconds),
+            "peak_memory_bytes": _peak_memory(self.precision.device),
+            "wall_seconds": progress.seconds,
+            "embedded": self.models.embedded,
+        }
+
+
+def _figures(evaluation: Evaluation) -> dict:
+    return {
+        "val_ppl": evaluation.perplexity,
+        "val_loss": evaluation.loss,
+        "val_bits_per_byte": evaluation.bits_per_byte,
+    }
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Peak bytes on the GPU, or of the whole process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

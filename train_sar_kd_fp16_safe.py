@@ -1,0 +1,38 @@
+"""Distil a teacher into a student: float16 and the ultra-conservative mode, on every device.
+
+python train_sar_kd_fp16_safe.py --train_steps 500
+"""
+
+import sys
+
+from sar_kd.arguments import parse_args
+from sar_kd.cli import run
+from sar_kd.config import FP16_SAFE
+from sar_kd.data import Corpus
+from sar_kd.documents import load_documents
+from sar_kd.guards import StepGuard
+from sar_kd.metrics import open_run
+from sar_kd.models import load_models
+from sar_kd.objective import Objective
+from sar_kd.optim import build_optimizer
+from sar_kd.precision import setup
+from sar_kd.trainer import Trainer
+
+
+def main(argv=None):
+    config = parse_args(FP16_SAFE, argv)  # what to run
+    log = open_run(config)  # where to
+    precision = setup(config.precision, config.train.seed)  # on which device, in which dtype
+    models = load_models(config, precision)  # teacher, student, and what connects their tokenizers
+    limits = models.block_limits(config.data.block_size)
+    train, validation = (
+        Corpus(text, models.tokenizers, *limits) for text in load_documents(config.data)
+    )  # text to blocks
+    objective = Objective(models.teacher, models.student, config.loss, precision)  # what is minimised
+    optimizer = build_optimizer(models.student, config.optim)  # how
+    guard = StepGuard(config.guards)  # when an update is refused
+    return Trainer(config, models, train, validation, objective, optimizer, guard, precision, log).run()
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
