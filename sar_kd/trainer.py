@@ -128,10 +128,11 @@ class Trainer:
             scale = f", loss scale {report.loss_scale:g} -> {after:g}" if after != report.loss_scale else ""
             self.log.say(f"Step {progress.step}: skipped ({verdict.cause}{scale})")
         if verdict.storm:
+            guards = self.config.guards
             self.log.say(
-                f"Step {progress.step}: skip storm. 80 % of the last 50 steps were skipped for a gradient "
-                f"norm (now {report.grad_norm:.2f}) above --skip_grad_norm {self.config.guards.skip_grad_norm:g}. From here on the "
-                f"limit is {self.config.guards.skip_factor:g} times the median norm; --skip_rule fixed keeps it."
+                f"Step {progress.step}: skip storm. 80 % of the last 50 steps were skipped for a gradient norm (now "
+                f"{report.grad_norm:.2f}) above --skip_grad_norm {guards.skip_grad_norm:g}. From here on the limit is "
+                f"{guards.skip_factor:g} times the median norm; --skip_rule fixed keeps it."
             )
 
     def _begin(self) -> None:
