@@ -174,7 +174,7 @@ class TrainConfig:
 
     train_steps: int = flag(500, "attempted optimizer updates")
     per_device_batch_size: int = flag(4, "blocks in a micro-batch")
-    grad_accum_steps: int = flag(2, "micro-batches in a step")
+    grad_accum_steps: int = flag(1, "micro-batches in a step")
     eval_steps: int = flag(50, "validate every so many steps; also at the start and at the end")
     log_steps: int = flag(25, "print a line every so many steps")
     save_steps: int = flag(100, "write a checkpoint every so many steps")

@@ -29,8 +29,8 @@ def load_documents(config: DataConfig) -> tuple[list[Document], list[Document]]:
     elif config.train_file:
         train, validation = _read_files("train_file", config.train_file, config.text_field), []
     else:
-        train = [Document(*item) for item in embedded.read_text("transfer").items()]
-        validation = [Document(*item) for item in embedded.read_text("validation").items()]
+        splits = embedded.read_text("transfer", "validation")
+        train, validation = ([Document(*item) for item in split.items()] for split in splits)
     if config.validation_file:
         validation = _read_files("validation_file", config.validation_file, config.text_field)
     if not validation:

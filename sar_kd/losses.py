@@ -129,15 +129,37 @@ def forward_kl(
     Returns: the sum under `clamp`, and the same without its floor or a gradient; fp32 scalars, nats
     Source: Hinton, Vinyals and Dean, 2015 (arXiv 1503.02531), section 2, for T^2
     """
-    log_probs = (clamp.logits(student_logits) / temperature).log_softmax(-1)
-    entropy = torch.xlogy(target_probs, target_probs).sum()
-    squared = temperature**2
-    if clamp.style != "normalized":
-        loss = (entropy - (target_probs * log_probs).sum()) * squared
-        return loss, loss.detach()
-    raw = (entropy - (target_probs * log_probs.detach()).sum()) * squared
-    log_targets = target_probs.log().clamp_min_(-2.0 * clamp.bound)
-    return (target_probs * (log_targets - clamp.log_probs(log_probs))).sum() * squared, raw
+    floor = -2.0 * clamp.bound if clamp.style == "normalized" else -math.inf
+    return _ForwardKL.apply(clamp.logits(student_logits), target_probs, temperature, floor)
+
+
+class _ForwardKL(torch.autograd.Function):
+    """Both values of `forward_kl`, and the gradient of the one without a floor (see `LogitClamp`):
+
+    dL/dz[n, v] = T * (sum_u t[n, u] * softmax(z_n / T)[v] - t[n, v])
+
+    Written out because autograd would keep four [N, V] tensors where two suffice.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, target_probs: Tensor, temperature: float, floor: float):
+        log_probs = (logits / temperature).log_softmax(-1)
+        log_targets = target_probs.clamp_min(torch.finfo(torch.float32).tiny).log_()
+        raw = (log_targets - log_probs).mul_(target_probs).sum() * temperature**2
+        loss = raw.clone()
+        if floor > -math.inf:
+            floored = log_targets.clamp_min_(floor).sub_(log_probs.clamp_min(floor))
+            loss = floored.mul_(target_probs).sum() * temperature**2
+        ctx.save_for_backward(log_probs, target_probs)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(raw)
+        return loss, raw
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor, grad_raw: Tensor):
+        log_probs, target_probs = ctx.saved_tensors
+        grad = log_probs.exp().mul_(target_probs.sum(-1, keepdim=True)).sub_(target_probs)
+        return grad.mul_(grad_loss * ctx.temperature), None, None, None
 
 
 @dataclass(frozen=True)
@@ -188,7 +210,7 @@ def teacher_probs(
         open_probs = _project_open(teacher_logits[:split], vocab_size, temperature, clamp, projection)
         inside_probs = _project_inside(teacher_logits[split:], vocab_size, temperature, clamp, projection)
         probs = torch.cat([open_probs, inside_probs])
-    return torch.where(finite[:, None], probs, 0.0), (~finite).sum()
+    return probs.masked_fill_(~finite[:, None], 0.0), (~finite).sum()
 
 
 def _project_open(logits, vocab_size, temperature, clamp, projection):

@@ -18,29 +18,44 @@ from sar_kd.config import PrecisionConfig, UsageError
 from sar_kd.guards import MAX_LOSS_SCALE, MIN_LOSS_SCALE, Verdict
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_PRODUCTS = (
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten.baddbmm.default,
-)
+# The ops that are rounded once, and how many of each one's outputs are; by name, as not every PyTorch has them all.
+_ROUNDED = {
+    "aten::mm": 1,
+    "aten::addmm": 1,
+    "aten::bmm": 1,
+    "aten::baddbmm": 1,
+    "aten::_grouped_mm": 1,
+    "transformers::grouped_mm_fallback": 1,
+    "aten::_scaled_dot_product_flash_attention_for_cpu": 1,
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": 3,
+}
 
 
 class HalfProductsOnCpu(TorchDispatchMode):
     """Float16 matrix products on a CPU as a GPU does them: half inputs, float32 accumulation, half output.
 
-    A CPU's own half kernels run a hundred times slower than its float32 ones, so each product is computed in
-    float32 and rounded to half once, at the end. That models what overflows and what underflows between two
-    operations on a GPU. It does not model the order of a GPU's sums, its fused attention kernels, or the ops
-    that CUDA's autocast runs in float32 and a CPU's in half (softmax, layer_norm, exp, sum): there a CPU is
-    the stricter of the two. Other dtypes and devices pass through untouched.
+    A CPU's own half kernels run many times slower than its float32 ones, so each product (and each grouped
+    product of experts, and each fused attention) is computed in float32 and rounded to half once, at the end.
+    That models what overflows and what underflows between two operations on a GPU. It does not model the order
+    of a GPU's sums, the rounding of attention weights inside a GPU's fused kernel, or the ops that CUDA's
+    autocast runs in float32 and a CPU's in half (softmax, layer_norm, exp, sum): there a CPU is the stricter.
+    Other dtypes and devices pass through untouched.
     """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in _PRODUCTS and args[-1].dtype is torch.float16 and args[-1].device.type == "cpu":
-            return func(*(arg.float() for arg in args), **kwargs).half()
-        return func(*args, **kwargs)
+        values = _ROUNDED.get(func.name())
+        if values is None or args[1].dtype is not torch.float16 or args[1].device.type != "cpu":
+            return func(*args, **kwargs)
+        wide = func(*(_cast(arg, torch.float16, torch.float32) for arg in args), **kwargs)
+        if isinstance(wide, Tensor):
+            return wide.half()
+        # The other outputs are statistics, which a GPU keeps in float32 too.
+        return tuple(_cast(out, torch.float32, torch.float16) for out in wide[:values]) + tuple(wide[values:])
+
+
+def _cast(value, source: torch.dtype, target: torch.dtype):
+    return value.to(target) if isinstance(value, Tensor) and value.dtype is source else value
 
 
 class Precision:

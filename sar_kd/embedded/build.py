@@ -145,7 +145,7 @@ def pretrain(model: nn.Module, text: Corpus, steps: int, noise: float, seed: int
 def build(output: Path, teacher_steps: int, student_steps: int, seed: int) -> None:
     """Train both models and write them, with tokenizer and model card, below `output`."""
     torch.manual_seed(seed)
-    texts = embedded.read_text("teacher")
+    texts, transfer, validation = embedded.read_text("teacher", "transfer", "validation")
     kinds = {
         "teacher": (byte_level_bpe, teacher_model, teacher_steps, INPUT_NOISE),
         "student": (sentencepiece_bpe, student_model, student_steps, 0.0),
@@ -156,8 +156,8 @@ def build(output: Path, teacher_steps: int, student_steps: int, seed: int) -> No
         corpus = _corpus(tokenizer, texts)
         pretrain(model, corpus, steps, noise, seed, name)
         scores = {}
-        for split in ("transfer", "validation"):
-            held_out = _corpus(tokenizer, embedded.read_text(split))
+        for split, held_out_texts in (("transfer", transfer), ("validation", validation)):
+            held_out = _corpus(tokenizer, held_out_texts)
             batches = held_out.token_batches("student", BATCH_SIZE)
             precision = Precision(torch.device("cpu"), torch.float32, 1.0)
             scores[split] = evaluate(model, batches, held_out.num_bytes, precision)
