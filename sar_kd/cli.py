@@ -23,7 +23,7 @@ def run(main: Callable[[list[str] | None], dict], argv: list[str] | None = None)
     except TrainingDiverged as error:
         return _say(str(error), DIVERGED)
     except KeyboardInterrupt:
-        return _say("interrupted before anything was saved", INTERRUPTED)
+        return _say("interrupted at once; --resume continues from the last checkpoint, if there is one", INTERRUPTED)
     return INTERRUPTED if summary["status"] == "interrupted" else DONE
 
 

@@ -211,6 +211,11 @@ class Corpus:
         projection = self.pair.projection
         return torch.from_numpy(projection.columns), torch.from_numpy(projection.destinations)
 
+    def coverage(self, most_blocks: int = 64) -> float:
+        """Share of the student's tokens that a teacher row speaks about, in the first blocks."""
+        batch = self.batch(list(range(min(most_blocks, len(self.blocks)))))
+        return len(batch.kd_rows) / batch.num_target_tokens
+
     def token_batches(self, which: str, batch_size: int) -> Iterator[TokenBatch]:
         """Every block once, as one of the models ('student' or 'teacher') reads it; for evaluation."""
         start_id = getattr(self.pair, f"{which}_start")

@@ -113,5 +113,6 @@ def _hold_out(documents: list[Document]) -> tuple[list[Document], list[Document]
         if held >= wanted:
             return documents[:-count], documents[-count:]
     name, text = documents[-1]
-    cut = text.rfind("\n", 0, len(text) - int(min(wanted, len(text) / 2))) + 1 or len(text) - int(wanted)
+    size = max(1, int(min(wanted, len(text) / 2)))
+    cut = text.rfind("\n", len(text) - 2 * size, len(text) - size) + 1 or len(text) - size
     return [*documents[:-1], Document(name, text[:cut])], [Document(f"{name} (end)", text[cut:])]

@@ -64,16 +64,16 @@ class Precision:
     def __init__(self, device: torch.device, dtype: torch.dtype, init_loss_scale: float):
         self.device = device
         self.dtype = dtype
+        self.emulates = dtype is torch.float16 and device.type == "cpu"
         scales = dtype is torch.float16
         self._scaler = torch.amp.GradScaler(device.type, init_scale=init_loss_scale, enabled=scales)
         self._one = torch.ones((), device=device)
-        self._half_on_cpu = scales and device.type == "cpu"
 
     @contextlib.contextmanager
     def autocast(self):
         """Compute in the run's dtype; wraps the forwards and, for a CPU's half products, the backward too."""
         with contextlib.ExitStack() as stack:
-            if self._half_on_cpu:
+            if self.emulates:
                 stack.enter_context(HalfProductsOnCpu())
             stack.enter_context(
                 torch.amp.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
@@ -82,7 +82,7 @@ class Precision:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`, times the loss scale."""
-        with HalfProductsOnCpu() if self._half_on_cpu else contextlib.nullcontext():
+        with HalfProductsOnCpu() if self.emulates else contextlib.nullcontext():
             self._scaler.scale(loss).backward()
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:

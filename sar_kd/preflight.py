@@ -13,6 +13,28 @@ from sar_kd.models import Models, num_rows
 from sar_kd.precision import Precision
 
 
+def describe(train: Corpus, validation: Corpus, precision: Precision) -> list[str]:
+    """What the run is made of, as it was found: device and dtype, text, tokenizers, what had to be left out."""
+    rounded = ", each product rounded to half" if precision.emulates else ""
+    lines = [
+        f"Computing in {str(precision.dtype).removeprefix('torch.')} on {precision.device}{rounded}; "
+        "trainable weights are float32",
+        f"Text: {train.num_bytes / 1e6:.2f} MB, {train.num_tokens:,} tokens in {len(train)} blocks; "
+        f"held out: {validation.num_bytes / 1e6:.2f} MB, {validation.num_tokens:,} tokens",
+    ]
+    pair = train.pair
+    if pair.projection is not None:
+        lines.append(
+            f"Tokenizers: {'equal' if pair.equal else 'different'} ({len(pair.teacher)} and {len(pair.student)} tokens); "
+            f"the teacher's rows, projected byte by byte, cover {train.coverage():.1%} of the student's tokens"
+        )
+    left_out = [*train.left_out, *validation.left_out]
+    if left_out:
+        shown = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
+        lines.append(f"Left out {len(left_out)} documents that are empty or that a tokenizer cannot represent: {shown}")
+    return lines
+
+
 def check_clamps(
     loss: LossConfig, models: Models, validation: Corpus, precision: Precision, start_loss: float
 ) -> list[str]:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import resource
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 from sar_kd.checkpoint import load_checkpoint, save_checkpoint, save_student
 from sar_kd.config import Config
@@ -23,7 +28,7 @@ from sar_kd.models import Models
 from sar_kd.objective import Objective
 from sar_kd.optim import learning_rate_at, set_learning_rate_
 from sar_kd.precision import Precision
-from sar_kd.preflight import check_clamps
+from sar_kd.preflight import check_clamps, describe
 from sar_kd.step import StepReport, train_step
 
 
@@ -137,6 +142,8 @@ class Trainer:
 
     def _begin(self) -> None:
         """Evaluate both models before the first step, refuse what cannot learn, keep the student as it is."""
+        for line in describe(self.train_text, self.validation_text, self.precision):
+            self.log.say(line)
         self.progress.teacher = _figures(self._evaluate("teacher"))
         start = self._evaluate("student")
         self.progress.start = self.progress.last = self.progress.best = _figures(start)
@@ -180,8 +187,10 @@ class Trainer:
 
     def _stop(self, report: StepReport, micro_batches: list[Batch]) -> None:
         """Emergency stop: the weights are the last good ones; save them, write down why, and raise."""
-        bad = micro_batches[-1]
-        findings = examine(self.models.student, bad, self.precision)
+        for bad in micro_batches:
+            findings = examine(self.models.student, bad, self.precision)
+            if not findings["finite_in_run_dtype"]:
+                break
         documents = [
             name for batch in micro_batches for block in batch.blocks for name in self.train_text.documents_of(block)
         ]
@@ -243,7 +252,10 @@ def _figures(evaluation: Evaluation) -> dict:
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Peak bytes on the GPU, or of the whole process where there is none."""
+    """Peak bytes on the GPU, or of the whole process where there is none; 0 where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if resource is None:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
