@@ -25,7 +25,7 @@ def describe(train: Corpus, validation: Corpus, precision: Precision) -> list[st
     pair = train.pair
     if pair.projection is not None:
         lines.append(
-            f"Tokenizers: {'equal' if pair.equal else 'different'} ({len(pair.teacher)} and {len(pair.student)} tokens); "
+            f"{'Equal' if pair.equal else 'Different'} tokenizers ({len(pair.teacher)} and {len(pair.student)} tokens): "
             f"the teacher's rows, projected byte by byte, cover {train.coverage():.1%} of the student's tokens"
         )
     left_out = [*train.left_out, *validation.left_out]
