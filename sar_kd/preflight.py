@@ -24,9 +24,10 @@ def describe(train: Corpus, validation: Corpus, precision: Precision) -> list[st
     ]
     pair = train.pair
     if pair.projection is not None:
+        kind, sizes = ("Equal" if pair.equal else "Different"), f"{len(pair.teacher)} and {len(pair.student)} tokens"
         lines.append(
-            f"{'Equal' if pair.equal else 'Different'} tokenizers ({len(pair.teacher)} and {len(pair.student)} tokens): "
-            f"the teacher's rows, projected byte by byte, cover {train.coverage():.1%} of the student's tokens"
+            f"{kind} tokenizers ({sizes}): the teacher's rows, projected byte by byte, cover "
+            f"{train.coverage():.1%} of the student's tokens"
         )
     left_out = [*train.left_out, *validation.left_out]
     if left_out:
