@@ -80,6 +80,7 @@ class _Parser(argparse.ArgumentParser):
 def _build_parser(script: Mapping[str, str]) -> argparse.ArgumentParser:
     width = min(100, int(os.environ.get("COLUMNS", 100)))
     parser = _Parser(
+        usage="%(prog)s [--mode MODE] [flags]",
         description="Distil a large causal language model into a small one, in fp16, without NaN.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=width),
         allow_abbrev=False,
