@@ -174,7 +174,7 @@ class TokenizerPair:
     def __init__(self, student, teacher, *, student_rows: int, teacher_rows: int, projects: bool = False):
         """student, teacher: transformers tokenizers; *_rows: rows of the models' heads; projects: even if equal
 
-        Raises: ValueError naming the tokenizer, if they differ and one of them changes text
+        Raises: UnfitTokenizer, if they differ and one of them changes text, or one has no end-of-text token
         """
         self.student, self.teacher = student, teacher
         self.equal = same_tokenizer(student, teacher)
@@ -195,10 +195,16 @@ class TokenizerPair:
         return text
 
 
-def _named(function, whose: str, tokenizer, *args):
+class UnfitTokenizer(ValueError):
+    """A tokenizer that cannot take part; `whose` is 'student' or 'teacher'."""
+
+    def __init__(self, whose: str, reason: str):
+        super().__init__(f"the {whose}'s tokenizer {reason}")
+        self.whose, self.reason = whose, reason
+
+
+def _named(function, whose: str, *args):
     try:
-        return function(tokenizer, *args)
+        return function(*args)
     except ValueError as error:
-        raise ValueError(
-            f"the {whose}'s tokenizer ({tokenizer.name_or_path or type(tokenizer).__name__}) {error}"
-        ) from None
+        raise UnfitTokenizer(whose, str(error)) from None

@@ -105,15 +105,16 @@ def open_run(config: Config) -> RunLog:
     Raises: UsageError if the folder holds another run, or cannot be written
     """
     folder, train = Path(config.train.output_dir), config.train
-    holds_run = (folder / "config.json").exists()
-    if holds_run and not (train.resume or train.overwrite):
-        raise UsageError(f"--output_dir {folder}: holds a run; --resume continues it, --overwrite deletes it")
-    if folder.exists() and not holds_run and any(folder.iterdir()):
-        raise UsageError(f"--output_dir {folder}: is not empty and holds no run; name another folder")
     try:
-        if holds_run and train.overwrite:
-            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        holds_run = (folder / "config.json").exists()
+        if holds_run and not (train.resume or train.overwrite):
+            raise UsageError(f"--output_dir {folder}: holds a run; --resume continues it, --overwrite deletes it")
+        if not holds_run and any(folder.iterdir()):
+            raise UsageError(f"--output_dir {folder}: is not empty and holds no run; name another folder")
+        if train.overwrite:
+            shutil.rmtree(folder)
+            folder.mkdir()
     except OSError as error:
         raise UsageError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
     log = RunLog(config)

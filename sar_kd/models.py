@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 from sar_kd import embedded
-from sar_kd.alignment import TokenizerPair
+from sar_kd.alignment import TokenizerPair, UnfitTokenizer
 from sar_kd.config import EMBEDDED, Config, UsageError
 from sar_kd.precision import Precision
 
@@ -62,10 +62,9 @@ def load_models(config: Config, precision: Precision) -> Models:
             teacher_rows=num_rows(teacher),
             projects=config.loss.alignment == "projection",
         )
-    except ValueError as error:
-        raise UsageError(
-            f"--alignment {config.loss.alignment}: {error}; use a model whose tokenizer keeps text"
-        ) from None
+    except UnfitTokenizer as error:
+        flag = f"{error.whose}_model"
+        raise UsageError(f"--{flag} {getattr(names, flag)}: its tokenizer {error.reason}; use another model") from None
     teacher.requires_grad_(False).eval().to(precision.device)
     student.train().to(precision.device)
     both = (names.teacher_model, names.student_model)

@@ -85,7 +85,6 @@ class Trainer:
         else:
             self._begin()
         progress = self.progress
-        self.log.start(progress.step, settings.train_steps)
         with Interruption() as interruption:
             while progress.step < settings.train_steps:
                 started = time.monotonic()
@@ -153,12 +152,14 @@ class Trainer:
             f"Validation PPL at the start = {start.perplexity:.2f} (teacher {self.progress.teacher['val_ppl']:.2f}; "
             f"bits per byte {start.bits_per_byte:.3f}, teacher {self.progress.teacher['val_bits_per_byte']:.3f})"
         )
+        self.log.start(0, self.config.train.train_steps)
         save_student(self.models.student, self.models.tokenizers.student, self.folder / "student")
 
     def _resume(self) -> None:
         saved = load_checkpoint(self.folder / "checkpoint", **self._state())
         self.progress = Progress(**saved)
         self.log.say(f"Resumed after step {self.progress.step}")
+        self.log.start(self.progress.step, self.config.train.train_steps)
 
     def _evaluate(self, which: str) -> Evaluation:
         text = self.validation_text
