@@ -38,6 +38,7 @@ class RunLog:
 
     def start(self, first_step: int, train_steps: int) -> None:
         """Write `config.json`, open `metrics.jsonl` without what a resumed run is about to repeat, show the bar."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         replace_text(self.folder / "config.json", json.dumps(self._config.to_dict(), indent=2) + "\n")
         path = self.folder / "metrics.jsonl"
         kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= first_step] if first_step else []
@@ -100,21 +101,22 @@ class RunLog:
 
 
 def open_run(config: Config) -> RunLog:
-    """Make the run folder and say what the run is. The folder holds a run from `RunLog.start` on.
+    """Find the run folder usable and say what the run is. The folder holds a run from `RunLog.start` on.
 
     Raises: UsageError if the folder holds another run, or cannot be written
     """
     folder, train = Path(config.train.output_dir), config.train
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not (existing.is_dir() and os.access(existing, os.W_OK)):
+            raise UsageError(f"--output_dir {folder}: cannot be written ({existing} is no folder that can be)")
         holds_run = (folder / "config.json").exists()
         if holds_run and not (train.resume or train.overwrite):
             raise UsageError(f"--output_dir {folder}: holds a run; --resume continues it, --overwrite deletes it")
-        if not holds_run and any(folder.iterdir()):
+        if not holds_run and folder.exists() and any(folder.iterdir()):
             raise UsageError(f"--output_dir {folder}: is not empty and holds no run; name another folder")
-        if train.overwrite:
+        if holds_run and train.overwrite:
             shutil.rmtree(folder)
-            folder.mkdir()
     except OSError as error:
         raise UsageError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
     log = RunLog(config)
@@ -129,7 +131,7 @@ def closing_table(summary: dict, folder: Path) -> list[str]:
     """The result in a table: student at the start, at its best and at the end, and the teacher."""
 
     def row(name, perplexity, bits):
-        return f"  {name:<22}{perplexity:>14.2f}{bits:>16.4f}"
+        return f"  {name:<26}{perplexity:>14.2f}{bits:>16.4f}"
 
     skipped = ", ".join(f"{cause} {count}" for cause in CAUSES if (count := summary["skipped"].get(cause)))
     best = f"student, best (step {summary['best_step']})"
@@ -137,7 +139,7 @@ def closing_table(summary: dict, folder: Path) -> list[str]:
         "",
         f"{summary['status'].replace('_', ' ').capitalize()} after {summary['steps']} steps "
         f"in {_duration(summary['wall_seconds'])}, {summary['tokens_per_second']:,.0f} tokens/s",
-        f"  {'':<22}{'perplexity':>14}{'bits per byte':>16}",
+        f"  {'':<26}{'perplexity':>14}{'bits per byte':>16}",
         row("student, start", summary["val_ppl_start"], summary["val_bits_per_byte_start"]),
         row("student, end", summary["val_ppl_final"], summary["val_bits_per_byte_final"]),
         row(best, summary["val_ppl_best"], summary["val_bits_per_byte_best"]),

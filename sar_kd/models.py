@@ -5,6 +5,7 @@ The only module that reads checkpoints through transformers.
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,7 @@ def load_models(config: Config, precision: Precision) -> Models:
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry of an absent network
     names = config.models
     student = _load_model("student_model", names.student_model, torch.float32, names.trust_remote_code)
     teacher = _load_model("teacher_model", names.teacher_model, precision.dtype, names.trust_remote_code)
@@ -83,6 +85,8 @@ def _context(model: nn.Module) -> int | None:
 
 def _location(flag: str, name: str) -> str:
     if name == EMBEDDED:
+        if not _EMBEDDED_DIRS[flag].is_dir():
+            raise UsageError(f"--{flag} {EMBEDDED}: not in this installation; make it with `python -m sar_kd embedded`")
         return str(_EMBEDDED_DIRS[flag])
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise UsageError(f"--{flag} {name}: no such directory")

@@ -19,8 +19,8 @@ def describe(train: Corpus, validation: Corpus, precision: Precision) -> list[st
     lines = [
         f"Computing in {str(precision.dtype).removeprefix('torch.')} on {precision.device}{rounded}; "
         "trainable weights are float32",
-        f"Text: {train.num_bytes / 1e6:.2f} MB, {train.num_tokens:,} tokens in {len(train)} blocks; "
-        f"held out: {validation.num_bytes / 1e6:.2f} MB, {validation.num_tokens:,} tokens",
+        f"Text: {train.num_bytes / 1e3:,.1f} kB, {train.num_tokens:,} tokens in {len(train)} blocks; "
+        f"held out: {validation.num_bytes / 1e3:,.1f} kB, {validation.num_tokens:,} tokens",
     ]
     pair = train.pair
     if pair.projection is not None:
