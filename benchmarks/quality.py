@@ -22,17 +22,17 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PRECISE = ("--mode", "precise")
 FP16 = ("--model_dtype", "float16")
+CLAMPED = ("--logit_clamp_style", "normalized", "--loss_clamp_style", "scale")
+LITERAL = ("--logit_clamp_style", "raw", "--loss_clamp_style", "hard", "--force")
 VARIANTS = {
     "ce": ("cross-entropy only, precise", (*PRECISE, "--alpha_kd", "0", "--alpha_ce", "1")),
     "kd": ("distilled, precise", PRECISE),
-    "balanced": ("distilled, balanced, fp16", ("--mode", "balanced", *FP16)),
-    "balanced_ce": ("the same without the teacher (--alpha_kd 0)", ("--mode", "balanced", *FP16, "--alpha_kd", "0")),
-    "ultra": ("distilled, ultra-conservative, fp16", ("--mode", "ultra-conservative", *FP16)),
-    "ultra_raw": (
-        "the same, clamps to the letter (raw, hard; --force)",
-        ("--mode", "ultra-conservative", *FP16, "--logit_clamp_style", "raw", "--loss_clamp_style", "hard", "--force"),
-    ),
-    "kd_fp16": ("distilled, precise, fp16", (*PRECISE, *FP16)),
+    "kd_fp16": ("... in float16", (*PRECISE, *FP16)),
+    "kd_clamps": ("... with the ±5 and 6 clamps as they are by default", (*PRECISE, *CLAMPED)),
+    "kd_literal": ("... with the clamps to the letter (raw, hard)", (*PRECISE, *LITERAL)),
+    "kd_clip": ("... clipped at 0.5, skipped above 2.0", (*PRECISE, "--max_grad_norm", "0.5", "--skip_rule", "storm")),
+    "balanced": ("distilled, balanced, float16", ("--mode", "balanced", *FP16)),
+    "ultra": ("distilled, ultra-conservative, float16", ("--mode", "ultra-conservative", *FP16)),
 }
 
 

@@ -253,7 +253,7 @@ MODES = MappingProxyType(
             "student_lr": 1e-5, "temperature": 2.0, "alpha_kd": 0.1, "alpha_ce": 0.9, **_CLAMPED,
         },
         "precise": {
-            "student_lr": 1e-5, "temperature": 1.0, "alpha_kd": 0.6, "alpha_ce": 0.4, **_CLAMPED,
+            "student_lr": 2e-5, "temperature": 1.0, "alpha_kd": 0.6, "alpha_ce": 0.4, **_CLAMPED,
             "logit_clamp_style": "off", "loss_clamp_style": "off",
             "max_grad_norm": 1.0, "skip_rule": "adaptive", "skip_factor": 4.0,
         },
