@@ -3,7 +3,7 @@
 Shapes, everywhere: B batch, T positions, V vocabulary (rows of the head), D hidden size, N flattened tokens that
 count, K of them that a teacher row speaks about, M and E entries of a vocabulary map; `_s` student, `_t` teacher.
 
-Reading order: `train_sar_kd_stable.py`, `trainer.train_step`, `objective`, `losses`, `guards`; then the way of the
+Reading order: `train_sar_kd_stable.py`, `step.train_step`, `objective`, `losses`, `guards`; then the way of the
 data, `data`, `alignment`, `tokens`.
 """
 

@@ -12,6 +12,7 @@ VERBS = {"embedded": "sar_kd.embedded.build"}
 
 
 def main(argv: list[str]) -> int:
+    """Run the verb that `argv` begins with; 2 where there is none of that name."""
     if not argv or argv[0] not in VERBS:
         print(__doc__.strip(), file=sys.stderr if argv else sys.stdout)
         return 2 if argv else 0

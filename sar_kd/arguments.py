@@ -49,12 +49,20 @@ def _resumed(given: dict[str, object], mode: str | None) -> Config:
     path = Path(given["output_dir"]) / "config.json"
     if not path.is_file():
         raise UsageError(f"--output_dir {given['output_dir']}: holds no run to resume ({path.name} is missing)")
-    saved = json.loads(path.read_text())
-    saved_mode = saved.pop("mode")
-    values = {name: value for section in saved.values() for name, value in section.items()}
+    if "overwrite" in given:
+        raise UsageError("--resume --overwrite: one continues the run, the other deletes it; give one")
+    try:
+        saved = json.loads(path.read_text())
+        saved_mode = saved.pop("mode")
+        values = {name: value for section in saved.values() for name, value in section.items()}
+        values = {name: values[name] for section in SECTIONS.values() for name in section.__dataclass_fields__}
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UsageError(f"--resume: {path} is not what this version wrote ({error}); start a new run") from None
     for name, value in given.items():
         same = name in _MAY_CHANGE_ON_RESUME or values[name] == (list(value) if isinstance(value, tuple) else value)
-        require(same, name, value, f"the run to resume has {values[name]}; leave the flag out or start a new run")
+        shown = " ".join(value) if isinstance(value, tuple | list) else value
+        former = " ".join(values[name]) if isinstance(values[name], list) else values[name]
+        require(same, name, shown, f"the run to resume has '{former}'; leave the flag out or start a new run")
     require(mode in (None, saved_mode), "mode", mode, f"the run to resume has {saved_mode}; leave the flag out")
     changed = sorted(
         f"--{name} {value}" for name, value in given.items() if name == "train_steps" and value != values[name]

@@ -32,11 +32,12 @@ def save_student(student: nn.Module, tokenizer, folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     student.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted(aside.iterdir()):
+    for path in sorted(path for path in aside.rglob("*") if path.is_file()):
+        target = folder / path.relative_to(aside)
+        target.parent.mkdir(parents=True, exist_ok=True)
         _flush(path)
-        os.replace(path, folder / path.name)
-    aside.rmdir()
+        os.replace(path, target)
+    shutil.rmtree(aside)
 
 
 def save_checkpoint(

@@ -29,6 +29,7 @@ def flag(default, text: str, choices: tuple[str, ...] = ()):
 
 
 def require(holds: bool, name: str, value: object, remedy: str) -> None:
+    """Raise UsageError naming the flag, its value and the remedy, unless `holds`."""
     if not holds:
         raise UsageError(f"--{name} {value}: {remedy}")
 
@@ -36,7 +37,7 @@ def require(holds: bool, name: str, value: object, remedy: str) -> None:
 def _require_at_least(settings, minimum: float, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
-        in_range = math.isfinite(value) and value >= minimum
+        in_range = minimum <= value < math.inf
         require(in_range, name, value, f"must be a number of at least {minimum:g}")
 
 
@@ -188,6 +189,7 @@ class TrainConfig:
             self, 1, "train_steps", "per_device_batch_size", "grad_accum_steps", "eval_steps", "log_steps", "save_steps"
         )
         _require_at_least(self, 0, "seed")
+        require(self.seed < 2**63, "seed", self.seed, "must be below 2^63")
         if self.resume and self.overwrite:
             raise UsageError("--resume --overwrite: one continues the run, the other deletes it; give one")
 
@@ -208,7 +210,7 @@ class Config:
     """Lines to show at the start of the run; not part of what the run is."""
 
     def to_dict(self) -> dict:
-        """Plain values for `config.json`; `from_flags(flags(...))` gives an equal object."""
+        """Plain values for `config.json`; its sections, joined, are `from_flags`'s values again."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "notices"}
 
     @staticmethod

@@ -15,6 +15,8 @@ _HELD_OUT_SHARE = 0.05
 
 
 class Document(NamedTuple):
+    """One text with a name to call it by."""
+
     name: str
     text: str
 

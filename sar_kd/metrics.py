@@ -38,6 +38,8 @@ class RunLog:
 
     def start(self, first_step: int, train_steps: int) -> None:
         """Write `config.json`, open `metrics.jsonl` without what a resumed run is about to repeat, show the bar."""
+        if first_step == 0 and self._config.train.overwrite:  # only now is it sure that a run begins
+            shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_text(self.folder / "config.json", json.dumps(self._config.to_dict(), indent=2) + "\n")
         path = self.folder / "metrics.jsonl"
@@ -115,8 +117,6 @@ def open_run(config: Config) -> RunLog:
             raise UsageError(f"--output_dir {folder}: holds a run; --resume continues it, --overwrite deletes it")
         if not holds_run and folder.exists() and any(folder.iterdir()):
             raise UsageError(f"--output_dir {folder}: is not empty and holds no run; name another folder")
-        if holds_run and train.overwrite:
-            shutil.rmtree(folder)
     except OSError as error:
         raise UsageError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
     log = RunLog(config)

@@ -46,5 +46,6 @@ def learning_rate_at(step: int, train_steps: int, config: OptimConfig) -> float:
 
 
 def set_learning_rate_(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Let the next update use `rate`."""
     for group in optimizer.param_groups:
         group["lr"] = rate

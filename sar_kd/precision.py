@@ -68,6 +68,7 @@ class Precision:
         scales = dtype is torch.float16
         self._scaler = torch.amp.GradScaler(device.type, init_scale=init_loss_scale, enabled=scales)
         self._one = torch.ones((), device=device)
+        self._scaler.scale(self._one)  # the scaler is made on its first use, and a first step may have no target
 
     @contextlib.contextmanager
     def autocast(self):

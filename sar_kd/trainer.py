@@ -91,7 +91,7 @@ class Trainer:
                 report, micro_batches = self._attempt()
                 progress.train_seconds += time.monotonic() - started
                 self._record(report)
-                at_end = progress.step == settings.train_steps
+                at_end = progress.step == settings.train_steps or report.verdict.emergency
                 if progress.step % settings.eval_steps == 0 or at_end:
                     self._validate()
                 progress.seconds += time.monotonic() - before
@@ -204,7 +204,6 @@ class Trainer:
             "grad_norm": report.grad_norm,
         }
         write_crash(self.folder / "crash", bad, record)
-        self._validate()
         self._save()
         self.log.finish(self.summary("emergency_stop"))
         module = findings["first_bad_module"]

@@ -79,6 +79,7 @@ def sentencepiece_bpe(texts: list[str]) -> transformers.PreTrainedTokenizerFast:
 
 
 def teacher_model() -> nn.Module:
+    """4.5 M parameters, most of them in 8 experts of which a token uses 2."""
     config = transformers.Qwen3MoeConfig(
         vocab_size=TEACHER_VOCAB,
         hidden_size=192,
@@ -100,6 +101,7 @@ def teacher_model() -> nn.Module:
 
 
 def student_model() -> nn.Module:
+    """0.43 M parameters, dense."""
     config = transformers.LlamaConfig(
         vocab_size=STUDENT_VOCAB,
         hidden_size=96,
