@@ -58,8 +58,8 @@ def _starts(ends: np.ndarray) -> np.ndarray:
 class VocabularyProjection:
     """The map phi_p from teacher tokens to student tokens, for every emitted prefix p.
 
-    phi_p(v) is the first token that the student's own tokenizer gives for the bytes of v after p; where that
-    is not a prefix of them (the tokenizer looked across the end), the longest student token that is.
+    phi_p(v) is the student token that spells the bytes of v after p; where there is none, the first token that
+    the student's own tokenizer gives for them; where that is not a prefix of them, the longest token that is.
     The teacher tokens that extend p are one slice of the teacher's vocabulary sorted by bytes; the map of a
     slice is built when its prefix is first met, and kept.
     """
@@ -148,9 +148,9 @@ class VocabularyProjection:
             if self._student.canonical(text) == text:
                 texts.append(text)
                 owners.append(remainder)
-        before = len(anchor) + self._student.dummy_prefix
         for remainder, ids in zip(owners, encode(self._tokenizer, texts), strict=True):
             ends = np.cumsum(self._student.lengths[ids])
+            before = int(ends[-1]) - len(remainder)  # the anchor, and the space put before it
             at = int(np.searchsorted(ends, before, side="right")) if before else 0
             starts_there = before == 0 or (at > 0 and ends[at - 1] == before)
             piece = self._student.pieces[ids[at]] if starts_there and at < len(ids) else b""

@@ -35,7 +35,7 @@ class TokenStream:
     ends: np.ndarray
     """int64 [N]: where each token ends in the joined text, an end-of-text token counting one byte."""
     has_dummy: np.ndarray
-    """bool [N]: the token's bytes begin with a space that the text does not have."""
+    """bool [N]: the token's bytes begin with a space that the text, as both models read it, does not have."""
 
 
 class Block(NamedTuple):
@@ -113,8 +113,6 @@ class Corpus:
         self.pair = pair
         self.left_out: list[str] = []
         self.student, self.teacher, self.names, self.starts, self.num_bytes = self._join(documents)
-        if not self.names:
-            raise UsageError("--train_file: none of its documents can be represented by both tokenizers")
         self.blocks = list(_cut(self.student.ends, self.teacher.ends, max_student - 1, max_teacher - 1))
 
     def __len__(self) -> int:
@@ -128,40 +126,48 @@ class Corpus:
     def _join(self, documents: list[Document]):
         pair = self.pair
         texts = [pair.canonical(document.text) if _is_unicode(document.text) else "" for document in documents]
-        sizes = [len(text.encode()) for text in texts]
-        sides = [(pair.student, pair.student_end), (pair.teacher, pair.teacher_end)]
-        encoded = [encode(tokenizer, texts) for tokenizer, _ in sides[: 1 if pair.equal else 2]]
-        keeps = [self._is_exact(index, sizes[index], encoded) for index in range(len(documents))]
-        self.left_out = [document.name for document, keep in zip(documents, keeps, strict=True) if not keep]
-        kept = [index for index, keep in enumerate(keeps) if keep]
-        streams = [self._stream(side, [ids[i] for i in kept], sides[side][1]) for side, ids in enumerate(encoded)]
-        student, teacher = streams[0], streams[-1]
-        lengths = [(len(encoded[0][i]) if pair.tables is None else sizes[i]) + 1 for i in kept]
-        starts = np.cumsum([0, *lengths[:-1]], dtype=np.int64)
-        return student, teacher, [documents[i].name for i in kept], starts, sum(sizes[i] for i in kept)
-
-    def _is_exact(self, index: int, size: int, encoded: list[list[list[int]]]) -> bool:
-        """Whether every tokenizer's tokens hold exactly the document's bytes (and there is something to read)."""
-        if not encoded[0][index]:
-            return False
-        return all(
-            int(table.lengths[ids[index]].sum()) == size + table.dummy_prefix
-            for table, ids in zip(self.pair.tables or (), encoded, strict=False)
+        sizes = np.array([len(text.encode()) for text in texts], dtype=np.int64)
+        encoded = [encode(pair.student, texts)] + ([] if pair.equal else [encode(pair.teacher, texts)])
+        keep = np.array([bool(ids) for ids in encoded[0]])
+        # Bytes that a tokenizer puts before each text: 0, or 1 for a dummy space; anything else is not this text.
+        dummies = np.zeros((2, len(texts)), dtype=np.int64)
+        for side, table in enumerate(pair.tables or ()):
+            dummies[side] = [int(table.lengths[ids].sum()) for ids in encoded[min(side, len(encoded) - 1)]] - sizes
+            keep &= (dummies[side] == 0) | ((dummies[side] == 1) & table.dummy_prefix)
+        kept = keep.nonzero()[0].tolist()
+        self.left_out = [documents[i].name for i in (~keep).nonzero()[0]]
+        if not kept:
+            shown = ", ".join(self.left_out[:3])
+            raise UsageError(f"--train_file: no document holds text that both tokenizers can represent ({shown})")
+        dummies, sizes = dummies[:, kept], sizes[kept]
+        # A space that both sides put there is text to both; one that only one side puts there is not text.
+        shared = dummies.min(axis=0)
+        ends = (pair.student_end, pair.teacher_end)
+        streams = [
+            self._stream(side, [ids[i] for i in kept], ends[side], dummies[side] > shared)
+            for side, ids in enumerate(encoded)
+        ]
+        lengths = 1 + (sizes + shared if pair.tables else np.array([len(encoded[0][i]) for i in kept]))
+        return (
+            streams[0],
+            streams[-1],
+            [documents[i].name for i in kept],
+            np.cumsum(lengths) - lengths,
+            int(sizes.sum()),
         )
 
-    def _stream(self, side: int, encoded: list[list[int]], end_id: int) -> TokenStream:
-        ids = np.fromiter((i for ids in encoded for i in (*ids, end_id)), dtype=np.int32)
-        firsts = np.cumsum([0, *(len(document) + 1 for document in encoded[:-1])], dtype=np.int64)
-        has_dummy = np.zeros(len(ids), dtype=bool)
+    def _stream(self, side: int, encoded: list[list[int]], end_id: int, has_dummy: np.ndarray) -> TokenStream:
+        """One tokenizer's stream; `has_dummy` bool [documents]: the first token begins with a space that is no text."""
+        counts = np.array([len(ids) + 1 for ids in encoded], dtype=np.int64)
+        ids = np.fromiter((i for document in encoded for i in (*document, end_id)), dtype=np.int32, count=counts.sum())
+        flags = np.zeros(len(ids), dtype=bool)
         if self.pair.tables is None:
-            return TokenStream(ids, np.arange(1, len(ids) + 1), has_dummy)
-        table = self.pair.tables[side]
-        widths = table.lengths[ids]
-        widths[np.cumsum([len(document) + 1 for document in encoded], dtype=np.int64) - 1] = 1
-        if table.dummy_prefix:
-            has_dummy[firsts] = True
-            widths[firsts] -= 1
-        return TokenStream(ids, np.cumsum(widths), has_dummy)
+            return TokenStream(ids, np.arange(1, len(ids) + 1), flags)
+        lasts = np.cumsum(counts) - 1
+        flags[(lasts - counts + 1)[has_dummy]] = True
+        widths = self.pair.tables[side].lengths[ids] - flags
+        widths[lasts] = 1
+        return TokenStream(ids, np.cumsum(widths), flags)
 
     def documents_of(self, block: int) -> list[str]:
         """Names of the documents that a block holds a part of."""
@@ -188,10 +194,8 @@ class Corpus:
             start = self.student.ends[cut.student_start - 1] if cut.student_start else 0
             student, teacher = slice(cut.student_start, cut.student_end), slice(cut.teacher_start, cut.teacher_end)
             found = cover(self.student.ends[student] - start, self.teacher.ends[teacher] - start)
-            # A token with a dummy space says other bytes than the text does, unless both sides carry one.
-            student_dummy = self.student.has_dummy[student][found.student]
-            teacher_dummy = self.teacher.has_dummy[teacher][found.teacher]
-            keep = (student_dummy == teacher_dummy) & ~(teacher_dummy & (found.emitted > 0))
+            # A token with a dummy space of its own says other bytes than the text does.
+            keep = ~(self.student.has_dummy[student][found.student] | self.teacher.has_dummy[teacher][found.teacher])
             rows.append(first_row + found.student[keep])
             teacher_rows.append(number * teacher_width + found.teacher[keep])
             tokens.append(self.teacher.ids[teacher][found.teacher[keep]].astype(np.int64))
@@ -267,8 +271,9 @@ def _cut(student_ends: np.ndarray, teacher_ends: np.ndarray, max_student: int, m
                 f"--block_size {max_student + 1}: a stretch of text from byte {reached} on holds no place within a "
                 "block at which both tokenizers end a token; raise it"
             )
-        student_end = int(np.searchsorted(student_ends, common[at], side="right"))
-        teacher_end = int(np.searchsorted(teacher_ends, common[at], side="right"))
+        # The first token that ends there: one without bytes behind it belongs to what follows.
+        student_end = int(np.searchsorted(student_ends, common[at])) + 1
+        teacher_end = int(np.searchsorted(teacher_ends, common[at])) + 1
         yield Block(student_start, student_end, teacher_start, teacher_end)
         student_start, teacher_start = student_end, teacher_end
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -52,29 +53,35 @@ def _read_file(flag: str, path: Path, text_field: str) -> Iterator[Document]:
     if kind not in (".txt", ".jsonl", ".jsonl.gz"):
         raise UsageError(f"--{flag} {path}: must be a .txt, .jsonl or .jsonl.gz file")
     try:
-        opened = gzip.open(path, "rt", encoding="utf-8") if kind == ".jsonl.gz" else open(path, encoding="utf-8")
-        with opened as file:
+        with gzip.open(path) if kind == ".jsonl.gz" else open(path, "rb") as file:
             if kind == ".txt":
-                text = file.read()
+                text = _decode(flag, path, file.read())
                 if text.strip():
                     yield Document(path.name, text)
                 return
             for number, line in enumerate(file, 1):
                 if line.strip() and (text := _field_of(flag, path, number, line, text_field)).strip():
                     yield Document(f"{path.name}:{number}", text)
-    except UnicodeDecodeError as error:
-        raise UsageError(f"--{flag} {path}: is not UTF-8 text (byte {error.start}); convert it first") from None
-    except OSError as error:
-        raise UsageError(f"--{flag} {path}: cannot be read ({error.strerror or error})") from None
-    except EOFError:
-        raise UsageError(f"--{flag} {path}: the gzip file is cut short") from None
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"--{flag} {path}: cannot be read ({reason})") from None
 
 
-def _field_of(flag: str, path: Path, number: int, line: str, text_field: str) -> str:
+def _decode(flag: str, path: Path, content: bytes, where: str = "") -> str:
     try:
-        row = json.loads(line)
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        where = where or f"byte {error.start}"
+        raise UsageError(f"--{flag} {path}: is not UTF-8 text ({where}); convert it first") from None
+
+
+def _field_of(flag: str, path: Path, number: int, line: bytes, text_field: str) -> str:
+    try:
+        row = json.loads(_decode(flag, path, line, f"line {number}"))
     except json.JSONDecodeError as error:
         raise UsageError(f"--{flag} {path}: line {number} is not JSON ({error.msg})") from None
+    except RecursionError:
+        raise UsageError(f"--{flag} {path}: line {number} is JSON nested too deeply") from None
     text = row.get(text_field) if isinstance(row, dict) else None
     if not isinstance(text, str):
         fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
@@ -106,15 +113,15 @@ def _load_dataset(config: DataConfig) -> tuple[list[Document], list[Document]]:
 
 
 def _hold_out(documents: list[Document]) -> tuple[list[Document], list[Document]]:
-    """Hold out the last documents, or the end of the last one where documents are few, about 5 % of the text."""
-    wanted = _HELD_OUT_SHARE * sum(len(document.text) for document in documents)
-    for count in range(1, len(documents)):
-        held = sum(len(document.text) for document in documents[-count:])
-        if held > 2 * wanted:
-            break
-        if held >= wanted:
-            return documents[:-count], documents[-count:]
-    name, text = documents[-1]
-    size = max(1, int(min(wanted, len(text) / 2)))
-    cut = text.rfind("\n", len(text) - 2 * size, len(text) - size) + 1 or len(text) - size
-    return [*documents[:-1], Document(name, text[:cut])], [Document(f"{name} (end)", text[cut:])]
+    """Hold out about 5 % of the text: whole documents from the end while they fit, then the end of the next one."""
+    train, held, missing = list(documents), [], _HELD_OUT_SHARE * sum(len(document.text) for document in documents)
+    while len(train) > 1 and len(train[-1].text) <= missing:
+        held.insert(0, train.pop())
+        missing -= len(held[0].text)
+    if not held or missing > len(held[0].text):
+        name, text = train.pop()
+        size = max(1, int(min(missing, len(text) / 2)))
+        cut = text.rfind("\n", len(text) - 2 * size, len(text) - size) + 1 or len(text) - size
+        train.append(Document(name, text[:cut]))
+        held.insert(0, Document(f"{name} (end)", text[cut:]))
+    return train, held

@@ -149,8 +149,8 @@ class StepGuard:
         self.nan_batches = state["nan_batches"]
         self.nan_batches_max = state["nan_batches_max"]
         self.in_storm = state["in_storm"]
-        self._norms.extend(state["norms"])
-        self._skipped_for_norm.extend(state["skipped_for_norm"])
+        self._norms = deque(state["norms"], maxlen=_STORM_ATTEMPTS)
+        self._skipped_for_norm = deque(state["skipped_for_norm"], maxlen=_STORM_ATTEMPTS)
 
 
 def raw_clamp_perplexity_floor(vocab_size: int, clamp: float) -> float:

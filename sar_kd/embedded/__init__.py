@@ -4,7 +4,7 @@ The text is technical English that every CPython carries: the language reference
 the docstrings of the standard library, read from the installed interpreter with `ast`; nothing of it is
 stored here. A document is one topic, one module's docstring, or one top-level class or function with all
 docstrings inside it. The hash of a document's name puts it into a split, so that the same document falls
-into the same split under every Python version:
+into the same split under every Python version (shares of the documents):
 
     teacher 60 %      trained the embedded models, never used by a run
     transfer 30 %     what a run trains on
