@@ -19,8 +19,8 @@ def describe(train: Corpus, validation: Corpus, precision: Precision) -> list[st
     lines = [
         f"Computing in {str(precision.dtype).removeprefix('torch.')} on {precision.device}{rounded}; "
         "trainable weights are float32",
-        f"Text: {train.num_bytes / 1e3:,.1f} kB, {train.num_tokens:,} tokens in {len(train)} blocks; "
-        f"held out: {validation.num_bytes / 1e3:,.1f} kB, {validation.num_tokens:,} tokens",
+        f"Text: {train.text.num_bytes / 1e3:,.1f} kB, {train.num_tokens:,} tokens in {len(train)} blocks; "
+        f"held out: {validation.text.num_bytes / 1e3:,.1f} kB, {validation.num_tokens:,} tokens",
     ]
     pair = train.pair
     if pair.projection is not None:
@@ -29,7 +29,7 @@ def describe(train: Corpus, validation: Corpus, precision: Precision) -> list[st
             f"{kind} tokenizers ({sizes}): the teacher's rows, projected byte by byte, cover "
             f"{train.coverage():.1%} of the student's tokens"
         )
-    left_out = [*train.left_out, *validation.left_out]
+    left_out = [*train.text.left_out, *validation.text.left_out]
     if left_out:
         shown = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
         lines.append(f"Left out {len(left_out)} documents that are empty or that a tokenizer cannot represent: {shown}")

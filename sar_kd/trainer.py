@@ -67,7 +67,7 @@ class Trainer:
         log: RunLog,
     ):
         self.config, self.models, self.log = config, models, log
-        self.train_text, self.validation_text = train, validation
+        self.train, self.validation = train, validation
         self.objective, self.optimizer, self.guard, self.precision = objective, optimizer, guard, precision
         self.folder = Path(config.train.output_dir)
         self.progress = Progress()
@@ -110,7 +110,7 @@ class Trainer:
     def _attempt(self) -> tuple[StepReport, list[Batch]]:
         settings, step = self.config.train, self.progress.step
         set_learning_rate_(self.optimizer, learning_rate_at(step, settings.train_steps, self.config.optim))
-        micro_batches = self.train_text.micro_batches(
+        micro_batches = self.train.micro_batches(
             step, settings.per_device_batch_size, settings.grad_accum_steps, settings.seed
         )
         report = train_step(
@@ -141,12 +141,12 @@ class Trainer:
 
     def _begin(self) -> None:
         """Evaluate both models before the first step, refuse what cannot learn, keep the student as it is."""
-        for line in describe(self.train_text, self.validation_text, self.precision):
+        for line in describe(self.train, self.validation, self.precision):
             self.log.say(line)
         self.progress.teacher = _figures(self._evaluate("teacher"))
         start = self._evaluate("student")
         self.progress.start = self.progress.last = self.progress.best = _figures(start)
-        for notice in check_clamps(self.config.loss, self.models, self.validation_text, self.precision, start.loss):
+        for notice in check_clamps(self.config.loss, self.models, self.validation, self.precision, start.loss):
             self.log.say(notice)
         self.log.say(
             f"Validation PPL at the start = {start.perplexity:.2f} (teacher {self.progress.teacher['val_ppl']:.2f}; "
@@ -162,9 +162,8 @@ class Trainer:
         self.log.start(self.progress.step, self.config.train.train_steps)
 
     def _evaluate(self, which: str) -> Evaluation:
-        text = self.validation_text
-        batches = text.token_batches(which, self.config.train.per_device_batch_size)
-        return evaluate(getattr(self.models, which), batches, text.num_bytes, self.precision)
+        batches = self.validation.token_batches(which, self.config.train.per_device_batch_size)
+        return evaluate(getattr(self.models, which), batches, self.validation.text.num_bytes, self.precision)
 
     def _validate(self) -> None:
         progress, evaluation = self.progress, self._evaluate("student")
@@ -193,7 +192,7 @@ class Trainer:
             if not findings["finite_in_run_dtype"]:
                 break
         documents = [
-            name for batch in micro_batches for block in batch.blocks for name in self.train_text.documents_of(block)
+            name for batch in micro_batches for block in batch.blocks for name in self.train.documents_of(block)
         ]
         record = {"step": self.progress.step, "cause": report.verdict.cause, **findings}
         record |= {"documents": list(dict.fromkeys(documents)), "loss_scale": report.loss_scale}

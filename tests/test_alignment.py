@@ -274,8 +274,8 @@ def test_a_llama_tokenizer_of_transformers_keeps_text(llama_tokenizer, byte_toke
     texts = ["The teacher", " leading space", "  two", "\nline", "\u65e5\u672c"]
     pair = _pair(llama_tokenizer, byte_tokenizer)
     corpus = Corpus([Document(text, text) for text in texts], pair, 64, 64)
-    assert corpus.left_out == []
-    assert corpus.student.ends[-1] == corpus.teacher.ends[-1] == sum(len(text.encode()) + 1 for text in texts)
+    assert corpus.text.left_out == []
+    assert corpus.text.student.ends[-1] == corpus.text.teacher.ends[-1] == sum(len(text.encode()) + 1 for text in texts)
 
 
 # Cover
@@ -581,7 +581,7 @@ def test_equal_tokenizers_take_the_token_level_path_unless_asked(byte_tokenizer,
 )
 def test_a_document_opened_by_one_dummy_space_only_is_left_out_at_its_first_token(pairs, student, teacher, speaks):
     corpus, batch = _one_block(pairs[student, teacher], "In the end", "In the end")
-    first_of_second = int(np.flatnonzero(corpus.student.ids == corpus.pair.student_end)[0]) + 1
+    first_of_second = int(np.flatnonzero(corpus.text.student.ids == corpus.pair.student_end)[0]) + 1
     spoken = set(batch.kd_rows.tolist())
     assert (0 in spoken) == speaks
     assert (first_of_second in spoken) == speaks
@@ -595,6 +595,6 @@ def test_a_document_opened_by_two_dummy_spaces_keeps_its_first_token(dummy_prefi
 
 def test_a_token_that_is_a_dummy_space_alone_has_no_teacher_row(pairs):
     corpus, batch = _one_block(pairs["dummy_prefix", "byte"], "\nIn the end")
-    assert corpus.student.ends[0] == 0
+    assert corpus.text.student.ends[0] == 0
     assert 0 not in batch.kd_rows
     assert 1 in batch.kd_rows

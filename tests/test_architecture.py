@@ -11,12 +11,13 @@ SCRIPTS = ("train_sar_kd_fp16_safe", "train_sar_kd_stable")
 LEVELS = {
     0: {"sar_kd", "config", "embedded", "guards", "losses", "tokens", "interruption"},
     1: {"arguments", "alignment", "documents", "precision", "optim", "metrics"},
-    2: {"models", "data"},
-    3: {"objective", "evaluate", "checkpoint", "forensics", "preflight"},
-    4: {"step"},
-    5: {"trainer"},
-    6: {"cli", "embedded.build", "__main__"},
-    7: {*SCRIPTS},
+    2: {"models", "streams"},
+    3: {"data"},
+    4: {"objective", "evaluate", "checkpoint", "forensics", "preflight"},
+    5: {"step"},
+    6: {"trainer"},
+    7: {"cli", "embedded.build", "__main__"},
+    8: {*SCRIPTS},
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
 

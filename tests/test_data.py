@@ -53,7 +53,7 @@ def _side(corpus: Corpus, which: str):
     """Tokenizer, stream, end token and block ranges of one model."""
     pair = corpus.pair
     ranges = [(getattr(b, f"{which}_start"), getattr(b, f"{which}_end")) for b in corpus.blocks]
-    return getattr(pair, which), getattr(corpus, which), getattr(pair, f"{which}_end"), ranges
+    return getattr(pair, which), getattr(corpus.text, which), getattr(pair, f"{which}_end"), ranges
 
 
 def _text_of_blocks(corpus: Corpus, which: str) -> list[bytes]:
@@ -87,7 +87,7 @@ def test_the_number_of_tokens_is_the_students_and_the_number_of_bytes_the_texts(
     corpus = corpora["sp", "byte"]
     predicted = sum(len(batch.targets) for batch in corpus.token_batches("student", 4))
     assert corpus.num_tokens == predicted
-    assert corpus.num_bytes == sum(len(corpus.pair.canonical(d.text).encode()) for d in documents)
+    assert corpus.text.num_bytes == sum(len(corpus.pair.canonical(d.text).encode()) for d in documents)
 
 
 @pytest.mark.parametrize("names", CROSS)
@@ -160,7 +160,7 @@ def test_a_batch_opens_with_the_start_token_and_has_unshifted_labels(corpora):
     (batch,) = [batch for i, batch in enumerate(corpus.token_batches("student", 3)) if i == 1]
     ranges = _side(corpus, "student")[3][3:6]
     for row, (start, end) in enumerate(ranges):
-        size, ids = end - start, corpus.student.ids[start:end].tolist()
+        size, ids = end - start, corpus.text.student.ids[start:end].tolist()
         padding = batch.input_ids.shape[1] - 1 - size
         assert batch.input_ids[row].tolist() == [1, *ids, *[1] * padding]
         assert batch.labels[row].tolist() == [IGNORE_INDEX, *ids, *[IGNORE_INDEX] * padding]
@@ -250,7 +250,7 @@ def test_the_blocks_of_a_step_do_not_depend_on_how_its_window_is_split(corpora, 
 @pytest.mark.parametrize("text", ["x", " ", "\n", "\U0001f600", "\U0001f600\U0001f468\u200d\U0001f469", "\u65e5"])
 def test_the_smallest_documents_are_read(pairs, names, text):
     corpus = Corpus([Document("small", text)], pairs[names], 24, 40)
-    assert corpus.left_out == []
+    assert corpus.text.left_out == []
     assert _text_of_blocks(corpus, "student") == [text.encode() + END]
     assert len(corpus.batch([0]).student.targets) == corpus.num_tokens
 
@@ -259,10 +259,10 @@ def test_the_smallest_documents_are_read(pairs, names, text):
 @pytest.mark.parametrize("bad", ["", "half a pair: \ud83d"])
 def test_a_document_that_no_tokenizer_can_hold_is_left_out_by_name(pairs, names, bad):
     corpus = Corpus([Document("a", "first"), Document("bad", bad), Document("b", "last")], pairs[names], 24, 40)
-    assert corpus.left_out == ["bad"]
-    assert corpus.names == ["a", "b"]
+    assert corpus.text.left_out == ["bad"]
+    assert corpus.text.names == ["a", "b"]
     assert corpus.documents_of(0) == ["a", "b"]
-    assert corpus.num_bytes == len("firstlast")
+    assert corpus.text.num_bytes == len("firstlast")
 
 
 def test_a_document_that_one_tokenizer_changes_is_left_out_by_name(byte_tokenizer, sp_tokenizer):
@@ -273,14 +273,14 @@ def test_a_document_that_one_tokenizer_changes_is_left_out_by_name(byte_tokenize
     )
     documents = [Document("uk", "the colour of"), Document("us", "the color of")]
     corpus = Corpus(documents, _pair(sp_tokenizer, american), 24, 40)
-    assert corpus.left_out == ["uk"]
-    assert corpus.num_bytes == len("the color of")
+    assert corpus.text.left_out == ["uk"]
+    assert corpus.text.num_bytes == len("the color of")
 
 
 @pytest.mark.parametrize("names", [("sp", "byte"), ("byte", "sp")])
 def test_both_models_read_the_canonical_text(pairs, names):
     corpus = Corpus([Document("a", "one\u2581two")], pairs[names], 24, 40)
-    assert corpus.left_out == []
+    assert corpus.text.left_out == []
     assert _text_of_blocks(corpus, "student") == _text_of_blocks(corpus, "teacher") == [b"one two" + END]
 
 

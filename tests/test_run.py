@@ -221,7 +221,7 @@ def test_the_reported_perplexity_is_that_of_the_saved_student(finished, inputs):
     corpus = Corpus(held_out, finished.models.tokenizers, *finished.models.block_limits(32))
     precision = Precision(CPU, torch.float32, 1.0)
     saved = _student(finished.folder / "student")
-    found = evaluate(saved, corpus.token_batches("student", 1), corpus.num_bytes, precision)
+    found = evaluate(saved, corpus.token_batches("student", 1), corpus.text.num_bytes, precision)
     assert found.perplexity == pytest.approx(finished.summary["val_ppl_best"], rel=1e-6)
     assert found.bits_per_byte == pytest.approx(finished.summary["val_bits_per_byte_best"], rel=1e-6)
 

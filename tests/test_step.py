@@ -440,7 +440,7 @@ def test_twenty_steps_lower_the_loss(make_run, dtype):
 
 def _evaluate(run, batch_size=3, precision=None) -> Evaluation:
     batches = run.corpus.token_batches("student", batch_size)
-    return evaluate(run.student, batches, run.corpus.num_bytes, precision or run.precision)
+    return evaluate(run.student, batches, run.corpus.text.num_bytes, precision or run.precision)
 
 
 def test_uniform_logits_have_the_perplexity_of_the_vocabulary(make_run):

@@ -162,7 +162,7 @@ def build(output: Path, teacher_steps: int, student_steps: int, seed: int) -> No
             held_out = _corpus(tokenizer, held_out_texts)
             batches = held_out.token_batches("student", BATCH_SIZE)
             precision = Precision(torch.device("cpu"), torch.float32, 1.0)
-            scores[split] = evaluate(model, batches, held_out.num_bytes, precision)
+            scores[split] = evaluate(model, batches, held_out.text.num_bytes, precision)
         _save(output / name, name, model, tokenizer, scores, steps, noise, seed)
         bits = ", ".join(f"{split} {score.bits_per_byte:.3f}" for split, score in scores.items())
         print(f"{name}: bits per byte: {bits}; {time.monotonic() - started:.0f} s")
