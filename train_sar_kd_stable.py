@@ -25,9 +25,8 @@ def main(argv=None):
     precision = setup(config.precision, config.train.seed)  # on which device, in which dtype
     models = load_models(config, precision)  # teacher, student, and what connects their tokenizers
     limits = models.block_limits(config.data.block_size)
-    train, validation = (
-        Corpus(text, models.tokenizers, *limits) for text in load_documents(config.data)
-    )  # text to blocks
+    texts = load_documents(config.data)  # training and held-out documents
+    train, validation = (Corpus(text, models.tokenizers, *limits) for text in texts)  # text to blocks
     objective = Objective(models.teacher, models.student, config.loss, precision)  # what is minimised
     optimizer = build_optimizer(models.student, config.optim)  # how
     guard = StepGuard(config.guards)  # when an update is refused

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+import torch
+
 from sar_kd.config import UsageError
 from sar_kd.guards import TrainingDiverged
 
@@ -20,6 +22,9 @@ def run(main: Callable[[list[str] | None], dict], argv: list[str] | None = None)
         summary = main(argv)
     except UsageError as error:
         return _say(f"error: {error}", USAGE)
+    except torch.cuda.OutOfMemoryError:
+        remedy = "lower --per_device_batch_size or --block_size, and raise --grad_accum_steps to make up for it"
+        return _say(f"error: out of GPU memory; {remedy}", USAGE)
     except TrainingDiverged as error:
         return _say(str(error), DIVERGED)
     except KeyboardInterrupt:

@@ -85,18 +85,12 @@ class RunLog:
         self.say(f"Step {record['step']}: Validation PPL = {record['val_ppl']:.2f}{best}")
 
     def finish(self, summary: dict) -> None:
-        """Write `summary.json` and print the closing table."""
-        if self._bar is not None:
-            self._bar.close()
+        """Close the bar and `metrics.jsonl`, write `summary.json`, print the closing table."""
+        self._bar.close()
+        self._metrics.close()
         replace_text(self.folder / "summary.json", json.dumps(plain(summary), indent=2) + "\n")
         for line in closing_table(summary, self.folder):
             self.say(line)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        if self._metrics is not None:
-            self._metrics.close()
 
     def _write(self, record: dict) -> None:
         self._metrics.write(json.dumps(plain(record)) + "\n")
@@ -149,6 +143,8 @@ def closing_table(summary: dict, folder: Path) -> list[str]:
         + f", success rate {summary['success_rate']:.1%}, loss scale {summary['loss_scale_final']:g}",
         f"  student saved in {folder / 'student'}, figures in {folder / 'summary.json'}",
     ]
+    if summary["status"] == "interrupted":
+        lines.append(f"  continue with the same command and --resume --output_dir {folder}")
     return lines
 
 

@@ -669,3 +669,13 @@ def test_a_student_is_saved_again_whatever_its_chat_templates(tmp_path, template
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "student")
     assert again.chat_template == templates
     assert not list(tmp_path.glob(".student*"))
+
+
+def test_running_out_of_gpu_memory_is_one_line_with_the_remedy(capsys):
+    def main(argv):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+
+    assert cli.run(main) == cli.USAGE
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "--per_device_batch_size" in error
