@@ -49,7 +49,8 @@ class RunLog:
         self._bar = tqdm(
             total=train_steps,
             initial=first_step,
-            unit="step",
+            # No drawn bar: at 80 columns it would push out the figures, of which the first matter most.
+            bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
             dynamic_ncols=True,
             disable=not self._is_terminal,
             file=sys.stdout,
@@ -61,8 +62,8 @@ class RunLog:
         self._window.append(record)
         self._bar.set_postfix_str(
             f"loss={record['loss']:.3f} kd={record['kd_loss']:.3f} ce={record['ce_loss']:.3f} "
-            f"grad_norm={record['grad_norm']:.2f} loss_scale={record['loss_scale']:g} success={success_rate:.0%} "
-            f"ppl={self._perplexity:.2f} tok/s={tokens_per_second:,.0f}",
+            f"ppl={self._perplexity:.2f} grad_norm={record['grad_norm']:.2f} success={success_rate:.0%} "
+            f"loss_scale={record['loss_scale']:g} tok/s={tokens_per_second:,.0f}",
             refresh=False,
         )
         self._bar.update(1)
