@@ -54,7 +54,10 @@ def measure(variant: str, seed: int, steps: int, extra: tuple[str, ...]) -> dict
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}\nexit {done.returncode}: {done.stderr or done.stdout}")
-        return json.loads((Path(folder) / "run" / "summary.json").read_text())
+        summary = json.loads((Path(folder) / "run" / "summary.json").read_text())
+    bits, seconds = summary["val_bits_per_byte_final"], summary["wall_seconds"]
+    print(f"{variant}, seed {seed}: {bits:.4f} bits per byte, {seconds:.0f} s", file=sys.stderr)
+    return summary
 
 
 def table(results: dict[str, list[dict]], seeds: list[int]) -> str:
