@@ -117,6 +117,10 @@ def open_run(config: Config) -> RunLog:
     log = RunLog(config)
     models = config.models
     log.say(f"Mode {config.mode}, teacher {models.teacher_model}, student {models.student_model}, run folder {folder}")
+    loss = config.loss
+    log.say(
+        f"loss = {loss.alpha_ce:g} * ce + {loss.alpha_kd:g} * kd at temperature {loss.temperature:g}, shown unclamped"
+    )
     for notice in config.notices:
         log.say(notice)
     return log
