@@ -63,7 +63,7 @@ class RunLog:
         self._bar.set_postfix_str(
             f"loss={record['loss']:.3f} kd={record['kd_loss']:.3f} ce={record['ce_loss']:.3f} "
             f"ppl={self._perplexity:.2f} grad_norm={record['grad_norm']:.2f} success={success_rate:.0%} "
-            f"loss_scale={record['loss_scale']:g} tok/s={tokens_per_second:,.0f}",
+            f"loss_scale={record['loss_scale']:.0f} tok/s={tokens_per_second:,.0f}",
             refresh=False,
         )
         self._bar.update(1)
@@ -145,7 +145,7 @@ def closing_table(summary: dict, folder: Path) -> list[str]:
         row("teacher", summary["teacher_val_ppl"], summary["teacher_val_bits_per_byte"]),
         f"  applied {summary['applied']}, skipped {sum(summary['skipped'].values())}"
         + (f" ({skipped})" if skipped else "")
-        + f", success rate {summary['success_rate']:.1%}, loss scale {summary['loss_scale_final']:g}",
+        + f", success rate {summary['success_rate']:.1%}, loss scale {summary['loss_scale_final']:.0f}",
         f"  student saved in {folder / 'student'}, figures in {folder / 'summary.json'}",
     ]
     if summary["status"] == "interrupted":

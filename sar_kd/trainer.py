@@ -129,7 +129,7 @@ class Trainer:
         self.log.step(record, self.guard.success_rate, progress.tokens / max(1e-9, progress.train_seconds))
         if verdict.cause in ("forward", "gradient", "overflow"):
             after = self.precision.loss_scale.item()
-            scale = f", loss scale {report.loss_scale:g} -> {after:g}" if after != report.loss_scale else ""
+            scale = f", loss scale {report.loss_scale:.0f} -> {after:.0f}" if after != report.loss_scale else ""
             self.log.say(f"Step {progress.step}: skipped ({verdict.cause}{scale})")
         if verdict.storm:
             guards = self.config.guards
