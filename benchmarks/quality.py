@@ -32,7 +32,9 @@ VARIANTS = {
     "kd_literal": ("... with the clamps to the letter (raw, hard)", (*PRECISE, *LITERAL)),
     "kd_clip": ("... clipped at 0.5, skipped above 2.0", (*PRECISE, "--max_grad_norm", "0.5", "--skip_rule", "storm")),
     "balanced": ("distilled, balanced, float16", ("--mode", "balanced", *FP16)),
+    "balanced_ce": ("... without the teacher (--alpha_kd 0)", ("--mode", "balanced", *FP16, "--alpha_kd", "0")),
     "ultra": ("distilled, ultra-conservative, float16", ("--mode", "ultra-conservative", *FP16)),
+    "ultra_ce": ("... without the teacher (--alpha_kd 0)", ("--mode", "ultra-conservative", *FP16, "--alpha_kd", "0")),
 }
 
 
