@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import json
-import os
+import shutil
 import time
 import typing
 from collections.abc import Mapping
@@ -64,10 +64,9 @@ def _resumed(given: dict[str, object], mode: str | None) -> Config:
         former = " ".join(values[name]) if isinstance(values[name], list) else values[name]
         require(same, name, shown, f"the run to resume has '{former}'; leave the flag out or start a new run")
     require(mode in (None, saved_mode), "mode", mode, f"the run to resume has {saved_mode}; leave the flag out")
-    changed = sorted(
-        f"--{name} {value}" for name, value in given.items() if name == "train_steps" and value != values[name]
-    )
-    notices = (f"Resumed with {', '.join(changed)}: the learning rate's course changes from here on.",) * bool(changed)
+    notices = ()
+    if given.get("train_steps", values["train_steps"]) != values["train_steps"]:
+        notices = (f"--train_steps {given['train_steps']}: the learning rate's course changes from here on.",)
     return Config.from_flags({**values, **given, "overwrite": False}, saved_mode, notices)
 
 
@@ -86,7 +85,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _build_parser(script: Mapping[str, str]) -> argparse.ArgumentParser:
-    width = min(100, int(os.environ.get("COLUMNS", 100)))
+    width = min(100, shutil.get_terminal_size((100, 24)).columns)
     parser = _Parser(
         usage="%(prog)s [--mode MODE] [flags]",
         description="Distil a large causal language model into a small one, in fp16, without NaN.",
@@ -107,8 +106,7 @@ def _build_parser(script: Mapping[str, str]) -> argparse.ArgumentParser:
 
 
 def _add_flag(group, item: dataclasses.Field, kind: type, script: Mapping[str, str]) -> None:
-    by_mode = script["mode"] in MODES and MODES[script["mode"]].get(item.name)
-    default = by_mode or script.get(item.name, item.default)
+    default = {**script, **MODES[script["mode"]]}.get(item.name, item.default)
     shown = "" if default in ("", (), False) else f" ({default:g})" if isinstance(default, float) else f" ({default})"
     options: dict = {"help": item.metadata["help"] + shown}
     if kind is bool:

@@ -145,8 +145,8 @@ class PrecisionConfig:
     def __post_init__(self):
         known = self.device in ("auto", "cpu", "cuda") or self.device.removeprefix("cuda:").isdecimal()
         require(known, "device", self.device, "must be auto, cpu, cuda or cuda:N")
-        in_range = 1.0 <= self.init_loss_scale <= 2.0**24
-        require(in_range, "init_loss_scale", self.init_loss_scale, "must lie between 1 and 16777216")
+        fits = 1.0 <= self.init_loss_scale <= 2.0**24 and math.log2(self.init_loss_scale).is_integer()
+        require(fits, "init_loss_scale", self.init_loss_scale, "must be a power of two between 1 and 16777216")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,8 @@ def load_documents(config: DataConfig) -> tuple[list[Document], list[Document]]:
         train, validation = ([Document(*item) for item in split.items()] for split in splits)
     if config.validation_file:
         validation = _read_files("validation_file", config.validation_file, config.text_field)
+    if not train:
+        raise UsageError(f"--dataset_name {config.dataset_name}: its 'train' split holds no text")
     if not validation:
         train, validation = _hold_out(train)
     return train, validation
@@ -69,19 +71,19 @@ def _read_file(flag: str, path: Path, text_field: str) -> Iterator[Document]:
 
 def _decode(flag: str, path: Path, content: bytes, where: str = "") -> str:
     try:
-        return content.decode("utf-8-sig").replace("\r\n", "\n")
+        return content.decode("utf-8-sig").replace("\r\n", "\n")  # line ends are the editor's, not the text's
     except UnicodeDecodeError as error:
         where = where or f"byte {error.start}"
         raise UsageError(f"--{flag} {path}: is not UTF-8 text ({where}); convert it first") from None
 
 
 def _field_of(flag: str, path: Path, number: int, line: bytes, text_field: str) -> str:
+    content = _decode(flag, path, line, f"line {number}")
     try:
-        row = json.loads(_decode(flag, path, line, f"line {number}"))
-    except json.JSONDecodeError as error:
-        raise UsageError(f"--{flag} {path}: line {number} is not JSON ({error.msg})") from None
-    except RecursionError:
-        raise UsageError(f"--{flag} {path}: line {number} is JSON nested too deeply") from None
+        row = json.loads(content)
+    except (ValueError, RecursionError) as error:  # also a number or a nesting beyond what Python reads
+        reason = getattr(error, "msg", error)
+        raise UsageError(f"--{flag} {path}: line {number} is not JSON ({reason})") from None
     text = row.get(text_field) if isinstance(row, dict) else None
     if not isinstance(text, str):
         fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
@@ -107,6 +109,8 @@ def _load_dataset(config: DataConfig) -> tuple[list[Document], list[Document]]:
 
     def documents(split: str) -> list[Document]:
         texts = loaded[split][config.text_field] if split in loaded else []
+        if not all(text is None or isinstance(text, str) for text in texts):
+            raise UsageError(f"--text_field {config.text_field}: that column of the dataset holds no text")
         return [Document(f"{split}:{number}", text) for number, text in enumerate(texts) if text and text.strip()]
 
     return documents("train"), documents("validation")

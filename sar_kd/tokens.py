@@ -94,9 +94,10 @@ def build_token_table(tokenizer, num_rows: int) -> TokenTable:
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
     start, end = start_and_end(tokenizer)
     to_bytes, metaspace = _reader_of(definition)
-    num_rows = max(num_rows, len(tokenizer))
+    vocab = tokenizer.get_vocab()
+    num_rows = max(num_rows, 1 + max(vocab.values()))
     pieces, strings = [b""] * num_rows, [""] * num_rows
-    for string, index in tokenizer.get_vocab().items():
+    for string, index in vocab.items():
         pieces[index], strings[index] = to_bytes(string), string
     for token in definition["added_tokens"]:
         pieces[token["id"]] = b"" if token["special"] else token["content"].encode()

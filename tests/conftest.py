@@ -8,10 +8,9 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 
+from sar_kd.embedded.build import byte_level_bpe, sentencepiece_bpe
+
 BYTE_VOCAB, SP_VOCAB = 600, 520
-_SPECIAL = ["<unk>", "<s>", "</s>"]
-_METASPACE = "\u2581"
-_WORDS = Regex(f"{_METASPACE}+(?={_METASPACE})|{_METASPACE}?[^{_METASPACE}\n]+|{_METASPACE}|\n+")
 
 _ENGLISH = """\
 The quick brown fox jumps over the lazy dog.
@@ -95,44 +94,31 @@ def corpus_texts() -> list[str]:
 @pytest.fixture(scope="session")
 def byte_tokenizer(corpus_texts):
     """GPT-2's kind: byte-level BPE."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    end, alphabet = "<|endoftext|>", pre_tokenizers.ByteLevel.alphabet()
-    trainer = BpeTrainer(vocab_size=BYTE_VOCAB, special_tokens=[end], initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(corpus_texts, trainer)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=end, eos_token=end, clean_up_tokenization_spaces=False
-    )
+    return byte_level_bpe(corpus_texts, BYTE_VOCAB)
 
 
 @pytest.fixture(scope="session")
 def sp_tokenizer(corpus_texts):
     """Gemma's kind: SentencePiece-like BPE with byte fallback, no dummy prefix."""
-    decoder = decoders.Sequence([decoders.Replace(_METASPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    return _metaspace_bpe(corpus_texts, normalizers.Replace(" ", _METASPACE), decoder)
+    return sentencepiece_bpe(corpus_texts[: -len(_UNICODE) + 1], SP_VOCAB)  # most scripts fall back to bytes
 
 
 @pytest.fixture(scope="session")
 def dummy_prefix_tokenizer(corpus_texts):
-    """Llama 2's kind: a dummy space before the text, no pre-tokenizer."""
-    normalizer = normalizers.Sequence([normalizers.Prepend(_METASPACE), normalizers.Replace(" ", _METASPACE)])
-    parts = [decoders.Replace(_METASPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    return _metaspace_bpe(corpus_texts, normalizer, decoders.Sequence(parts), keep_pre_tokenizer=False)
-
-
-def _metaspace_bpe(texts, normalizer, decoder, keep_pre_tokenizer=True):
+    """Llama 2's kind: a dummy space before the text, no pre-tokenizer, a vocabulary of its own."""
+    space, special = "\u2581", ["<unk>", "<s>", "</s>"]
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    tokenizer.normalizer, tokenizer.decoder = normalizer, decoder
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(_WORDS, "isolated")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space)])
+    parts = [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    words = Regex(f"{space}+(?={space})|{space}?[^{space}\n]+|{space}|\n+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(words, "isolated")  # for training only
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    trainer = BpeTrainer(vocab_size=SP_VOCAB, special_tokens=_SPECIAL + byte_tokens, show_progress=False)
-    tokenizer.train_from_iterator(texts[: -len(_UNICODE) + 1], trainer)  # most scripts fall back to bytes
-    # The trainer can only reserve ids for special tokens; byte tokens are ordinary ones and spell text.
+    trainer = BpeTrainer(vocab_size=SP_VOCAB, special_tokens=special + byte_tokens, show_progress=False)
+    tokenizer.train_from_iterator(corpus_texts[: -len(_UNICODE) + 1], trainer)
     definition = json.loads(tokenizer.to_str())
-    definition["added_tokens"] = [token for token in definition["added_tokens"] if token["content"] in _SPECIAL]
-    if not keep_pre_tokenizer:
-        definition["pre_tokenizer"] = None
+    definition["added_tokens"] = [token for token in definition["added_tokens"] if token["content"] in special]
+    definition["pre_tokenizer"] = None
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(definition)),
         bos_token="<s>",

@@ -44,6 +44,7 @@ BAD_VALUES = [
     ("--device cuda:x", "cuda:x", "cpu, cuda or cuda:N"),
     ("--init_loss_scale 0.5", "0.5", "between 1 and 16777216"),
     ("--init_loss_scale 33554432", "33554432", "between 1 and 16777216"),
+    ("--init_loss_scale 3", "3", "a power of two"),
     ("--init_loss_scale nan", "nan", "between 1 and 16777216"),
     ("--max_grad_norm 0", "0", "above 0"),
     ("--skip_grad_norm inf", "inf", "above 0"),

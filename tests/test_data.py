@@ -3,6 +3,7 @@
 import gzip
 import json
 import sys
+import types
 from types import SimpleNamespace
 
 import pytest
@@ -521,3 +522,34 @@ def test_the_embedded_text_is_what_a_run_without_text_reads(embedded_text, monke
 def test_an_interpreter_without_topics_still_has_text(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     assert list(embedded._topics()) == []
+
+
+@pytest.mark.parametrize("line", ['{"text": "a", "n": ' + "9" * 5000 + "}", "[" * 100_000])
+def test_json_beyond_what_python_reads_is_one_clear_line(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_text(line)
+    with pytest.raises(UsageError, match=r"line 1 is not JSON \(") as error:
+        _load(path)
+    assert "\n" not in str(error.value)
+
+
+class _FakeDatasets(types.ModuleType):
+    def __init__(self, rows):
+        super().__init__("datasets")
+        self.rows = rows
+
+    def load_dataset(self, name, configuration):
+        return {"train": _FakeSplit({"text": self.rows})}
+
+
+class _FakeSplit(dict):
+    @property
+    def column_names(self):
+        return list(self)
+
+
+@pytest.mark.parametrize(("rows", "message"), [(["", None, " "], "holds no text"), ([1, 2], "holds no text")])
+def test_a_dataset_without_text_is_one_clear_line(monkeypatch, rows, message):
+    monkeypatch.setitem(sys.modules, "datasets", _FakeDatasets(rows))
+    with pytest.raises(UsageError, match=message):
+        load_documents(DataConfig(dataset_name="d"))

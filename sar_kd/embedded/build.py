@@ -39,21 +39,21 @@ INPUT_NOISE = 0.15
 """Share of input tokens replaced at random: on 1 MB of text the teacher would otherwise learn it by heart."""
 
 
-def byte_level_bpe(texts: list[str]) -> transformers.PreTrainedTokenizerFast:
+def byte_level_bpe(texts: list[str], vocab_size: int) -> transformers.PreTrainedTokenizerFast:
     """GPT-2's kind: bytes as printable characters, words cut by its pattern."""
     tokenizer = Tokenizer(tokenizer_models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     end = "<|endoftext|>"
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = BpeTrainer(vocab_size=TEACHER_VOCAB, special_tokens=[end], initial_alphabet=alphabet, show_progress=False)
+    trainer = BpeTrainer(vocab_size=vocab_size, special_tokens=[end], initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=end, eos_token=end, clean_up_tokenization_spaces=False
     )
 
 
-def sentencepiece_bpe(texts: list[str]) -> transformers.PreTrainedTokenizerFast:
+def sentencepiece_bpe(texts: list[str], vocab_size: int) -> transformers.PreTrainedTokenizerFast:
     """Gemma's kind: spaces as U+2581, no dummy prefix, one token per byte for what the vocabulary lacks."""
     tokenizer = Tokenizer(tokenizer_models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
@@ -63,7 +63,7 @@ def sentencepiece_bpe(texts: list[str]) -> transformers.PreTrainedTokenizerFast:
     special = ["<unk>", "<s>", "</s>"]
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = BpeTrainer(
-        vocab_size=STUDENT_VOCAB, special_tokens=special + byte_tokens, limit_alphabet=128, show_progress=False
+        vocab_size=vocab_size, special_tokens=special + byte_tokens, limit_alphabet=128, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     # The trainer can only reserve ids for special tokens; byte tokens are ordinary ones and spell text.
@@ -149,12 +149,12 @@ def build(output: Path, teacher_steps: int, student_steps: int, seed: int) -> No
     torch.manual_seed(seed)
     texts, transfer, validation = embedded.read_text("teacher", "transfer", "validation")
     kinds = {
-        "teacher": (byte_level_bpe, teacher_model, teacher_steps, INPUT_NOISE),
-        "student": (sentencepiece_bpe, student_model, student_steps, 0.0),
+        "teacher": (byte_level_bpe, TEACHER_VOCAB, teacher_model, teacher_steps, INPUT_NOISE),
+        "student": (sentencepiece_bpe, STUDENT_VOCAB, student_model, student_steps, 0.0),
     }
-    for name, (make_tokenizer, make_model, steps, noise) in kinds.items():
+    for name, (make_tokenizer, vocab_size, make_model, steps, noise) in kinds.items():
         started = time.monotonic()
-        tokenizer, model = make_tokenizer(list(texts.values())), make_model()
+        tokenizer, model = make_tokenizer(list(texts.values()), vocab_size), make_model()
         corpus = _corpus(tokenizer, texts)
         pretrain(model, corpus, steps, noise, seed, name)
         scores = {}
