@@ -7,16 +7,18 @@ reads the bytes out of the tokenizer's own definition and verifies them on text 
 
 from __future__ import annotations
 
-import json
-import re
+import random
 import unicodedata
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_METASPACE = "\u2581"
+from sar_kd.token_bytes import METASPACE, STOP_TOKENS, Vocabulary, encode, read_vocabulary, unnamed_end
+
+CONTENT, SPECIAL, END, UNKNOWN, PADDED = range(5)
+"""Kinds of ids: text, no text, ends a text, what the vocabulary lacks, a row of the head without a token."""
 
 PROBES = (
     "Hello world", "Hello  world ", " leading", "trailing ", "  two", "a", " ", "   ", "x" * 300, "ab " * 100,
@@ -33,6 +35,19 @@ PROBES = (
 )  # fmt: skip
 """Text that tokenizers are known to change: spaces, line ends, marks, joiners, scripts, look-alikes of tokens."""
 
+_FUZZ_RANGES = (
+    (0x20, 0x7E), (0x20, 0x7E), (0x61, 0x7A), (0x30, 0x39), (0x00, 0x1F), (0xA0, 0x24F), (0x300, 0x36F),
+    (0x391, 0x3C9), (0x400, 0x45F), (0x5D0, 0x5EA), (0x621, 0x652), (0x905, 0x94D), (0xE01, 0xE3A),
+    (0x2010, 0x2027), (0x2190, 0x22FF), (0x3041, 0x3093), (0x4E00, 0x9FA5), (0xAC00, 0xD7A3), (0xE000, 0xF8FF),
+    (0xFB00, 0xFB06), (0xFF01, 0xFF5E), (0x1D400, 0x1D454), (0x1F300, 0x1F5FF), (0x100000, 0x10FFFD),
+)  # fmt: skip
+_FUZZ_PIECES = (
+    " ", "  ", "       ", "\n", "\r\n", "\n\n", "\t", "\x00", "\u00a0", "\u200b", "\u200d", "\u200f", "\u2028",
+    "\u2581", "\u2581\u2581", "\u0120", "\ufe0f", "\u0301", "\u0308\u0323", "\u1100\u1161", "\U0001f3fd", "\u3000",
+    "\U0001f1eb", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "def f(x):\n    return x\n", "\t\tif x != 0:", " the",
+    '{"a": [1, 2]}', "The ", "'s", " 1234567", "3.14", "...", "<0xE6>", "</s>", "<|im_end|>", "<unk>", "<s>", "://a.b?",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class TokenTable:
@@ -42,8 +57,12 @@ class TokenTable:
     """Exact bytes by id; b"" where the id adds none: special tokens, unknown, rows of the head without a token."""
     strings: list[str]
     """The vocabulary's own spelling by id; "" for rows of the head without a token."""
+    kinds: np.ndarray = field(compare=False)
+    """uint8 [V]: CONTENT, SPECIAL, END, UNKNOWN or PADDED by id."""
     end_id: int
     """Ends a document; predicted like any other token."""
+    end_ids: tuple[int, ...]
+    """Every id that ends a text or a turn of it, `end_id` among them, ascending."""
     start_id: int
     """First input of every block, never predicted."""
     dummy_prefix: bool
@@ -58,15 +77,22 @@ class TokenTable:
 
     def canonical(self, text: str) -> str:
         """The text as this tokenizer sees it; both models read the same canonical text."""
-        text = text.replace(_METASPACE, " ") if self.metaspace else text
+        text = text.replace(METASPACE, " ") if self.metaspace else text
         return unicodedata.normalize("NFC", text) if self.nfc else text
 
 
-def encode(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Ids of each text: no special token added, and text that looks like a special token stays text."""
-    backend = tokenizer.backend_tokenizer
-    backend.encode_special_tokens = True
-    return [encoding.ids for encoding in backend.encode_batch(texts, add_special_tokens=False)]
+@lru_cache(maxsize=1)
+def fuzz_texts() -> tuple[str, ...]:
+    """2000 short random texts, always the same: scripts, marks, joiners, spaces, controls, code, look-alikes."""
+    draw = random.Random(0)
+    return tuple("".join(_fuzz_piece(draw) for _ in range(draw.randint(1, 9))) for _ in range(2000))
+
+
+def _fuzz_piece(draw: random.Random) -> str:
+    if draw.random() < 0.4:
+        return draw.choice(_FUZZ_PIECES)
+    low, high = draw.choice(_FUZZ_RANGES)
+    return "".join(chr(draw.randint(low, high)) for _ in range(draw.randint(1, 5)))
 
 
 def same_tokenizer(a, b) -> bool:
@@ -79,82 +105,68 @@ def start_and_end(tokenizer) -> tuple[int, int]:
 
     Raises: ValueError if the tokenizer has no end-of-text token
     """
-    end = tokenizer.eos_token_id
+    end = unnamed_end(tokenizer) if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     if end is None:
         raise ValueError("has no end-of-text token (eos_token), which separates documents")
     start = tokenizer.bos_token_id
     return (end if start is None else start), end
 
 
-def build_token_table(tokenizer, num_rows: int) -> TokenTable:
-    """The table of a transformers tokenizer whose model has a head of `num_rows` rows, verified on `PROBES`.
+_TABLES: WeakKeyDictionary = WeakKeyDictionary()
 
+
+def build_token_table(tokenizer, num_rows: int, stop_ids: tuple[int, ...] = ()) -> TokenTable:
+    """The table of a transformers tokenizer, verified on `PROBES` and `fuzz_texts()`; built once and kept.
+
+    num_rows: rows of the model's head; stop_ids: further ids that end a text, as a generation config names them
     Raises: ValueError with the reason and an example, if the tokenizer changes text or its bytes cannot be known
     """
-    definition = json.loads(tokenizer.backend_tokenizer.to_str())
-    start, end = start_and_end(tokenizer)
-    to_bytes, metaspace = _reader_of(definition)
-    vocab = tokenizer.get_vocab()
-    num_rows = max(num_rows, 1 + max(vocab.values()))
-    pieces, strings = [b""] * num_rows, [""] * num_rows
-    for string, index in vocab.items():
-        pieces[index], strings[index] = to_bytes(string), string
-    for token in definition["added_tokens"]:
-        pieces[token["id"]] = b"" if token["special"] else token["content"].encode()
-    unknown = tokenizer.unk_token_id
-    if unknown is not None:
-        pieces[unknown] = b""
-    nfc = "NFC" in _kinds(definition["normalizer"])
-    table = TokenTable(pieces, strings, end, start, _has_dummy_prefix(tokenizer, pieces), nfc, metaspace)
-    _verify(tokenizer, table)
-    return table
+    tables = _TABLES.setdefault(tokenizer, {})
+    key = (num_rows, tuple(stop_ids), len(tokenizer))
+    if key not in tables:
+        start, end = start_and_end(tokenizer)
+        table = _table_of(tokenizer, read_vocabulary(tokenizer), num_rows, start, end, stop_ids)
+        _verify(tokenizer, table)
+        tables[key] = table
+    return tables[key]
 
 
-def _kinds(part: dict | None) -> list[str]:
-    """The type names in one part of a tokenizer's definition, sequences flattened."""
-    if part is None:
-        return []
-    nested = next((part[key] for key in ("normalizers", "pretokenizers", "decoders") if key in part), None)
-    return [part["type"]] if nested is None else [kind for inner in nested for kind in _kinds(inner)]
+def _table_of(tokenizer, vocabulary: Vocabulary, num_rows, start, end, stop_ids) -> TokenTable:
+    ids = vocabulary.strings
+    rows = range(max(num_rows, 1 + max(ids)))
+    pieces, strings = [vocabulary.pieces.get(i, b"") for i in rows], [ids.get(i, "") for i in rows]
+    pieces[start] = pieces[end] = b""
+    known_stops = {i for i, string in ids.items() if string in STOP_TOKENS and not pieces[i]}
+    end_ids = sorted({end} | known_stops | (set(stop_ids) & ids.keys()))
+    kinds = np.full(len(rows), PADDED, dtype=np.uint8)
+    kinds[list(ids)] = [CONTENT if pieces[i] else SPECIAL for i in ids]
+    if tokenizer.unk_token_id in ids:
+        kinds[tokenizer.unk_token_id] = UNKNOWN
+    kinds[end_ids] = END
+    dummy_prefix = _spell(pieces, encode(tokenizer, ["a b"])[0]).startswith(b" a")
+    nfc = _spell(pieces, _own_ids(tokenizer, "e\u0301")).strip() == "\u00e9".encode()
+    return TokenTable(pieces, strings, kinds, end, tuple(end_ids), start, dummy_prefix, nfc, vocabulary.metaspace)
 
 
-def _reader_of(definition: dict):
-    """How a vocabulary string becomes bytes, and whether U+2581 stands for a space."""
-    decoders = _kinds(definition["decoder"])
-    if "ByteLevel" in decoders or "ByteLevel" in _kinds(definition["pre_tokenizer"]):
-        bytes_of = _byte_level_alphabet()
-        return lambda string: bytes(bytes_of[c] for c in string) if all(c in bytes_of for c in string) else b"", False
-    if {"Metaspace", "ByteFallback", "Replace"} & set(decoders):
-        has_byte_tokens = "ByteFallback" in decoders
-
-        def piece(string: str) -> bytes:
-            byte = _BYTE_TOKEN.fullmatch(string) if has_byte_tokens else None
-            return bytes([int(byte[1], 16)]) if byte else string.replace(_METASPACE, " ").encode("utf-8", "replace")
-
-        return piece, True
-    model = definition["model"]["type"]
-    raise ValueError(f"is a {model} tokenizer without byte-level or SentencePiece decoding, so its bytes are unknown")
+def _spell(pieces: list[bytes], ids: list[int]) -> bytes:
+    return b"".join([pieces[i] for i in ids])
 
 
-def _byte_level_alphabet() -> dict[str, int]:
-    """The printable character that byte-level BPE writes for each byte, inverted.
-
-    Source: Radford et al., 2019 (GPT-2), whose published encoder defines the table
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-def _has_dummy_prefix(tokenizer, pieces: list[bytes]) -> bool:
-    (ids,) = encode(tokenizer, ["a b"])
-    return b"".join(pieces[i] for i in ids) == b" a b"
+def _own_ids(tokenizer, text: str) -> list[int]:
+    """The ids that the tokenizer gives when it is called, after whatever it does to the text first."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _verify(tokenizer, table: TokenTable) -> None:
-    texts = [table.canonical(probe) for probe in PROBES]
-    for text, ids in zip(texts, encode(tokenizer, texts), strict=True):
-        read = b"".join(table.pieces[i] for i in ids)
+    texts = [table.canonical(text) for text in (*PROBES, *fuzz_texts())]
+    encoded = encode(tokenizer, texts)
+    for text, ids in zip(texts, encoded, strict=True):
+        read = _spell(table.pieces, ids)
         if read != text.encode() and not (table.dummy_prefix and read == b" " + text.encode()):
             shown = read.decode("utf-8", "replace")
-            raise ValueError(f"does not keep text as it is: {text[:40]!r} becomes {shown[:40]!r}")
+            same = next((i for i, (a, b) in enumerate(zip(text, shown, strict=False)) if a != b), 0)
+            part = slice(max(0, same - 30), max(0, same - 30) + 40)
+            raise ValueError(f"does not keep text as it is: {text[part]!r} becomes {shown[part]!r}")
+    own = [i for i in _own_ids(tokenizer, texts[0]) if table.pieces[i]]
+    if own != [i for i in encoded[0] if table.pieces[i]]:
+        raise ValueError(f"does not cut text as the encoding inside it does: {texts[0]!r} becomes {own[:10]}")
