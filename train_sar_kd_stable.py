@@ -27,8 +27,8 @@ def main(argv=None):
     limits = models.block_limits(config.data.block_size)
     texts = load_documents(config.data)  # training and held-out documents
     train, validation = (Corpus(text, models.tokenizers, *limits) for text in texts)  # text to blocks
-    objective = Objective(models.teacher, models.student, config.loss, precision)  # what is minimised
-    optimizer = build_optimizer(models.student, config.optim)  # how
+    objective = Objective(models.teacher, models.student, config.loss, train.pairing, precision)  # what is minimised
+    optimizer = build_optimizer(models.student, config.optim, objective.parameters())  # how
     guard = StepGuard(config.guards)  # when an update is refused
     return Trainer(config, models, train, validation, objective, optimizer, guard, precision, log).run()
 

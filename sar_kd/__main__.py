@@ -1,5 +1,6 @@
 """`python -m sar_kd VERB`: everything that is not a training run.
 
+audit       what two tokenizers have in common on a text
 embedded    train the embedded pair anew
 """
 
@@ -8,16 +9,18 @@ from __future__ import annotations
 import importlib
 import sys
 
-VERBS = {"embedded": "sar_kd.embedded.build"}
+from sar_kd.cli import run
+
+VERBS = {"audit": "sar_kd.audit", "embedded": "sar_kd.embedded.build"}
 
 
 def main(argv: list[str]) -> int:
-    """Run the verb that `argv` begins with; 2 where there is none of that name."""
+    """Run the verb that `argv` begins with; 2 where there is none of that name. Exit codes as `cli.run`."""
     if not argv or argv[0] not in VERBS:
         print(__doc__.strip(), file=sys.stderr if argv else sys.stdout)
         return 2 if argv else 0
-    importlib.import_module(VERBS[argv[0]]).main(argv[1:])
-    return 0
+    verb = importlib.import_module(VERBS[argv[0]])
+    return run(verb.main, argv[1:])
 
 
 if __name__ == "__main__":

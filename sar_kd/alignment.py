@@ -1,52 +1,86 @@
-"""Which teacher row speaks about which student token, and in whose words.
+"""Where two tokenizations of the same bytes meet, and what it takes to compare two tokenizers.
 
-Both tokenizers cut the same bytes. A student token that starts at byte x is covered by the teacher token whose
-bytes contain x; the teacher's row that predicts that token, conditioned on the bytes of it that come before x,
-is a distribution over what follows x, and every outcome has a first student token. That carries the whole row
-onto the student's vocabulary (`losses.Projection` holds the index arrays, `losses.teacher_probs` the arithmetic).
-Everything here is numpy on the host, done before the loop.
-
-Source: byte-prefix marginalisation (arXiv 2607.22334), here conditioned on the emitted bytes and completed by
-the student's own tokenisation of the remainder instead of a residual bucket.
+Everything here is numpy on the host, done before the loop, from the byte at which each token ends; no loop over
+tokens. Positions come as indices of tokens; which row of the logits predicts a token is `data`'s business.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from dataclasses import dataclass
 
 import numpy as np
 
-from sar_kd.tokens import TokenTable, build_token_table, encode, same_tokenizer, start_and_end
+from sar_kd.tokens import TokenTable, build_token_table, same_tokenizer, start_and_end
 
 
 @dataclass(frozen=True)
-class Cover:
-    """For each student token that a teacher row can speak about: where it is, and how far in."""
+class Contacts:
+    """Every byte at which a token starts on either side, and the two tokens that hold it."""
 
     student: np.ndarray
-    """int64 [K]: indices of the student tokens, ascending."""
+    """int64 [K]: the student token that holds the byte, ascending"""
     teacher: np.ndarray
-    """int64 [K]: the teacher token that covers each one's first byte."""
-    emitted: np.ndarray
-    """int64 [K]: bytes of that teacher token before the student token starts; 0 where they start together."""
+    """int64 [K]: the teacher token that holds it, ascending"""
+    student_written: np.ndarray
+    """int64 [K]: bytes of the student token before it"""
+    teacher_written: np.ndarray
+    """int64 [K]: bytes of the teacher token before it; of the two counts at least one is 0"""
 
 
-def cover(student_ends: np.ndarray, teacher_ends: np.ndarray) -> Cover:
-    """Cover the student's tokens by the teacher's. O((S + T) log T), no loop over tokens.
+def find_contacts(student_ends: np.ndarray, teacher_ends: np.ndarray) -> Contacts:
+    """Lay two tokenizations of the same bytes over each other; tokens without bytes hold none. O((S + T) log).
 
-    Left out: tokens without bytes, and student tokens that outlast the teacher token which covers their first
-    byte, because what follows that token is not known from its row.
-
-    student_ends, teacher_ends: int64 [S], [T], ascending; the byte at which each token ends, from a common
-    start at 0 to a common end
+    student_ends, teacher_ends: int64 [S], [T], ascending; the byte at which each token ends, from a common start at
+    0 to a common end
     """
     student_starts, teacher_starts = _starts(student_ends), _starts(teacher_ends)
-    covering = np.searchsorted(teacher_starts, student_starts, side="right") - 1
-    holds = (student_ends > student_starts) & (student_ends <= teacher_ends[covering])
-    (student,) = holds.nonzero()
-    teacher = covering[student]
-    return Cover(student, teacher, student_starts[student] - teacher_starts[teacher])
+    starts = np.union1d(student_starts, teacher_starts)
+    starts = starts[starts < student_ends[-1]] if len(student_ends) else starts
+    # The last token that starts there: tokens without bytes start where the next one does, and stand before it.
+    student = np.searchsorted(student_starts, starts, side="right") - 1
+    teacher = np.searchsorted(teacher_starts, starts, side="right") - 1
+    return Contacts(student, teacher, starts - student_starts[student], starts - teacher_starts[teacher])
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The smallest spans of bytes on whose ends both tokenizers agree."""
+
+    student: np.ndarray
+    """int64 [S]: the chunk of each student token, ascending; a token without bytes joins the one that follows"""
+    teacher: np.ndarray
+    """int64 [T]"""
+    ends: np.ndarray
+    """int64 [C]: the byte at which each chunk ends"""
+    sizes: np.ndarray
+    """int64 [2, C]: tokens with bytes of each side, student first"""
+
+    @property
+    def strict(self) -> np.ndarray:
+        """bool [C]: one token on each side, so the same bytes."""
+        return (self.sizes == 1).all(axis=0)
+
+    @property
+    def straddled(self) -> np.ndarray:
+        """bool [C]: several tokens on both sides, so that some of them overlap."""
+        return (self.sizes > 1).all(axis=0)
+
+
+def find_chunks(student_ends: np.ndarray, teacher_ends: np.ndarray) -> Chunks:
+    """Cut the text at every byte where a token ends on both sides. Arguments as for `find_contacts`.
+
+    A token without bytes behind the last chunk belongs to none: its number is the number of chunks.
+    """
+    # Both are sorted, so this is their intersection, many times faster than `np.intersect1d`.
+    places = np.searchsorted(teacher_ends, student_ends)
+    both = teacher_ends[np.minimum(places, len(teacher_ends) - 1)] == student_ends
+    cuts = student_ends[both & (np.diff(student_ends, prepend=0) > 0)]
+    members, sizes = [], []
+    for ends in (student_ends, teacher_ends):
+        starts = _starts(ends)
+        members.append(np.searchsorted(cuts, starts, side="right"))
+        sizes.append(np.bincount(members[-1][ends > starts], minlength=len(cuts)))
+    return Chunks(members[0], members[1], cuts, np.stack(sizes))
 
 
 def _starts(ends: np.ndarray) -> np.ndarray:
@@ -55,144 +89,57 @@ def _starts(ends: np.ndarray) -> np.ndarray:
     return starts
 
 
-class VocabularyProjection:
-    """The map phi_p from teacher tokens to student tokens, for every emitted prefix p.
-
-    phi_p(v) is the student token that spells the bytes of v after p; where there is none, the first token that
-    the student's own tokenizer gives for them; where that is not a prefix of them, the longest token that is.
-    The teacher tokens that extend p are one slice of the teacher's vocabulary sorted by bytes; the map of a
-    slice is built when its prefix is first met, and kept.
-    """
-
-    def __init__(self, teacher: TokenTable, student: TokenTable, student_tokenizer):
-        self._teacher, self._student, self._tokenizer = teacher, student, student_tokenizer
-        content = [i for i, piece in enumerate(teacher.pieces) if piece]
-        content.sort(key=teacher.pieces.__getitem__)
-        self._sorted_ids = np.array(content, dtype=np.int64)
-        self._sorted_pieces = [teacher.pieces[i] for i in content]
-        self._longest = int(student.lengths.max())
-        self._exact: dict[bytes, int] = {}
-        for index, piece in enumerate(student.pieces):
-            # A byte-fallback token shares its byte with the ordinary token, and the tokenizer prefers the latter.
-            if piece and (piece not in self._exact or student.strings[self._exact[piece]].startswith("<0x")):
-                self._exact[piece] = index
-        self._first_token: dict[bytes, int] = dict(self._exact)
-        self._slices: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
-        self.columns, self.destinations = self._open()
-
-    def _open(self) -> tuple[np.ndarray, np.ndarray]:
-        columns, destinations = self._extensions(b"")
-        by_string = {string: i for i, string in enumerate(self._student.strings) if string}
-        # Tokens that share bytes are told apart by their spelling, so that equal tokenizers give the identity.
-        for position, column in enumerate(columns):
-            twin = by_string.get(self._teacher.strings[column])
-            if twin is not None and self._student.pieces[twin] == self._teacher.pieces[column]:
-                destinations[position] = twin
-        special = {
-            i: by_string.get(s, -1) for i, s in enumerate(self._teacher.strings) if s and not self._teacher.pieces[i]
-        }
-        special |= {self._teacher.start_id: self._student.start_id, self._teacher.end_id: self._student.end_id}
-        special = {i: u for i, u in special.items() if u >= 0 and not self._student.pieces[u]}
-        columns = np.concatenate([columns, np.array(list(special), dtype=np.int64)])
-        destinations = np.concatenate([destinations, np.array(list(special.values()), dtype=np.int64)])
-        order = np.argsort(columns, kind="stable")
-        return columns[order], destinations[order]
-
-    def inside(self, tokens: np.ndarray, emitted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Entries (row, teacher id, student id) of rows whose first `emitted` bytes are given.
-
-        tokens, emitted: int64 [R]; the teacher token that covers each row and how many of its bytes are emitted
-        Returns: int64 [E] each, rows ascending
-        """
-        keys, inverse = np.unique(np.stack([tokens, emitted]), axis=1, return_inverse=True)
-        inverse = inverse.reshape(-1)
-        slices = [self._slice(self._teacher.pieces[token][:length]) for token, length in keys.T.tolist()]
-        if not slices:
-            return (np.zeros(0, dtype=np.int64),) * 3
-        sizes = np.array([len(columns) for columns, _ in slices], dtype=np.int64)
-        firsts = np.cumsum(sizes) - sizes
-        counts = sizes[inverse]
-        rows = np.repeat(np.arange(len(tokens)), counts)
-        within = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-        picks = np.repeat(firsts[inverse], counts) + within
-        columns = np.concatenate([columns for columns, _ in slices])
-        destinations = np.concatenate([destinations for _, destinations in slices])
-        return rows, columns[picks], destinations[picks]
-
-    def _slice(self, prefix: bytes) -> tuple[np.ndarray, np.ndarray]:
-        if prefix not in self._slices:
-            self._slices[prefix] = self._extensions(prefix)
-        return self._slices[prefix]
-
-    def _extensions(self, prefix: bytes) -> tuple[np.ndarray, np.ndarray]:
-        """Teacher ids whose bytes start with `prefix` and are longer, and phi of each; ids without a phi left out."""
-        low = bisect_left(self._sorted_pieces, prefix + b"\x00")
-        high = bisect_left(self._sorted_pieces, _after(prefix)) if prefix else len(self._sorted_pieces)
-        remainders = [piece[len(prefix) :] for piece in self._sorted_pieces[low:high]]
-        self._learn([r for r in remainders if r not in self._first_token])
-        destinations = np.array([self._first_token[r] for r in remainders], dtype=np.int64)
-        known = destinations >= 0
-        return self._sorted_ids[low:high][known], destinations[known]
-
-    def _learn(self, remainders: list[bytes]) -> None:
-        """Enter the first student token of each remainder; -1 where no student token begins it."""
-        # Llama-type tokenizers put a space before the first word, so the remainder is read behind a line end.
-        anchor = b"\n" if self._student.dummy_prefix else b""
-        texts, owners = [], []
-        for remainder in dict.fromkeys(remainders):
-            self._first_token[remainder] = self._longest_prefix(remainder)
-            try:
-                text = (anchor + remainder).decode()
-            except UnicodeDecodeError:
-                continue
-            if self._student.canonical(text) == text:
-                texts.append(text)
-                owners.append(remainder)
-        for remainder, ids in zip(owners, encode(self._tokenizer, texts), strict=True):
-            ends = np.cumsum(self._student.lengths[ids])
-            before = int(ends[-1]) - len(remainder)  # the anchor, and the space put before it
-            at = int(np.searchsorted(ends, before, side="right")) if before else 0
-            starts_there = before == 0 or (at > 0 and ends[at - 1] == before)
-            piece = self._student.pieces[ids[at]] if starts_there and at < len(ids) else b""
-            if piece and remainder.startswith(piece):
-                self._first_token[remainder] = ids[at]
-
-    def _longest_prefix(self, remainder: bytes) -> int:
-        lengths = range(min(len(remainder), self._longest), 0, -1)
-        return next((self._exact[remainder[:n]] for n in lengths if remainder[:n] in self._exact), -1)
-
-
-def _after(prefix: bytes) -> bytes:
-    """The smallest byte string above every string that starts with `prefix` (valid UTF-8 never ends in 0xFF)."""
-    kept = prefix.rstrip(b"\xff")
-    return kept[:-1] + bytes([kept[-1] + 1]) if kept else b"\xff" * (len(prefix) + 64)
-
-
 class TokenizerPair:
-    """A student's and a teacher's tokenizer: equal, or with what it takes to carry the teacher's rows across."""
+    """A student's and a teacher's tokenizer: equal, or with the tables of exact bytes that it takes to align them."""
 
-    def __init__(self, student, teacher, *, student_rows: int, teacher_rows: int, projects: bool = False):
-        """student, teacher: transformers tokenizers; *_rows: rows of the models' heads; projects: even if equal
+    def __init__(
+        self,
+        student,
+        teacher,
+        *,
+        student_rows: int,
+        teacher_rows: int,
+        aligns: bool = False,
+        projects: bool = True,
+        tolerant: bool = False,
+        stop_ids: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
+    ):
+        """student, teacher: transformers tokenizers; *_rows: rows of the models' heads; aligns: even if equal
 
+        projects: batches come with what the projection needs; tolerant: a tokenizer that changes text has no table,
+        and its tokens are placed by the characters that it says they come from; stop_ids: further ids that end a text,
+        student first
         Raises: UnfitTokenizer, if they differ and one of them changes text, or one has no end-of-text token
         """
+        self.projects = projects
         self.student, self.teacher = student, teacher
         self.equal = same_tokenizer(student, teacher)
         self.student_start, self.student_end = _named(start_and_end, "student", student)
         self.teacher_start, self.teacher_end = _named(start_and_end, "teacher", teacher)
-        self.projection = None
         self.tables = None
-        if projects or not self.equal:
-            student_table = _named(build_token_table, "student", student, student_rows)
-            teacher_table = _named(build_token_table, "teacher", teacher, teacher_rows)
-            self.tables = (student_table, teacher_table)
-            self.projection = VocabularyProjection(teacher_table, student_table, student)
+        if aligns or not self.equal:
+            sides = (("student", student, student_rows, stop_ids[0]), ("teacher", teacher, teacher_rows, stop_ids[1]))
+            self.tables = tuple(_table(*side, tolerant) for side in sides)
+
+    @property
+    def is_exact(self) -> bool:
+        """The tokenizers differ and the bytes of both are known."""
+        return self.tables is not None and None not in self.tables
 
     def canonical(self, text: str) -> str:
         """The text that both models read."""
         for table in self.tables or ():
-            text = table.canonical(text)
+            text = table.canonical(text) if table else text
         return text
+
+
+def _table(whose: str, tokenizer, num_rows: int, stop_ids: tuple[int, ...], tolerant: bool) -> TokenTable | None:
+    try:
+        return _named(build_token_table, whose, tokenizer, num_rows, stop_ids)
+    except UnfitTokenizer:
+        if tolerant:
+            return None
+        raise
 
 
 class UnfitTokenizer(ValueError):

@@ -43,6 +43,19 @@ def parse_args(script: Mapping[str, str], argv: list[str] | None = None) -> Conf
     return Config.from_flags(values, mode, notices)
 
 
+def parse_verb(verb: str, description: str, sections: tuple[str, ...], argv: list[str]) -> tuple[Config, bool]:
+    """The configuration that a verb's command line asks for, from the flags of some sections, and whether as JSON.
+
+    Raises: UsageError, naming the flag, its value and the remedy.
+    """
+    parser = _Parser(prog=f"python -m sar_kd {verb}", usage="%(prog)s [flags]", description=description, **_style())
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    _add_sections(parser, {name: SECTIONS[name] for name in sections}, {})
+    given = vars(parser.parse_args(argv))
+    as_json = given.pop("json", False)
+    return Config.from_flags(given, mode=""), as_json
+
+
 def _resumed(given: dict[str, object], mode: str | None) -> Config:
     if not given.get("output_dir"):
         raise UsageError("--resume: give the run folder with --output_dir")
@@ -67,7 +80,10 @@ def _resumed(given: dict[str, object], mode: str | None) -> Config:
     notices = ()
     if given.get("train_steps", values["train_steps"]) != values["train_steps"]:
         notices = (f"--train_steps {given['train_steps']}: the learning rate's course changes from here on.",)
-    return Config.from_flags({**values, **given, "overwrite": False}, saved_mode, notices)
+    try:
+        return Config.from_flags({**values, **given, "overwrite": False}, saved_mode, notices)
+    except (TypeError, AttributeError) as error:  # a value of another type, edited by hand
+        raise UsageError(f"--resume: {path} is not what this version wrote ({error}); start a new run") from None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -85,28 +101,35 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _build_parser(script: Mapping[str, str]) -> argparse.ArgumentParser:
-    width = min(100, shutil.get_terminal_size((100, 24)).columns)
-    parser = _Parser(
-        usage="%(prog)s [--mode MODE] [flags]",
-        description="Distil a large causal language model into a small one, in fp16, without NaN.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=width),
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
+    description = "Distil a large causal language model into a small one, in fp16, without NaN."
+    parser = _Parser(usage="%(prog)s [--mode MODE] [flags]", description=description, **_style())
     parser.add_argument(
         "--mode", choices=tuple(MODES), help=f"a word for a set of values; flags given beside it win ({script['mode']})"
     )
-    for section in SECTIONS.values():
+    _add_sections(parser, SECTIONS, {**script, **MODES[script["mode"]]})
+    return parser
+
+
+def _style() -> dict:
+    width = min(100, shutil.get_terminal_size((100, 24)).columns)
+    return {
+        "formatter_class": lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=width),
+        "allow_abbrev": False,
+        "argument_default": argparse.SUPPRESS,
+    }
+
+
+def _add_sections(parser: argparse.ArgumentParser, sections: Mapping[str, type], defaults: Mapping) -> None:
+    """A flag for each field; its default as in `defaults`, else the field's own."""
+    for section in sections.values():
         title, _, description = section.__doc__.rstrip(".").partition(": ")
         group = parser.add_argument_group(title, description)
         hints = typing.get_type_hints(section)
         for item in dataclasses.fields(section):
-            _add_flag(group, item, hints[item.name], script)
-    return parser
+            _add_flag(group, item, hints[item.name], defaults.get(item.name, item.default))
 
 
-def _add_flag(group, item: dataclasses.Field, kind: type, script: Mapping[str, str]) -> None:
-    default = {**script, **MODES[script["mode"]]}.get(item.name, item.default)
+def _add_flag(group, item: dataclasses.Field, kind: type, default) -> None:
     shown = "" if default in ("", (), False) else f" ({default:g})" if isinstance(default, float) else f" ({default})"
     options: dict = {"help": item.metadata["help"] + shown}
     if kind is bool:

@@ -19,6 +19,7 @@ from torch import nn
 from sar_kd.config import UsageError
 from sar_kd.guards import StepGuard
 from sar_kd.metrics import replace_text
+from sar_kd.objective import Objective
 from sar_kd.precision import Precision
 
 
@@ -47,15 +48,19 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     precision: Precision,
     guard: StepGuard,
+    objective: Objective,
     progress: dict,
 ) -> None:
-    """Write the state after `progress["step"]` attempts: weights, optimizer, loss scale, random numbers, counters."""
+    """Write the state after `progress["step"]` attempts: weights, optimizer, loss scale, random numbers, counters, and
+    what the objective learns beside the student.
+    """
     name = f"step-{progress['step']:08d}"
     partial = folder / f".{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     safetensors.torch.save_model(student, str(partial / "student.safetensors"))
-    torch.save({"optimizer": optimizer.state_dict(), "precision": precision.state_dict()}, partial / "state.pt")
+    stateful = {"optimizer": optimizer, "precision": precision, "objective": objective}
+    torch.save({part: owner.state_dict() for part, owner in stateful.items()}, partial / "state.pt")
     (partial / "progress.json").write_text(json.dumps({"progress": progress, "guard": guard.state_dict()}))
     for path in partial.iterdir():
         _flush(path)
@@ -74,6 +79,7 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     precision: Precision,
     guard: StepGuard,
+    objective: Objective,
 ) -> dict:
     """Put everything back as `save_checkpoint` found it, and return `progress`.
 
@@ -89,6 +95,7 @@ def load_checkpoint(
         safetensors.torch.load_model(student, str(path / "student.safetensors"))
         optimizer.load_state_dict(state["optimizer"])
         precision.load_state_dict(state["precision"])
+        objective.load_state_dict(state["objective"])
         guard.load_state_dict(saved["guard"])
     except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]

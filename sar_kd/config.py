@@ -64,9 +64,11 @@ class ModelConfig:
 class DataConfig:
     """Text: what the student reads; without any of these flags, the embedded text."""
 
-    train_file: tuple[str, ...] = flag((), "text to train on: .txt, .jsonl or .jsonl.gz, one or more")
+    train_file: tuple[str, ...] = flag((), "text or conversations to train on: .txt, .jsonl or .jsonl.gz, one or more")
     validation_file: tuple[str, ...] = flag((), "held-out text; by default a part of the training text is held out")
-    text_field: str = flag("text", "the field of a .jsonl line or a dataset row that holds the text")
+    text_field: str = flag(
+        "text", "the field of a .jsonl line or a dataset row that holds the text; lines without it may be conversations"
+    )
     dataset_name: str = flag("", "a dataset for the `datasets` package: hub id or directory")
     dataset_config_name: str = flag("", "its configuration, for example wikitext-103-raw-v1")
     block_size: int = flag(256, "tokens in a block, for the student; the teacher reads the same text")
@@ -83,7 +85,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Loss: alpha_ce * CE(text) + alpha_kd * T^2 * KL(teacher || student)."""
+    """Loss: alpha_ce * CE(text) + alpha_kd * T^2 * D(teacher, student)."""
 
     temperature: float = flag(2.0, "T: logits are divided by it before the softmax of the distillation term")
     alpha_kd: float = flag(0.1, "weight of the distillation term; 0 trains by cross-entropy alone")
@@ -105,14 +107,24 @@ class LossConfig:
     alignment: str = flag(
         "auto",
         "auto: token by token where the tokenizers are equal, byte-prefix projection where they differ; "
-        "projection: the projection in both cases",
-        choices=("auto", "projection"),
+        "projection: the projection in both cases; strict: same tokens of the same bytes; alm: likelihood of chunks; "
+        "uld: sorted probabilities; hidden: last hidden states",
+        choices=("auto", "projection", "strict", "alm", "uld", "hidden"),
     )
+    kd_direction: str = flag(
+        "forward",
+        "forward: KL(teacher || student); reverse: KL(student || teacher); jsd: between the two",
+        choices=("forward", "reverse", "jsd"),
+    )
+    jsd_beta: float = flag(0.5, "the teacher's share of the mixture in --kd_direction jsd")
+    teacher_top_k: int = flag(0, "of each teacher row only so many tokens take part; 0 takes all")
+    alm_tau: float = flag(5.0, "temperature of the chunk likelihoods in --alignment alm")
     force: bool = flag(False, "train even where preflight says that the clamps leave nothing to learn")
 
     def __post_init__(self):
-        _require_positive(self, "temperature", "logit_clamp", "loss_clamp")
-        _require_at_least(self, 0.0, "alpha_kd", "alpha_ce")
+        _require_positive(self, "temperature", "logit_clamp", "loss_clamp", "alm_tau")
+        _require_at_least(self, 0.0, "alpha_kd", "alpha_ce", "teacher_top_k")
+        require(0.0 < self.jsd_beta < 1.0, "jsd_beta", self.jsd_beta, "must be above 0 and below 1")
         require(self.alpha_kd + self.alpha_ce > 0, "alpha_kd", self.alpha_kd, "is 0 and so is --alpha_ce: give one")
 
 

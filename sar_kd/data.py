@@ -1,7 +1,8 @@
 """Blocks to batches: what the models read at each step, and which teacher row speaks about which student row.
 
-Each block opens with its model's start token and predicts every one of its tokens, so the loss covers every token of
-the text exactly once an epoch. Which blocks a step sees is a function of the seed and the step alone.
+Each block opens with its model's start token and predicts every one of its tokens, of a conversation its responses, so
+the loss covers every token that is to be learned exactly once an epoch. Which blocks a step sees is a function of the
+seed and the step alone.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sar_kd.alignment import TokenizerPair, cover
-from sar_kd.documents import Document
-from sar_kd.losses import IGNORE_INDEX, Projection, next_token_targets
-from sar_kd.streams import Block, TokenStream, cut_blocks, join
+from sar_kd.alignment import TokenizerPair
+from sar_kd.documents import Conversation, Document
+from sar_kd.losses import IGNORE_INDEX, next_token_targets
+from sar_kd.pairing import Alignment, Pairing
+from sar_kd.streams import TokenStream, cut, join
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,7 @@ class Batch:
 
     student: TokenBatch
     teacher: TokenBatch
-    kd_rows: Tensor
-    """int64 [K]: indices into the student's N rows"""
-    teacher_rows: Tensor
-    """int64 [K]: rows of the teacher's flattened logits"""
-    projection: Projection | None
-    """None where the tokenizers are equal"""
+    alignment: Alignment
     blocks: tuple[int, ...]
     """Which blocks these are, for naming the documents of a bad batch."""
 
@@ -79,22 +76,25 @@ def _moved(record, device: torch.device):
 class Corpus:
     """Documents as blocks of tokens, and the batches made of them."""
 
-    def __init__(self, documents: list[Document], pair: TokenizerPair, max_student: int, max_teacher: int):
+    def __init__(
+        self, documents: list[Document | Conversation], pair: TokenizerPair, max_student: int, max_teacher: int
+    ):
         """max_student, max_teacher: most tokens that a block may hold for each model, start token included
 
         Raises: UsageError if nothing is left to read, or a stretch without a common boundary exceeds a model
         """
         self.pair = pair
-        self.text = join(documents, pair)
-        self.blocks = list(cut_blocks(self.text.student.ends, self.text.teacher.ends, max_student - 1, max_teacher - 1))
+        limits = max_student - 1, max_teacher - 1
+        self.text = join(documents, pair, limits)
+        self.blocks = cut(self.text, *limits)
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     @property
     def num_tokens(self) -> int:
-        """The student's tokens, each predicted once an epoch."""
-        return len(self.text.student.ids)
+        """The student's tokens that are predicted, each once an epoch."""
+        return int(self.text.student.is_target.sum())
 
     def documents_of(self, block: int) -> list[str]:
         """Names of the documents that a block holds a part of."""
@@ -109,46 +109,15 @@ class Corpus:
         cuts = [self.blocks[i] for i in blocks]
         student = _tokens(self.text.student, [(c.student_start, c.student_end) for c in cuts], self.pair.student_start)
         if self.pair.tables is None:
-            every = torch.arange(len(student.targets))
-            return Batch(student, student, every, student.rows, None, tuple(blocks))
+            return Batch(student, student, self.pairing.align_equal(student.rows), tuple(blocks))
         teacher = _tokens(self.text.teacher, [(c.teacher_start, c.teacher_end) for c in cuts], self.pair.teacher_start)
-        return Batch(student, teacher, *self._align(cuts, teacher.input_ids.shape[1]), tuple(blocks))
-
-    def _align(self, cuts: list[Block], teacher_width: int) -> tuple[Tensor, Tensor, Projection]:
-        rows, teacher_rows, tokens, emitted = [], [], [], []
-        first_row = 0
-        for number, cut in enumerate(cuts):
-            start = self.text.student.ends[cut.student_start - 1] if cut.student_start else 0
-            student, teacher = slice(cut.student_start, cut.student_end), slice(cut.teacher_start, cut.teacher_end)
-            found = cover(self.text.student.ends[student] - start, self.text.teacher.ends[teacher] - start)
-            # A token with a dummy space of its own says other bytes than the text does.
-            keep = ~(
-                self.text.student.has_dummy[student][found.student]
-                | self.text.teacher.has_dummy[teacher][found.teacher]
-            )
-            rows.append(first_row + found.student[keep])
-            teacher_rows.append(number * teacher_width + found.teacher[keep])
-            tokens.append(self.text.teacher.ids[teacher][found.teacher[keep]].astype(np.int64))
-            emitted.append(found.emitted[keep])
-            first_row += cut.student_end - cut.student_start
-        emitted_bytes = np.concatenate(emitted)
-        order = np.argsort(emitted_bytes > 0, kind="stable")
-        num_open = int((emitted_bytes == 0).sum())
-        ordered = [torch.from_numpy(np.concatenate(part)[order]) for part in (rows, teacher_rows)]
-        inside = order[num_open:]
-        entries = self.pair.projection.inside(np.concatenate(tokens)[inside], emitted_bytes[inside])
-        columns, destinations = self._open_map
-        return (*ordered, Projection(num_open, columns, destinations, *map(torch.from_numpy, entries)))
+        widths = student.input_ids.shape[1], teacher.input_ids.shape[1]
+        return Batch(student, teacher, self.pairing.align(cuts, *widths), tuple(blocks))
 
     @cached_property
-    def _open_map(self) -> tuple[Tensor, Tensor]:
-        projection = self.pair.projection
-        return torch.from_numpy(projection.columns), torch.from_numpy(projection.destinations)
-
-    def coverage(self, most_blocks: int = 64) -> float:
-        """Share of the student's tokens that a teacher row speaks about, in the first blocks."""
-        batch = self.batch(list(range(min(most_blocks, len(self.blocks)))))
-        return len(batch.kd_rows) / batch.num_target_tokens
+    def pairing(self) -> Pairing:
+        """What connects the two tokenizations; made when the first batch asks for it."""
+        return Pairing(self.pair, self.text, self.blocks)
 
     def token_batches(self, which: str, batch_size: int) -> Iterator[TokenBatch]:
         """Every block once, as one of the models ('student' or 'teacher') reads it; for evaluation."""
@@ -183,5 +152,5 @@ def _tokens(stream: TokenStream, ranges: list[tuple[int, int]], start_id: int) -
     for row, (start, end) in enumerate(ranges):
         ids = torch.from_numpy(stream.ids[start:end].astype(np.int64))
         input_ids[row, 1 : 1 + len(ids)] = ids
-        labels[row, 1 : 1 + len(ids)] = ids
+        labels[row, 1 : 1 + len(ids)] = torch.where(torch.from_numpy(stream.is_target[start:end]), ids, IGNORE_INDEX)
     return TokenBatch(input_ids, labels, *next_token_targets(labels))

@@ -1,4 +1,4 @@
-"""The mathematics: the one label shift, cross-entropy, forward KL, the projection of a teacher's rows, the clamps.
+"""The mathematics: the one label shift, cross-entropy, divergences, chunk likelihood, and the clamps.
 
 Every loss takes the rows that count, already selected, computes in float32 and returns a sum in nats; the step
 divides once. Gradients are formed in backward, where the loss scale reaches them.
@@ -107,127 +107,171 @@ def cross_entropy(logits: Tensor, targets: Tensor, clamp: LogitClamp = NO_CLAMP)
     logits: float [N, V]; targets: int64 [N], in [0, V)
     Returns: the sum under `clamp`, and the same without the clamp or a gradient; fp32 scalars, nats
     """
-    plain = _target_log_probs(logits.float(), targets)
+    plain = target_log_probs(logits, targets)
     if clamp.style == "raw":
-        return -_target_log_probs(clamp.logits(logits), targets).sum(), -plain.detach().sum()
+        return -target_log_probs(clamp.logits(logits), targets).sum(), -plain.detach().sum()
     return -clamp.log_probs(plain).sum(), -plain.detach().sum()
 
 
-def _target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    """log softmax(z_n)[y_n] of each row.
+
+    logits: float [N, V]; targets: int64 [N]
+    Returns: float32 [N], nats
+    """
+    logits = logits.float()
     return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
 
 
-def forward_kl(
-    student_logits: Tensor, target_probs: Tensor, temperature: float = 1.0, clamp: LogitClamp = NO_CLAMP
-) -> tuple[Tensor, Tensor]:
-    """Sum of KL(teacher || student) over rows.
-
-    T^2 * sum_n sum_v t[n, v] * (log t[n, v] - log softmax(z_n / T)[v])
-
-    student_logits: float [N, V]
-    target_probs: float32 [N, V], formed at the same T; rows sum to 1, or to 0 where the teacher's row was dropped
-    Returns: the sum under `clamp`, and the same without its floor or a gradient; fp32 scalars, nats
-    Source: Hinton, Vinyals and Dean, 2015 (arXiv 1503.02531), section 2, for T^2
-    """
-    floor = -2.0 * clamp.bound if clamp.style == "normalized" else -math.inf
-    return _ForwardKL.apply(clamp.logits(student_logits), target_probs, temperature, floor)
-
-
-class _ForwardKL(torch.autograd.Function):
-    """Both values of `forward_kl`, and the gradient of the one without a floor (see `LogitClamp`):
-
-    dL/dz[n, v] = T * (sum_u t[n, u] * softmax(z_n / T)[v] - t[n, v])
-
-    Written out because autograd would keep four [N, V] tensors where two suffice.
-    """
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, target_probs: Tensor, temperature: float, floor: float):
-        log_probs = (logits / temperature).log_softmax(-1)
-        log_targets = target_probs.clamp_min(torch.finfo(torch.float32).tiny).log_()
-        raw = (log_targets - log_probs).mul_(target_probs).sum() * temperature**2
-        loss = raw.clone()
-        if floor > -math.inf:
-            floored = log_targets.clamp_min_(floor).sub_(log_probs.clamp_min(floor))
-            loss = floored.mul_(target_probs).sum() * temperature**2
-        ctx.save_for_backward(log_probs, target_probs)
-        ctx.temperature = temperature
-        ctx.mark_non_differentiable(raw)
-        return loss, raw
-
-    @staticmethod
-    def backward(ctx, grad_loss: Tensor, grad_raw: Tensor):
-        log_probs, target_probs = ctx.saved_tensors
-        grad = log_probs.exp().mul_(target_probs.sum(-1, keepdim=True)).sub_(target_probs)
-        return grad.mul_(grad_loss * ctx.temperature), None, None, None
+ABSENT = -1e30
+"""The logit of an outcome that takes no part: finite, so that 0 * ABSENT is 0, and its probability is exactly 0."""
 
 
 @dataclass(frozen=True)
-class Projection:
-    """How a batch's teacher rows are carried onto the student's vocabulary. K rows: K_0 open, then K - K_0 inside.
+class Segments:
+    """Which of `count` segments each element of a flat array belongs to."""
 
-    An open row's student token starts where the teacher's does. At an inside row some bytes of the teacher's
-    token are already emitted; only teacher tokens that extend them take part, and each has its own student token.
+    index: Tensor
+    """int64 [E]"""
+    count: int
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of each segment: float [count]."""
+        return values.new_zeros(self.count).index_add_(0, self.index, values)
+
+    def logsumexp(self, values: Tensor) -> Tensor:
+        """log sum exp of each segment, by its own maximum: float [count]; `ABSENT` for one without elements."""
+        peaks = values.detach().new_full((self.count,), ABSENT)
+        peaks = peaks.scatter_reduce_(0, self.index, values.detach(), "amax")
+        totals = self.sum((values - peaks[self.index]).exp())
+        return peaks + torch.where(totals > 0, totals, 1.0).log()
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far the student's distribution p is from the teacher's t.
+
+    forward  sum t * (log t - log p)                                     KL(teacher || student)
+    reverse  sum p * (log p - log t)                                     KL(student || teacher)
+    jsd      beta * sum t * (log t - log m) + (1 - beta) * sum p * (log p - log m),   m = beta * t + (1 - beta) * p
+
+    Log-probabilities below `floor` count for it in the value; the gradient is that of the value without a floor.
+
+    Source: Agarwal et al., 2024 (arXiv 2306.13649), section 2, for the generalised JSD
     """
 
-    num_open: int
-    columns: Tensor
-    """int64 [M]: teacher ids that take part in open rows."""
-    destinations: Tensor
-    """int64 [M]: the student id that each of them gives its probability to."""
-    inside_rows: Tensor
-    """int64 [E], counted from the first inside row: one entry per (row, teacher token that extends it)."""
-    inside_columns: Tensor
-    """int64 [E]: the teacher id of each entry."""
-    inside_destinations: Tensor
-    """int64 [E]: the student id of each entry."""
+    direction: str = "forward"
+    beta: float = 0.5
+    floor: float = -math.inf
+
+    def __call__(self, student: Tensor, teacher: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Sum over outcomes, rows and all.
+
+        student, teacher: float32, log-probabilities of the same outcomes, of one shape
+        keep: bool, broadcast to that shape; the outcomes that count, all if None
+        Returns: the sum with the floor, and the same without it or a gradient; fp32 scalars, nats
+        """
+        return _Divergence.apply(student, teacher, keep, self)
 
 
-@torch.no_grad()
-def teacher_probs(
-    teacher_logits: Tensor,
-    vocab_size: int,
-    temperature: float = 1.0,
-    clamp: LogitClamp = NO_CLAMP,
-    projection: Projection | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The target distribution over the student's vocabulary, and how many rows had to be dropped.
+class _Divergence(torch.autograd.Function):
+    """d value / d log p, each log p taken as free; what makes them a distribution differentiates itself:
 
-    t[k, u] = sum over v with phi_k(v) = u of softmax(z_k / T restricted to row k's teacher tokens)[v]
+    forward  -t        reverse  p * (log p - log t + 1)        jsd  (1 - beta) * p * (log p - log m)
 
-    phi_k is the identity where the tokenizers are equal. A row that is not finite becomes all zeros, so that it
-    adds nothing to the divergence.
-
-    teacher_logits: float [K, V_t]; vocab_size: V of the result
-    Returns: float32 [K, V], int64 scalar
-    Source: byte-prefix marginalisation (arXiv 2607.22334), conditioned on the bytes already emitted
+    Written out because autograd would keep several tensors of this size where one suffices.
     """
-    finite = finite_rows(teacher_logits)
-    if projection is None:
-        probs = (clamp.logits(teacher_logits[:, :vocab_size]) / temperature).softmax(-1)
-    else:
-        split = projection.num_open
-        open_probs = _project_open(teacher_logits[:split], vocab_size, temperature, clamp, projection)
-        inside_probs = _project_inside(teacher_logits[split:], vocab_size, temperature, clamp, projection)
-        probs = torch.cat([open_probs, inside_probs])
-    return probs.masked_fill_(~finite[:, None], 0.0), (~finite).sum()
+
+    @staticmethod
+    def forward(ctx, log_p: Tensor, log_t: Tensor, keep: Tensor | None, kind: Divergence):
+        t = log_t.exp() if keep is None else log_t.exp().mul_(keep)
+        if kind.direction == "forward":
+            terms, slope = [(t, log_t, log_p)], -t
+        else:
+            p = log_p.exp() if keep is None else log_p.exp().mul_(keep)
+            if kind.direction == "reverse":
+                terms, slope = [(p, log_p, log_t)], (log_p - log_t).add_(1.0).mul_(p)
+            else:
+                beta = kind.beta
+                log_m = torch.logaddexp(log_t + math.log(beta), log_p + math.log1p(-beta))
+                terms = [(beta * t, log_t, log_m), ((1 - beta) * p, log_p, log_m)]
+                slope = (log_p - log_m).mul_(p).mul_(1 - beta)
+        ctx.save_for_backward(slope)
+        raw = sum((a - b).mul_(weight).sum() for weight, a, b in terms)
+        ctx.mark_non_differentiable(raw)
+        if kind.floor == -math.inf:
+            return raw.clone(), raw
+        floored = [(weight, a.clamp_min(kind.floor), b.clamp_min(kind.floor)) for weight, a, b in terms]
+        return sum((a - b).mul_(weight).sum() for weight, a, b in floored), raw
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor, grad_raw: Tensor):
+        (slope,) = ctx.saved_tensors
+        return slope * grad_loss, None, None, None
 
 
-def _project_open(logits, vocab_size, temperature, clamp, projection):
-    probs = (clamp.logits(logits[:, projection.columns]) / temperature).softmax(-1)
-    # Transposed, because adding whole rows is many times faster than adding scattered columns.
-    by_token = probs.new_zeros(vocab_size, len(logits))
-    return by_token.index_add_(0, projection.destinations, probs.T.contiguous()).T
+def on_support(student: Tensor, teacher: Tensor) -> Tensor:
+    """The student's logits without the outcomes of which a teacher cut to its top k says nothing (`ABSENT`).
+
+    Both are then renormalised on the rest, so that nothing is pushed down because the teacher did not say it.
+    """
+    return torch.where(teacher > 1e-6 * ABSENT, student, ABSENT)
 
 
-def _project_inside(logits, vocab_size, temperature, clamp, projection):
-    rows, num_rows = projection.inside_rows, len(logits)
-    entries = clamp.logits(logits[rows, projection.inside_columns]) / temperature
-    # A segment's softmax by its own maximum: the teacher may have given the emitted bytes a probability that
-    # underflows in float32, and the quotient must not be 0 / 0.
-    peaks = entries.new_full((num_rows,), -math.inf).scatter_reduce_(0, rows, entries, "amax")
-    weights = (entries - peaks[rows]).exp()
-    totals = weights.new_zeros(num_rows).index_add_(0, rows, weights)
-    cells = rows * vocab_size + projection.inside_destinations
-    flat = weights.new_zeros(num_rows * vocab_size)
-    return flat.index_add_(0, cells, weights / totals[rows]).view(num_rows, vocab_size)
+def chunk_likelihood(student: Tensor, teacher: Tensor, tau: float = 5.0) -> Tensor:
+    """Sum over chunks of tau * KL between two coins: the chunk is what follows, or it is not.
+
+    tau * sum_c e^a (a - b) + (1 - e^a) (log(1 - e^a) - log(1 - e^b)),   a = log p_t(c) / tau,   b = log p_s(c) / tau
+
+    Both are shifted by -1e-6, because log(1 - e^x) has no gradient at 0. The factor tau keeps the gradient's size.
+
+    student, teacher: float32 [C], log-probability of each chunk, at most 0, nats
+    Returns: fp32 scalar, at least 0
+    Source: Minixhofer et al., 2025 (arXiv 2503.20083), section 3
+    """
+    a, b = teacher / tau - 1e-6, student / tau - 1e-6
+    return tau * (a.exp() * (a - b) - torch.expm1(a) * (log1mexp(a) - log1mexp(b))).sum()
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - e^x) for x < 0, elementwise, by whichever form keeps its digits."""
+    near = x > -math.log(2.0)
+    # Each branch is given an argument that is harmless to it: a gradient flows through both sides of a `where`.
+    return torch.where(
+        near,
+        torch.log(-torch.expm1(torch.where(near, x, -1.0))),
+        torch.log1p(-torch.exp(torch.where(near, -1.0, x))),
+    )
+
+
+def sorted_distance(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, keep: Tensor | None = None, top: int = 200
+) -> Tensor:
+    """Sum over rows of the L1 distance between the `top` largest probabilities of both, whatever they are of.
+
+    sum_k sum_i |sort(softmax(z_k / T))[i] - sort(softmax(y_k / T))[i]|
+
+    student_logits: float [K, V_s]; teacher_logits: float [K, V_t]; keep: bool [K], the rows that count, all if None
+    Source: Boizard et al., 2024 (arXiv 2402.12030), equation 6; the rest of the sorted tail is left out
+    """
+    top = min(top, student_logits.shape[1], teacher_logits.shape[1])
+    student = (student_logits.float() / temperature).softmax(-1).topk(top).values
+    teacher = (teacher_logits.float() / temperature).softmax(-1).topk(top).values
+    return _sum_of((student - teacher).abs().sum(-1), keep)
+
+
+def state_distance(projected: Tensor, states: Tensor, keep: Tensor | None = None) -> Tensor:
+    """Sum over rows of the mean squared error, relative to the teacher's mean square.
+
+    sum_k mean_d (g[k, d] - h[k, d])^2 / mean_d h[k, d]^2
+
+    projected: float [K, D_t], the student's states after a learned projection; states: float [K, D_t], the teacher's
+    keep: bool [K], the rows that count, all if None
+    """
+    states = states.float()
+    scale = states.square().mean(-1).clamp_min(1e-6)
+    return _sum_of((projected.float() - states).square().mean(-1) / scale, keep)
+
+
+def _sum_of(rows: Tensor, keep: Tensor | None) -> Tensor:
+    return rows.sum() if keep is None else (rows * keep).sum()

@@ -5,6 +5,7 @@ The only module that reads checkpoints through transformers.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from torch import nn
 
 from sar_kd import embedded
 from sar_kd.alignment import TokenizerPair, UnfitTokenizer
-from sar_kd.config import EMBEDDED, Config, UsageError
+from sar_kd.config import EMBEDDED, Config, ModelConfig, UsageError
 from sar_kd.precision import Precision
+from sar_kd.tokens import encode
 
 _EMBEDDED_DIRS = {"teacher_model": embedded.TEACHER_DIR, "student_model": embedded.STUDENT_DIR}
 
@@ -48,29 +50,69 @@ def load_models(config: Config, precision: Precision) -> Models:
 
     Raises: UsageError naming the flag, where a model or tokenizer is missing or cannot be used
     """
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry of an absent network
+    _quiet()
     names = config.models
     student = _load_model("student_model", names.student_model, torch.float32, names.trust_remote_code)
     teacher = _load_model("teacher_model", names.teacher_model, precision.dtype, names.trust_remote_code)
-    student_tokenizer = _load_tokenizer("student_model", names.student_model, student, names.trust_remote_code)
-    teacher_tokenizer = _load_tokenizer("teacher_model", names.teacher_model, teacher, names.trust_remote_code)
-    try:
-        tokenizers = TokenizerPair(
-            student_tokenizer,
-            teacher_tokenizer,
-            student_rows=num_rows(student),
-            teacher_rows=num_rows(teacher),
-            projects=config.loss.alignment == "projection",
-        )
-    except UnfitTokenizer as error:
-        flag = f"{error.whose}_model"
-        raise UsageError(f"--{flag} {getattr(names, flag)}: its tokenizer {error.reason}; use another model") from None
+    rows = {"student_model": num_rows(student), "teacher_model": num_rows(teacher)}
+    stops = tuple(_stop_ids(model) for model in (student, teacher))
+    tokenizers = _pair_tokenizers(
+        names,
+        rows,
+        aligns=config.loss.alignment != "auto",
+        projects=config.loss.alignment in ("auto", "projection") and config.loss.alpha_kd > 0,
+        tolerant=config.loss.alignment == "uld",
+        stop_ids=stops,
+    )
     teacher.requires_grad_(False).eval().to(precision.device)
     student.train().to(precision.device)
     both = (names.teacher_model, names.student_model)
     return Models(teacher, student, tokenizers, both == (EMBEDDED, EMBEDDED))
+
+
+def load_tokenizers(config: Config) -> TokenizerPair:
+    """The tokenizers alone, with tables of bytes even if they are equal; no weights are read.
+
+    Raises: UsageError as `load_models`
+    """
+    _quiet()
+    names, rows = config.models, {}
+    for flag in ("student_model", "teacher_model"):
+        name, location = getattr(names, flag), _location(flag, getattr(names, flag))
+        load = functools.partial(transformers.AutoConfig.from_pretrained, location)
+        found = _read(flag, name, functools.partial(load, trust_remote_code=names.trust_remote_code))
+        rows[flag] = found.get_text_config().vocab_size
+    return _pair_tokenizers(names, rows, aligns=True)
+
+
+def _stop_ids(model: nn.Module) -> tuple[int, ...]:
+    """What the generation config names beside the tokenizer's own end of text."""
+    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return tuple(ids) if isinstance(ids, list) else (() if ids is None else (ids,))
+
+
+def _pair_tokenizers(names: ModelConfig, rows: dict[str, int], **how) -> TokenizerPair:
+    """`how`: as `TokenizerPair`"""
+    loaded = {flag: _load_tokenizer(flag, getattr(names, flag), rows[flag], names.trust_remote_code) for flag in rows}
+    try:
+        return TokenizerPair(
+            loaded["student_model"],
+            loaded["teacher_model"],
+            student_rows=rows["student_model"],
+            teacher_rows=rows["teacher_model"],
+            **how,
+        )
+    except UnfitTokenizer as error:
+        flag = f"{error.whose}_model"
+        raise UsageError(
+            f"--{flag} {getattr(names, flag)}: its tokenizer {error.reason}; use another model, or --alignment uld"
+        ) from None
+
+
+def _quiet() -> None:
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry of an absent network
 
 
 def num_rows(model: nn.Module) -> int:
@@ -104,15 +146,17 @@ def _load_model(flag: str, name: str, dtype: torch.dtype, trust_remote_code: boo
     return model
 
 
-def _load_tokenizer(flag: str, name: str, model: nn.Module, trust_remote_code: bool):
+def _load_tokenizer(flag: str, name: str, rows: int, trust_remote_code: bool):
     location = _location(flag, name)
     load = transformers.AutoTokenizer.from_pretrained
     tokenizer = _read(flag, name, lambda: load(location, trust_remote_code=trust_remote_code))
-    if not tokenizer.is_fast:
-        raise UsageError(f"--{flag} {name}: its tokenizer has no tokenizer.json; save it as a fast tokenizer first")
-    rows = model.get_input_embeddings().weight.shape[0]
+    try:
+        encode(tokenizer, ["a"])
+    except (AttributeError, NotImplementedError, TypeError):
+        kind = type(tokenizer).__name__
+        raise UsageError(f"--{flag} {name}: its {kind} cannot encode plain text; save it as a fast tokenizer") from None
     if len(tokenizer) > rows:
-        raise UsageError(f"--{flag} {name}: the tokenizer has {len(tokenizer)} ids, the model only {rows} embeddings")
+        raise UsageError(f"--{flag} {name}: the tokenizer has {len(tokenizer)} ids, the model only {rows}")
     return tokenizer
 
 

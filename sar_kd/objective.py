@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from sar_kd.config import LossConfig
 from sar_kd.data import Batch
-from sar_kd.losses import LogitClamp, LossClamp, cross_entropy, finite_rows, forward_kl, teacher_probs
+from sar_kd.distillation import Learned, Outputs, build_distillation
+from sar_kd.losses import LogitClamp, LossClamp, cross_entropy, finite_rows
+from sar_kd.pairing import Pairing
 from sar_kd.precision import Precision
 
 
@@ -23,7 +25,7 @@ class LossTerms:
     ce: Tensor
     """Cross-entropy as it is: no clamp, no gradient."""
     kd: Tensor
-    """T^2 * KL(teacher || student) as it is: no floor, no gradient."""
+    """The distillation term as it is: no floor, no gradient."""
     nonfinite_rows: Tensor
     """Rows of student logits that are not finite."""
     teacher_rows_dropped: Tensor
@@ -42,43 +44,57 @@ class LossTerms:
 
 
 class Objective:
-    """alpha_ce * CE(text) + alpha_kd * T^2 * KL(teacher || student), clamped as the guards ask.
+    """alpha_ce * CE(text) + alpha_kd * distillation, clamped as the guards ask.
 
     With N target tokens in the batch, the total is N * clamp(alpha_ce * clamp(CE / N) + alpha_kd * KD / N): the
     loss clamp acts on a micro-batch's means. Splitting a window otherwise therefore changes nothing as long as
     no mean is above the limit.
     """
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, config: LossConfig, precision: Precision):
+    def __init__(
+        self, teacher: nn.Module, student: nn.Module, config: LossConfig, pairing: Pairing, precision: Precision
+    ):
         self.teacher, self.student, self.precision = teacher, student, precision
         self.alpha_ce, self.alpha_kd = config.alpha_ce, config.alpha_kd
-        self.temperature = config.temperature
         self.logit_clamp = LogitClamp(config.logit_clamp_style, config.logit_clamp)
         self.loss_clamp = LossClamp(config.loss_clamp_style, config.loss_clamp)
+        self.distillation = None
+        if self.alpha_kd > 0:
+            self.distillation = build_distillation(config, pairing, student, teacher).to(precision.device)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is learned beside the student's own weights: the projection of hidden states, where there is one."""
+        return [] if self.distillation is None else list(self.distillation.parameters())
+
+    def state_dict(self) -> dict:
+        """The values of `parameters`."""
+        return {} if self.distillation is None else self.distillation.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Put them back."""
+        if self.distillation is not None:
+            self.distillation.load_state_dict(state)
 
     def __call__(self, batch: Batch) -> LossTerms:
-        with self.precision.autocast():
-            logits = self.student(input_ids=batch.student.input_ids, use_cache=False).logits
-        logits = logits.flatten(0, 1)[batch.student.rows]
+        needs_states = self.distillation is not None and self.distillation.needs_states
+        output = self._read(self.student, batch.student.input_ids, needs_states)
+        logits = output.logits.flatten(0, 1)[batch.student.rows]
         nonfinite = (~finite_rows(logits)).sum()
         ce, raw_ce = cross_entropy(logits, batch.student.targets, self.logit_clamp)
-        kd, raw_kd, dropped = self._distillation(batch, logits)
+        kd = self._distil(batch, logits, output)
         count = batch.num_target_tokens
-        total = self.alpha_ce * self.loss_clamp(ce / count) + self.alpha_kd * kd / count
-        return LossTerms(self.loss_clamp(total) * count, raw_ce, raw_kd, nonfinite, dropped)
+        total = self.alpha_ce * self.loss_clamp(ce / count) + self.alpha_kd * kd.loss / count
+        return LossTerms(self.loss_clamp(total) * count, raw_ce, kd.raw, nonfinite, kd.dropped)
 
-    def _distillation(self, batch: Batch, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The distillation sum with and without its floor, and the teacher rows dropped."""
-        if self.alpha_kd == 0 or len(batch.kd_rows) == 0:
-            return (torch.zeros((), device=logits.device),) * 3
-        with torch.no_grad(), self.precision.autocast():
-            teacher_logits = self.teacher(input_ids=batch.teacher.input_ids, use_cache=False).logits
-        teacher_logits = teacher_logits.flatten(0, 1)[batch.teacher_rows]
-        student_logits = logits if batch.projection is None else logits[batch.kd_rows]
-        # Equal tokenizers may still come with heads padded to different sizes; the rows they share are the tokens.
-        shared = student_logits.shape[1]
-        if batch.projection is None:
-            shared = min(shared, teacher_logits.shape[1])
-        targets, dropped = teacher_probs(teacher_logits, shared, self.temperature, self.logit_clamp, batch.projection)
-        kd, raw = forward_kl(student_logits[:, :shared], targets, self.temperature, self.logit_clamp)
-        return kd, raw, dropped
+    def _distil(self, batch: Batch, logits: Tensor, output) -> Learned:
+        if self.distillation is None:
+            return Learned(*(torch.zeros((), device=logits.device),) * 3)
+        needs_states = self.distillation.needs_states
+        with torch.no_grad():
+            taught = self._read(self.teacher, batch.teacher.input_ids, needs_states)
+        states = [read.hidden_states[-1].flatten(0, 1) if needs_states else None for read in (output, taught)]
+        return self.distillation(batch, Outputs(logits, taught.logits.flatten(0, 1), *states))
+
+    def _read(self, model: nn.Module, input_ids: Tensor, needs_states: bool):
+        with self.precision.autocast():
+            return model(input_ids=input_ids, use_cache=False, output_hidden_states=needs_states)

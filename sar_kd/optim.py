@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -12,12 +13,12 @@ from sar_kd.config import OptimConfig
 _FINAL_SHARE = 0.1
 
 
-def build_optimizer(student: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the student's trainable parameters; decay on matrices, none on norms and biases.
+def build_optimizer(student: nn.Module, config: OptimConfig, others: Sequence[nn.Parameter] = ()) -> torch.optim.AdamW:
+    """AdamW over the student's trainable parameters and `others`; decay on matrices, none on norms and biases.
 
     Source: Loshchilov and Hutter, 2019 (arXiv 1711.05101)
     """
-    trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in (*student.parameters(), *others) if parameter.requires_grad]
     assert all(parameter.dtype is torch.float32 for parameter in trainable), "trainable weights are float32, always"
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},

@@ -7,6 +7,7 @@ import math
 import torch
 
 from sar_kd.config import LossConfig, UsageError
+from sar_kd.coverage import measure_coverage
 from sar_kd.data import Corpus
 from sar_kd.guards import raw_clamp_largest_probability, raw_clamp_perplexity_floor
 from sar_kd.models import Models, num_rows
@@ -22,18 +23,27 @@ def describe(train: Corpus, validation: Corpus, precision: Precision) -> list[st
         f"Text: {train.text.num_bytes / 1e3:,.1f} kB, {train.num_tokens:,} tokens in {len(train)} blocks; "
         f"held out: {validation.text.num_bytes / 1e3:,.1f} kB, {validation.num_tokens:,} tokens",
     ]
-    pair = train.pair
-    if pair.projection is not None:
-        kind, sizes = ("Equal" if pair.equal else "Different"), f"{len(pair.teacher)} and {len(pair.student)} tokens"
+    if train.pair.is_exact:
+        lines += measure_coverage(train).lines()
+    elif train.pair.tables is not None:
+        lines.append("A tokenizer changes text: its tokens are placed by characters, and compared by rank alone (uld)")
+    for side in train.text.without_template:
+        lines.append(f"The {side}'s tokenizer has no chat template: its conversations read 'User: ... Assistant: ...'")
+    truncated = [*train.text.truncated, *validation.text.truncated]
+    if truncated:
+        lost = train.text.dropped_tokens + validation.text.dropped_tokens
         lines.append(
-            f"{kind} tokenizers ({sizes}): the teacher's rows, projected byte by byte, cover "
-            f"{train.coverage():.1%} of the student's tokens"
+            f"Cut short {len(truncated)} conversations that exceed a block, by {lost:,} tokens: {_few(truncated)}"
         )
     left_out = [*train.text.left_out, *validation.text.left_out]
     if left_out:
-        shown = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
-        lines.append(f"Left out {len(left_out)} documents that are empty or that a tokenizer cannot represent: {shown}")
+        reason = "that are empty or that a tokenizer cannot represent"
+        lines.append(f"Left out {len(left_out)} documents {reason}: {_few(left_out)}")
     return lines
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def check_clamps(

@@ -180,6 +180,7 @@ class Trainer:
             "optimizer": self.optimizer,
             "precision": self.precision,
             "guard": self.guard,
+            "objective": self.objective,
         }
 
     def _save(self) -> None:

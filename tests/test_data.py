@@ -1,5 +1,6 @@
 """Text to documents to blocks to batches: nothing lost, nothing read twice, and one clear line for every bad file."""
 
+import dataclasses
 import gzip
 import json
 import sys
@@ -178,33 +179,50 @@ def test_rows_and_targets_are_the_shifted_labels(corpora, names):
 
 
 def test_equal_tokenizers_are_aligned_row_by_row(corpora):
-    batch = corpora["byte", "byte"].batch([2, 0])
-    assert batch.projection is None
+    corpus = corpora["byte", "byte"]
+    batch = corpus.batch([2, 0])
+    every = list(range(batch.num_target_tokens))
+    a = batch.alignment
+    assert corpus.pairing.open_classes is None
+    assert a.in_student is a.in_teacher is None
+    assert a.ended.tolist() == [-1] * len(every)
     assert torch.equal(batch.student.input_ids, batch.teacher.input_ids)
-    assert batch.kd_rows.tolist() == list(range(batch.num_target_tokens))
-    assert torch.equal(batch.teacher_rows, batch.student.rows)
+    assert a.student_rows.tolist() == a.student_chunks.tolist() == a.teacher_chunks.tolist() == every
+    assert torch.equal(a.teacher_rows, batch.student.rows)
+    assert a.strict.all()
+    assert a.num_chunks == len(every)
+    # The position that has read a token is the one behind the row that predicts it.
+    assert torch.equal(a.student_ends, batch.student.rows + 1)
+    assert torch.equal(a.teacher_ends, batch.student.rows + 1)
 
 
-def _spoken(batch) -> list[tuple]:
-    """For each row of the distillation: the student's token, the teacher's, and how the teacher's row is carried."""
-    student = batch.student.targets[batch.kd_rows].tolist()
-    teacher = batch.teacher.labels.flatten()[batch.teacher_rows + 1].tolist()
-    count = batch.projection.num_open
-    entries = [(), *([] for _ in range(len(student) - count))]
-    columns, destinations = batch.projection.inside_columns.tolist(), batch.projection.inside_destinations.tolist()
-    for row, column, destination in zip(batch.projection.inside_rows.tolist(), columns, destinations, strict=True):
-        entries[1 + row].append((column, destination))
-    carried = [entries[max(0, 1 + place - count)] for place in range(len(student))]
-    return sorted((s, t, tuple(how)) for s, t, how in zip(student, teacher, carried, strict=True))
-
-
-@pytest.mark.parametrize("names", CROSS)
-def test_a_batch_of_blocks_is_aligned_as_each_of_them_alone(corpora, names):
+@pytest.mark.parametrize("names", PAIRS)
+def test_every_target_row_is_indexed_within_its_batch(corpora, names):
     corpus = corpora[names]
-    blocks = [5, 0, len(corpus) - 1, 9]
-    alone = [item for block in blocks for item in _spoken(corpus.batch([block]))]
-    assert _spoken(corpus.batch(blocks)) == sorted(alone)
-    assert len(alone) > 20
+    batch = corpus.batch([5, 0, len(corpus) - 1])
+    a = batch.alignment
+    assert 0 < len(a.student_rows) <= batch.num_target_tokens
+    assert a.student_rows.max() < batch.num_target_tokens
+    assert len(a.student_chunks) == batch.num_target_tokens
+    assert len(a.teacher_chunks) == len(batch.teacher.targets)
+    assert set(a.teacher_rows.tolist()) <= set(batch.teacher.rows.tolist())
+    assert a.student_ends.max() < batch.student.input_ids.numel()
+    assert a.teacher_ends.max() < batch.teacher.input_ids.numel()
+
+
+@pytest.mark.parametrize("names", [("sp", "byte"), ("byte", "byte")])
+def test_moving_a_batch_moves_every_tensor_in_it(corpora, names):
+    batch = corpora[names].batch([0, 1])
+    moved = batch.to(torch.device("meta"))
+
+    def tensors(record):
+        values = vars(record).values()
+        inner = [tensor for value in values if dataclasses.is_dataclass(value) for tensor in tensors(value)]
+        return [value for value in values if isinstance(value, torch.Tensor)] + inner
+
+    assert len(tensors(moved)) == len(tensors(batch)) > 10
+    assert {tensor.device.type for tensor in tensors(moved)} == {"meta"}
+    assert moved.blocks == batch.blocks == (0, 1)
 
 
 # Order

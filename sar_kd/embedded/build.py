@@ -199,7 +199,7 @@ anything else.
     )
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> dict:
     """`python -m sar_kd embedded`"""
     parser = argparse.ArgumentParser(prog="python -m sar_kd embedded", description=__doc__.split("\n")[0])
     parser.add_argument("--output_dir", type=Path, default=Path(embedded.__file__).parent, help="default: the package")
@@ -208,3 +208,4 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     build(options.output_dir, options.teacher_steps, options.student_steps, options.seed)
+    return {"status": "finished"}

@@ -1,0 +1,28 @@
+"""`python -m sar_kd audit`: what two tokenizers have in common on a text, before anything is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+from sar_kd.arguments import parse_verb
+from sar_kd.coverage import measure_coverage
+from sar_kd.data import Corpus
+from sar_kd.documents import load_documents
+from sar_kd.metrics import plain
+from sar_kd.models import load_tokenizers
+
+
+def main(argv: list[str]) -> dict:
+    """Print the coverage of `--teacher_model` and `--student_model` on the training text; `--json` for programs.
+
+    Raises: UsageError for what the user can mend
+    """
+    config, as_json = parse_verb("audit", __doc__.partition(": ")[2], ("models", "data"), argv)
+    pair = load_tokenizers(config)
+    texts, _ = load_documents(config.data)
+    corpus = Corpus(texts, pair, config.data.block_size, 8 * config.data.block_size)
+    coverage = measure_coverage(corpus)
+    record = {**dataclasses.asdict(coverage), "mix": coverage.mix}
+    print(json.dumps(plain(record), indent=2) if as_json else "\n".join(coverage.lines()))
+    return {"status": "finished"}

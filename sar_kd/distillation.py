@@ -1,0 +1,289 @@
+"""What the student learns from the teacher on one batch, by kind of alignment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sar_kd.config import LossConfig
+from sar_kd.data import Batch
+from sar_kd.losses import (
+    ABSENT,
+    Divergence,
+    LogitClamp,
+    Segments,
+    chunk_likelihood,
+    finite_rows,
+    on_support,
+    sorted_distance,
+    state_distance,
+    target_log_probs,
+)
+from sar_kd.pairing import Alignment, Pairing
+from sar_kd.projection import Continuations, add_other_ways, class_logits, poor_log_probs, rich_log_probs
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What both models make of a batch."""
+
+    student_logits: Tensor
+    """float [N, V_s]: the rows that predict a target"""
+    teacher_logits: Tensor
+    """float [B * T_t, V_t]: every row"""
+    student_states: Tensor | None = None
+    """float [B * T_s, D_s]: last hidden states, where a term asks for them"""
+    teacher_states: Tensor | None = None
+    """float [B * T_t, D_t]"""
+
+
+class Learned(NamedTuple):
+    """The distillation term of a batch: sums over its target tokens, nats; fp32 scalars."""
+
+    loss: Tensor
+    """What is minimised"""
+    raw: Tensor
+    """The same as it is: no floor, no gradient"""
+    dropped: Tensor
+    """Teacher rows left out because they are not finite"""
+
+
+class Distillation(nn.Module):
+    """A term of the loss, called with a batch and both models' outputs; what it has in common with the others."""
+
+    needs_states = False
+
+    def __init__(self, config: LossConfig, pairing: Pairing):
+        super().__init__()
+        self.temperature, self.top_k = config.temperature, config.teacher_top_k
+        self.clamp = LogitClamp(config.logit_clamp_style, config.logit_clamp)
+        floor = -2.0 * self.clamp.bound if self.clamp.style == "normalized" else -torch.inf
+        self.divergence = Divergence(config.kd_direction, config.jsd_beta, floor)
+
+    def _bounded(self, logits: Tensor) -> Tensor:
+        return self.clamp.logits(logits) if self.clamp.style == "raw" else logits
+
+    def _teacher_rows(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows that are safe to compute with, cut to their top k, and which of them count."""
+        keep = finite_rows(logits)
+        logits = self._bounded(logits).masked_fill(~keep[:, None], 0.0)
+        if 0 < self.top_k < logits.shape[1]:
+            best = logits.float().topk(self.top_k)
+            logits = torch.full_like(logits, ABSENT, dtype=torch.float32).scatter_(1, best.indices, best.values)
+        return logits, keep
+
+    def _is_cut(self, outputs: Outputs) -> bool:
+        return 0 < self.top_k < outputs.teacher_logits.shape[1]
+
+    def _diverge(self, student: Tensor, teacher: Tensor, keep: Tensor) -> Learned:
+        """From logits [K, C] at the temperature; T^2 keeps the size of the gradient (arXiv 1503.02531, section 2)."""
+        if self.top_k:
+            student = on_support(student, teacher)
+        sums = self.divergence(student.log_softmax(-1), teacher.log_softmax(-1), keep[:, None])
+        return Learned(*(total * self.temperature**2 for total in sums), (~keep).sum())
+
+
+class TokenLevel(Distillation):
+    """T^2 * D(teacher || student), token by token: for equal tokenizers."""
+
+    def forward(self, batch: Batch, outputs: Outputs) -> Learned:
+        """See `Distillation`."""
+        teacher, keep = self._teacher_rows(outputs.teacher_logits[batch.alignment.teacher_rows])
+        # Heads may be padded to different sizes; the rows they share are the tokens.
+        shared = min(outputs.student_logits.shape[1], teacher.shape[1])
+        student, teacher = self._bounded(outputs.student_logits)[:, :shared], teacher[:, :shared]
+        return self._diverge(student.float() / self.temperature, teacher.float() / self.temperature, keep)
+
+
+class Projected(Distillation):
+    """T^2 * D(teacher || student) over the outcomes that both vocabularies can tell apart, wherever either starts a
+    token. See `projection`.
+
+    Where both start one, the richer side's probability is that of all its ways to write an outcome: ending the token
+    before and starting the next, or having gone on. Where only the poorer starts one, the richer has gone on; that it
+    might have ended is one outcome, what it would have written then is not known.
+    """
+
+    def __init__(self, config: LossConfig, pairing: Pairing):
+        super().__init__(config, pairing)
+        classes = pairing.open_classes
+        self.count, self.teacher_is_richer = classes.count, pairing.teacher_is_richer
+        for name in ("student_tokens", "student_classes", "teacher_tokens", "teacher_classes"):
+            self.register_buffer(name, getattr(classes, name), persistent=False)
+
+    def forward(self, batch: Batch, outputs: Outputs) -> Learned:
+        """See `Distillation`."""
+        alignment = batch.alignment
+        in_teacher, told = self._going_on(alignment.in_teacher, outputs, teacher_is_rich=True)
+        in_student, said = self._going_on(alignment.in_student, outputs, teacher_is_rich=False)
+        met = self._open(alignment, outputs, told if self.teacher_is_richer else said)
+        return Learned(*(sum(parts) for parts in zip(met, in_teacher, in_student, strict=True)))
+
+    def _going_on(
+        self, rows: Continuations, outputs: Outputs, teacher_is_rich: bool
+    ) -> tuple[Learned, tuple[Tensor, Tensor]]:
+        """The term; the richer side's log-probabilities of all outcomes, and which of the rows count."""
+        student_rows, teacher_rows = (
+            (rows.poor_rows, rows.rich_rows) if teacher_is_rich else (rows.rich_rows, rows.poor_rows)
+        )
+        teacher, keep = self._teacher_rows(outputs.teacher_logits[teacher_rows])
+        student = self._bounded(outputs.student_logits[student_rows])
+        rich, poor = (teacher, student) if teacher_is_rich else (student, teacher)
+        rich = rich_log_probs(rich, rows, self.temperature)
+        must_end = not teacher_is_rich or self.divergence.direction == "reverse" or self._is_cut(outputs)
+        poor = poor_log_probs(poor, rows, self.temperature, must_end)
+        of_rows, size = rows.outcome_rows[: rows.num_going_on], len(rows.poor_rows)
+        student, teacher = (poor, rich[: len(poor)]) if teacher_is_rich else (rich[: len(poor)], poor)
+        counts = keep[:size]
+        if self._is_cut(outputs):
+            student = on_support(student, teacher)
+            student, teacher, shared = _renormalised(student, teacher, Segments(of_rows, size))
+            counts = counts & shared
+        loss, raw = self.divergence(student, teacher, counts[of_rows])
+        dropped = (~keep[:size]).sum()
+        kept = keep if teacher_is_rich else torch.ones_like(rows.ends, dtype=torch.bool)
+        return Learned(loss * self.temperature**2, raw * self.temperature**2, dropped), (rich, kept)
+
+    def _open(self, alignment: Alignment, outputs: Outputs, going_on: tuple[Tensor, Tensor]) -> Learned:
+        teacher, keep = self._teacher_rows(outputs.teacher_logits[alignment.teacher_rows])
+        student = self._bounded(outputs.student_logits[alignment.student_rows])
+        student = class_logits(student, self.student_tokens, self.student_classes, self.count, self.temperature)
+        teacher = class_logits(teacher, self.teacher_tokens, self.teacher_classes, self.count, self.temperature)
+        student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)
+        rows = alignment.in_teacher if self.teacher_is_richer else alignment.in_student
+        rich, sound = going_on
+        ways = (rich, alignment.ended, rich[rows.ends], alignment.other_ways)
+        if self.teacher_is_richer:
+            teacher = add_other_ways(teacher, *ways)
+        else:
+            student = add_other_ways(student, *ways)
+        if self._is_cut(outputs):
+            student, teacher = on_support(student, teacher).log_softmax(-1), teacher.log_softmax(-1)
+        counts = keep & torch.cat([sound, sound.new_ones(1)])[alignment.ended]
+        sums = self.divergence(student, teacher, counts[:, None])
+        return Learned(*(total * self.temperature**2 for total in sums), (~keep).sum())
+
+
+def _renormalised(student: Tensor, teacher: Tensor, rows: Segments) -> tuple[Tensor, Tensor, Tensor]:
+    """Both with each row's probabilities adding up to 1, and the rows, bool [K], of which both leave something."""
+    totals = [rows.logsumexp(side) for side in (student, teacher)]
+    shared = torch.minimum(*totals) > 1e-6 * ABSENT
+    sides = [
+        torch.where(shared[rows.index], side - total[rows.index], 0.0)
+        for side, total in zip((student, teacher), totals, strict=True)
+    ]
+    return *sides, shared
+
+
+class Strict(Distillation):
+    """T^2 * D(teacher || student) where both predict the same bytes, over the teacher's top k of the shared tokens."""
+
+    _LEAST_MASS = 0.1
+    """A row counts if the tokens that both have hold this share of the teacher's probability."""
+
+    def __init__(self, config: LossConfig, pairing: Pairing):
+        super().__init__(config, pairing)
+        self.register_buffer("same_token", pairing.same_token, persistent=False)
+
+    def forward(self, batch: Batch, outputs: Outputs) -> Learned:
+        """See `Distillation`."""
+        alignment, (size,) = batch.alignment, self.same_token.shape
+        rows = outputs.teacher_logits[alignment.teacher_rows]
+        keep = finite_rows(rows)
+        rows = self._bounded(rows).masked_fill(~keep[:, None], 0.0).float() / self.temperature
+        best = rows[:, :size].topk(min(self.top_k or size, size))
+        partners = self.same_token[best.indices]
+        teacher = torch.where(partners >= 0, best.values, ABSENT)
+        held = (teacher.logsumexp(1) - rows.logsumexp(1)).exp()
+        student = self._bounded(outputs.student_logits[alignment.student_rows]).float() / self.temperature
+        student = student.gather(1, partners.clamp_min(0))
+        counts = keep & alignment.strict & (held >= self._LEAST_MASS)
+        loss, raw, _ = self._diverge(on_support(student, teacher), teacher, counts)
+        return Learned(loss, raw, (~keep).sum())
+
+
+class ChunkLikelihood(Distillation):
+    """tau * KL between the two models' verdicts on each chunk; needs nothing but the probability of the text."""
+
+    def __init__(self, config: LossConfig, pairing: Pairing):
+        super().__init__(config, pairing)
+        self.tau = config.alm_tau
+
+    def forward(self, batch: Batch, outputs: Outputs) -> Learned:
+        """See `Distillation`."""
+        alignment = batch.alignment
+        rows = outputs.teacher_logits[batch.teacher.rows]
+        keep = finite_rows(rows)
+        rows = self._bounded(rows).masked_fill(~keep[:, None], 0.0)
+        said = target_log_probs(self._bounded(outputs.student_logits), batch.student.targets)
+        student = _chunk_sums(self.clamp.log_probs(said), alignment.student_chunks, alignment.num_chunks)
+        raw = _chunk_sums(said.detach(), alignment.student_chunks, alignment.num_chunks)
+        teacher = _chunk_sums(
+            target_log_probs(rows, batch.teacher.targets), alignment.teacher_chunks, alignment.num_chunks
+        )
+        sound = _chunk_sums((~keep).float(), alignment.teacher_chunks, alignment.num_chunks) == 0
+        # A chunk of which the teacher's part is not finite is given the same likelihood on both sides: no difference.
+        student, raw, teacher = (torch.where(sound, likelihood, -1.0) for likelihood in (student, raw, teacher))
+        return Learned(
+            chunk_likelihood(student, teacher, self.tau), chunk_likelihood(raw, teacher, self.tau), (~keep).sum()
+        )
+
+
+def _chunk_sums(values: Tensor, chunks: Tensor, count: int) -> Tensor:
+    """float [count]; what belongs to no chunk (-1) goes to one behind the last."""
+    return Segments(torch.where(chunks < 0, count, chunks), count + 1).sum(values)[:count]
+
+
+class SortedProbabilities(Distillation):
+    """L1 between sorted probabilities where both start a token: ULD, a baseline. Neither T^2 nor a floor."""
+
+    def forward(self, batch: Batch, outputs: Outputs) -> Learned:
+        """See `Distillation`."""
+        teacher, keep = self._teacher_rows(outputs.teacher_logits[batch.alignment.teacher_rows])
+        student = self._bounded(outputs.student_logits[batch.alignment.student_rows])
+        loss = sorted_distance(student, teacher, self.temperature, keep)
+        return Learned(loss, loss.detach(), (~keep).sum())
+
+
+class HiddenStates(Distillation):
+    """Relative squared error of the last hidden states at the ends of chunks, where both have read the same bytes.
+
+    The student's states pass a projection that is learned with it.
+    """
+
+    needs_states = True
+
+    def __init__(self, config: LossConfig, pairing: Pairing, student_width: int, teacher_width: int):
+        super().__init__(config, pairing)
+        self.projection = nn.Linear(student_width, teacher_width, bias=False)
+
+    def forward(self, batch: Batch, outputs: Outputs) -> Learned:
+        """See `Distillation`."""
+        states = outputs.teacher_states[batch.alignment.teacher_ends]
+        keep = finite_rows(states)
+        states = states.masked_fill(~keep[:, None], 0.0)
+        projected = self.projection(outputs.student_states[batch.alignment.student_ends].float())
+        loss = state_distance(projected, states, keep)
+        return Learned(loss, loss.detach(), (~keep).sum())
+
+
+_KINDS = {
+    "projection": Projected,
+    "strict": Strict,
+    "alm": ChunkLikelihood,
+    "uld": SortedProbabilities,
+    "hidden": HiddenStates,
+}
+
+
+def build_distillation(config: LossConfig, pairing: Pairing, student: nn.Module, teacher: nn.Module) -> Distillation:
+    """The term that `--alignment` names. auto: token by token for equal tokenizers, else the projection."""
+    if config.alignment == "auto":
+        kind = TokenLevel if pairing.pair.tables is None else Projected
+    else:
+        kind = _KINDS[config.alignment]
+    widths = [model.config.get_text_config().hidden_size for model in (student, teacher)]
+    return kind(config, pairing, *(widths if kind is HiddenStates else ()))
