@@ -40,8 +40,11 @@ class Side:
         self.precision = setup(self.config.precision, 0)
         self.precision.emulates = emulates
         self.models = load_models(self.config, self.precision)
-        self.objective = Objective(self.models.teacher, self.models.student, self.config.loss, self.precision)
-        self.optimizer = build_optimizer(self.models.student, self.config.optim)
+        limits = self.models.block_limits(self.config.data.block_size)
+        self.corpus = Corpus(load_documents(self.config.data)[0], self.models.tokenizers, *limits)
+        pair = (self.models.teacher, self.models.student)
+        self.objective = Objective(*pair, self.config.loss, self.corpus.pairing, self.precision)
+        self.optimizer = build_optimizer(self.models.student, self.config.optim, self.objective.parameters())
         self.guard = StepGuard(self.config.guards)
 
     def step(self, batches) -> tuple[float, float]:
@@ -58,11 +61,9 @@ def main() -> None:
     options = parser.parse_args()
     sides = {name: Side(*kind) for name, kind in KINDS.items()}
     first = sides["float32"]
-    limits = first.models.block_limits(first.config.data.block_size)
-    corpus = Corpus(load_documents(first.config.data)[0], first.models.tokenizers, *limits)
     measured = {name: [] for name in sides}
     for step in range(options.steps + 1):
-        batches = corpus.micro_batches(step, first.config.train.per_device_batch_size, 1, 0)
+        batches = first.corpus.micro_batches(step, first.config.train.per_device_batch_size, 1, 0)
         for name, side in sides.items():
             measured[name].append(side.step(batches))
     results = {}

@@ -1,0 +1,110 @@
+"""What alignment costs: a distillation step across tokenizers beside one with equal tokenizers of the same sizes.
+
+    python benchmarks/alignment_cost.py
+
+Same architectures, same vocabulary sizes, same text, one process; whole steps, collation included, in turns. The
+models are fresh ones of the embedded pair's shapes, because what a step costs does not depend on what they learned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from sar_kd import embedded
+from sar_kd.alignment import TokenizerPair
+from sar_kd.config import MODES, SECTIONS, Config
+from sar_kd.data import Corpus
+from sar_kd.documents import Document
+from sar_kd.embedded.build import byte_level_bpe, sentencepiece_bpe, student_model, teacher_model
+from sar_kd.guards import StepGuard
+from sar_kd.objective import Objective
+from sar_kd.optim import build_optimizer
+from sar_kd.precision import setup
+from sar_kd.step import train_step
+
+RESULT = Path(__file__).parent / "results" / "alignment_cost.json"
+BLOCK_SIZE = 256
+
+
+class Run:
+    """One pair of models on one text, ready to step."""
+
+    def __init__(self, config: Config, texts: dict[str, str], student_tokenizer, teacher_tokenizer):
+        self.config = config
+        self.precision = setup(config.precision, config.train.seed)
+        student, teacher = student_model(), teacher_model()
+        for model, tokenizer in ((student, student_tokenizer), (teacher, teacher_tokenizer)):
+            model.resize_token_embeddings(len(tokenizer))
+        teacher.requires_grad_(False).eval()
+        pair = TokenizerPair(
+            student_tokenizer,
+            teacher_tokenizer,
+            student_rows=len(student_tokenizer),
+            teacher_rows=len(teacher_tokenizer),
+        )
+        self.corpus = Corpus([Document(*item) for item in texts.items()], pair, BLOCK_SIZE, 8 * BLOCK_SIZE)
+        self.objective = Objective(teacher, student, config.loss, self.corpus.pairing, self.precision)
+        self.optimizer = build_optimizer(student, config.optim, self.objective.parameters())
+        self.guard = StepGuard(config.guards)
+        self.step = 0
+
+    def attempt(self) -> tuple[float, float]:
+        """Seconds of one step, and the tokens that both models read in it."""
+        started = time.perf_counter()
+        batches = self.corpus.micro_batches(self.step, self.config.train.per_device_batch_size, 1, 0)
+        train_step(batches, self.objective, self.optimizer, self.guard, self.precision, 1.0)
+        seconds = time.perf_counter() - started
+        self.step += 1
+        return seconds, sum(batch.student.input_ids.numel() + batch.teacher.input_ids.numel() for batch in batches)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--warmup", type=int, default=60, help="steps before; the maps of the text are made in them")
+    parser.add_argument("--vocab_size", type=int, nargs="+", default=[1024, 2048, 8192])
+    options = parser.parse_args()
+    values = {name: value for name, value in MODES["precise"].items()}
+    config = Config.from_flags(values, "precise")
+    assert set(values) <= {field for section in SECTIONS.values() for field in section.__dataclass_fields__}
+    (texts,) = embedded.read_text("transfer")
+    results = []
+    for size in options.vocab_size:
+        byte, sentencepiece = (make(list(texts.values()), size) for make in (byte_level_bpe, sentencepiece_bpe))
+        runs = {
+            "equal": Run(config, texts, sentencepiece, sentencepiece),
+            "aligned": Run(config, texts, sentencepiece, byte),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        tokens: dict[str, list[int]] = {name: [] for name in runs}
+        for number in range(options.warmup + options.steps):
+            for name, run in runs.items():
+                took, read = run.attempt()
+                if number >= options.warmup:
+                    seconds[name].append(took)
+                    tokens[name].append(read)
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        ratios = sorted(b / a for a, b in zip(seconds["equal"], seconds["aligned"], strict=True))
+        results.append(
+            {
+                "vocab_size": size,
+                "equal_ms": 1e3 * medians["equal"],
+                "aligned_ms": 1e3 * medians["aligned"],
+                "ratio_of_medians": medians["aligned"] / medians["equal"],
+                "median_of_ratios": statistics.median(ratios),
+                "tokens_read": {name: statistics.mean(values) for name, values in tokens.items()},
+            }
+        )
+        print(json.dumps(results[-1]))
+    record = {"threads": torch.get_num_threads(), "torch": torch.__version__, "steps": options.steps, "sizes": results}
+    RESULT.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
