@@ -39,7 +39,7 @@ GOLD = "benchmarks/gold.py"
 VARIANTS = {
     "ce": ("cross-entropy only", ("--alpha_kd", "0", "--alpha_ce", "1")),
     "kd": ("full KL, equal tokenizers", ()),
-    "strict": ("strict, top 32", ("--alignment", "strict", "--teacher_top_k", "32")),
+    "strict": ("strict", ("--alignment", "strict")),
     "projection": ("projection", ("--alignment", "projection")),
     "alm": ("alm", ("--alignment", "alm")),
     "auto": ("auto", ("--alignment", "auto")),
@@ -79,8 +79,8 @@ GROUPS = {
     "sentencepiece": Group(EMBEDDED, EMBEDDED, LOSSES, "ceiling_richer"),
     "english": Group(EMBEDDED, "student_byte1024", ("ce", "auto"), text="english"),
     "english_sentencepiece": Group(EMBEDDED, EMBEDDED, ("ce", "auto"), text="english"),
-    "python": Group(EMBEDDED, "student_byte1024", ("ce", "auto"), text="python"),
-    "python_sentencepiece": Group(EMBEDDED, EMBEDDED, ("ce", "auto"), text="python"),
+    "python": Group("teacher_python", "student_byte1024", ("ce", "auto"), text="python"),
+    "python_sentencepiece": Group("teacher_python", EMBEDDED, ("ce", "auto"), text="python"),
 }
 
 

@@ -11,14 +11,17 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 from sar_kd import embedded
 from sar_kd.alignment import TokenizerPair
-from sar_kd.config import MODES, SECTIONS, Config
+from sar_kd.config import MODES, Config
 from sar_kd.data import Corpus
 from sar_kd.documents import Document
 from sar_kd.embedded.build import byte_level_bpe, sentencepiece_bpe, student_model, teacher_model
@@ -70,9 +73,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=60, help="steps before; the maps of the text are made in them")
     parser.add_argument("--vocab_size", type=int, nargs="+", default=[1024, 2048, 8192])
     options = parser.parse_args()
-    values = {name: value for name, value in MODES["precise"].items()}
-    config = Config.from_flags(values, "precise")
-    assert set(values) <= {field for section in SECTIONS.values() for field in section.__dataclass_fields__}
+    config = Config.from_flags(dict(MODES["precise"]), "precise")
     (texts,) = embedded.read_text("transfer")
     results = []
     for size in options.vocab_size:

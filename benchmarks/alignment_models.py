@@ -7,6 +7,7 @@ Everything is made from the installed interpreter and the embedded teacher, seed
 models learn the `teacher` split of the embedded text, as the embedded pair does:
 
     teacher_byte1024    the embedded teacher's body behind a byte-level BPE of 1024 tokens, trained on
+    teacher_python      the embedded teacher, trained on with Python source, of which it knows little otherwise
     student_byte1024    the embedded student's architecture, byte-level BPE of 1024 tokens
     student_byte2048    the same with the embedded teacher's own tokenizer
     student_low         the same with a space at the END of a word, so that few tokens are the teacher's
@@ -21,16 +22,13 @@ import hashlib
 import json
 import re
 import sys
-import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
-from tokenizers import models as tokenizer_models
-from tokenizers.trainers import BpeTrainer
+from tokenizers import pre_tokenizers
 from torch import nn
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +40,7 @@ from sar_kd.evaluate import evaluate  # noqa: E402
 from sar_kd.precision import Precision  # noqa: E402
 
 MODELS = ROOT / "benchmarks" / "models"
-TEACHER_STEPS, STUDENT_STEPS = 800, 200
+TEACHER_STEPS, STUDENT_STEPS, PYTHON_STEPS = 800, 200, 400
 SEED = 0
 SIZES = {"transfer": 600_000, "validation": 60_000}
 """Most bytes of English and of Python source in each split."""
@@ -53,23 +51,7 @@ SIZES = {"transfer": 600_000, "validation": 60_000}
 
 def space_last_bpe(texts: list[str], vocab_size: int) -> transformers.PreTrainedTokenizerFast:
     """SentencePiece's kind with the space, as U+2581, at the end of a word: its tokens straddle GPT-2's kind."""
-    tokenizer = Tokenizer(tokenizer_models.BPE(byte_fallback=True, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_previous")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
-    special = ["<unk>", "<s>", "</s>"]
-    reserved = special + [f"<0x{byte:02X}>" for byte in range(256)]
-    trainer = BpeTrainer(vocab_size=vocab_size, special_tokens=reserved, limit_alphabet=128, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    definition = json.loads(tokenizer.to_str())  # the trainer reserves ids for special tokens only; bytes spell text
-    definition["added_tokens"] = [token for token in definition["added_tokens"] if token["content"] in special]
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(definition)),
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    )
+    return build.sentencepiece_bpe(texts, vocab_size, pre_tokenizers.Split("\u2581", "merged_with_previous"))
 
 
 def student_model(tokenizer) -> nn.Module:
@@ -106,11 +88,13 @@ def make_model(name: str, folder: Path) -> None:
     texts, transfer, validation = embedded.read_text("teacher", "transfer", "validation")
     make_tokenizer, new_model, steps, noise = KINDS[name]
     tokenizer = make_tokenizer(list(texts.values()))
+    if name in SOURCES:
+        texts, transfer, validation = (SOURCES[name](split) for split in ("teacher", "transfer", "validation"))
     model = new_model(tokenizer)
-    build.pretrain(model, build._corpus(tokenizer, texts), steps, noise, SEED, name)
+    build.pretrain(model, build.corpus_of(tokenizer, texts), steps, noise, SEED, name)
     figures = {"steps": steps, "parameters": sum(parameter.numel() for parameter in model.parameters())}
     for split, held_out_texts in (("transfer", transfer), ("validation", validation)):
-        held_out = build._corpus(tokenizer, held_out_texts)
+        held_out = build.corpus_of(tokenizer, held_out_texts)
         batches = held_out.token_batches("student", build.BATCH_SIZE)
         score = evaluate(model, batches, held_out.text.num_bytes, Precision(torch.device("cpu"), torch.float32, 1.0))
         figures[f"{split}_bits_per_byte"] = score.bits_per_byte
@@ -132,6 +116,7 @@ KINDS = {
     "teacher_byte1024": (
         lambda texts: build.byte_level_bpe(texts, 1024), teacher_model, TEACHER_STEPS, build.INPUT_NOISE,
     ),
+    "teacher_python": (_teacher_tokenizer, teacher_model, PYTHON_STEPS, build.INPUT_NOISE),
 }  # fmt: skip
 """How each model's tokenizer and body are made, its steps and its input noise."""
 
@@ -159,16 +144,11 @@ def _is_prose(paragraph: str) -> bool:
 
 def python(split: str) -> dict[str, str]:
     """The standard library's top-level functions and classes as written, without docstrings, by document name."""
-    root = Path(sysconfig.get_path("stdlib"))
     found = {}
-    for path in sorted(root.rglob("*.py")):
-        module = path.relative_to(root)
-        if any(part in embedded._SKIPPED or (part[0] == "_" and part != "__init__.py") for part in module.parts):
-            continue
-        source = path.read_bytes()
+    for module, source in embedded.read_modules():
         for name, code in _definitions(ast.parse(source), source.decode().split("\n")):
-            if embedded.split_of(f"{module.as_posix()}:{name}") == split:
-                found[f"{module.as_posix()}:{name}"] = code
+            if embedded.split_of(f"{module}:{name}") == split:
+                found[f"{module}:{name}"] = code
     return found
 
 
@@ -214,6 +194,8 @@ def make_text(name: str, folder: Path) -> None:
 
 
 TEXTS = {"english": english, "python": python}
+SOURCES = {"teacher_python": python}
+"""What a model is trained on where it is not the embedded text."""
 
 
 def main() -> None:

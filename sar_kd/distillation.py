@@ -194,12 +194,16 @@ class Strict(Distillation):
         rows = outputs.teacher_logits[alignment.teacher_rows]
         keep = finite_rows(rows)
         rows = self._bounded(rows).masked_fill(~keep[:, None], 0.0).float() / self.temperature
-        best = rows[:, :size].topk(min(self.top_k or size, size))
-        partners = self.same_token[best.indices]
-        teacher = torch.where(partners >= 0, best.values, ABSENT)
-        held = (teacher.logsumexp(1) - rows.logsumexp(1)).exp()
         student = self._bounded(outputs.student_logits[alignment.student_rows]).float() / self.temperature
-        student = student.gather(1, partners.clamp_min(0))
+        if 0 < self.top_k < size:
+            best = rows[:, :size].topk(self.top_k)
+            partners = self.same_token[best.indices]
+            teacher, student = best.values, student.gather(1, partners.clamp_min(0))
+        else:
+            partners = self.same_token
+            teacher, student = rows[:, :size], student.index_select(1, partners.clamp_min(0))
+        teacher = torch.where(partners >= 0, teacher, ABSENT)
+        held = (teacher.logsumexp(1) - rows.logsumexp(1)).exp()
         counts = keep & alignment.strict & (held >= self._LEAST_MASS)
         loss, raw, _ = self._diverge(on_support(student, teacher), teacher, counts)
         return Learned(loss, raw, (~keep).sum())

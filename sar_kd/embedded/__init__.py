@@ -54,15 +54,20 @@ def read_text(*splits: str) -> list[dict[str, str]]:
     return [found[split] for split in splits]
 
 
-def _documents() -> Iterator[tuple[str, str]]:
-    yield from _topics()
+def read_modules() -> Iterator[tuple[str, bytes]]:
+    """Path below the standard library and source of every module that the text is made of, in a fixed order."""
     root = Path(sysconfig.get_path("stdlib"))
-    seen: set[str] = set()  # methods often repeat the docstring of the class they override
     for path in sorted(root.rglob("*.py")):
         module = path.relative_to(root)
-        if any(part in _SKIPPED or (part[0] == "_" and part != "__init__.py") for part in module.parts):
-            continue
-        yield from _docstrings(module.as_posix(), ast.parse(path.read_bytes()), seen)
+        if not any(part in _SKIPPED or (part[0] == "_" and part != "__init__.py") for part in module.parts):
+            yield module.as_posix(), path.read_bytes()
+
+
+def _documents() -> Iterator[tuple[str, str]]:
+    yield from _topics()
+    seen: set[str] = set()  # methods often repeat the docstring of the class they override
+    for module, source in read_modules():
+        yield from _docstrings(module, ast.parse(source), seen)
 
 
 def _topics() -> Iterator[tuple[str, str]]:

@@ -53,12 +53,17 @@ def byte_level_bpe(texts: list[str], vocab_size: int) -> transformers.PreTrained
     )
 
 
-def sentencepiece_bpe(texts: list[str], vocab_size: int) -> transformers.PreTrainedTokenizerFast:
+_WORDS = pre_tokenizers.Split(Regex("\u2581+(?=\u2581)|\u2581?[^\u2581\n]+|\u2581|\n+"), "isolated")
+"""A word has the space before it; further spaces and line ends stand alone."""
+
+
+def sentencepiece_bpe(
+    texts: list[str], vocab_size: int, words: pre_tokenizers.PreTokenizer = _WORDS
+) -> transformers.PreTrainedTokenizerFast:
     """Gemma's kind: spaces as U+2581, no dummy prefix, one token per byte for what the vocabulary lacks."""
     tokenizer = Tokenizer(tokenizer_models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
-    words = Regex("\u2581+(?=\u2581)|\u2581?[^\u2581\n]+|\u2581|\n+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(words, "isolated")
+    tokenizer.pre_tokenizer = words
     tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
     special = ["<unk>", "<s>", "</s>"]
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -155,11 +160,11 @@ def build(output: Path, teacher_steps: int, student_steps: int, seed: int) -> No
     for name, (make_tokenizer, vocab_size, make_model, steps, noise) in kinds.items():
         started = time.monotonic()
         tokenizer, model = make_tokenizer(list(texts.values()), vocab_size), make_model()
-        corpus = _corpus(tokenizer, texts)
+        corpus = corpus_of(tokenizer, texts)
         pretrain(model, corpus, steps, noise, seed, name)
         scores = {}
         for split, held_out_texts in (("transfer", transfer), ("validation", validation)):
-            held_out = _corpus(tokenizer, held_out_texts)
+            held_out = corpus_of(tokenizer, held_out_texts)
             batches = held_out.token_batches("student", BATCH_SIZE)
             precision = Precision(torch.device("cpu"), torch.float32, 1.0)
             scores[split] = evaluate(model, batches, held_out.text.num_bytes, precision)
@@ -168,7 +173,8 @@ def build(output: Path, teacher_steps: int, student_steps: int, seed: int) -> No
         print(f"{name}: bits per byte: {bits}; {time.monotonic() - started:.0f} s")
 
 
-def _corpus(tokenizer, texts: dict[str, str]) -> Corpus:
+def corpus_of(tokenizer, texts: dict[str, str]) -> Corpus:
+    """Texts as blocks of one tokenizer's tokens."""
     pair = TokenizerPair(tokenizer, tokenizer, student_rows=len(tokenizer), teacher_rows=len(tokenizer))
     return Corpus([Document(*item) for item in texts.items()], pair, BLOCK_SIZE, BLOCK_SIZE)
 
