@@ -19,6 +19,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from sar_kd.alignment import TokenizerPair
+from sar_kd.coverage import measure_coverage
+from sar_kd.data import Corpus
+from sar_kd.documents import Document
 from sar_kd.tokens import CONTENT, PADDED, build_token_table, encode, fuzz_texts, same_tokenizer, start_and_end
 
 MISTRAL_FILES = {
@@ -267,3 +271,58 @@ def test_the_table_is_built_quickly(name, tokenizer):
     assert len(table.pieces) == rows
     assert set(table.kinds[-64:]) == {PADDED}
     assert seconds < MAX_SECONDS
+
+
+# Coverage
+
+ENGLISH = (
+    "Many people believe that the oldest bridges are the ones which were built of stone. In fact some of the longest "
+    "lasting ones were made of wood, and repaired every few years by the families who lived beside them. When the "
+    "river rose, everybody came out to help, carried what they could to higher ground and waited for the water to go. "
+) * 3
+DEVANAGARI = (
+    "\u0928\u092e\u0938\u094d\u0924\u0947 \u0926\u0941\u0928\u093f\u092f\u093e \u0906\u091c "
+    "\u092e\u094c\u0938\u092e \u0905\u091a\u094d\u091b\u093e \u0939\u0948 "
+)
+CODE = PYTHON * 5
+
+
+def _measured(student, teacher, text: str) -> tuple[float, float, float]:
+    """Strict share of the student's tokens, chunks per student token, share of chunks in which tokens overlap."""
+    pair = TokenizerPair(student, teacher, student_rows=0, teacher_rows=0, aligns=True)
+    corpus = Corpus([Document("text", text)], pair, 4096, 8192)
+    found = measure_coverage(corpus)
+    return found.strict, found.chunks_per_token, found.straddling
+
+
+def _by_hand(student, teacher, text: str) -> tuple[float, float]:
+    """Strict share and chunks per token, from sets of spans; the end of the text is a span of its own."""
+    spans = []
+    for tokenizer in (student, teacher):
+        table, at, own = build_token_table(tokenizer, 0), 0, []
+        for token in encode(tokenizer, [text])[0]:
+            own.append((at, at + len(table.pieces[token])))
+            at = own[-1][1]
+        shift = at - len(text.encode())  # a dummy space
+        spans.append([(max(0, a - shift), b - shift) for a, b in own])
+    shared = {b for _, b in spans[0]} & {b for _, b in spans[1]}
+    total = len(spans[0]) + 1
+    return (len(set(spans[0]) & set(spans[1])) + 1) / total, (len(shared - {0}) + 1) / total
+
+
+@pytest.mark.parametrize("text", [ENGLISH, CODE, DEVANAGARI * 5], ids=["English", "code", "Devanagari"])
+@pytest.mark.parametrize(("teacher", "student"), [("tekken", "gpt2"), ("mistral_v1", "gpt2"), ("tekken", "mistral_v1")])
+def test_coverage_is_that_of_a_count_by_hand(teacher, student, text, request):
+    teacher, student = request.getfixturevalue(teacher), request.getfixturevalue(student)
+    strict, chunks, _ = _measured(student, teacher, text)
+    # A dummy space may be a token of its own, which the count by hand takes for text.
+    assert (strict, chunks) == pytest.approx(_by_hand(student, teacher, text), abs=0.01)
+
+
+def test_two_versions_of_the_same_pieces_cover_one_another_wholly(mistral_v1, mistral_v3):
+    assert _measured(mistral_v3, mistral_v1, ENGLISH) == (1.0, 1.0, 0.0)
+
+
+def test_coverage_falls_from_english_to_code_to_other_scripts(gpt2, tekken):
+    english, code, other = (_measured(gpt2, tekken, text)[0] for text in (ENGLISH, CODE, DEVANAGARI * 5))
+    assert english > 0.8 > 0.6 > code > 0.3 > other
