@@ -152,30 +152,37 @@ class Projected(Distillation):
         student = self._bounded(outputs.student_logits[alignment.student_rows])
         student = class_logits(student, self.student_tokens, self.student_classes, self.count, self.temperature)
         teacher = class_logits(teacher, self.teacher_tokens, self.teacher_classes, self.count, self.temperature)
-        student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)
+        teacher = teacher.log_softmax(-1).where(teacher > 1e-6 * ABSENT, ABSENT)
         rows = alignment.in_teacher if self.teacher_is_richer else alignment.in_student
         rich, sound = going_on
         ways = (rich, alignment.ended, rich[rows.ends], alignment.other_ways)
         if self.teacher_is_richer:
             teacher = add_other_ways(teacher, *ways)
         else:
-            student = add_other_ways(student, *ways)
-        if self._is_cut(outputs):
-            student, teacher = on_support(student, teacher).log_softmax(-1), teacher.log_softmax(-1)
+            student = add_other_ways(student.log_softmax(-1), *ways)
         counts = keep & torch.cat([sound, sound.new_ones(1)])[alignment.ended]
+        if self._is_cut(outputs):
+            student, teacher, shared = _renormalised(on_support(student, teacher), teacher)
+            counts = counts & shared
+        elif self.teacher_is_richer:
+            student = student.log_softmax(-1)
         sums = self.divergence(student, teacher, counts[:, None])
         return Learned(*(total * self.temperature**2 for total in sums), (~keep).sum())
 
 
-def _renormalised(student: Tensor, teacher: Tensor, rows: Segments) -> tuple[Tensor, Tensor, Tensor]:
-    """Both with each row's probabilities adding up to 1, and the rows, bool [K], of which both leave something."""
-    totals = [rows.logsumexp(side) for side in (student, teacher)]
+def _renormalised(student: Tensor, teacher: Tensor, rows: Segments | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Both with each row's probabilities adding up to 1, and the rows, bool [K], of which both leave something.
+
+    student, teacher: float [K, C], or [O] with `rows`
+    """
+    totals = [side.logsumexp(-1) if rows is None else rows.logsumexp(side) for side in (student, teacher)]
     shared = torch.minimum(*totals) > 1e-6 * ABSENT
-    sides = [
-        torch.where(shared[rows.index], side - total[rows.index], 0.0)
-        for side, total in zip((student, teacher), totals, strict=True)
-    ]
-    return *sides, shared
+    student, teacher = (side - _spread(total, rows) for side, total in zip((student, teacher), totals, strict=True))
+    return *(side.where(_spread(shared, rows), 0.0) for side in (student, teacher)), shared
+
+
+def _spread(values: Tensor, rows: Segments | None) -> Tensor:
+    return values[:, None] if rows is None else values[rows.index]
 
 
 class Strict(Distillation):

@@ -134,7 +134,7 @@ def poor_log_probs(logits: Tensor, rows: Continuations, temperature: float, must
     if must_end:
         end = torch.where(rows.can_end, end, ABSENT)
     outcomes = outcomes.index_copy(0, ends, end)
-    return outcomes - segments.logsumexp(outcomes)[of_rows]
+    return torch.where(outcomes > 1e-6 * ABSENT, outcomes - segments.logsumexp(outcomes)[of_rows], ABSENT)
 
 
 def _outcome_logits(logits: Tensor, entries: Tensor, num_outcomes: int, temperature: float) -> Tensor:

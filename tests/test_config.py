@@ -12,7 +12,7 @@ FLAGS = [
     "teacher_model", "student_model", "trust_remote_code",
     "train_file", "validation_file", "text_field", "dataset_name", "dataset_config_name", "block_size",
     "temperature", "alpha_kd", "alpha_ce", "logit_clamp", "logit_clamp_style", "loss_clamp", "loss_clamp_style",
-    "alignment", "force",
+    "alignment", "kd_direction", "jsd_beta", "teacher_top_k", "alm_tau", "force",
     "student_lr", "weight_decay", "warmup_steps", "lr_schedule",
     "model_dtype", "device", "init_loss_scale",
     "max_grad_norm", "skip_grad_norm", "skip_rule", "skip_factor", "max_nan_batches",
@@ -32,7 +32,15 @@ BAD_VALUES = [
     ("--loss_clamp -6", "-6", "above 0"),
     ("--logit_clamp_style soft", "soft", "normalized"),
     ("--loss_clamp_style soft", "soft", "scale"),
-    ("--alignment alm", "alm", "projection"),
+    ("--alignment gold", "gold", "projection"),
+    ("--kd_direction backward", "backward", "reverse"),
+    ("--jsd_beta 0", "0", "above 0 and below 1"),
+    ("--jsd_beta 1", "1", "above 0 and below 1"),
+    ("--jsd_beta nan", "nan", "above 0 and below 1"),
+    ("--teacher_top_k -1", "-1", "at least 0"),
+    ("--teacher_top_k 2.5", "2.5", "not a whole number"),
+    ("--alm_tau 0", "0", "above 0"),
+    ("--alm_tau inf", "inf", "above 0"),
     ("--student_lr 0", "0", "above 0"),
     ("--weight_decay -1", "-1", "at least 0"),
     ("--warmup_steps -1", "-1", "at least 0"),
@@ -140,6 +148,19 @@ def test_the_flags_are_these():
     assert [item.name for section in SECTIONS.values() for item in dataclasses.fields(section)] == FLAGS
 
 
+def test_the_alignments_are_these_and_each_direction_goes_with_each():
+    for alignment in ("auto", "projection", "strict", "alm", "uld", "hidden"):
+        for direction in ("forward", "reverse", "jsd"):
+            loss = _parse(f"--alignment {alignment} --kd_direction {direction} --jsd_beta 0.1 --alm_tau 1").loss
+            assert (loss.alignment, loss.kd_direction, loss.jsd_beta, loss.alm_tau) == (alignment, direction, 0.1, 1.0)
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_every_mode_distils_forward_from_the_whole_teacher_and_chooses_the_alignment_itself(mode):
+    loss = _parse(f"--mode {mode}").loss
+    assert (loss.alignment, loss.kd_direction, loss.teacher_top_k, loss.alm_tau) == ("auto", "forward", 0, 5.0)
+
+
 def test_a_flag_wins_over_the_mode():
     config = _parse("--temperature 3 --mode precise --max_grad_norm 0.25")
     assert (config.loss.temperature, config.guards.max_grad_norm) == (3.0, 0.25)
@@ -214,6 +235,7 @@ def test_a_rate_given_by_hand_and_a_students_own_are_used_as_they_are(line):
         "--output_dir out",
         "--mode precise --train_file a.txt b.jsonl --validation_file c.txt --seed 7 --overwrite --output_dir out",
         "--dataset_name wikitext --dataset_config_name wikitext-2-raw-v1 --student_lr 3e-7 --output_dir out --force",
+        "--alignment alm --alm_tau 100 --kd_direction jsd --jsd_beta 0.25 --teacher_top_k 64 --output_dir out",
     ],
 )
 def test_config_json_gives_back_an_equal_config(line):
@@ -248,7 +270,9 @@ def test_resume_takes_the_saved_config_whatever_the_script(tmp_path):
     assert {**_flags(resumed), "resume": False} == _flags(saved)
 
 
-@pytest.mark.parametrize("change", ["--temperature 3", "--mode precise", "--seed 9", "--train_file other.txt"])
+@pytest.mark.parametrize(
+    "change", ["--temperature 3", "--mode precise", "--seed 9", "--train_file other.txt", "--alignment uld"]
+)
 def test_resume_refuses_to_become_another_run(tmp_path, change):
     _save(_parse(f"--output_dir {tmp_path} --temperature 1.25"), tmp_path)
     message = _message(f"--resume --output_dir {tmp_path} {change}")

@@ -55,6 +55,7 @@ def inputs(tmp_path_factory, make_student, make_teacher, sp_tokenizer, byte_toke
     for name, model, tokenizer in (
         ("student", student, sp_tokenizer),
         ("teacher", make_teacher(len(byte_tokenizer), num_hidden_layers=1), byte_tokenizer),
+        ("equal_teacher", make_teacher(len(sp_tokenizer), num_hidden_layers=1, hidden_size=16), sp_tokenizer),
         # float16 cannot hold what this student's last product gives, float32 can.
         ("loud", _loud(make_student(len(sp_tokenizer), num_hidden_layers=1)), sp_tokenizer),
     ):
@@ -249,13 +250,38 @@ def test_a_finished_run_can_be_continued_for_longer(finished, tmp_path):
     assert [record["step"] for record in _metrics(folder, "step")] == [1, 2, 3, 4]
 
 
+# Every kind of distillation
+
+
+@pytest.mark.parametrize("teacher", ["teacher", "equal_teacher"])
+@pytest.mark.parametrize("alignment", ["projection", "strict", "alm", "uld", "hidden"])  # auto: every other run
+def test_a_run_of_each_alignment_finishes_and_learns(inputs, tmp_path, teacher, alignment):
+    more = ("--teacher_model", inputs / teacher, "--alignment", alignment, "--alpha_kd", 0.5, "--alpha_ce", 0.5)
+    code, _, err = _run(_argv(inputs, tmp_path / "run", *more, "--eval_steps", 100, "--student_lr", 3e-3))
+    assert (code, err) == (0, [])
+    summary, steps = _json(tmp_path / "run" / "summary.json"), _metrics(tmp_path / "run", "step")
+    assert summary["applied"] == 3
+    assert summary["val_ppl_final"] < 0.99 * summary["val_ppl_start"]
+    assert all(0 < record["kd_loss"] < math.inf for record in steps)
+    assert {record["teacher_rows_dropped"] for record in steps} == {0}
+
+
+@pytest.mark.parametrize("direction", ["reverse", "jsd"])
+def test_a_run_of_each_direction_finishes_and_learns(inputs, tmp_path, direction):
+    more = ("--kd_direction", direction, "--alpha_kd", 0.5, "--alpha_ce", 0.5, "--teacher_top_k", 50)
+    code, _, err = _run(_argv(inputs, tmp_path / "run", *more, "--student_lr", 3e-3, steps=3))
+    assert (code, err) == (0, [])
+    summary = _json(tmp_path / "run" / "summary.json")
+    assert summary["val_ppl_final"] < 0.99 * summary["val_ppl_start"]
+
+
 # Resuming
 
 
 @pytest.mark.parametrize(
-    ("rate", "after", "best_step"), [(1e-3, 3, 6), (0.1, 5, 4)], ids=["best_at_the_end", "best_before"]
+    ("rate", "after", "is_before"), [(1e-3, 3, False), (0.1, 5, True)], ids=["best_at_the_end", "best_before"]
 )
-def test_a_resumed_run_equals_one_never_interrupted(inputs, tmp_path, monkeypatch, rate, after, best_step):
+def test_a_resumed_run_equals_one_never_interrupted(inputs, tmp_path, monkeypatch, rate, after, is_before):
     straight, halved = tmp_path / "straight", tmp_path / "halved"
     more = ("--student_lr", rate, "--skip_grad_norm", 1e6, "--loss_clamp_style", "off")
     assert _run(_argv(inputs, straight, *more, steps=6))[0] == 0
@@ -268,7 +294,28 @@ def test_a_resumed_run_equals_one_never_interrupted(inputs, tmp_path, monkeypatc
     torch.manual_seed(99)
     assert _run(["--resume", "--output_dir", str(halved)])[0] == 0
     _assert_equal_runs(straight, halved)
-    assert _json(halved / "summary.json")["best_step"] == best_step
+    assert (_json(halved / "summary.json")["best_step"] < after) == is_before
+
+
+def test_a_resumed_run_has_the_projection_of_hidden_states_bit_for_bit(inputs, tmp_path, monkeypatch):
+    straight, halved = tmp_path / "straight", tmp_path / "halved"
+    more = ("--alignment", "hidden", "--alpha_kd", 0.5, "--alpha_ce", 0.5, "--eval_steps", 100)
+    assert _run(_argv(inputs, straight, *more, steps=4))[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train_step", _interrupting(trainer.train_step, 2))
+        assert _run(_argv(inputs, halved, *more, steps=4))[0] == 130
+    (before,) = _objective_state(halved)
+    torch.manual_seed(99)
+    assert _run(["--resume", "--output_dir", str(halved)])[0] == 0
+    (after,) = _objective_state(halved)
+    assert before.shape == after.shape == (32, 32)
+    assert not torch.equal(before, after)
+    _assert_equal_runs(straight, halved)
+
+
+def _objective_state(folder):
+    """Every tensor that the objective has learned."""
+    return list(torch.load(_checkpoint(folder) / "state.pt", weights_only=True)["objective"].values())
 
 
 def _interrupting(train_step, after):
@@ -585,12 +632,14 @@ def saving(request, tmp_path, make_student):
         "optimizer": build_optimizer(student, OptimConfig()),
         "precision": Precision(CPU, torch.float16, 1024.0),
         "guard": StepGuard(GuardConfig()),
+        "objective": torch.nn.Linear(3, 2),  # of which it needs no more than its state
     }
     checkpoint.save_checkpoint(tmp_path / "checkpoint", **state, progress={"step": 1})
-    former = [parameter.detach().clone() for parameter in student.parameters()]
-    for parameter in student.parameters():
+    learned = [*student.parameters(), *state["objective"].parameters()]
+    former = [parameter.detach().clone() for parameter in learned]
+    for parameter in learned:
         parameter.data.add_(1.0)
-    return SimpleNamespace(folder=tmp_path / "checkpoint", state=state, former=former)
+    return SimpleNamespace(folder=tmp_path / "checkpoint", state=state, former=former, learned=learned)
 
 
 class Killed(Exception):
@@ -622,18 +671,18 @@ def test_a_checkpoint_killed_half_way_leaves_the_former_one(saving, monkeypatch,
         with pytest.raises(Killed):
             checkpoint.save_checkpoint(saving.folder, **saving.state, progress={"step": 2})
     assert checkpoint.load_checkpoint(saving.folder, **saving.state) == {"step": 1}
-    assert _equal([p.data for p in saving.state["student"].parameters()], saving.former)
+    assert _equal([p.data for p in saving.learned], saving.former)
 
 
 def test_a_checkpoint_killed_while_clearing_up_is_the_new_one(saving, monkeypatch):
-    moved = [parameter.detach().clone() for parameter in saving.state["student"].parameters()]
+    moved = [parameter.detach().clone() for parameter in saving.learned]
     remove = shutil.rmtree
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda path, **how: remove(path, **how) if "ignore_errors" in how else _raise())
         with pytest.raises(Killed):
             checkpoint.save_checkpoint(saving.folder, **saving.state, progress={"step": 2})
     assert checkpoint.load_checkpoint(saving.folder, **saving.state) == {"step": 2}
-    assert _equal([p.data for p in saving.state["student"].parameters()], moved)
+    assert _equal([p.data for p in saving.learned], moved)
 
 
 def test_what_a_kill_left_is_cleared_away_by_the_next_checkpoint(saving):

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sar_kd.alignment import TokenizerPair
 from sar_kd.config import GuardConfig, LossConfig, OptimConfig
-from sar_kd.data import Block, Corpus
+from sar_kd.data import Corpus
 from sar_kd.documents import Document
 from sar_kd.evaluate import Evaluation, evaluate
 from sar_kd.guards import StepGuard
@@ -20,16 +20,29 @@ from sar_kd.objective import Objective
 from sar_kd.optim import build_optimizer, learning_rate_at, parameters_of
 from sar_kd.precision import Precision
 from sar_kd.step import train_step
+from sar_kd.streams import Block
 
 CPU = torch.device("cpu")
 HALF_OR_FLOAT = pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["float16", "float32"])
 NO_CLAMPS = {"logit_clamp_style": "off", "loss_clamp_style": "off"}
 NO_LIMIT = 1e9
+EVERY_KIND = pytest.mark.parametrize(
+    ("tokenizers", "alignment"),
+    [
+        ("equal", "auto"), ("different", "auto"), ("richer", "auto"), ("aligned", "projection"),
+        ("different", "strict"), ("different", "alm"), ("different", "uld"), ("richer", "hidden"),
+    ],
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def tokenizer_pairs(byte_tokenizer, sp_tokenizer):
-    return {"equal": (byte_tokenizer, byte_tokenizer), "different": (sp_tokenizer, byte_tokenizer)}
+    return {
+        "equal": (byte_tokenizer, byte_tokenizer),
+        "aligned": (byte_tokenizer, byte_tokenizer, True),
+        "different": (sp_tokenizer, byte_tokenizer),
+        "richer": (byte_tokenizer, sp_tokenizer),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +51,8 @@ def corpora(tokenizer_pairs, corpus_texts):
     return {name: _corpus(documents, *pair) for name, pair in tokenizer_pairs.items()}
 
 
-def _corpus(documents, student, teacher) -> Corpus:
-    pair = TokenizerPair(student, teacher, student_rows=len(student), teacher_rows=len(teacher))
+def _corpus(documents, student, teacher, aligns=False) -> Corpus:
+    pair = TokenizerPair(student, teacher, student_rows=len(student), teacher_rows=len(teacher), aligns=aligns)
     return Corpus(documents, pair, 24, 60)
 
 
@@ -57,8 +70,9 @@ def make_run(corpora, make_student):
         precision = Precision(CPU, dtype, scale)
         settings = LossConfig(**({"alpha_kd": 0.5, "alpha_ce": 0.5} | NO_CLAMPS | loss))
         run = SimpleNamespace(corpus=corpus, student=student, teacher=teacher, precision=precision, clip=clip)
-        run.objective = Objective(teacher, student, settings, precision)
-        run.optimizer = build_optimizer(student, OptimConfig(student_lr=1e-3))
+        torch.manual_seed(2)
+        run.objective = Objective(teacher, student, settings, corpus.pairing, precision)
+        run.optimizer = build_optimizer(student, OptimConfig(student_lr=1e-3), run.objective.parameters())
         run.guard = StepGuard(GuardConfig(skip_grad_norm=skip, skip_rule="fixed"))
         run.step = lambda batches: train_step(batches, run.objective, run.optimizer, run.guard, run.precision, run.clip)
         run.gradients = []
@@ -97,9 +111,9 @@ def _poison(run, block, others=()):
 # Accumulation
 
 
-@pytest.mark.parametrize("tokenizers", ["equal", "different"])
-def test_accumulation_matches_one_large_batch(make_run, tokenizers):
-    large, small = make_run(tokenizers=tokenizers), make_run(tokenizers=tokenizers)
+@EVERY_KIND
+def test_accumulation_matches_one_large_batch(make_run, tokenizers, alignment):
+    large, small = (make_run(tokenizers=tokenizers, alignment=alignment) for _ in range(2))
     for run in (large, small):
         run.corpus = _ragged(run.corpus)
     one = large.step(_batches(large, range(8)))
@@ -236,7 +250,10 @@ def _without_targets(batch):
     none = torch.zeros(0, dtype=torch.int64)
     labels = torch.full_like(batch.student.labels, IGNORE_INDEX)
     student = dataclasses.replace(batch.student, labels=labels, rows=none, targets=none)
-    return dataclasses.replace(batch, student=student, kd_rows=none, teacher_rows=none)
+    alignment = dataclasses.replace(
+        batch.alignment, student_rows=none, teacher_rows=none, strict=none.bool(), student_chunks=none, num_chunks=0
+    )
+    return dataclasses.replace(batch, student=student, alignment=alignment)
 
 
 # The norm, and the one read
@@ -292,11 +309,13 @@ class _HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@HALF_OR_FLOAT
-@pytest.mark.parametrize("tokenizers", ["equal", "different"])
-@pytest.mark.parametrize("skip", [1e-6, NO_LIMIT], ids=["skipped", "applied"])
-def test_a_step_reads_the_device_once(make_run, monkeypatch, dtype, tokenizers, skip):
-    run = make_run(dtype, tokenizers, skip=skip, logit_clamp_style="normalized", loss_clamp_style="scale")
+@pytest.mark.parametrize(
+    ("dtype", "skip"), [(torch.float16, NO_LIMIT), (torch.float32, 1e-6)], ids=["applied", "skipped"]
+)
+@EVERY_KIND
+def test_a_step_reads_the_device_once(make_run, monkeypatch, dtype, tokenizers, alignment, skip):
+    settings = {"alignment": alignment, "logit_clamp_style": "normalized", "loss_clamp_style": "scale"}
+    run = make_run(dtype, tokenizers, skip=skip, kd_direction="jsd", teacher_top_k=16, **settings)
     batches = _batches(run, [0], [1])
     reads = []
     # transformers looks for packed sequences in position ids that it made itself, a read for every forward.
@@ -320,9 +339,9 @@ def _counted(method, name, reads):
 # The objective
 
 
-@pytest.mark.parametrize("tokenizers", ["equal", "different"])
-def test_the_total_is_the_weighted_sum_of_its_terms(make_run, tokenizers):
-    run = make_run(tokenizers=tokenizers, alpha_kd=0.3, alpha_ce=0.6)
+@EVERY_KIND
+def test_the_total_is_the_weighted_sum_of_its_terms(make_run, tokenizers, alignment):
+    run = make_run(tokenizers=tokenizers, alignment=alignment, alpha_kd=0.3, alpha_ce=0.6)
     terms = run.objective(*_batches(run, [0, 1]))
     assert min(terms.ce.item(), terms.kd.item()) > 0.1
     assert terms.total.item() == pytest.approx(0.6 * terms.ce.item() + 0.3 * terms.kd.item(), rel=1e-6)
@@ -368,20 +387,34 @@ def test_teacher_rows_that_are_not_finite_are_dropped_and_text_still_trains(make
     report = deaf.step([batch])
     alone.step([batch])
     assert report.verdict.applied
-    assert report.teacher_rows_dropped == len(batch.kd_rows) > 0
+    records = [batch.alignment.in_teacher, batch.alignment.in_student]
+    going_on = sum(0 if record is None else len(record.poor_rows) for record in records)
+    assert (going_on > 0) == (tokenizers == "different")
+    assert report.teacher_rows_dropped == len(batch.alignment.teacher_rows) + going_on
     assert report.kd_loss == 0.0
     for a, b in zip(deaf.gradients[0], alone.gradients[0], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(("alignment", "learns"), [("auto", True), ("strict", False)])
+def test_a_batch_in_which_nowhere_both_start_a_token_teaches_what_there_is(make_run, alignment, learns):
+    run = make_run(tokenizers="different", alignment=alignment)
+    (batch,) = _batches(run, [0, 1])
+    rows = {name: getattr(batch.alignment, name)[:0] for name in ("student_rows", "teacher_rows", "strict", "ended")}
+    rows["other_ways"] = batch.alignment.other_ways[:, :0]
+    report = run.step([dataclasses.replace(batch, alignment=dataclasses.replace(batch.alignment, **rows))])
+    assert report.verdict.applied
+    assert (report.kd_loss > 0) == learns
 
 
 def test_only_the_teacher_rows_that_are_not_finite_are_dropped(make_run):
     run = make_run()
     (batch,) = _batches(run, [0, 1])
     run.teacher.get_input_embeddings().weight.data[batch.teacher.input_ids[0, 5]] = math.inf
-    logits = run.teacher(input_ids=batch.teacher.input_ids).logits.flatten(0, 1)[batch.teacher_rows]
+    logits = run.teacher(input_ids=batch.teacher.input_ids).logits.flatten(0, 1)[batch.teacher.rows]
     bad = (~logits.isfinite().all(1)).sum().item()
     report = run.step([batch])
-    assert 0 < bad < len(batch.teacher_rows)
+    assert 0 < bad < len(batch.teacher.rows)
     assert report.teacher_rows_dropped == bad
     assert report.verdict.applied
     assert report.kd_loss > 0
@@ -419,9 +452,9 @@ def test_heads_padded_to_different_sizes_share_their_tokens(make_run, make_stude
     assert 0 < run.objective(*_batches(run, [0])).kd.item() < math.inf
 
 
-@pytest.mark.parametrize("tokenizers", ["equal", "different"])
-def test_float16_gradients_point_where_float32_ones_do(make_run, tokenizers):
-    half, single = make_run(torch.float16, tokenizers), make_run(torch.float32, tokenizers)
+@EVERY_KIND
+def test_float16_gradients_point_where_float32_ones_do(make_run, tokenizers, alignment):
+    half, single = (make_run(dtype, tokenizers, alignment=alignment) for dtype in (torch.float16, torch.float32))
     for run in (half, single):
         run.step(_batches(run, [0, 1]))
     a, b = (torch.cat([g.flatten() for g in run.gradients[0]]) for run in (half, single))
@@ -433,6 +466,62 @@ def test_twenty_steps_lower_the_loss(make_run, dtype):
     run = make_run(dtype)
     losses = [run.step(_batches(run, [0, 1])).loss for _ in range(20)]
     assert losses[-1] < 0.9 * losses[0]
+
+
+@EVERY_KIND
+def test_eight_steps_of_distillation_alone_lower_it(make_run, tokenizers, alignment):
+    run = make_run(torch.float32, tokenizers, alignment=alignment, alpha_kd=1.0, alpha_ce=0.0)
+    losses = [run.step(_batches(run, [0, 1])).kd_loss for _ in range(8)]
+    assert losses[-1] < 0.97 * losses[0]
+
+
+# What is learned beside the student
+
+
+def test_the_projection_of_hidden_states_is_trained_and_decays_like_a_matrix(make_run):
+    run = make_run(alignment="hidden")
+    (weight,) = run.objective.parameters()
+    before = weight.detach().clone()
+    assert weight.shape == (16, 32)
+    assert [p is weight for p in parameters_of(run.optimizer)].count(True) == 1
+    decay = {id(p): group["weight_decay"] for group in run.optimizer.param_groups for p in group["params"]}
+    assert decay[id(weight)] > 0
+    assert run.step(_batches(run, [0, 1])).verdict.applied
+    assert not torch.equal(weight, before)
+
+
+def test_the_norm_counts_the_projection_of_hidden_states(make_run):
+    run = make_run(alignment="hidden")
+    report = run.step(_batches(run, [0, 1]))
+    own = run.gradients[0][[p is run.objective.parameters()[0] for p in parameters_of(run.optimizer)].index(True)]
+    assert own.norm() > 0
+    assert report.grad_norm == pytest.approx(_norm(run.gradients[0]), rel=1e-5)
+
+
+@HALF_OR_FLOAT
+def test_a_nan_batch_leaves_the_projection_of_hidden_states_as_it_was(make_run, dtype):
+    run = make_run(dtype, alignment="hidden")
+    _poison(run, 0, [1])
+    before = [p.detach().clone() for p in run.objective.parameters()]
+    assert run.step(_batches(run, [0])).verdict.cause == "forward"
+    assert _unchanged(before, list(run.objective.parameters()))
+
+
+@pytest.mark.parametrize("alignment", ["auto", "strict", "alm", "uld"])
+def test_no_other_kind_learns_anything_beside_the_student(make_run, alignment):
+    run = make_run(tokenizers="different", alignment=alignment)
+    assert run.objective.parameters() == []
+    assert len(parameters_of(run.optimizer)) == len(list(run.student.parameters()))
+
+
+def test_the_state_of_the_objective_is_what_it_learns(make_run):
+    run, other = make_run(alignment="hidden"), make_run(alignment="hidden")
+    run.step(_batches(run, [0, 1]))
+    saved = run.objective.state_dict()
+    assert not torch.equal(*(r.objective.parameters()[0] for r in (run, other)))
+    other.objective.load_state_dict(saved)
+    assert torch.equal(*(r.objective.parameters()[0] for r in (run, other)))
+    assert make_run(tokenizers="different").objective.state_dict() == {}
 
 
 # Evaluation
