@@ -111,7 +111,7 @@ class TokenizerPair:
         student first
         Raises: UnfitTokenizer, if they differ and one of them changes text, or one has no end-of-text token
         """
-        self.projects = projects
+        self.projects, self.teacher_rows = projects, teacher_rows
         self.student, self.teacher = student, teacher
         self.equal = same_tokenizer(student, teacher)
         self.student_start, self.student_end = _named(start_and_end, "student", student)

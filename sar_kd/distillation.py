@@ -23,7 +23,7 @@ from sar_kd.losses import (
     target_log_probs,
 )
 from sar_kd.pairing import Alignment, Pairing
-from sar_kd.projection import Continuations, add_other_ways, class_logits, poor_log_probs, rich_log_probs
+from sar_kd.projection import Continuations, Fold, add_other_ways, poor_log_probs, read, renormalised, rich_log_probs
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class Outputs:
     """float [B * T_s, D_s]: last hidden states, where a term asks for them"""
     teacher_states: Tensor | None = None
     """float [B * T_t, D_t]"""
+
+
+_Sums = tuple[Tensor, Tensor]
+"""What is minimised, and the same as it is."""
 
 
 class Learned(NamedTuple):
@@ -58,7 +62,9 @@ class Distillation(nn.Module):
 
     def __init__(self, config: LossConfig, pairing: Pairing):
         super().__init__()
-        self.temperature, self.top_k = config.temperature, config.teacher_top_k
+        self.temperature = config.temperature
+        # 0: the whole vocabulary.
+        self.top_k = config.teacher_top_k if config.teacher_top_k < pairing.pair.teacher_rows else 0
         self.clamp = LogitClamp(config.logit_clamp_style, config.logit_clamp)
         floor = -2.0 * self.clamp.bound if self.clamp.style == "normalized" else -torch.inf
         self.divergence = Divergence(config.kd_direction, config.jsd_beta, floor)
@@ -70,13 +76,14 @@ class Distillation(nn.Module):
         """Rows that are safe to compute with, cut to their top k, and which of them count."""
         keep = finite_rows(logits)
         logits = self._bounded(logits).masked_fill(~keep[:, None], 0.0)
-        if 0 < self.top_k < logits.shape[1]:
-            best = logits.float().topk(self.top_k)
-            logits = torch.full_like(logits, ABSENT, dtype=torch.float32).scatter_(1, best.indices, best.values)
-        return logits, keep
+        return self._top(logits), keep
 
-    def _is_cut(self, outputs: Outputs) -> bool:
-        return 0 < self.top_k < outputs.teacher_logits.shape[1]
+    def _top(self, logits: Tensor) -> Tensor:
+        """The teacher's logits with all but each row's top k `ABSENT`."""
+        if not self.top_k:
+            return logits
+        best = logits.float().topk(self.top_k)
+        return torch.full_like(logits, ABSENT, dtype=torch.float32).scatter_(1, best.indices, best.values)
 
     def _diverge(self, student: Tensor, teacher: Tensor, keep: Tensor) -> Learned:
         """From logits [K, C] at the temperature; T^2 keeps the size of the gradient (arXiv 1503.02531, section 2)."""
@@ -109,80 +116,65 @@ class Projected(Distillation):
 
     def __init__(self, config: LossConfig, pairing: Pairing):
         super().__init__(config, pairing)
-        classes = pairing.open_classes
-        self.count, self.teacher_is_richer = classes.count, pairing.teacher_is_richer
-        for name in ("student_tokens", "student_classes", "teacher_tokens", "teacher_classes"):
-            self.register_buffer(name, getattr(classes, name), persistent=False)
+        classes, self.teacher_is_richer = pairing.open_classes, pairing.teacher_is_richer
+        self.student_fold = Fold(classes.student_tokens, classes.student_classes, classes.count)
+        self.teacher_fold = Fold(classes.teacher_tokens, classes.teacher_classes, classes.count)
 
     def forward(self, batch: Batch, outputs: Outputs) -> Learned:
         """See `Distillation`."""
-        alignment = batch.alignment
-        in_teacher, told = self._going_on(alignment.in_teacher, outputs, teacher_is_rich=True)
-        in_student, said = self._going_on(alignment.in_student, outputs, teacher_is_rich=False)
-        met = self._open(alignment, outputs, told if self.teacher_is_richer else said)
-        return Learned(*(sum(parts) for parts in zip(met, in_teacher, in_student, strict=True)))
-
-    def _going_on(
-        self, rows: Continuations, outputs: Outputs, teacher_is_rich: bool
-    ) -> tuple[Learned, tuple[Tensor, Tensor]]:
-        """The term; the richer side's log-probabilities of all outcomes, and which of the rows count."""
-        student_rows, teacher_rows = (
-            (rows.poor_rows, rows.rich_rows) if teacher_is_rich else (rows.rich_rows, rows.poor_rows)
+        alignment, in_teacher, in_student = batch.alignment, batch.alignment.in_teacher, batch.alignment.in_student
+        sound = finite_rows(outputs.teacher_logits)
+        teacher, student = self._top(self._bounded(outputs.teacher_logits)), self._bounded(outputs.student_logits)
+        student = read(student, self.student_fold, alignment.student_rows, in_teacher, in_student, self.temperature)
+        teacher = read(
+            teacher, self.teacher_fold, alignment.teacher_rows, in_student, in_teacher, self.temperature, sound
         )
-        teacher, keep = self._teacher_rows(outputs.teacher_logits[teacher_rows])
-        student = self._bounded(outputs.student_logits[student_rows])
-        rich, poor = (teacher, student) if teacher_is_rich else (student, teacher)
-        rich = rich_log_probs(rich, rows, self.temperature)
-        must_end = not teacher_is_rich or self.divergence.direction == "reverse" or self._is_cut(outputs)
-        poor = poor_log_probs(poor, rows, self.temperature, must_end)
-        of_rows, size = rows.outcome_rows[: rows.num_going_on], len(rows.poor_rows)
-        student, teacher = (poor, rich[: len(poor)]) if teacher_is_rich else (rich[: len(poor)], poor)
-        counts = keep[:size]
-        if self._is_cut(outputs):
-            student = on_support(student, teacher)
-            student, teacher, shared = _renormalised(student, teacher, Segments(of_rows, size))
-            counts = counts & shared
-        loss, raw = self.divergence(student, teacher, counts[of_rows])
-        dropped = (~keep[:size]).sum()
-        kept = keep if teacher_is_rich else torch.ones_like(rows.ends, dtype=torch.bool)
-        return Learned(loss * self.temperature**2, raw * self.temperature**2, dropped), (rich, kept)
+        told, said = rich_log_probs(teacher.entries, in_teacher), rich_log_probs(student.entries, in_student)
+        sums = [self._inside_teacher(student.rows, told, in_teacher, sound[in_teacher.rich_rows])]
+        sums.append(self._inside_student(said, teacher.rows, in_student, sound[in_student.poor_rows]))
+        sums.append(self._open(student.open, teacher.open, alignment, told if self.teacher_is_richer else said, sound))
+        rows = alignment.teacher_rows, in_teacher.rich_rows[: len(in_teacher.poor_rows)], in_student.poor_rows
+        loss, raw = (self.temperature**2 * sum(parts) for parts in zip(*sums, strict=True))
+        return Learned(loss, raw, (~sound[torch.cat(rows)]).sum())
 
-    def _open(self, alignment: Alignment, outputs: Outputs, going_on: tuple[Tensor, Tensor]) -> Learned:
-        teacher, keep = self._teacher_rows(outputs.teacher_logits[alignment.teacher_rows])
-        student = self._bounded(outputs.student_logits[alignment.student_rows])
-        student = class_logits(student, self.student_tokens, self.student_classes, self.count, self.temperature)
-        teacher = class_logits(teacher, self.teacher_tokens, self.teacher_classes, self.count, self.temperature)
-        teacher = teacher.log_softmax(-1).where(teacher > 1e-6 * ABSENT, ABSENT)
+    def _inside_teacher(self, logits: Tensor, told: Tensor, rows: Continuations, counts: Tensor) -> _Sums:
+        """Where only the student starts a token."""
+        said = poor_log_probs(logits, rows, self.divergence.direction == "reverse" or bool(self.top_k))
+        return self._going_on(said, told[: len(said)], rows, counts[: len(logits)])
+
+    def _inside_student(self, said: Tensor, logits: Tensor, rows: Continuations, counts: Tensor) -> _Sums:
+        """Where only the teacher starts a token."""
+        told = poor_log_probs(logits, rows, must_end=True)
+        return self._going_on(said[: len(told)], told, rows, counts)
+
+    def _going_on(self, student: Tensor, teacher: Tensor, rows: Continuations, counts: Tensor) -> _Sums:
+        of_rows = rows.outcome_rows[: rows.num_going_on]
+        if self.top_k:
+            segments = Segments(of_rows, len(rows.poor_rows))
+            student, teacher, shared = renormalised(on_support(student, teacher), teacher, segments)
+            counts = counts & shared
+        return self.divergence(student, teacher, counts[of_rows])
+
+    def _open(self, student: Tensor, teacher: Tensor, alignment: Alignment, going_on: Tensor, sound: Tensor) -> _Sums:
         rows = alignment.in_teacher if self.teacher_is_richer else alignment.in_student
-        rich, sound = going_on
-        ways = (rich, alignment.ended, rich[rows.ends], alignment.other_ways)
+        ways = (going_on, alignment.ended, going_on[rows.ends], alignment.other_ways)
+        counts = sound[alignment.teacher_rows]
+        student, teacher = student.log_softmax(-1), self._told(teacher)
         if self.teacher_is_richer:
             teacher = add_other_ways(teacher, *ways)
+            # Whether the token before was done is what that one's row says.
+            counts = counts & torch.cat([sound[rows.rich_rows], sound.new_ones(1)])[alignment.ended]
         else:
-            student = add_other_ways(student.log_softmax(-1), *ways)
-        counts = keep & torch.cat([sound, sound.new_ones(1)])[alignment.ended]
-        if self._is_cut(outputs):
-            student, teacher, shared = _renormalised(on_support(student, teacher), teacher)
+            student = add_other_ways(student, *ways)
+        if self.top_k:
+            student, teacher, shared = renormalised(on_support(student, teacher), teacher)
             counts = counts & shared
-        elif self.teacher_is_richer:
-            student = student.log_softmax(-1)
-        sums = self.divergence(student, teacher, counts[:, None])
-        return Learned(*(total * self.temperature**2 for total in sums), (~keep).sum())
+        return self.divergence(student, teacher, counts[:, None])
 
-
-def _renormalised(student: Tensor, teacher: Tensor, rows: Segments | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Both with each row's probabilities adding up to 1, and the rows, bool [K], of which both leave something.
-
-    student, teacher: float [K, C], or [O] with `rows`
-    """
-    totals = [side.logsumexp(-1) if rows is None else rows.logsumexp(side) for side in (student, teacher)]
-    shared = torch.minimum(*totals) > 1e-6 * ABSENT
-    student, teacher = (side - _spread(total, rows) for side, total in zip((student, teacher), totals, strict=True))
-    return *(side.where(_spread(shared, rows), 0.0) for side in (student, teacher)), shared
-
-
-def _spread(values: Tensor, rows: Segments | None) -> Tensor:
-    return values[:, None] if rows is None else values[rows.index]
+    def _told(self, logits: Tensor) -> Tensor:
+        log_probs = logits.log_softmax(-1)
+        # A row of which the top k say nothing stays without anything.
+        return log_probs.where(logits > 1e-6 * ABSENT, ABSENT) if self.top_k else log_probs
 
 
 class Strict(Distillation):
@@ -197,12 +189,12 @@ class Strict(Distillation):
 
     def forward(self, batch: Batch, outputs: Outputs) -> Learned:
         """See `Distillation`."""
-        alignment, (size,) = batch.alignment, self.same_token.shape
+        alignment, size = batch.alignment, len(self.same_token)
         rows = outputs.teacher_logits[alignment.teacher_rows]
         keep = finite_rows(rows)
         rows = self._bounded(rows).masked_fill(~keep[:, None], 0.0).float() / self.temperature
         student = self._bounded(outputs.student_logits[alignment.student_rows]).float() / self.temperature
-        if 0 < self.top_k < size:
+        if self.top_k:
             best = rows[:, :size].topk(self.top_k)
             partners = self.same_token[best.indices]
             teacher, student = best.values, student.gather(1, partners.clamp_min(0))

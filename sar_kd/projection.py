@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sar_kd.losses import ABSENT, Segments
 
@@ -64,84 +65,145 @@ class Continuations:
     """O_1: outcomes of the first K_1 rows"""
 
 
-def class_logits(logits: Tensor, tokens: Tensor, classes: Tensor, count: int, temperature: float) -> Tensor:
-    """The logit of each class: y[k, c] = log sum over tokens v of class c of exp(z[k, v] / T).
+class Fold(nn.Module):
+    """How the tokens of one vocabulary make up the outcomes where both tokenizers start a token."""
 
-    logits: float [K, V]; tokens, classes: int64 [M], the tokens that take part and the class of each
-    Returns: float32 [K, count]
+    def __init__(self, tokens: Tensor, classes: Tensor, count: int):
+        """tokens, classes: int64 [M], the tokens that take part and the class of each; every class has at least one"""
+        super().__init__()
+        sizes = torch.bincount(classes, minlength=count)
+        joined = sizes[classes] > 1
+        several = (sizes > 1).nonzero().squeeze(1)
+        outcome = torch.full((int(tokens.max()) + 1,), -1).index_copy_(0, tokens, classes)
+        parts = {
+            "first": tokens[classes.argsort(stable=True)[sizes.cumsum(0) - sizes]],  # [C]: a token of each
+            "several": several,  # [S]: the outcomes of more than one token
+            "members": tokens[joined],  # [J]: the tokens of those
+            "groups": torch.searchsorted(several, classes[joined]),  # [J]: which of the S
+            "outcome": outcome.clamp_min(0),  # by token
+            "absent": (outcome < 0).nonzero().squeeze(1),  # tokens without an outcome
+        }
+        for name, part in parts.items():
+            self.register_buffer(name, part, persistent=False)
+
+
+class Reading(NamedTuple):
+    """What a batch asks of one model, at the temperature; float32."""
+
+    open: Tensor
+    """[K, C]: logits of the outcomes where both start a token, y[k, c] = log sum over v of c of exp(z[k, v] / T)"""
+    rows: Tensor
+    """[K_1, V]: whole rows, where the other side is the richer and goes on"""
+    entries: Tensor
+    """[E]: single logits, where this side is the richer and might go on: the `rich_entries`"""
+
+
+def read(
+    logits: Tensor,
+    fold: Fold,
+    open_rows: Tensor,
+    inside_other: Continuations,
+    inside_own: Continuations,
+    temperature: float,
+    sound: Tensor | None = None,
+) -> Reading:
+    """Take from one model's logits all that the projection needs, with one gradient for all of it.
+
+    logits: float [N, V]; open_rows: int64 [K], each once
+    inside_other, inside_own: the continuations in which this side is the poorer, and the richer
+    sound: bool [N], rows that are finite, None for all; the others are read as zeros
     """
-    return _ClassLogits.apply(logits, tokens, classes, count, temperature)
+    row, token, _ = inside_own.rich_entries
+    places = inside_own.rich_rows[row] * logits.shape[1] + token
+    return Reading(*_Read.apply(logits, sound, fold, open_rows, inside_other.poor_rows, places, temperature))
 
 
-class _ClassLogits(torch.autograd.Function):
-    """dz[k, v] = dy[k, c(v)] * exp(z[k, v] / T - y[k, c(v)]) / T
+class _Read(torch.autograd.Function):
+    """dz[k, v] = dy[k, c(v)] * exp(z[k, v] / T - y[k, c(v)]) / T, and what comes from rows and entries.
 
-    Worked out with the vocabulary first, because adding whole rows is many times faster than adding columns.
+    One buffer for the gradient, and columns copied only where a class has one token: passes over [N, V] are what this
+    costs.
     """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, tokens: Tensor, classes: Tensor, count: int, temperature: float):
-        values = logits.T.contiguous().index_select(0, tokens).float().div_(temperature)
+    def forward(ctx, logits, sound, fold: Fold, open_rows, whole_rows, places, temperature: float):
+        ctx.like, ctx.fold, ctx.temperature = (logits.shape, logits.dtype), fold, temperature
+
+        def at_temperature(values: Tensor, rows: Tensor) -> Tensor:
+            if sound is not None:
+                values.masked_fill_(~sound[rows].view(-1, *[1] * (values.dim() - 1)), 0.0)
+            return values.float().div_(temperature) if temperature != 1.0 else values.float()
+
+        taken = at_temperature(logits.index_select(0, open_rows), open_rows)
+        outcomes = taken.index_select(1, fold.first)
+        # Rows are added many times faster than columns.
+        shares = taken.index_select(1, fold.members).T.contiguous()
         # By each class's own maximum: its probability may underflow beside the row's.
-        peaks = values.new_full((count, values.shape[1]), -torch.inf).index_reduce_(0, classes, values, "amax")
-        values.sub_(peaks.index_select(0, classes)).exp_()
-        totals = torch.zeros_like(peaks).index_add_(0, classes, values)
-        ctx.save_for_backward(values.div_(totals.index_select(0, classes)), tokens, classes)
-        ctx.like, ctx.temperature = (logits.shape, logits.dtype), temperature
-        return peaks.add_(totals.log_()).T.contiguous()
+        peaks = shares.new_full((len(fold.several), shares.shape[1]), -torch.inf)
+        peaks.index_reduce_(0, fold.groups, shares, "amax")
+        shares.sub_(peaks.index_select(0, fold.groups)).exp_()
+        totals = torch.zeros_like(peaks).index_add_(0, fold.groups, shares)
+        shares.div_(totals.index_select(0, fold.groups))
+        outcomes.index_copy_(1, fold.several, peaks.add_(totals.log_()).T)
+        ctx.save_for_backward(sound, open_rows, whole_rows, places, shares)
+        whole = at_temperature(logits.index_select(0, whole_rows), whole_rows)
+        entries = at_temperature(logits.flatten().index_select(0, places), places // logits.shape[1])
+        return outcomes, whole, entries
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        shares, tokens, classes = ctx.saved_tensors
-        (num_rows, vocab_size), dtype = ctx.like
-        entries = grad.T.contiguous().index_select(0, classes).mul_(shares).div_(ctx.temperature)
-        grad_logits = grad.new_zeros(vocab_size, num_rows).index_copy_(0, tokens, entries)
-        return grad_logits.T.to(dtype).contiguous(), None, None, None, None
+    def backward(ctx, grad_open: Tensor, grad_whole: Tensor, grad_entries: Tensor):
+        sound, open_rows, whole_rows, places, shares = ctx.saved_tensors
+        (shape, dtype), fold = ctx.like, ctx.fold
+        columns = grad_open.index_select(1, fold.outcome)
+        joined = grad_open.index_select(1, fold.several).index_select(1, fold.groups).mul_(shares.T)
+        columns.index_copy_(1, fold.members, joined).index_fill_(1, fold.absent, 0.0)
+        grad = grad_open.new_zeros(shape)
+        grad[:, : len(fold.outcome)].index_copy_(0, open_rows, columns)
+        grad.index_add_(0, whole_rows, grad_whole)
+        grad.view(-1).index_add_(0, places, grad_entries)
+        if ctx.temperature != 1.0:
+            grad.div_(ctx.temperature)
+        if sound is not None:
+            grad.masked_fill_(~sound[:, None], 0.0)
+        return grad.to(dtype), *[None] * 6
 
 
-def rich_log_probs(logits: Tensor, rows: Continuations, temperature: float) -> Tensor:
+def rich_log_probs(entries: Tensor, rows: Continuations) -> Tensor:
     """Log-probabilities of the richer side: softmax over the tokens that extend the written bytes and the one that ends
     there. A row of which a cut to the top k left nothing counts as one that ends.
 
-    logits: float [K, V]
+    entries: float32 [E], the logits of `rich_entries`
     Returns: float32 [O]; about `ABSENT` where an outcome cannot be
     """
-    outcomes = _outcome_logits(logits, rows.rich_entries, len(rows.outcome_rows), temperature)
+    outcomes = Segments(rows.rich_entries[2], len(rows.outcome_rows)).logsumexp(entries)
     totals = Segments(rows.outcome_rows, len(rows.ends)).logsumexp(outcomes)
     unknown = totals < 1e-6 * ABSENT
     log_probs = outcomes - totals.masked_fill(unknown, 0.0)[rows.outcome_rows]
     return log_probs.index_fill(0, rows.ends, 0.0).where(unknown[rows.outcome_rows], log_probs)
 
 
-def poor_log_probs(logits: Tensor, rows: Continuations, temperature: float, must_end: bool) -> Tensor:
+def poor_log_probs(logits: Tensor, rows: Continuations, must_end: bool) -> Tensor:
     """Log-probabilities of the poorer side in the first K_1 rows: softmax over its whole vocabulary, where all that
     goes on with none of a row's tokens counts for the end.
 
     Where the richer side has no token that ends there, only the other outcomes take part if `must_end` (the end would
     face a probability of 0), and the whole vocabulary if not.
 
-    logits: float [K_1, V]
+    logits: float32 [K_1, V]
     Returns: float32 [O_1], of the outcomes of the first K_1 rows; about `ABSENT` where an outcome cannot be
     """
     size, ends = len(logits), rows.ends[: len(logits)]
     of_rows = rows.outcome_rows[: rows.num_going_on]
     segments = Segments(of_rows, size)
-    outcomes = _outcome_logits(logits, rows.poor_entries, len(of_rows), temperature)
-    values = logits.float() / temperature
-    places = rows.poor_entries[0] * logits.shape[1] + rows.poor_entries[1]
+    row, token, outcome = rows.poor_entries
+    places, flat = row * logits.shape[1] + token, logits.flatten()
+    outcomes = Segments(outcome, len(of_rows)).logsumexp(flat.index_select(0, places))
     # From what is left, not as 1 minus the others: a student that is certain to go on must still be told to end.
-    end = values.flatten().index_fill(0, places, ABSENT).view_as(values).logsumexp(-1)
+    end = flat.index_fill(0, places, ABSENT).view_as(logits).logsumexp(-1)
     if must_end:
         end = torch.where(rows.can_end, end, ABSENT)
     outcomes = outcomes.index_copy(0, ends, end)
     return torch.where(outcomes > 1e-6 * ABSENT, outcomes - segments.logsumexp(outcomes)[of_rows], ABSENT)
-
-
-def _outcome_logits(logits: Tensor, entries: Tensor, num_outcomes: int, temperature: float) -> Tensor:
-    """y[c] = log sum over entries (k, v, c) of exp(z[k, v] / T); `ABSENT` for an outcome without entries."""
-    rows, tokens, outcomes = entries
-    values = logits.flatten().index_select(0, rows * logits.shape[1] + tokens).float() / temperature
-    return Segments(outcomes, num_outcomes).logsumexp(values)
 
 
 def add_other_ways(ended: Tensor, going_on: Tensor, rows: Tensor, end: Tensor, other_ways: Tensor) -> Tensor:
@@ -156,6 +218,21 @@ def add_other_ways(ended: Tensor, going_on: Tensor, rows: Tensor, end: Tensor, o
     """
     total = ended + torch.cat([end, end.new_zeros(1)])[rows][:, None]  # the last one, log 1, where there is none
     places = other_ways[0] * ended.shape[1] + other_ways[1]
-    flat = total.flatten()
-    both = torch.logaddexp(flat.index_select(0, places), going_on.index_select(0, other_ways[2]))
-    return flat.index_copy(0, places, both).view_as(ended)
+    flat = total.view(-1)
+    flat.index_copy_(0, places, torch.logaddexp(flat[places], going_on.index_select(0, other_ways[2])))
+    return total
+
+
+def renormalised(student: Tensor, teacher: Tensor, rows: Segments | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Both with each row's probabilities adding up to 1, and the rows, bool [K], of which both leave something.
+
+    student, teacher: float [K, C], or [O] with `rows`
+    """
+    totals = [side.logsumexp(-1) if rows is None else rows.logsumexp(side) for side in (student, teacher)]
+    shared = torch.minimum(*totals) > 1e-6 * ABSENT
+    student, teacher = (side - _spread(total, rows) for side, total in zip((student, teacher), totals, strict=True))
+    return *(side.where(_spread(shared, rows), 0.0) for side in (student, teacher)), shared
+
+
+def _spread(values: Tensor, rows: Segments | None) -> Tensor:
+    return values[:, None] if rows is None else values[rows.index]

@@ -26,7 +26,7 @@ from sar_kd.distillation import (
 )
 from sar_kd.documents import Document
 from sar_kd.embedded import STUDENT_DIR, TEACHER_DIR, split_of
-from sar_kd.projection import Continuations, add_other_ways, class_logits, rich_log_probs
+from sar_kd.projection import Continuations, Fold, add_other_ways, read, rich_log_probs
 
 DIFFERENT = ["sp_from_byte", "byte_from_sp", "dummy_from_byte", "byte_from_dummy"]
 EQUAL = ["byte_from_byte", "sp_from_sp"]
@@ -484,10 +484,10 @@ def _implied(case) -> Tensor:
     """What the teacher says of each of the student's tokens, by the projection; NaN where it says nothing of it."""
     found, classes, outputs = case.batch.alignment, case.pairing.open_classes, case.outputs
     rows, targets = found.in_teacher, case.batch.student.targets
-    going_on = rich_log_probs(outputs.teacher_logits[rows.rich_rows], rows, 1.0)
-    both = outputs.teacher_logits[found.teacher_rows]
-    both = class_logits(both, classes.teacher_tokens, classes.teacher_classes, classes.count, 1.0).log_softmax(-1)
-    both = add_other_ways(both, going_on, found.ended, going_on[rows.ends], found.other_ways)
+    fold = Fold(classes.teacher_tokens, classes.teacher_classes, classes.count)
+    told = read(outputs.teacher_logits, fold, found.teacher_rows, found.in_student, rows, 1.0)
+    going_on = rich_log_probs(told.entries, rows)
+    both = add_other_ways(told.open.log_softmax(-1), going_on, found.ended, going_on[rows.ends], found.other_ways)
     class_of = torch.full((len(case.pairing.pair.student),), -1)
     class_of[classes.student_tokens] = classes.student_classes
     own = class_of[targets[found.student_rows]]

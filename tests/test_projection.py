@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sar_kd.losses import ABSENT
-from sar_kd.projection import Continuations, add_other_ways, class_logits, poor_log_probs, rich_log_probs
+from sar_kd.projection import Continuations, Fold, add_other_ways, poor_log_probs, read, rich_log_probs
 
 N, V, COUNT = 5, 12, 4
 TOKENS = torch.tensor([0, 2, 3, 5, 6, 8, 9, 11])
@@ -34,8 +34,14 @@ def _value_and_grad(function, logits: Tensor, weights: Tensor) -> tuple[Tensor, 
 # Classes
 
 
-def _class_logits(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    return class_logits(logits, TOKENS, CLASSES, COUNT, temperature)
+NONE = torch.tensor([], dtype=torch.int64)
+NO_ENTRIES = torch.zeros(3, 0, dtype=torch.int64)
+NO_ROWS = Continuations(NONE, NONE, NO_ENTRIES, NO_ENTRIES, NONE, NONE, NONE.bool(), 0)
+FOLD = Fold(TOKENS, CLASSES, COUNT)
+
+
+def _class_logits(logits: Tensor, temperature: float = 1.0, fold: Fold = FOLD) -> Tensor:
+    return read(logits, fold, torch.arange(len(logits)), NO_ROWS, NO_ROWS, temperature).open
 
 
 def _naive_class_logits(logits: Tensor, temperature: float) -> Tensor:
@@ -69,7 +75,7 @@ def test_tokens_without_a_class_have_exactly_no_gradient_and_are_not_read():
 def test_classes_of_one_token_are_the_tokens_own_logits(dtype):
     logits, order = _logits().to(dtype), torch.randperm(V)
     tokens, weights = torch.arange(V), _weights(N, V)
-    value, grad = _value_and_grad(lambda z: class_logits(z, tokens, order, V, 2.0), logits, weights)
+    value, grad = _value_and_grad(lambda z: _class_logits(z, 2.0, Fold(tokens, order, V)), logits, weights)
     assert torch.equal(value, (logits.float() / 2.0)[:, order.argsort()])
     torch.testing.assert_close(grad, (weights[:, order] / 2.0).to(dtype))
 
@@ -114,6 +120,14 @@ def test_no_rows_have_no_classes_and_no_gradient():
     assert (classes.shape, none.grad.shape) == ((0, COUNT), (0, V))
 
 
+def test_a_fold_of_more_rows_than_tokens_leaves_the_padding_alone():
+    """Heads are padded: the last columns stand for no token."""
+    padded = torch.cat([_logits(), torch.full((N, 3), 50.0)], dim=1)
+    value, grad = _value_and_grad(_class_logits, padded, _weights(N, COUNT))
+    assert torch.equal(value, _class_logits(_logits()))
+    assert torch.equal(grad[:, V:], torch.zeros(N, 3))
+
+
 # Continuations
 
 
@@ -132,6 +146,16 @@ ROWS = Continuations(
     num_going_on=5,
 )
 RICH, POOR = 3, 2
+
+
+def _rich(logits: Tensor, rows: Continuations, temperature: float) -> Tensor:
+    return rich_log_probs(read(logits, FOLD, NONE, NO_ROWS, rows, temperature).entries, rows)
+
+
+def _poor(logits: Tensor, rows: Continuations, temperature: float, must_end: bool) -> Tensor:
+    return poor_log_probs(read(logits, FOLD, NONE, rows, NO_ROWS, temperature).rows, rows, must_end)
+
+
 MUST_END = pytest.mark.parametrize("must_end", [True, False])
 
 
@@ -165,7 +189,7 @@ def _assert_probs(log_probs: Tensor, probs: Tensor, *sizes: int) -> None:
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_probabilities_of_the_richer_side_match_their_definition_and_sum_to_one(temperature):
     logits = _logits(0, 1.0, RICH)
-    _assert_probs(rich_log_probs(logits, ROWS, temperature), _naive_rich(logits.double(), temperature), 3, 2, 3)
+    _assert_probs(_rich(logits, ROWS, temperature), _naive_rich(logits.double(), temperature), 3, 2, 3)
 
 
 @MUST_END
@@ -174,16 +198,16 @@ def test_probabilities_of_the_poorer_side_match_their_definition_and_sum_to_one(
     """Of the rows that go on in the text, and of no other."""
     logits = _logits(1, 1.0, POOR)
     wanted = _naive_poor(logits.double(), temperature, must_end)
-    _assert_probs(poor_log_probs(logits, ROWS, temperature, must_end), wanted, 3, 2)
+    _assert_probs(_poor(logits, ROWS, temperature, must_end), wanted, 3, 2)
 
 
 @pytest.mark.parametrize("side", ["rich", "poor_must_end", "poor"])
 def test_gradients_of_continuations_match_their_definition(side):
     if side == "rich":
-        logits, function, naive = _logits(0, 1.0, RICH), rich_log_probs, _naive_rich
+        logits, function, naive = _logits(0, 1.0, RICH), _rich, _naive_rich
     else:
         must_end = side == "poor_must_end"
-        logits, function, naive = _logits(1, 1.0, POOR), poor_log_probs, lambda z, t: _naive_poor(z, t, must_end)
+        logits, function, naive = _logits(1, 1.0, POOR), _poor, lambda z, t: _naive_poor(z, t, must_end)
     arguments = (ROWS, 2.0) if side == "rich" else (ROWS, 2.0, must_end)
 
     def found(z):
@@ -207,7 +231,7 @@ def test_written_bytes_of_vanishing_probability_still_give_a_distribution(distan
     for row in range(RICH):  # tokens that do not extend them
         extending = ROWS.rich_entries[1, ROWS.rich_entries[0] == row].tolist()
         high[row, [token for token in range(V) if token not in extending]] += distance
-    assert torch.equal(rich_log_probs(logits, ROWS, 1.0), rich_log_probs(high, ROWS, 1.0))
+    assert torch.equal(_rich(logits, ROWS, 1.0), _rich(high, ROWS, 1.0))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 4.0])
@@ -216,7 +240,7 @@ def test_a_row_of_which_a_cut_left_nothing_counts_as_one_that_ends(temperature):
     cut = torch.full_like(logits, ABSENT)
     cut[:2, [0, 2, 11]] = logits[:2, [0, 2, 11]]  # tokens that extend nothing of these rows
     cut[2, [2, 8]] = logits[2, [2, 8]]
-    found = rich_log_probs(cut, ROWS, temperature)
+    found = _rich(cut, ROWS, temperature)
     assert found[[2, 4]].tolist() == [0.0, 0.0]
     assert (found[[0, 1, 3, 6]] < 1e-6 * ABSENT).all()
     assert found.isfinite().all()
@@ -227,7 +251,7 @@ def test_a_row_of_which_a_cut_left_nothing_counts_as_one_that_ends(temperature):
 def test_the_largest_float16_logits_give_finite_continuations(must_end):
     leaves = [torch.where(_logits(i, 1.0, rows) > 0, 6e4, -6e4).half() for i, rows in enumerate((RICH, POOR))]
     for leaf, function in zip(
-        leaves, (lambda z: rich_log_probs(z, ROWS, 0.5), lambda z: poor_log_probs(z, ROWS, 0.5, must_end)), strict=True
+        leaves, (lambda z: _rich(z, ROWS, 0.5), lambda z: _poor(z, ROWS, 0.5, must_end)), strict=True
     ):
         log_probs = function(leaf.requires_grad_())
         (log_probs.clamp_min(-1e6) * _weights(len(log_probs))).sum().backward()
@@ -242,7 +266,7 @@ def test_a_student_all_but_certain_to_go_on_is_still_told_to_end(lead, temperatu
     """log(1 - p) by way of p has neither digits nor gradient where p rounds to 1."""
     poor = _logits(4, 1.0, POOR)
     poor[0, 4] = lead * temperature
-    value, grad = _value_and_grad(lambda z: poor_log_probs(z, ROWS, temperature, True)[2], poor, torch.ones(()))
+    value, grad = _value_and_grad(lambda z: _poor(z, ROWS, temperature, True)[2], poor, torch.ones(()))
     leaf = poor[0].double().requires_grad_()
     others = [v for v in range(V) if v not in (0, 4, 6)]
     wanted = (leaf / temperature)[others].logsumexp(0) - (leaf / temperature).logsumexp(0)
@@ -258,7 +282,7 @@ def test_a_student_all_but_certain_to_go_on_is_still_told_to_end(lead, temperatu
 def test_no_continuations_have_no_outcomes():
     none = {name: value[..., :0] for name, value in vars(ROWS).items() if name != "num_going_on"}
     none = Continuations(**none, num_going_on=0)
-    for function, more in ((rich_log_probs, ()), (poor_log_probs, (True,))):
+    for function, more in ((_rich, ()), (_poor, (True,))):
         leaf = torch.zeros(0, V, requires_grad=True)
         found = function(leaf, none, 1.0, *more)
         found.sum().backward()
@@ -277,8 +301,34 @@ def test_rows_that_all_ended_ask_the_richer_side_only():
         num_going_on=0,
     )
     logits = _logits(0, 1.0, 1)
-    torch.testing.assert_close(rich_log_probs(logits, ended, 1.0), logits[0, [1, 3]].log_softmax(0))
-    assert poor_log_probs(logits[:0], ended, 1.0, True).shape == (0,)
+    torch.testing.assert_close(_rich(logits, ended, 1.0), logits[0, [1, 3]].log_softmax(0))
+    assert _poor(logits[:0], ended, 1.0, True).shape == (0,)
+
+
+SOUND = torch.tensor([True, True, False, True, True])
+
+
+@pytest.mark.parametrize("sound", [None, SOUND])
+def test_a_reading_adds_up_all_that_comes_back_to_a_row(sound):
+    """One row may be open, stand whole and lend single logits."""
+
+    def found(z):
+        return torch.cat([part.flatten() for part in read(z, FOLD, torch.tensor([3, 0, 2]), ROWS, ROWS, 2.0, sound)])
+
+    def wanted(z):
+        z = z if sound is None else z * sound[:, None]
+        entries = z[ROWS.rich_rows[ROWS.rich_entries[0]], ROWS.rich_entries[1]]
+        return torch.cat([_naive_class_logits(z[[3, 0, 2]], 2.0).flatten(), z[:2].flatten() / 2.0, entries / 2.0])
+
+    logits = _logits()
+    weights = _weights(len(found(logits)))
+    naive, naive_grad = _value_and_grad(wanted, logits.double(), weights.double())
+    if sound is not None:
+        logits[2] = torch.tensor([math.nan, math.inf, -math.inf]).repeat(V // 3)
+    value, grad = _value_and_grad(found, logits, weights)
+    torch.testing.assert_close(value.double(), naive, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad.double(), naive_grad, rtol=1e-4, atol=1e-6)
+    assert grad[0].all()
 
 
 # All ways to an open outcome
