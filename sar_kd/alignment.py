@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sar_kd.token_bytes import tells_characters
 from sar_kd.tokens import TokenTable, build_token_table, same_tokenizer, start_and_end
 
 
@@ -66,15 +67,19 @@ class Chunks:
         return (self.sizes > 1).all(axis=0)
 
 
+def ends_on_both(student_ends: np.ndarray, teacher_ends: np.ndarray) -> np.ndarray:
+    """bool [len(student_ends)]: a teacher token ends there too. Arguments as for `find_contacts`."""
+    # Both are sorted, so this is their intersection, many times faster than `np.intersect1d`.
+    places = np.searchsorted(teacher_ends, student_ends)
+    return teacher_ends[np.minimum(places, len(teacher_ends) - 1)] == student_ends
+
+
 def find_chunks(student_ends: np.ndarray, teacher_ends: np.ndarray) -> Chunks:
     """Cut the text at every byte where a token ends on both sides. Arguments as for `find_contacts`.
 
     A token without bytes behind the last chunk belongs to none: its number is the number of chunks.
     """
-    # Both are sorted, so this is their intersection, many times faster than `np.intersect1d`.
-    places = np.searchsorted(teacher_ends, student_ends)
-    both = teacher_ends[np.minimum(places, len(teacher_ends) - 1)] == student_ends
-    cuts = student_ends[both & (np.diff(student_ends, prepend=0) > 0)]
+    cuts = student_ends[ends_on_both(student_ends, teacher_ends) & (np.diff(student_ends, prepend=0) > 0)]
     members, sizes = [], []
     for ends in (student_ends, teacher_ends):
         starts = _starts(ends)
@@ -123,7 +128,7 @@ class TokenizerPair:
 
     @property
     def is_exact(self) -> bool:
-        """The tokenizers differ and the bytes of both are known."""
+        """There are tables, and each holds its tokens' exact bytes."""
         return self.tables is not None and None not in self.tables
 
     def canonical(self, text: str) -> str:
@@ -136,8 +141,9 @@ class TokenizerPair:
 def _table(whose: str, tokenizer, num_rows: int, stop_ids: tuple[int, ...], tolerant: bool) -> TokenTable | None:
     try:
         return _named(build_token_table, whose, tokenizer, num_rows, stop_ids)
-    except UnfitTokenizer:
-        if tolerant:
+    except UnfitTokenizer as error:
+        error.tells_characters = tells_characters(tokenizer)
+        if tolerant and error.tells_characters:
             return None
         raise
 
@@ -148,6 +154,8 @@ class UnfitTokenizer(ValueError):
     def __init__(self, whose: str, reason: str):
         super().__init__(f"the {whose}'s tokenizer {reason}")
         self.whose, self.reason = whose, reason
+        self.tells_characters = False
+        """It takes part where characters are enough (`tolerant`)."""
 
 
 def _named(function, whose: str, *args):

@@ -6,7 +6,7 @@ import dataclasses
 import json
 
 from sar_kd.arguments import parse_verb
-from sar_kd.coverage import measure_coverage
+from sar_kd.coverage import measure_coverage, name_left_out
 from sar_kd.data import Corpus
 from sar_kd.documents import load_documents
 from sar_kd.metrics import plain
@@ -24,5 +24,9 @@ def main(argv: list[str]) -> dict:
     corpus = Corpus(texts, pair, config.data.block_size, 8 * config.data.block_size)
     coverage = measure_coverage(corpus)
     record = {**dataclasses.asdict(coverage), "mix": coverage.mix}
-    print(json.dumps(plain(record), indent=2) if as_json else "\n".join(coverage.lines()))
+    print(
+        json.dumps(plain(record), indent=2)
+        if as_json
+        else "\n".join([*coverage.lines(), *name_left_out(coverage.left_out)])
+    )
     return {"status": "finished"}

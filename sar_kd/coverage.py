@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,10 +72,18 @@ class Coverage:
             f"in {self.straddling:.1%} of them tokens overlap",
             f"--alignment auto: {self.mix}",
         ]
-        if self.left_out:
-            shown = ", ".join(self.left_out[:5]) + (", ..." if len(self.left_out) > 5 else "")
-            lines.append(f"Left out, empty or not representable: {len(self.left_out)} documents: {shown}")
         return lines
+
+
+def name_left_out(documents: Sequence[str]) -> list[str]:
+    """A line about documents that are empty or that a tokenizer cannot represent; none where there are none."""
+    reason = "that are empty or that a tokenizer cannot represent"
+    return [f"Left out {len(documents)} documents {reason}: {few(documents)}"] if documents else []
+
+
+def few(names: Sequence[str]) -> str:
+    """The first names of a list that may be long."""
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def measure_coverage(corpus: Corpus) -> Coverage:

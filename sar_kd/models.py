@@ -104,9 +104,8 @@ def _pair_tokenizers(names: ModelConfig, rows: dict[str, int], **how) -> Tokeniz
         )
     except UnfitTokenizer as error:
         flag = f"{error.whose}_model"
-        raise UsageError(
-            f"--{flag} {getattr(names, flag)}: its tokenizer {error.reason}; use another model, or --alignment uld"
-        ) from None
+        remedy = "use another model" + (", or --alignment uld" if error.tells_characters else "")
+        raise UsageError(f"--{flag} {getattr(names, flag)}: its tokenizer {error.reason}; {remedy}") from None
 
 
 def _quiet() -> None:

@@ -7,7 +7,7 @@ import math
 import torch
 
 from sar_kd.config import LossConfig, UsageError
-from sar_kd.coverage import measure_coverage
+from sar_kd.coverage import few, measure_coverage, name_left_out
 from sar_kd.data import Corpus
 from sar_kd.guards import raw_clamp_largest_probability, raw_clamp_perplexity_floor
 from sar_kd.models import Models, num_rows
@@ -33,17 +33,9 @@ def describe(train: Corpus, validation: Corpus, precision: Precision) -> list[st
     if truncated:
         lost = train.text.dropped_tokens + validation.text.dropped_tokens
         lines.append(
-            f"Cut short {len(truncated)} conversations that exceed a block, by {lost:,} tokens: {_few(truncated)}"
+            f"Cut short {len(truncated)} conversations that exceed a block, by {lost:,} tokens: {few(truncated)}"
         )
-    left_out = [*train.text.left_out, *validation.text.left_out]
-    if left_out:
-        reason = "that are empty or that a tokenizer cannot represent"
-        lines.append(f"Left out {len(left_out)} documents {reason}: {_few(left_out)}")
-    return lines
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return lines + name_left_out([*train.text.left_out, *validation.text.left_out])
 
 
 def check_clamps(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sar_kd.alignment import TokenizerPair
+from sar_kd.alignment import TokenizerPair, ends_on_both
 from sar_kd.config import UsageError
 from sar_kd.conversation import GLUE, RESPONSE, STOP, Part, render
 from sar_kd.documents import Conversation, Document
@@ -244,8 +244,7 @@ def cut_blocks(
     """
     common = student_ends
     if student_ends is not teacher_ends and len(teacher_ends):
-        nearest = np.searchsorted(teacher_ends, student_ends)
-        common = student_ends[teacher_ends[np.minimum(nearest, len(teacher_ends) - 1)] == student_ends]
+        common = student_ends[ends_on_both(student_ends, teacher_ends)]
     student_start = teacher_start = 0
     while student_start < len(student_ends):
         latest_student = student_ends[min(student_start + max_student, len(student_ends)) - 1]

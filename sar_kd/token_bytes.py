@@ -52,18 +52,20 @@ def encode(tokenizer, texts: list[str]) -> list[list[int]]:
     return [tokenizer.convert_tokens_to_ids(tokens) for tokens in cut]
 
 
+def tells_characters(tokenizer) -> bool:
+    """Whether the tokenizer tells which characters each token comes from."""
+    return _backend_of(tokenizer) is not None
+
+
 def encode_by_characters(tokenizer, texts: list[str]) -> list[tuple[list[int], list[int]]]:
     """Ids of each text, and the byte of the text at which each token ends, as the tokenizer tells it in characters.
 
     For a tokenizer that changes text, whose bytes mean nothing: good enough to cut both sides' text at the same places.
     The last token ends where the text does.
-    Raises: NotImplementedError if the tokenizer tells no characters
+    tokenizer: one that `tells_characters`
     """
-    backend = _backend_of(tokenizer)
-    if backend is None:
-        raise NotImplementedError("tells no characters")
     placed = []
-    for text, encoding in zip(texts, backend.encode_batch(texts, add_special_tokens=False), strict=True):
+    for text, encoding in zip(texts, _backend_of(tokenizer).encode_batch(texts, add_special_tokens=False), strict=True):
         byte_of = list(accumulate((len(character.encode()) for character in text), initial=0))
         ends = list(accumulate((byte_of[end] for _, end in encoding.offsets), max))
         placed.append((encoding.ids, [*ends[:-1], byte_of[-1]] if ends else []))

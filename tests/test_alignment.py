@@ -385,14 +385,25 @@ def test_a_pair_names_the_tokenizer_that_it_refuses(byte_tokenizer, side):
         _pair(*tokenizers)
     assert refusal.value.whose == side
     assert refusal.value.reason.startswith("is a WordPiece")
+    assert refusal.value.tells_characters
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_a_pair_names_the_tokenizer_without_an_end_of_text_token(byte_tokenizer, side):
     bare = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer.backend_tokenizer)
     tokenizers = (bare, byte_tokenizer) if side == "student" else (byte_tokenizer, bare)
-    with pytest.raises(UnfitTokenizer, match=f"the {side}'s tokenizer has no end-of-text token"):
-        _pair(*tokenizers)
+    with pytest.raises(UnfitTokenizer, match=f"the {side}'s tokenizer has no end-of-text token") as refusal:
+        _pair(*tokenizers, tolerant=True)
+    assert not refusal.value.tells_characters
+
+
+def test_a_tolerant_pair_still_refuses_a_tokenizer_that_tells_neither_bytes_nor_characters(byte_tokenizer, monkeypatch):
+    lossy = _lower_casing_wordpiece()
+    assert _pair(lossy, byte_tokenizer, tolerant=True).tables[0] is None
+    monkeypatch.setattr("sar_kd.alignment.tells_characters", lambda tokenizer: tokenizer is not lossy)
+    with pytest.raises(UnfitTokenizer, match="WordPiece") as refusal:
+        _pair(lossy, byte_tokenizer, tolerant=True)
+    assert not refusal.value.tells_characters
 
 
 def test_a_lossy_tokenizer_is_welcome_where_both_are_the_same_and_nothing_needs_its_bytes():
