@@ -136,19 +136,6 @@ def _text(part, table):
     return said[1:] if part.has_dummy else said
 
 
-def _own_ids(tokenizer, turns):
-    """What the chat template makes of a conversation, without the start token that opens every block."""
-    messages = [{"role": role, "content": text} for role, text in turns]
-    ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
-    return ids[1:] if ids[0] == tokenizer.bos_token_id else ids
-
-
-def _text(part, table):
-    """What a part says, without the dummy space before it."""
-    said = b"".join(table.pieces[i] for i in part.ids).decode()
-    return said[1:] if part.has_dummy else said
-
-
 def _place(part, whole):
     """Where a list stands in another; -1 if it does not."""
     return next((i for i in range(len(whole)) if whole[i : i + len(part)] == part), -1)
