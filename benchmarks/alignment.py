@@ -78,6 +78,7 @@ GROUPS = {
     "low": Group(EMBEDDED, "student_low", LOSSES, "ceiling_richer"),
     "sentencepiece": Group(EMBEDDED, EMBEDDED, LOSSES, "ceiling_richer"),
     "english": Group(EMBEDDED, "student_byte1024", ("ce", "auto"), text="english"),
+    "python_other_teacher": Group(EMBEDDED, "student_byte1024", ("ce", "auto"), text="python"),
     "english_sentencepiece": Group(EMBEDDED, EMBEDDED, ("ce", "auto"), text="english"),
     "python": Group("teacher_python", "student_byte1024", ("ce", "auto"), text="python"),
     "python_sentencepiece": Group("teacher_python", EMBEDDED, ("ce", "auto"), text="python"),
