@@ -138,6 +138,16 @@ class Trainer:
                 f"{report.grad_norm:.2f}) above --skip_grad_norm {guards.skip_grad_norm:g}. From here on the limit is "
                 f"{guards.skip_factor:g} times the median norm; --skip_rule fixed keeps it."
             )
+        if verdict.often_nan:
+            self.log.say(
+                f"Step {progress.step}: {self.guard.max_nan_batches} of the last 50 steps were NaN batches; good steps "
+                "in between kept the run going. crash/crash.md says what is wrong with the first."
+            )
+        if verdict.dead:
+            self.log.say(
+                f"Step {progress.step}: the last 10 updates had no gradient, so the weights only decay; look at the "
+                "clamps (--loss_clamp_style, --logit_clamp_style) and at the loss weights."
+            )
 
     def _begin(self) -> None:
         """Evaluate both models before the first step, refuse what cannot learn, keep the student as it is."""
@@ -234,6 +244,7 @@ class Trainer:
             "teacher_val_ppl": progress.teacher["val_ppl"],
             "teacher_val_bits_per_byte": progress.teacher["val_bits_per_byte"],
             "nan_batches_max_consecutive": guard.nan_batches_max,
+            "dead_steps": guard.dead_steps,
             "loss_scale_final": self.precision.loss_scale.item(),
             "tokens": progress.tokens,
             "tokens_per_second": progress.tokens / max(1e-9, progress.train_seconds),
