@@ -147,7 +147,7 @@ def test_ten_nan_batches_among_fifty_attempts_are_said_once():
 def test_ten_nan_batches_in_a_long_run_are_no_alarm():
     guard = _guard()
     assert not any(
-        verdict.often_nan for _ in range(40) for verdict in _judge(guard, HEALTHY, 9) + [guard.judge(**NAN_FORWARD)]
+        verdict.often_nan for _ in range(40) for verdict in [*_judge(guard, HEALTHY, 9), guard.judge(**NAN_FORWARD)]
     )
 
 
