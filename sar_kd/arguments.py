@@ -15,7 +15,10 @@ from pathlib import Path
 from sar_kd.config import EMBEDDED, EMBEDDED_LR_FACTOR, MODES, SECTIONS, Config, UsageError, require
 
 # What may differ between the two halves of a resumed run without making it another run.
-_MAY_CHANGE_ON_RESUME = {"eval_steps", "log_steps", "save_steps", "resume", "output_dir", "train_steps", "device"}
+_MAY_CHANGE_ON_RESUME = {
+    "eval_steps", "log_steps", "save_steps", "keep_checkpoints", "on_divergence", "resume", "output_dir", "train_steps",
+    "device", "trust_remote_code",
+}  # fmt: skip
 
 
 def parse_args(script: Mapping[str, str], argv: list[str] | None = None) -> Config:
@@ -77,6 +80,8 @@ def _resumed(given: dict[str, object], mode: str | None) -> Config:
         former = " ".join(values[name]) if isinstance(values[name], list) else values[name]
         require(same, name, shown, f"the run to resume has '{former}'; leave the flag out or start a new run")
     require(mode in (None, saved_mode), "mode", mode, f"the run to resume has {saved_mode}; leave the flag out")
+    trusted = not values["trust_remote_code"] or "trust_remote_code" in given
+    require(trusted, "resume", given["output_dir"], "its models run code of their own: give --trust_remote_code again")
     notices = ()
     if given.get("train_steps", values["train_steps"]) != values["train_steps"]:
         notices = (f"--train_steps {given['train_steps']}: the learning rate's course changes from here on.",)
