@@ -1,4 +1,4 @@
-"""What a run does about a step that is not finite: the page that says why, the stop, the rewind, what an exit leaves."""
+"""What a run does about a step that is not finite: the page that says why, the stop, the rewind, what exits leave."""
 
 import json
 import math
