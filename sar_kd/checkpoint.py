@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Iterator
@@ -30,6 +31,10 @@ from sar_kd.precision import Precision
 
 _FILES = ("student.safetensors", "state.pt", "progress.json")
 _DIGESTS = "digests.json"
+_UNREADABLE = (
+    OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, pickle.UnpicklingError,
+    safetensors.SafetensorError,
+)  # fmt: skip
 _NAME = re.compile(r"step-\d{8,}")
 
 
@@ -119,7 +124,7 @@ def load_checkpoint(
         precision.load_state_dict(state["precision"])
         objective.load_state_dict(state["objective"])
         guard.load_state_dict(saved["guard"])
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+    except _UNREADABLE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UsageError(f"--resume: the checkpoint {path} cannot be read ({reason}){_offer(folder, path)}") from None
     return saved["progress"]
