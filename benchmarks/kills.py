@@ -140,21 +140,28 @@ def phase_of(folder: Path) -> str:
     return "between writes" if (checkpoint / "latest").exists() else "before the first checkpoint"
 
 
-def trial(number: int, inputs: list[str], folder: Path, seconds: float, seed: int) -> tuple[str, int]:
-    """Start, kill, resume to the end; where the kill met the run, and the resumed run's exit code."""
-    chance = random.Random(f"{seed} {number}")
-    argv = [*inputs, "--output_dir", str(folder)]
+def _killed(number: int, argv: list[str], folder: Path, seconds: float, chance: random.Random) -> bool:
+    """Start the run and kill it; false if it ended first."""
     pid = start(argv)
     if number % 4 == 3:
         running = _wait_for_a_write(folder, pid, chance.randrange(STEPS - 1))
         time.sleep(chance.uniform(0.0, 0.01))
     else:
         time.sleep(chance.uniform(0.0, seconds))
-        running = os.waitpid(pid, os.WNOHANG) == (0, 0)
-    if not running:
-        return "after its end", 0
+        running = True
+    if not running or os.waitpid(pid, os.WNOHANG) != (0, 0):
+        return False
     os.kill(pid, signal.SIGKILL)
-    finish(pid)
+    return finish(pid) == -signal.SIGKILL
+
+
+def trial(number: int, inputs: list[str], folder: Path, seconds: float, seed: int) -> tuple[str, int]:
+    """Start, kill, resume to the end; where the kill met the run, and the resumed run's exit code."""
+    chance = random.Random(f"{seed} {number}")
+    argv = [*inputs, "--output_dir", str(folder)]
+    shutil.rmtree(folder, ignore_errors=True)
+    while not _killed(number, argv, folder, seconds, chance):
+        shutil.rmtree(folder, ignore_errors=True)
     phase = phase_of(folder)
     if (folder / "checkpoint" / "latest").exists():
         return phase, finish(start(["--resume", "--output_dir", str(folder)]))
@@ -173,7 +180,6 @@ def kill(count: int, seed: int, say=lambda line: None) -> tuple[collections.Coun
         seconds = time.monotonic() - started
         undisturbed = end_of(folder)
         for number in range(count):
-            shutil.rmtree(folder, ignore_errors=True)
             phase, code = trial(number, inputs, folder, seconds, seed)
             phases[phase] += 1
             if code:

@@ -36,5 +36,5 @@ def run(main: Callable[[list[str] | None], dict], argv: list[str] | None = None)
 
 
 def _say(line: str, code: int) -> int:
-    print(line, file=sys.stderr)
+    print("\\n".join(line.splitlines()), file=sys.stderr)  # a value that was given may hold ends of lines
     return code

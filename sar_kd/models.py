@@ -107,9 +107,9 @@ def _pair_tokenizers(names: ModelConfig, rows: dict[str, int], **how) -> Tokeniz
         )
     except UnfitTokenizer as error:
         flag = f"{error.whose}_model"
-        raise UsageError(
-            f"--{flag} {getattr(names, flag)}: its tokenizer {error.reason}; use another model, or --alignment uld"
-        ) from None
+        lacks_end = "eos_token" in error.reason
+        remedy = "save it with one, or use another model" if lacks_end else "use another model, or --alignment uld"
+        raise UsageError(f"--{flag} {getattr(names, flag)}: its tokenizer {error.reason}; {remedy}") from None
 
 
 def _quiet() -> None:

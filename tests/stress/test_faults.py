@@ -374,18 +374,27 @@ def test_responses_that_are_all_cut_away_are_skipped_or_refused(inputs, tmp_path
 # Tokenizers and models
 
 
-def test_a_tokenizer_without_pad_and_end_token_trains(inputs, tmp_path, byte_tokenizer):
-    folders = {}
+def _with_tokens(inputs, folder, tokenizer, **tokens):
+    """Copies of both models whose tokenizers have these special tokens only; the flags that name them."""
+    flags = []
     for which in ("student", "teacher"):
-        folders[which] = shutil.copytree(inputs / which, tmp_path / which)
-        bare = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer.backend_tokenizer)
-        assert (bare.pad_token, bare.eos_token, bare.bos_token) == (None, None, None)
-        bare.save_pretrained(folders[which])
-        config = json.loads((folders[which] / "tokenizer_config.json").read_text())
-        assert not {"pad_token", "eos_token"} & {key for key, value in config.items() if value}
-    more = [word for which, folder in folders.items() for word in (f"--{which}_model", folder)]
-    code, err, _ = _run(_argv(inputs, tmp_path / "run", *more, steps=2))
-    assert (code, err) == (0, "")
+        bare = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **tokens)
+        bare.save_pretrained(shutil.copytree(inputs / which, folder / which))
+        flags += [f"--{which}_model", folder / which]
+    return flags
+
+
+def test_a_tokenizer_without_pad_token_trains(inputs, tmp_path, byte_tokenizer):
+    more = _with_tokens(inputs, tmp_path, byte_tokenizer, eos_token=byte_tokenizer.eos_token)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "student").pad_token is None
+    assert _run(_argv(inputs, tmp_path / "run", *more, steps=2)) == (0, "", ANY)
+
+
+def test_a_tokenizer_without_end_token_is_refused_as_such(inputs, tmp_path, byte_tokenizer):
+    more = _with_tokens(inputs, tmp_path, byte_tokenizer)
+    for alignment in ("auto", "uld"):
+        argv = _argv(inputs, tmp_path / "run", *more, "--alignment", alignment)
+        _assert_refused(argv, "--student_model", "no end-of-text token (eos_token)")
 
 
 def test_a_teacher_whose_head_is_padded_trains(inputs, tmp_path, make_student, byte_tokenizer):
