@@ -153,6 +153,30 @@ def test_no_module_exceeds_300_lines(module):
     assert len(PATHS[module].read_text(encoding="utf-8").splitlines()) <= 300
 
 
+def test_one_call_on_the_way_of_a_step_waits_for_the_device():
+    """What a step calls, by name; that no other call waits either is measured in test_step.py."""
+    waits = {
+        "item",
+        "tolist",
+        "numpy",
+        "cpu",
+        "nonzero",
+        "is_nonzero",
+        "equal",
+        "unique",
+        "masked_select",
+        "synchronize",
+    }
+    found = [
+        (module, _dotted(node.func) or node.func.attr)
+        for module in ("step", "objective", "distillation", "projection", "losses", "precision", "guards", "optim")
+        for node in ast.walk(TREES[module])
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in waits
+    ]
+    # The label shift runs in the collator, the device is tried before the run.
+    assert sorted(found) == [("losses", "nonzero"), ("precision", "item"), ("step", "tolist")]
+
+
 def test_the_scripts_differ_in_their_preset_only():
     bodies = []
     for script, preset in zip(SCRIPTS, ("FP16_SAFE", "STABLE"), strict=True):

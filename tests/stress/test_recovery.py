@@ -139,6 +139,33 @@ def test_nothing_is_replayed_and_nothing_written_while_nothing_is_wrong(make_tra
     assert "No step of this run had a NaN" in capsys.readouterr().out
 
 
+def test_an_applied_step_of_a_run_reads_the_device_once_its_record_and_watch_included(make_trainer, monkeypatch):
+    trainer, reads = make_trainer(), []
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
+    record, note = trainer._record, trainer.recovery.note
+    attempt = trainer._attempt
+
+    def counted(method, name):
+        return lambda self, *args, **kwargs: (reads.append(name), method(self, *args, **kwargs))[1]
+
+    def watched():
+        with monkeypatch.context() as patch:
+            for name in ("tolist", "item", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__"):
+                patch.setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name), name))
+            trainer.train.micro_batches = lambda *_: batches
+            report, micro_batches = attempt()
+            record(report)
+            note(trainer.progress.step, report, micro_batches)
+        return report, micro_batches
+
+    batches = trainer.train.micro_batches(0, 2, 1, 0)  # the collator's reads are of the host's own tensors
+    monkeypatch.setattr(trainer, "_attempt", watched)
+    monkeypatch.setattr(trainer, "_record", lambda report: None)
+    monkeypatch.setattr(trainer.recovery, "note", lambda *_: None)
+    assert trainer.run()["applied"] == 12
+    assert reads == ["tolist"] * 12
+
+
 @pytest.mark.parametrize("argv", [[], ["a", "b"], ["--jsn"], ["nowhere"]])
 def test_the_verb_says_in_one_line_what_it_lacks(argv, capsys):
     assert verbs(["forensics", *argv]) == 2
