@@ -15,7 +15,10 @@ from pathlib import Path
 from sar_kd.config import EMBEDDED, EMBEDDED_LR_FACTOR, MODES, SECTIONS, Config, UsageError, require
 
 # What may differ between the two halves of a resumed run without making it another run.
-_MAY_CHANGE_ON_RESUME = {"eval_steps", "log_steps", "save_steps", "resume", "output_dir", "train_steps", "device"}
+_MAY_CHANGE_ON_RESUME = {
+    "eval_steps", "log_steps", "save_steps", "keep_checkpoints", "on_divergence", "resume", "output_dir", "train_steps",
+    "device", "trust_remote_code",
+}  # fmt: skip
 
 
 def parse_args(script: Mapping[str, str], argv: list[str] | None = None) -> Config:
@@ -69,7 +72,10 @@ def _resumed(given: dict[str, object], mode: str | None) -> Config:
         saved_mode = saved.pop("mode")
         values = {name: value for section in saved.values() for name, value in section.items()}
         values = {name: values[name] for section in SECTIONS.values() for name in section.__dataclass_fields__}
-    except (ValueError, KeyError, AttributeError) as error:
+        _check_kinds(values)
+        if saved_mode not in MODES:
+            raise ValueError(f"no mode is called {saved_mode}")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UsageError(f"--resume: {path} is not what this version wrote ({error}); start a new run") from None
     for name, value in given.items():
         same = name in _MAY_CHANGE_ON_RESUME or values[name] == (list(value) if isinstance(value, tuple) else value)
@@ -77,6 +83,8 @@ def _resumed(given: dict[str, object], mode: str | None) -> Config:
         former = " ".join(values[name]) if isinstance(values[name], list) else values[name]
         require(same, name, shown, f"the run to resume has '{former}'; leave the flag out or start a new run")
     require(mode in (None, saved_mode), "mode", mode, f"the run to resume has {saved_mode}; leave the flag out")
+    trusted = not values["trust_remote_code"] or "trust_remote_code" in given
+    require(trusted, "resume", given["output_dir"], "its models run code of their own: give --trust_remote_code again")
     notices = ()
     if given.get("train_steps", values["train_steps"]) != values["train_steps"]:
         notices = (f"--train_steps {given['train_steps']}: the learning rate's course changes from here on.",)
@@ -84,6 +92,22 @@ def _resumed(given: dict[str, object], mode: str | None) -> Config:
         return Config.from_flags({**values, **given, "overwrite": False}, saved_mode, notices)
     except (TypeError, AttributeError) as error:  # a value of another type, edited by hand
         raise UsageError(f"--resume: {path} is not what this version wrote ({error}); start a new run") from None
+
+
+def _check_kinds(values: dict[str, object]) -> None:
+    """Raise TypeError or ValueError unless each value is of its flag's kind and, where there are some, choices."""
+    for section in SECTIONS.values():
+        hints = typing.get_type_hints(section)
+        for item in dataclasses.fields(section):
+            kind, value = hints[item.name], values[item.name]
+            if kind in (bool, int, float, str):
+                fits = type(value) is kind or (kind is float and type(value) is int)
+            else:
+                fits = isinstance(value, list) and all(isinstance(part, str) for part in value)
+            if not fits:
+                raise TypeError(f"{item.name} is {value!r}")
+            if item.metadata["choices"] and value not in item.metadata["choices"]:
+                raise ValueError(f"{item.name} is {value!r}")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,15 +1,21 @@
 """What survives the process: the student in Hugging Face format, and everything needed to resume exactly.
 
-`checkpoint/step-N/` is written whole and flushed to disk before `checkpoint/latest` is pointed at it in one
-atomic rename, and only then is the former one deleted; so a kill at any moment leaves one that loads. No pickle
-is ever loaded: safetensors, JSON, and `torch.load(weights_only=True)`.
+`checkpoint/step-N/` is written whole, with a digest of every file, and flushed to disk before `checkpoint/latest` is
+pointed at it in one atomic rename; only then are older ones deleted, all but `--keep_checkpoints`. So a kill at any
+moment, and a full disk, leave one that loads; a damaged one is told from a sound one, and the one before it offered. No
+pickle is ever loaded: safetensors, JSON, and `torch.load(weights_only=True)`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
+import pickle
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors.torch
@@ -17,10 +23,19 @@ import torch
 from torch import nn
 
 from sar_kd.config import UsageError
+from sar_kd.folder import require_room
 from sar_kd.guards import StepGuard
 from sar_kd.metrics import replace_text
 from sar_kd.objective import Objective
 from sar_kd.precision import Precision
+
+_FILES = ("student.safetensors", "state.pt", "progress.json")
+_DIGESTS = "digests.json"
+_UNREADABLE = (
+    OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, pickle.UnpicklingError,
+    safetensors.SafetensorError,
+)  # fmt: skip
+_NAME = re.compile(r"step-\d{8,}")
 
 
 def save_student(student: nn.Module, tokenizer, folder: Path) -> None:
@@ -28,16 +43,19 @@ def save_student(student: nn.Module, tokenizer, folder: Path) -> None:
 
     The files are written aside and moved in one by one. Between two savings of a run only the weights differ,
     so a reader meets the former student or the new one.
+    Raises: UsageError if they cannot be written; the former student is then as it was
     """
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
-    student.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    for path in sorted(path for path in aside.rglob("*") if path.is_file()):
-        target = folder / path.relative_to(aside)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _flush(path)
-        os.replace(path, target)
+    require_room(folder.parent, _size(student.state_dict()), "the student")
+    with _writing(aside, folder.parent, "the student"):
+        student.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        for path in sorted(path for path in aside.rglob("*") if path.is_file()):
+            target = folder / path.relative_to(aside)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _flush(path)
+            os.replace(path, target)
     shutil.rmtree(aside)
 
 
@@ -50,25 +68,34 @@ def save_checkpoint(
     guard: StepGuard,
     objective: Objective,
     progress: dict,
+    keep: int = 2,
 ) -> None:
     """Write the state after `progress["step"]` attempts: weights, optimizer, loss scale, random numbers, counters, and
-    what the objective learns beside the student.
+    what the objective learns beside the student. The newest `keep` checkpoints stay.
+
+    Raises: UsageError if it cannot be written; the former ones are then as they were
     """
     name = f"step-{progress['step']:08d}"
     partial = folder / f".{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    safetensors.torch.save_model(student, str(partial / "student.safetensors"))
-    stateful = {"optimizer": optimizer, "precision": precision, "objective": objective}
-    torch.save({part: owner.state_dict() for part, owner in stateful.items()}, partial / "state.pt")
-    (partial / "progress.json").write_text(json.dumps({"progress": progress, "guard": guard.state_dict()}))
-    for path in partial.iterdir():
-        _flush(path)
-    shutil.rmtree(folder / name, ignore_errors=True)
-    os.rename(partial, folder / name)
-    replace_text(folder / "latest", name)
+    owners = {"optimizer": optimizer, "precision": precision, "objective": objective}
+    state = {part: owner.state_dict() for part, owner in owners.items()}
+    what = f"the checkpoint of step {progress['step']}"
+    require_room(folder.parent, _size(student.state_dict()) + _size(state), what)
+    with _writing(partial, folder.parent, what):
+        partial.mkdir(parents=True)
+        safetensors.torch.save_model(student, str(partial / "student.safetensors"))
+        torch.save(state, partial / "state.pt")
+        (partial / "progress.json").write_text(json.dumps({"progress": progress, "guard": guard.state_dict()}))
+        (partial / _DIGESTS).write_text(json.dumps({file: _digest(partial / file) for file in _FILES}))
+        for path in partial.iterdir():
+            _flush(path)
+        shutil.rmtree(folder / name, ignore_errors=True)
+        os.rename(partial, folder / name)
+        replace_text(folder / "latest", name)
+    kept = {name, *[older for older in _saved(folder) if older < name][: keep - 1]}
     for old in folder.iterdir():
-        if old.is_dir() and old.name != name:
+        if old.is_dir() and old.name not in kept:
             shutil.rmtree(old)
 
 
@@ -83,13 +110,13 @@ def load_checkpoint(
 ) -> dict:
     """Put everything back as `save_checkpoint` found it, and return `progress`.
 
-    Raises: UsageError if there is no checkpoint, or it cannot be read
+    Raises: UsageError if there is no checkpoint, or it cannot be read; it then names the one before, if that is sound
     """
-    latest = folder / "latest"
-    if not latest.is_file():
-        raise UsageError(f"--resume: {folder} holds no checkpoint yet; start again with --overwrite")
-    path = folder / Path(latest.read_text()).name
+    path = folder / _latest(folder)
     try:
+        damage = _damage(path)
+        if damage:
+            raise ValueError(damage)
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         saved = json.loads((path / "progress.json").read_text())
         safetensors.torch.load_model(student, str(path / "student.safetensors"))
@@ -97,10 +124,92 @@ def load_checkpoint(
         precision.load_state_dict(state["precision"])
         objective.load_state_dict(state["objective"])
         guard.load_state_dict(saved["guard"])
-    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+    except _UNREADABLE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UsageError(f"--resume: the checkpoint {path} cannot be read ({reason})") from None
+        raise UsageError(f"--resume: the checkpoint {path} cannot be read ({reason}){_offer(folder, path)}") from None
     return saved["progress"]
+
+
+def _latest(folder: Path) -> str:
+    """The checkpoint that `latest` names; the newest one, if that was deleted."""
+    pointer, saved = folder / "latest", _saved(folder)
+    try:
+        name = pointer.read_text().strip() if pointer.is_file() else ""
+    except (OSError, UnicodeDecodeError):
+        name = ""
+    if name in saved:
+        return name
+    if not saved or not pointer.is_file():
+        raise UsageError(f"--resume: {folder} holds no checkpoint yet; start again with --overwrite")
+    return saved[0]
+
+
+def _saved(folder: Path) -> list[str]:
+    """Names of the checkpoints in a folder, the newest first."""
+    if not folder.is_dir():
+        return []
+    found = [path.name for path in folder.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda name: int(name.removeprefix("step-")), reverse=True)
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None if every one is as it was written.
+
+    Raises: OSError, ValueError or TypeError where its digests cannot be read
+    """
+    digests = json.loads((path / _DIGESTS).read_text())
+    for file in _FILES:
+        if not (path / file).is_file():
+            return f"{file} is missing"
+        if digests.get(file) != _digest(path / file):
+            return f"{file} is not as it was written"
+    return None
+
+
+def _offer(folder: Path, damaged: Path) -> str:
+    """The rest of the sentence about a damaged checkpoint: what else there is."""
+    for name in _saved(folder):
+        if name < damaged.name and _is_sound(folder / name):
+            step = int(name.removeprefix("step-"))
+            return f"; {name} is sound: delete {damaged} and --resume continues after step {step}"
+    return "; no other one is there: start again with --overwrite"
+
+
+def _is_sound(path: Path) -> bool:
+    try:
+        return _damage(path) is None
+    except (OSError, ValueError, TypeError, AttributeError):
+        return False
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**22):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _writing(partial: Path, run: Path, what: str) -> Iterator[None]:
+    """Turns what a full or broken disk raises into one line, and frees the room that was taken."""
+    try:
+        yield
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+        raise UsageError(
+            f"--output_dir {run}: {what} cannot be written ({reason}); what was saved before is intact: free some "
+            "room, then --resume"
+        ) from None
+
+
+def _size(state) -> int:
+    """Bytes of the tensors in a nest of dicts and lists."""
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size()
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return sum(_size(part) for part in parts)
 
 
 def _flush(path: Path) -> None:

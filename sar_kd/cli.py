@@ -16,7 +16,7 @@ DONE, USAGE, DIVERGED, INTERRUPTED = 0, 2, 3, 130
 def run(main: Callable[[list[str] | None], dict], argv: list[str] | None = None) -> int:
     """Run a script's `main` and turn its outcome into an exit code.
 
-    0 done; 2 something to mend before training, said in one line; 3 emergency stop; 130 interrupted
+    0 done; 2 something to mend, said in one line; 3 emergency stop; 130 interrupted
     """
     try:
         summary = main(argv)
@@ -27,11 +27,14 @@ def run(main: Callable[[list[str] | None], dict], argv: list[str] | None = None)
         return _say(f"error: out of GPU memory; {remedy}", USAGE)
     except TrainingDiverged as error:
         return _say(str(error), DIVERGED)
+    except OSError as error:  # a disk that is full, a folder that went away
+        reason = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+        return _say(f"error: {reason}; what was saved before is intact, --resume continues from there", USAGE)
     except KeyboardInterrupt:
         return _say("interrupted at once; --resume continues from the last checkpoint, if there is one", INTERRUPTED)
     return INTERRUPTED if summary["status"] == "interrupted" else DONE
 
 
 def _say(line: str, code: int) -> int:
-    print(line, file=sys.stderr)
+    print("\\n".join(line.splitlines()), file=sys.stderr)  # a value that was given may hold ends of lines
     return code

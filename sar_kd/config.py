@@ -37,7 +37,7 @@ def require(holds: bool, name: str, value: object, remedy: str) -> None:
 def _require_at_least(settings, minimum: float, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
-        in_range = minimum <= value < math.inf
+        in_range = minimum <= value < 2**63  # what a tensor can count
         require(in_range, name, value, f"must be a number of at least {minimum:g}")
 
 
@@ -175,6 +175,12 @@ class GuardConfig:
     )
     skip_factor: float = flag(2.0, "the median rule skips above this many times the median of recent norms")
     max_nan_batches: int = flag(10, "emergency stop after this many consecutive NaN batches")
+    on_divergence: str = flag(
+        "stop",
+        "stop: after that many, save the last good student and exit with 3; rewind: once, go back to the last "
+        "checkpoint, halve the learning rate and leave out the documents that were not finite",
+        choices=("stop", "rewind"),
+    )
 
     def __post_init__(self):
         _require_positive(self, "max_grad_norm", "skip_grad_norm")
@@ -191,6 +197,7 @@ class TrainConfig:
     eval_steps: int = flag(50, "validate every so many steps; also at the start and at the end")
     log_steps: int = flag(25, "print a line every so many steps")
     save_steps: int = flag(100, "write a checkpoint every so many steps")
+    keep_checkpoints: int = flag(2, "checkpoints to keep; the former one is there if the last one is damaged")
     seed: int = flag(0, "seed of the data order and of every random number")
     output_dir: str = flag("", "run folder; by default runs/<script>-<date>-<time>")
     resume: bool = flag(False, "continue the run in --output_dir from its checkpoint")
@@ -198,8 +205,9 @@ class TrainConfig:
 
     def __post_init__(self):
         _require_at_least(
-            self, 1, "train_steps", "per_device_batch_size", "grad_accum_steps", "eval_steps", "log_steps", "save_steps"
+            self, 1, "train_steps", "per_device_batch_size", "grad_accum_steps", "eval_steps", "log_steps"
         )
+        _require_at_least(self, 1, "save_steps", "keep_checkpoints")
         _require_at_least(self, 0, "seed")
         require(self.seed < 2**63, "seed", self.seed, "must be below 2^63")
         if self.resume and self.overwrite:

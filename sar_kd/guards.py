@@ -30,6 +30,7 @@ _NAN_CAUSES = ("forward", "gradient")
 _STORM_ATTEMPTS = 50
 _STORM_SHARE = 0.8
 _ADAPTIVE_WARMUP = 20
+_DEAD_STEPS = 10
 
 
 class TrainingDiverged(RuntimeError):
@@ -49,6 +50,10 @@ class Verdict:
     """This attempt is the one at which a skip storm was recognised."""
     emergency: bool = False
     """The run must stop."""
+    often_nan: bool = False
+    """This attempt is the one at which, for the first time, `max_nan_batches` of the last 50 were NaN batches."""
+    dead: bool = False
+    """This attempt is the tenth in a row whose gradient is exactly 0: the update was weight decay and nothing else."""
 
 
 class StepGuard:
@@ -72,6 +77,10 @@ class StepGuard:
         self.nan_batches = 0
         self.nan_batches_max = 0
         self.in_storm = False
+        self.often_nan = False
+        self.dead_steps = 0
+        self._dead_in_a_row = 0
+        self._were_nan: deque[bool] = deque(maxlen=_STORM_ATTEMPTS)
         self._norms: deque[float] = deque(maxlen=_STORM_ATTEMPTS)
         self._skipped_for_norm: deque[bool] = deque(maxlen=_STORM_ATTEMPTS)
 
@@ -102,8 +111,10 @@ class StepGuard:
             self.nan_batches += cause in _NAN_CAUSES
             self.nan_batches_max = max(self.nan_batches_max, self.nan_batches)
         storm = self._remember(cause, grad_norm)
+        often_nan = self._count_nan(cause in _NAN_CAUSES)
+        dead = self._count_dead(cause is None and grad_norm == 0.0)
         emergency = self.nan_batches >= self.max_nan_batches
-        return Verdict(cause is None, cause, limit, storm, emergency)
+        return Verdict(cause is None, cause, limit, storm, emergency, often_nan, dead)
 
     def _cause(self, num_targets, forward_finite, grad_norm, loss_scale, limit) -> str | None:
         if num_targets == 0:
@@ -132,6 +143,20 @@ class StepGuard:
         self.in_storm = sum(self._skipped_for_norm) >= _STORM_SHARE * _STORM_ATTEMPTS
         return self.in_storm
 
+    def _count_nan(self, is_nan: bool) -> bool:
+        """Enter the attempt; true once, where NaN batches that good steps keep forgiving have become frequent."""
+        self._were_nan.append(is_nan)
+        if self.often_nan or sum(self._were_nan) < self.max_nan_batches:
+            return False
+        self.often_nan = True
+        return True
+
+    def _count_dead(self, is_dead: bool) -> bool:
+        """Enter the attempt; true where it completes a row of updates without a gradient."""
+        self.dead_steps += is_dead
+        self._dead_in_a_row = self._dead_in_a_row + 1 if is_dead else 0
+        return self._dead_in_a_row == _DEAD_STEPS
+
     def state_dict(self) -> dict:
         return {
             "applied": self.applied,
@@ -139,6 +164,10 @@ class StepGuard:
             "nan_batches": self.nan_batches,
             "nan_batches_max": self.nan_batches_max,
             "in_storm": self.in_storm,
+            "often_nan": self.often_nan,
+            "dead_steps": self.dead_steps,
+            "dead_in_a_row": self._dead_in_a_row,
+            "were_nan": list(self._were_nan),
             "norms": list(self._norms),
             "skipped_for_norm": list(self._skipped_for_norm),
         }
@@ -149,6 +178,10 @@ class StepGuard:
         self.nan_batches = state["nan_batches"]
         self.nan_batches_max = state["nan_batches_max"]
         self.in_storm = state["in_storm"]
+        self.often_nan = state["often_nan"]
+        self.dead_steps = state["dead_steps"]
+        self._dead_in_a_row = state["dead_in_a_row"]
+        self._were_nan = deque(state["were_nan"], maxlen=_STORM_ATTEMPTS)
         self._norms = deque(state["norms"], maxlen=_STORM_ATTEMPTS)
         self._skipped_for_norm = deque(state["skipped_for_norm"], maxlen=_STORM_ATTEMPTS)
 

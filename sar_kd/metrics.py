@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
-from sar_kd.config import Config, UsageError
-from sar_kd.guards import CAUSES
+from sar_kd.config import Config, GuardConfig, UsageError
+from sar_kd.folder import FolderLock, check_contained, clear, holds_something
+from sar_kd.guards import CAUSES, Verdict
 
 
 class RunLog:
@@ -29,6 +29,7 @@ class RunLog:
         self._bar: tqdm | None = None
         self._perplexity = math.nan
         self._metrics = None
+        self._lock = FolderLock(self.folder)
         self._window: list[dict] = []
 
     def say(self, line: str) -> None:
@@ -38,14 +39,12 @@ class RunLog:
 
     def start(self, first_step: int, train_steps: int) -> None:
         """Write `config.json`, open `metrics.jsonl` without what a resumed run is about to repeat, show the bar."""
-        if first_step == 0 and self._config.train.overwrite:  # only now is it sure that a run begins
-            shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock.acquire()
+        if first_step == 0 and self._config.train.overwrite:  # only now is it sure that a run begins
+            clear(self.folder)
         replace_text(self.folder / "config.json", json.dumps(self._config.to_dict(), indent=2) + "\n")
-        path = self.folder / "metrics.jsonl"
-        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= first_step] if first_step else []
-        replace_text(path, "".join(kept))
-        self._metrics = open(path, "a", encoding="utf-8", buffering=1)
+        self._open_metrics(first_step)
         self._bar = tqdm(
             total=train_steps,
             initial=first_step,
@@ -55,6 +54,35 @@ class RunLog:
             disable=not self._is_terminal,
             file=sys.stdout,
         )
+
+    def _open_metrics(self, first_step: int) -> None:
+        path = self.folder / "metrics.jsonl"
+        kept = [line for line in _complete_lines(path) if _step_of(line) <= first_step] if first_step else []
+        replace_text(path, "".join(kept))
+        self._metrics = open(path, "a", encoding="utf-8", buffering=1)
+
+    def rewind(self, record: dict, num_blocks: int) -> None:
+        """Go back to the step that `record` names, and say so: what came after it is about to happen otherwise."""
+        self._metrics.close()
+        self._open_metrics(record["step"])
+        self._write({"event": "rewind", **record})
+        self._window.clear()
+        self._bar.reset()
+        self._bar.update(record["step"])
+        names = record["documents"]
+        few = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        self.say(
+            f"Step {record['rewound_from']}: diverged. Back to step {record['step']}, once, at half the learning rate, "
+            f"without {len(record['left_out'])} of {num_blocks} blocks ({few}). See {self.folder / 'crash'}"
+        )
+
+    def close(self) -> None:
+        """Let go of the terminal, the files and the folder, however the run has ended."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        self._lock.release()
 
     def step(self, record: dict, success_rate: float, tokens_per_second: float) -> None:
         """Enter one attempted update; its `step` counts from 1."""
@@ -86,10 +114,9 @@ class RunLog:
         self.say(f"Step {record['step']}: Validation PPL = {record['val_ppl']:.2f}{best}")
 
     def finish(self, summary: dict) -> None:
-        """Close the bar and `metrics.jsonl`, write `summary.json`, print the closing table."""
-        self._bar.close()
-        self._metrics.close()
+        """Write `summary.json`, close everything, print the closing table."""
         replace_text(self.folder / "summary.json", json.dumps(plain(summary), indent=2) + "\n")
+        self.close()
         for line in closing_table(summary, self.folder):
             self.say(line)
 
@@ -110,8 +137,10 @@ def open_run(config: Config) -> RunLog:
         holds_run = (folder / "config.json").exists()
         if holds_run and not (train.resume or train.overwrite):
             raise UsageError(f"--output_dir {folder}: holds a run; --resume continues it, --overwrite deletes it")
-        if not holds_run and folder.exists() and any(folder.iterdir()):
+        if not holds_run and holds_something(folder):
             raise UsageError(f"--output_dir {folder}: is not empty and holds no run; name another folder")
+        check_contained(folder)
+        FolderLock(folder).check()
     except OSError as error:
         raise UsageError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
     log = RunLog(config)
@@ -124,6 +153,37 @@ def open_run(config: Config) -> RunLog:
     for notice in config.notices:
         log.say(notice)
     return log
+
+
+def notices_of(
+    step: int, verdict: Verdict, grad_norm: float, scales: tuple[float, float], guards: GuardConfig
+) -> list[str]:
+    """What a verdict gives to say beside its figures; mostly nothing.
+
+    scales: the loss scale before the step and after it
+    """
+    lines = []
+    if verdict.cause in ("forward", "gradient", "overflow"):
+        before, after = scales
+        scale = f", loss scale {before:.0f} -> {after:.0f}" if after != before else ""
+        lines.append(f"Step {step}: skipped ({verdict.cause}{scale})")
+    if verdict.storm:
+        lines.append(
+            f"Step {step}: skip storm. 80 % of the last 50 steps were skipped for a gradient norm (now "
+            f"{grad_norm:.2f}) above --skip_grad_norm {guards.skip_grad_norm:g}. From here on the limit is "
+            f"{guards.skip_factor:g} times the median norm; --skip_rule fixed keeps it."
+        )
+    if verdict.often_nan:
+        lines.append(
+            f"Step {step}: {guards.max_nan_batches} of the last 50 steps were NaN batches; good ones in between kept "
+            "the run going. crash/crash.md is about the first."
+        )
+    if verdict.dead:
+        lines.append(
+            f"Step {step}: the last 10 updates had no gradient, so the weights only decay; look at the clamps "
+            "(--loss_clamp_style, --logit_clamp_style) and the loss weights."
+        )
+    return lines
 
 
 def closing_table(summary: dict, folder: Path) -> list[str]:
@@ -166,7 +226,16 @@ def replace_text(path: Path, text: str) -> None:
 def _complete_lines(path: Path) -> list[str]:
     if not path.exists():
         return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _step_of(line: str) -> float:
+    """The step that a line of `metrics.jsonl` is about; inf for a line that is none."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
 
 
 def plain(value):

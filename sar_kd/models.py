@@ -8,9 +8,11 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors
 import torch
 import transformers
 from torch import nn
@@ -21,6 +23,7 @@ from sar_kd.config import EMBEDDED, Config, ModelConfig, UsageError
 from sar_kd.precision import Precision
 from sar_kd.tokens import encode
 
+_UNREADABLE = (AttributeError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError)
 _EMBEDDED_DIRS = {"teacher_model": embedded.TEACHER_DIR, "student_model": embedded.STUDENT_DIR}
 
 
@@ -137,11 +140,19 @@ def _location(flag: str, name: str) -> str:
 def _load_model(flag: str, name: str, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
     location = _location(flag, name)
     load = transformers.AutoModelForCausalLM.from_pretrained
-    model = _read(flag, name, lambda: load(location, dtype=dtype, trust_remote_code=trust_remote_code))
+    how = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
+    model, info = _read(flag, name, lambda: load(location, **how))
     if model.get_output_embeddings() is None:
         raise UsageError(
             f"--{flag} {name}: {type(model).__name__} has no language-model head; use a causal language model"
         )
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UsageError(f"--{flag} {name}: {len(missing)} weights are not in its files, {missing[0]} among them")
+    for weight, values in model.named_parameters():
+        if not values.isfinite().all():
+            remedy = f"float32 might hold what {dtype} cannot (--model_dtype float32), or the file is damaged"
+            raise UsageError(f"--{flag} {name}: its weight {weight} is not finite; {remedy}")
     return model
 
 
@@ -163,6 +174,6 @@ def _read(flag: str, name: str, load):
     """What `load` reads, with the errors of disk, hub and unknown formats as one line."""
     try:
         return load()
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, *_UNREADABLE) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(f"--{flag} {name}: cannot be loaded ({reason})") from None

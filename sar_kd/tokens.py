@@ -107,7 +107,7 @@ def start_and_end(tokenizer) -> tuple[int, int]:
     """
     end = unnamed_end(tokenizer) if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     if end is None:
-        raise ValueError("has no end-of-text token (eos_token), which separates documents")
+        raise ValueError("has no end-of-text token (eos_token), which separates documents: save it with one")
     start = tokenizer.bos_token_id
     return (end if start is None else start), end
 

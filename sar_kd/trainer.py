@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -17,18 +18,18 @@ except ImportError:  # Windows
     resource = None
 
 from sar_kd.checkpoint import load_checkpoint, save_checkpoint, save_student
-from sar_kd.config import Config
+from sar_kd.config import Config, UsageError
 from sar_kd.data import Batch, Corpus
 from sar_kd.evaluate import Evaluation, evaluate
-from sar_kd.forensics import examine, write_crash
 from sar_kd.guards import CAUSES, StepGuard, TrainingDiverged
 from sar_kd.interruption import Interruption
-from sar_kd.metrics import RunLog
+from sar_kd.metrics import RunLog, notices_of
 from sar_kd.models import Models
 from sar_kd.objective import Objective
 from sar_kd.optim import learning_rate_at, set_learning_rate_
 from sar_kd.precision import Precision
 from sar_kd.preflight import check_clamps, describe
+from sar_kd.recovery import Recovery, without
 from sar_kd.step import StepReport, train_step
 
 
@@ -49,6 +50,12 @@ class Progress:
     last: dict = field(default_factory=dict)
     best: dict = field(default_factory=dict)
     best_step: int = 0
+    rewound_from: int = 0
+    """The step at which the run diverged and went back (`--on_divergence rewind`); 0 if it did not"""
+    rate_factor: float = 1.0
+    """What the learning rate is multiplied by since"""
+    left_out: list[int] = field(default_factory=list)
+    """Blocks that are not read since"""
 
 
 class Trainer:
@@ -71,6 +78,7 @@ class Trainer:
         self.objective, self.optimizer, self.guard, self.precision = objective, optimizer, guard, precision
         self.folder = Path(config.train.output_dir)
         self.progress = Progress()
+        self.recovery = Recovery(self.folder, train, objective, precision)
 
     def run(self) -> dict:
         """Train to `train_steps`, or to an interruption; the returned summary's `status` says which.
@@ -78,41 +86,57 @@ class Trainer:
         Raises: TrainingDiverged after an emergency stop, once everything is saved; UsageError if a resumed run
         cannot be read, or preflight finds that nothing could be learned
         """
-        settings, status = self.config.train, "finished"
         before = time.monotonic()
-        if settings.resume:
-            self._resume()
-        else:
-            self._begin()
-        progress = self.progress
-        with Interruption() as interruption:
-            while progress.step < settings.train_steps:
-                started = time.monotonic()
-                report, micro_batches = self._attempt()
-                progress.train_seconds += time.monotonic() - started
-                self._record(report)
-                at_end = progress.step == settings.train_steps or report.verdict.emergency
-                if progress.step % settings.eval_steps == 0 or at_end:
-                    self._validate()
-                progress.seconds += time.monotonic() - before
-                before = time.monotonic()
-                if report.verdict.emergency:
-                    self._stop(report, micro_batches)
-                if progress.step % settings.save_steps == 0 or at_end or interruption.requested:
-                    self._save()
-                if interruption.requested and not at_end:
-                    status = "interrupted"
-                    break
-        summary = self.summary(status)
-        self.log.finish(summary)
-        return summary
+        try:
+            if self.config.train.resume:
+                self._resume()
+            else:
+                self._begin()
+            with Interruption() as interruption:
+                status = self._train(interruption, before)
+            summary = self.summary(status)
+            self.log.finish(summary)
+            return summary
+        except (RuntimeError, OSError):  # memory, a driver, a disk: the weights are still the last good ones
+            self._save_in_need()
+            raise
+        finally:
+            self.log.close()
+
+    def _train(self, interruption: Interruption, before: float) -> str:
+        """All steps that are left; returns how it ended. `before`: when the run began."""
+        settings, progress = self.config.train, self.progress
+        while progress.step < settings.train_steps:
+            started = time.monotonic()
+            report, micro_batches = self._attempt()
+            progress.train_seconds += time.monotonic() - started
+            self._record(report)
+            self.recovery.note(progress.step, report, micro_batches)
+            if report.verdict.emergency and self._rewinds():
+                progress = self._rewind(report)
+                continue
+            at_end = progress.step == settings.train_steps or report.verdict.emergency
+            if progress.step % settings.eval_steps == 0 or at_end:
+                self._validate()
+            progress.seconds += time.monotonic() - before
+            before = time.monotonic()
+            if report.verdict.emergency:
+                self._stop(report)
+            if progress.step % settings.save_steps == 0 or at_end or interruption.requested:
+                self._save()
+            if interruption.requested and not at_end:
+                return "interrupted"
+        return "finished"
 
     def _attempt(self) -> tuple[StepReport, list[Batch]]:
         settings, step = self.config.train, self.progress.step
-        set_learning_rate_(self.optimizer, learning_rate_at(step, settings.train_steps, self.config.optim))
+        rate = self.progress.rate_factor * learning_rate_at(step, settings.train_steps, self.config.optim)
+        set_learning_rate_(self.optimizer, rate)
         micro_batches = self.train.micro_batches(
             step, settings.per_device_batch_size, settings.grad_accum_steps, settings.seed
         )
+        left_out = frozenset(self.progress.left_out)
+        micro_batches = [without(self.train, batch, left_out) for batch in micro_batches]
         report = train_step(
             micro_batches, self.objective, self.optimizer, self.guard, self.precision, self.config.guards.max_grad_norm
         )
@@ -127,17 +151,10 @@ class Trainer:
         record |= {"applied": verdict.applied, "cause": verdict.cause, "norm_limit": verdict.norm_limit}
         record["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         self.log.step(record, self.guard.success_rate, progress.tokens / max(1e-9, progress.train_seconds))
-        if verdict.cause in ("forward", "gradient", "overflow"):
-            after = self.precision.loss_scale.item()
-            scale = f", loss scale {report.loss_scale:.0f} -> {after:.0f}" if after != report.loss_scale else ""
-            self.log.say(f"Step {progress.step}: skipped ({verdict.cause}{scale})")
-        if verdict.storm:
-            guards = self.config.guards
-            self.log.say(
-                f"Step {progress.step}: skip storm. 80 % of the last 50 steps were skipped for a gradient norm (now "
-                f"{report.grad_norm:.2f}) above --skip_grad_norm {guards.skip_grad_norm:g}. From here on the limit is "
-                f"{guards.skip_factor:g} times the median norm; --skip_rule fixed keeps it."
-            )
+        after = report.loss_scale if verdict.applied else self.precision.loss_scale.item()  # a host read, if skipped
+        scales = report.loss_scale, after
+        for line in notices_of(progress.step, verdict, report.grad_norm, scales, self.config.guards):
+            self.log.say(line)
 
     def _begin(self) -> None:
         """Evaluate both models before the first step, refuse what cannot learn, keep the student as it is."""
@@ -154,6 +171,8 @@ class Trainer:
         )
         self.log.start(0, self.config.train.train_steps)
         save_student(self.models.student, self.models.tokenizers.student, self.folder / "student")
+        if self.config.guards.on_divergence == "rewind":
+            self._save()  # somewhere to go back to
 
     def _resume(self) -> None:
         saved = load_checkpoint(self.folder / "checkpoint", **self._state())
@@ -184,35 +203,39 @@ class Trainer:
         }
 
     def _save(self) -> None:
-        save_checkpoint(self.folder / "checkpoint", **self._state(), progress=dataclasses.asdict(self.progress))
+        progress, keep = dataclasses.asdict(self.progress), self.config.train.keep_checkpoints
+        save_checkpoint(self.folder / "checkpoint", **self._state(), progress=progress, keep=keep)
 
-    def _stop(self, report: StepReport, micro_batches: list[Batch]) -> None:
+    def _save_in_need(self) -> None:
+        """A checkpoint after a failure that has nothing to do with the weights, if one can still be written."""
+        if self.progress.step and self.guard.nan_batches < self.guard.max_nan_batches:  # a stopped run has saved
+            with contextlib.suppress(RuntimeError, OSError, UsageError):
+                self._save()
+
+    def _rewinds(self) -> bool:
+        return self.config.guards.on_divergence == "rewind" and not self.progress.rewound_from
+
+    def _rewind(self, report: StepReport) -> Progress:
+        """Back to the last checkpoint, at half the rate and without the documents that were not finite."""
+        step, seconds = self.progress.step, self.progress.seconds
+        documents = self.recovery.explain(step, report, "The run went back to its last checkpoint, once.")["documents"]
+        left_out = self.recovery.offenders(report.verdict.cause)
+        self.progress = Progress(**load_checkpoint(self.folder / "checkpoint", **self._state()))
+        self.progress.rewound_from, self.progress.seconds = step, seconds
+        self.progress.rate_factor, self.progress.left_out = 0.5, left_out
+        self._save()  # so that a resumed run does not go back once more
+        record = {"step": self.progress.step, "rewound_from": step, "left_out": left_out, "documents": documents}
+        self.log.rewind(record, len(self.train))
+        return self.progress
+
+    def _stop(self, report: StepReport) -> None:
         """Emergency stop: the weights are the last good ones; save them, write down why, and raise."""
-        for bad in micro_batches:
-            findings = examine(self.models.student, bad, self.precision)
-            if not findings["finite_in_run_dtype"]:
-                break
-        documents = [
-            name for batch in micro_batches for block in batch.blocks for name in self.train.documents_of(block)
-        ]
-        record = {"step": self.progress.step, "cause": report.verdict.cause, **findings}
-        record |= {"documents": list(dict.fromkeys(documents)), "loss_scale": report.loss_scale}
-        record |= {
-            "loss": report.loss,
-            "ce_loss": report.ce_loss,
-            "kd_loss": report.kd_loss,
-            "grad_norm": report.grad_norm,
-        }
-        write_crash(self.folder / "crash", bad, record)
+        count = self.guard.nan_batches
+        outcome = f"The run was stopped after {count} NaN batches in a row; its weights are the last good ones."
+        record = self.recovery.explain(self.progress.step, report, outcome)
         self._save()
         self.log.finish(self.summary("emergency_stop"))
-        module = findings["first_bad_module"]
-        where = f" First module that is not finite: {module['name']} ({module['output_dtype']})." if module else ""
-        raise TrainingDiverged(
-            f"emergency stop after {self.guard.nan_batches} consecutive NaN batches (cause: {report.verdict.cause}, "
-            f"{findings['verdict']}).{where} What to try: {findings['remedy']}. "
-            f"Details: {self.folder / 'crash' / 'crash.json'}"
-        )
+        raise TrainingDiverged(f"emergency stop after {count} consecutive NaN batches {self.recovery.in_short(record)}")
 
     def summary(self, status: str) -> dict:
         """`summary.json`: what the run did and what it reached."""
@@ -234,6 +257,8 @@ class Trainer:
             "teacher_val_ppl": progress.teacher["val_ppl"],
             "teacher_val_bits_per_byte": progress.teacher["val_bits_per_byte"],
             "nan_batches_max_consecutive": guard.nan_batches_max,
+            "dead_steps": guard.dead_steps,
+            "rewound_from": progress.rewound_from,
             "loss_scale_final": self.precision.loss_scale.item(),
             "tokens": progress.tokens,
             "tokens_per_second": progress.tokens / max(1e-9, progress.train_seconds),

@@ -15,9 +15,9 @@ FLAGS = [
     "alignment", "kd_direction", "jsd_beta", "teacher_top_k", "alm_tau", "force",
     "student_lr", "weight_decay", "warmup_steps", "lr_schedule",
     "model_dtype", "device", "init_loss_scale",
-    "max_grad_norm", "skip_grad_norm", "skip_rule", "skip_factor", "max_nan_batches",
-    "train_steps", "per_device_batch_size", "grad_accum_steps", "eval_steps", "log_steps", "save_steps", "seed",
-    "output_dir", "resume", "overwrite",
+    "max_grad_norm", "skip_grad_norm", "skip_rule", "skip_factor", "max_nan_batches", "on_divergence",
+    "train_steps", "per_device_batch_size", "grad_accum_steps", "eval_steps", "log_steps", "save_steps",
+    "keep_checkpoints", "seed", "output_dir", "resume", "overwrite",
 ]  # fmt: skip
 
 BAD_VALUES = [

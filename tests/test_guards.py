@@ -23,6 +23,7 @@ OVERFLOW = {**HEALTHY, "grad_norm": math.inf}
 OVERFLOW_AT_FLOOR = {**OVERFLOW, "loss_scale": MIN_LOSS_SCALE}
 LARGE = {**HEALTHY, "grad_norm": 2.6}
 EMPTY = {**HEALTHY, "num_targets": 0, "grad_norm": 0.0}
+DEAD = {**HEALTHY, "grad_norm": 0.0}
 
 
 def _guard(**settings) -> StepGuard:
@@ -130,6 +131,32 @@ def test_calibration_of_the_loss_scale_is_never_an_emergency():
 def test_the_number_of_nan_batches_allowed_is_a_setting():
     verdicts = _judge(_guard(max_nan_batches=3), NAN_FORWARD, 3)
     assert [verdict.emergency for verdict in verdicts] == [False, False, True]
+
+
+# Alarms, which only speak
+
+
+def test_ten_nan_batches_among_fifty_attempts_are_said_once():
+    guard = _guard()
+    verdicts = [guard.judge(**attempt) for attempt in [*[NAN_FORWARD] * 9, HEALTHY, *[NAN_FORWARD] * 9, HEALTHY] * 3]
+    assert [verdict.often_nan for verdict in verdicts].index(True) == 10
+    assert sum(verdict.often_nan for verdict in verdicts) == 1
+    assert not any(verdict.emergency for verdict in verdicts)
+
+
+def test_ten_nan_batches_in_a_long_run_are_no_alarm():
+    guard = _guard()
+    assert not any(
+        verdict.often_nan for _ in range(40) for verdict in [*_judge(guard, HEALTHY, 9), guard.judge(**NAN_FORWARD)]
+    )
+
+
+def test_the_tenth_update_without_a_gradient_is_said_and_all_are_counted():
+    guard = _guard()
+    verdicts = _judge(guard, DEAD, 12) + _judge(guard, HEALTHY) + _judge(guard, DEAD, 9)
+    assert [i for i, verdict in enumerate(verdicts) if verdict.dead] == [9]
+    assert guard.dead_steps == 21
+    assert all(verdict.applied for verdict in verdicts)
 
 
 # The norm limit
@@ -249,6 +276,15 @@ def test_a_guard_restored_from_json_gives_the_same_verdicts(skip_rule, interrupt
     rest = history[interrupted_at:]
     assert [guard.judge(**attempt) for attempt in rest] == [restored.judge(**attempt) for attempt in rest]
     assert guard.state_dict() == restored.state_dict()
+
+
+def test_alarms_survive_a_restart():
+    for attempts, alarm in ([NAN_FORWARD] * 9, "often_nan"), ([DEAD] * 9, "dead"):
+        guard, restored = _guard(), _guard()
+        for attempt in attempts:
+            guard.judge(**attempt)
+        restored.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+        assert getattr(restored.judge(**attempts[-1]), alarm)
 
 
 def test_the_count_of_nan_batches_survives_a_restart():

@@ -470,7 +470,7 @@ def test_ten_bad_batches_in_a_row_stop_the_run_with_3(stopped):
 
 def test_the_stop_is_said_in_one_line_with_cause_and_remedy(stopped):
     (line,) = stopped.err
-    parts = ("10 consecutive", "cause: forward", "down_proj", "float16", "--model_dtype float32", "crash.json")
+    parts = ("10 consecutive", "cause: forward", "down_proj", "float16", "--model_dtype float32", "crash.md")
     assert all(part in line for part in parts)
 
 
@@ -510,7 +510,9 @@ def test_nine_bad_batches_do_not_stop_and_a_good_one_forgives_them(inputs, tmp_p
     assert code == 0
     assert (summary["applied"], summary["skipped"]["forward"]) == (2, 10)
     assert summary["nan_batches_max_consecutive"] == 9
-    assert not (tmp_path / "run" / "crash").exists()
+    page = (tmp_path / "run" / "crash" / "crash.md").read_text()
+    assert page.startswith("# Step 2: the forward is not finite")
+    assert "the run went on" in page
     assert "Step 2: skipped (forward)" in out
 
 
@@ -680,7 +682,7 @@ def test_a_checkpoint_killed_while_clearing_up_is_the_new_one(saving, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda path, **how: remove(path, **how) if "ignore_errors" in how else _raise())
         with pytest.raises(Killed):
-            checkpoint.save_checkpoint(saving.folder, **saving.state, progress={"step": 2})
+            checkpoint.save_checkpoint(saving.folder, **saving.state, progress={"step": 2}, keep=1)
     assert checkpoint.load_checkpoint(saving.folder, **saving.state) == {"step": 2}
     assert _equal([p.data for p in saving.learned], moved)
 
@@ -691,7 +693,7 @@ def test_what_a_kill_left_is_cleared_away_by_the_next_checkpoint(saving):
         (saving.folder / name / "student.safetensors").write_bytes(b"half")
     assert checkpoint.load_checkpoint(saving.folder, **saving.state) == {"step": 1}
     checkpoint.save_checkpoint(saving.folder, **saving.state, progress={"step": 2})
-    assert {path.name for path in saving.folder.iterdir()} == {"latest", "step-00000002"}
+    assert {path.name for path in saving.folder.iterdir()} == {"latest", "step-00000001", "step-00000002"}
 
 
 def test_a_text_killed_half_way_leaves_the_former_one(tmp_path, monkeypatch):

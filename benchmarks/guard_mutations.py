@@ -1,0 +1,186 @@
+"""Is every guard held by a scenario? Take the guards away one at a time and see which scenarios of the suite notice.
+
+    python benchmarks/guard_mutations.py [--only WORD]
+
+Each mutation changes one place of a copy of the package, by its text, and runs `tests/stress/test_fp16.py` on the copy.
+The table goes to the terminal and to `benchmarks/results/guard_mutations.md`. Exit code 1 if a mutation is caught by no
+scenario; `tests/test_mutations.py` checks that every text is still there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+SUITE = "tests/stress/test_fp16.py"
+
+
+class Mutation(NamedTuple):
+    """One guard taken away."""
+
+    guard: str
+    """What is lost"""
+    module: str
+    text: str
+    """What stands there, once"""
+    changed: str
+
+
+MUTATIONS = (
+    # the logits and the loss
+    Mutation("logit clamp: centred before it is bounded", "losses.py",
+             'return logits.float().clamp(-self.bound, self.bound) if self.style == "raw"',
+             'return logits.float().clamp(-self.bound, self.bound) if self.style in ("raw", "normalized")'),
+    Mutation("logit clamp: no target counts for less than -10", "losses.py",
+             "_FloorStraightThrough.apply(log_probs, -2.0 * self.bound) if", "log_probs if"),
+    Mutation("logit clamp: the floor keeps the gradient", "losses.py", "return grad, None", "return grad * 0.0, None"),
+    Mutation("loss clamp: a bound at all", "losses.py",
+             "return loss * torch.where(value > self.limit, self.limit / value, 1.0)", "return loss"),
+    Mutation("loss clamp: the gradient is kept", "losses.py",
+             "return loss * torch.where(value > self.limit, self.limit / value, 1.0)",
+             "return loss.clamp(max=self.limit) + 0.0 * value"),
+    Mutation("losses in float32", "losses.py", "    logits = logits.float()\n    return logits.gather(1",
+             "    logits = logits.half()\n    return logits.gather(1"),
+    Mutation("divergence in float32", "distillation.py",
+             "return self._diverge(student.float() / self.temperature, teacher.float() / self.temperature, keep)",
+             "return self._diverge(student.half() / self.temperature, teacher.half() / self.temperature, keep)"),
+    Mutation("the shared rows of two heads", "distillation.py",
+             "student, teacher = self._bounded(outputs.student_logits)[:, :shared], teacher[:, :shared]",
+             "student = self._bounded(outputs.student_logits)"),
+    Mutation("preflight refuses a clamp that saturates", "preflight.py", "if saturated > 0.5:", "if saturated > 1.5:"),
+    # what is finite
+    Mutation("student rows are checked before any clamp", "objective.py",
+             "nonfinite = (~finite_rows(logits)).sum()", "nonfinite = finite_rows(logits).sum() * 0"),
+    Mutation("the loss is checked", "step.py",
+             "forward_finite=nonfinite_rows == 0 and math.isfinite(total),", "forward_finite=nonfinite_rows == 0,"),
+    Mutation("a bad forward is refused", "guards.py", "        if not forward_finite:\n", "        if False:\n"),
+    Mutation("a norm that is not finite is refused", "guards.py",
+             "        if not math.isfinite(grad_norm):\n"
+             '            return "overflow" if loss_scale > MIN_LOSS_SCALE else "gradient"\n'
+             '        return None if grad_norm <= limit else "norm"',
+             '        return "norm" if grad_norm > limit else None'),
+    Mutation("teacher rows that are not finite are left out", "distillation.py",
+             "        keep = finite_rows(logits)\n        logits = self._bounded(logits).masked_fill",
+             "        keep = finite_rows(logits) | True\n        logits = self._bounded(logits).masked_fill"),
+    # verdicts
+    Mutation("a verdict is obeyed", "step.py", "    if verdict.applied:\n", "    if True:\n"),
+    Mutation("the norm limit", "guards.py", 'return None if grad_norm <= limit else "norm"', "return None"),
+    Mutation("a skip storm lifts the limit", "guards.py",
+             "self.in_storm = sum(self._skipped_for_norm) >= _STORM_SHARE * _STORM_ATTEMPTS", "self.in_storm = False"),
+    Mutation("the limit after a storm", "guards.py", "self.skip_factor * median(self._norms)", "math.inf"),
+    Mutation("emergency after 10 NaN batches", "guards.py",
+             "emergency = self.nan_batches >= self.max_nan_batches", "emergency = False"),
+    Mutation("a good step resets the count of NaN batches", "guards.py",
+             "            self.applied += 1\n            self.nan_batches = 0\n", "            self.applied += 1\n"),
+    Mutation("an overflow that can be calibrated away is no NaN batch", "guards.py",
+             '_NAN_CAUSES = ("forward", "gradient")', '_NAN_CAUSES = ("forward", "gradient", "overflow")'),
+    Mutation("an overflow at the floor is a NaN batch", "guards.py",
+             '_NAN_CAUSES = ("forward", "gradient")', '_NAN_CAUSES = ("forward",)'),
+    Mutation("frequent NaN batches are said", "guards.py", "        self.often_nan = True\n        return True",
+             "        self.often_nan = True\n        return False"),
+    Mutation("updates without a gradient are said", "guards.py",
+             "return self._dead_in_a_row == _DEAD_STEPS", "return False"),
+    Mutation("a step without targets is no NaN batch", "guards.py",
+             "        if num_targets == 0:\n", "        if False:\n"),
+    Mutation("a micro-batch without targets is passed over", "step.py",
+             "        if batch.num_target_tokens:\n            terms", "        if True:\n            terms"),
+    Mutation("counts and window alike: one denominator", "step.py",
+             "precision.backward(terms.total / num_targets)",
+             "precision.backward(terms.total / max(1, batch.num_target_tokens) / len(micro_batches))"),
+    # the loss scale, the norm and the weights
+    Mutation("a loss scale", "precision.py", "scales = dtype is torch.float16", "scales = False"),
+    Mutation("the floor of the loss scale", "precision.py",
+             "fixed = MIN_LOSS_SCALE if at_floor else", "fixed = None if at_floor else"),
+    Mutation("the ceiling of the loss scale", "precision.py",
+             "loss_scale if keeps or at_ceiling else None", "loss_scale if keeps else None"),
+    Mutation("a bad forward leaves the loss scale", "precision.py",
+             'keeps = verdict.cause in ("forward", "no_targets")', 'keeps = verdict.cause == "no_targets"'),
+    Mutation("update() after every step", "precision.py", "        self._scaler.update(fixed)", "        pass"),
+    Mutation("unscaled before the norm", "step.py", "    precision.unscale_(optimizer)\n", ""),
+    Mutation("clipping", "step.py",
+             "        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)\n", ""),
+    Mutation("no gradient outlives its step", "step.py", "    optimizer.zero_grad(set_to_none=True)\n",
+             "    if verdict.applied:\n        optimizer.zero_grad(set_to_none=True)\n"),
+    Mutation("the loss scale is kept in a checkpoint", "precision.py",
+             '            self._scaler.load_state_dict(state["scaler"])', "            pass"),
+    Mutation("weights that learn are float32", "models.py",
+             "names.student_model, torch.float32, names", "names.student_model, precision.dtype, names"),
+    Mutation("the optimizer refuses half weights", "optim.py",
+             "    assert all(parameter.dtype is torch.float32 for parameter in trainable)", "    assert True"),
+    # the figures that are told
+    Mutation("evaluation is not clamped", "evaluate.py", "logits.flatten(0, 1)[batch.rows].float()",
+             "logits.flatten(0, 1)[batch.rows].float().clamp(-5, 5)"),
+    Mutation("perplexity weighs tokens", "evaluate.py",
+             "        nats += (logits.logsumexp(1) - picked).double().sum()\n        num_tokens += len(batch.targets)",
+             "        nats += (logits.logsumexp(1) - picked).double().mean()\n        num_tokens += 1"),
+    Mutation("a perplexity beyond a float is inf", "evaluate.py",
+             "math.exp(self.loss) if self.loss < 700 else self.loss * math.inf", "math.exp(self.loss)"),
+    Mutation("the loss is told as it is", "losses.py", "return -clamp.log_probs(plain).sum(), -plain.detach().sum()",
+             "return -clamp.log_probs(plain).sum(), -clamp.log_probs(plain).detach().sum()"),
+    Mutation("the divergence is told as it is", "losses.py",
+             "return sum((a - b).mul_(weight).sum() for weight, a, b in floored), raw",
+             "return raw.clone(), sum((a - b).mul_(weight).sum() for weight, a, b in floored).clamp(max=1.0)"),
+)  # fmt: skip
+
+
+def mutate(package: Path, mutation: Mutation) -> None:
+    """Change the one place of the package that a mutation is about."""
+    path = package / mutation.module
+    source = path.read_text(encoding="utf-8")
+    assert source.count(mutation.text) == 1, f"{mutation.module}: {mutation.guard}: its text is not there once"
+    path.write_text(source.replace(mutation.text, mutation.changed), encoding="utf-8")
+
+
+def catching(mutation: Mutation | None) -> list[str]:
+    """The scenarios that fail on a copy of the package with `mutation`."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("sar_kd", "tests"):
+            shutil.copytree(ROOT / name, Path(folder) / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        if mutation:
+            mutate(Path(folder) / "sar_kd", mutation)
+        command = [sys.executable, "-m", "pytest", "-q", SUITE, "--tb=no", "-rfE", "-p", "no:cacheprovider"]
+        environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"pytest ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    names = re.findall(rf"^(?:FAILED|ERROR) {re.escape(SUITE)}::(\S+)", done.stdout, re.MULTILINE)
+    return list(dict.fromkeys(name.removeprefix("test_") for name in names))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", default="", help="mutations whose guard contains this word")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "guard_mutations.md")
+    options = parser.parse_args()
+    if failing := catching(None):
+        print(f"fails without any mutation: {', '.join(failing)}", file=sys.stderr)
+        return 1
+    chosen = [mutation for mutation in MUTATIONS if options.only in mutation.guard]
+    lines = ["| guard taken away | module | scenarios that fail | which |", "|---|---|---:|---|"]
+    print("\n".join(lines), flush=True)
+    missed = []
+    for mutation in chosen:
+        caught = catching(mutation)
+        missed += [] if caught else [mutation.guard]
+        few = ", ".join(f"`{name}`" for name in caught[:3]) + (", ..." if len(caught) > 3 else "")
+        lines.append(f"| {mutation.guard} | `{mutation.module}` | {len(caught)} | {few} |")
+        print(lines[-1], flush=True)
+    verdict = f"{len(chosen) - len(missed)} of {len(chosen)} mutations are caught."
+    print(verdict)
+    if not options.only:
+        text = "# Guards taken away one at a time\n\nMade by `python benchmarks/guard_mutations.py`.\n\n"
+        options.output.write_text(text + "\n".join(lines) + f"\n\n{verdict}\n", encoding="utf-8")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

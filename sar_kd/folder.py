@@ -1,0 +1,120 @@
+"""The run folder itself: one run at a time in it, nothing in it that leads out of it, and room for what is written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from sar_kd.config import UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such lock
+    fcntl = None
+
+LOCK = ".lock"
+_SLACK = 2**24
+
+
+class FolderLock:
+    """Keeps a second run out of a folder for as long as this process lives, and tells it whose the folder is.
+
+    The system drops the lock with the process, so a kill leaves none. Where the file system has no locks, none is held.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder / LOCK
+        self._file = None
+
+    def check(self) -> None:
+        """Raise UsageError if another run holds the folder."""
+        if self.path.exists():
+            self.acquire()
+            self.release()
+
+    def acquire(self) -> None:
+        """Take the folder; again by the same object is no error.
+
+        Raises: UsageError with the process id of the run that has it
+        """
+        if fcntl is None or self._file is not None:
+            return
+        while self._file is None:
+            file = open(self.path, "a+", encoding="utf-8")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                file.close()
+                raise UsageError(
+                    f"--output_dir {self.path.parent}: process {holder} is running in it; wait for it, or name another"
+                ) from None
+            except OSError:  # a file system without locks
+                file.close()
+                return
+            if self._is_current(file):
+                self._file = file
+            else:  # the run before removed the file between our opening and our locking it
+                file.close()
+        self._file.truncate(0)
+        self._file.write(str(os.getpid()))
+        self._file.flush()
+
+    def _is_current(self, file) -> bool:
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def release(self) -> None:
+        """Give the folder back."""
+        if self._file is not None:
+            self.path.unlink(missing_ok=True)
+            self._file.close()
+            self._file = None
+
+
+def holds_something(folder: Path) -> bool:
+    """Is there anything in it but what a run leaves that was killed as it began?"""
+    leftovers = {LOCK, ".config.json.partial"}
+    return folder.exists() and any(path.name not in leftovers for path in folder.iterdir())
+
+
+def check_contained(folder: Path) -> None:
+    """Raise UsageError if a link in the folder leads out of it: a run would write, or delete, what it points at."""
+    inside = folder.resolve()
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(parent) / name
+            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+                raise UsageError(f"--output_dir {folder}: {path} is a link that leads out of it; remove it")
+
+
+def clear(folder: Path) -> None:
+    """Delete what a former run left, but not its lock; its `config.json` stays until a new one replaces it, so that a
+    kill in between leaves a folder that is known as a run's.
+    """
+    for path in folder.iterdir():
+        if path.name in (LOCK, "config.json"):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+
+
+def require_room(folder: Path, num_bytes: int, what: str) -> None:
+    """Raise UsageError unless the disk has room for `num_bytes` more, and a little to spare."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes + _SLACK:
+        raise UsageError(
+            f"--output_dir {folder}: no room for {what} ({_megabytes(num_bytes + _SLACK)} needed, {_megabytes(free)} "
+            "free); free some, then --resume"
+        )
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.0f} MB"

@@ -1,0 +1,429 @@
+"""What a run does about a step that is not finite: the page that says why, the stop, the rewind, what exits leave."""
+
+import json
+import math
+import signal
+from types import SimpleNamespace
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from harness import break_on_token, token_of
+
+from sar_kd import trainer as trainer_module
+from sar_kd.__main__ import main as verbs
+from sar_kd.arguments import parse_args
+from sar_kd.cli import run as run_as_script
+from sar_kd.config import FP16_SAFE, UsageError
+from sar_kd.data import Corpus
+from sar_kd.documents import Document
+from sar_kd.forensics import examine, page
+from sar_kd.guards import StepGuard, TrainingDiverged
+from sar_kd.metrics import open_run
+from sar_kd.models import Models
+from sar_kd.objective import Objective
+from sar_kd.optim import build_optimizer
+from sar_kd.precision import setup
+from sar_kd.recovery import without
+from sar_kd.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def texts(corpus_texts):
+    """Documents about as long as a block, so that a bad one is a small part of the text."""
+    return ["\n".join(corpus_texts[i : i + 2]) for i in range(0, len(corpus_texts), 2)]
+
+
+@pytest.fixture
+def make_trainer(tmp_path, make_run, make_corpus, texts):
+    """make_trainer(*flags, corpus=...): a whole run, as the scripts make it, over in-memory models."""
+
+    def make(*flags, folder=None, steps=12, documents=None):
+        argv = ["--output_dir", str(folder or tmp_path / "run"), "--train_steps", str(steps), "--eval_steps", "1000"]
+        argv += ["--save_steps", "2", "--per_device_batch_size", "2", "--student_lr", "1e-3", "--device", "cpu"]
+        config = parse_args(FP16_SAFE, [*argv, *map(str, flags)])
+        parts, pair = make_run(), make_corpus().pair
+        named = documents or [Document(f"doc{number}", text) for number, text in enumerate(texts)]
+        train = Corpus(named, pair, 24, 60)
+        validation = Corpus(named[:3], pair, 24, 60)
+        log, precision = open_run(config), setup(config.precision, config.train.seed)
+        models = Models(parts.teacher, parts.student, pair, False)
+        objective = Objective(models.teacher, models.student, config.loss, train.pairing, precision)
+        optimizer = build_optimizer(models.student, config.optim, objective.parameters())
+        guard = StepGuard(config.guards)
+        return Trainer(config, models, train, validation, objective, optimizer, guard, precision, log)
+
+    return make
+
+
+def _json(path):
+    return json.loads(path.read_text())
+
+
+def _metrics(folder, event):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["event"] == event]
+
+
+def _student_is_finite(folder) -> bool:
+    student = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    return all(bool(parameter.isfinite().all()) for parameter in student.parameters())
+
+
+def _rare_token(trainer, blocks) -> int:
+    """A token of the given blocks that stands in no other."""
+    own = set.intersection(*(set(trainer.train.batch([b]).student.input_ids[0].tolist()) for b in blocks))
+    for block in set(range(len(trainer.train))) - set(blocks):
+        own -= set(trainer.train.batch([block]).student.input_ids[0].tolist())
+    return min(own)
+
+
+def _ids(trainer, block) -> set[int]:
+    return set(trainer.train.batch([block]).student.input_ids[0].tolist())
+
+
+# The page
+
+
+@pytest.fixture
+def stopped(make_trainer, tmp_path, capsys):
+    """A run whose second layer norm is followed by a product that float16 cannot hold, in one document only."""
+    trainer = make_trainer(steps=40)
+    trainer.models.student.model.layers[0].mlp.down_proj.weight.data.mul_(1e8)
+    with pytest.raises(TrainingDiverged) as error:
+        trainer.run()
+    return SimpleNamespace(folder=tmp_path / "run", line=str(error.value), out=capsys.readouterr().out)
+
+
+def test_the_page_names_module_dtype_reach_documents_and_remedy(stopped):
+    text, crash = (stopped.folder / "crash" / "crash.md").read_text(), _json(stopped.folder / "crash" / "crash.json")
+    assert text.startswith("# Step 10: the forward is not finite")
+    assert "stopped after 10 NaN batches in a row" in text
+    assert "`model.layers.0.mlp.down_proj` (Linear)" in text
+    assert "float16 ends at 65504" in text
+    assert "--model_dtype float32" in text
+    assert all(f"- {name}" in text for name in crash["documents"])
+    assert crash["first_bad_module"]["largest_output_float32"] > 65504
+    assert (crash["verdict"], crash["finite_in_float32"]) == ("fp16 range", True)
+    assert max(len(line) for line in text.splitlines()) < 200
+
+
+def test_the_stop_points_at_the_page_and_the_verb_prints_it(stopped, capsys):
+    assert "crash.md" in stopped.line
+    assert verbs(["forensics", str(stopped.folder)]) == 0
+    assert capsys.readouterr().out == (stopped.folder / "crash" / "crash.md").read_text()
+
+
+def test_the_first_bad_step_is_explained_while_the_run_goes_on(make_trainer, tmp_path):
+    trainer = make_trainer()
+    bad = trainer.train.micro_batches(3, 2, 1, 0)[0].blocks[0]
+    others = [block for block in range(len(trainer.train)) if block != bad]
+    own = _ids(trainer, bad) - set().union(*(_ids(trainer, block) for block in others))
+    break_on_token(trainer.models.student, min(own))
+    summary = trainer.run()
+    assert (summary["status"], summary["skipped"]["forward"], summary["applied"]) == ("finished", 1, 11)
+    crash = _json(tmp_path / "run" / "crash" / "crash.json")
+    assert (crash["step"], crash["bad_blocks"]) == (4, [bad])
+    assert crash["documents"] == trainer.train.documents_of(bad)
+    assert "the run went on" in (tmp_path / "run" / "crash" / "crash.md").read_text()
+
+
+def test_nothing_is_replayed_and_nothing_written_while_nothing_is_wrong(make_trainer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sar_kd.recovery.examine", lambda *_: pytest.fail("replayed without a cause"))
+    trainer = make_trainer("--init_loss_scale", 2**24)  # with overflows, which are calibration
+    summary = trainer.run()
+    assert summary["skipped"]["overflow"] > 0
+    assert not (tmp_path / "run" / "crash").exists()
+    assert verbs(["forensics", str(tmp_path / "run")]) == 0
+    assert "No step of this run had a NaN" in capsys.readouterr().out
+
+
+def test_an_applied_step_of_a_run_reads_the_device_once_its_record_and_watch_included(make_trainer, monkeypatch):
+    trainer, reads = make_trainer(), []
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
+    record, note = trainer._record, trainer.recovery.note
+    attempt = trainer._attempt
+
+    def counted(method, name):
+        return lambda self, *args, **kwargs: (reads.append(name), method(self, *args, **kwargs))[1]
+
+    def watched():
+        with monkeypatch.context() as patch:
+            for name in ("tolist", "item", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__"):
+                patch.setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name), name))
+            trainer.train.micro_batches = lambda *_: batches
+            report, micro_batches = attempt()
+            record(report)
+            note(trainer.progress.step, report, micro_batches)
+        return report, micro_batches
+
+    batches = trainer.train.micro_batches(0, 2, 1, 0)  # the collator's reads are of the host's own tensors
+    monkeypatch.setattr(trainer, "_attempt", watched)
+    monkeypatch.setattr(trainer, "_record", lambda report: None)
+    monkeypatch.setattr(trainer.recovery, "note", lambda *_: None)
+    assert trainer.run()["applied"] == 12
+    assert reads == ["tolist"] * 12
+
+
+@pytest.mark.parametrize("argv", [[], ["a", "b"], ["--jsn"], ["nowhere"]])
+def test_the_verb_says_in_one_line_what_it_lacks(argv, capsys):
+    assert verbs(["forensics", *argv]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_weight_too_large_for_half_is_told_from_a_product(make_run):
+    run = make_run()
+    run.student.lm_head.weight.data[3, 3] = 1e5
+    found = examine(run.student, *run.batches([0]), run.precision)
+    assert found["first_bad_module"]["largest_weight"] == pytest.approx(1e5)
+    record = {"step": 1, "cause": "forward", "outcome": "", "documents": ["a"], "loss_scale": 1.0, **found}
+    text = page(record | dict.fromkeys(("loss", "ce_loss", "kd_loss", "grad_norm"), math.nan))
+    assert "A weight of it is 1e+05; float16 ends at 65504." in text
+
+
+def test_a_weight_that_is_not_finite_is_named_as_such(make_run):
+    run = make_run()
+    run.student.lm_head.weight.data[3, 3] = math.nan
+    found = examine(run.student, *run.batches([0]), run.precision)
+    assert (found["verdict"], found["finite_in_float32"]) == ("weights", False)
+
+
+def test_an_input_that_no_precision_can_read_is_weights_or_data(make_run):
+    run = make_run()
+    break_on_token(run.student, token_of(run, 0, 1), math.inf)
+    (batch,) = run.batches([1, 0])
+    found = examine(run.student, batch, run.precision)
+    assert (found["verdict"], found["bad_blocks"]) == ("weights or data", [0])
+
+
+def test_a_gradient_that_is_not_finite_is_traced_to_its_module(make_run):
+    run = make_run()
+
+    class Exploding(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * math.inf
+
+    layer = run.student.model.layers[0]
+    layer.mlp.gate_proj.register_forward_hook(lambda module, inputs, output: Exploding.apply(output))
+    (batch,) = run.batches([0])
+    found = examine(run.student, batch, run.precision, "gradient", lambda b: run.objective(b).total)
+    assert found["verdict"] == "gradient"
+    assert found["first_bad_module"]["name"] == "model.layers.0.mlp.gate_proj"
+    assert all(parameter.grad is None for parameter in run.student.parameters())
+
+
+def test_a_loss_that_is_infinite_over_finite_logits_is_told_as_the_loss(make_run):
+    run = make_run(loss={"alpha_ce": 1e38, "loss_clamp_style": "off"})
+    (batch,) = run.batches([0, 1])
+    found = examine(run.student, batch, run.precision, "forward", lambda b: run.objective(b).total)
+    assert (found["verdict"], "--alpha_ce" in found["remedy"]) == ("loss", True)
+
+
+def test_what_the_replay_does_not_show_is_said_to_be_so(make_run):
+    run = make_run()
+    (batch,) = run.batches([0])
+    found = examine(run.student, batch, run.precision, "forward", lambda b: run.objective(b).total)
+    assert (found["verdict"], found["first_bad_module"]) == ("not reproduced", None)
+
+
+# The rewind
+
+
+@pytest.fixture
+def spoiled(make_trainer, tmp_path, capsys):
+    """make(*flags): a run in which every block of two documents is not finite from step 5 on, ten times in a row."""
+
+    def make(*flags, steps=24):
+        trainer = make_trainer(*flags, steps=steps)
+        state = SimpleNamespace(trainer=trainer, folder=tmp_path / "run", bad=None, seen=[])
+        train_step = trainer_module.train_step
+
+        def watched(micro_batches, objective, *rest):
+            state.seen.append([block for batch in micro_batches for block in batch.blocks])
+            return train_step(micro_batches, objective, *rest)
+
+        state.step = watched
+        return state
+
+    return make
+
+
+def _break_blocks(trainer, blocks):
+    """Reading the first tokens of one of these blocks gives an embedding of inf."""
+    heads = {tuple(trainer.train.batch([b]).student.input_ids[0, :12].tolist()) for b in blocks}
+
+    def hook(module, inputs, output):
+        rows = [tuple(row[:12].tolist()) in heads for row in inputs[0]]
+        return output.masked_fill(torch.tensor(rows)[:, None, None], math.inf)
+
+    return trainer.models.student.get_input_embeddings().register_forward_hook(hook)
+
+
+def _steps_blocks(trainer, steps):
+    return [trainer.train.micro_batches(step, 2, 1, 0)[0].blocks for step in steps]
+
+
+def test_a_rewound_run_goes_back_once_at_half_the_rate_without_the_bad_documents(spoiled, monkeypatch):
+    run = spoiled("--on_divergence", "rewind")
+    bad = [blocks[0] for blocks in _steps_blocks(run.trainer, range(5, 15))]
+    _break_blocks(run.trainer, bad)
+    monkeypatch.setattr(trainer_module, "train_step", run.step)
+    summary = run.trainer.run()
+    assert (summary["status"], summary["steps"], summary["rewound_from"]) == ("finished", 24, 15)
+    (rewind,) = _metrics(run.folder, "rewind")
+    assert (rewind["step"], rewind["rewound_from"]) == (14, 15)
+    assert set(bad) <= set(rewind["left_out"])
+    assert not set(rewind["left_out"]).intersection(*run.seen[15:])
+    assert not any(set(rewind["left_out"]) & set(blocks) for blocks in run.seen[15:])
+    rates = {record["step"]: record["learning_rate"] for record in _metrics(run.folder, "step")}
+    assert sorted(rates) == list(range(1, 25))
+    straight = trainer_module.learning_rate_at
+    config = run.trainer.config
+    assert rates[14] == straight(13, 24, config.optim)
+    assert rates[15] == 0.5 * straight(14, 24, config.optim)
+    assert "went back to its last checkpoint" in (run.folder / "crash" / "crash.md").read_text()
+    assert _student_is_finite(run.folder / "student")
+
+
+def test_a_second_divergence_stops_the_run(spoiled):
+    run = spoiled("--on_divergence", "rewind", steps=60)
+    run.trainer.models.student.lm_head.register_forward_hook(lambda module, inputs, output: output * math.inf)
+    with pytest.raises(TrainingDiverged):
+        run.trainer.run()
+    summary = _json(run.folder / "summary.json")
+    assert (summary["status"], summary["rewound_from"]) == ("emergency_stop", 10)
+    assert len(_metrics(run.folder, "rewind")) == 1
+
+
+def test_a_rewind_puts_back_every_bit(spoiled, monkeypatch):
+    run = spoiled("--on_divergence", "rewind", "--save_steps", 100, steps=20)
+    before = [parameter.detach().clone() for parameter in run.trainer.models.student.parameters()]
+    _break_blocks(run.trainer, [blocks[0] for blocks in _steps_blocks(run.trainer, range(5, 15))])
+    rewind = Trainer._rewind
+    after = []
+
+    def watched(self, report):
+        progress = rewind(self, report)
+        after.extend(parameter.detach().clone() for parameter in self.models.student.parameters())
+        assert progress.step == 0
+        assert self.guard.attempts == 0
+        assert not self.optimizer.state
+        return progress
+
+    monkeypatch.setattr(Trainer, "_rewind", watched)
+    run.trainer.run()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_run_interrupted_after_its_rewind_does_not_go_back_again(spoiled, make_trainer, monkeypatch):
+    flags = ("--on_divergence", "rewind")
+    run = spoiled(*flags)
+    bad = [blocks[0] for blocks in _steps_blocks(run.trainer, range(5, 15))]
+    _break_blocks(run.trainer, bad)
+
+    def interrupting(*args):
+        if len(run.seen) == 16:
+            signal.raise_signal(signal.SIGINT)
+        return run.step(*args)
+
+    monkeypatch.setattr(trainer_module, "train_step", interrupting)
+    assert run.trainer.run()["status"] == "interrupted"
+    monkeypatch.undo()
+    resumed = make_trainer(*flags, "--resume")
+    _break_blocks(resumed, bad)
+    summary = resumed.run()
+    assert (summary["status"], summary["rewound_from"], resumed.progress.rate_factor) == ("finished", 15, 0.5)
+    assert set(bad) <= set(resumed.progress.left_out)
+
+
+def test_of_one_long_document_only_the_bad_blocks_are_left_out(make_trainer, texts):
+    trainer = make_trainer("--on_divergence", "rewind", documents=[Document("all", "\n".join(texts))], steps=24)
+    bad = {blocks[0] for blocks in _steps_blocks(trainer, range(5, 15))}
+    _break_blocks(trainer, bad)
+    trainer.run()
+    assert set(trainer.progress.left_out) == bad
+
+
+def test_a_block_that_is_left_out_is_replaced_by_the_next_that_is_not(make_run):
+    run = make_run()
+    last = len(run.corpus) - 1
+    (batch,) = run.batches([3, last, 5])
+    assert without(run.corpus, batch, frozenset()).blocks == (3, last, 5)
+    assert without(run.corpus, batch, frozenset({3, 4, last})).blocks == (5, 0, 5)
+    everything = frozenset(range(last + 1))
+    assert without(run.corpus, batch, everything).blocks == (3, last, 5)
+
+
+# What every exit leaves
+
+
+def test_a_failure_that_has_nothing_to_do_with_the_weights_leaves_them(make_trainer, tmp_path, monkeypatch):
+    trainer, train_step, calls = make_trainer("--save_steps", 100), trainer_module.train_step, []
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 8:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return train_step(*args)
+
+    monkeypatch.setattr(trainer_module, "train_step", failing)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        trainer.run()
+    folder = tmp_path / "run"
+    saved = safetensors.torch.load_file(folder / "checkpoint" / "step-00000007" / "student.safetensors")
+    assert torch.equal(saved["lm_head.weight"], trainer.models.student.lm_head.weight)
+    assert _student_is_finite(folder / "student")
+    monkeypatch.undo()
+    assert make_trainer("--save_steps", 100, "--resume").run()["steps"] == 12
+
+
+@pytest.mark.parametrize("divergence", ["stop", "rewind"])
+def test_a_stopped_run_leaves_a_finite_student_and_checkpoint(make_trainer, tmp_path, divergence):
+    trainer = make_trainer("--on_divergence", divergence, steps=60)
+    bad = [False]
+    trainer.models.student.lm_head.register_forward_hook(
+        lambda module, inputs, output: output * math.inf if bad[0] and module.training else output
+    )
+    trainer.optimizer.register_step_post_hook(lambda *_: bad.__setitem__(0, trainer.progress.step >= 4))
+    with pytest.raises(TrainingDiverged):
+        trainer.run()
+    folder = tmp_path / "run"
+    assert _student_is_finite(folder / "student")
+    latest = folder / "checkpoint" / (folder / "checkpoint" / "latest").read_text()
+    saved = safetensors.torch.load_file(latest / "student.safetensors")
+    assert all(bool(tensor.isfinite().all()) for tensor in saved.values())
+    assert torch.equal(saved["lm_head.weight"], trainer.models.student.lm_head.weight)
+
+
+def test_exit_codes_are_0_2_3_and_130(make_trainer, monkeypatch, capsys):
+    def interrupted(argv):
+        trainer = make_trainer("--overwrite")
+        monkeypatch.setattr(trainer_module, "train_step", _signalling(trainer_module.train_step))
+        return trainer.run()
+
+    def diverged(argv):
+        trainer = make_trainer("--overwrite")
+        trainer.models.student.lm_head.register_forward_hook(lambda module, inputs, output: output * math.nan)
+        return trainer.run()
+
+    def full(argv):
+        raise UsageError("--output_dir run: no room")
+
+    assert run_as_script(lambda argv: make_trainer().run()) == 0
+    assert run_as_script(full) == 2
+    assert run_as_script(diverged) == 3
+    assert run_as_script(interrupted) == 130
+
+
+def _signalling(train_step):
+    def step(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return train_step(*args)
+
+    return step
