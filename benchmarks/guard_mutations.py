@@ -36,9 +36,8 @@ class Mutation(NamedTuple):
 
 MUTATIONS = (
     # the logits and the loss
-    Mutation("logit clamp: centred before it is bounded", "losses.py",
-             'return logits.float().clamp(-self.bound, self.bound) if self.style == "raw"',
-             'return logits.float().clamp(-self.bound, self.bound) if self.style in ("raw", "normalized")'),
+    Mutation("logit clamp: centred before it is bounded", "objective.py",
+             "LogitClamp(config.logit_clamp_style, config.logit_clamp)", 'LogitClamp("raw", config.logit_clamp)'),
     Mutation("logit clamp: no target counts for less than -10", "losses.py",
              "_FloorStraightThrough.apply(log_probs, -2.0 * self.bound) if", "log_probs if"),
     Mutation("logit clamp: the floor keeps the gradient", "losses.py", "return grad, None", "return grad * 0.0, None"),
@@ -126,8 +125,8 @@ MUTATIONS = (
     Mutation("the loss is told as it is", "losses.py", "return -clamp.log_probs(plain).sum(), -plain.detach().sum()",
              "return -clamp.log_probs(plain).sum(), -clamp.log_probs(plain).detach().sum()"),
     Mutation("the divergence is told as it is", "losses.py",
-             "return sum((a - b).mul_(weight).sum() for weight, a, b in floored), raw",
-             "return raw.clone(), sum((a - b).mul_(weight).sum() for weight, a, b in floored).clamp(max=1.0)"),
+             "raw = sum((a - b).mul_(weight).sum() for weight, a, b in terms)",
+             "raw = sum((a - b).mul_(weight).sum() for weight, a, b in terms).clamp(max=1.0)"),
 )  # fmt: skip
 
 
@@ -158,28 +157,38 @@ def catching(mutation: Mutation | None) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", default="", help="mutations whose guard contains this word")
+    parser.add_argument("--only", default="", help="run those whose guard contains this word, keep the other rows")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "guard_mutations.md")
     options = parser.parse_args()
     if failing := catching(None):
         print(f"fails without any mutation: {', '.join(failing)}", file=sys.stderr)
         return 1
-    chosen = [mutation for mutation in MUTATIONS if options.only in mutation.guard]
-    lines = ["| guard taken away | module | scenarios that fail | which |", "|---|---|---:|---|"]
-    print("\n".join(lines), flush=True)
-    missed = []
-    for mutation in chosen:
-        caught = catching(mutation)
-        missed += [] if caught else [mutation.guard]
-        few = ", ".join(f"`{name}`" for name in caught[:3]) + (", ..." if len(caught) > 3 else "")
-        lines.append(f"| {mutation.guard} | `{mutation.module}` | {len(caught)} | {few} |")
-        print(lines[-1], flush=True)
-    verdict = f"{len(chosen) - len(missed)} of {len(chosen)} mutations are caught."
+    rows = _known(options.output) if options.only else {}
+    for mutation in MUTATIONS:
+        if options.only in mutation.guard:
+            rows[mutation.guard] = row = _row(mutation, catching(mutation))
+            print(row, flush=True)
+    table = [rows[mutation.guard] for mutation in MUTATIONS if mutation.guard in rows]
+    missed = [row for row in table if "| 0 |" in row]
+    verdict = f"{len(table) - len(missed)} of {len(table)} mutations are caught."
     print(verdict)
-    if not options.only:
-        text = "# Guards taken away one at a time\n\nMade by `python benchmarks/guard_mutations.py`.\n\n"
-        options.output.write_text(text + "\n".join(lines) + f"\n\n{verdict}\n", encoding="utf-8")
+    text = "# Guards taken away one at a time\n\nMade by `python benchmarks/guard_mutations.py`.\n\n"
+    options.output.write_text(text + "\n".join([*HEAD, *table]) + f"\n\n{verdict}\n", encoding="utf-8")
     return 1 if missed else 0
+
+
+HEAD = ("| guard taken away | module | scenarios that fail | which |", "|---|---|---:|---|")
+
+
+def _row(mutation: Mutation, caught: list[str]) -> str:
+    few = ", ".join(f"`{name}`" for name in caught[:3]) + (", ..." if len(caught) > 3 else "")
+    return f"| {mutation.guard} | `{mutation.module}` | {len(caught)} | {few} |"
+
+
+def _known(path: Path) -> dict[str, str]:
+    """The rows that a file has, by guard: `--only` makes the others again and leaves these."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return {line.split(" | ")[0].removeprefix("| "): line for line in lines if line.startswith("| ")}
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def require(holds: bool, name: str, value: object, remedy: str) -> None:
 def _require_at_least(settings, minimum: float, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
-        in_range = minimum <= value < 2**63  # what a tensor can count
+        in_range = minimum <= value < (2**63 if isinstance(value, int) else math.inf)  # a tensor counts no further
         require(in_range, name, value, f"must be a number of at least {minimum:g}")
 
 

@@ -111,9 +111,9 @@ class StepGuard:
             self.nan_batches += cause in _NAN_CAUSES
             self.nan_batches_max = max(self.nan_batches_max, self.nan_batches)
         storm = self._remember(cause, grad_norm)
-        often_nan = self._count_nan(cause in _NAN_CAUSES)
-        dead = self._count_dead(cause is None and grad_norm == 0.0)
         emergency = self.nan_batches >= self.max_nan_batches
+        often_nan = self._count_nan(cause in _NAN_CAUSES) and not emergency
+        dead = self._count_dead(cause is None and grad_norm == 0.0)
         return Verdict(cause is None, cause, limit, storm, emergency, often_nan, dead)
 
     def _cause(self, num_targets, forward_finite, grad_norm, loss_scale, limit) -> str | None:

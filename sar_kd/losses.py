@@ -201,8 +201,8 @@ class _Divergence(torch.autograd.Function):
         ctx.mark_non_differentiable(raw)
         if kind.floor == -math.inf:
             return raw.clone(), raw
-        floored = [(weight, a.clamp_min(kind.floor), b.clamp_min(kind.floor)) for weight, a, b in terms]
-        return sum((a - b).mul_(weight).sum() for weight, a, b in floored), raw
+        floor = kind.floor
+        return sum(a.clamp_min(floor).sub_(b.clamp_min(floor)).mul_(weight).sum() for weight, a, b in terms), raw
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor, grad_raw: Tensor):

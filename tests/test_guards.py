@@ -144,6 +144,10 @@ def test_ten_nan_batches_among_fifty_attempts_are_said_once():
     assert not any(verdict.emergency for verdict in verdicts)
 
 
+def test_an_emergency_is_not_also_an_alarm():
+    assert [verdict.often_nan for verdict in _judge(_guard(), NAN_FORWARD, 10)] == [False] * 10
+
+
 def test_ten_nan_batches_in_a_long_run_are_no_alarm():
     guard = _guard()
     assert not any(
@@ -278,13 +282,17 @@ def test_a_guard_restored_from_json_gives_the_same_verdicts(skip_rule, interrupt
     assert guard.state_dict() == restored.state_dict()
 
 
-def test_alarms_survive_a_restart():
-    for attempts, alarm in ([NAN_FORWARD] * 9, "often_nan"), ([DEAD] * 9, "dead"):
-        guard, restored = _guard(), _guard()
-        for attempt in attempts:
-            guard.judge(**attempt)
-        restored.load_state_dict(json.loads(json.dumps(guard.state_dict())))
-        assert getattr(restored.judge(**attempts[-1]), alarm)
+@pytest.mark.parametrize(
+    ("history", "last", "alarm"),
+    [([*[NAN_FORWARD] * 9, HEALTHY], NAN_FORWARD, "often_nan"), ([DEAD] * 9, DEAD, "dead")],
+    ids=["often_nan", "dead"],
+)
+def test_alarms_survive_a_restart(history, last, alarm):
+    guard, restored = _guard(), _guard()
+    for attempt in history:
+        guard.judge(**attempt)
+    restored.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    assert getattr(restored.judge(**last), alarm)
 
 
 def test_the_count_of_nan_batches_survives_a_restart():

@@ -279,7 +279,7 @@ def test_a_run_of_each_direction_finishes_and_learns(inputs, tmp_path, direction
 
 
 @pytest.mark.parametrize(
-    ("rate", "after", "is_before"), [(1e-3, 3, False), (0.1, 5, True)], ids=["best_at_the_end", "best_before"]
+    ("rate", "after", "is_before"), [(1e-3, 3, False), (1.0, 5, True)], ids=["best_at_the_end", "best_before"]
 )
 def test_a_resumed_run_equals_one_never_interrupted(inputs, tmp_path, monkeypatch, rate, after, is_before):
     straight, halved = tmp_path / "straight", tmp_path / "halved"
