@@ -214,13 +214,23 @@ def closing_table(summary: dict, folder: Path) -> list[str]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a reader, and a kill, meet the old text or the new, never a part."""
+    """Write a file so that a reader, and a kill, meet the old text or the new, never a part.
+
+    Raises: UsageError if it cannot be written
+    """
     partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UsageError(
+            f"--output_dir: {path} cannot be written ({error.strerror}); what was saved before is intact: free some "
+            "room, then --resume"
+        ) from None
 
 
 def _complete_lines(path: Path) -> list[str]:
