@@ -73,7 +73,7 @@ class Fold(nn.Module):
         super().__init__()
         sizes = torch.bincount(classes, minlength=count)
         joined = sizes[classes] > 1
-        several = (sizes > 1).nonzero().squeeze(1)
+        several = torch.arange(count)[sizes > 1]
         outcome = torch.full((int(tokens.max()) + 1,), -1).index_copy_(0, tokens, classes)
         parts = {
             "first": tokens[classes.argsort(stable=True)[sizes.cumsum(0) - sizes]],  # [C]: a token of each
@@ -81,7 +81,7 @@ class Fold(nn.Module):
             "members": tokens[joined],  # [J]: the tokens of those
             "groups": torch.searchsorted(several, classes[joined]),  # [J]: which of the S
             "outcome": outcome.clamp_min(0),  # by token
-            "absent": (outcome < 0).nonzero().squeeze(1),  # tokens without an outcome
+            "absent": torch.arange(len(outcome))[outcome < 0],  # tokens without an outcome
         }
         for name, part in parts.items():
             self.register_buffer(name, part, persistent=False)
