@@ -2,6 +2,7 @@
 
 audit       what two tokenizers have in common on a text
 embedded    train the embedded pair anew
+routers     the routers of a mixture-of-experts model
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 
 from sar_kd.cli import run
 
-VERBS = {"audit": "sar_kd.audit", "embedded": "sar_kd.embedded.build"}
+VERBS = {"audit": "sar_kd.audit", "embedded": "sar_kd.embedded.build", "routers": "sar_kd.router_table"}
 
 
 def main(argv: list[str]) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sar_kd.config import EMBEDDED, EMBEDDED_LR_FACTOR, MODES, SECTIONS, Config, UsageError, require
+from sar_kd.routing_config import RoutingConfig
 
 # What may differ between the two halves of a resumed run without making it another run.
 _MAY_CHANGE_ON_RESUME = {"eval_steps", "log_steps", "save_steps", "resume", "output_dir", "train_steps", "device"}
@@ -39,6 +40,8 @@ def parse_args(script: Mapping[str, str], argv: list[str] | None = None) -> Conf
             "student is tiny; --student_lr is used as given.",
         )
         values["student_lr"] = peak
+    if values.get("teacher_model", EMBEDDED) == EMBEDDED and "router_lr" not in given:
+        values["router_lr"] = RoutingConfig.router_lr * EMBEDDED_LR_FACTOR  # said where routers are found to learn
     values.setdefault("output_dir", f"runs/{script['name']}-{time.strftime('%Y%m%d-%H%M%S')}")
     return Config.from_flags(values, mode, notices)
 
@@ -48,12 +51,25 @@ def parse_verb(verb: str, description: str, sections: tuple[str, ...], argv: lis
 
     Raises: UsageError, naming the flag, its value and the remedy.
     """
+    given, as_json = _parse_flags(verb, description, {name: SECTIONS[name] for name in sections}, argv)
+    return Config.from_flags(given, mode=""), as_json
+
+
+def parse_section(verb: str, description: str, section: type, argv: list[str]) -> tuple[object, bool]:
+    """The one section that a verb's command line asks for, and whether as JSON.
+
+    Raises: UsageError, naming the flag, its value and the remedy.
+    """
+    given, as_json = _parse_flags(verb, description, {verb: section}, argv)
+    return section(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}), as_json
+
+
+def _parse_flags(verb: str, description: str, sections: Mapping[str, type], argv: list[str]) -> tuple[dict, bool]:
     parser = _Parser(prog=f"python -m sar_kd {verb}", usage="%(prog)s [flags]", description=description, **_style())
     parser.add_argument("--json", action="store_true", help="print JSON")
-    _add_sections(parser, {name: SECTIONS[name] for name in sections}, {})
+    _add_sections(parser, sections, {})
     given = vars(parser.parse_args(argv))
-    as_json = given.pop("json", False)
-    return Config.from_flags(given, mode=""), as_json
+    return given, given.pop("json", False)
 
 
 def _resumed(given: dict[str, object], mode: str | None) -> Config:
@@ -140,7 +156,7 @@ def _add_flag(group, item: dataclasses.Field, kind: type, default) -> None:
         is_list = kind not in (int, float, str)
         options |= {
             "type": _parser_of(str if is_list else kind),
-            "metavar": "FILE" if is_list else kind.__name__.upper(),
+            "metavar": item.metadata["metavar"] if is_list else kind.__name__.upper(),
         }
         options |= {"nargs": "+"} if is_list else {}
     group.add_argument(f"--{item.name}", **options)

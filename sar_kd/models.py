@@ -21,7 +21,11 @@ from sar_kd.config import EMBEDDED, Config, ModelConfig, UsageError
 from sar_kd.precision import Precision
 from sar_kd.tokens import encode
 
-_EMBEDDED_DIRS = {"teacher_model": embedded.TEACHER_DIR, "student_model": embedded.STUDENT_DIR}
+_EMBEDDED_DIRS = {
+    "teacher_model": embedded.TEACHER_DIR,
+    "student_model": embedded.STUDENT_DIR,
+    "model": embedded.TEACHER_DIR,
+}
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,23 @@ def load_tokenizers(config: Config) -> TokenizerPair:
         found = _read(flag, name, functools.partial(load, trust_remote_code=names.trust_remote_code))
         rows[flag] = found.get_text_config().vocab_size
     return _pair_tokenizers(names, rows, aligns=True)
+
+
+def load_skeleton(flag: str, name: str, trust_remote_code: bool) -> nn.Module:
+    """The model without its weights, on the meta device: names and shapes as in `load_models`, whatever its size.
+
+    Raises: UsageError as `load_models`
+    """
+    _quiet()
+    location = _location(flag, name)
+    build = transformers.AutoModelForCausalLM.from_config
+
+    def load() -> nn.Module:
+        config = transformers.AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return build(config, trust_remote_code=trust_remote_code)
+
+    return _read(flag, name, load)
 
 
 def _stop_ids(model: nn.Module) -> tuple[int, ...]:
