@@ -21,6 +21,7 @@ from sar_kd.guards import StepGuard
 from sar_kd.metrics import replace_text
 from sar_kd.objective import Objective
 from sar_kd.precision import Precision
+from sar_kd.teacher_routing import TeacherRouting
 
 
 def save_student(student: nn.Module, tokenizer, folder: Path) -> None:
@@ -49,17 +50,18 @@ def save_checkpoint(
     precision: Precision,
     guard: StepGuard,
     objective: Objective,
+    routing: TeacherRouting,
     progress: dict,
 ) -> None:
     """Write the state after `progress["step"]` attempts: weights, optimizer, loss scale, random numbers, counters, and
-    what the objective learns beside the student.
+    what the objective and the teacher's routers learn beside the student.
     """
     name = f"step-{progress['step']:08d}"
     partial = folder / f".{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     safetensors.torch.save_model(student, str(partial / "student.safetensors"))
-    stateful = {"optimizer": optimizer, "precision": precision, "objective": objective}
+    stateful = {"optimizer": optimizer, "precision": precision, "objective": objective, "routing": routing}
     torch.save({part: owner.state_dict() for part, owner in stateful.items()}, partial / "state.pt")
     (partial / "progress.json").write_text(json.dumps({"progress": progress, "guard": guard.state_dict()}))
     for path in partial.iterdir():
@@ -80,6 +82,7 @@ def load_checkpoint(
     precision: Precision,
     guard: StepGuard,
     objective: Objective,
+    routing: TeacherRouting,
 ) -> dict:
     """Put everything back as `save_checkpoint` found it, and return `progress`.
 
@@ -96,6 +99,7 @@ def load_checkpoint(
         optimizer.load_state_dict(state["optimizer"])
         precision.load_state_dict(state["precision"])
         objective.load_state_dict(state["objective"])
+        routing.load_state_dict(state["routing"])
         guard.load_state_dict(saved["guard"])
     except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]

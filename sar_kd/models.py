@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sar_kd import embedded
 from sar_kd.alignment import TokenizerPair, UnfitTokenizer
@@ -104,6 +106,24 @@ def load_skeleton(flag: str, name: str, trust_remote_code: bool) -> nn.Module:
             return build(config, trust_remote_code=trust_remote_code)
 
     return _read(flag, name, load)
+
+
+def recompute_activations_(model: nn.Module) -> int:
+    """Let each layer of `model` compute its activations anew in backward instead of keeping them; how many do.
+
+    Around the layers' own `forward`, so that nothing has to be in training mode: transformers' own switch does nothing
+    in eval mode, and in training mode dropout and the routers' noise would come with it.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.forward = functools.partial(_recomputed, layer.forward)
+    return len(layers)
+
+
+def _recomputed(forward, *args, **kwargs):
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def _stop_ids(model: nn.Module) -> tuple[int, ...]:

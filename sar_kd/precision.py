@@ -86,6 +86,13 @@ class Precision:
         with HalfProductsOnCpu() if self.emulates else contextlib.nullcontext():
             self._scaler.scale(loss).backward()
 
+    @contextlib.contextmanager
+    def same_random(self):
+        """Leave the random numbers that follow as if what happens inside had drawn none."""
+        state = _random_state(self.device)
+        yield
+        _set_random_state(state, self.device)
+
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the optimizer's gradients by the loss scale, once per step."""
         self._scaler.unscale_(optimizer)

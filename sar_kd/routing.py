@@ -61,20 +61,31 @@ class Routing:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._forget()
+        self.forget()
         self._set_top_k()
 
     @contextlib.contextmanager
     def using(self, rule: str) -> Iterator[None]:
         """Route by `rule` inside, and as before outside."""
-        assert rule in RULES
-        former, self.rule = self.rule, rule
-        self._set_top_k()
+        former = self.rule
+        self.use(rule)
         try:
             yield
         finally:
-            self.rule = former
-            self._set_top_k()
+            self.use(former)
+
+    def use(self, rule: str) -> None:
+        """Route by `rule` from here on."""
+        assert rule in RULES
+        self.rule = rule
+        self._set_top_k()
+
+    @contextlib.contextmanager
+    def same_draws(self) -> Iterator[None]:
+        """Leave the draws that follow as if what happens inside had drawn none."""
+        state = self.state_dict()
+        yield
+        self.load_state_dict(state)
 
     @property
     def logits(self) -> list[Tensor]:
@@ -90,13 +101,14 @@ class Routing:
         self._generator.set_state(state["generator"])
 
     def _begin(self, module, args) -> None:
-        self._forget()
+        self.forget()
         self._records = True
 
     def _end(self, module, args, output) -> None:
         self._records = False  # what runs from here on is computed anew in backward
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Let go of the last forward's logits and draws, and of the graph that hangs on them."""
         self._left_out.clear()
         self._logits.clear()
 

@@ -27,9 +27,10 @@ class RoutingConfig:
         choices=("two_stage", "joint"),
     )
     sar_routing: str = flag(
-        "all",
-        "experts that are active in sar; all: every one; native: the teacher's own choice, cheaper",
-        choices=("all", "native"),
+        "auto",
+        "experts that are active in sar; all: every one; native: the teacher's own choice, cheaper; auto: all, unless "
+        "that makes the teacher's perplexity more than 5 %% worse",
+        choices=("auto", "all", "native"),
     )
     router_lr: float = flag(1e-5, "peak learning rate of the routers")
     router_beta: float = flag(0.01, "weight of the load balance, CV^2 of the experts' probabilities")

@@ -14,16 +14,18 @@ LEVELS = {
     0: {"sar_kd", "config", "embedded", "guards", "losses", "token_bytes", "interruption"},
     1: {"arguments", "routers", "tokens", "projection", "documents", "precision", "optim", "metrics"},
     2: {"alignment", "routing", "vocabulary"},
-    3: {"models", "conversation"},
+    3: {"models", "conversation", "router_terms", "router_update"},
     4: {"router_table", "streams"},
     5: {"pairing"},
     6: {"data"},
     7: {"distillation", "coverage", "evaluate", "forensics"},
     8: {"objective", "audit", "preflight"},
-    9: {"step", "checkpoint"},
-    10: {"trainer"},
-    11: {"cli", "embedded.build"},
-    12: {"__main__", *SCRIPTS},
+    9: {"router_learner", "router_watch"},
+    10: {"step", "teacher_routing"},
+    11: {"checkpoint"},
+    12: {"trainer"},
+    13: {"cli", "embedded.build"},
+    14: {"__main__", *SCRIPTS},
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
 
