@@ -136,7 +136,7 @@ class Trainer:
         verdict, progress = report.verdict, self.progress
         record = {"step": progress.step, **dataclasses.asdict(report)}
         del record["verdict"]
-        record |= record.pop("routers") or {}
+        record |= {name: value for name, value in (record.pop("routers") or {}).items() if value is not None}
         record |= {"applied": verdict.applied, "cause": verdict.cause, "norm_limit": verdict.norm_limit}
         record["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         self.log.step(record, self.guard.success_rate, progress.tokens / max(1e-9, progress.train_seconds))
