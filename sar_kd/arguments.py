@@ -34,16 +34,23 @@ def parse_args(script: Mapping[str, str], argv: list[str] | None = None) -> Conf
     values = {"model_dtype": script["model_dtype"], **MODES[mode], **given}
     notices = ()
     if values.get("student_model", EMBEDDED) == EMBEDDED and "student_lr" not in given:
-        peak = values["student_lr"] * EMBEDDED_LR_FACTOR
-        notices = (
-            f"Learning rate: {values['student_lr']:g} x {EMBEDDED_LR_FACTOR:g} = {peak:g}, because the embedded "
-            "student is tiny; --student_lr is used as given.",
-        )
-        values["student_lr"] = peak
+        notices += (_raise_rate(values, "student_lr", "Learning rate", "student"),)
     if values.get("teacher_model", EMBEDDED) == EMBEDDED and "router_lr" not in given:
-        values["router_lr"] = RoutingConfig.router_lr * EMBEDDED_LR_FACTOR  # said where routers are found to learn
+        notice = _raise_rate(values, "router_lr", "Routers' rate", "teacher")
+        may_learn = values.get("routing", RoutingConfig.routing) in ("auto", "sar") and values["alpha_kd"] > 0
+        notices += (notice,) if may_learn else ()
     values.setdefault("output_dir", f"runs/{script['name']}-{time.strftime('%Y%m%d-%H%M%S')}")
     return Config.from_flags(values, mode, notices)
+
+
+def _raise_rate(values: dict[str, object], flag: str, title: str, model: str) -> str:
+    """Give an embedded model the rate that it wants; the line that says so."""
+    rate = values.get(flag, RoutingConfig.router_lr)
+    values[flag] = rate * EMBEDDED_LR_FACTOR
+    return (
+        f"{title}: {rate:g} x {EMBEDDED_LR_FACTOR:g} = {values[flag]:g}, because the embedded {model} is tiny; "
+        f"--{flag} is used as given."
+    )
 
 
 def parse_verb(verb: str, description: str, sections: tuple[str, ...], argv: list[str]) -> tuple[Config, bool]:

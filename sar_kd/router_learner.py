@@ -131,9 +131,7 @@ class RouterLearner(FrozenRouters):
         if self.is_joint:
             return
         for batch in batches:
-            with self.precision.same_random():  # the student's own pass is to see the same dropout
-                outputs = self.objective.read(batch, student_learns=False, teacher_learns=True)
-            self.precision.backward(self._loss(batch, outputs) / num_targets)
+            self.precision.backward(self._loss(batch, None) / num_targets)
         self._move_(batches)
 
     def loss(self, batch: Batch, outputs: Outputs) -> Tensor | float:
@@ -155,7 +153,10 @@ class RouterLearner(FrozenRouters):
                 self.optimizer.state.clear()
         self._begin()
 
-    def _loss(self, batch: Batch, outputs: Outputs) -> Tensor:
+    def _loss(self, batch: Batch, outputs: Outputs | None) -> Tensor:
+        if outputs is None:
+            with self.precision.same_random():  # the student's own pass is to see the same dropout
+                outputs = self.objective.read(batch, student_learns=False, teacher_learns=True)
         terms = self.terms(batch, outputs)
         self._sums = self._sums + terms
         return terms.total

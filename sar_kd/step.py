@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from sar_kd.data import Batch
 from sar_kd.guards import StepGuard, Verdict
@@ -52,9 +53,8 @@ def train_step(
     sums = LossTerms.zero(precision.device)
     routers.move_first_(batches, num_targets)
     for batch in batches:
-        outputs = objective.read(batch, teacher_learns=routers.is_joint)
-        terms = objective(batch, outputs)
-        precision.backward((terms.total + routers.loss(batch, outputs)) / num_targets)
+        minimised, terms = _losses(batch, objective, routers)
+        precision.backward(minimised / num_targets)
         sums = sums + terms
     routers.move_last_(batches)
     precision.unscale_(optimizer)
@@ -65,13 +65,13 @@ def train_step(
         [f.float() for f in figures]
     ).tolist()  # the one host read
     routed = routers.report(of_routers, num_targets)
+    losses, norms = [total], [norm]
+    if routed is not None:  # their norm is clipped, not limited; but where it is no number, neither update is trusted
+        losses, norms = [total, routed.router_loss], [norm, routed.router_grad_norm]
     verdict = guard.judge(
         num_targets=num_targets,
-        forward_finite=nonfinite_rows == 0
-        and math.isfinite(total)
-        and (not routed or math.isfinite(routed.router_loss)),
-        # The routers' norm is clipped, not limited; but where it is not a number, neither update can be trusted.
-        grad_norm=norm if not routed or math.isfinite(routed.router_grad_norm) else routed.router_grad_norm,
+        forward_finite=nonfinite_rows == 0 and all(map(math.isfinite, losses)),
+        grad_norm=norm if all(map(math.isfinite, norms)) else math.nan,
         loss_scale=scale,
     )
     if verdict.applied:
@@ -83,3 +83,10 @@ def train_step(
     count = max(1, num_targets)
     loss = (objective.alpha_ce * ce + objective.alpha_kd * kd) / count
     return StepReport(verdict, loss, ce / count, kd / count, norm, scale, num_targets, int(dropped), routed)
+
+
+def _losses(batch: Batch, objective: Objective, routers: FrozenRouters) -> tuple[Tensor, LossTerms]:
+    """What one backward minimises. A function of its own, so that no logits outlive it but those in the graph."""
+    outputs = objective.read(batch, teacher_learns=routers.is_joint)
+    terms = objective(batch, outputs)
+    return terms.total + routers.loss(batch, outputs), terms

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
 
-from sar_kd.config import EMBEDDED_LR_FACTOR, Config, UsageError
+from sar_kd.config import Config, UsageError
 from sar_kd.data import Corpus
 from sar_kd.evaluate import Evaluation, evaluate
 from sar_kd.models import Models, recompute_activations_
@@ -223,14 +222,10 @@ def _line(word: str, reason: str, settings: RoutingConfig, specs: list) -> str:
     count = sum(parameter.numel() for parameter in router_parameters(specs).values())
     experts = f"{len(specs)} routers of {specs[0].num_experts} experts, {specs[0].top_k} of them in its own routing"
     if word == "sar":
-        embedded = " (the embedded models' rate)" if math.isclose(settings.router_lr, _EMBEDDED_RATE) else ""
         return (
             f"{said}; {experts}; {count:,} parameters learn, {settings.sar_schedule}, rate "
-            f"{settings.router_lr:g}{embedded}, anchor {settings.router_anchor:g}"
+            f"{settings.router_lr:g}, anchor {settings.router_anchor:g}"
         )
     if word == "ka":
         return f"{said}; {experts}; every expert but one, drawn anew, {settings.ka_passes} steps on the same text"
     return f"{said}; {experts}; every expert active"
-
-
-_EMBEDDED_RATE = RoutingConfig.router_lr * EMBEDDED_LR_FACTOR

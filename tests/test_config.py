@@ -238,7 +238,24 @@ def test_the_rate_of_a_mode_is_multiplied_for_the_embedded_student(line):
 def test_a_rate_given_by_hand_and_a_students_own_are_used_as_they_are(line):
     config = _parse(line)
     assert config.optim.student_lr == 1e-5
-    assert not config.notices
+    assert not [notice for notice in config.notices if "Learning rate" in notice]
+
+
+@pytest.mark.parametrize(
+    ("line", "rate", "is_said"),
+    [
+        ("", 1e-5 * EMBEDDED_LR_FACTOR, True),
+        ("--routing sar --student_model elsewhere", 1e-5 * EMBEDDED_LR_FACTOR, True),
+        ("--routing native", 1e-5 * EMBEDDED_LR_FACTOR, False),
+        ("--alpha_kd 0", 1e-5 * EMBEDDED_LR_FACTOR, False),
+        ("--router_lr 1e-4", 1e-4, False),
+        ("--teacher_model elsewhere", 1e-5, False),
+    ],
+)
+def test_the_routers_rate_is_multiplied_for_the_embedded_teacher(line, rate, is_said):
+    config = _parse(line)
+    assert config.routing.router_lr == pytest.approx(rate)
+    assert sum(f"= {rate:g}, because the embedded teacher" in notice for notice in config.notices) == is_said
 
 
 @pytest.mark.parametrize(
