@@ -16,6 +16,7 @@ from sar_kd.models import load_models
 from sar_kd.objective import Objective
 from sar_kd.optim import build_optimizer
 from sar_kd.precision import setup
+from sar_kd.teacher_routing import build_teacher_routing
 from sar_kd.trainer import Trainer
 
 
@@ -30,7 +31,8 @@ def main(argv=None):
     objective = Objective(models.teacher, models.student, config.loss, train.pairing, precision)  # what is minimised
     optimizer = build_optimizer(models.student, config.optim, objective.parameters())  # how
     guard = StepGuard(config.guards)  # when an update is refused
-    return Trainer(config, models, train, validation, objective, optimizer, guard, precision, log).run()
+    routing = build_teacher_routing(config, models, objective, train)  # which experts the teacher asks, if it has any
+    return Trainer(config, models, train, validation, objective, optimizer, guard, precision, log, routing).run()
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     add_flags(parser, "quality.json")
     options = parser.parse_args()
-    shared = ("--train_steps", str(options.train_steps), "--eval_steps", "100", *options.flags.split())
+    shared = ("--train_steps", str(options.train_steps), "--eval_steps", "100", "--routing", "native")
+    shared += tuple(options.flags.split())  # what routing is worth is in benchmarks/sar.py
     grid = {
         variant: [Run((*VARIANTS[variant][1], *shared, "--seed", str(seed))) for seed in options.seeds]
         for variant in options.variants

@@ -3,6 +3,7 @@
 audit       what two tokenizers have in common on a text
 embedded    train the embedded pair anew
 forensics   why a step of a run was not finite, and what to try
+routers     the routers of a mixture-of-experts model
 """
 
 from __future__ import annotations
@@ -12,7 +13,12 @@ import sys
 
 from sar_kd.cli import run
 
-VERBS = {"audit": "sar_kd.audit", "embedded": "sar_kd.embedded.build", "forensics": "sar_kd.forensics"}
+VERBS = {
+    "audit": "sar_kd.audit",
+    "embedded": "sar_kd.embedded.build",
+    "forensics": "sar_kd.forensics",
+    "routers": "sar_kd.router_table",
+}
 
 
 def main(argv: list[str]) -> int:

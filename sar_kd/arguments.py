@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sar_kd.config import EMBEDDED, EMBEDDED_LR_FACTOR, MODES, SECTIONS, Config, UsageError, require
+from sar_kd.routing_config import RoutingConfig
 
 # What may differ between the two halves of a resumed run without making it another run.
 _MAY_CHANGE_ON_RESUME = {
@@ -36,14 +37,23 @@ def parse_args(script: Mapping[str, str], argv: list[str] | None = None) -> Conf
     values = {"model_dtype": script["model_dtype"], **MODES[mode], **given}
     notices = ()
     if values.get("student_model", EMBEDDED) == EMBEDDED and "student_lr" not in given:
-        peak = values["student_lr"] * EMBEDDED_LR_FACTOR
-        notices = (
-            f"Learning rate: {values['student_lr']:g} x {EMBEDDED_LR_FACTOR:g} = {peak:g}, because the embedded "
-            "student is tiny; --student_lr is used as given.",
-        )
-        values["student_lr"] = peak
+        notices += (_raise_rate(values, "student_lr", "Learning rate", "student"),)
+    if values.get("teacher_model", EMBEDDED) == EMBEDDED and "router_lr" not in given:
+        notice = _raise_rate(values, "router_lr", "Routers' rate", "teacher")
+        may_learn = values.get("routing", RoutingConfig.routing) in ("auto", "sar") and values["alpha_kd"] > 0
+        notices += (notice,) if may_learn else ()
     values.setdefault("output_dir", f"runs/{script['name']}-{time.strftime('%Y%m%d-%H%M%S')}")
     return Config.from_flags(values, mode, notices)
+
+
+def _raise_rate(values: dict[str, object], flag: str, title: str, model: str) -> str:
+    """Give an embedded model the rate that it wants; the line that says so."""
+    rate = values.get(flag, RoutingConfig.router_lr)
+    values[flag] = rate * EMBEDDED_LR_FACTOR
+    return (
+        f"{title}: {rate:g} x {EMBEDDED_LR_FACTOR:g} = {values[flag]:g}, because the embedded {model} is tiny; "
+        f"--{flag} is used as given."
+    )
 
 
 def parse_verb(verb: str, description: str, sections: tuple[str, ...], argv: list[str]) -> tuple[Config, bool]:
@@ -51,12 +61,25 @@ def parse_verb(verb: str, description: str, sections: tuple[str, ...], argv: lis
 
     Raises: UsageError, naming the flag, its value and the remedy.
     """
+    given, as_json = _parse_flags(verb, description, {name: SECTIONS[name] for name in sections}, argv)
+    return Config.from_flags(given, mode=""), as_json
+
+
+def parse_section(verb: str, description: str, section: type, argv: list[str]) -> tuple[object, bool]:
+    """The one section that a verb's command line asks for, and whether as JSON.
+
+    Raises: UsageError, naming the flag, its value and the remedy.
+    """
+    given, as_json = _parse_flags(verb, description, {verb: section}, argv)
+    return section(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}), as_json
+
+
+def _parse_flags(verb: str, description: str, sections: Mapping[str, type], argv: list[str]) -> tuple[dict, bool]:
     parser = _Parser(prog=f"python -m sar_kd {verb}", usage="%(prog)s [flags]", description=description, **_style())
     parser.add_argument("--json", action="store_true", help="print JSON")
-    _add_sections(parser, {name: SECTIONS[name] for name in sections}, {})
+    _add_sections(parser, sections, {})
     given = vars(parser.parse_args(argv))
-    as_json = given.pop("json", False)
-    return Config.from_flags(given, mode=""), as_json
+    return given, given.pop("json", False)
 
 
 def _resumed(given: dict[str, object], mode: str | None) -> Config:
@@ -164,7 +187,7 @@ def _add_flag(group, item: dataclasses.Field, kind: type, default) -> None:
         is_list = kind not in (int, float, str)
         options |= {
             "type": _parser_of(str if is_list else kind),
-            "metavar": "FILE" if is_list else kind.__name__.upper(),
+            "metavar": item.metadata["metavar"] if is_list else kind.__name__.upper(),
         }
         options |= {"nargs": "+"} if is_list else {}
     group.add_argument(f"--{item.name}", **options)

@@ -28,6 +28,7 @@ from sar_kd.guards import StepGuard
 from sar_kd.metrics import replace_text
 from sar_kd.objective import Objective
 from sar_kd.precision import Precision
+from sar_kd.teacher_routing import TeacherRouting
 
 _FILES = ("student.safetensors", "state.pt", "progress.json")
 _DIGESTS = "digests.json"
@@ -67,18 +68,19 @@ def save_checkpoint(
     precision: Precision,
     guard: StepGuard,
     objective: Objective,
+    routing: TeacherRouting,
     progress: dict,
     keep: int = 2,
 ) -> None:
     """Write the state after `progress["step"]` attempts: weights, optimizer, loss scale, random numbers, counters, and
-    what the objective learns beside the student. The newest `keep` checkpoints stay.
+    what the objective and the teacher's routers learn beside the student. The newest `keep` checkpoints stay.
 
     Raises: UsageError if it cannot be written; the former ones are then as they were
     """
     name = f"step-{progress['step']:08d}"
     partial = folder / f".{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    owners = {"optimizer": optimizer, "precision": precision, "objective": objective}
+    owners = {"optimizer": optimizer, "precision": precision, "objective": objective, "routing": routing}
     state = {part: owner.state_dict() for part, owner in owners.items()}
     what = f"the checkpoint of step {progress['step']}"
     require_room(folder.parent, _size(student.state_dict()) + _size(state), what)
@@ -107,6 +109,7 @@ def load_checkpoint(
     precision: Precision,
     guard: StepGuard,
     objective: Objective,
+    routing: TeacherRouting,
 ) -> dict:
     """Put everything back as `save_checkpoint` found it, and return `progress`.
 
@@ -123,6 +126,7 @@ def load_checkpoint(
         optimizer.load_state_dict(state["optimizer"])
         precision.load_state_dict(state["precision"])
         objective.load_state_dict(state["objective"])
+        routing.load_state_dict(state["routing"])
         guard.load_state_dict(saved["guard"])
     except _UNREADABLE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]

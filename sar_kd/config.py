@@ -12,39 +12,14 @@ import math
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from sar_kd.routing_config import RoutingConfig
+from sar_kd.settings import UsageError, flag, require, require_at_least, require_positive
+
 EMBEDDED = "embedded"
 """The value of --teacher_model and --student_model that means the models shipped with the package."""
 
 EMBEDDED_LR_FACTOR = 200.0
 """A 0.4 M student wants a far higher rate than the pretrained models that the modes are written for."""
-
-
-class UsageError(ValueError):
-    """Something the user can mend before training; its text is the one line they see."""
-
-
-def flag(default, text: str, choices: tuple[str, ...] = ()):
-    """A dataclass field that is also a command-line flag with this help text."""
-    return field(default=default, metadata={"help": text, "choices": choices})
-
-
-def require(holds: bool, name: str, value: object, remedy: str) -> None:
-    """Raise UsageError naming the flag, its value and the remedy, unless `holds`."""
-    if not holds:
-        raise UsageError(f"--{name} {value}: {remedy}")
-
-
-def _require_at_least(settings, minimum: float, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        in_range = minimum <= value < (2**63 if isinstance(value, int) else math.inf)  # a tensor counts no further
-        require(in_range, name, value, f"must be a number of at least {minimum:g}")
-
-
-def _require_positive(settings, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        require(math.isfinite(value) and value > 0, name, value, "must be a number above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +97,8 @@ class LossConfig:
     force: bool = flag(False, "train even where preflight says that the clamps leave nothing to learn")
 
     def __post_init__(self):
-        _require_positive(self, "temperature", "logit_clamp", "loss_clamp", "alm_tau")
-        _require_at_least(self, 0.0, "alpha_kd", "alpha_ce", "teacher_top_k")
+        require_positive(self, "temperature", "logit_clamp", "loss_clamp", "alm_tau")
+        require_at_least(self, 0.0, "alpha_kd", "alpha_ce", "teacher_top_k")
         require(0.0 < self.jsd_beta < 1.0, "jsd_beta", self.jsd_beta, "must be above 0 and below 1")
         require(self.alpha_kd + self.alpha_ce > 0, "alpha_kd", self.alpha_kd, "is 0 and so is --alpha_ce: give one")
 
@@ -138,8 +113,8 @@ class OptimConfig:
     lr_schedule: str = flag("cosine", "shape of the rate after warm-up", choices=("cosine", "constant"))
 
     def __post_init__(self):
-        _require_positive(self, "student_lr")
-        _require_at_least(self, 0, "weight_decay", "warmup_steps")
+        require_positive(self, "student_lr")
+        require_at_least(self, 0, "weight_decay", "warmup_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,8 +158,8 @@ class GuardConfig:
     )
 
     def __post_init__(self):
-        _require_positive(self, "max_grad_norm", "skip_grad_norm")
-        _require_at_least(self, 1, "skip_factor", "max_nan_batches")
+        require_positive(self, "max_grad_norm", "skip_grad_norm")
+        require_at_least(self, 1, "skip_factor", "max_nan_batches")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,11 +179,9 @@ class TrainConfig:
     overwrite: bool = flag(False, "start again in an --output_dir that holds a run")
 
     def __post_init__(self):
-        _require_at_least(
-            self, 1, "train_steps", "per_device_batch_size", "grad_accum_steps", "eval_steps", "log_steps"
-        )
-        _require_at_least(self, 1, "save_steps", "keep_checkpoints")
-        _require_at_least(self, 0, "seed")
+        require_at_least(self, 1, "train_steps", "per_device_batch_size", "grad_accum_steps", "eval_steps", "log_steps")
+        require_at_least(self, 1, "save_steps", "keep_checkpoints")
+        require_at_least(self, 0, "seed")
         require(self.seed < 2**63, "seed", self.seed, "must be below 2^63")
         if self.resume and self.overwrite:
             raise UsageError("--resume --overwrite: one continues the run, the other deletes it; give one")
@@ -221,6 +194,7 @@ class Config:
     models: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     guards: GuardConfig = field(default_factory=GuardConfig)
@@ -248,6 +222,7 @@ SECTIONS = MappingProxyType(
         "models": ModelConfig,
         "data": DataConfig,
         "loss": LossConfig,
+        "routing": RoutingConfig,
         "optim": OptimConfig,
         "precision": PrecisionConfig,
         "guards": GuardConfig,

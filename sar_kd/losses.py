@@ -165,7 +165,7 @@ class Divergence:
     floor: float = -math.inf
 
     def __call__(self, student: Tensor, teacher: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Sum over outcomes, rows and all.
+        """Sum over outcomes, rows and all; with a gradient for each side that has one.
 
         student, teacher: float32, log-probabilities of the same outcomes, of one shape
         keep: bool, broadcast to that shape; the outcomes that count, all if None
@@ -175,28 +175,37 @@ class Divergence:
 
 
 class _Divergence(torch.autograd.Function):
-    """d value / d log p, each log p taken as free; what makes them a distribution differentiates itself:
+    """d value / d log p and d value / d log t, each of them taken as free; what makes them distributions
+    differentiates itself:
 
-    forward  -t        reverse  p * (log p - log t + 1)        jsd  (1 - beta) * p * (log p - log m)
+    forward  -t                        t * (log t - log p + 1)
+    reverse  p * (log p - log t + 1)   -p
+    jsd      (1 - beta) * p * (log p - log m)   beta * t * (log t - log m)
 
-    Written out because autograd would keep several tensors of this size where one suffices.
+    Written out because autograd would keep several tensors of this size where one for each side that learns suffices.
     """
 
     @staticmethod
     def forward(ctx, log_p: Tensor, log_t: Tensor, keep: Tensor | None, kind: Divergence):
+        learns = ctx.needs_input_grad
         t = log_t.exp() if keep is None else log_t.exp().mul_(keep)
         if kind.direction == "forward":
-            terms, slope = [(t, log_t, log_p)], -t
+            terms = [(t, log_t, log_p)]
+            slopes = -t if learns[0] else None, (log_t - log_p).add_(1.0).mul_(t) if learns[1] else None
         else:
             p = log_p.exp() if keep is None else log_p.exp().mul_(keep)
             if kind.direction == "reverse":
-                terms, slope = [(p, log_p, log_t)], (log_p - log_t).add_(1.0).mul_(p)
+                terms = [(p, log_p, log_t)]
+                slopes = (log_p - log_t).add_(1.0).mul_(p) if learns[0] else None, -p if learns[1] else None
             else:
                 beta = kind.beta
                 log_m = torch.logaddexp(log_t + math.log(beta), log_p + math.log1p(-beta))
                 terms = [(beta * t, log_t, log_m), ((1 - beta) * p, log_p, log_m)]
-                slope = (log_p - log_m).mul_(p).mul_(1 - beta)
-        ctx.save_for_backward(slope)
+                slopes = (
+                    (log_p - log_m).mul_(p).mul_(1 - beta) if learns[0] else None,
+                    (log_t - log_m).mul_(t).mul_(beta) if learns[1] else None,
+                )
+        ctx.save_for_backward(*slopes)
         raw = sum((a - b).mul_(weight).sum() for weight, a, b in terms)
         ctx.mark_non_differentiable(raw)
         if kind.floor == -math.inf:
@@ -206,8 +215,8 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor, grad_raw: Tensor):
-        (slope,) = ctx.saved_tensors
-        return slope * grad_loss, None, None, None
+        log_p, log_t = (None if slope is None else slope * grad_loss for slope in ctx.saved_tensors)
+        return log_p, log_t, None, None
 
 
 def on_support(student: Tensor, teacher: Tensor) -> Tensor:

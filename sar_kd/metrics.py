@@ -103,7 +103,11 @@ class RunLog:
         loss, kd, ce = (_mean([r[key] for r in finite]) for key in ("loss", "kd_loss", "ce_loss"))
         odd = len(self._window) - len(finite)
         bad = f" not_finite={odd}" if odd else ""
-        self.say(f"Step {step}: avg_loss={loss:.4f} (kd={kd:.4f}, ce={ce:.4f}) success_rate={success_rate:.0%}{bad}")
+        of_routers = [r["router_kl"] for r in finite if "router_kl" in r]
+        routers = f" router_kl={_mean(of_routers):.4f}" if of_routers else ""
+        self.say(
+            f"Step {step}: avg_loss={loss:.4f} (kd={kd:.4f}, ce={ce:.4f}){routers} success_rate={success_rate:.0%}{bad}"
+        )
         self._window.clear()
 
     def evaluation(self, record: dict, is_best: bool) -> None:
@@ -111,7 +115,12 @@ class RunLog:
         self._write({"event": "evaluation", **record})
         self._perplexity = record["val_ppl"]
         best = " (best so far)" if is_best else ""
-        self.say(f"Step {record['step']}: Validation PPL = {record['val_ppl']:.2f}{best}")
+        teacher = ""
+        if "router_entropy" in record:
+            own, used = (record[f"teacher_val_ppl_{how}"] for how in ("native", "routed"))
+            used = "" if used == own else f", {used:.2f} with every expert"
+            teacher = f"; teacher {own:.2f}{used}, router entropy {record['router_entropy']:.3f}"
+        self.say(f"Step {record['step']}: Validation PPL = {record['val_ppl']:.2f}{best}{teacher}")
 
     def finish(self, summary: dict) -> None:
         """Write `summary.json`, close everything, print the closing table."""
@@ -203,6 +212,7 @@ def closing_table(summary: dict, folder: Path) -> list[str]:
         row("student, end", summary["val_ppl_final"], summary["val_bits_per_byte_final"]),
         row(best, summary["val_ppl_best"], summary["val_bits_per_byte_best"]),
         row("teacher", summary["teacher_val_ppl"], summary["teacher_val_bits_per_byte"]),
+        *(row(f"teacher, {name}", *figures) for name, figures in _teachers(summary).items()),
         f"  applied {summary['applied']}, skipped {sum(summary['skipped'].values())}"
         + (f" ({skipped})" if skipped else "")
         + f", success rate {summary['success_rate']:.1%}, loss scale {summary['loss_scale_final']:.0f}",
@@ -211,6 +221,20 @@ def closing_table(summary: dict, folder: Path) -> list[str]:
     if summary["status"] == "interrupted":
         lines.append(f"  continue with the same command and --resume --output_dir {folder}")
     return lines
+
+
+def _teachers(summary: dict) -> dict[str, tuple[float, float]]:
+    """Perplexity and bits per byte of the teacher in the run's routing, and at the end if its routers learned."""
+    found = {}
+    for when in ("start", "final"):
+        figures = summary.get(f"router_{when}") or {}
+        for how in ("native", "routed"):
+            pair = tuple(figures.get(f"teacher_val_{kind}_{how}") for kind in ("ppl", "bits_per_byte"))
+            is_news = (when, how) != ("start", "native") and None not in pair
+            if is_news and (how == "native" or summary["experts"] != "native"):
+                active = "own routing" if how == "native" else "every expert" if summary["experts"] == "all" else "ka"
+                found[f"{active}, {'end' if when == 'final' else when}"] = pair
+    return found
 
 
 def replace_text(path: Path, text: str) -> None:

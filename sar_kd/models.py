@@ -16,6 +16,8 @@ import safetensors
 import torch
 import transformers
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sar_kd import embedded
 from sar_kd.alignment import TokenizerPair, UnfitTokenizer
@@ -27,7 +29,11 @@ _UNREADABLE = (
     OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError, EOFError,
     pickle.UnpicklingError, safetensors.SafetensorError,
 )  # fmt: skip
-_EMBEDDED_DIRS = {"teacher_model": embedded.TEACHER_DIR, "student_model": embedded.STUDENT_DIR}
+_EMBEDDED_DIRS = {
+    "teacher_model": embedded.TEACHER_DIR,
+    "student_model": embedded.STUDENT_DIR,
+    "model": embedded.TEACHER_DIR,
+}
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,41 @@ def load_tokenizers(config: Config) -> TokenizerPair:
         found = _read(flag, name, functools.partial(load, trust_remote_code=names.trust_remote_code))
         rows[flag] = found.get_text_config().vocab_size
     return _pair_tokenizers(names, rows, aligns=True)
+
+
+def load_skeleton(flag: str, name: str, trust_remote_code: bool) -> nn.Module:
+    """The model without its weights, on the meta device: names and shapes as in `load_models`, whatever its size.
+
+    Raises: UsageError as `load_models`
+    """
+    _quiet()
+    location = _location(flag, name)
+    build = transformers.AutoModelForCausalLM.from_config
+
+    def load() -> nn.Module:
+        config = transformers.AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return build(config, trust_remote_code=trust_remote_code)
+
+    return _read(flag, name, load)
+
+
+def recompute_activations_(model: nn.Module) -> int:
+    """Let each layer of `model` compute its activations anew in backward instead of keeping them; how many do.
+
+    Around the layers' own `forward`, so that nothing has to be in training mode: transformers' own switch does nothing
+    in eval mode, and in training mode dropout and the routers' noise would come with it.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.forward = functools.partial(_recomputed, layer.forward)
+    return len(layers)
+
+
+def _recomputed(forward, *args, **kwargs):
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def _stop_ids(model: nn.Module) -> tuple[int, ...]:

@@ -75,26 +75,32 @@ class Objective:
         if self.distillation is not None:
             self.distillation.load_state_dict(state)
 
-    def __call__(self, batch: Batch) -> LossTerms:
-        needs_states = self.distillation is not None and self.distillation.needs_states
-        output = self._read(self.student, batch.student.input_ids, needs_states)
-        logits = output.logits.flatten(0, 1)[batch.student.rows]
-        nonfinite = (~finite_rows(logits)).sum()
-        ce, raw_ce = cross_entropy(logits, batch.student.targets, self.logit_clamp)
-        kd = self._distil(batch, logits, output)
+    def __call__(self, batch: Batch, outputs: Outputs | None = None) -> LossTerms:
+        """The terms of a batch; outputs: as `read` gave them, read here if None. The teacher gets no gradient."""
+        outputs = self.read(batch) if outputs is None else outputs
+        nonfinite = (~finite_rows(outputs.student_logits)).sum()
+        ce, raw_ce = cross_entropy(outputs.student_logits, batch.student.targets, self.logit_clamp)
+        kd = self._distil(batch, outputs)
         count = batch.num_target_tokens
         total = self.alpha_ce * self.loss_clamp(ce / count) + self.alpha_kd * kd.loss / count
         return LossTerms(self.loss_clamp(total) * count, raw_ce, kd.raw, nonfinite, kd.dropped)
 
-    def _distil(self, batch: Batch, logits: Tensor, output) -> Learned:
+    def read(self, batch: Batch, *, student_learns: bool = True, teacher_learns: bool = False) -> Outputs:
+        """What both models make of a batch, each with a graph if it learns; no teacher where nothing is distilled."""
+        needs_states = self.distillation is not None and self.distillation.needs_states
+        student = self._read(self.student, batch.student.input_ids, needs_states, student_learns)
+        logits = student.logits.flatten(0, 1)[batch.student.rows]
         if self.distillation is None:
-            return Learned(*(torch.zeros((), device=logits.device),) * 3)
-        needs_states = self.distillation.needs_states
-        with torch.no_grad():
-            taught = self._read(self.teacher, batch.teacher.input_ids, needs_states)
-        states = [read.hidden_states[-1].flatten(0, 1) if needs_states else None for read in (output, taught)]
-        return self.distillation(batch, Outputs(logits, taught.logits.flatten(0, 1), *states))
+            return Outputs(logits, None)
+        teacher = self._read(self.teacher, batch.teacher.input_ids, needs_states, teacher_learns)
+        states = [read.hidden_states[-1].flatten(0, 1) if needs_states else None for read in (student, teacher)]
+        return Outputs(logits, teacher.logits.flatten(0, 1), *states)
 
-    def _read(self, model: nn.Module, input_ids: Tensor, needs_states: bool):
-        with self.precision.autocast():
+    def _distil(self, batch: Batch, outputs: Outputs) -> Learned:
+        if self.distillation is None:
+            return Learned(*(torch.zeros((), device=outputs.student_logits.device),) * 3)
+        return self.distillation(batch, dataclasses.replace(outputs, teacher_logits=outputs.teacher_logits.detach()))
+
+    def _read(self, model: nn.Module, input_ids: Tensor, needs_states: bool, learns: bool):
+        with self.precision.autocast(), torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             return model(input_ids=input_ids, use_cache=False, output_hidden_states=needs_states)

@@ -1,4 +1,4 @@
-"""How the student moves: AdamW, and a learning rate that is a function of the step alone."""
+"""How the student and a teacher's routers move: AdamW, and a learning rate that is a function of the step alone."""
 
 from __future__ import annotations
 
@@ -27,23 +27,30 @@ def build_optimizer(student: nn.Module, config: OptimConfig, others: Sequence[nn
     return torch.optim.AdamW(groups, lr=config.student_lr, betas=(0.9, 0.95), fused=True)
 
 
+def build_router_optimizer(routers: Sequence[nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
+    """AdamW over a teacher's routers, without decay: an anchor holds them where they began, not at 0."""
+    assert all(parameter.dtype is torch.float32 for parameter in routers), "trainable weights are float32, always"
+    return torch.optim.AdamW(list(routers), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """Every parameter that the optimizer moves: what the gradient norm is taken over, and nothing else."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def learning_rate_at(step: int, train_steps: int, config: OptimConfig) -> float:
-    """The rate of attempt `step`, counted from 0.
+def learning_rate_at(step: int, train_steps: int, config: OptimConfig, peak: float | None = None) -> float:
+    """The rate of attempt `step`, counted from 0; peak: the student's if None.
 
     peak * min(1, (step + 1) / warmup) * (0.1 + 0.9 * (1 + cos(pi * progress)) / 2), the last factor 1 if constant
     """
+    peak = config.student_lr if peak is None else peak
     warmup = min(config.warmup_steps, train_steps)
     if step < warmup:
-        return config.student_lr * (step + 1) / warmup
+        return peak * (step + 1) / warmup
     if config.lr_schedule == "constant":
-        return config.student_lr
+        return peak
     progress = (step - warmup) / max(1, train_steps - warmup)
-    return config.student_lr * (_FINAL_SHARE + (1 - _FINAL_SHARE) * (1 + math.cos(math.pi * progress)) / 2)
+    return peak * (_FINAL_SHARE + (1 - _FINAL_SHARE) * (1 + math.cos(math.pi * progress)) / 2)
 
 
 def set_learning_rate_(optimizer: torch.optim.Optimizer, rate: float) -> None:

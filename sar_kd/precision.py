@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import random
+import sys
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 from sar_kd.config import PrecisionConfig, UsageError
 from sar_kd.guards import MAX_LOSS_SCALE, MIN_LOSS_SCALE, Verdict
@@ -85,6 +91,13 @@ class Precision:
         """Add the gradients of `loss`, times the loss scale."""
         with HalfProductsOnCpu() if self.emulates else contextlib.nullcontext():
             self._scaler.scale(loss).backward()
+
+    @contextlib.contextmanager
+    def same_random(self):
+        """Leave the random numbers that follow as if what happens inside had drawn none."""
+        state = _random_state(self.device)
+        yield
+        _set_random_state(state, self.device)
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the optimizer's gradients by the loss scale, once per step."""
@@ -169,3 +182,13 @@ def _set_random_state(state: dict, device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes on the GPU, or of the whole process where there is none; 0 where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

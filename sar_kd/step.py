@@ -6,12 +6,14 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from sar_kd.data import Batch
 from sar_kd.guards import StepGuard, Verdict
 from sar_kd.objective import LossTerms, Objective
 from sar_kd.optim import parameters_of
 from sar_kd.precision import Precision
+from sar_kd.router_learner import FROZEN_ROUTERS, FrozenRouters, RouterReport
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class StepReport:
     """The factor this attempt used"""
     num_target_tokens: int
     teacher_rows_dropped: int
+    routers: RouterReport | None = None
+    """Where the teacher's routers learn"""
 
 
 def train_step(
@@ -38,36 +42,51 @@ def train_step(
     guard: StepGuard,
     precision: Precision,
     max_grad_norm: float,
+    routers: FrozenRouters = FROZEN_ROUTERS,
 ) -> StepReport:
-    """Attempt one update. Weights and optimizer state change if and only if the verdict is `applied`.
+    """Attempt one update. Weights and optimizer state change if and only if the verdict is `applied`, the routers' too.
 
     gradient = sum over micro-batches of d total / d weights, divided once by the window's target tokens
     """
     num_targets = sum(batch.num_target_tokens for batch in micro_batches)
+    batches = [batch.to(precision.device) for batch in micro_batches if batch.num_target_tokens]
     sums = LossTerms.zero(precision.device)
-    for batch in micro_batches:
-        if batch.num_target_tokens:
-            terms = objective(batch.to(precision.device))
-            precision.backward(terms.total / num_targets)
-            sums = sums + terms
+    routers.move_first_(batches, num_targets)
+    for batch in batches:
+        minimised, terms = _losses(batch, objective, routers)
+        precision.backward(minimised / num_targets)
+        sums = sums + terms
+    routers.move_last_(batches)
     precision.unscale_(optimizer)
     parameters = parameters_of(optimizer)
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    figures = [*sums.values(), grad_norm.to(precision.device), precision.loss_scale]
-    total, ce, kd, nonfinite_rows, dropped, norm, scale = torch.stack(
+    figures = [*sums.values(), grad_norm.to(precision.device), precision.loss_scale, *routers.figures()]
+    total, ce, kd, nonfinite_rows, dropped, norm, scale, *of_routers = torch.stack(
         [f.float() for f in figures]
     ).tolist()  # the one host read
+    routed = routers.report(of_routers, num_targets)
+    losses, norms = [total], [norm]
+    if routed is not None:  # their norm is clipped, not limited; but where it is no number, neither update is trusted
+        losses, norms = [total, routed.router_loss], [norm, routed.router_grad_norm]
     verdict = guard.judge(
         num_targets=num_targets,
-        forward_finite=nonfinite_rows == 0 and math.isfinite(total),
-        grad_norm=norm,
+        forward_finite=nonfinite_rows == 0 and all(map(math.isfinite, losses)),
+        grad_norm=norm if all(map(math.isfinite, norms)) else math.nan,
         loss_scale=scale,
     )
     if verdict.applied:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
         optimizer.step()
+    routers.settle_(verdict.applied)
     precision.update_(verdict, scale)
     optimizer.zero_grad(set_to_none=True)
     count = max(1, num_targets)
     loss = (objective.alpha_ce * ce + objective.alpha_kd * kd) / count
-    return StepReport(verdict, loss, ce / count, kd / count, norm, scale, num_targets, int(dropped))
+    return StepReport(verdict, loss, ce / count, kd / count, norm, scale, num_targets, int(dropped), routed)
+
+
+def _losses(batch: Batch, objective: Objective, routers: FrozenRouters) -> tuple[Tensor, LossTerms]:
+    """What one backward minimises. A function of its own, so that no logits outlive it but those in the graph."""
+    outputs = objective.read(batch, teacher_learns=routers.is_joint)
+    terms = objective(batch, outputs)
+    return terms.total + routers.loss(batch, outputs), terms

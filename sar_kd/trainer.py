@@ -5,17 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
 
 from sar_kd.checkpoint import load_checkpoint, save_checkpoint, save_student
 from sar_kd.config import Config, UsageError
@@ -27,10 +21,11 @@ from sar_kd.metrics import RunLog, notices_of
 from sar_kd.models import Models
 from sar_kd.objective import Objective
 from sar_kd.optim import learning_rate_at, set_learning_rate_
-from sar_kd.precision import Precision
+from sar_kd.precision import Precision, peak_memory
 from sar_kd.preflight import check_clamps, describe
 from sar_kd.recovery import Recovery, without
 from sar_kd.step import StepReport, train_step
+from sar_kd.teacher_routing import TeacherRouting
 
 
 @dataclass
@@ -72,8 +67,9 @@ class Trainer:
         guard: StepGuard,
         precision: Precision,
         log: RunLog,
+        routing: TeacherRouting,
     ):
-        self.config, self.models, self.log = config, models, log
+        self.config, self.models, self.log, self.routing = config, models, log, routing
         self.train, self.validation = train, validation
         self.objective, self.optimizer, self.guard, self.precision = objective, optimizer, guard, precision
         self.folder = Path(config.train.output_dir)
@@ -86,6 +82,10 @@ class Trainer:
         Raises: TrainingDiverged after an emergency stop, once everything is saved; UsageError if a resumed run
         cannot be read, or preflight finds that nothing could be learned
         """
+        with self.routing:
+            return self._run()
+
+    def _run(self) -> dict:
         before = time.monotonic()
         try:
             if self.config.train.resume:
@@ -133,12 +133,18 @@ class Trainer:
         rate = self.progress.rate_factor * learning_rate_at(step, settings.train_steps, self.config.optim)
         set_learning_rate_(self.optimizer, rate)
         micro_batches = self.train.micro_batches(
-            step, settings.per_device_batch_size, settings.grad_accum_steps, settings.seed
+            step // self.routing.passes, settings.per_device_batch_size, settings.grad_accum_steps, settings.seed
         )
         left_out = frozenset(self.progress.left_out)
         micro_batches = [without(self.train, batch, left_out) for batch in micro_batches]
         report = train_step(
-            micro_batches, self.objective, self.optimizer, self.guard, self.precision, self.config.guards.max_grad_norm
+            micro_batches,
+            self.objective,
+            self.optimizer,
+            self.guard,
+            self.precision,
+            self.config.guards.max_grad_norm,
+            self.routing.learner_at(step, self.progress.rate_factor),
         )
         self.progress.step += 1
         self.progress.tokens += report.num_target_tokens
@@ -148,6 +154,7 @@ class Trainer:
         verdict, progress = report.verdict, self.progress
         record = {"step": progress.step, **dataclasses.asdict(report)}
         del record["verdict"]
+        record |= {name: value for name, value in (record.pop("routers") or {}).items() if value is not None}
         record |= {"applied": verdict.applied, "cause": verdict.cause, "norm_limit": verdict.norm_limit}
         record["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         self.log.step(record, self.guard.success_rate, progress.tokens / max(1e-9, progress.train_seconds))
@@ -158,10 +165,15 @@ class Trainer:
 
     def _begin(self) -> None:
         """Evaluate both models before the first step, refuse what cannot learn, keep the student as it is."""
-        for line in describe(self.train, self.validation, self.precision):
+        for line in [*describe(self.train, self.validation, self.precision), *self.routing.lines]:
             self.log.say(line)
-        self.progress.teacher = _figures(self._evaluate("teacher"))
-        start = self._evaluate("student")
+        for line in self.routing.begin(self.validation, self.precision):
+            self.log.say(line)
+        self.progress.teacher = {
+            "val_ppl": self.routing.start["teacher_val_ppl_native"],
+            "val_bits_per_byte": self.routing.start["teacher_val_bits_per_byte_native"],
+        }
+        start = self._evaluate()
         self.progress.start = self.progress.last = self.progress.best = _figures(start)
         for notice in check_clamps(self.config.loss, self.models, self.validation, self.precision, start.loss):
             self.log.say(notice)
@@ -180,18 +192,21 @@ class Trainer:
         self.log.say(f"Resumed after step {self.progress.step}")
         self.log.start(self.progress.step, self.config.train.train_steps)
 
-    def _evaluate(self, which: str) -> Evaluation:
-        batches = self.validation.token_batches(which, self.config.train.per_device_batch_size)
-        return evaluate(getattr(self.models, which), batches, self.validation.text.num_bytes, self.precision)
+    def _evaluate(self) -> Evaluation:
+        batches = self.validation.token_batches("student", self.config.train.per_device_batch_size)
+        return evaluate(self.models.student, batches, self.validation.text.num_bytes, self.precision)
 
     def _validate(self) -> None:
-        progress, evaluation = self.progress, self._evaluate("student")
+        progress, evaluation = self.progress, self._evaluate()
         progress.last = _figures(evaluation)
         is_best = evaluation.loss < progress.best["val_loss"] or not math.isfinite(progress.best["val_loss"])
         if is_best:
             progress.best, progress.best_step = progress.last, progress.step
             save_student(self.models.student, self.models.tokenizers.student, self.folder / "student")
-        self.log.evaluation({"step": progress.step, **progress.last}, is_best)
+        routers, alarms = self.routing.watch(progress.step, self.validation, self.precision)
+        self.log.evaluation({"step": progress.step, **progress.last, **routers}, is_best)
+        for line in alarms:
+            self.log.say(line)
 
     def _state(self) -> dict:
         return {
@@ -200,9 +215,11 @@ class Trainer:
             "precision": self.precision,
             "guard": self.guard,
             "objective": self.objective,
+            "routing": self.routing,
         }
 
     def _save(self) -> None:
+        self.routing.save(self.folder, self.progress.step)
         progress, keep = dataclasses.asdict(self.progress), self.config.train.keep_checkpoints
         save_checkpoint(self.folder / "checkpoint", **self._state(), progress=progress, keep=keep)
 
@@ -262,9 +279,10 @@ class Trainer:
             "loss_scale_final": self.precision.loss_scale.item(),
             "tokens": progress.tokens,
             "tokens_per_second": progress.tokens / max(1e-9, progress.train_seconds),
-            "peak_memory_bytes": _peak_memory(self.precision.device),
+            "peak_memory_bytes": peak_memory(self.precision.device),
             "wall_seconds": progress.seconds,
             "embedded": self.models.embedded,
+            **self.routing.summary(),
         }
 
 
@@ -274,13 +292,3 @@ def _figures(evaluation: Evaluation) -> dict:
         "val_loss": evaluation.loss,
         "val_bits_per_byte": evaluation.bits_per_byte,
     }
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Peak bytes on the GPU, or of the whole process where there is none; 0 where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if resource is None:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -13,6 +13,9 @@ FLAGS = [
     "train_file", "validation_file", "text_field", "dataset_name", "dataset_config_name", "block_size",
     "temperature", "alpha_kd", "alpha_ce", "logit_clamp", "logit_clamp_style", "loss_clamp", "loss_clamp_style",
     "alignment", "kd_direction", "jsd_beta", "teacher_top_k", "alm_tau", "force",
+    "routing", "router_patterns", "sar_schedule", "sar_routing", "router_lr", "router_beta", "router_anchor",
+    "router_direction", "router_max_grad_norm", "router_stop_on_drift", "activation_checkpointing", "ka_lambda",
+    "ka_passes",
     "student_lr", "weight_decay", "warmup_steps", "lr_schedule",
     "model_dtype", "device", "init_loss_scale",
     "max_grad_norm", "skip_grad_norm", "skip_rule", "skip_factor", "max_nan_batches", "on_divergence",
@@ -34,6 +37,15 @@ BAD_VALUES = [
     ("--loss_clamp_style soft", "soft", "scale"),
     ("--alignment gold", "gold", "projection"),
     ("--kd_direction backward", "backward", "reverse"),
+    ("--routing sparse", "sparse", "native"),
+    ("--sar_schedule three_stage", "three_stage", "joint"),
+    ("--sar_routing top2", "top2", "native"),
+    ("--router_lr -1", "-1", "at least 0"),
+    ("--router_beta nan", "nan", "at least 0"),
+    ("--router_anchor -1", "-1", "at least 0"),
+    ("--router_max_grad_norm 0", "0", "above 0"),
+    ("--ka_lambda 1.5", "1.5", "between 0 and 1"),
+    ("--ka_passes 0", "0", "at least 1"),
     ("--jsd_beta 0", "0", "above 0 and below 1"),
     ("--jsd_beta 1", "1", "above 0 and below 1"),
     ("--jsd_beta nan", "nan", "above 0 and below 1"),
@@ -226,7 +238,24 @@ def test_the_rate_of_a_mode_is_multiplied_for_the_embedded_student(line):
 def test_a_rate_given_by_hand_and_a_students_own_are_used_as_they_are(line):
     config = _parse(line)
     assert config.optim.student_lr == 1e-5
-    assert not config.notices
+    assert not [notice for notice in config.notices if "Learning rate" in notice]
+
+
+@pytest.mark.parametrize(
+    ("line", "rate", "is_said"),
+    [
+        ("", 1e-5 * EMBEDDED_LR_FACTOR, True),
+        ("--routing sar --student_model elsewhere", 1e-5 * EMBEDDED_LR_FACTOR, True),
+        ("--routing native", 1e-5 * EMBEDDED_LR_FACTOR, False),
+        ("--alpha_kd 0", 1e-5 * EMBEDDED_LR_FACTOR, False),
+        ("--router_lr 1e-4", 1e-4, False),
+        ("--teacher_model elsewhere", 1e-5, False),
+    ],
+)
+def test_the_routers_rate_is_multiplied_for_the_embedded_teacher(line, rate, is_said):
+    config = _parse(line)
+    assert config.routing.router_lr == pytest.approx(rate)
+    assert sum(f"= {rate:g}, because the embedded teacher" in notice for notice in config.notices) == is_said
 
 
 @pytest.mark.parametrize(
@@ -323,7 +352,7 @@ def test_help_shows_the_scripts_defaults(script, shown, capsys, monkeypatch):
 def test_help_has_a_group_for_each_section_and_every_flag(capsys, monkeypatch):
     text = _help(STABLE, capsys, monkeypatch)
     assert [line[:-1] for line in text.splitlines() if line[:1].isupper() and line.endswith(":")] == [
-        "Models", "Text", "Loss", "Optimizer", "Precision", "Guards", "Run"
+        "Models", "Text", "Loss", "Routing", "Optimizer", "Precision", "Guards", "Run"
     ]  # fmt: skip
     assert all(f"  --{name}" in text for name in FLAGS)
 

@@ -196,6 +196,59 @@ def test_the_slope_takes_log_probabilities_that_need_not_sum_to_one(divergence):
     assert torch.autograd.gradcheck(lambda x: divergence(x, log_t)[0], log_p)
 
 
+def _taught(divergence: Divergence, student: Tensor, temperature: float = 1.0, keep=None):
+    """The divergence as a function of the teacher's logits."""
+    log_p = (student / temperature).log_softmax(-1)
+    return lambda y: divergence(log_p.to(y.dtype), (y / temperature).log_softmax(-1), keep)[0]
+
+
+@EVERY_DIVERGENCE
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_a_teacher_that_learns_gets_the_gradient_of_the_definition(divergence, temperature):
+    student = _logits()
+    _assert_matches(
+        _taught(divergence, student, temperature),
+        lambda y: _naive_divergence(student.double(), y, divergence, temperature),
+        TEACHER,
+    )
+
+
+@EVERY_DIVERGENCE
+def test_the_teachers_gradient_passes_gradcheck(divergence):
+    teacher, student = _logits(4, 3, 5).double().requires_grad_(), _logits(3, 3, 5).double()
+    assert torch.autograd.gradcheck(_taught(divergence, student), teacher)
+    free = (teacher.detach().log_softmax(-1) - 0.7).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: divergence(student.log_softmax(-1), x)[0], free)
+
+
+@EVERY_DIVERGENCE
+def test_both_sides_may_learn_at_once_and_get_what_each_gets_alone(divergence):
+    student, teacher = _logits().requires_grad_(), TEACHER.clone().requires_grad_()
+    divergence(student.log_softmax(-1), teacher.log_softmax(-1))[0].backward()
+    assert torch.equal(student.grad, _value_and_grad(_diverge(divergence), student.detach())[1])
+    assert torch.equal(teacher.grad, _value_and_grad(_taught(divergence, student.detach()), TEACHER)[1])
+
+
+@EVERY_DIVERGENCE
+@pytest.mark.parametrize("floor", [-math.inf, -6.0])
+def test_rows_that_are_not_kept_teach_the_teacher_nothing(divergence, floor):
+    floored, student = Divergence(divergence.direction, divergence.beta, floor), _logits()
+    keep = torch.tensor([True, False, True, True, False, True, False])
+    grad = _value_and_grad(_taught(floored, student, keep=keep[:, None]), TEACHER)[1]
+    alone = _value_and_grad(_taught(divergence, student[keep]), TEACHER[keep])[1]
+    torch.testing.assert_close(grad[keep], alone)
+    assert torch.equal(grad[~keep], torch.zeros(3, V))
+
+
+def test_a_side_that_does_not_learn_keeps_nothing_for_backward():
+    saved = []
+    student, teacher = _logits().requires_grad_(), TEACHER
+    log_p, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        FORWARD(log_p, log_t)
+    assert len(saved) == 1
+
+
 def test_forward_goes_from_the_teacher_to_the_student_and_reverse_back():
     teacher, student = torch.tensor([[0.9, 0.1]]).log(), torch.tensor([[0.5, 0.5]]).log()
     forward = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)

@@ -56,6 +56,7 @@ def inputs(tmp_path_factory, make_student, make_teacher, sp_tokenizer, byte_toke
         ("student", student, sp_tokenizer),
         ("teacher", make_teacher(len(byte_tokenizer), num_hidden_layers=1), byte_tokenizer),
         ("equal_teacher", make_teacher(len(sp_tokenizer), num_hidden_layers=1, hidden_size=16), sp_tokenizer),
+        ("dense_teacher", make_student(len(byte_tokenizer), num_hidden_layers=1, hidden_size=16), byte_tokenizer),
         # float16 cannot hold what this student's last product gives, float32 can.
         ("loud", _loud(make_student(len(sp_tokenizer), num_hidden_layers=1)), sp_tokenizer),
     ):
@@ -75,7 +76,7 @@ def _argv(inputs, out, *more, student="student", steps=3, text="text.txt"):
         "teacher_model": inputs / "teacher", "student_model": inputs / student, "train_file": inputs / text,
         "block_size": 32, "train_steps": steps, "eval_steps": 2, "save_steps": 2, "log_steps": 1,
         "per_device_batch_size": 2, "grad_accum_steps": 2, "warmup_steps": 2, "student_lr": 1e-3,
-        "model_dtype": "float16", "device": "cpu", "output_dir": out,
+        "model_dtype": "float16", "device": "cpu", "routing": "native", "output_dir": out,
     }  # fmt: skip
     return [word for name, value in values.items() for word in (f"--{name}", str(value))] + [str(m) for m in more]
 
@@ -635,9 +636,10 @@ def saving(request, tmp_path, make_student):
         "precision": Precision(CPU, torch.float16, 1024.0),
         "guard": StepGuard(GuardConfig()),
         "objective": torch.nn.Linear(3, 2),  # of which it needs no more than its state
+        "routing": torch.nn.Linear(2, 3),  # likewise
     }
     checkpoint.save_checkpoint(tmp_path / "checkpoint", **state, progress={"step": 1})
-    learned = [*student.parameters(), *state["objective"].parameters()]
+    learned = [*student.parameters(), *state["objective"].parameters(), *state["routing"].parameters()]
     former = [parameter.detach().clone() for parameter in learned]
     for parameter in learned:
         parameter.data.add_(1.0)

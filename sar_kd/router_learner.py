@@ -1,0 +1,253 @@
+"""A teacher's routers in a run: standing still, or learning from the student beside it.
+
+Router and student minimise different things, each with the other held fixed:
+
+    student  alpha_ce * CE + alpha_kd * T^2 * D(sg[teacher], student)
+    routers  T^2 * KL(teacher || sg[student]) + beta * CV^2 + anchor * ||W - W0||^2 / ||W0||^2
+
+Source: Kim et al., 2025 (arXiv 2502.12947), equation 9 and algorithm 2; the anchor is ours
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sar_kd.config import LossConfig
+from sar_kd.data import Batch
+from sar_kd.distillation import Outputs, build_distillation
+from sar_kd.losses import Segments
+from sar_kd.objective import Objective
+from sar_kd.optim import build_router_optimizer, parameters_of
+from sar_kd.pairing import Pairing
+from sar_kd.router_terms import RouterTerms, entropy, imbalance, relative_change, shares_of
+from sar_kd.router_update import FrozenTeacherChanged, hash_frozen, hash_routers
+from sar_kd.routers import router_parameters
+from sar_kd.routing import Routing
+from sar_kd.routing_config import RoutingConfig
+
+
+@dataclass(frozen=True)
+class RouterReport:
+    """One attempted update of the routers in figures: means over target tokens, nats where they are divergences."""
+
+    router_loss: float
+    router_kl: float
+    """Of teacher and student in `--router_direction`, before the update"""
+    router_balance: float
+    router_anchor: float
+    router_entropy: float
+    router_grad_norm: float
+    """L2, after unscaling, before clipping"""
+    router_effect: dict[str, float] | None = None
+    """Both divergences before and after the update, on the same text and against the same student, where measured"""
+
+
+class FrozenRouters:
+    """Routers that do not learn: what a step asks of them has no effect."""
+
+    learns = is_joint = False
+
+    def move_first_(self, batches: list[Batch], num_targets: int) -> None:
+        """Update the routers before the student's forward."""
+
+    def loss(self, batch: Batch, outputs: Outputs) -> Tensor | float:
+        """What is minimised beside the student's loss, by the same backward: a sum over target tokens."""
+        return 0.0
+
+    def move_last_(self, batches: list[Batch]) -> None:
+        """Update the routers after the student's backward."""
+
+    def settle_(self, applied: bool) -> None:
+        """Keep the update if the step is applied, else take it back."""
+
+    def figures(self) -> list[Tensor]:
+        """What `report` is made of, on the device."""
+        return []
+
+    def report(self, figures: list[float], num_targets: int) -> RouterReport | None:
+        """`figures` as the host read them, for people."""
+        return None
+
+
+FROZEN_ROUTERS = FrozenRouters()
+
+
+class RouterLearner(FrozenRouters):
+    """Routers that learn from the student. They are float32 in a teacher of any dtype, and nothing else of it moves.
+
+    An update is made at once, because the student may have to hear it, and taken back if the step's one verdict is
+    against it: weights and optimizer state are then what they were, bit for bit.
+    """
+
+    learns = True
+
+    def __init__(
+        self,
+        objective: Objective,
+        routing: Routing,
+        settings: RoutingConfig,
+        loss: LossConfig,
+        pairing: Pairing,
+    ):
+        self.objective, self.routing, self.settings = objective, routing, settings
+        self.precision = objective.precision
+        self.is_joint = settings.sar_schedule == "joint"
+        self.measures = False
+        """The next update's effect is to be measured: two more forwards of both models"""
+        # Of the whole teacher, unclamped, in the routers' own direction, whatever the student's term is.
+        plain = dataclasses.replace(
+            loss, kd_direction=settings.router_direction, logit_clamp_style="off", teacher_top_k=0
+        )
+        self._terms = {
+            direction: build_distillation(
+                dataclasses.replace(plain, kd_direction=direction), pairing, objective.student, objective.teacher
+            ).to(self.precision.device)
+            for direction in {"forward", "reverse", settings.router_direction}
+        }
+        self.parameters = router_parameters(routing.specs)
+        for parameter in self.parameters.values():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        self._initial = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self.frozen_sha256 = hash_frozen(objective.teacher, self.parameters)
+        self.initial_sha256 = hash_routers(self._initial)
+        self.optimizer = build_router_optimizer(list(self.parameters.values()), settings.router_lr)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._sums = RouterTerms.zero(self.precision.device)
+        self._norm = torch.zeros((), device=self.precision.device)
+        self._effect: list[Tensor] = []
+        self._former: list[tuple[Tensor, Tensor]] = []
+
+    # A step
+
+    def move_first_(self, batches: list[Batch], num_targets: int) -> None:
+        """two_stage: a pass of its own over the window, then the update. See `FrozenRouters`."""
+        if self.is_joint:
+            return
+        for batch in batches:
+            self.precision.backward(self._loss(batch, None) / num_targets)
+        self._move_(batches)
+
+    def loss(self, batch: Batch, outputs: Outputs) -> Tensor | float:
+        """joint: the routers' loss on the forwards that the student learns from. See `FrozenRouters`."""
+        return self._loss(batch, outputs) if self.is_joint else 0.0
+
+    def move_last_(self, batches: list[Batch]) -> None:
+        """joint: the update. See `FrozenRouters`."""
+        if self.is_joint:
+            self._move_(batches)
+
+    def settle_(self, applied: bool) -> None:
+        """See `FrozenRouters`."""
+        if not applied:
+            with torch.no_grad():
+                for tensor, former in self._former:
+                    tensor.copy_(former)
+            if len(self._former) == len(self.parameters):  # the optimizer had no state yet
+                self.optimizer.state.clear()
+        self._begin()
+
+    def _loss(self, batch: Batch, outputs: Outputs | None) -> Tensor:
+        if outputs is None:
+            with self.precision.same_random():  # the student's own pass is to see the same dropout
+                outputs = self.objective.read(batch, student_learns=False, teacher_learns=True)
+        terms = self.terms(batch, outputs)
+        self._sums = self._sums + terms
+        return terms.total
+
+    def terms(self, batch: Batch, outputs: Outputs) -> RouterTerms:
+        """The routers' terms of the last forward. The student gets no gradient."""
+        outputs = dataclasses.replace(outputs, student_logits=outputs.student_logits.detach())
+        learned = self._terms[self.settings.router_direction](batch, outputs)
+        shape, rows, device = batch.teacher.input_ids.shape, batch.teacher.rows, self.precision.device
+        blocks = Segments(rows // shape[1], shape[0])
+        ones = torch.ones(batch.num_target_tokens, device=device)
+        counts = Segments(batch.student.rows // batch.student.input_ids.shape[1], shape[0]).sum(ones)
+        balance = entropies = torch.zeros((), device=device)
+        for spec, logits in zip(self.routing.specs, self.routing.logits, strict=True):
+            shares = shares_of(spec.gate, logits[rows])
+            balance = balance + (counts * imbalance(shares, blocks)).sum()
+            of_tokens = blocks.sum(entropy(shares.detach())) / blocks.sum(torch.ones_like(shares[:, 0])).clamp_min(1.0)
+            entropies = entropies + (counts * of_tokens).sum()
+        changes = [relative_change(p, self._initial[name]) for name, p in self.parameters.items()]
+        anchor = torch.stack(changes).mean() * batch.num_target_tokens
+        balance, entropies = balance / len(self.routing.specs), entropies / len(self.routing.specs)
+        total = learned.loss + self.settings.router_beta * balance + self.settings.router_anchor * anchor
+        return RouterTerms(total, learned.raw, balance, anchor, entropies)
+
+    def _move_(self, batches: list[Batch]) -> None:
+        self.routing.forget()
+        before = self._divergences(batches) if self.measures else []
+        self.precision.unscale_(self.optimizer)
+        parameters = parameters_of(self.optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self._norm = norm.to(self.precision.device)
+        states = [value for slots in self.optimizer.state.values() for value in slots.values()]
+        self._former = [(tensor, tensor.detach().clone()) for tensor in [*parameters, *states]]
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.router_max_grad_norm, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._effect = [*before, *(self._divergences(batches) if self.measures else [])]
+
+    @torch.no_grad()
+    def _divergences(self, batches: list[Batch]) -> list[Tensor]:
+        """forward_kl and reverse_kl over the window, sums."""
+        sums = [torch.zeros((), device=self.precision.device) for _ in range(2)]
+        with self.precision.same_random(), self.routing.same_draws():
+            for batch in batches:
+                outputs = self.objective.read(batch)
+                for i, direction in enumerate(("forward", "reverse")):
+                    sums[i] = sums[i] + self._terms[direction](batch, outputs).raw
+        return sums
+
+    def figures(self) -> list[Tensor]:
+        """See `FrozenRouters`."""
+        return [*self._sums.values()[1:], self._norm, *self._effect]
+
+    def report(self, figures: list[float], num_targets: int) -> RouterReport:
+        """See `FrozenRouters`."""
+        count = max(1, num_targets)
+        kl, balance, anchor, entropies = (value / count for value in figures[:4])
+        norm, *effect = figures[4:]
+        loss = kl + self.settings.router_beta * balance + self.settings.router_anchor * anchor
+        names = [f"{kind}_kl_{when}" for when in ("before", "after") for kind in ("forward", "reverse")]
+        measured = dict(zip(names, (value / count for value in effect), strict=True)) if effect else None
+        return RouterReport(loss, kl, balance, anchor, entropies, norm, measured)
+
+    # What stays
+
+    @torch.no_grad()
+    def changes(self) -> dict[str, float]:
+        """||W - W0|| / ||W0|| of each parameter."""
+        return {name: relative_change(p, self._initial[name]).sqrt().item() for name, p in self.parameters.items()}
+
+    def check_frozen(self) -> None:
+        """Raise FrozenTeacherChanged unless every other tensor of the teacher is what it was at the start."""
+        if hash_frozen(self.objective.teacher, self.parameters) != self.frozen_sha256:
+            raise FrozenTeacherChanged(
+                "a frozen tensor of the teacher has changed during the run, so its result is void; the last "
+                "checkpoint was proven to be sound when it was written"
+            )
+
+    def state_dict(self) -> dict:
+        """Routers, optimizer, and what the teacher must be."""
+        values = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        return {"parameters": values, "optimizer": self.optimizer.state_dict(), "frozen_sha256": self.frozen_sha256}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Put it back.
+
+        Raises: ValueError if the teacher is not the one that the state was made with
+        """
+        if state["frozen_sha256"] != self.frozen_sha256:
+            raise ValueError("the teacher is not the one that the run began with")
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state["parameters"][name])
+        self.optimizer.load_state_dict(state["optimizer"])

@@ -1,0 +1,231 @@
+"""The teacher's routing over a whole run: which one, what it is worth, when to be alarmed, what is kept of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from sar_kd.config import Config, UsageError
+from sar_kd.data import Corpus
+from sar_kd.evaluate import Evaluation, evaluate
+from sar_kd.models import Models, recompute_activations_
+from sar_kd.objective import Objective
+from sar_kd.optim import learning_rate_at, set_learning_rate_
+from sar_kd.precision import Precision
+from sar_kd.router_learner import FROZEN_ROUTERS, FrozenRouters, RouterLearner
+from sar_kd.router_update import FILE, save_router_update
+from sar_kd.router_watch import Shares, alarms_of, figures_of
+from sar_kd.routers import describe_routers, find_routers, require_routers, router_parameters
+from sar_kd.routing import Routing, verify
+from sar_kd.routing_config import RoutingConfig
+
+LARGEST_LOSS = 0.05
+"""A routing in which the teacher's perplexity is worse by a larger share than this is not chosen unasked."""
+
+
+class TeacherRouting:
+    """How the teacher routes in a run, and what becomes of its routers. Use as a context around the run."""
+
+    def __init__(
+        self, word: str, routing: Routing, learner: FrozenRouters, lines: list[str], config: Config, models: Models
+    ):
+        """word: 'native', 'all', 'ka' or 'sar'; lines: what to say at the start"""
+        self.word, self.routing, self.learner, self.lines = word, routing, learner, lines
+        self._config, self._models = config, models
+        self.passes = config.routing.ka_passes if word == "ka" else 1
+        """Steps in a row on the same text"""
+        self.start: dict = {}
+        self.last: dict = {}
+        self.alarms: list[str] = []
+        self.stopped_at: int | None = None
+
+    def __enter__(self) -> TeacherRouting:
+        self.routing.__enter__()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.routing.__exit__(*exception)
+
+    def learner_at(self, step: int, rate_factor: float = 1.0) -> FrozenRouters:
+        """The routers of attempt `step`, at `rate_factor` times that step's rate; they stand still once stopped."""
+        if self.stopped_at is not None or not isinstance(self.learner, RouterLearner):
+            return FROZEN_ROUTERS
+        config = self._config
+        rate = learning_rate_at(step, config.train.train_steps, config.optim, config.routing.router_lr)
+        set_learning_rate_(self.learner.optimizer, rate_factor * rate)
+        self.learner.measures = (step + 1) % config.train.log_steps == 0
+        return self.learner
+
+    def begin(self, validation: Corpus, precision: Precision) -> list[str]:
+        """Measure the teacher before the first step, choose the experts of `--sar_routing auto`; lines to show.
+
+        Every expert active is what no mixture of experts was trained for, and some are useless that way.
+        """
+        self.start = self.last = self.measure(validation, precision)
+        if self.word == "native":
+            return []
+        native, routed = (self.start[f"teacher_val_ppl_{how}"] for how in ("native", "routed"))
+        line = f"Teacher's perplexity: {native:.2f} in its own routing, {routed:.2f} in the run's"
+        if routed <= (1 + LARGEST_LOSS) * native:
+            return [line]
+        line += f", which is more than {LARGEST_LOSS:.0%} worse"
+        chooses = self.word == "sar" and self._config.routing.sar_routing == "auto"
+        if not chooses or not all(spec.has_native_gradient for spec in self.routing.specs):
+            return [line + ": the student learns from a weaker teacher; --routing native uses it as it is"]
+        self.routing.use("native")
+        self.start = self.last = self.measure(validation, precision)
+        return [line + ": the routers learn in its own routing instead (--sar_routing all keeps every expert active)"]
+
+    def measure(self, validation: Corpus, precision: Precision) -> dict:
+        """The teacher on held-out text in its own routing and in the run's, and its routers' entropy and usage."""
+        with self.routing.using("native"):
+            native, found = self._evaluate(validation, precision)
+        if self.word == "native":
+            return figures_of(native, "native")
+        if self.routing.rule == "native":
+            routed, own = native, found
+        else:
+            with self.routing.same_draws():
+                routed, own = self._evaluate(validation, precision)
+        return figures_of(native, "native") | figures_of(routed, "routed") | own
+
+    def _evaluate(self, validation: Corpus, precision: Precision) -> tuple[Evaluation, dict]:
+        shares = Shares(self.routing)
+        batches = validation.token_batches("teacher", self._config.train.per_device_batch_size)
+        read = evaluate(self._models.teacher, shares.watch(batches), validation.text.num_bytes, precision)
+        return read, shares.figures()
+
+    def watch(self, step: int, validation: Corpus, precision: Precision) -> tuple[dict, list[str]]:
+        """Measure routers that learn; the figures, and lines about what is alarming for the first time."""
+        if not self.learner.learns:
+            return {}, []
+        self.last = self.measure(validation, precision) | {"router_change": self.learner.changes()}
+        news = [alarm for alarm in alarms_of(self.start, self.last) if alarm[0] not in self.alarms]
+        self.alarms += [name for name, _ in news]
+        lines = [f"Step {step}: alarm, {line}" for _, line in news]
+        if news and self._config.routing.router_stop_on_drift and self.stopped_at is None:
+            self.stopped_at = step
+            lines.append(f"Step {step}: the routers stop learning (--router_stop_on_drift); the student goes on")
+        elif news:
+            lines.append("The routers go on learning; --router_stop_on_drift stops them at an alarm")
+        return self.last, lines
+
+    def save(self, folder: Path, step: int) -> None:
+        """Prove the frozen part unchanged, then write `router_update.safetensors`; nothing where no router learns."""
+        if not self.learner.learns:
+            return
+        self.learner.check_frozen()
+        routing, teacher = self._config.routing, self._models.teacher
+        about = {
+            "base_model": self._config.models.teacher_model,
+            "architecture": type(teacher).__name__,
+            "dtype": str(next(teacher.parameters()).dtype).removeprefix("torch."),
+            "frozen_sha256": self.learner.frozen_sha256,
+            "initial_sha256": self.learner.initial_sha256,
+            "step": step,
+            "routers": describe_routers(self.routing.specs),
+            "sar_routing": self.routing.rule,
+            "sar_schedule": routing.sar_schedule,
+        }
+        save_router_update(folder / FILE, self.learner.parameters, about)
+
+    def summary(self) -> dict:
+        """For `summary.json`."""
+        found = {"routing": self.word, "experts": self.routing.rule, "router_start": self.start}
+        if self.learner.learns:
+            found |= {"router_final": self.last, "router_alarms": self.alarms, "router_stopped_at": self.stopped_at}
+            found["frozen_sha256"] = self.learner.frozen_sha256
+        return found
+
+    def state_dict(self) -> dict:
+        """Routers, their optimizer, the draws, and what was measured."""
+        learned = self.learner.state_dict() if self.learner.learns else {}
+        told = {"start": self.start, "last": self.last, "alarms": self.alarms, "stopped_at": self.stopped_at}
+        return {"routing": self.routing.state_dict(), "rule": self.routing.rule, "learner": learned, **told}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Put it back.
+
+        Raises: ValueError if the teacher is not the one that the state was made with
+        """
+        if self.learner.learns:
+            self.learner.load_state_dict(state["learner"])
+        self.routing.load_state_dict(state["routing"])
+        self.routing.use(state["rule"])
+        self.start, self.last = state["start"], state["last"]
+        self.alarms, self.stopped_at = list(state["alarms"]), state["stopped_at"]
+
+
+def build_teacher_routing(config: Config, models: Models, objective: Objective, train: Corpus) -> TeacherRouting:
+    """What `--routing` asks for; auto is sar for a mixture of experts and native for a dense teacher.
+
+    Raises: UsageError with the reason, where the teacher cannot have the routing asked for
+    """
+    settings, teacher, precision = config.routing, models.teacher, objective.precision
+    word, specs, reason = _resolve(config, models, objective)
+    natively = word == "sar" and settings.sar_routing == "native"
+    if word != "native":
+        require_routers(teacher, specs, word, natively)
+        specs = verify(teacher, specs, lambda: _try(models, precision))
+    rule = "native" if natively else "all" if word == "sar" else word
+    routing = Routing(teacher, specs if word != "native" else [], rule, settings.ka_lambda, config.train.seed)
+    learner = FROZEN_ROUTERS
+    if word == "sar":
+        learner = RouterLearner(objective, routing, settings, config.loss, train.pairing)
+        if settings.activation_checkpointing:
+            recompute_activations_(teacher)
+    return TeacherRouting(word, routing, learner, [_line(word, reason, settings, specs)], config, models)
+
+
+def _resolve(config: Config, models: Models, objective: Objective) -> tuple[str, list, str]:
+    """The routing, the routers, and why it is that one, if nobody asked for it."""
+    settings, asked = config.routing, config.routing.routing
+    if asked == "native":
+        return "native", [], ""
+    hears = objective.distillation is not None
+    if asked != "auto":
+        if not hears:
+            raise UsageError(f"--routing {asked}: --alpha_kd is 0, so no teacher is heard; use --routing native")
+        if asked == "sar" and objective.distillation.needs_states:
+            raise UsageError(
+                "--routing sar: routers learn from probabilities, and --alignment hidden compares none; use another "
+                "alignment, or --routing all"
+            )
+        return asked, find_routers(models.teacher, settings.router_patterns), ""
+    if not hears:
+        return "native", [], "no teacher is heard"
+    if objective.distillation.needs_states:
+        return "native", [], "--alignment hidden compares no probabilities"
+    try:
+        specs = find_routers(models.teacher, settings.router_patterns)
+        if specs:
+            require_routers(models.teacher, specs, "sar", settings.sar_routing == "native")
+    except UsageError as error:
+        if settings.router_patterns:
+            raise
+        return "native", [], f"the teacher's routers cannot learn ({error})"
+    return ("sar", specs, "the teacher is a mixture of experts") if specs else ("native", [], "the teacher is dense")
+
+
+@torch.no_grad()
+def _try(models: Models, precision: Precision) -> None:
+    rows = models.teacher.get_input_embeddings().weight.shape[0]
+    with precision.autocast():
+        models.teacher(input_ids=torch.arange(min(16, rows), device=precision.device)[None], use_cache=False)
+
+
+def _line(word: str, reason: str, settings: RoutingConfig, specs: list) -> str:
+    said = f"--routing {word}" if not reason else f"--routing auto: {word}, because {reason}"
+    if word == "native":
+        return said
+    count = sum(parameter.numel() for parameter in router_parameters(specs).values())
+    experts = f"{len(specs)} routers of {specs[0].num_experts} experts, {specs[0].top_k} of them in its own routing"
+    if word == "sar":
+        return (
+            f"{said}; {experts}; {count:,} parameters learn, {settings.sar_schedule}, rate "
+            f"{settings.router_lr:g}, anchor {settings.router_anchor:g}"
+        )
+    if word == "ka":
+        return f"{said}; {experts}; every expert but one, drawn anew, {settings.ka_passes} steps on the same text"
+    return f"{said}; {experts}; every expert active"
