@@ -23,7 +23,10 @@ from sar_kd.config import EMBEDDED, Config, ModelConfig, UsageError
 from sar_kd.precision import Precision
 from sar_kd.tokens import encode
 
-_UNREADABLE = (AttributeError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError)
+_UNREADABLE = (
+    OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError,
+    pickle.UnpicklingError, safetensors.SafetensorError,
+)  # fmt: skip
 _EMBEDDED_DIRS = {"teacher_model": embedded.TEACHER_DIR, "student_model": embedded.STUDENT_DIR}
 
 
@@ -175,6 +178,6 @@ def _read(flag: str, name: str, load):
     """What `load` reads, with the errors of disk, hub and unknown formats as one line."""
     try:
         return load()
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, *_UNREADABLE) as error:
+    except _UNREADABLE as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(f"--{flag} {name}: cannot be loaded ({reason})") from None
