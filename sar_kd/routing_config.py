@@ -21,9 +21,9 @@ class RoutingConfig:
     )
     router_patterns: tuple[str, ...] = flag((), ROUTER_PATTERNS, metavar="REGEX")
     sar_schedule: str = flag(
-        "two_stage",
-        "two_stage: the routers' update, then the student's with the updated teacher; joint: both from one teacher "
-        "forward",
+        "joint",
+        "joint: both updates from one teacher forward; two_stage: the routers' first, then the student's with the "
+        "updated teacher",
         choices=("two_stage", "joint"),
     )
     sar_routing: str = flag(

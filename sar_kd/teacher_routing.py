@@ -66,7 +66,10 @@ class TeacherRouting:
         if self.word == "native":
             return []
         native, routed = (self.start[f"teacher_val_ppl_{how}"] for how in ("native", "routed"))
-        line = f"Teacher's perplexity: {native:.2f} in its own routing, {routed:.2f} in the run's"
+        if self.routing.rule == "native":
+            return [f"Teacher's perplexity: {native:.2f} in its own routing, in which its routers learn"]
+        active = "every expert active" if self.routing.rule == "all" else "every expert but one"
+        line = f"Teacher's perplexity: {native:.2f} in its own routing, {routed:.2f} with {active}"
         if routed <= (1 + LARGEST_LOSS) * native:
             return [line]
         line += f", which is more than {LARGEST_LOSS:.0%} worse"
