@@ -57,9 +57,11 @@ MUTATIONS = (
     Mutation("preflight refuses a clamp that saturates", "preflight.py", "if saturated > 0.5:", "if saturated > 1.5:"),
     # what is finite
     Mutation("student rows are checked before any clamp", "objective.py",
-             "nonfinite = (~finite_rows(logits)).sum()", "nonfinite = finite_rows(logits).sum() * 0"),
+             "nonfinite = (~finite_rows(outputs.student_logits)).sum()",
+             "nonfinite = finite_rows(outputs.student_logits).sum() * 0"),
     Mutation("the loss is checked", "step.py",
-             "forward_finite=nonfinite_rows == 0 and math.isfinite(total),", "forward_finite=nonfinite_rows == 0,"),
+             "forward_finite=nonfinite_rows == 0 and all(map(math.isfinite, losses)),",
+             "forward_finite=nonfinite_rows == 0,"),
     Mutation("a bad forward is refused", "guards.py", "        if not forward_finite:\n", "        if False:\n"),
     Mutation("a norm that is not finite is refused", "guards.py",
              "        if not math.isfinite(grad_norm):\n"
@@ -90,10 +92,10 @@ MUTATIONS = (
     Mutation("a step without targets is no NaN batch", "guards.py",
              "        if num_targets == 0:\n", "        if False:\n"),
     Mutation("a micro-batch without targets is passed over", "step.py",
-             "        if batch.num_target_tokens:\n            terms", "        if True:\n            terms"),
+             "for batch in micro_batches if batch.num_target_tokens]", "for batch in micro_batches]"),
     Mutation("counts and window alike: one denominator", "step.py",
-             "precision.backward(terms.total / num_targets)",
-             "precision.backward(terms.total / max(1, batch.num_target_tokens) / len(micro_batches))"),
+             "precision.backward(minimised / num_targets)",
+             "precision.backward(minimised / max(1, batch.num_target_tokens) / len(micro_batches))"),
     # the loss scale, the norm and the weights
     Mutation("a loss scale", "precision.py", "scales = dtype is torch.float16", "scales = False"),
     Mutation("the floor of the loss scale", "precision.py",

@@ -259,7 +259,8 @@ def saved(tmp_path, make_student):
         "optimizer": build_optimizer(student, OptimConfig()),
         "precision": Precision(torch.device("cpu"), torch.float16, 1024.0),
         "guard": StepGuard(GuardConfig()),
-        "objective": torch.nn.Linear(3, 2),
+        "objective": torch.nn.Linear(3, 2),  # of which it needs no more than its state
+        "routing": torch.nn.Linear(2, 3),  # likewise
     }
     student(input_ids=torch.ones(1, 4, dtype=torch.int64)).logits.sum().backward()
     state["optimizer"].step()

@@ -26,6 +26,7 @@ from sar_kd.objective import Objective
 from sar_kd.optim import build_optimizer
 from sar_kd.precision import setup
 from sar_kd.recovery import without
+from sar_kd.teacher_routing import build_teacher_routing
 from sar_kd.trainer import Trainer
 
 
@@ -52,7 +53,8 @@ def make_trainer(tmp_path, make_run, make_corpus, texts):
         objective = Objective(models.teacher, models.student, config.loss, train.pairing, precision)
         optimizer = build_optimizer(models.student, config.optim, objective.parameters())
         guard = StepGuard(config.guards)
-        return Trainer(config, models, train, validation, objective, optimizer, guard, precision, log)
+        routing = build_teacher_routing(config, models, objective, train)
+        return Trainer(config, models, train, validation, objective, optimizer, guard, precision, log, routing)
 
     return make
 
