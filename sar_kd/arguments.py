@@ -12,7 +12,16 @@ import typing
 from collections.abc import Mapping
 from pathlib import Path
 
-from sar_kd.config import EMBEDDED, EMBEDDED_LR_FACTOR, MODES, SECTIONS, Config, UsageError, require
+from sar_kd.config import (
+    EMBEDDED,
+    EMBEDDED_LR_FACTOR,
+    EMBEDDED_ROUTER_LR_FACTOR,
+    MODES,
+    SECTIONS,
+    Config,
+    UsageError,
+    require,
+)
 from sar_kd.routing_config import RoutingConfig
 
 # What may differ between the two halves of a resumed run without making it another run.
@@ -37,21 +46,21 @@ def parse_args(script: Mapping[str, str], argv: list[str] | None = None) -> Conf
     values = {"model_dtype": script["model_dtype"], **MODES[mode], **given}
     notices = ()
     if values.get("student_model", EMBEDDED) == EMBEDDED and "student_lr" not in given:
-        notices += (_raise_rate(values, "student_lr", "Learning rate", "student"),)
+        notices += (_raise_rate(values, "student_lr", EMBEDDED_LR_FACTOR, "Learning rate", "student"),)
     if values.get("teacher_model", EMBEDDED) == EMBEDDED and "router_lr" not in given:
-        notice = _raise_rate(values, "router_lr", "Routers' rate", "teacher")
+        notice = _raise_rate(values, "router_lr", EMBEDDED_ROUTER_LR_FACTOR, "Routers' rate", "teacher")
         may_learn = values.get("routing", RoutingConfig.routing) in ("auto", "sar") and values["alpha_kd"] > 0
         notices += (notice,) if may_learn else ()
     values.setdefault("output_dir", f"runs/{script['name']}-{time.strftime('%Y%m%d-%H%M%S')}")
     return Config.from_flags(values, mode, notices)
 
 
-def _raise_rate(values: dict[str, object], flag: str, title: str, model: str) -> str:
+def _raise_rate(values: dict[str, object], flag: str, factor: float, title: str, model: str) -> str:
     """Give an embedded model the rate that it wants; the line that says so."""
     rate = values.get(flag, RoutingConfig.router_lr)
-    values[flag] = rate * EMBEDDED_LR_FACTOR
+    values[flag] = rate * factor
     return (
-        f"{title}: {rate:g} x {EMBEDDED_LR_FACTOR:g} = {values[flag]:g}, because the embedded {model} is tiny; "
+        f"{title}: {rate:g} x {factor:g} = {values[flag]:g}, because the embedded {model} is tiny; "
         f"--{flag} is used as given."
     )
 

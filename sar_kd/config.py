@@ -21,6 +21,9 @@ EMBEDDED = "embedded"
 EMBEDDED_LR_FACTOR = 200.0
 """A 0.4 M student wants a far higher rate than the pretrained models that the modes are written for."""
 
+EMBEDDED_ROUTER_LR_FACTOR = 20.0
+"""The embedded teacher's routers likewise; at 200 they follow the student so far that the teacher forgets."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:

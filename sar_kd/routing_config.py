@@ -14,9 +14,9 @@ class RoutingConfig:
     """Routing: how a mixture-of-experts teacher chooses its experts, and whether its routers learn from the student."""
 
     routing: str = flag(
-        "auto",
-        "auto: sar for a mixture of experts, native for a dense teacher; native: the teacher's own; all: every expert; "
-        "ka: every expert but one, drawn anew; sar: every expert, while the routers learn from the student",
+        "native",
+        "native: the teacher's own; all: every expert; ka: every expert but one, drawn anew; sar: the routers learn from "
+        "the student (see --sar_routing); auto: sar for a mixture of experts, native for a dense teacher",
         choices=("auto", "native", "all", "sar", "ka"),
     )
     router_patterns: tuple[str, ...] = flag((), ROUTER_PATTERNS, metavar="REGEX")

@@ -6,7 +6,17 @@ import json
 import pytest
 
 from sar_kd.arguments import parse_args
-from sar_kd.config import EMBEDDED_LR_FACTOR, FP16_SAFE, MODES, SECTIONS, STABLE, Config, LossConfig, UsageError
+from sar_kd.config import (
+    EMBEDDED_LR_FACTOR,
+    EMBEDDED_ROUTER_LR_FACTOR,
+    FP16_SAFE,
+    MODES,
+    SECTIONS,
+    STABLE,
+    Config,
+    LossConfig,
+    UsageError,
+)
 
 FLAGS = [
     "teacher_model", "student_model", "trust_remote_code",
@@ -244,12 +254,13 @@ def test_a_rate_given_by_hand_and_a_students_own_are_used_as_they_are(line):
 @pytest.mark.parametrize(
     ("line", "rate", "is_said"),
     [
-        ("", 1e-5 * EMBEDDED_LR_FACTOR, True),
-        ("--routing sar --student_model elsewhere", 1e-5 * EMBEDDED_LR_FACTOR, True),
-        ("--routing native", 1e-5 * EMBEDDED_LR_FACTOR, False),
-        ("--alpha_kd 0", 1e-5 * EMBEDDED_LR_FACTOR, False),
-        ("--router_lr 1e-4", 1e-4, False),
-        ("--teacher_model elsewhere", 1e-5, False),
+        ("", 1e-5 * EMBEDDED_ROUTER_LR_FACTOR, False),
+        ("--routing auto", 1e-5 * EMBEDDED_ROUTER_LR_FACTOR, True),
+        ("--routing sar --student_model elsewhere", 1e-5 * EMBEDDED_ROUTER_LR_FACTOR, True),
+        ("--routing native", 1e-5 * EMBEDDED_ROUTER_LR_FACTOR, False),
+        ("--routing auto --alpha_kd 0", 1e-5 * EMBEDDED_ROUTER_LR_FACTOR, False),
+        ("--routing auto --router_lr 1e-4", 1e-4, False),
+        ("--routing auto --teacher_model elsewhere", 1e-5, False),
     ],
 )
 def test_the_routers_rate_is_multiplied_for_the_embedded_teacher(line, rate, is_said):
