@@ -17,13 +17,21 @@ from sar_kd.losses import (
     Segments,
     chunk_likelihood,
     finite_rows,
-    on_support,
     sorted_distance,
     state_distance,
     target_log_probs,
 )
 from sar_kd.pairing import Alignment, Pairing
-from sar_kd.projection import Continuations, Fold, add_other_ways, poor_log_probs, read, renormalised, rich_log_probs
+from sar_kd.projection import (
+    Continuations,
+    Fold,
+    add_other_ways,
+    on_support,
+    poor_log_probs,
+    read,
+    renormalised,
+    rich_log_probs,
+)
 
 
 @dataclass(frozen=True)
@@ -73,9 +81,9 @@ class Distillation(nn.Module):
         return self.clamp.logits(logits) if self.clamp.style == "raw" else logits
 
     def _teacher_rows(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows that are safe to compute with, cut to their top k, and which of them count."""
+        """Rows that are safe to compute with, cut to their top k, and which of them count. Changes `logits`."""
         keep = finite_rows(logits)
-        logits = self._bounded(logits).masked_fill(~keep[:, None], 0.0)
+        logits = self._bounded(logits).masked_fill_(~keep[:, None], 0.0)
         return self._top(logits), keep
 
     def _top(self, logits: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ divides once. Gradients are formed in backward, where the loss scale reaches the
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -29,6 +30,22 @@ def next_token_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
     targets = targets.flatten()
     rows = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     return rows, targets[rows]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over target tokens that add up over micro-batches: fp32 scalars on the device, one for each field."""
+
+    @classmethod
+    def zero(cls, device: torch.device):
+        return cls(*(torch.zeros((), device=device) for _ in dataclasses.fields(cls)))
+
+    def __add__(self, other):
+        """The sum without its graph."""
+        return type(self)(*(a.detach() + b.detach() for a, b in zip(self.values(), other.values(), strict=True)))
+
+    def values(self) -> list[Tensor]:
+        return [getattr(self, item.name) for item in dataclasses.fields(self)]
 
 
 @dataclass(frozen=True)
@@ -217,14 +234,6 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor, grad_raw: Tensor):
         log_p, log_t = (None if slope is None else slope * grad_loss for slope in ctx.saved_tensors)
         return log_p, log_t, None, None
-
-
-def on_support(student: Tensor, teacher: Tensor) -> Tensor:
-    """The student's logits without the outcomes of which a teacher cut to its top k says nothing (`ABSENT`).
-
-    Both are then renormalised on the rest, so that nothing is pushed down because the teacher did not say it.
-    """
-    return torch.where(teacher > 1e-6 * ABSENT, student, ABSENT)
 
 
 def chunk_likelihood(student: Tensor, teacher: Tensor, tau: float = 5.0) -> Tensor:

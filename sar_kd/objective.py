@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from sar_kd.config import LossConfig
 from sar_kd.data import Batch
 from sar_kd.distillation import Learned, Outputs, build_distillation
-from sar_kd.losses import LogitClamp, LossClamp, cross_entropy, finite_rows
+from sar_kd.losses import LogitClamp, LossClamp, Sums, cross_entropy, finite_rows
 from sar_kd.pairing import Pairing
 from sar_kd.precision import Precision
 
 
 @dataclass(frozen=True)
-class LossTerms:
+class LossTerms(Sums):
     """Sums over a batch's target tokens, in nats, as fp32 scalars on the device; never a mean."""
 
     total: Tensor
@@ -30,17 +30,6 @@ class LossTerms:
     """Rows of student logits that are not finite."""
     teacher_rows_dropped: Tensor
     """Teacher rows that are not finite, left out of the distillation term."""
-
-    @staticmethod
-    def zero(device: torch.device) -> LossTerms:
-        return LossTerms(*(torch.zeros((), device=device) for _ in dataclasses.fields(LossTerms)))
-
-    def __add__(self, other: LossTerms) -> LossTerms:
-        """The sum without its graph."""
-        return LossTerms(*(a.detach() + b.detach() for a, b in zip(self.values(), other.values(), strict=True)))
-
-    def values(self) -> list[Tensor]:
-        return [getattr(self, item.name) for item in dataclasses.fields(self)]
 
 
 class Objective:

@@ -223,6 +223,14 @@ def add_other_ways(ended: Tensor, going_on: Tensor, rows: Tensor, end: Tensor, o
     return total
 
 
+def on_support(student: Tensor, teacher: Tensor) -> Tensor:
+    """The student's logits without the outcomes of which a teacher cut to its top k says nothing (`ABSENT`).
+
+    Both are then renormalised on the rest, so that nothing is pushed down because the teacher did not say it.
+    """
+    return torch.where(teacher > 1e-6 * ABSENT, student, ABSENT)
+
+
 def renormalised(student: Tensor, teacher: Tensor, rows: Segments | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Both with each row's probabilities adding up to 1, and the rows, bool [K], of which both leave something.
 

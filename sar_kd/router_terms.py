@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sar_kd.losses import Segments
+from sar_kd.losses import Segments, Sums
 from sar_kd.routers import Gate
 from sar_kd.routing import weights_of
 
@@ -61,7 +61,7 @@ def relative_change(weight: Tensor, initial: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class RouterTerms:
+class RouterTerms(Sums):
     """Sums over a batch's target tokens, fp32 scalars on the device; all but `total` without a gradient."""
 
     total: Tensor
@@ -74,14 +74,3 @@ class RouterTerms:
     """`relative_change`, mean over routers"""
     entropy: Tensor
     """`entropy`, mean over routers"""
-
-    @staticmethod
-    def zero(device: torch.device) -> RouterTerms:
-        return RouterTerms(*(torch.zeros((), device=device) for _ in dataclasses.fields(RouterTerms)))
-
-    def __add__(self, other: RouterTerms) -> RouterTerms:
-        """The sum without its graph."""
-        return RouterTerms(*(a.detach() + b.detach() for a, b in zip(self.values(), other.values(), strict=True)))
-
-    def values(self) -> list[Tensor]:
-        return [getattr(self, item.name) for item in dataclasses.fields(self)]

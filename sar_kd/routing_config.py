@@ -15,8 +15,8 @@ class RoutingConfig:
 
     routing: str = flag(
         "native",
-        "native: the teacher's own; all: every expert; ka: every expert but one, drawn anew; sar: the routers learn from "
-        "the student (see --sar_routing); auto: sar for a mixture of experts, native for a dense teacher",
+        "native: the teacher's own; all: every expert; ka: every expert but one, drawn anew; sar: the routers learn "
+        "from the student (see --sar_routing); auto: sar for a mixture of experts, native for a dense teacher",
         choices=("auto", "native", "all", "sar", "ka"),
     )
     router_patterns: tuple[str, ...] = flag((), ROUTER_PATTERNS, metavar="REGEX")
