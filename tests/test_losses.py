@@ -21,11 +21,11 @@ from sar_kd.losses import (
     finite_rows,
     log1mexp,
     next_token_targets,
-    on_support,
     sorted_distance,
     state_distance,
     target_log_probs,
 )
+from sar_kd.projection import on_support
 
 N, V = 7, 11
 FORWARD, REVERSE, JSD = Divergence("forward"), Divergence("reverse"), Divergence("jsd", 0.3)
