@@ -155,10 +155,10 @@ class Pairing:
         ended, other_ways = np.full(open_rows.shape[1], -1), np.zeros((3, 0), dtype=np.int64)
         if self.pair.projects:
             found = [self._continuations(in_student, 0), self._continuations(in_teacher, 1)]
-            going_on = [record for record, _, _ in found]
-            record, kept, outcomes = found[self.teacher_is_richer]
+            going_on = [record for record, *_ in found]
+            record, kept, outcomes, outcome_of = found[self.teacher_is_richer]
             ended = np.where(open_rows[3] >= 0, kept[open_rows[3]], -1) if len(kept) else ended
-            other_ways = self._other_ways(ended, outcomes, record)
+            other_ways = self._other_ways(ended, outcomes, outcome_of, record)
         return Alignment(
             *map(torch.from_numpy, (open_rows[0].copy(), open_rows[1].copy(), open_rows[2].astype(bool))),
             going_on[1],
@@ -218,11 +218,11 @@ class Pairing:
         goes_on, ids = written[rich][wanted] > 0, sides[rich].ids[before].astype(np.int64)
         return np.stack([*rows, goes_on, ids, lengths]), places
 
-    def _continuations(self, rows: np.ndarray, rich: int) -> tuple[Continuations, np.ndarray, list[Outcomes]]:
-        """The continuations of a batch; the new place of each of `rows`, -1 where it cannot go on; their outcomes."""
-        keys, inverse = np.unique(rows[3:], axis=1, return_inverse=True)
-        inverse, pieces = inverse.reshape(-1), self.pair.tables[rich].pieces
-        prefixes = [pieces[token][:length] for token, length in keys.T.tolist()]
+    def _continuations(self, rows: np.ndarray, rich: int) -> tuple[Continuations, np.ndarray, list, np.ndarray]:
+        """The continuations; the new place of each of `rows`, -1 where it cannot go on; all `Outcomes`, and whose."""
+        pieces, width = self.pair.tables[rich].pieces, rows[4].max(initial=0) + 1
+        keys, inverse = np.unique(rows[3] * width + rows[4], return_inverse=True)
+        prefixes = [pieces[key // width][: key % width] for key in keys.tolist()]
         found = [self._maps[rich].behind(prefix) for prefix in prefixes]
         known = np.array([outcomes is not None for outcomes in found], dtype=bool)[inverse]
         # Those that do go on come first.
@@ -248,16 +248,17 @@ class Pairing:
             torch.from_numpy(can_end),
             int(counts[:size].sum()),
         )
-        return record, places, [found[i] for i in inverse]
+        return record, places, found, inverse
 
-    def _other_ways(self, ended: np.ndarray, outcomes: list[Outcomes], record: Continuations) -> np.ndarray:
+    def _other_ways(
+        self, ended: np.ndarray, outcomes: list, outcome_of: np.ndarray, record: Continuations
+    ) -> np.ndarray:
         """`Alignment.other_ways`: what the richer side could have written by going on instead of ending."""
         (places,) = (ended >= 0).nonzero()
         firsts = np.append(0, record.ends.numpy() + 1)[ended[places]]
-        lists = [self._same_open(outcomes[ended[place]]) for place in places.tolist()]
-        lengths = [classes.shape[1] for classes in lists]
-        classes, own = np.concatenate(lists, axis=1) if lists else np.zeros((2, 0), dtype=np.int64)
-        return np.stack([np.repeat(places, lengths), classes, np.repeat(firsts, lengths) + own])
+        ways = _entries([tuple(self._same_open(each)) for each in outcomes], outcome_of[ended[places]], firsts)
+        ways[0] = places[ways[0]]
+        return ways
 
     def _same_open(self, outcomes: Outcomes) -> np.ndarray:
         """int64 [2, X]: the open outcomes that are also outcomes of a continuation, and which; each once."""
