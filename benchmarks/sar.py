@@ -16,9 +16,9 @@ import statistics
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from runs import ROOT, Results, Run, add_flags, table
+
+sys.path.insert(0, str(ROOT))
 
 from sar_kd import embedded
 
