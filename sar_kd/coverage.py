@@ -9,6 +9,7 @@ import numpy as np
 
 from sar_kd.alignment import find_chunks, find_contacts
 from sar_kd.data import Corpus
+from sar_kd.metrics import few
 from sar_kd.tokens import TokenTable
 
 _MOST_TOKENS = 2**18
@@ -79,11 +80,6 @@ def name_left_out(documents: Sequence[str]) -> list[str]:
     """A line about documents that are empty or that a tokenizer cannot represent; none where there are none."""
     reason = "that are empty or that a tokenizer cannot represent"
     return [f"Left out {len(documents)} documents {reason}: {few(documents)}"] if documents else []
-
-
-def few(names: Sequence[str]) -> str:
-    """The first names of a list that may be long."""
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def measure_coverage(corpus: Corpus) -> Coverage:

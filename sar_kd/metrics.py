@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -69,11 +70,10 @@ class RunLog:
         self._window.clear()
         self._bar.reset()
         self._bar.update(record["step"])
-        names = record["documents"]
-        few = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        left_out = f"{len(record['left_out'])} of {num_blocks} blocks ({few(record['documents'])})"
         self.say(
             f"Step {record['rewound_from']}: diverged. Back to step {record['step']}, once, at half the learning rate, "
-            f"without {len(record['left_out'])} of {num_blocks} blocks ({few}). See {self.folder / 'crash'}"
+            f"without {left_out}. See {self.folder / 'crash'}"
         )
 
     def close(self) -> None:
@@ -193,6 +193,11 @@ def notices_of(
             "(--loss_clamp_style, --logit_clamp_style) and the loss weights."
         )
     return lines
+
+
+def few(names: Sequence[str]) -> str:
+    """The first names of a list that may be long."""
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def closing_table(summary: dict, folder: Path) -> list[str]:

@@ -7,9 +7,10 @@ import math
 import torch
 
 from sar_kd.config import LossConfig, UsageError
-from sar_kd.coverage import few, measure_coverage, name_left_out
+from sar_kd.coverage import measure_coverage, name_left_out
 from sar_kd.data import Corpus
 from sar_kd.guards import raw_clamp_largest_probability, raw_clamp_perplexity_floor
+from sar_kd.metrics import few
 from sar_kd.models import Models, num_rows
 from sar_kd.precision import Precision
 

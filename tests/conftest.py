@@ -1,5 +1,6 @@
 """Shared fixtures: three kinds of tokenizer trained in memory on a tiny corpus, and tiny models of both families."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tokenizers.trainers import BpeTrainer
 
 from sar_kd.embedded.build import byte_level_bpe, sentencepiece_bpe
+from sar_kd.losses import IGNORE_INDEX
 
 BYTE_VOCAB, SP_VOCAB = 600, 520
 
@@ -178,3 +180,19 @@ def _seeded_model(model_class, config_class, vocab_size, settings):
     with torch.random.fork_rng():
         torch.manual_seed(1)
         return model_class(config_class(vocab_size=vocab_size, **settings))
+
+
+@pytest.fixture
+def without_targets():
+    """without_targets(batch): the batch with all labels masked."""
+
+    def mask(batch):
+        none = torch.zeros(0, dtype=torch.int64)
+        labels = torch.full_like(batch.student.labels, IGNORE_INDEX)
+        student = dataclasses.replace(batch.student, labels=labels, rows=none, targets=none)
+        alignment = dataclasses.replace(
+            batch.alignment, student_rows=none, teacher_rows=none, strict=none.bool(), student_chunks=none, num_chunks=0
+        )
+        return dataclasses.replace(batch, student=student, alignment=alignment)
+
+    return mask

@@ -15,7 +15,6 @@ from sar_kd.data import Corpus
 from sar_kd.documents import Document
 from sar_kd.evaluate import Evaluation, evaluate
 from sar_kd.guards import StepGuard
-from sar_kd.losses import IGNORE_INDEX
 from sar_kd.objective import Objective
 from sar_kd.optim import build_optimizer, learning_rate_at, parameters_of
 from sar_kd.precision import Precision
@@ -148,10 +147,10 @@ def test_a_block_counts_by_its_tokens_not_as_one_of_n(make_run):
 
 
 @HALF_OR_FLOAT
-def test_a_batch_without_targets_adds_nothing(make_run, dtype):
+def test_a_batch_without_targets_adds_nothing(make_run, dtype, without_targets):
     with_empty, without = make_run(dtype), make_run(dtype)
     (batch,) = _batches(without, [0, 1])
-    with_empty.step([_without_targets(batch), batch])
+    with_empty.step([without_targets(batch), batch])
     without.step([batch])
     assert all(torch.equal(a, b) for a, b in zip(with_empty.gradients[0], without.gradients[0], strict=True))
 
@@ -229,31 +228,21 @@ def test_no_gradient_outlives_its_step(make_run, dtype, skip):
 
 
 @HALF_OR_FLOAT
-def test_a_step_without_targets_is_skipped_as_such(make_run, dtype):
+def test_a_step_without_targets_is_skipped_as_such(make_run, dtype, without_targets):
     run = make_run(dtype)
     before, scale = _bits(run), run.precision.loss_scale.item()
     (batch,) = _batches(run, [0])
-    report = run.step([_without_targets(batch)])
+    report = run.step([without_targets(batch)])
     assert (report.verdict.cause, report.num_target_tokens, report.loss) == ("no_targets", 0, 0.0)
     assert _unchanged(before, _bits(run))
     assert run.precision.loss_scale.item() == scale
 
 
 @HALF_OR_FLOAT
-def test_a_run_may_begin_with_a_step_without_targets(make_run, dtype):
+def test_a_run_may_begin_with_a_step_without_targets(make_run, dtype, without_targets):
     run = make_run(dtype)
     (batch,) = _batches(run, [0])
-    assert run.step([_without_targets(batch)]).verdict.cause == "no_targets"
-
-
-def _without_targets(batch):
-    none = torch.zeros(0, dtype=torch.int64)
-    labels = torch.full_like(batch.student.labels, IGNORE_INDEX)
-    student = dataclasses.replace(batch.student, labels=labels, rows=none, targets=none)
-    alignment = dataclasses.replace(
-        batch.alignment, student_rows=none, teacher_rows=none, strict=none.bool(), student_chunks=none, num_chunks=0
-    )
-    return dataclasses.replace(batch, student=student, alignment=alignment)
+    assert run.step([without_targets(batch)]).verdict.cause == "no_targets"
 
 
 # The norm, and the one read

@@ -16,7 +16,6 @@ from sar_kd.arguments import parse_args
 from sar_kd.config import FP16_SAFE, LossConfig, OptimConfig, UsageError
 from sar_kd.evaluate import evaluate
 from sar_kd.forensics import examine
-from sar_kd.losses import IGNORE_INDEX
 from sar_kd.models import Models, load_models
 from sar_kd.optim import build_optimizer, parameters_of
 from sar_kd.preflight import check_clamps
@@ -318,36 +317,26 @@ def test_08_nine_bad_batches_are_forgiven_by_a_good_one_and_told_when_they_come_
     )
 
 
-def _without_targets(batch):
-    none = torch.zeros(0, dtype=torch.int64)
-    labels = torch.full_like(batch.student.labels, IGNORE_INDEX)
-    student = dataclasses.replace(batch.student, labels=labels, rows=none, targets=none)
-    alignment = dataclasses.replace(
-        batch.alignment, student_rows=none, teacher_rows=none, strict=none.bool(), student_chunks=none, num_chunks=0
-    )
-    return dataclasses.replace(batch, student=student, alignment=alignment)
-
-
-def test_09_a_batch_without_a_target_is_no_nan_batch(make_run, row):
+def test_09_a_batch_without_a_target_is_no_nan_batch(make_run, row, without_targets):
     naive = NaiveLoop(make_run())
     (batch,) = naive.run.batches([0])
-    naive.step([_without_targets(batch)])
+    naive.step([without_targets(batch)])
     assert math.isnan(naive.loss)
 
     run = make_run()
-    report = run.step([_without_targets(batch)])
+    report = run.step([without_targets(batch)])
     assert (report.verdict.cause, report.loss, run.guard.nan_batches_max) == ("no_targets", 0.0, 0)
     row("all labels masked", "loss nan", "skipped as `no_targets`, no NaN batch, loss 0 of 0 tokens")
 
 
-def test_10_a_micro_batch_without_a_target_leaves_the_window_as_it_is_without_it(make_run, row):
+def test_10_a_micro_batch_without_a_target_leaves_the_window_as_it_is_without_it(make_run, row, without_targets):
     naive = NaiveLoop(make_run())
     batch, other = naive.run.batches([0], [1])
-    naive.step([batch, _without_targets(batch), other])
+    naive.step([batch, without_targets(batch), other])
     assert math.isnan(naive.loss)
 
     run, without = make_run(), make_run()
-    reports = run.step([batch, _without_targets(batch), other]), without.step([batch, other])
+    reports = run.step([batch, without_targets(batch), other]), without.step([batch, other])
     assert reports[0] == reports[1]
     assert same_bits(run.applied_gradients, without.applied_gradients)
     row("all labels masked in 1 of 3 micro-batches", "loss of the window nan", "the window's gradient, bit for bit")
@@ -702,7 +691,7 @@ def test_22_the_norm_is_taken_after_unscaling_over_what_the_optimizer_moves(make
     )
 
 
-def test_23_every_kind_of_skip_leaves_the_scaler_ready_for_the_next_step(make_run, row):
+def test_23_every_kind_of_skip_leaves_the_scaler_ready_for_the_next_step(make_run, row, without_targets):
     naive = NaiveLoop(make_run())
     naive.scaler.scale(naive.micro_loss(*naive.run.batches([0]))).backward()
     with pytest.raises(AssertionError) as no_checks:
@@ -719,7 +708,7 @@ def test_23_every_kind_of_skip_leaves_the_scaler_ready_for_the_next_step(make_ru
     for kind in ("no_targets", "forward", "overflow", None, "norm", "forward", "no_targets", None):
         bad |= {"forward": kind == "forward", "gradient": kind == "overflow"}
         run.guard.skip_grad_norm = 1e-9 if kind == "norm" else 2.0
-        causes.append(run.step([_without_targets(batch) if kind == "no_targets" else batch]).verdict.cause)
+        causes.append(run.step([without_targets(batch) if kind == "no_targets" else batch]).verdict.cause)
     assert causes == ["no_targets", "forward", "overflow", None, "norm", "forward", "no_targets", None]
     assert run.scale == 8192.0
     assert all(parameter.grad is None for parameter in run.student.parameters())
