@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import math
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,42 +14,18 @@ from sar_kd.checkpoint import load_checkpoint, save_checkpoint, save_student
 from sar_kd.config import Config, UsageError
 from sar_kd.data import Batch, Corpus
 from sar_kd.evaluate import Evaluation, evaluate
-from sar_kd.guards import CAUSES, StepGuard, TrainingDiverged
+from sar_kd.guards import StepGuard, TrainingDiverged
 from sar_kd.interruption import Interruption
 from sar_kd.metrics import RunLog, notices_of
 from sar_kd.models import Models
 from sar_kd.objective import Objective
 from sar_kd.optim import learning_rate_at, set_learning_rate_
-from sar_kd.precision import Precision, peak_memory
+from sar_kd.precision import Precision
 from sar_kd.preflight import check_clamps, describe
+from sar_kd.progress import Progress, figures_of
 from sar_kd.recovery import Recovery, without
 from sar_kd.step import StepReport, train_step
 from sar_kd.teacher_routing import TeacherRouting
-
-
-@dataclass
-class Progress:
-    """Where a run stands: everything that a resumed run must know and no other object carries."""
-
-    step: int = 0
-    """Attempts made"""
-    tokens: int = 0
-    """Target tokens of all attempts"""
-    seconds: float = 0.0
-    """Wall time, all parts of a resumed run together"""
-    train_seconds: float = 0.0
-    """The part of it spent in attempts"""
-    start: dict = field(default_factory=dict)
-    teacher: dict = field(default_factory=dict)
-    last: dict = field(default_factory=dict)
-    best: dict = field(default_factory=dict)
-    best_step: int = 0
-    rewound_from: int = 0
-    """The step at which the run diverged and went back (`--on_divergence rewind`); 0 if it did not"""
-    rate_factor: float = 1.0
-    """What the learning rate is multiplied by since"""
-    left_out: list[int] = field(default_factory=list)
-    """Blocks that are not read since"""
 
 
 class Trainer:
@@ -94,7 +69,7 @@ class Trainer:
                 self._begin()
             with Interruption() as interruption:
                 status = self._train(interruption, before)
-            summary = self.summary(status)
+            summary = self._summary(status)
             self.log.finish(summary)
             return summary
         except (RuntimeError, OSError):  # memory, a driver, a disk: the weights are still the last good ones
@@ -174,7 +149,7 @@ class Trainer:
             "val_bits_per_byte": self.routing.start["teacher_val_bits_per_byte_native"],
         }
         start = self._evaluate()
-        self.progress.start = self.progress.last = self.progress.best = _figures(start)
+        self.progress.start = self.progress.last = self.progress.best = figures_of(start)
         for notice in check_clamps(self.config.loss, self.models, self.validation, self.precision, start.loss):
             self.log.say(notice)
         self.log.say(
@@ -198,7 +173,7 @@ class Trainer:
 
     def _validate(self) -> None:
         progress, evaluation = self.progress, self._evaluate()
-        progress.last = _figures(evaluation)
+        progress.last = figures_of(evaluation)
         is_best = evaluation.loss < progress.best["val_loss"] or not math.isfinite(progress.best["val_loss"])
         if is_best:
             progress.best, progress.best_step = progress.last, progress.step
@@ -251,44 +226,10 @@ class Trainer:
         outcome = f"The run was stopped after {count} NaN batches in a row; its weights are the last good ones."
         record = self.recovery.explain(self.progress.step, report, outcome)
         self._save()
-        self.log.finish(self.summary("emergency_stop"))
+        self.log.finish(self._summary("emergency_stop"))
         raise TrainingDiverged(f"emergency stop after {count} consecutive NaN batches {self.recovery.in_short(record)}")
 
-    def summary(self, status: str) -> dict:
-        """`summary.json`: what the run did and what it reached."""
-        progress, guard = self.progress, self.guard
-        return {
-            "status": status,
-            "steps": progress.step,
-            "applied": guard.applied,
-            "skipped": {cause: guard.skipped[cause] for cause in CAUSES},
-            "success_rate": guard.success_rate,
-            "val_ppl_start": progress.start["val_ppl"],
-            "val_ppl_final": progress.last["val_ppl"],
-            "val_ppl_best": progress.best["val_ppl"],
-            "best_step": progress.best_step,
-            "val_loss_final": progress.last["val_loss"],
-            "val_bits_per_byte_start": progress.start["val_bits_per_byte"],
-            "val_bits_per_byte_final": progress.last["val_bits_per_byte"],
-            "val_bits_per_byte_best": progress.best["val_bits_per_byte"],
-            "teacher_val_ppl": progress.teacher["val_ppl"],
-            "teacher_val_bits_per_byte": progress.teacher["val_bits_per_byte"],
-            "nan_batches_max_consecutive": guard.nan_batches_max,
-            "dead_steps": guard.dead_steps,
-            "rewound_from": progress.rewound_from,
-            "loss_scale_final": self.precision.loss_scale.item(),
-            "tokens": progress.tokens,
-            "tokens_per_second": progress.tokens / max(1e-9, progress.train_seconds),
-            "peak_memory_bytes": peak_memory(self.precision.device),
-            "wall_seconds": progress.seconds,
-            "embedded": self.models.embedded,
-            **self.routing.summary(),
-        }
-
-
-def _figures(evaluation: Evaluation) -> dict:
-    return {
-        "val_ppl": evaluation.perplexity,
-        "val_loss": evaluation.loss,
-        "val_bits_per_byte": evaluation.bits_per_byte,
-    }
+    def _summary(self, status: str) -> dict:
+        """`summary.json`."""
+        run = self.progress.summary(status, self.guard, self.precision)
+        return {**run, "embedded": self.models.embedded, **self.routing.summary()}

@@ -19,7 +19,7 @@ LEVELS = {
     5: {"pairing"},
     6: {"data"},
     7: {"distillation", "coverage", "evaluate", "forensics"},
-    8: {"objective", "audit", "preflight"},
+    8: {"objective", "audit", "preflight", "progress"},
     9: {"router_learner", "router_watch"},
     10: {"step", "teacher_routing"},
     11: {"checkpoint", "recovery"},

@@ -29,7 +29,7 @@ from sar_kd.guards import StepGuard
 from sar_kd.metrics import open_run
 from sar_kd.optim import build_optimizer, learning_rate_at
 from sar_kd.precision import Precision
-from sar_kd.trainer import Progress
+from sar_kd.progress import Progress
 
 COUNTS = {"flags": 4000, "texts": 3000, "checkpoints": 2000, "configs": 600, "folders": 400}
 EVERY_SHARE = pytest.mark.parametrize("share", [0.1, pytest.param(1.0, marks=pytest.mark.long)], ids=["tenth", "all"])
