@@ -22,6 +22,7 @@ except ImportError:  # Windows
 
 from sar_kd.config import PrecisionConfig, UsageError
 from sar_kd.guards import MAX_LOSS_SCALE, MIN_LOSS_SCALE, Verdict
+from sar_kd.world import ALONE, World
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # The ops that are rounded once, and how many of each one's outputs are; by name, as not every PyTorch has them all.
@@ -132,22 +133,23 @@ class Precision:
         _set_random_state(state["rng"], self.device)
 
 
-def setup(config: PrecisionConfig, seed: int) -> Precision:
-    """Choose device and dtype, and seed every generator.
+def setup(config: PrecisionConfig, seed: int, world: World = ALONE) -> Precision:
+    """Choose device and dtype, and seed every generator; of several processes each has its own.
 
     Raises: UsageError if the device is not there, or cannot compute in the dtype asked for
     """
+    seed = world.seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    device = _device(config.device)
+    device = _device(config.device, world)
     return Precision(device, _dtype(config.model_dtype, device), config.init_loss_scale)
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str, world: World) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    device = world.device(torch.device(name))
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = ("train_sar_kd_fp16_safe", "train_sar_kd_stable")
 LEVELS = {
     -2: {"settings"},
-    -1: {"routing_config"},
+    -1: {"routing_config", "world"},
     0: {"sar_kd", "config", "embedded", "guards", "losses", "token_bytes", "interruption"},
     1: {"arguments", "routers", "tokens", "projection", "documents", "precision", "optim", "folder"},
     2: {"alignment", "routing", "vocabulary", "metrics"},
@@ -20,7 +20,7 @@ LEVELS = {
     6: {"data"},
     7: {"distillation", "coverage", "evaluate", "forensics"},
     8: {"objective", "audit", "preflight", "progress"},
-    9: {"router_learner", "router_watch"},
+    9: {"placement", "router_learner", "router_watch"},
     10: {"step", "teacher_routing"},
     11: {"checkpoint", "recovery"},
     12: {"trainer"},
@@ -100,7 +100,7 @@ def test_the_lowest_level_imports_no_sibling(module):
 
 
 def test_cli_knows_errors_only():
-    assert _siblings("cli") == {"config", "guards"}
+    assert _siblings("cli") == {"config", "guards", "world"}
 
 
 @pytest.mark.parametrize("module", ["config", "guards", "interruption", "embedded", "arguments", "__main__"])
