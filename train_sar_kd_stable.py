@@ -15,8 +15,8 @@ from sar_kd.metrics import open_run
 from sar_kd.models import load_models
 from sar_kd.objective import Objective
 from sar_kd.optim import build_optimizer
-from sar_kd.placement import place
 from sar_kd.precision import setup
+from sar_kd.several_devices import place
 from sar_kd.teacher_routing import build_teacher_routing
 from sar_kd.trainer import Trainer
 from sar_kd.world import join_world

@@ -38,6 +38,7 @@ def run(main: Callable[[list[str] | None], dict], argv: list[str] | None = None)
         return _say(f"error: {reason}; what was saved before is intact, --resume continues from there", USAGE)
     except KeyboardInterrupt:
         return _say("interrupted at once; --resume continues from the last checkpoint, if there is one", INTERRUPTED)
+    current_world().leave()
     return INTERRUPTED if summary["status"] == "interrupted" else DONE
 
 

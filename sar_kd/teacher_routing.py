@@ -197,7 +197,10 @@ def build_teacher_routing(
 
 
 def _resolve(config: Config, models: Models, objective: Objective, in_shards: bool) -> tuple[str, list, str]:
-    """The routing, the routers, and why it is that one, if nobody asked for it. in_shards: that is how the student lies"""
+    """The routing, the routers, and why it is that one, if nobody asked for it.
+
+    in_shards: the student lies in shards over several devices
+    """
     settings, asked = config.routing, config.routing.routing
     if asked == "native":
         return "native", [], ""

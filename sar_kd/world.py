@@ -7,13 +7,10 @@ at no cost: no collective, no copy, no branch.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import operator
 import os
-import signal
 import sys
-import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import TypeVar
@@ -23,12 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sar_kd.farewell import Farewell
 from sar_kd.settings import UsageError
 
 T = TypeVar("T")
 _TIMEOUT = timedelta(minutes=10)
 """The longest that one process waits for another in a collective. A process that has ended is noticed at once."""
-_FAREWELL_SECONDS = 5.0
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -99,6 +96,9 @@ class World:
         """The line about a collective that failed because another process is gone; None if it is another error."""
         return None
 
+    def leave(self) -> None:
+        """Part, once all is done."""
+
 
 class Silent:
     """What stands elsewhere for what only rank 0 has, such as the log: takes every call and does nothing."""
@@ -116,7 +116,7 @@ class Ranks(World):
     def __init__(self, store: dist.Store, rank: int, size: int):
         self.rank, self.size = rank, size
         self._local_rank = int(os.environ.get("LOCAL_RANK", rank))
-        self._store = dist.PrefixStore("sar_kd", store)
+        self._farewell = Farewell(store, rank, size)
 
     def sum(self, values: Iterable[float]) -> list[float]:
         """See `World`."""
@@ -200,42 +200,16 @@ class Ranks(World):
         return torch.device("cuda", self._local_rank)
 
     def is_to_say(self, line: str, follows: bool = False) -> bool:
-        """The lowest of the ranks that end with the same line; of lines with a reason elsewhere only if there is none.
-
-        Waits for the others, but not long: torchrun ends them all as soon as one has ended.
-        """
-        self._shut_ears()
-        self._store.set(f"end/{self.rank}", json.dumps([line, follows]))
-        said = self._endings(_FAREWELL_SECONDS)
-        reasons = {rank: text for rank, (text, follows) in said.items() if not follows}
-        lines = reasons or {rank: text for rank, (text, _) in said.items()}
-        return self.rank == min((rank for rank, text in lines.items() if text == line), default=None)
+        """See `World`."""
+        return self._farewell.is_to_say(line, follows)
 
     def lost(self, error: RuntimeError) -> str | None:
         """See `World`."""
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            return None
-        self._shut_ears()
-        self._store.set(f"end/{self.rank}", json.dumps(["", True]))
-        silent = sorted(set(range(self.size)) - self._endings(_FAREWELL_SECONDS).keys())
-        if not silent:
-            return f"the processes of the run lost each other ({str(error).splitlines()[0]})"
-        which = f"rank {silent[0]}" if len(silent) == 1 else f"ranks {', '.join(map(str, silent))}"
-        return f"{which} of {self.size} ended without a word, or does not answer"
+        return self._farewell.lost(error)
 
-    @staticmethod
-    def _shut_ears() -> None:
-        """Let torchrun's signal to the ranks that are left not come between this rank and its last line."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-
-    def _endings(self, seconds: float) -> dict[int, list]:
-        """What the ranks have said at their end, once all have or so many seconds have passed."""
-        keys = {rank: f"end/{rank}" for rank in range(self.size)}
-        deadline = time.monotonic() + seconds
-        while not self._store.check(list(keys.values())) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        return {rank: json.loads(self._store.get(key)) for rank, key in keys.items() if self._store.check([key])}
+    def leave(self) -> None:
+        """See `World`."""
+        dist.destroy_process_group()
 
 
 def _flat(nest: dict) -> dict:

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("train_sar_kd_fp16_safe", "train_sar_kd_stable")
 LEVELS = {
-    -2: {"settings"},
+    -2: {"farewell", "settings"},
     -1: {"routing_config", "world"},
     0: {"sar_kd", "config", "embedded", "guards", "losses", "token_bytes", "interruption"},
     1: {"arguments", "routers", "tokens", "projection", "documents", "precision", "optim", "folder"},
@@ -21,7 +21,7 @@ LEVELS = {
     7: {"distillation", "coverage", "evaluate", "forensics"},
     8: {"objective", "audit", "preflight", "progress"},
     9: {"placement", "router_learner", "router_watch"},
-    10: {"step", "teacher_routing"},
+    10: {"several_devices", "step", "teacher_routing"},
     11: {"checkpoint", "recovery"},
     12: {"trainer"},
     13: {"cli", "embedded.build"},
