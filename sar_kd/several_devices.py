@@ -153,10 +153,14 @@ class Sharded(Placement):
 
     def weights(self) -> dict[str, Tensor]:
         """See `Placement`. Empty on every rank but the first."""
+        return self.whole(self._saved())
+
+    def _saved(self) -> dict[str, Tensor]:
+        """Each weight once, also one that two modules share, and what else belongs to the student."""
         student = self._objective.student
-        saved = student.state_dict().keys()
-        buffers = {name: buffer for name, buffer in student.named_buffers() if name in saved}
-        return self.whole({**dict(student.named_parameters()), **buffers})
+        belongs = student.state_dict().keys()
+        tensors = (*student.named_parameters(), *student.named_buffers())
+        return {name: tensor for name, tensor in tensors if name in belongs}
 
     def whole(self, state):
         """See `Placement`. On the CPU, and empty on every rank but the first."""
@@ -173,9 +177,8 @@ class Sharded(Placement):
     def load_student_(self, student: nn.Module, path: Path) -> None:
         """See `Placement`."""
         weights = safetensors.torch.load_file(str(path))
-        for name, tensor in (*student.named_parameters(), *student.named_buffers()):
-            if name in weights:
-                tensor.copy_(self.like(weights[name], tensor))
+        for name, tensor in self._saved().items():
+            tensor.copy_(self.like(weights[name], tensor))
 
     def load_optimizer_(self, optimizer: torch.optim.Optimizer, state: dict) -> None:
         """See `Placement`."""
