@@ -10,6 +10,7 @@ import functools
 import math
 import operator
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from datetime import timedelta
@@ -258,6 +259,7 @@ def join_world() -> World:
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: the other processes of the run cannot be "
             f"reached ({str(error).splitlines()[0]}); start all of them with the same torchrun command"
         ) from None
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # torchrun's, when another process has ended
     if rank:  # rank 0 tells for all: --help, bars
         sys.stdout = open(os.devnull, "w")
     _joined = Ranks(store, rank, size)
