@@ -53,7 +53,7 @@ def train_step(
 
     gradient = sum over all ranks' micro-batches of d total / d weights, divided once by the window's target tokens
     """
-    num_targets = int(*placement.world.sum([sum(batch.num_target_tokens for batch in micro_batches)]))
+    num_targets = placement.world.total(sum(batch.num_target_tokens for batch in micro_batches))
     count = max(1, num_targets)
     batches = [batch.to(precision.device) for batch in micro_batches if placement.takes_part(batch)]
     sums = LossTerms.zero(precision.device)
@@ -69,8 +69,8 @@ def train_step(
     summed = [*sums.values(), *routers.sums()]
     figures = [*summed, grad_norm.to(precision.device), precision.loss_scale, *routers.norms()]
     rows = placement.world.rows(torch.stack([f.float() for f in figures])).tolist()  # the one host read: a row a rank
-    (total, ce, kd, nonfinite_rows, dropped, *router_sums), (norm, scale, *norms) = joined(rows, len(summed))
-    routed = routers.report(router_sums, norms, num_targets)
+    (total, ce, kd, nonfinite_rows, dropped, *router_sums), (norm, scale, *router_norms) = joined(rows, len(summed))
+    routed = routers.report(router_sums, router_norms, num_targets)
     losses, norms = [total], [norm]
     if routed is not None:  # their norm is clipped, not limited; but where it is no number, neither update is trusted
         losses, norms = [total, routed.router_loss], [norm, routed.router_grad_norm]
@@ -92,8 +92,8 @@ def train_step(
 
 def _bad(rows: list[list[float]]) -> int:
     """The first rank whose forward is not finite; the first of all, if all are."""
-    of_forward = [(row[3] == 0 and math.isfinite(row[0])) for row in rows]
-    return of_forward.index(False) if False in of_forward else 0
+    are_finite = [nonfinite_rows == 0 and math.isfinite(total) for total, _, _, nonfinite_rows, *_ in rows]
+    return are_finite.index(False) if False in are_finite else 0
 
 
 def _losses(batch: Batch, objective: Objective, routers: FrozenRouters) -> tuple[Tensor, LossTerms]:

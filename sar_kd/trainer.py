@@ -109,9 +109,7 @@ class Trainer:
     def _micro_batches(self, step: int, rank: int) -> list[Batch]:
         settings, left_out = self.config.train, frozenset(self.progress.left_out)
         sizes = settings.per_device_batch_size, settings.grad_accum_steps
-        batches = self.train.micro_batches(
-            step // self.routing.passes, *sizes, settings.seed, rank=rank, ranks=self.world.size
-        )
+        batches = self.train.micro_batches(step // self.routing.passes, *sizes, settings.seed, rank, self.world.size)
         return [without(self.train, batch, left_out) for batch in batches]
 
     def _attempt(self) -> tuple[StepReport, Callable[[], list[Batch]]]:

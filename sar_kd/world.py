@@ -45,6 +45,10 @@ class World:
         """Each value, added up over all ranks in float64; no device is read or waited for."""
         return list(values)
 
+    def total(self, count: int) -> int:
+        """The count, added up over all ranks."""
+        return count
+
     def any(self, flag: bool) -> bool:
         """Is the flag up on any rank?"""
         return flag
@@ -124,6 +128,10 @@ class Ranks(World):
         values = torch.tensor(list(values), dtype=torch.float64)
         dist.all_reduce(values)
         return values.tolist()
+
+    def total(self, count: int) -> int:
+        """See `World`."""
+        return int(self.sum([count])[0])
 
     def any(self, flag: bool) -> bool:
         """See `World`."""
