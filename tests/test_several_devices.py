@@ -27,7 +27,7 @@ from sar_kd.world import ALONE, join_world, joined
 
 CPU = torch.device("cpu")
 FLOAT, HALF = torch.float32, torch.float16
-TOLERANCE = {FLOAT: 1e-5, HALF: 1e-3}
+TOLERANCE = {FLOAT: 1e-6, HALF: 1e-5}
 
 
 def build(world, corpus, student, teacher, dtype=FLOAT, parallel="ddp", scale=1024.0, **loss):
