@@ -155,12 +155,10 @@ def main() -> int:
                 found = results[f"{parallel}, {dtype}"] = compare(Path(scratch) / parallel / dtype, dtype, parallel)
                 good &= found["same_micro_batches"] <= TOLERANCE and found["ranks_equal"] and found["unchanged"]
                 good &= found["nan_on_rank_1"] == ["forward"] * 2 and found["tokens"][0] == found["tokens"][1]
-                print(
-                    f"| {parallel}, {dtype} | {found['same_micro_batches']:.1e} | {found['joined_micro_batches']:.1e} | "
-                    f"{found['largest_gradient']:.1e} | "
-                    f"both: {found['nan_on_rank_1'][0]} | {'yes' if found['unchanged'] else 'no'} |",
-                    flush=True,
-                )
+                names = ("same_micro_batches", "joined_micro_batches", "largest_gradient")
+                figures = " | ".join(f"{found[name]:.1e}" for name in names)
+                kept = "yes" if found["unchanged"] else "no"
+                print(f"| {parallel}, {dtype} | {figures} | both: {found['nan_on_rank_1'][0]} | {kept} |", flush=True)
         for parallel in ("ddp", "fsdp"):
             found = results[f"{parallel}, kill"] = kill(Path(scratch) / parallel, parallel)
             good &= found["exit_code"] == 2 and found["resumed_equal"]

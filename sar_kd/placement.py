@@ -23,6 +23,10 @@ class Placement:
     world = ALONE
     is_sharded = False
 
+    def __init__(self, *lines: str):
+        """lines: what to say at the start"""
+        self.lines = lines
+
     def takes_part(self, batch: Batch) -> bool:
         """Is this micro-batch to be run? One without targets adds nothing."""
         return batch.num_target_tokens > 0
@@ -64,11 +68,6 @@ class Placement:
     def like(self, state, model):
         """What `whole` made whole, in parts again where `model`, a nest of the same form, has parts."""
         return state
-
-    @property
-    def lines(self) -> list[str]:
-        """What to say at the start."""
-        return []
 
 
 WHOLE = Placement()

@@ -31,6 +31,7 @@ class Replicated(Placement):
     """The student whole on every device: DDP adds up the gradients bucket by bucket while the last backward runs."""
 
     def __init__(self, world: World, objective: Objective):
+        super().__init__(f"{world.size} processes, the student whole on each (DDP)")
         self.world = world
         learned = [p for p in (*objective.student.parameters(), *objective.parameters()) if p.requires_grad]
         # An expert that no token of any rank chose keeps no gradient, as with one process; looking for such costs time.
@@ -56,11 +57,6 @@ class Replicated(Placement):
     def forward(self, compute: Callable, batch: Batch, *args):
         """See `Placement`."""
         return self._ddp(compute, batch, *args)
-
-    @property
-    def lines(self) -> list[str]:
-        """See `Placement`."""
-        return [f"{self.world.size} processes, the student whole on each (DDP)"]
 
 
 class _Learned(nn.Module):
@@ -106,6 +102,7 @@ class Sharded(Placement):
     is_sharded = True
 
     def __init__(self, world: World, objective: Objective):
+        super().__init__(f"{world.size} processes, the student in shards over them (FSDP)")
         self.world, self._objective = world, objective
         student, device = objective.student, objective.precision.device
         if _has_separate_experts(student):
@@ -193,11 +190,6 @@ class Sharded(Placement):
             return state
         return distribute_tensor(state.to(model.device), model.device_mesh, model.placements)
 
-    @property
-    def lines(self) -> list[str]:
-        """See `Placement`."""
-        return [f"{self.world.size} processes, the student in shards over them (FSDP)"]
-
 
 class _Root(nn.Module):
     """What FSDP sees: all that learns, and a forward in which anything may happen."""
@@ -235,5 +227,6 @@ def place(objective: Objective, config: TrainConfig, world: World) -> Placement:
     """
     if world.size == 1:
         objective.student.to(objective.precision.device)
-        return WHOLE
+        in_vain = "--parallel fsdp: has no effect on one process; start several with torchrun --nproc_per_node"
+        return Placement(in_vain) if config.parallel == "fsdp" else WHOLE
     return (Sharded if config.parallel == "fsdp" else Replicated)(world, objective)

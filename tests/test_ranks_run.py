@@ -282,8 +282,12 @@ def test_gradients_that_stay_infinite_on_one_rank_stop_both_with_the_same_weight
     assert crash["cause"] == "gradient"
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_the_crash_report_names_the_document_that_only_the_second_rank_read(inputs, tmp_path, parallel, corpus_texts):
+@pytest.mark.parametrize(
+    ("parallel", "rewinds"), [("ddp", False), ("fsdp", False), ("ddp", True), ("fsdp", True)], ids=lambda v: str(v)
+)
+def test_a_document_that_only_the_second_rank_reads_is_named_and_left_out_by_both(
+    inputs, tmp_path, parallel, rewinds, corpus_texts
+):
     texts = [f"{number}: {text}" for number, text in enumerate(corpus_texts[:30])]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     (tmp_path / "held_out.txt").write_text("\n".join(corpus_texts[30:36]))
@@ -304,11 +308,16 @@ def test_the_crash_report_names_the_document_that_only_the_second_rank_read(inpu
     )
     more = ("--train_file", *files["train_file"], "--validation_file", *files["validation_file"])
     more += ("--parallel", parallel, "--grad_accum_steps", 1, "--eval_steps", 100, "--seed", seed)
+    more += ("--on_divergence", "rewind", "--max_nan_batches", 1) if rewinds else ()
     argv = _argv(inputs, tmp_path / "run", *more, steps=5, batch=1)
     ended = _run(tmp_path / "told", argv, _Unreadable(token))
     assert _codes(ended) == [0, 0]
     skipped = [record["step"] for record in _metrics(tmp_path / "run", "step") if record["cause"] == "forward"]
-    assert skipped == [step + 1]
+    assert skipped == ([] if rewinds else [step + 1])
+    if rewinds:
+        (record,) = _metrics(tmp_path / "run", "rewind")
+        assert record["rewound_from"] == step + 1 == _json(tmp_path / "run" / "summary.json")["rewound_from"]
+        assert bad in record["left_out"]
     crash = _json(tmp_path / "run" / "crash" / "crash.json")
     assert crash["documents"] == corpus.documents_of(bad)
     assert len(crash["documents"]) < 4

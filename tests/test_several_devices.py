@@ -19,7 +19,7 @@ from sar_kd.guards import StepGuard
 from sar_kd.losses import IGNORE_INDEX, next_token_targets
 from sar_kd.objective import Objective
 from sar_kd.optim import build_optimizer, parameters_of
-from sar_kd.placement import WHOLE
+from sar_kd.placement import WHOLE, Placement
 from sar_kd.precision import Precision
 from sar_kd.several_devices import place
 from sar_kd.step import train_step
@@ -400,8 +400,10 @@ def test_one_process_has_a_world_and_a_placement_that_do_nothing(parts, monkeypa
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     assert join_world() is ALONE
-    run = build(ALONE, *parts, parallel="fsdp")
-    assert run.placement is WHOLE
+    assert build(ALONE, *parts).placement is WHOLE
+    placement = build(ALONE, *parts, parallel="fsdp").placement
+    assert type(placement) is Placement
+    assert "no effect" in placement.lines[0]
     figures = torch.ones(3)
     assert ALONE.rows(figures).data_ptr() == figures.data_ptr()
     batches = window(parts[0], 0)
