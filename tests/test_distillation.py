@@ -570,6 +570,39 @@ def test_with_equal_tokenizers_the_implied_likelihood_is_the_teachers_own_token_
     torch.testing.assert_close(_implied(case), _own(case), rtol=1e-5, atol=1e-5)
 
 
+# Stretches
+
+
+@EVERY_PAIR
+@pytest.mark.parametrize("limit", [1, 7, 30, 77])
+def test_stretches_hold_every_row_once_and_ask_for_one_row_of_the_former(make_case, name, limit):
+    case = make_case(name)
+    stretches = _cut(case, case.batch.alignment, limit).stretches
+    assert len(stretches) > 1
+    owned = torch.cat([part.student_rows[part.counts > 0] for part in stretches])
+    assert torch.equal(owned.sort().values, torch.arange(case.batch.num_target_tokens))
+    assert [int((part.counts == 0).sum()) <= 1 for part in stretches] == [True] * len(stretches)
+    pairs = torch.cat([part.student_rows[: part.num_open] for part in stretches])
+    assert torch.equal(pairs, case.batch.alignment.student_rows)
+    if limit >= 30:
+        assert max(len(part.student_rows) for part in stretches) <= limit
+        assert max(len(part.teacher_rows) for part in stretches) <= limit
+
+
+@EVERY_PAIR
+@EVERY_DIRECTION
+@pytest.mark.parametrize("limit", [1, 7, 30])
+@pytest.mark.parametrize("top_k", [0, 8])
+def test_a_batch_teaches_the_same_in_stretches_of_any_length(make_case, name, direction, limit, top_k):
+    case, settings = make_case(name), {"temperature": 2.0, "kd_direction": direction, "teacher_top_k": top_k}
+    whole, whole_grad = _learned(case, "projection", **settings)
+    case.batch = _cut(case, case.batch.alignment, limit)
+    learned, grad = _learned(case, "projection", **settings)
+    torch.testing.assert_close(learned.loss, whole.loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(learned.raw, whole.raw, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad, whole_grad, rtol=1e-4, atol=1e-5)
+
+
 # Batches
 
 
