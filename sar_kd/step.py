@@ -59,7 +59,7 @@ def train_step(
     sums = LossTerms.zero(precision.device)
     routers.move_first_(batches, count)
     for batch in placement.window(batches):
-        minimised, terms = placement.forward(_losses, batch, objective, routers)
+        minimised, terms = placement.forward(_losses, batch, objective, routers, precision.loss_scale / count)
         precision.backward(minimised / count)
         sums = sums + terms
     routers.move_last_(batches)
@@ -96,8 +96,8 @@ def _bad(rows: list[list[float]]) -> int:
     return are_finite.index(False) if False in are_finite else 0
 
 
-def _losses(batch: Batch, objective: Objective, routers: FrozenRouters) -> tuple[Tensor, LossTerms]:
-    """What one backward minimises. A function of its own, so that no logits outlive it but those in the graph."""
+def _losses(batch: Batch, objective: Objective, routers: FrozenRouters, scale: Tensor) -> tuple[Tensor, LossTerms]:
+    """What one backward minimises, which multiplies it by `scale`."""
     outputs = objective.read(batch, teacher_learns=routers.is_joint)
-    terms = objective(batch, outputs)
+    terms = objective(batch, outputs, scale)
     return terms.total + routers.loss(batch, outputs), terms
