@@ -23,9 +23,9 @@ import torch
 from torch import nn
 
 from sar_kd.config import UsageError
+from sar_kd.files import replace_text
 from sar_kd.folder import require_room
 from sar_kd.guards import StepGuard
-from sar_kd.metrics import replace_text
 from sar_kd.objective import Objective
 from sar_kd.precision import Precision
 from sar_kd.teacher_routing import TeacherRouting

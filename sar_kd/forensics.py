@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sar_kd.config import UsageError
 from sar_kd.data import Batch
-from sar_kd.metrics import plain, replace_text
+from sar_kd.files import plain, replace_text
 from sar_kd.precision import Precision
 
 REMEDIES = {

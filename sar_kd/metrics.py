@@ -15,6 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sar_kd.config import Config, GuardConfig, UsageError
+from sar_kd.files import complete_lines, plain, replace_text, step_of
 from sar_kd.folder import FolderLock, check_contained, clear, holds_something
 from sar_kd.guards import CAUSES, Verdict
 
@@ -58,7 +59,7 @@ class RunLog:
 
     def _open_metrics(self, first_step: int) -> None:
         path = self.folder / "metrics.jsonl"
-        kept = [line for line in _complete_lines(path) if _step_of(line) <= first_step] if first_step else []
+        kept = [line for line in complete_lines(path) if step_of(line) <= first_step] if first_step else []
         replace_text(path, "".join(kept))
         self._metrics = open(path, "a", encoding="utf-8", buffering=1)
 
@@ -240,50 +241,6 @@ def _teachers(summary: dict) -> dict[str, tuple[float, float]]:
                 active = "own routing" if how == "native" else "every expert" if summary["experts"] == "all" else "ka"
                 found[f"{active}, {'end' if when == 'final' else when}"] = pair
     return found
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a reader, and a kill, meet the old text or the new, never a part.
-
-    Raises: UsageError if it cannot be written
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UsageError(
-            f"--output_dir: {path} cannot be written ({error.strerror}); what was saved before is intact: free some "
-            "room, then --resume"
-        ) from None
-
-
-def _complete_lines(path: Path) -> list[str]:
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-def _step_of(line: str) -> float:
-    """The step that a line of `metrics.jsonl` is about; inf for a line that is none."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return math.inf
-
-
-def plain(value):
-    """The value as JSON can hold it: JSON has no nan and no infinity, so they become the words."""
-    if isinstance(value, dict):
-        return {key: plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(inner) for inner in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _mean(values: list[float]) -> float:

@@ -12,7 +12,7 @@ LEVELS = {
     -2: {"settings"},
     -1: {"routing_config"},
     0: {"sar_kd", "config", "embedded", "guards", "losses", "token_bytes", "interruption"},
-    1: {"arguments", "routers", "tokens", "projection", "documents", "precision", "optim", "folder"},
+    1: {"arguments", "routers", "tokens", "projection", "documents", "precision", "optim", "folder", "files"},
     2: {"alignment", "routing", "vocabulary", "metrics"},
     3: {"models", "conversation", "router_terms", "router_update"},
     4: {"router_table", "streams"},

@@ -24,9 +24,9 @@ from sar_kd.config import DataConfig, GuardConfig, OptimConfig, UsageError
 from sar_kd.data import Corpus
 from sar_kd.documents import load_documents
 from sar_kd.evaluate import evaluate
+from sar_kd.files import replace_text
 from sar_kd.guards import CAUSES, StepGuard
 from sar_kd.interruption import Interruption
-from sar_kd.metrics import replace_text
 from sar_kd.optim import build_optimizer
 from sar_kd.precision import Precision
 
