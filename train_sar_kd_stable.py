@@ -16,6 +16,7 @@ from sar_kd.models import load_models
 from sar_kd.objective import Objective
 from sar_kd.optim import build_optimizer
 from sar_kd.precision import setup
+from sar_kd.preflight import preflight
 from sar_kd.teacher_routing import build_teacher_routing
 from sar_kd.trainer import Trainer
 
@@ -23,6 +24,7 @@ from sar_kd.trainer import Trainer
 def main(argv=None):
     config = parse_args(STABLE, argv)  # what to run
     log = open_run(config)  # where to
+    preflight(config, log.say)  # can it be done here?
     precision = setup(config.precision, config.train.seed)  # on which device, in which dtype
     models = load_models(config, precision)  # teacher, student, and what connects their tokenizers
     limits = models.block_limits(config.data.block_size)

@@ -54,7 +54,7 @@ MUTATIONS = (
     Mutation("the shared rows of two heads", "distillation.py",
              "student, teacher = self._bounded(outputs.student_logits)[:, :shared], teacher[:, :shared]",
              "student = self._bounded(outputs.student_logits)"),
-    Mutation("preflight refuses a clamp that saturates", "preflight.py", "if saturated > 0.5:", "if saturated > 1.5:"),
+    Mutation("preflight refuses a clamp that saturates", "clamps.py", "if saturated > 0.5:", "if saturated > 1.5:"),
     # what is finite
     Mutation("student rows are checked before any clamp", "objective.py",
              "nonfinite = (~finite_rows(outputs.student_logits)).sum()",

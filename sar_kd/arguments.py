@@ -7,9 +7,10 @@ import dataclasses
 import difflib
 import json
 import shutil
+import sys
 import time
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sar_kd.config import (
@@ -18,17 +19,21 @@ from sar_kd.config import (
     EMBEDDED_ROUTER_LR_FACTOR,
     MODES,
     SECTIONS,
+    STABLE,
     Config,
     UsageError,
     require,
 )
 from sar_kd.routing_config import RoutingConfig
 
+S = typing.TypeVar("S")
+
 # What may differ between the two halves of a resumed run without making it another run.
 _MAY_CHANGE_ON_RESUME = {
     "eval_steps", "log_steps", "save_steps", "keep_checkpoints", "on_divergence", "resume", "output_dir", "train_steps",
-    "device", "trust_remote_code",
+    "device", "trust_remote_code", "time_limit", "tensorboard", "wandb",
 }  # fmt: skip
+_WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 
 
 def parse_args(script: Mapping[str, str], argv: list[str] | None = None) -> Config:
@@ -38,7 +43,44 @@ def parse_args(script: Mapping[str, str], argv: list[str] | None = None) -> Conf
     the script's defaults; the fields' defaults.
     Raises: UsageError, naming the flag, its value and the remedy.
     """
-    given = vars(_build_parser(script).parse_args(argv))
+    return _configure(script, vars(_build_parser(script).parse_args(argv)))
+
+
+def parse_run(verb: str, description: str, argv: list[str]) -> tuple[Config, bool]:
+    """The configuration that a verb with a run's own command line asks for, and whether as JSON.
+
+    Raises: UsageError as `parse_args`
+    """
+    parser = _build_parser(STABLE, f"{_program()} {verb}", description)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    given = vars(parser.parse_args(argv))
+    as_json = given.pop("json", False)
+    return _configure(STABLE, given), as_json
+
+
+def configure(script: Mapping[str, str], flags: Mapping[str, object]) -> Config:
+    """The configuration that flags given as Python values ask for; `mode` is one of them.
+
+    Raises: UsageError as `parse_args`
+    """
+    given = {name: list(value) if isinstance(value, tuple) else value for name, value in flags.items()}
+    kinds = {item.name: (item, kind) for item, kind in _fields()}
+    for name, value in given.items():
+        if name != "mode" and name not in kinds:
+            raise UsageError(_unknown(name, [*kinds, "mode"]))
+        try:
+            if name != "mode":
+                _check_kind(*kinds[name], value)
+        except (TypeError, ValueError):
+            item, kind = kinds[name]
+            words = item.metadata["choices"] or (_WORDS.get(kind, "a list of texts"),)
+            raise UsageError(f"--{name} {value!r}: must be {' or '.join(words)}") from None
+    mode = given.get("mode")
+    require(mode is None or mode in MODES, "mode", mode, f"must be {' or '.join(MODES)}")
+    return _configure(script, given)
+
+
+def _configure(script: Mapping[str, str], given: dict[str, object]) -> Config:
     mode = given.pop("mode", None)
     if given.get("resume"):
         return _resumed(given, mode)
@@ -74,19 +116,26 @@ def parse_verb(verb: str, description: str, sections: tuple[str, ...], argv: lis
     return Config.from_flags(given, mode=""), as_json
 
 
-def parse_section(verb: str, description: str, section: type, argv: list[str]) -> tuple[object, bool]:
+def parse_section(
+    verb: str, description: str, section: type[S], argv: list[str], places: Sequence[str] = ()
+) -> tuple[S, bool]:
     """The one section that a verb's command line asks for, and whether as JSON.
+
+    places: fields of it that are given by their place instead of a flag, in order; the last may be a list of words
 
     Raises: UsageError, naming the flag, its value and the remedy.
     """
-    given, as_json = _parse_flags(verb, description, {verb: section}, argv)
+    given, as_json = _parse_flags(verb, description, {verb: section}, argv, places)
     return section(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}), as_json
 
 
-def _parse_flags(verb: str, description: str, sections: Mapping[str, type], argv: list[str]) -> tuple[dict, bool]:
-    parser = _Parser(prog=f"python -m sar_kd {verb}", usage="%(prog)s [flags]", description=description, **_style())
+def _parse_flags(
+    verb: str, description: str, sections: Mapping[str, type], argv: list[str], places: Sequence[str] = ()
+) -> tuple[dict, bool]:
+    usage = " ".join(["%(prog)s", *(_place(sections, name) for name in places), "[flags]"])
+    parser = _Parser(prog=f"{_program()} {verb}", usage=usage, description=description, **_style())
     parser.add_argument("--json", action="store_true", help="print JSON")
-    _add_sections(parser, sections, {})
+    _add_sections(parser, sections, {}, places)
     given = vars(parser.parse_args(argv))
     return given, given.pop("json", False)
 
@@ -126,20 +175,28 @@ def _resumed(given: dict[str, object], mode: str | None) -> Config:
         raise UsageError(f"--resume: {path} is not what this version wrote ({error}); start a new run") from None
 
 
-def _check_kinds(values: dict[str, object]) -> None:
-    """Raise TypeError or ValueError unless each value is of its flag's kind and, where there are some, choices."""
+def _fields() -> Iterator[tuple[dataclasses.Field, type]]:
+    """Every field that is a flag, with its type."""
     for section in SECTIONS.values():
         hints = typing.get_type_hints(section)
-        for item in dataclasses.fields(section):
-            kind, value = hints[item.name], values[item.name]
-            if kind in (bool, int, float, str):
-                fits = type(value) is kind or (kind is float and type(value) is int)
-            else:
-                fits = isinstance(value, list) and all(isinstance(part, str) for part in value)
-            if not fits:
-                raise TypeError(f"{item.name} is {value!r}")
-            if item.metadata["choices"] and value not in item.metadata["choices"]:
-                raise ValueError(f"{item.name} is {value!r}")
+        yield from ((item, hints[item.name]) for item in dataclasses.fields(section))
+
+
+def _check_kinds(values: dict[str, object]) -> None:
+    """Raise TypeError or ValueError unless each value is of its flag's kind and, where there are some, choices."""
+    for item, kind in _fields():
+        _check_kind(item, kind, values[item.name])
+
+
+def _check_kind(item: dataclasses.Field, kind: type, value: object) -> None:
+    if kind in (bool, int, float, str):
+        fits = type(value) is kind or (kind is float and type(value) is int)
+    else:
+        fits = isinstance(value, list) and all(isinstance(part, str) for part in value)
+    if not fits:
+        raise TypeError(f"{item.name} is {value!r}")
+    if item.metadata["choices"] and value not in item.metadata["choices"]:
+        raise ValueError(f"{item.name} is {value!r}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -149,16 +206,27 @@ class _Parser(argparse.ArgumentParser):
     def parse_args(self, argv=None, namespace=None):
         known, unknown = self.parse_known_args(argv, namespace)
         if unknown:
-            flags = [option for action in self._actions for option in action.option_strings]
-            nearest = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else "see --help for the flags there are"
-            raise UsageError(f"{unknown[0]}: no such flag; {hint}")
+            raise UsageError(_unknown(unknown[0], [o for action in self._actions for o in action.option_strings]))
         return known
 
 
-def _build_parser(script: Mapping[str, str]) -> argparse.ArgumentParser:
-    description = "Distil a large causal language model into a small one, in fp16, without NaN."
-    parser = _Parser(usage="%(prog)s [--mode MODE] [flags]", description=description, **_style())
+def _unknown(flag: str, flags: Sequence[str]) -> str:
+    """What is said of a flag that there is not, with the nearest one that there is."""
+    nearest = difflib.get_close_matches(flag.split("=")[0], flags, n=1)
+    return f"{flag}: no such flag; {f'did you mean {nearest[0]}?' if nearest else 'see --help for the flags there are'}"
+
+
+def _program() -> str:
+    """How the verbs were called: as the installed command, or through Python."""
+    return "sar-kd" if Path(sys.argv[0]).stem == "sar-kd" else "python -m sar_kd"
+
+
+def _build_parser(
+    script: Mapping[str, str],
+    program: str | None = None,
+    description: str = "Distil a large causal language model into a small one, in fp16, without NaN.",
+) -> argparse.ArgumentParser:
+    parser = _Parser(prog=program, usage="%(prog)s [--mode MODE] [flags]", description=description, **_style())
     parser.add_argument(
         "--mode", choices=tuple(MODES), help=f"a word for a set of values; flags given beside it win ({script['mode']})"
     )
@@ -175,14 +243,27 @@ def _style() -> dict:
     }
 
 
-def _add_sections(parser: argparse.ArgumentParser, sections: Mapping[str, type], defaults: Mapping) -> None:
-    """A flag for each field; its default as in `defaults`, else the field's own."""
+def _place(sections: Mapping[str, type], name: str) -> str:
+    """How the usage line shows a field that is given by its place."""
+    item = next(item for section in sections.values() for item in dataclasses.fields(section) if item.name == name)
+    metavar = item.metadata["metavar"]
+    return f"{metavar} [{metavar} ...]" if item.default == () else metavar
+
+
+def _add_sections(
+    parser: argparse.ArgumentParser, sections: Mapping[str, type], defaults: Mapping, places: Sequence[str] = ()
+) -> None:
+    """A flag for each field, but those in `places`; its default as in `defaults`, else the field's own."""
     for section in sections.values():
         title, _, description = section.__doc__.rstrip(".").partition(": ")
         group = parser.add_argument_group(title, description)
         hints = typing.get_type_hints(section)
-        for item in dataclasses.fields(section):
-            _add_flag(group, item, hints[item.name], defaults.get(item.name, item.default))
+        for item in sorted(dataclasses.fields(section), key=lambda item: [*places, item.name].index(item.name)):
+            if item.name in places:
+                words = {"nargs": "+"} if item.default == () else {}
+                group.add_argument(item.name, help=item.metadata["help"], metavar=item.metadata["metavar"], **words)
+            else:
+                _add_flag(group, item, hints[item.name], defaults.get(item.name, item.default))
 
 
 def _add_flag(group, item: dataclasses.Field, kind: type, default) -> None:
@@ -203,12 +284,10 @@ def _add_flag(group, item: dataclasses.Field, kind: type, default) -> None:
 
 
 def _parser_of(kind: type):
-    words = {int: "a whole number", float: "a number", str: "text"}
-
     def parse(text: str):
         try:
             return kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"'{text}' is not {words[kind]}") from None
+            raise argparse.ArgumentTypeError(f"'{text}' is not {_WORDS[kind]}") from None
 
     return parse

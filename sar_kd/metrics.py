@@ -9,21 +9,42 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from tqdm import tqdm
 
+from sar_kd.card import CardWriter
 from sar_kd.config import Config, GuardConfig, UsageError
 from sar_kd.files import complete_lines, plain, replace_text, step_of
 from sar_kd.folder import FolderLock, check_contained, clear, holds_something
 from sar_kd.guards import CAUSES, Verdict
+from sar_kd.report import FILE as REPORT
+from sar_kd.report import find_report_writer
+from sar_kd.trackers import find_trackers
+
+
+class Observer(Protocol):
+    """Takes notice of everything that a run writes, once it is written."""
+
+    def record(self, record: dict) -> None:
+        """A line of `metrics.jsonl`; its `event` says of what."""
+
+    def finish(self, summary: dict) -> None:
+        """The run has ended, and its summary is written."""
+
+    def close(self) -> None:
+        """Nothing more follows, however the run has ended."""
 
 
 class RunLog:
-    """A run folder and the terminal."""
+    """A run folder and the terminal, and whoever else takes notice."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, observers: Sequence[Observer] = ()):
+        self.deadline = time.monotonic() + config.train.time_limit_seconds
+        self._observers = observers
         self.folder = Path(config.train.output_dir)
         self._config = config
         self._every = config.train.log_steps
@@ -63,6 +84,11 @@ class RunLog:
         replace_text(path, "".join(kept))
         self._metrics = open(path, "a", encoding="utf-8", buffering=1)
 
+    def begin(self, student: dict, teacher: dict) -> None:
+        """Enter what both models are before the first step."""
+        of_teacher = {f"teacher_{name}": value for name, value in teacher.items()}
+        self._write({"event": "start", "step": 0, **student, **of_teacher})
+
     def rewind(self, record: dict, num_blocks: int) -> None:
         """Go back to the step that `record` names, and say so: what came after it is about to happen otherwise."""
         self._metrics.close()
@@ -84,6 +110,8 @@ class RunLog:
         if self._metrics is not None:
             self._metrics.close()
         self._lock.release()
+        for observer in self._observers:
+            observer.close()
 
     def step(self, record: dict, success_rate: float, tokens_per_second: float) -> None:
         """Enter one attempted update; its `step` counts from 1."""
@@ -126,12 +154,16 @@ class RunLog:
     def finish(self, summary: dict) -> None:
         """Write `summary.json`, close everything, print the closing table."""
         replace_text(self.folder / "summary.json", json.dumps(plain(summary), indent=2) + "\n")
+        for observer in self._observers:
+            observer.finish(summary)
         self.close()
         for line in closing_table(summary, self.folder):
             self.say(line)
 
     def _write(self, record: dict) -> None:
         self._metrics.write(json.dumps(plain(record)) + "\n")
+        for observer in self._observers:
+            observer.record(record)
 
 
 def open_run(config: Config) -> RunLog:
@@ -153,14 +185,15 @@ def open_run(config: Config) -> RunLog:
         FolderLock(folder).check()
     except OSError as error:
         raise UsageError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
-    log = RunLog(config)
+    writers, lines = find_report_writer(folder)
+    log = RunLog(config, [CardWriter(folder), *writers, *find_trackers(config)])
     models = config.models
     log.say(f"Mode {config.mode}, teacher {models.teacher_model}, student {models.student_model}, run folder {folder}")
     loss = config.loss
     log.say(
         f"loss = {loss.alpha_ce:g} * ce + {loss.alpha_kd:g} * kd at temperature {loss.temperature:g}, shown unclamped"
     )
-    for notice in config.notices:
+    for notice in [*config.notices, *lines]:
         log.say(notice)
     return log
 
@@ -226,6 +259,8 @@ def closing_table(summary: dict, folder: Path) -> list[str]:
     ]
     if summary["status"] == "interrupted":
         lines.append(f"  continue with the same command and --resume --output_dir {folder}")
+    elif (folder / REPORT).is_file():
+        lines.append(f"  pictures in {folder / REPORT}")
     return lines
 
 

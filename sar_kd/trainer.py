@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from sar_kd.checkpoint import load_checkpoint, save_checkpoint, save_student
+from sar_kd.clamps import check_clamps
 from sar_kd.config import Config, UsageError
 from sar_kd.data import Batch, Corpus
 from sar_kd.evaluate import Evaluation, evaluate
@@ -21,7 +22,7 @@ from sar_kd.models import Models
 from sar_kd.objective import Objective
 from sar_kd.optim import learning_rate_at, set_learning_rate_
 from sar_kd.precision import Precision
-from sar_kd.preflight import check_clamps, describe
+from sar_kd.preflight import describe
 from sar_kd.progress import Progress, figures_of
 from sar_kd.recovery import Recovery, without
 from sar_kd.step import StepReport, train_step
@@ -67,7 +68,7 @@ class Trainer:
                 self._resume()
             else:
                 self._begin()
-            with Interruption() as interruption:
+            with Interruption(self.log.deadline) as interruption:
                 status = self._train(interruption, before)
             summary = self._summary(status)
             self.log.finish(summary)
@@ -97,9 +98,10 @@ class Trainer:
             before = time.monotonic()
             if report.verdict.emergency:
                 self._stop(report)
-            if progress.step % settings.save_steps == 0 or at_end or interruption.requested:
+            stops = interruption.requested  # read once: what is not saved here must not end the run here
+            if progress.step % settings.save_steps == 0 or at_end or stops:
                 self._save()
-            if interruption.requested and not at_end:
+            if stops and not at_end:
                 return "interrupted"
         return "finished"
 
@@ -140,7 +142,7 @@ class Trainer:
 
     def _begin(self) -> None:
         """Evaluate both models before the first step, refuse what cannot learn, keep the student as it is."""
-        for line in [*describe(self.train, self.validation, self.precision), *self.routing.lines]:
+        for line in [*describe(self.train, self.validation), *self.routing.lines]:
             self.log.say(line)
         for line in self.routing.begin(self.validation, self.precision):
             self.log.say(line)
@@ -158,6 +160,7 @@ class Trainer:
         )
         self.log.start(0, self.config.train.train_steps)
         save_student(self.models.student, self.models.tokenizers.student, self.folder / "student")
+        self.log.begin(self.progress.start, self.progress.teacher)
         if self.config.guards.on_divergence == "rewind":
             self._save()  # somewhere to go back to
 

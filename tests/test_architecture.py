@@ -9,23 +9,24 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("train_sar_kd_fp16_safe", "train_sar_kd_stable")
 LEVELS = {
-    -2: {"settings"},
+    -2: {"settings", "version"},
     -1: {"routing_config"},
-    0: {"sar_kd", "config", "embedded", "guards", "losses", "token_bytes", "interruption"},
-    1: {"arguments", "routers", "tokens", "projection", "documents", "precision", "optim", "folder", "files"},
-    2: {"alignment", "routing", "vocabulary", "metrics"},
-    3: {"models", "conversation", "router_terms", "router_update"},
-    4: {"router_table", "streams"},
-    5: {"pairing"},
+    0: {"config", "embedded", "guards", "losses", "token_bytes", "interruption", "hub"},
+    1: {"arguments", "routers", "tokens", "projection", "documents", "optim", "folder", "files", "environment"},
+    2: {"alignment", "routing", "vocabulary", "precision", "history", "trackers"},
+    3: {"models", "conversation", "router_terms", "router_update", "charts", "verdict", "card"},
+    4: {"router_table", "streams", "report", "generate"},
+    5: {"pairing", "metrics"},
     6: {"data"},
     7: {"distillation", "coverage", "evaluate", "forensics"},
-    8: {"objective", "audit", "preflight", "progress"},
-    9: {"router_learner", "router_watch"},
+    8: {"objective", "audit", "clamps", "progress"},
+    9: {"router_learner", "router_watch", "preflight"},
     10: {"step", "teacher_routing"},
     11: {"checkpoint", "recovery"},
     12: {"trainer"},
-    13: {"cli", "embedded.build"},
-    14: {"__main__", *SCRIPTS},
+    13: {"cli", "embedded.build", "train"},
+    14: {"__main__", "api", *SCRIPTS},
+    15: {"sar_kd"},
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
 
@@ -148,7 +149,8 @@ def test_only_these_modules_write_to_the_terminal():
             or any(name.endswith(("stdout.write", "stderr.write")) for name in names)
         )
 
-    printing = {"metrics", "cli", "__main__", "audit", "forensics", "router_table", "embedded.build"}
+    verbs = {"audit", "forensics", "router_table", "embedded.build", "preflight", "report", "generate"}
+    printing = {"metrics", "cli", "__main__", *verbs}
     assert _modules_that(prints) <= printing
 
 
@@ -166,8 +168,17 @@ def test_one_call_on_the_way_of_a_step_waits_for_the_device():
         for node in ast.walk(TREES[module])
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in waits
     ]
-    # The label shift runs in the collator, the device is tried before the run.
-    assert sorted(found) == [("losses", "nonzero"), ("precision", "item"), ("step", "tolist")]
+    # The label shift runs in the collator.
+    assert sorted(found) == [("losses", "nonzero"), ("step", "tolist")]
+
+
+def test_the_verb_trains_line_for_line_as_the_scripts_do():
+    def statements(module, function):
+        (definition,) = (node for node in TREES[module].body if getattr(node, "name", None) == function)
+        return [ast.unparse(statement) for statement in definition.body if not isinstance(statement, ast.Expr)]
+
+    of_script = [line for line in statements(SCRIPTS[1], "main") if not line.startswith("config = ")]
+    assert [line.replace(", given)", ")") for line in statements("train", "train")] == of_script
 
 
 def test_the_scripts_differ_in_their_preset_only():
