@@ -201,6 +201,9 @@ def _check_kind(item: dataclasses.Field, kind: type, value: object) -> None:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
+        missing = "the following arguments are required: "
+        if message.startswith(missing):
+            raise UsageError(f"{message.removeprefix(missing)}: not given; {self.format_usage().strip()}")
         raise UsageError(message.removeprefix("argument "))
 
     def parse_args(self, argv=None, namespace=None):

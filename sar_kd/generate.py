@@ -122,8 +122,9 @@ def side_by_side(texts: dict[str, str], figures: dict[str, str], width: int) -> 
 
 def _wrap(text: str, width: int) -> list[str]:
     """Lines of at most `width` characters; the text's own ends of lines stay."""
-    lines = [part for line in text.splitlines() for part in (textwrap.wrap(line, width, drop_whitespace=False) or [""])]
-    return lines or ["(nothing)"]
+    wrap = textwrap.TextWrapper(width, drop_whitespace=False).wrap  # a line's indentation is the model's too
+    lines = [part.rstrip() for line in text.splitlines() for part in (wrap(line) or [""])]
+    return lines if any(lines) else ["(nothing)"]
 
 
 def _width() -> int:
