@@ -26,6 +26,7 @@ from sar_kd.config import UsageError
 from sar_kd.files import replace_text
 from sar_kd.folder import require_room
 from sar_kd.guards import StepGuard
+from sar_kd.models import complete_generation_config_
 from sar_kd.objective import Objective
 from sar_kd.precision import Precision
 from sar_kd.teacher_routing import TeacherRouting
@@ -46,6 +47,7 @@ def save_student(student: nn.Module, tokenizer, folder: Path) -> None:
     so a reader meets the former student or the new one.
     Raises: UsageError if they cannot be written; the former student is then as it was
     """
+    complete_generation_config_(student, tokenizer)
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     require_room(folder.parent, _size(student.state_dict()), "the student")

@@ -176,6 +176,25 @@ def _pair_tokenizers(names: ModelConfig, rows: dict[str, int], given: Given = NO
         raise UsageError(f"--{flag} {getattr(names, flag)}: its tokenizer {error.reason}; {remedy}") from None
 
 
+def complete_generation_config_(model: nn.Module, tokenizer) -> None:
+    """Make the model's generation config one that can be saved and that `generate` takes without a word.
+
+    Where published, it may sample at a temperature without saying `do_sample`, which is refused when saved; and it may
+    leave out where a text ends, which the tokenizer knows.
+    """
+    config: Any = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    if config.eos_token_id is None:
+        config.eos_token_id = tokenizer.eos_token_id
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True
+
+
 def _quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
