@@ -1,7 +1,7 @@
 """`sar-kd VERB`, and `python -m sar_kd VERB`: everything that the package does.
 
 train       distil a teacher into a student (as train_sar_kd_stable.py does)
-preflight   what a run would find on this machine, with the same flags; trains nothing
+preflight   what a run with the same flags would find here; trains nothing
 report      report.html of a run, or of several beside one another
 generate    teacher, student before and student after on one prompt
 forensics   why a step of a run was not finite, and what to try

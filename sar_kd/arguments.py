@@ -12,6 +12,7 @@ import time
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sar_kd.config import (
     EMBEDDED,
@@ -80,13 +81,13 @@ def configure(script: Mapping[str, str], flags: Mapping[str, object]) -> Config:
     return _configure(script, given)
 
 
-def _configure(script: Mapping[str, str], given: dict[str, object]) -> Config:
+def _configure(script: Mapping[str, str], given: dict[str, Any]) -> Config:
     mode = given.pop("mode", None)
     if given.get("resume"):
         return _resumed(given, mode)
     mode = mode or script["mode"]
-    values = {"model_dtype": script["model_dtype"], **MODES[mode], **given}
-    notices = ()
+    values: dict[str, Any] = {"model_dtype": script["model_dtype"], **MODES[mode], **given}
+    notices: tuple[str, ...] = ()
     if values.get("student_model", EMBEDDED) == EMBEDDED and "student_lr" not in given:
         notices += (_raise_rate(values, "student_lr", EMBEDDED_LR_FACTOR, "Learning rate", "student"),)
     if values.get("teacher_model", EMBEDDED) == EMBEDDED and "router_lr" not in given:
@@ -97,7 +98,7 @@ def _configure(script: Mapping[str, str], given: dict[str, object]) -> Config:
     return Config.from_flags(values, mode, notices)
 
 
-def _raise_rate(values: dict[str, object], flag: str, factor: float, title: str, model: str) -> str:
+def _raise_rate(values: dict[str, Any], flag: str, factor: float, title: str, model: str) -> str:
     """Give an embedded model the rate that it wants; the line that says so."""
     rate = values.get(flag, RoutingConfig.router_lr)
     values[flag] = rate * factor
@@ -140,7 +141,7 @@ def _parse_flags(
     return given, given.pop("json", False)
 
 
-def _resumed(given: dict[str, object], mode: str | None) -> Config:
+def _resumed(given: dict[str, Any], mode: str | None) -> Config:
     if not given.get("output_dir"):
         raise UsageError("--resume: give the run folder with --output_dir")
     path = Path(given["output_dir"]) / "config.json"
@@ -152,7 +153,7 @@ def _resumed(given: dict[str, object], mode: str | None) -> Config:
         saved = json.loads(path.read_text())
         saved_mode = saved.pop("mode")
         values = {name: value for section in saved.values() for name, value in section.items()}
-        values = {name: values[name] for section in SECTIONS.values() for name in section.__dataclass_fields__}
+        values = {name: values[name] for section in SECTIONS.values() for name in _names(section)}
         _check_kinds(values)
         if saved_mode not in MODES:
             raise ValueError(f"no mode is called {saved_mode}")
@@ -166,13 +167,17 @@ def _resumed(given: dict[str, object], mode: str | None) -> Config:
     require(mode in (None, saved_mode), "mode", mode, f"the run to resume has {saved_mode}; leave the flag out")
     trusted = not values["trust_remote_code"] or "trust_remote_code" in given
     require(trusted, "resume", given["output_dir"], "its models run code of their own: give --trust_remote_code again")
-    notices = ()
+    notices: tuple[str, ...] = ()
     if given.get("train_steps", values["train_steps"]) != values["train_steps"]:
         notices = (f"--train_steps {given['train_steps']}: the learning rate's course changes from here on.",)
     try:
         return Config.from_flags({**values, **given, "overwrite": False}, saved_mode, notices)
     except (TypeError, AttributeError) as error:  # a value of another type, edited by hand
         raise UsageError(f"--resume: {path} is not what this version wrote ({error}); start a new run") from None
+
+
+def _names(section: type) -> list[str]:
+    return [item.name for item in dataclasses.fields(section)]
 
 
 def _fields() -> Iterator[tuple[dataclasses.Field, type]]:
@@ -258,12 +263,12 @@ def _add_sections(
 ) -> None:
     """A flag for each field, but those in `places`; its default as in `defaults`, else the field's own."""
     for section in sections.values():
-        title, _, description = section.__doc__.rstrip(".").partition(": ")
+        title, _, description = (section.__doc__ or "").rstrip(".").partition(": ")
         group = parser.add_argument_group(title, description)
         hints = typing.get_type_hints(section)
         for item in sorted(dataclasses.fields(section), key=lambda item: [*places, item.name].index(item.name)):
             if item.name in places:
-                words = {"nargs": "+"} if item.default == () else {}
+                words: dict[str, Any] = {"nargs": "+"} if item.default == () else {}
                 group.add_argument(item.name, help=item.metadata["help"], metavar=item.metadata["metavar"], **words)
             else:
                 _add_flag(group, item, hints[item.name], defaults.get(item.name, item.default))

@@ -22,7 +22,7 @@ _BINS = 300
 _INK, _FAINT = "#010203", "#010204"
 _COLOURS = [f"#0102{10 + index}" for index in range(SERIES)]
 _VARIABLES = {_INK: "var(--ink)", _FAINT: "var(--faint)"} | {c: f"var(--s{i})" for i, c in enumerate(_COLOURS)}
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "sar-kd", "font.size": 9, "font.family": "sans-serif",
     "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _FAINT, "xtick.color": _INK, "ytick.color": _INK,
     "grid.color": _FAINT, "grid.linewidth": 0.6, "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False,
@@ -219,7 +219,7 @@ def _skips(axes, run: History) -> None:
         axes.set_yticks([])
     axes.set_xlim(0, max((record["step"] for record in run.steps), default=1) + 1)
     axes.set_ylim(0, max([*base, 1]) * 1.15)
-    axes.set_title("Skipped updates" if width == 1 else f"Skipped updates, of {width} a bar")
+    axes.set_title("Skipped updates" if width == 1 or not any(base) else f"Skipped updates, of {width} a bar")
     if any(base):
         _legend(axes)
 

@@ -17,6 +17,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -40,7 +41,7 @@ _UNREADABLE = (
 _NAME = re.compile(r"step-\d{8,}")
 
 
-def save_student(student: nn.Module, tokenizer, folder: Path) -> None:
+def save_student(student: Any, tokenizer, folder: Path) -> None:
     """Write model and tokenizer into `folder`, so that `from_pretrained(folder)` loads them.
 
     The files are written aside and moved in one by one. Between two savings of a run only the weights differ,
@@ -82,7 +83,12 @@ def save_checkpoint(
     name = f"step-{progress['step']:08d}"
     partial = folder / f".{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    owners = {"optimizer": optimizer, "precision": precision, "objective": objective, "routing": routing}
+    owners: dict[str, Any] = {
+        "optimizer": optimizer,
+        "precision": precision,
+        "objective": objective,
+        "routing": routing,
+    }
     state = {part: owner.state_dict() for part, owner in owners.items()}
     what = f"the checkpoint of step {progress['step']}"
     require_room(folder.parent, _size(student.state_dict()) + _size(state), what)

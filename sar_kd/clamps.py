@@ -13,25 +13,24 @@ from sar_kd.models import Models, num_rows
 from sar_kd.precision import Precision
 
 
-def clamp_line(loss: LossConfig, student_vocab: int, teacher_vocab: int) -> tuple[str, dict]:
-    """What the clamps do to these vocabularies, in a line and in figures."""
+def clamp_lines(loss: LossConfig, student_vocab: int, teacher_vocab: int) -> tuple[list[str], dict]:
+    """What the clamps do to these vocabularies, in lines and in figures."""
     floor = raw_clamp_perplexity_floor(student_vocab, loss.logit_clamp)
     largest = raw_clamp_largest_probability(teacher_vocab, loss.logit_clamp, loss.temperature)
+    letter = f"perplexity {floor:.2f} or more, teacher at most p = {largest:.2g}"
+    bound, fresh = f"Logits in [-{loss.logit_clamp:g}, {loss.logit_clamp:g}]", math.log(student_vocab)
+    of_logits = {
+        "raw": f"{bound} to the letter: {letter}",
+        "normalized": f"{bound}, normalized: no probability is capped (to the letter: {letter})",
+        "off": "Logits are not clamped",
+    }
+    of_loss = {
+        "hard": f"Loss above {loss.loss_clamp:g} has no gradient; a fresh student starts at ln V = {fresh:.2f}",
+        "scale": f"Loss above {loss.loss_clamp:g} is scaled down to it, its gradient's direction kept",
+        "off": "The loss is not clamped",
+    }
     figures = {"raw_perplexity_floor": floor, "raw_largest_teacher_probability": largest}
-    bound = f"Logits in [-{loss.logit_clamp:g}, {loss.logit_clamp:g}]"
-    if loss.logit_clamp_style == "raw":
-        line = f"{bound} to the letter: training perplexity {floor:.2f} or more, teacher at most p = {largest:.2g}"
-    elif loss.logit_clamp_style == "normalized":
-        line = (
-            f"{bound}, normalized: no cap on a probability (to the letter: perplexity {floor:.2f} or more, teacher at "
-            f"most p = {largest:.2g})"
-        )
-    else:
-        line = "Logits are not clamped"
-    fresh = f"ln V = {math.log(student_vocab):.2f}"
-    hard = f"; loss above {loss.loss_clamp:g} has no gradient (a fresh student starts at {fresh})"
-    scaled = f"; loss above {loss.loss_clamp:g} is scaled down to it"
-    return line + {"hard": hard, "scale": scaled, "off": ""}[loss.loss_clamp_style], figures
+    return [of_logits[loss.logit_clamp_style], of_loss[loss.loss_clamp_style]], figures
 
 
 def check_clamps(

@@ -33,7 +33,7 @@ _CU126_INDEX = "https://download.pytorch.org/whl/cu126"
 class Card(NamedTuple):
     """One GPU."""
 
-    index: int
+    number: int
     name: str
     capability: tuple[int, int]
     memory: int

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import TextIO
 
 from sar_kd.config import UsageError
 
 try:
     import fcntl
 except ImportError:  # Windows has no such lock
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
 _SLACK = 2**24
@@ -25,7 +26,7 @@ class FolderLock:
 
     def __init__(self, folder: Path):
         self.path = folder / LOCK
-        self._file = None
+        self._file: TextIO | None = None
 
     def check(self) -> None:
         """Raise UsageError if another run holds the folder."""

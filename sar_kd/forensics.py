@@ -38,7 +38,7 @@ def examine(
     student: nn.Module,
     batch: Batch,
     precision: Precision,
-    cause: str = "forward",
+    cause: str | None = "forward",
     loss: Callable[[Batch], Tensor] | None = None,
 ) -> dict:
     """Replay a bad micro-batch in the run's dtype and, if that is not finite, in float32.
@@ -76,7 +76,7 @@ def examine(
     }
 
 
-def _verdict(student: nn.Module, first: dict | None, in_float32: bool, cause: str) -> str:
+def _verdict(student: nn.Module, first: dict | None, in_float32: bool, cause: str | None) -> str:
     if first is None:
         return "gradient" if cause == "gradient" else "not reproduced"
     if not all(parameter.isfinite().all() for parameter in student.parameters()):

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -49,15 +51,15 @@ class RunLog:
         self._config = config
         self._every = config.train.log_steps
         self._is_terminal = sys.stdout.isatty()
-        self._bar: tqdm | None = None
+        self._bar: Any = None  # a tqdm from `start` on
         self._perplexity = math.nan
-        self._metrics = None
+        self._metrics: Any = None  # a file, likewise
         self._lock = FolderLock(self.folder)
         self._window: list[dict] = []
 
     def say(self, line: str) -> None:
         """Print one line, above the bar if there is one."""
-        tqdm.write(line, file=sys.stdout)
+        tqdm.write("\n".join(fitted(line)), file=sys.stdout)
         sys.stdout.flush()
 
     def start(self, first_step: int, train_steps: int) -> None:
@@ -157,6 +159,8 @@ class RunLog:
         for observer in self._observers:
             observer.finish(summary)
         self.close()
+        if summary["status"] == "interrupted" and time.monotonic() >= self.deadline:
+            self.say(f"--time_limit {self._config.train.time_limit}: the time is over, everything is saved")
         for line in closing_table(summary, self.folder):
             self.say(line)
 
@@ -229,6 +233,14 @@ def notices_of(
     return lines
 
 
+def fitted(line: str) -> list[str]:
+    """The line as a terminal shows it without breaking a word; as it is, where it goes into a file."""
+    if not sys.stdout.isatty():
+        return [line]
+    width = max(40, shutil.get_terminal_size((80, 24)).columns)
+    return textwrap.wrap(line, width, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False) or [""]
+
+
 def few(names: Sequence[str]) -> str:
     """The first names of a list that may be long."""
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
@@ -257,20 +269,20 @@ def closing_table(summary: dict, folder: Path) -> list[str]:
         + f", success rate {summary['success_rate']:.1%}, loss scale {summary['loss_scale_final']:.0f}",
         f"  student saved in {folder / 'student'}, figures in {folder / 'summary.json'}",
     ]
+    if (folder / REPORT).is_file():
+        lines.append(f"  pictures in {folder / REPORT}")
     if summary["status"] == "interrupted":
         lines.append(f"  continue with the same command and --resume --output_dir {folder}")
-    elif (folder / REPORT).is_file():
-        lines.append(f"  pictures in {folder / REPORT}")
     return lines
 
 
 def _teachers(summary: dict) -> dict[str, tuple[float, float]]:
     """Perplexity and bits per byte of the teacher in the run's routing, and at the end if its routers learned."""
-    found = {}
+    found: dict = {}
     for when in ("start", "final"):
         figures = summary.get(f"router_{when}") or {}
         for how in ("native", "routed"):
-            pair = tuple(figures.get(f"teacher_val_{kind}_{how}") for kind in ("ppl", "bits_per_byte"))
+            pair = figures.get(f"teacher_val_ppl_{how}"), figures.get(f"teacher_val_bits_per_byte_{how}")
             is_news = (when, how) != ("start", "native") and None not in pair
             if is_news and (how == "native" or summary["experts"] != "native"):
                 active = "own routing" if how == "native" else "every expert" if summary["experts"] == "all" else "ka"

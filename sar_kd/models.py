@@ -69,7 +69,7 @@ class Given:
 
     pairs: Mapping[str, tuple[nn.Module, Any]]
 
-    def model(self, flag: str) -> nn.Module | None:
+    def model(self, flag: str) -> Any:
         """The model that stands for this flag's; None if it is to be loaded."""
         return self.pairs[flag][0] if flag in self.pairs else None
 
@@ -201,12 +201,12 @@ def _quiet() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry of an absent network
 
 
-def num_rows(model: nn.Module) -> int:
+def num_rows(model: Any) -> int:
     """Rows of the head: V of the logits, which may exceed the tokenizer's size."""
     return model.get_output_embeddings().weight.shape[0]
 
 
-def _context(model: nn.Module) -> int | None:
+def _context(model: Any) -> int | None:
     """The longest input that the model takes; None if it states none."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
@@ -223,7 +223,7 @@ def _location(flag: str, name: str) -> str:
     return os.path.expanduser(name)
 
 
-def _load_model(flag: str, name: str, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+def _load_model(flag: str, name: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     location = _location(flag, name)
     load = transformers.AutoModelForCausalLM.from_pretrained
     how = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 try:
     import resource
 except ImportError:  # Windows
-    resource = None
+    resource = None  # type: ignore[assignment]
 
 from sar_kd.config import PrecisionConfig, UsageError
 from sar_kd.environment import require_kernels

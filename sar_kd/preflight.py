@@ -19,14 +19,14 @@ import torch
 
 from sar_kd import environment, hub
 from sar_kd.arguments import parse_run
-from sar_kd.clamps import clamp_line, reasons_not_to_learn
+from sar_kd.clamps import clamp_lines, reasons_not_to_learn
 from sar_kd.config import EMBEDDED, Config, UsageError
 from sar_kd.coverage import measure_coverage, name_left_out
 from sar_kd.data import Corpus
 from sar_kd.documents import load_documents
 from sar_kd.files import plain
 from sar_kd.folder import require_room
-from sar_kd.metrics import few
+from sar_kd.metrics import few, fitted
 from sar_kd.models import NOTHING_GIVEN, Given, load_skeleton, load_tokenizers, num_rows
 from sar_kd.precision import choose
 
@@ -87,8 +87,8 @@ def _check_device(subject: Subject) -> Finding:
         carried = "carried" if environment.carries(archs, card.capability) else "not carried"
         capability = ".".join(map(str, card.capability))
         lines.append(
-            f"GPU {card.index}: {card.name}, {card.memory / 1e9:.1f} GB, compute capability {capability}, {carried} by "
-            "this PyTorch"
+            f"GPU {card.number}: {card.name}, {card.memory / 1e9:.1f} GB, compute capability {capability}, {carried} "
+            "by this PyTorch"
         )
     device, dtype, why = choose(subject.config.precision)  # runs one kernel where it is a GPU
     name = str(dtype).removeprefix("torch.")
@@ -131,7 +131,7 @@ def _check_models(subject: Subject) -> Finding:
 
 def _check_clamps(subject: Subject) -> Finding:
     loss, teacher, student = subject.config.loss, *(num_rows(subject.models[w]) for w in ("teacher", "student"))
-    line, record = clamp_line(loss, student, teacher)
+    lines, record = clamp_lines(loss, student, teacher)
     reasons = reasons_not_to_learn(
         logit_clamp=loss.logit_clamp if loss.logit_clamp_style == "raw" else None,
         loss_clamp=None,  # where the student starts is measured once it is loaded
@@ -144,7 +144,7 @@ def _check_clamps(subject: Subject) -> Finding:
     )
     if reasons and not loss.force:
         raise UsageError(f"{reasons[0]}, or --force to try all the same")
-    return Finding("clamps", [line], record)
+    return Finding("clamps", lines, record)
 
 
 def _check_disk(subject: Subject) -> Finding:
@@ -213,7 +213,8 @@ def main(argv: list[str]) -> dict:
         for finding in _examine(_ALL, Subject(config)):
             record[finding.name] = finding.record
             if not as_json:
-                print("\n".join(finding.lines), end="\n" if finding.lines else "")
+                for line in finding.lines:
+                    print("\n".join(fitted(line)))
     except UsageError as error:
         record |= {"ok": False, "error": str(error)}
         raise

@@ -43,7 +43,7 @@ class Recovery:
         cause = f"(cause: {record['cause']}, {record['verdict']})"
         return f"{cause}.{where} What to try: {record['remedy']}. Details: {self.folder / 'crash.md'}"
 
-    def _examine(self, micro_batches: list[Batch], cause: str) -> tuple[Batch, dict]:
+    def _examine(self, micro_batches: list[Batch], cause: str | None) -> tuple[Batch, dict]:
         """The first micro-batch that is bad when replayed (the last, if none is), and what is found in it."""
         for batch in micro_batches:
             findings = examine(self.objective.student, batch, self.precision, cause, lambda b: self._total(b))
@@ -57,7 +57,7 @@ class Recovery:
     def _documents(self, blocks: list[int]) -> list[str]:
         return list(dict.fromkeys(name for block in blocks for name in self.train.documents_of(block)))
 
-    def offenders(self, cause: str) -> list[int]:
+    def offenders(self, cause: str | None) -> list[int]:
         """The blocks that a second try leaves out: every one of the documents that were bad in a row of NaN batches.
 
         Only the bad blocks themselves, where those documents are half of the text or more.

@@ -6,6 +6,7 @@ once how to get the page, and goes on.
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import math
@@ -130,7 +131,9 @@ def _page_of_one(run: History, charts: list[tuple[str, str]]) -> str:
 
 
 def _page_of_several(runs: Sequence[History], charts: list[tuple[str, str]]) -> str:
-    rows = [("run", "status", "steps", "bits per byte", "best", "perplexity", "teacher's bits", "applied")]
+    rows: list[tuple[str, ...]] = [
+        ("run", "status", "steps", "bits per byte", "best", "perplexity", "teacher's bits", "applied")
+    ]
     for run in runs:
         last = run.validations()[-1] if run.validations() else {}
         best = min((number_of(r.get("val_bits_per_byte")) for r in run.validations()), default=math.nan)
@@ -145,7 +148,7 @@ def _page_of_several(runs: Sequence[History], charts: list[tuple[str, str]]) -> 
     differing = [
         name for name in runs[0].settings() if name != "output_dir" and len({_shown(r.setting(name)) for r in runs}) > 1
     ]
-    settings = [("setting", *(run.name for run in runs))]
+    settings: list[tuple[str, ...]] = [("setting", *(run.name for run in runs))]
     settings += [(name, *(_shown(run.setting(name)) for run in runs)) for name in differing]
     parts = [f"<h1>{len(runs)} runs</h1>", '<p class="under">Figures of the last validation, held-out text.</p>']
     parts += [_table(rows, numbers=range(2, 8)), "<h2>Pictures</h2>", _figures(charts)]
@@ -175,7 +178,7 @@ def _figures(charts: list[tuple[str, str]]) -> str:
 
 
 def _settings(run: History) -> str:
-    defaults = {name: item.default for s in SECTIONS.values() for name, item in s.__dataclass_fields__.items()}
+    defaults = {item.name: item.default for s in SECTIONS.values() for item in dataclasses.fields(s)}
     rows = []
     for name, value in run.settings().items():
         default = defaults.get(name)
