@@ -1,16 +1,11 @@
-"""The command line, derived from the settings: one flag per field, no second list."""
+"""The command line: what a run's flags, a verb's, or values given in Python ask for."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import difflib
 import json
-import shutil
-import sys
 import time
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +20,18 @@ from sar_kd.config import (
     UsageError,
     require,
 )
+from sar_kd.parsers import (
+    WORDS,
+    Parser,
+    add_sections,
+    check_kind,
+    fields_of,
+    names_of,
+    place_of,
+    program_name,
+    style,
+    unknown_flag,
+)
 from sar_kd.routing_config import RoutingConfig
 
 S = typing.TypeVar("S")
@@ -34,7 +41,6 @@ _MAY_CHANGE_ON_RESUME = {
     "eval_steps", "log_steps", "save_steps", "keep_checkpoints", "on_divergence", "resume", "output_dir", "train_steps",
     "device", "trust_remote_code", "time_limit", "tensorboard", "wandb",
 }  # fmt: skip
-_WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 
 
 def parse_args(script: Mapping[str, str], argv: list[str] | None = None) -> Config:
@@ -52,7 +58,7 @@ def parse_run(verb: str, description: str, argv: list[str]) -> tuple[Config, boo
 
     Raises: UsageError as `parse_args`
     """
-    parser = _build_parser(STABLE, f"{_program()} {verb}", description)
+    parser = _build_parser(STABLE, f"{program_name()} {verb}", description)
     parser.add_argument("--json", action="store_true", help="print JSON")
     given = vars(parser.parse_args(argv))
     as_json = given.pop("json", False)
@@ -65,16 +71,16 @@ def configure(script: Mapping[str, str], flags: Mapping[str, object]) -> Config:
     Raises: UsageError as `parse_args`
     """
     given = {name: list(value) if isinstance(value, tuple) else value for name, value in flags.items()}
-    kinds = {item.name: (item, kind) for item, kind in _fields()}
+    kinds = {item.name: (item, kind) for item, kind in fields_of(SECTIONS.values())}
     for name, value in given.items():
         if name != "mode" and name not in kinds:
-            raise UsageError(_unknown(name, [*kinds, "mode"]))
+            raise UsageError(unknown_flag(name, [*kinds, "mode"]))
         try:
             if name != "mode":
-                _check_kind(*kinds[name], value)
+                check_kind(*kinds[name], value)
         except (TypeError, ValueError):
             item, kind = kinds[name]
-            words = item.metadata["choices"] or (_WORDS.get(kind, "a list of texts"),)
+            words = item.metadata["choices"] or (WORDS.get(kind, "a list of texts"),)
             raise UsageError(f"--{name} {value!r}: must be {' or '.join(words)}") from None
     mode = given.get("mode")
     require(mode is None or mode in MODES, "mode", mode, f"must be {' or '.join(MODES)}")
@@ -133,10 +139,10 @@ def parse_section(
 def _parse_flags(
     verb: str, description: str, sections: Mapping[str, type], argv: list[str], places: Sequence[str] = ()
 ) -> tuple[dict, bool]:
-    usage = " ".join(["%(prog)s", *(_place(sections, name) for name in places), "[flags]"])
-    parser = _Parser(prog=f"{_program()} {verb}", usage=usage, description=description, **_style())
+    usage = " ".join(["%(prog)s", *(place_of(sections, name) for name in places), "[flags]"])
+    parser = Parser(prog=f"{program_name()} {verb}", usage=usage, description=description, **style())
     parser.add_argument("--json", action="store_true", help="print JSON")
-    _add_sections(parser, sections, {}, places)
+    add_sections(parser, sections, {}, places)
     given = vars(parser.parse_args(argv))
     return given, given.pop("json", False)
 
@@ -153,7 +159,7 @@ def _resumed(given: dict[str, Any], mode: str | None) -> Config:
         saved = json.loads(path.read_text())
         saved_mode = saved.pop("mode")
         values = {name: value for section in saved.values() for name, value in section.items()}
-        values = {name: values[name] for section in SECTIONS.values() for name in _names(section)}
+        values = {name: values[name] for section in SECTIONS.values() for name in names_of(section)}
         _check_kinds(values)
         if saved_mode not in MODES:
             raise ValueError(f"no mode is called {saved_mode}")
@@ -176,126 +182,20 @@ def _resumed(given: dict[str, Any], mode: str | None) -> Config:
         raise UsageError(f"--resume: {path} is not what this version wrote ({error}); start a new run") from None
 
 
-def _names(section: type) -> list[str]:
-    return [item.name for item in dataclasses.fields(section)]
-
-
-def _fields() -> Iterator[tuple[dataclasses.Field, type]]:
-    """Every field that is a flag, with its type."""
-    for section in SECTIONS.values():
-        hints = typing.get_type_hints(section)
-        yield from ((item, hints[item.name]) for item in dataclasses.fields(section))
-
-
 def _check_kinds(values: dict[str, object]) -> None:
     """Raise TypeError or ValueError unless each value is of its flag's kind and, where there are some, choices."""
-    for item, kind in _fields():
-        _check_kind(item, kind, values[item.name])
-
-
-def _check_kind(item: dataclasses.Field, kind: type, value: object) -> None:
-    if kind in (bool, int, float, str):
-        fits = type(value) is kind or (kind is float and type(value) is int)
-    else:
-        fits = isinstance(value, list) and all(isinstance(part, str) for part in value)
-    if not fits:
-        raise TypeError(f"{item.name} is {value!r}")
-    if item.metadata["choices"] and value not in item.metadata["choices"]:
-        raise ValueError(f"{item.name} is {value!r}")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        missing = "the following arguments are required: "
-        if message.startswith(missing):
-            raise UsageError(f"{message.removeprefix(missing)}: not given; {self.format_usage().strip()}")
-        raise UsageError(message.removeprefix("argument "))
-
-    def parse_args(self, argv=None, namespace=None):
-        known, unknown = self.parse_known_args(argv, namespace)
-        if unknown:
-            raise UsageError(_unknown(unknown[0], [o for action in self._actions for o in action.option_strings]))
-        return known
-
-
-def _unknown(flag: str, flags: Sequence[str]) -> str:
-    """What is said of a flag that there is not, with the nearest one that there is."""
-    nearest = difflib.get_close_matches(flag.split("=")[0], flags, n=1)
-    return f"{flag}: no such flag; {f'did you mean {nearest[0]}?' if nearest else 'see --help for the flags there are'}"
-
-
-def _program() -> str:
-    """How the verbs were called: as the installed command, or through Python."""
-    return "sar-kd" if Path(sys.argv[0]).stem == "sar-kd" else "python -m sar_kd"
+    for item, kind in fields_of(SECTIONS.values()):
+        check_kind(item, kind, values[item.name])
 
 
 def _build_parser(
     script: Mapping[str, str],
     program: str | None = None,
     description: str = "Distil a large causal language model into a small one, in fp16, without NaN.",
-) -> argparse.ArgumentParser:
-    parser = _Parser(prog=program, usage="%(prog)s [--mode MODE] [flags]", description=description, **_style())
+) -> Parser:
+    parser = Parser(prog=program, usage="%(prog)s [--mode MODE] [flags]", description=description, **style())
     parser.add_argument(
         "--mode", choices=tuple(MODES), help=f"a word for a set of values; flags given beside it win ({script['mode']})"
     )
-    _add_sections(parser, SECTIONS, {**script, **MODES[script["mode"]]})
+    add_sections(parser, SECTIONS, {**script, **MODES[script["mode"]]})
     return parser
-
-
-def _style() -> dict:
-    width = min(100, shutil.get_terminal_size((100, 24)).columns)
-    return {
-        "formatter_class": lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=width),
-        "allow_abbrev": False,
-        "argument_default": argparse.SUPPRESS,
-    }
-
-
-def _place(sections: Mapping[str, type], name: str) -> str:
-    """How the usage line shows a field that is given by its place."""
-    item = next(item for section in sections.values() for item in dataclasses.fields(section) if item.name == name)
-    metavar = item.metadata["metavar"]
-    return f"{metavar} [{metavar} ...]" if item.default == () else metavar
-
-
-def _add_sections(
-    parser: argparse.ArgumentParser, sections: Mapping[str, type], defaults: Mapping, places: Sequence[str] = ()
-) -> None:
-    """A flag for each field, but those in `places`; its default as in `defaults`, else the field's own."""
-    for section in sections.values():
-        title, _, description = (section.__doc__ or "").rstrip(".").partition(": ")
-        group = parser.add_argument_group(title, description)
-        hints = typing.get_type_hints(section)
-        for item in sorted(dataclasses.fields(section), key=lambda item: [*places, item.name].index(item.name)):
-            if item.name in places:
-                words: dict[str, Any] = {"nargs": "+"} if item.default == () else {}
-                group.add_argument(item.name, help=item.metadata["help"], metavar=item.metadata["metavar"], **words)
-            else:
-                _add_flag(group, item, hints[item.name], defaults.get(item.name, item.default))
-
-
-def _add_flag(group, item: dataclasses.Field, kind: type, default) -> None:
-    shown = "" if default in ("", (), False) else f" ({default:g})" if isinstance(default, float) else f" ({default})"
-    options: dict = {"help": item.metadata["help"] + shown}
-    if kind is bool:
-        options |= {"action": "store_true"}
-    elif item.metadata["choices"]:
-        options |= {"choices": item.metadata["choices"]}
-    else:
-        is_list = kind not in (int, float, str)
-        options |= {
-            "type": _parser_of(str if is_list else kind),
-            "metavar": item.metadata["metavar"] if is_list else kind.__name__.upper(),
-        }
-        options |= {"nargs": "+"} if is_list else {}
-    group.add_argument(f"--{item.name}", **options)
-
-
-def _parser_of(kind: type):
-    def parse(text: str):
-        try:
-            return kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"'{text}' is not {_WORDS[kind]}") from None
-
-    return parse

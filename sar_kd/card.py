@@ -37,7 +37,7 @@ class CardWriter:
 
     def _write(self) -> None:
         if (self.folder / "student").is_dir():
-            replace_text(self.folder / "student" / FILE, card_of(read_history(self.folder)))
+            replace_text(self.folder / "student" / FILE, card_of(read_history(self.folder, with_steps=False)))
 
 
 def card_of(run: History) -> str:

@@ -188,7 +188,7 @@ def _load_dataset(config: DataConfig) -> tuple[list[Sample], list[Sample]]:
     try:
         loaded = load_dataset(config.dataset_name, config.dataset_config_name or None)
     except (OSError, ValueError) as error:  # the package's own errors for the hub, the disk and unknown names
-        reason = reason_of(error, "dataset")
+        reason = reason_of(error, config.dataset_name, "dataset")
         raise UsageError(f"--dataset_name {config.dataset_name}: cannot be loaded ({reason})") from None
     if "train" not in loaded:
         raise UsageError(f"--dataset_name {config.dataset_name}: has no 'train' split (it has: {', '.join(loaded)})")

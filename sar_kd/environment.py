@@ -74,8 +74,11 @@ def find_cards() -> list[Card]:
 def carries(archs: Sequence[str], capability: tuple[int, int]) -> bool:
     """Can code compiled for `archs` ('sm_75', 'compute_90', 'sm_90a') run on a GPU of this compute capability?
 
-    sm_XY runs on X.Z with Z >= Y; compute_XY is compiled anew for whatever is not older; a letter binds it to X.Y.
+    sm_XY runs on X.Z with Z >= Y; compute_XY is compiled anew for whatever is not older; a letter binds it to X.Y. A
+    list without CUDA's names (ROCm's has gfx90a) says nothing, which is a yes: the kernel that is run decides.
     """
+    if not any(arch.startswith(("sm_", "compute_")) for arch in archs):
+        return True
     for arch in archs:
         kind, _, digits = arch.partition("_")
         exact = digits[-1:].isalpha()
@@ -97,7 +100,7 @@ def require_kernels(flag: str, device: torch.device) -> None:
     capability = torch.cuda.get_device_capability(device)
     name = f"{flag}: {torch.cuda.get_device_name(device)} (compute capability {capability[0]}.{capability[1]})"
     build, archs = f"PyTorch {torch.__version__}", torch.cuda.get_arch_list()
-    if archs and not carries(archs, capability):
+    if not carries(archs, capability):
         raise UsageError(f"{name} is not among what {build} was built for ({' '.join(archs)}); {_remedy(capability)}")
     try:
         (torch.ones(1, device=device) + 1).item()

@@ -10,6 +10,8 @@ from pathlib import Path
 from sar_kd.files import complete_lines, number_of
 from sar_kd.settings import UsageError
 
+_STEP = '{"event": "step"'  # how each line of a step begins
+
 
 @dataclass(frozen=True)
 class History:
@@ -48,8 +50,8 @@ class History:
         return [step for step, _ in pairs], [value for _, value in pairs]
 
 
-def read_history(folder: Path) -> History:
-    """Read what a run, finished or not, has left in its folder.
+def read_history(folder: Path, with_steps: bool = True) -> History:
+    """Read what a run, finished or not, has left in its folder; without its steps, of which there may be very many.
 
     Raises: UsageError if the folder holds no run, or one that cannot be read
     """
@@ -60,7 +62,8 @@ def read_history(folder: Path) -> History:
         config = json.loads(path.read_text(encoding="utf-8"))
         summary_file = folder / "summary.json"
         summary = json.loads(summary_file.read_text(encoding="utf-8")) if summary_file.is_file() else {}
-        records = [json.loads(line) for line in complete_lines(folder / "metrics.jsonl")]
+        lines = complete_lines(folder / "metrics.jsonl")
+        records = [json.loads(line) for line in lines if with_steps or not line.startswith(_STEP)]
         of_kind = {kind: [r for r in records if r["event"] == kind] for kind in ("start", "step", "evaluation")}
         if not isinstance(config, dict) or not isinstance(summary, dict):
             raise ValueError("config.json or summary.json holds no object")

@@ -39,10 +39,10 @@ def has_token() -> bool:
     return get_token() is not None
 
 
-def reason_of(error: BaseException, what: str = "model") -> str:
+def reason_of(error: BaseException, name: str, what: str = "model") -> str:
     """What went wrong and what to do, in one line; the error's own first line where it is none of the hub's.
 
-    what: 'model' or 'dataset'
+    name: what was asked for; what: 'model' or 'dataset'
     """
     chain = list(_chain(error))
     kinds = {kind.__name__ for link in chain for kind in type(link).__mro__}
@@ -58,7 +58,9 @@ def reason_of(error: BaseException, what: str = "model") -> str:
         offline = offline_by()
         cause = f"{offline} forbids the network" if offline else "no network"
         kind = " --repo-type dataset" if what == "dataset" else ""
-        return f"not in the cache, and {cause}; fetch it elsewhere with `hf download{kind}` and give its directory"
+        return (
+            f"not in the cache, and {cause}; fetch it elsewhere with `hf download {name}{kind}` and give its directory"
+        )
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

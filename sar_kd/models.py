@@ -284,4 +284,4 @@ def _read(flag: str, name: str, load):
     try:
         return load()
     except _UNREADABLE as error:
-        raise UsageError(f"--{flag} {name}: cannot be loaded ({reason_of(error)})") from None
+        raise UsageError(f"--{flag} {name}: cannot be loaded ({reason_of(error, name)})") from None

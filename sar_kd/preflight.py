@@ -26,9 +26,10 @@ from sar_kd.data import Corpus
 from sar_kd.documents import load_documents
 from sar_kd.files import plain
 from sar_kd.folder import require_room
-from sar_kd.metrics import few, fitted
+from sar_kd.metrics import few
 from sar_kd.models import NOTHING_GIVEN, Given, load_skeleton, load_tokenizers, num_rows
 from sar_kd.precision import choose
+from sar_kd.wording import fitted
 
 _SAMPLE_CHARACTERS = 200_000
 

@@ -50,7 +50,8 @@ def machine(monkeypatch):
         (["compute_70"], (6, 0), False),
         (["sm_90a"], (9, 0), True),
         (["sm_100a"], (10, 3), False),  # bound to its own minor
-        ([], (7, 5), False),
+        ([], (7, 5), True),
+        (["gfx906", "gfx90a"], (9, 0), True),  # ROCm's names: the kernel that is run decides
     ],
 )
 def test_code_runs_on_its_own_major_from_its_minor_on_or_is_compiled_anew(archs, capability, runs):

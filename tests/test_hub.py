@@ -78,7 +78,7 @@ def test_a_model_that_is_not_there_and_one_that_is_gated_are_told_apart(hub, tmp
 def test_an_absent_network_and_a_forbidden_one_are_told_apart(tmp_path):
     (absent,) = _lines(tmp_path, "some/model", HF_ENDPOINT="http://127.0.0.1:9")
     (forbidden,) = _lines(tmp_path, "some/model", HF_HUB_OFFLINE="1")
-    assert "not in the cache, and no network; fetch it elsewhere with `hf download`" in absent
+    assert "not in the cache, and no network; fetch it elsewhere with `hf download some/model`" in absent
     assert "not in the cache, and HF_HUB_OFFLINE=1 forbids the network" in forbidden
 
 
@@ -93,12 +93,12 @@ def test_the_network_is_forbidden_by_the_hubs_own_variable(monkeypatch, value, i
 def test_a_full_disk_during_the_download_is_named():
     error = ValueError("could not fetch")
     error.__cause__ = OSError(errno.ENOSPC, "No space left on device")
-    assert reason_of(error).startswith("no room on the disk for the download")
+    assert reason_of(error, "a/b").startswith("no room on the disk for the download")
 
 
 def test_an_error_of_another_kind_keeps_its_own_first_line():
-    assert reason_of(ValueError("broken header\nat byte 7")) == "broken header"
-    assert reason_of(KeyError()) == "KeyError"
+    assert reason_of(ValueError("broken header\nat byte 7"), "a/b") == "broken header"
+    assert reason_of(KeyError(), "a/b") == "KeyError"
 
 
 @pytest.mark.parametrize(

@@ -64,11 +64,18 @@ def test_the_readme_has_commands_that_run_here():
     assert sum("train_sar_kd" in command for command in HERE) >= 2
 
 
-@pytest.fixture
-def little_text(monkeypatch):
-    """The embedded text's first documents stand for all of it."""
+@pytest.fixture(scope="module")
+def splits():
+    """The first documents of each split of the embedded text that a run reads."""
     whole = embedded.read_text("transfer", "validation")
-    splits = dict(zip(("transfer", "validation"), (dict(islice(split.items(), 60)) for split in whole), strict=True))
+    return {
+        name: dict(islice(split.items(), 60)) for name, split in zip(("transfer", "validation"), whole, strict=True)
+    }
+
+
+@pytest.fixture
+def little_text(monkeypatch, splits):
+    """The embedded text's first documents stand for all of it."""
     monkeypatch.setattr(embedded, "read_text", lambda *names: [splits[name] for name in names])
 
 

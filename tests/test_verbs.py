@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from sar_kd import arguments, generate
+from sar_kd import generate, parsers
 from sar_kd.__main__ import VERBS, main
 from sar_kd.generate import side_by_side
 from sar_kd.train import main as train
@@ -70,7 +70,7 @@ def test_the_usage_names_the_command_that_was_called(called, shown, monkeypatch,
     with pytest.raises(SystemExit):
         main(["report", "--help"])
     assert f"usage: {shown} RUN_DIR [RUN_DIR ...] [flags]" in capsys.readouterr().out
-    assert arguments._program() in shown
+    assert parsers.program_name() in shown
 
 
 def test_the_package_promises_its_types_and_installs_its_command():
