@@ -113,7 +113,7 @@ MUTATIONS = (
     Mutation("the loss scale is kept in a checkpoint", "precision.py",
              '            self._scaler.load_state_dict(state["scaler"])', "            pass"),
     Mutation("weights that learn are float32", "models.py",
-             "names.student_model, torch.float32, names", "names.student_model, precision.dtype, names"),
+             "names, torch.float32, given", "names, precision.dtype, given"),
     Mutation("the optimizer refuses half weights", "optim.py",
              "    assert all(parameter.dtype is torch.float32 for parameter in trainable)", "    assert True"),
     # the figures that are told
