@@ -17,24 +17,29 @@ from sar_kd.objective import Objective
 from sar_kd.optim import build_optimizer
 from sar_kd.precision import setup
 from sar_kd.preflight import preflight
+from sar_kd.several_devices import place
 from sar_kd.teacher_routing import build_teacher_routing
 from sar_kd.trainer import Trainer
+from sar_kd.world import join_world
 
 
 def main(argv=None):
-    config = parse_args(FP16_SAFE, argv)  # what to run
-    log = open_run(config)  # where to
-    preflight(config, log.say)  # can it be done here?
-    precision = setup(config.precision, config.train.seed)  # on which device, in which dtype
+    world = join_world()  # with which other processes, if torchrun started any
+    config = world.agreed(parse_args(FP16_SAFE, argv))  # what to run
+    log = world.first(lambda: open_run(config))  # where to
+    world.first(lambda: preflight(config, log.say))  # can it be done here?
+    precision = setup(config.precision, config.train.seed, world)  # on which device, in which dtype
     models = load_models(config, precision)  # teacher, student, and what connects their tokenizers
     limits = models.block_limits(config.data.block_size)
     texts = load_documents(config.data)  # training and held-out documents
     train, validation = (Corpus(text, models.tokenizers, *limits) for text in texts)  # text to blocks
     objective = Objective(models.teacher, models.student, config.loss, train.pairing, precision)  # what is minimised
+    placement = place(objective, config.train, world)  # on how many devices the student lies, and how
     optimizer = build_optimizer(models.student, config.optim, objective.parameters())  # how
     guard = StepGuard(config.guards)  # when an update is refused
-    routing = build_teacher_routing(config, models, objective, train)  # which experts the teacher asks, if it has any
-    return Trainer(config, models, train, validation, objective, optimizer, guard, precision, log, routing).run()
+    routing = build_teacher_routing(config, models, objective, train, world)  # which experts the teacher asks, if any
+    parts = models, train, validation, objective, optimizer, guard, precision, log, routing, placement
+    return Trainer(config, *parts).run()
 
 
 if __name__ == "__main__":

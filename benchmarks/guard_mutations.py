@@ -88,10 +88,10 @@ MUTATIONS = (
              "return self._dead_in_a_row == _DEAD_STEPS", "return False"),
     Mutation("a step without targets is no NaN batch", "guards.py",
              "        if num_targets == 0:\n", "        if False:\n"),
-    Mutation("a micro-batch without targets is passed over", "step.py",
-             "for batch in micro_batches if batch.num_target_tokens]", "for batch in micro_batches]"),
+    Mutation("a micro-batch without targets is passed over", "placement.py",
+             "return batch.num_target_tokens > 0", "return True"),
     Mutation("counts and window alike: one denominator", "step.py",
-             "precision.backward(minimised / num_targets)",
+             "precision.backward(minimised / count)",
              "precision.backward(minimised / max(1, batch.num_target_tokens) / len(micro_batches))"),
     # the loss scale, the norm and the weights
     Mutation("a loss scale", "precision.py", "scales = dtype is torch.float16", "scales = False"),

@@ -21,7 +21,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sar_kd.config import UsageError
 from sar_kd.files import replace_text
@@ -29,6 +29,7 @@ from sar_kd.folder import require_room
 from sar_kd.guards import StepGuard
 from sar_kd.models import complete_generation_config_
 from sar_kd.objective import Objective
+from sar_kd.placement import WHOLE, Placement
 from sar_kd.precision import Precision
 from sar_kd.teacher_routing import TeacherRouting
 
@@ -41,8 +42,9 @@ _UNREADABLE = (
 _NAME = re.compile(r"step-\d{8,}")
 
 
-def save_student(student: Any, tokenizer, folder: Path) -> None:
-    """Write model and tokenizer into `folder`, so that `from_pretrained(folder)` loads them.
+def save_student(student: Any, tokenizer, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write model and tokenizer into `folder`, so that `from_pretrained(folder)` loads them. weights: the student's, if
+    it does not hold them whole.
 
     The files are written aside and moved in one by one. Between two savings of a run only the weights differ,
     so a reader meets the former student or the new one.
@@ -53,7 +55,7 @@ def save_student(student: Any, tokenizer, folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     require_room(folder.parent, _size(student.state_dict()), "the student")
     with _writing(aside, folder.parent, "the student"):
-        student.save_pretrained(aside)
+        student.save_pretrained(aside, state_dict=weights)
         tokenizer.save_pretrained(aside)
         for path in sorted(path for path in aside.rglob("*") if path.is_file()):
             target = folder / path.relative_to(aside)
@@ -74,29 +76,38 @@ def save_checkpoint(
     routing: TeacherRouting,
     progress: dict,
     keep: int = 2,
+    placement: Placement = WHOLE,
 ) -> None:
     """Write the state after `progress["step"]` attempts: weights, optimizer, loss scale, random numbers, counters, and
-    what the objective and the teacher's routers learn beside the student. The newest `keep` checkpoints stay.
+    what the objective and the teacher's routers learn beside the student. The newest `keep` checkpoints stay. Of
+    several ranks all call this, and the first writes.
 
     Raises: UsageError if it cannot be written; the former ones are then as they were
     """
-    name = f"step-{progress['step']:08d}"
+    owners: dict[str, Any]
+    owners = {"optimizer": optimizer, "precision": precision, "objective": objective, "routing": routing}
+    state = {part: placement.whole(owner.state_dict()) for part, owner in owners.items()}
+    state["others"] = placement.world.gather(state["precision"])[1:]
+    weights, counters = placement.weights(), {"progress": progress, "guard": guard.state_dict()}
+    placement.world.first(lambda: _write(folder, student, weights, state, counters, keep))
+
+
+def _write(
+    folder: Path, student: nn.Module, weights: dict[str, Tensor] | None, state: dict, counters: dict, keep: int
+) -> None:
+    name = f"step-{counters['progress']['step']:08d}"
     partial = folder / f".{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    owners: dict[str, Any] = {
-        "optimizer": optimizer,
-        "precision": precision,
-        "objective": objective,
-        "routing": routing,
-    }
-    state = {part: owner.state_dict() for part, owner in owners.items()}
-    what = f"the checkpoint of step {progress['step']}"
+    what = f"the checkpoint of step {counters['progress']['step']}"
     require_room(folder.parent, _size(student.state_dict()) + _size(state), what)
     with _writing(partial, folder.parent, what):
         partial.mkdir(parents=True)
-        safetensors.torch.save_model(student, str(partial / "student.safetensors"))
+        if weights is None:
+            safetensors.torch.save_model(student, str(partial / "student.safetensors"))
+        else:
+            safetensors.torch.save_file(weights, str(partial / "student.safetensors"))
         torch.save(state, partial / "state.pt")
-        (partial / "progress.json").write_text(json.dumps({"progress": progress, "guard": guard.state_dict()}))
+        (partial / "progress.json").write_text(json.dumps(counters))
         (partial / _DIGESTS).write_text(json.dumps({file: _digest(partial / file) for file in _FILES}))
         for path in partial.iterdir():
             _flush(path)
@@ -118,28 +129,44 @@ def load_checkpoint(
     guard: StepGuard,
     objective: Objective,
     routing: TeacherRouting,
+    placement: Placement = WHOLE,
 ) -> dict:
     """Put everything back as `save_checkpoint` found it, and return `progress`.
 
-    Raises: UsageError if there is no checkpoint, or it cannot be read; it then names the one before, if that is sound
+    Raises: UsageError if there is no checkpoint, or it cannot be read; it then names the one before, if that is sound;
+    likewise if it was made by another number of processes
     """
-    path = folder / _latest(folder)
-    try:
+    path, world = folder / _latest(folder), placement.world
+    with _reading(folder, path):
         damage = _damage(path)
         if damage:
             raise ValueError(damage)
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         saved = json.loads((path / "progress.json").read_text())
-        safetensors.torch.load_model(student, str(path / "student.safetensors"))
-        optimizer.load_state_dict(state["optimizer"])
-        precision.load_state_dict(state["precision"])
-        objective.load_state_dict(state["objective"])
+        of_ranks = [state["precision"], *state["others"]]
+    if len(of_ranks) != world.size:
+        start = f"with torchrun, {len(of_ranks)} processes in all" if len(of_ranks) > 1 else "without torchrun"
+        raise UsageError(
+            f"--resume: {path} is of {len(of_ranks)} processes, and {world.size} are running; start it {start}"
+        )
+    with _reading(folder, path):
+        placement.load_student_(student, path / "student.safetensors")
+        placement.load_optimizer_(optimizer, state["optimizer"])
+        precision.load_state_dict(of_ranks[world.rank])
+        objective.load_state_dict(placement.like(state["objective"], objective.state_dict()))
         routing.load_state_dict(state["routing"])
         guard.load_state_dict(saved["guard"])
+    return saved["progress"]
+
+
+@contextlib.contextmanager
+def _reading(folder: Path, path: Path) -> Iterator[None]:
+    """Turns what a checkpoint that is not sound raises into one line."""
+    try:
+        yield
     except _UNREADABLE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UsageError(f"--resume: the checkpoint {path} cannot be read ({reason}){_offer(folder, path)}") from None
-    return saved["progress"]
 
 
 def _latest(folder: Path) -> str:

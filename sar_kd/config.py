@@ -176,11 +176,16 @@ class TrainConfig:
     """Run: how long, how often, where to. A step is one attempted update, applied or skipped."""
 
     train_steps: int = flag(500, "attempted optimizer updates")
-    per_device_batch_size: int = flag(4, "blocks in a micro-batch")
+    per_device_batch_size: int = flag(4, "blocks in a micro-batch of each device")
     grad_accum_steps: int = flag(1, "micro-batches in a step")
     eval_steps: int = flag(50, "validate every so many steps; also at the start and at the end")
     log_steps: int = flag(25, "print a line every so many steps")
     save_steps: int = flag(100, "write a checkpoint every so many steps")
+    parallel: str = flag(
+        "ddp",
+        "with several devices (torchrun); ddp: each has the whole student; fsdp: the student lies in shards over them",
+        choices=("ddp", "fsdp"),
+    )
     keep_checkpoints: int = flag(2, "checkpoints to keep; the former one is there if the last one is damaged")
     time_limit: str = flag(
         "",

@@ -136,13 +136,17 @@ class Corpus:
             ranges = [(getattr(cut, f"{which}_start"), getattr(cut, f"{which}_end")) for cut in cuts]
             yield _tokens(getattr(self.text, which), ranges, start_id)
 
-    def micro_batches(self, step: int, batch_size: int, accum_steps: int, seed: int) -> list[Batch]:
-        """The micro-batches of one step: consecutive stretches of an endless row of shuffled epochs."""
-        first = step * batch_size * accum_steps
-        return [
-            self.batch([self._shuffled(first + micro * batch_size + i, seed) for i in range(batch_size)])
-            for micro in range(accum_steps)
-        ]
+    def micro_batches(
+        self, step: int, batch_size: int, accum_steps: int, seed: int, rank: int = 0, ranks: int = 1
+    ) -> list[Batch]:
+        """The micro-batches of one step: consecutive stretches of an endless row of shuffled epochs.
+
+        Of several ranks each has its own part of every stretch: together they read what one process reads with `ranks`
+        times the batch size.
+        """
+        stretch = ranks * batch_size
+        starts = [(step * accum_steps + micro) * stretch + rank * batch_size for micro in range(accum_steps)]
+        return [self.batch([self._shuffled(start + i, seed) for i in range(batch_size)]) for start in starts]
 
     def _shuffled(self, position: int, seed: int) -> int:
         epoch, place = divmod(position, len(self.blocks))

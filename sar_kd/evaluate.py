@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from sar_kd.data import TokenBatch
 from sar_kd.precision import Precision
+from sar_kd.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,26 @@ class Evaluation:
         return self.nats / math.log(2) / self.num_bytes
 
 
+def share(batches: Iterable[TokenBatch], world: World) -> Iterator[TokenBatch]:
+    """This rank's part of the batches. Every rank runs its model equally often: what is missing at the end is made up
+    for by a batch in which nothing counts.
+    """
+    group = []
+    for batch in batches:
+        group.append(batch)
+        if len(group) == world.size:
+            yield group[world.rank]
+            group = []
+    if group:
+        first, none = group[0], group[0].rows[:0]
+        yield group[world.rank] if world.rank < len(group) else dataclasses.replace(first, rows=none, targets=none)
+
+
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[TokenBatch], num_bytes: int, precision: Precision) -> Evaluation:
-    """Total nats of `batches` under `model`, in eval mode, which is left as it was found.
+def evaluate(
+    model: nn.Module, batches: Iterable[TokenBatch], num_bytes: int, precision: Precision, world: World = ALONE
+) -> Evaluation:
+    """Total nats of all ranks' `batches` under `model`, in eval mode, which is left as it was found.
 
     sum over tokens, in float64, of logsumexp(z) - z[target], with z in float32
 
@@ -60,4 +79,5 @@ def evaluate(model: nn.Module, batches: Iterable[TokenBatch], num_bytes: int, pr
         nats += (logits.logsumexp(1) - picked).double().sum()
         num_tokens += len(batch.targets)
     model.train(was_training)
-    return Evaluation(nats.item(), num_tokens, num_bytes)
+    total, count = world.sum([nats.item(), num_tokens])
+    return Evaluation(total, int(count), num_bytes)

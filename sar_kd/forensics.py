@@ -29,6 +29,8 @@ REMEDIES = {
     "loss": "the logits are finite and the loss is not: lower --alpha_ce, --alpha_kd or --temperature",
     "gradient": "the forward is finite and the gradients are not, even at the lowest loss scale: use "
     "--model_dtype float32, or a lower --student_lr",
+    "shards": "a student that lies in shards is not replayed: try the documents named here with --parallel ddp or in "
+    "one process, to see which module it is; or --model_dtype float32",
     "not reproduced": "the replay, without dropout, is finite: it was dropout or the hardware; if it happens again, "
     "lower --student_lr or use --model_dtype float32, and test the card's memory",
 }
@@ -73,6 +75,18 @@ def examine(
         "finite_in_float32": in_float32,
         "first_bad_module": first,
         "bad_blocks": [batch.blocks[row] for row in bad_rows] or list(batch.blocks),
+    }
+
+
+def unexamined(micro_batches: list[Batch], cause: str | None) -> dict:
+    """What `examine` would have returned, of a student that lies in shards: every block may be the bad one."""
+    return {
+        "verdict": "shards",
+        "remedy": REMEDIES["shards"],
+        "finite_in_run_dtype": cause == "gradient",
+        "finite_in_float32": None,
+        "first_bad_module": None,
+        "bad_blocks": [block for batch in micro_batches for block in batch.blocks],
     }
 
 
@@ -179,7 +193,7 @@ def page(record: dict) -> str:
         "cause": record["cause"],
         "diagnosis": record["verdict"],
         "replay in the run's dtype": "finite" if record["finite_in_run_dtype"] else "not finite",
-        "replay in float32": "finite" if record["finite_in_float32"] else "not finite",
+        "replay in float32": {None: "not made", True: "finite", False: "not finite"}[record["finite_in_float32"]],
         "loss scale": f"{record['loss_scale']:g}",
         "gradient norm": f"{record['grad_norm']:g}",
         "loss (ce, kd)": f"{record['loss']:g} ({record['ce_loss']:g}, {record['kd_loss']:g})",

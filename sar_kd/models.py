@@ -98,7 +98,9 @@ def load_models(config: Config, precision: Precision, given: Given = NOTHING_GIV
         stop_ids=stops,
     )
     teacher.requires_grad_(False).eval().to(precision.device)
-    student.train().to(precision.device)
+    student.train()
+    if config.train.parallel != "fsdp":  # such a student may be larger than a device: `place` moves it, part by part
+        student.to(precision.device)
     both = (names.teacher_model, names.student_model)
     return Models(teacher, student, tokenizers, both == (EMBEDDED, EMBEDDED))
 
@@ -141,10 +143,15 @@ def recompute_activations_(model: nn.Module) -> int:
     Around the layers' own `forward`, so that nothing has to be in training mode: transformers' own switch does nothing
     in eval mode, and in training mode dropout and the routers' noise would come with it.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = layers_of(model)
     for layer in layers:
         layer.forward = functools.partial(_recomputed, layer.forward)
     return len(layers)
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks that follow one another in `model`, each of which takes and returns hidden states."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def _recomputed(forward, *args, **kwargs):

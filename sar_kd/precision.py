@@ -23,6 +23,7 @@ except ImportError:  # Windows
 from sar_kd.config import PrecisionConfig, UsageError
 from sar_kd.environment import require_kernels
 from sar_kd.guards import MAX_LOSS_SCALE, MIN_LOSS_SCALE, Verdict
+from sar_kd.world import ALONE, World
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 # The ops that are rounded once, and how many of each one's outputs are; by name, as not every PyTorch has them all.
@@ -136,23 +137,24 @@ class Precision:
         _set_random_state(state["rng"], self.device)
 
 
-def setup(config: PrecisionConfig, seed: int) -> Precision:
-    """Choose device and dtype, and seed every generator.
+def setup(config: PrecisionConfig, seed: int, world: World = ALONE) -> Precision:
+    """Choose device and dtype, and seed every generator; of several processes each has its own.
 
     Raises: UsageError if the device is not there, or cannot compute in the dtype asked for
     """
+    seed = world.seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    return Precision(*choose(config)[:2], config.init_loss_scale)
+    return Precision(*choose(config, world)[:2], config.init_loss_scale)
 
 
-def choose(config: PrecisionConfig) -> tuple[torch.device, torch.dtype, str]:
+def choose(config: PrecisionConfig, world: World = ALONE) -> tuple[torch.device, torch.dtype, str]:
     """The device, the compute dtype, and why it is that one. A GPU is tried with one kernel.
 
     Raises: UsageError as `setup`
     """
-    device = _device(config.device)
+    device = _device(config.device, world)
     dtype = _dtype(config.model_dtype, device)
     if config.model_dtype != "auto":
         return device, dtype, f"--model_dtype {config.model_dtype}"
@@ -162,10 +164,10 @@ def choose(config: PrecisionConfig) -> tuple[torch.device, torch.dtype, str]:
     return device, dtype, f"{torch.cuda.get_device_name(device)} {units} bfloat16 units"
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str, world: World) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    device = world.device(torch.device(name))
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from sar_kd.data import Batch, Corpus
-from sar_kd.forensics import examine, write_crash
+from sar_kd.forensics import examine, unexamined, write_crash
 from sar_kd.objective import Objective
+from sar_kd.placement import WHOLE, Placement
 from sar_kd.precision import Precision
 from sar_kd.step import StepReport
 
@@ -14,15 +16,21 @@ from sar_kd.step import StepReport
 class Recovery:
     """Remembers the NaN batches that followed one another, and examines them when that is due."""
 
-    def __init__(self, folder: Path, train: Corpus, objective: Objective, precision: Precision):
+    def __init__(
+        self, folder: Path, train: Corpus, objective: Objective, precision: Precision, placement: Placement = WHOLE
+    ):
         self.folder, self.train, self.objective, self.precision = folder / "crash", train, objective, precision
+        self.placement, self.world = placement, placement.world
         self._row: list[list[Batch]] = []
 
-    def note(self, step: int, report: StepReport, micro_batches: list[Batch]) -> None:
-        """Enter an attempt. The run's first NaN batch is explained at once in `crash/`; a good step costs nothing."""
+    def note(self, step: int, report: StepReport, window: Callable[[], list[Batch]]) -> None:
+        """Enter an attempt. The run's first NaN batch is explained at once in `crash/`; a good step costs nothing.
+
+        window: gives the micro-batches that may have been bad
+        """
         if report.verdict.cause in ("forward", "gradient"):
-            self._row.append(micro_batches)
-            if not (self.folder / "crash.json").exists():
+            self._row.append(window())
+            if not self.world.shared((self.folder / "crash.json").exists()):
                 self.explain(step, report, "The update was refused and nothing was changed; the run went on.")
         elif report.verdict.applied:
             self._row.clear()
@@ -33,7 +41,7 @@ class Recovery:
         record = {"step": step, "cause": report.verdict.cause, "outcome": outcome, **findings}
         record |= {"documents": self._documents(findings["bad_blocks"]), "loss_scale": report.loss_scale}
         record |= {name: getattr(report, name) for name in ("loss", "ce_loss", "kd_loss", "grad_norm")}
-        write_crash(self.folder, bad, record)
+        self.world.first(lambda: write_crash(self.folder, bad, record))
         return record
 
     def in_short(self, record: dict) -> str:
@@ -45,6 +53,8 @@ class Recovery:
 
     def _examine(self, micro_batches: list[Batch], cause: str | None) -> tuple[Batch, dict]:
         """The first micro-batch that is bad when replayed (the last, if none is), and what is found in it."""
+        if self.placement.is_sharded:
+            return micro_batches[-1], unexamined(micro_batches, cause)
         for batch in micro_batches:
             findings = examine(self.objective.student, batch, self.precision, cause, lambda b: self._total(b))
             if findings["verdict"] != "not reproduced" and (cause != "gradient" or findings["first_bad_module"]):

@@ -29,6 +29,7 @@ from sar_kd.router_update import FrozenTeacherChanged, hash_frozen, hash_routers
 from sar_kd.routers import router_parameters
 from sar_kd.routing import Routing
 from sar_kd.routing_config import RoutingConfig
+from sar_kd.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,16 @@ class FrozenRouters:
     def settle_(self, applied: bool) -> None:
         """Keep the update if the step is applied, else take it back."""
 
-    def figures(self) -> list[Tensor]:
-        """What `report` is made of, on the device."""
+    def sums(self) -> list[Tensor]:
+        """What of `report` adds up over micro-batches, on the device."""
         return []
 
-    def report(self, figures: list[float], num_targets: int) -> RouterReport | None:
-        """`figures` as the host read them, for people."""
+    def norms(self) -> list[Tensor]:
+        """What of `report` does not."""
+        return []
+
+    def report(self, sums: list[float], norms: list[float], num_targets: int) -> RouterReport | None:
+        """`sums` and `norms` as the host read them, for people."""
         return None
 
 
@@ -93,8 +98,9 @@ class RouterLearner(FrozenRouters):
         settings: RoutingConfig,
         loss: LossConfig,
         pairing: Pairing,
+        world: World = ALONE,
     ):
-        self.objective, self.routing, self.settings = objective, routing, settings
+        self.objective, self.routing, self.settings, self.world = objective, routing, settings, world
         self.precision = objective.precision
         self.is_joint = settings.sar_schedule == "joint"
         self.measures = False
@@ -185,8 +191,9 @@ class RouterLearner(FrozenRouters):
     def _move_(self, batches: list[Batch]) -> None:
         self.routing.forget()
         before = self._divergences(batches) if self.measures else []
-        self.precision.unscale_(self.optimizer)
         parameters = parameters_of(self.optimizer)
+        self.world.sum_gradients_(parameters)
+        self.precision.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         self._norm = norm.to(self.precision.device)
         states = [value for slots in self.optimizer.state.values() for value in slots.values()]
@@ -207,15 +214,19 @@ class RouterLearner(FrozenRouters):
                     sums[i] = sums[i] + self._terms[direction](batch, outputs).raw
         return sums
 
-    def figures(self) -> list[Tensor]:
+    def sums(self) -> list[Tensor]:
         """See `FrozenRouters`."""
-        return [*self._sums.values()[1:], self._norm, *self._effect]
+        return [*self._sums.values()[1:], *self._effect]
 
-    def report(self, figures: list[float], num_targets: int) -> RouterReport:
+    def norms(self) -> list[Tensor]:
+        """See `FrozenRouters`."""
+        return [self._norm]
+
+    def report(self, sums: list[float], norms: list[float], num_targets: int) -> RouterReport:
         """See `FrozenRouters`."""
         count = max(1, num_targets)
-        kl, balance, anchor, entropies = (value / count for value in figures[:4])
-        norm, *effect = figures[4:]
+        kl, balance, anchor, entropies = (value / count for value in sums[:4])
+        (norm,), effect = norms, sums[4:]
         loss = kl + self.settings.router_beta * balance + self.settings.router_anchor * anchor
         names = [f"{kind}_kl_{when}" for when in ("before", "after") for kind in ("forward", "reverse")]
         measured = dict(zip(names, (value / count for value in effect), strict=True)) if effect else None

@@ -10,6 +10,7 @@ from sar_kd.data import TokenBatch
 from sar_kd.evaluate import Evaluation
 from sar_kd.router_terms import entropy, shares_of
 from sar_kd.routing import Routing
+from sar_kd.world import ALONE, World
 
 LARGEST_DRIFT = 0.02
 """Alarm when the teacher's perplexity has risen by this share."""
@@ -21,8 +22,8 @@ LEAST_ENTROPY = 0.5
 class Shares:
     """Collects what the routers do while a model is evaluated."""
 
-    def __init__(self, routing: Routing):
-        self.routing = routing
+    def __init__(self, routing: Routing, world: World = ALONE):
+        self.routing, self.world = routing, world
         self._entropy = self._count = 0.0
         self._chosen = [torch.zeros(spec.num_experts) for spec in routing.specs]
 
@@ -46,11 +47,13 @@ class Shares:
         """
         if not self.routing.specs:
             return {}
+        sizes = [len(chosen) for chosen in self._chosen]
+        entropies, count, *counts = self.world.sum([self._entropy, self._count, *torch.cat(self._chosen).tolist()])
         usage = {
             spec.name: [round(share, 4) for share in (chosen / chosen.sum()).tolist()]
-            for spec, chosen in zip(self.routing.specs, self._chosen, strict=True)
+            for spec, chosen in zip(self.routing.specs, torch.tensor(counts).split(sizes), strict=True)
         }
-        return {"router_entropy": self._entropy / self._count, "router_usage": usage}
+        return {"router_entropy": entropies / count, "router_usage": usage}
 
 
 def figures_of(evaluation: Evaluation, how: str) -> dict:

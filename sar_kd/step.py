@@ -12,13 +12,15 @@ from sar_kd.data import Batch
 from sar_kd.guards import StepGuard, Verdict
 from sar_kd.objective import LossTerms, Objective
 from sar_kd.optim import parameters_of
+from sar_kd.placement import WHOLE, Placement
 from sar_kd.precision import Precision
 from sar_kd.router_learner import FROZEN_ROUTERS, FrozenRouters, RouterReport
+from sar_kd.world import joined
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """One attempted update in figures, as read from the device once."""
+    """One attempted update in figures, of all ranks together, as read from the device once."""
 
     verdict: Verdict
     loss: float
@@ -33,6 +35,8 @@ class StepReport:
     teacher_rows_dropped: int
     routers: RouterReport | None = None
     """Where the teacher's routers learn"""
+    rank: int = 0
+    """The first one with a forward that is not finite, where there is one"""
 
 
 def train_step(
@@ -43,28 +47,30 @@ def train_step(
     precision: Precision,
     max_grad_norm: float,
     routers: FrozenRouters = FROZEN_ROUTERS,
+    placement: Placement = WHOLE,
 ) -> StepReport:
     """Attempt one update. Weights and optimizer state change if and only if the verdict is `applied`, the routers' too.
 
-    gradient = sum over micro-batches of d total / d weights, divided once by the window's target tokens
+    gradient = sum over all ranks' micro-batches of d total / d weights, divided once by the window's target tokens
     """
-    num_targets = sum(batch.num_target_tokens for batch in micro_batches)
-    batches = [batch.to(precision.device) for batch in micro_batches if batch.num_target_tokens]
+    num_targets = placement.world.total(sum(batch.num_target_tokens for batch in micro_batches))
+    count = max(1, num_targets)
+    batches = [batch.to(precision.device) for batch in micro_batches if placement.takes_part(batch)]
     sums = LossTerms.zero(precision.device)
-    routers.move_first_(batches, num_targets)
-    for batch in batches:
-        minimised, terms = _losses(batch, objective, routers, precision.loss_scale / num_targets)
-        precision.backward(minimised / num_targets)
+    routers.move_first_(batches, count)
+    for batch in placement.window(batches):
+        minimised, terms = placement.forward(_losses, batch, objective, routers, precision.loss_scale / count)
+        precision.backward(minimised / count)
         sums = sums + terms
     routers.move_last_(batches)
     precision.unscale_(optimizer)
     parameters = parameters_of(optimizer)
-    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    figures = [*sums.values(), grad_norm.to(precision.device), precision.loss_scale, *routers.figures()]
-    total, ce, kd, nonfinite_rows, dropped, norm, scale, *of_routers = torch.stack(
-        [f.float() for f in figures]
-    ).tolist()  # the one host read
-    routed = routers.report(of_routers, num_targets)
+    grad_norm = placement.norm([p.grad for p in parameters if p.grad is not None])
+    summed = [*sums.values(), *routers.sums()]
+    figures = [*summed, grad_norm.to(precision.device), precision.loss_scale, *routers.norms()]
+    rows = placement.world.rows(torch.stack([f.float() for f in figures])).tolist()  # the one host read: a row a rank
+    (total, ce, kd, nonfinite_rows, dropped, *router_sums), (norm, scale, *router_norms) = joined(rows, len(summed))
+    routed = routers.report(router_sums, router_norms, num_targets)
     losses, norms = [total], [norm]
     if routed is not None:  # their norm is clipped, not limited; but where it is no number, neither update is trusted
         losses, norms = [total, routed.router_loss], [norm, routed.router_grad_norm]
@@ -80,9 +86,14 @@ def train_step(
     routers.settle_(verdict.applied)
     precision.update_(verdict, scale)
     optimizer.zero_grad(set_to_none=True)
-    count = max(1, num_targets)
     loss = (objective.alpha_ce * ce + objective.alpha_kd * kd) / count
-    return StepReport(verdict, loss, ce / count, kd / count, norm, scale, num_targets, int(dropped), routed)
+    return StepReport(verdict, loss, ce / count, kd / count, norm, scale, num_targets, int(dropped), routed, _bad(rows))
+
+
+def _bad(rows: list[list[float]]) -> int:
+    """The first rank whose forward is not finite; the first of all, if all are."""
+    are_finite = [nonfinite_rows == 0 and math.isfinite(total) for total, _, _, nonfinite_rows, *_ in rows]
+    return are_finite.index(False) if False in are_finite else 0
 
 
 def _losses(batch: Batch, objective: Objective, routers: FrozenRouters, scale: Tensor) -> tuple[Tensor, LossTerms]:

@@ -9,7 +9,7 @@ import torch
 
 from sar_kd.config import Config, UsageError
 from sar_kd.data import Corpus
-from sar_kd.evaluate import Evaluation, evaluate
+from sar_kd.evaluate import Evaluation, evaluate, share
 from sar_kd.models import Models, recompute_activations_
 from sar_kd.objective import Objective
 from sar_kd.optim import learning_rate_at, set_learning_rate_
@@ -20,6 +20,7 @@ from sar_kd.router_watch import Shares, alarms_of, figures_of
 from sar_kd.routers import describe_routers, find_routers, require_routers, router_parameters
 from sar_kd.routing import Routing, verify
 from sar_kd.routing_config import RoutingConfig
+from sar_kd.world import ALONE, World
 
 LARGEST_LOSS = 0.05
 """A routing in which the teacher's perplexity is worse by a larger share than this is not chosen unasked."""
@@ -29,12 +30,19 @@ class TeacherRouting:
     """How the teacher routes in a run, and what becomes of its routers. Use as a context around the run."""
 
     def __init__(
-        self, word: str, routing: Routing, learner: FrozenRouters, lines: list[str], config: Config, models: Models
+        self,
+        word: str,
+        routing: Routing,
+        learner: FrozenRouters,
+        lines: list[str],
+        config: Config,
+        models: Models,
+        world: World = ALONE,
     ):
         """word: 'native', 'all', 'ka' or 'sar'; lines: what to say at the start"""
         self.word, self.routing, self.lines = word, routing, lines
         self.learner: Any = learner  # what a RouterLearner has beyond FrozenRouters is asked of one that learns only
-        self._config, self._models = config, models
+        self._config, self._models, self._world = config, models, world
         self.passes = config.routing.ka_passes if word == "ka" else 1
         """Steps in a row on the same text"""
         self.start: dict = {}
@@ -96,9 +104,9 @@ class TeacherRouting:
         return figures_of(native, "native") | figures_of(routed, "routed") | own
 
     def _evaluate(self, validation: Corpus, precision: Precision) -> tuple[Evaluation, dict]:
-        shares = Shares(self.routing)
-        batches = validation.token_batches("teacher", self._config.train.per_device_batch_size)
-        read = evaluate(self._models.teacher, shares.watch(batches), validation.text.num_bytes, precision)
+        shares, world = Shares(self.routing, self._world), self._world
+        batches = share(validation.token_batches("teacher", self._config.train.per_device_batch_size), world)
+        read = evaluate(self._models.teacher, shares.watch(batches), validation.text.num_bytes, precision, world)
         return read, shares.figures()
 
     def watch(self, step: int, validation: Corpus, precision: Precision) -> tuple[dict, list[str]]:
@@ -121,6 +129,9 @@ class TeacherRouting:
         if not self.learner.learns:
             return
         self.learner.check_frozen()
+        self._world.first(lambda: self._write(folder, step))
+
+    def _write(self, folder: Path, step: int) -> None:
         routing, teacher = self._config.routing, self._models.teacher
         about = {
             "base_model": self._config.models.teacher_model,
@@ -147,7 +158,8 @@ class TeacherRouting:
         """Routers, their optimizer, the draws, and what was measured."""
         learned = self.learner.state_dict() if self.learner.learns else {}
         told = {"start": self.start, "last": self.last, "alarms": self.alarms, "stopped_at": self.stopped_at}
-        return {"routing": self.routing.state_dict(), "rule": self.routing.rule, "learner": learned, **told}
+        draws, *others = self._world.gather(self.routing.state_dict())
+        return {"routing": draws, "others": others, "rule": self.routing.rule, "learner": learned, **told}
 
     def load_state_dict(self, state: dict) -> None:
         """Put it back.
@@ -156,35 +168,41 @@ class TeacherRouting:
         """
         if self.learner.learns:
             self.learner.load_state_dict(state["learner"])
-        self.routing.load_state_dict(state["routing"])
+        self.routing.load_state_dict([state["routing"], *state["others"]][self._world.rank])
         self.routing.use(state["rule"])
         self.start, self.last = state["start"], state["last"]
         self.alarms, self.stopped_at = list(state["alarms"]), state["stopped_at"]
 
 
-def build_teacher_routing(config: Config, models: Models, objective: Objective, train: Corpus) -> TeacherRouting:
+def build_teacher_routing(
+    config: Config, models: Models, objective: Objective, train: Corpus, world: World = ALONE
+) -> TeacherRouting:
     """What `--routing` asks for; auto is sar for a mixture of experts and native for a dense teacher.
 
     Raises: UsageError with the reason, where the teacher cannot have the routing asked for
     """
     settings, teacher, precision = config.routing, models.teacher, objective.precision
-    word, specs, reason = _resolve(config, models, objective)
+    word, specs, reason = _resolve(config, models, objective, world.size > 1 and config.train.parallel == "fsdp")
     natively = word == "sar" and settings.sar_routing == "native"
     if word != "native":
         require_routers(teacher, specs, word, natively)
         specs = verify(teacher, specs, lambda: _try(models, precision))
     rule = "native" if natively else "all" if word == "sar" else word
-    routing = Routing(teacher, specs if word != "native" else [], rule, settings.ka_lambda, config.train.seed)
+    seed = world.seed(config.train.seed)  # every rank draws for its own tokens
+    routing = Routing(teacher, specs if word != "native" else [], rule, settings.ka_lambda, seed)
     learner = FROZEN_ROUTERS
     if word == "sar":
-        learner = RouterLearner(objective, routing, settings, config.loss, train.pairing)
+        learner = RouterLearner(objective, routing, settings, config.loss, train.pairing, world)
         if settings.activation_checkpointing:
             recompute_activations_(teacher)
-    return TeacherRouting(word, routing, learner, [_line(word, reason, settings, specs)], config, models)
+    return TeacherRouting(word, routing, learner, [_line(word, reason, settings, specs)], config, models, world)
 
 
-def _resolve(config: Config, models: Models, objective: Objective) -> tuple[str, list, str]:
-    """The routing, the routers, and why it is that one, if nobody asked for it."""
+def _resolve(config: Config, models: Models, objective: Objective, in_shards: bool) -> tuple[str, list, str]:
+    """The routing, the routers, and why it is that one, if nobody asked for it.
+
+    in_shards: the student lies in shards over several devices
+    """
     settings, asked = config.routing, config.routing.routing
     if asked == "native":
         return "native", [], ""
@@ -198,11 +216,18 @@ def _resolve(config: Config, models: Models, objective: Objective) -> tuple[str,
                 "--routing sar: routers learn from probabilities, and --alignment hidden compares none; use another "
                 "alignment, or --routing all"
             )
+        if asked == "sar" and in_shards:
+            raise UsageError(
+                "--routing sar: routers learn from a student that each device has whole, and with --parallel fsdp none "
+                "has; use --parallel ddp, or --routing all"
+            )
         return asked, find_routers(models.teacher, settings.router_patterns), ""
     if not hears:
         return "native", [], "no teacher is heard"
     if needs_states:
         return "native", [], "--alignment hidden compares no probabilities"
+    if in_shards:
+        return "native", [], "with --parallel fsdp no device has the student whole"
     try:
         specs = find_routers(models.teacher, settings.router_patterns)
         if specs:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,13 +15,14 @@ from sar_kd.checkpoint import load_checkpoint, save_checkpoint, save_student
 from sar_kd.clamps import check_clamps
 from sar_kd.config import Config, UsageError
 from sar_kd.data import Batch, Corpus
-from sar_kd.evaluate import Evaluation, evaluate
+from sar_kd.evaluate import Evaluation, evaluate, share
 from sar_kd.guards import StepGuard, TrainingDiverged
 from sar_kd.interruption import Interruption
 from sar_kd.metrics import RunLog, notices_of
 from sar_kd.models import Models
 from sar_kd.objective import Objective
 from sar_kd.optim import learning_rate_at, set_learning_rate_
+from sar_kd.placement import WHOLE, Placement
 from sar_kd.precision import Precision
 from sar_kd.preflight import describe
 from sar_kd.progress import Progress, figures_of
@@ -44,13 +46,15 @@ class Trainer:
         precision: Precision,
         log: RunLog,
         routing: TeacherRouting,
+        placement: Placement = WHOLE,
     ):
+        self.placement, self.world = placement, placement.world
         self.config, self.models, self.log, self.routing = config, models, log, routing
         self.train, self.validation = train, validation
         self.objective, self.optimizer, self.guard, self.precision = objective, optimizer, guard, precision
         self.folder = Path(config.train.output_dir)
         self.progress = Progress()
-        self.recovery = Recovery(self.folder, train, objective, precision)
+        self.recovery = Recovery(self.folder, train, objective, precision, placement)
 
     def run(self) -> dict:
         """Train to `train_steps`, or to an interruption; the returned summary's `status` says which.
@@ -68,11 +72,9 @@ class Trainer:
                 self._resume()
             else:
                 self._begin()
-            with Interruption(self.log.deadline) as interruption:
+            with Interruption(self.log.deadline if self.world.is_first else math.inf) as interruption:
                 status = self._train(interruption, before)
-            summary = self._summary(status)
-            self.log.finish(summary)
-            return summary
+            return self._finish(status)
         except (RuntimeError, OSError):  # memory, a driver, a disk: the weights are still the last good ones
             self._save_in_need()
             raise
@@ -84,10 +86,11 @@ class Trainer:
         settings, progress = self.config.train, self.progress
         while progress.step < settings.train_steps:
             started = time.monotonic()
-            report, micro_batches = self._attempt()
+            report, window = self._attempt()
             progress.train_seconds += time.monotonic() - started
+            interrupted = self.world.any(interruption.requested)
             self._record(report)
-            self.recovery.note(progress.step, report, micro_batches)
+            self.recovery.note(progress.step, report, window)
             if report.verdict.emergency and self._rewinds():
                 progress = self._rewind(report)
                 continue
@@ -98,22 +101,24 @@ class Trainer:
             before = time.monotonic()
             if report.verdict.emergency:
                 self._stop(report)
-            stops = interruption.requested  # read once: what is not saved here must not end the run here
-            if progress.step % settings.save_steps == 0 or at_end or stops:
+            if progress.step % settings.save_steps == 0 or at_end or interrupted:
                 self._save()
-            if stops and not at_end:
+            if interrupted and not at_end:
                 return "interrupted"
         return "finished"
 
-    def _attempt(self) -> tuple[StepReport, list[Batch]]:
-        settings, step = self.config.train, self.progress.step
-        rate = self.progress.rate_factor * learning_rate_at(step, settings.train_steps, self.config.optim)
+    def _micro_batches(self, step: int, rank: int) -> list[Batch]:
+        settings, left_out = self.config.train, frozenset(self.progress.left_out)
+        sizes = settings.per_device_batch_size, settings.grad_accum_steps
+        batches = self.train.micro_batches(step // self.routing.passes, *sizes, settings.seed, rank, self.world.size)
+        return [without(self.train, batch, left_out) for batch in batches]
+
+    def _attempt(self) -> tuple[StepReport, Callable[[], list[Batch]]]:
+        """One step, and a way to the micro-batches that it was bad in, of whatever rank."""
+        step = self.progress.step
+        rate = self.progress.rate_factor * learning_rate_at(step, self.config.train.train_steps, self.config.optim)
         set_learning_rate_(self.optimizer, rate)
-        micro_batches = self.train.micro_batches(
-            step // self.routing.passes, settings.per_device_batch_size, settings.grad_accum_steps, settings.seed
-        )
-        left_out = frozenset(self.progress.left_out)
-        micro_batches = [without(self.train, batch, left_out) for batch in micro_batches]
+        micro_batches = self._micro_batches(step, self.world.rank)
         report = train_step(
             micro_batches,
             self.objective,
@@ -122,15 +127,24 @@ class Trainer:
             self.precision,
             self.config.guards.max_grad_norm,
             self.routing.learner_at(step, self.progress.rate_factor),
+            self.placement,
         )
         self.progress.step += 1
         self.progress.tokens += report.num_target_tokens
-        return report, micro_batches
+        return report, lambda: self._window(step, report, micro_batches)
+
+    def _window(self, step: int, report: StepReport, own: list[Batch]) -> list[Batch]:
+        """The micro-batches among which a NaN batch is to be looked for; every rank looks at the same ones."""
+        if self.world.size == 1:
+            return own
+        # Whose gradient is not finite is not known: by then it is the sum of all.
+        ranks = [report.rank] if report.verdict.cause == "forward" else range(self.world.size)
+        return [batch for rank in ranks for batch in self._micro_batches(step, rank)]
 
     def _record(self, report: StepReport) -> None:
         verdict, progress = report.verdict, self.progress
         record = {"step": progress.step, **dataclasses.asdict(report)}
-        del record["verdict"]
+        del record["verdict"], record["rank"]
         record |= {name: value for name, value in (record.pop("routers") or {}).items() if value is not None}
         record |= {"applied": verdict.applied, "cause": verdict.cause, "norm_limit": verdict.norm_limit}
         record["learning_rate"] = self.optimizer.param_groups[0]["lr"]
@@ -142,7 +156,7 @@ class Trainer:
 
     def _begin(self) -> None:
         """Evaluate both models before the first step, refuse what cannot learn, keep the student as it is."""
-        for line in [*describe(self.train, self.validation), *self.routing.lines]:
+        for line in [*describe(self.train, self.validation), *self.placement.lines, *self.routing.lines]:
             self.log.say(line)
         for line in self.routing.begin(self.validation, self.precision):
             self.log.say(line)
@@ -152,14 +166,15 @@ class Trainer:
         }
         start = self._evaluate()
         self.progress.start = self.progress.last = self.progress.best = figures_of(start)
-        for notice in check_clamps(self.config.loss, self.models, self.validation, self.precision, start.loss):
+        clamps = self.config.loss, self.models, self.validation, self.precision, start.loss
+        for notice in self.placement.read(lambda: check_clamps(*clamps)):
             self.log.say(notice)
         self.log.say(
             f"Validation PPL at the start = {start.perplexity:.2f} (teacher {self.progress.teacher['val_ppl']:.2f}; "
             f"bits per byte {start.bits_per_byte:.3f}, teacher {self.progress.teacher['val_bits_per_byte']:.3f})"
         )
-        self.log.start(0, self.config.train.train_steps)
-        save_student(self.models.student, self.models.tokenizers.student, self.folder / "student")
+        self.world.first(lambda: self.log.start(0, self.config.train.train_steps))
+        self._save_student()
         self.log.begin(self.progress.start, self.progress.teacher)
         if self.config.guards.on_divergence == "rewind":
             self._save()  # somewhere to go back to
@@ -168,11 +183,12 @@ class Trainer:
         saved = load_checkpoint(self.folder / "checkpoint", **self._state())
         self.progress = Progress(**saved)
         self.log.say(f"Resumed after step {self.progress.step}")
-        self.log.start(self.progress.step, self.config.train.train_steps)
+        self.world.first(lambda: self.log.start(self.progress.step, self.config.train.train_steps))
 
     def _evaluate(self) -> Evaluation:
-        batches = self.validation.token_batches("student", self.config.train.per_device_batch_size)
-        return evaluate(self.models.student, batches, self.validation.text.num_bytes, self.precision)
+        batches = share(self.validation.token_batches("student", self.config.train.per_device_batch_size), self.world)
+        how = self.models.student, batches, self.validation.text.num_bytes, self.precision, self.world
+        return self.placement.read(lambda: evaluate(*how))
 
     def _validate(self) -> None:
         progress, evaluation = self.progress, self._evaluate()
@@ -180,7 +196,7 @@ class Trainer:
         is_best = evaluation.loss < progress.best["val_loss"] or not math.isfinite(progress.best["val_loss"])
         if is_best:
             progress.best, progress.best_step = progress.last, progress.step
-            save_student(self.models.student, self.models.tokenizers.student, self.folder / "student")
+            self._save_student()
         routers, alarms = self.routing.watch(progress.step, self.validation, self.precision)
         self.log.evaluation({"step": progress.step, **progress.last, **routers}, is_best)
         for line in alarms:
@@ -194,7 +210,12 @@ class Trainer:
             "guard": self.guard,
             "objective": self.objective,
             "routing": self.routing,
+            "placement": self.placement,
         }
+
+    def _save_student(self) -> None:
+        parts = self.models.student, self.models.tokenizers.student, self.folder / "student", self.placement.weights()
+        self.world.first(lambda: save_student(*parts))
 
     def _save(self) -> None:
         self.routing.save(self.folder, self.progress.step)
@@ -203,6 +224,8 @@ class Trainer:
 
     def _save_in_need(self) -> None:
         """A checkpoint after a failure that has nothing to do with the weights, if one can still be written."""
+        if self.world.size > 1:  # the others are elsewhere; what is saved takes all
+            return
         if self.progress.step and self.guard.nan_batches < self.guard.max_nan_batches:  # a stopped run has saved
             with contextlib.suppress(RuntimeError, OSError, UsageError):
                 self._save()
@@ -229,10 +252,13 @@ class Trainer:
         outcome = f"The run was stopped after {count} NaN batches in a row; its weights are the last good ones."
         record = self.recovery.explain(self.progress.step, report, outcome)
         self._save()
-        self.log.finish(self._summary("emergency_stop"))
+        self._finish("emergency_stop")
         raise TrainingDiverged(f"emergency stop after {count} consecutive NaN batches {self.recovery.in_short(record)}")
 
-    def _summary(self, status: str) -> dict:
-        """`summary.json`."""
+    def _finish(self, status: str) -> dict:
+        """Write and return `summary.json`."""
         run = self.progress.summary(status, self.guard, self.precision)
-        return {**run, "embedded": self.models.embedded, **self.routing.summary()}
+        run["peak_memory_bytes"] = max(self.world.gather(run["peak_memory_bytes"]))
+        summary = {**run, "embedded": self.models.embedded, **self.routing.summary()}
+        self.world.first(lambda: self.log.finish(summary))
+        return summary

@@ -31,7 +31,7 @@ FLAGS = [
     "model_dtype", "device", "init_loss_scale",
     "max_grad_norm", "skip_grad_norm", "skip_rule", "skip_factor", "max_nan_batches", "on_divergence",
     "train_steps", "per_device_batch_size", "grad_accum_steps", "eval_steps", "log_steps", "save_steps",
-    "keep_checkpoints", "time_limit", "tensorboard", "wandb", "seed", "output_dir", "resume", "overwrite",
+    "parallel", "keep_checkpoints", "time_limit", "tensorboard", "wandb", "seed", "output_dir", "resume", "overwrite",
 ]  # fmt: skip
 
 BAD_VALUES = [

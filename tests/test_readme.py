@@ -22,6 +22,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {"README.md": README} | {f"docs/{p.name}": p.read_text(encoding="utf-8") for p in (ROOT / "docs").glob("*.md")}
 # What a command that runs here must not name: other people's machines, long benchmarks, and places to be filled in.
 ELSEWHERE = (
+    "torchrun",
     "pip ",
     "hf ",
     "git ",
@@ -122,6 +123,7 @@ def test_every_flag_and_verb_that_a_page_names_exists(page):
     of_others = {
         "index-url", "force-reinstall", "no-index", "find-links", "no-deps", "depth", "local-dir", "logdir", "kills",
         "variants", "seeds", "flags", "groups", "pairs", "rounds", "nproc_per_node", "repo-type",
+        "nnodes", "node_rank", "master_addr", "master_port", "ranks", "workspaces",
     }  # fmt: skip
     named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", PAGES[page]))
     assert named <= flags | of_verbs | of_others
