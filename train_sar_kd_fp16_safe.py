@@ -17,6 +17,7 @@ from sar_kd.objective import Objective
 from sar_kd.optim import build_optimizer
 from sar_kd.precision import setup
 from sar_kd.teacher_routing import build_teacher_routing
+from sar_kd.token_cache import TokenCache
 from sar_kd.trainer import Trainer
 
 
@@ -27,7 +28,8 @@ def main(argv=None):
     models = load_models(config, precision)  # teacher, student, and what connects their tokenizers
     limits = models.block_limits(config.data.block_size)
     texts = load_documents(config.data)  # training and held-out documents
-    train, validation = (Corpus(text, models.tokenizers, *limits) for text in texts)  # text to blocks
+    cache = TokenCache(config.data.token_cache)  # where the tokens of a large text are kept
+    train, validation = (Corpus(text, models.tokenizers, *limits, cache) for text in texts)  # text to blocks
     objective = Objective(models.teacher, models.student, config.loss, train.pairing, precision)  # what is minimised
     optimizer = build_optimizer(models.student, config.optim, objective.parameters())  # how
     guard = StepGuard(config.guards)  # when an update is refused

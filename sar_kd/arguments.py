@@ -27,7 +27,7 @@ from sar_kd.routing_config import RoutingConfig
 # What may differ between the two halves of a resumed run without making it another run.
 _MAY_CHANGE_ON_RESUME = {
     "eval_steps", "log_steps", "save_steps", "keep_checkpoints", "on_divergence", "resume", "output_dir", "train_steps",
-    "device", "trust_remote_code",
+    "device", "trust_remote_code", "token_cache",
 }  # fmt: skip
 
 

@@ -11,10 +11,10 @@ SCRIPTS = ("train_sar_kd_fp16_safe", "train_sar_kd_stable")
 LEVELS = {
     -2: {"settings"},
     -1: {"routing_config"},
-    0: {"sar_kd", "config", "embedded", "guards", "losses", "token_bytes", "interruption"},
-    1: {"arguments", "routers", "tokens", "projection", "documents", "precision", "optim", "folder"},
-    2: {"alignment", "routing", "vocabulary", "metrics"},
-    3: {"models", "conversation", "router_terms", "router_update"},
+    0: {"sar_kd", "config", "embedded", "guards", "losses", "token_bytes", "interruption", "reading"},
+    1: {"arguments", "routers", "tokens", "projection", "rows", "precision", "optim", "folder"},
+    2: {"alignment", "routing", "vocabulary", "metrics", "token_stream", "pieces", "text_files", "shelf"},
+    3: {"models", "conversation", "blocks", "documents", "fragments", "token_cache", "router_terms", "router_update"},
     4: {"router_table", "streams"},
     5: {"pairing"},
     6: {"data"},
@@ -148,7 +148,7 @@ def test_only_these_modules_write_to_the_terminal():
             or any(name.endswith(("stdout.write", "stderr.write")) for name in names)
         )
 
-    printing = {"metrics", "cli", "__main__", "audit", "forensics", "router_table", "embedded.build"}
+    printing = {"metrics", "cli", "__main__", "audit", "forensics", "router_table", "embedded.build", "reading"}
     assert _modules_that(prints) <= printing
 
 
