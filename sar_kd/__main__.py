@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
         print(__doc__.strip(), file=sys.stderr if argv else sys.stdout)
         return 2 if argv else 0
     verb = importlib.import_module(VERBS[argv[0]])
-    return run(verb.main, argv[1:])
+    return run(verb.main, argv[1:], resumable=False)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,8 @@ class _Gathered(NamedTuple):
     def between(self, start: _Place, stop: _Place | None, num_chars: int) -> list[Sample] | Documents:
         """The documents between two places."""
         if self.held is None:
-            return self.large._between(start, stop, num_chars)
+            part = self.large._between(start, stop, num_chars)
+            return part if num_chars >= LARGE else list(part)
         if stop is not None:
             kept = self.held[: stop.document]
             last = self.held[stop.document] if stop.char else None

@@ -21,6 +21,7 @@ from sar_kd.models import Models
 from sar_kd.objective import Objective
 from sar_kd.optim import learning_rate_at, set_learning_rate_
 from sar_kd.precision import Precision
+from sar_kd.prefetch import Prefetch
 from sar_kd.preflight import check_clamps, describe
 from sar_kd.progress import Progress, figures_of
 from sar_kd.recovery import Recovery, without
@@ -50,6 +51,7 @@ class Trainer:
         self.folder = Path(config.train.output_dir)
         self.progress = Progress()
         self.recovery = Recovery(self.folder, train, objective, precision)
+        self._batches = Prefetch(self._make_batches)
 
     def run(self) -> dict:
         """Train to `train_steps`, or to an interruption; the returned summary's `status` says which.
@@ -76,6 +78,7 @@ class Trainer:
             self._save_in_need()
             raise
         finally:
+            self._batches.close()
             self.log.close()
 
     def _train(self, interruption: Interruption, before: float) -> str:
@@ -107,11 +110,9 @@ class Trainer:
         settings, step = self.config.train, self.progress.step
         rate = self.progress.rate_factor * learning_rate_at(step, settings.train_steps, self.config.optim)
         set_learning_rate_(self.optimizer, rate)
-        micro_batches = self.train.micro_batches(
-            step // self.routing.passes, settings.per_device_batch_size, settings.grad_accum_steps, settings.seed
-        )
         left_out = frozenset(self.progress.left_out)
-        micro_batches = [without(self.train, batch, left_out) for batch in micro_batches]
+        following = (step + 1, left_out) if step + 1 < settings.train_steps else None
+        micro_batches = self._batches.take((step, left_out), following)
         report = train_step(
             micro_batches,
             self.objective,
@@ -124,6 +125,14 @@ class Trainer:
         self.progress.step += 1
         self.progress.tokens += report.num_target_tokens
         return report, micro_batches
+
+    def _make_batches(self, key: tuple[int, frozenset[int]]) -> list[Batch]:
+        """The micro-batches of a step, without these blocks; called in a thread, a step ahead."""
+        (step, left_out), settings = key, self.config.train
+        micro_batches = self.train.micro_batches(
+            step // self.routing.passes, settings.per_device_batch_size, settings.grad_accum_steps, settings.seed
+        )
+        return [without(self.train, batch, left_out) for batch in micro_batches]
 
     def _record(self, report: StepReport) -> None:
         verdict, progress = report.verdict, self.progress

@@ -11,7 +11,7 @@ SCRIPTS = ("train_sar_kd_fp16_safe", "train_sar_kd_stable")
 LEVELS = {
     -2: {"settings"},
     -1: {"routing_config"},
-    0: {"sar_kd", "config", "embedded", "guards", "losses", "token_bytes", "interruption", "reading"},
+    0: {"sar_kd", "config", "embedded", "guards", "losses", "token_bytes", "interruption", "reading", "prefetch"},
     1: {"arguments", "routers", "tokens", "projection", "rows", "precision", "optim", "folder"},
     2: {"alignment", "routing", "vocabulary", "metrics", "token_stream", "pieces", "text_files", "shelf"},
     3: {"models", "conversation", "blocks", "documents", "fragments", "token_cache", "router_terms", "router_update"},
