@@ -27,36 +27,21 @@ _MOST_HELD_OUT = 2**20
 """Characters: perplexity is measured often, and a larger text would not tell more."""
 
 
-class _Place(NamedTuple):
-    """Between two documents, or within one."""
-
-    document: int
-    char: int = 0
-
-
 class Documents:
-    """Documents of a large text, each read when it is its turn, or those between two places of it."""
+    """Documents of a large text, each read when it is its turn."""
 
     def __init__(self, read: Callable[[], Iterator[Sample]], num_chars: int, digest: str, has_conversations: bool):
         """read: all documents, from the first; num_chars: of their text; digest: of names and text"""
         self._read, self.num_chars, self.digest, self.has_conversations = read, num_chars, digest, has_conversations
-        self._start, self._stop = _Place(0), None
 
-    def _between(self, start: _Place, stop: _Place | None, num_chars: int) -> Documents:
-        digest = hashlib.sha256(f"{self.digest} {start} {stop}".encode()).hexdigest()
-        part = Documents(self._read, num_chars, digest, self.has_conversations)
-        part._start, part._stop = start, stop
-        return part
+    def until(self, stop: int, behind: list[Sample], num_chars: int) -> Documents:
+        """So many documents, and `behind` them others; num_chars: of all these."""
+        read, what = self._read, f"{self.digest} {stop} {[(sample.name, sample.num_chars) for sample in behind]}"
+        digest = hashlib.sha256(what.encode("utf-8", "surrogatepass")).hexdigest()
+        return Documents(lambda: chain(islice(read(), stop), behind), num_chars, digest, self.has_conversations)
 
     def __iter__(self) -> Iterator[Sample]:
-        first, last = self._start.document, self._stop and self._stop.document + bool(self._stop.char)
-        for number, sample in enumerate(islice(self._read(), first, last), first):
-            if number == first and self._start.char:
-                yield _end_of(sample, self._start.char)
-            elif self._stop and number == self._stop.document:
-                yield sample.part(0, self._stop.char, sample.name)
-            else:
-                yield sample
+        return self._read()
 
 
 def load_documents(config: DataConfig) -> tuple[Sequence[Sample] | Documents, Sequence[Sample] | Documents]:
@@ -75,9 +60,9 @@ def load_documents(config: DataConfig) -> tuple[Sequence[Sample] | Documents, Se
         train, validation = (_gathered(_reader(split.items())) for split in splits)
     if config.validation_file:
         validation = _load_files("validation_file", config.validation_file, config.text_field)
-    if not train.sizes:
+    if not train.count:
         raise UsageError(f"--dataset_name {config.dataset_name}: its 'train' split holds no text")
-    if not validation.sizes:
+    if not validation.count:
         return _hold_out(train)
     return train.all, validation.all
 
@@ -88,8 +73,8 @@ class _Gathered(NamedTuple):
     held: list[Sample] | None
     """All of them, where they are no large text"""
     large: Documents | None
-    sizes: Sequence[int]
-    """Characters of the last documents, more than are held out; of a conversation the negative"""
+    tail: Sequence[Sample]
+    """The last documents, more than are held out"""
     count: int = 0
     num_chars: int = 0
 
@@ -97,37 +82,21 @@ class _Gathered(NamedTuple):
     def all(self) -> list[Sample] | Documents:
         return self.large if self.held is None else self.held
 
-    def at(self, number: int) -> Sample:
-        """One document."""
-        return next(islice(self.large._read(), number, None)) if self.held is None else self.held[number]
-
-    def between(self, start: _Place, stop: _Place | None, num_chars: int) -> list[Sample] | Documents:
-        """The documents between two places."""
-        if self.held is None:
-            part = self.large._between(start, stop, num_chars)
-            return part if num_chars >= LARGE else list(part)
-        if stop is not None:
-            kept = self.held[: stop.document]
-            last = self.held[stop.document] if stop.char else None
-            return [*kept, last.part(0, stop.char, last.name)] if last else kept
-        kept = self.held[start.document :]
-        return [_end_of(kept[0], start.char), *kept[1:]] if start.char else kept
-
-
-def _end_of(sample: Document | LongDocument, start: int) -> Document | LongDocument:
-    return sample.part(start, sample.num_chars, f"{sample.name} (end)")
+    def until(self, stop: int, last: Document | LongDocument | None, num_chars: int) -> list[Sample] | Documents:
+        """So many documents, and behind them `last`, which is the next one's beginning, if any; their characters."""
+        behind = [] if last is None else [last]
+        return [*self.held[:stop], *behind] if self.large is None else self.large.until(stop, behind, num_chars)
 
 
 def _gathered(read: Callable[[], Iterator[Sample]]) -> _Gathered:
     """Go through documents once; keep them while they are no large text, and always what it takes to hold some out."""
-    held, sizes, of_sizes, count, num_chars, digest, talks = [], deque(), 0, 0, 0, hashlib.sha256(), False
+    held, tail, of_tail, count, num_chars, digest, talks = [], deque(), 0, 0, 0, hashlib.sha256(), False
     for sample in read():
         size, count = sample.num_chars, count + 1
-        num_chars, of_sizes = num_chars + size, of_sizes + size
-        sizes.append(-size if isinstance(sample, Conversation) else size)
-        talks = talks or isinstance(sample, Conversation)
-        while of_sizes - abs(sizes[0]) > _MOST_HELD_OUT:
-            of_sizes -= abs(sizes.popleft())
+        num_chars, of_tail, talks = num_chars + size, of_tail + size, talks or isinstance(sample, Conversation)
+        tail.append(sample)
+        while of_tail - tail[0].num_chars > _MOST_HELD_OUT:
+            of_tail -= tail.popleft().num_chars
         if held is not None:
             held.append(sample)
         if num_chars >= LARGE:
@@ -135,15 +104,16 @@ def _gathered(read: Callable[[], Iterator[Sample]]) -> _Gathered:
                 _enter(part, digest)
             held = None
     large = None if held is not None else Documents(read, num_chars, digest.hexdigest(), talks)
-    return _Gathered(held, large, sizes, count, num_chars)
+    return _Gathered(held, large, tail, count, num_chars)
 
 
 def _enter(sample: Sample, digest) -> None:
     """Let a digest depend on a document."""
-    talk = repr(sample) if isinstance(sample, Conversation) else ""
-    digest.update(f"{len(sample.name)} {sample.num_chars} {len(talk)} ".encode())
-    for text in (sample.name, talk) if talk else chain([sample.name], sample.chunks()):
-        digest.update(text.encode("utf-8", "surrogatepass"))
+    texts = [repr(sample)] if isinstance(sample, Conversation) else sample.chunks()
+    start = f"{len(sample.name)} {sample.num_chars} {sample.name}"
+    for text in texts:
+        digest.update((start + text).encode("utf-8", "surrogatepass"))
+        start = ""
 
 
 def _reader(items) -> Callable[[], Iterator[Document]]:
@@ -216,24 +186,24 @@ def _hold_out(text: _Gathered) -> tuple[Sequence[Sample] | Documents, Sequence[S
 
     A conversation is never split.
     """
-    sizes, num_train, held = list(text.sizes), text.count, 0
+    tail, held = list(text.tail), []
     missing = min(_HELD_OUT_SHARE * text.num_chars, _MOST_HELD_OUT)
-    while num_train > 1 and abs(sizes[-1]) <= missing:
-        num_train, newest = num_train - 1, abs(sizes.pop())
-        missing, held = missing - newest, held + newest
-    whole, size = num_train < text.count, sizes[-1]
-    if size < 0 and not whole and num_train == 1:
-        raise UsageError("--validation_file: needed, because the training text is one conversation, never split")
-    char = 0
-    if size < 0 and not whole:
-        num_train, held = num_train - 1, -size
-    elif size >= 0 and (not whole or missing > newest):
-        char = _cut_before(text.at(num_train - 1), max(1, int(min(missing, size / 2))))
-        num_train, held = num_train - 1, held + size - char
-    if not num_train and not char:
-        raise UsageError("--validation_file: needed, because the training text holds no more than a character")
-    place = _Place(num_train, char)
-    return text.between(_Place(0), place, text.num_chars - held), text.between(place, None, held)
+    while text.count - len(held) > 1 and tail[-1].num_chars <= missing:
+        held.insert(0, tail.pop())
+        missing -= held[0].num_chars
+    last, beginning = tail[-1], None
+    if isinstance(last, Conversation):
+        if not held and text.count == 1:
+            raise UsageError("--validation_file: needed, because the training text is one conversation, never split")
+        held = held or [last]
+    elif not held or missing > held[0].num_chars:
+        cut = _cut_before(last, max(1, int(min(missing, last.num_chars / 2))))
+        if not cut and text.count == 1:
+            raise UsageError("--validation_file: needed, because the training text is a single character")
+        beginning = last.part(0, cut, last.name) if cut else None
+        held.insert(0, last.part(cut, last.num_chars, f"{last.name} (end)"))
+    num_chars = text.num_chars - sum(sample.num_chars for sample in held)
+    return text.until(text.count - len(held), beginning, num_chars), held
 
 
 def _cut_before(document: Document | LongDocument, size: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import functools
 import gzip
 import zlib
 from collections.abc import Iterator
@@ -115,7 +116,7 @@ def _chunks(flag: str, path: Path) -> Iterator[str]:
 
 def _read_lines(flag: str, path: Path, kind: str, text_field: str) -> Iterator[Document | Conversation]:
     with gzip.open(path) if kind == ".jsonl.gz" else open(path, "rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), 1):
+        for number, line in enumerate(iter(functools.partial(file.readline, _LONGEST_LINE), b""), 1):
             if len(line) == _LONGEST_LINE:
                 size = f"{_LONGEST_LINE // 2**20} MB"
                 raise UsageError(f"--{flag} {path}: line {number} exceeds {size}; give it as a .txt file of its own")
