@@ -27,21 +27,31 @@ _MOST_HELD_OUT = 2**20
 """Characters: perplexity is measured often, and a larger text would not tell more."""
 
 
+class _Source(NamedTuple):
+    """Something to read documents from, as often as they are needed."""
+
+    read: Callable[[], Iterator[Sample]]
+    check: Callable[[], None] = lambda: None
+    """Raises UsageError if it is not what it was"""
+
+
 class Documents:
     """Documents of a large text, each read when it is its turn."""
 
-    def __init__(self, read: Callable[[], Iterator[Sample]], num_chars: int, digest: str, has_conversations: bool):
-        """read: all documents, from the first; num_chars: of their text; digest: of names and text"""
-        self._read, self.num_chars, self.digest, self.has_conversations = read, num_chars, digest, has_conversations
+    def __init__(self, source: _Source, num_chars: int, digest: str, has_conversations: bool):
+        """source: all documents, from the first; num_chars: of their text; digest: of names and text"""
+        self._source, self.num_chars, self.digest, self.has_conversations = source, num_chars, digest, has_conversations
 
     def until(self, stop: int, behind: list[Sample], num_chars: int) -> Documents:
         """So many documents, and `behind` them others; num_chars: of all these."""
-        read, what = self._read, f"{self.digest} {stop} {[(sample.name, sample.num_chars) for sample in behind]}"
+        what = f"{self.digest} {stop} {[(sample.name, sample.num_chars) for sample in behind]}"
         digest = hashlib.sha256(what.encode("utf-8", "surrogatepass")).hexdigest()
-        return Documents(lambda: chain(islice(read(), stop), behind), num_chars, digest, self.has_conversations)
+        source = self._source._replace(read=lambda: chain(islice(self._source.read(), stop), behind))
+        return Documents(source, num_chars, digest, self.has_conversations)
 
     def __iter__(self) -> Iterator[Sample]:
-        return self._read()
+        yield from self._source.read()
+        self._source.check()
 
 
 def load_documents(config: DataConfig) -> tuple[Sequence[Sample] | Documents, Sequence[Sample] | Documents]:
@@ -57,7 +67,7 @@ def load_documents(config: DataConfig) -> tuple[Sequence[Sample] | Documents, Se
         train, validation = _load_files("train_file", config.train_file, config.text_field), _Gathered([], None, ())
     else:
         splits = embedded.read_text("transfer", "validation")
-        train, validation = (_gathered(_reader(split.items())) for split in splits)
+        train, validation = (_gathered(_items(split)) for split in splits)
     if config.validation_file:
         validation = _load_files("validation_file", config.validation_file, config.text_field)
     if not train.count:
@@ -88,10 +98,10 @@ class _Gathered(NamedTuple):
         return [*self.held[:stop], *behind] if self.large is None else self.large.until(stop, behind, num_chars)
 
 
-def _gathered(read: Callable[[], Iterator[Sample]]) -> _Gathered:
+def _gathered(source: _Source) -> _Gathered:
     """Go through documents once; keep them while they are no large text, and always what it takes to hold some out."""
     held, tail, of_tail, count, num_chars, digest, talks = [], deque(), 0, 0, 0, hashlib.sha256(), False
-    for sample in read():
+    for sample in source.read():
         size, count = sample.num_chars, count + 1
         num_chars, of_tail, talks = num_chars + size, of_tail + size, talks or isinstance(sample, Conversation)
         tail.append(sample)
@@ -103,7 +113,7 @@ def _gathered(read: Callable[[], Iterator[Sample]]) -> _Gathered:
             for part in held or (sample,):
                 _enter(part, digest)
             held = None
-    large = None if held is not None else Documents(read, num_chars, digest.hexdigest(), talks)
+    large = None if held is not None else Documents(source, num_chars, digest.hexdigest(), talks)
     return _Gathered(held, large, tail, count, num_chars)
 
 
@@ -116,20 +126,19 @@ def _enter(sample: Sample, digest) -> None:
         start = ""
 
 
-def _reader(items) -> Callable[[], Iterator[Document]]:
-    return lambda: (Document(*item) for item in items)
+def _items(texts: dict[str, str]) -> _Source:
+    return _Source(lambda: (Document(*item) for item in texts.items()))
 
 
 def _load_files(flag: str, paths: tuple[str, ...], text_field: str) -> _Gathered:
     before = {path: _state_of(path) for path in paths}
 
-    def read() -> Iterator[Sample]:
+    def check() -> None:
         for path in paths:
-            yield from read_file(flag, Path(path), text_field)
             if _state_of(path) != before[path]:
                 raise UsageError(f"--{flag} {path}: was changed while it was read; start again")
 
-    found = _gathered(read)
+    found = _gathered(_Source(lambda: (s for path in paths for s in read_file(flag, Path(path), text_field)), check))
     if not found.count:
         raise UsageError(f"--{flag} {' '.join(paths)}: holds no text")
     return found
@@ -144,8 +153,8 @@ def _state_of(path: str) -> tuple[int, int] | None:
     return found.st_size, found.st_mtime_ns
 
 
-def _dataset(config: DataConfig) -> tuple[Callable[[], Iterator[Sample]], Callable[[], Iterator[Sample]]]:
-    """Readers of a dataset's training and validation split."""
+def _dataset(config: DataConfig) -> tuple[_Source, _Source]:
+    """A dataset's training and validation split."""
     try:
         import datasets
     except ImportError:
@@ -178,7 +187,7 @@ def _dataset(config: DataConfig) -> tuple[Callable[[], Iterator[Sample]], Callab
             if text and text.strip():
                 yield Document(f"{split}:{number}", text)
 
-    return lambda: samples("train"), lambda: samples("validation")
+    return _Source(lambda: samples("train")), _Source(lambda: samples("validation"))
 
 
 def _hold_out(text: _Gathered) -> tuple[Sequence[Sample] | Documents, Sequence[Sample] | Documents]:

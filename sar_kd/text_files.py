@@ -97,20 +97,21 @@ def _chunks(flag: str, path: Path) -> Iterator[str]:
     with _readable(flag, path), open(path, "rb") as file:
         while True:
             block = file.read(CHUNK)
+            ended = not block
             if not position and block.startswith(codecs.BOM_UTF8):
                 position, block = len(codecs.BOM_UTF8), block[len(codecs.BOM_UTF8) :]
             waiting = len(decoder.getstate()[0])
             try:
-                text = held + decoder.decode(block, final=not block)
+                text = held + decoder.decode(block, final=ended)
             except UnicodeDecodeError as error:
                 raise _not_utf8(flag, path, f"byte {position - waiting + error.start}") from None
             position += len(block)
             # A carriage return at the end may be half of a line end.
-            held = "\r" if block and text.endswith("\r") else ""
+            held = "\r" if text.endswith("\r") and not ended else ""
             text = _line_ends(text[: len(text) - len(held)])
             if text:
                 yield text
-            if not block and not held:
+            if ended:
                 return
 
 

@@ -48,7 +48,7 @@ class TokenCache:
                 found = open_shelf(path, key)
                 self.say(f"Tokens: taken from {path}")
                 return found
-            except FileNotFoundError:
+            except OSError:  # there is none, or what keeps us from reading it will keep us from writing, and be named
                 pass
             except DamagedShelf as damage:
                 self.say(f"Tokens: {path} is not trusted ({damage}); it is made anew")
