@@ -70,7 +70,7 @@ def join(
         _Joiner(pair, limits, shelf).join(documents, cache)
 
     if cache is not None and isinstance(documents, Documents):
-        columns, facts = cache.get(_what(documents, pair, limits), build)
+        columns, facts = cache.get(_what(documents, pair, limits), build, documents.num_chars)
     else:
         shelf = Shelf()
         build(shelf)

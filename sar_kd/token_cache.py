@@ -35,10 +35,10 @@ class TokenCache:
         own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sar_kd"
         self.folder = Path(setting) if setting and self.keeps else own if self.keeps else Path(tempfile.gettempdir())
 
-    def get(self, what: dict, build: Callable[[Shelf], None]) -> Contents:
+    def get(self, what: dict, build: Callable[[Shelf], None], num_chars: int) -> Contents:
         """The contents that `what` describes: those kept, if they are sound, else what `build` puts on a new shelf.
 
-        what: everything that the contents depend on
+        what: everything that the contents depend on; num_chars: of the text that they are made of
         Raises: UsageError if the folder cannot be written or has no room
         """
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
@@ -52,6 +52,7 @@ class TokenCache:
                 pass
             except DamagedShelf as damage:
                 self.say(f"Tokens: {path} is not trusted ({damage}); it is made anew")
+        self.say(f"Tokens: {num_chars / 1e6:,.0f} million characters are tokenised{', once' if self.keeps else ''}")
         with self._writable():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._sweep()

@@ -138,7 +138,9 @@ def test_tokens_are_made_once(pair, text, cache, monkeypatch):
     monkeypatch.setattr(streams, "lots_of", None)  # nothing is tokenised any more
     assert _same(Corpus(text, pair, 24, 60, cache), first)
     assert _same(Corpus(text, pair, 48, 60, cache), Corpus(text, pair, 48, 60, cache))
-    assert [line.split(" in ")[-1].split(" from ")[-1] for line in cache.lines[:2]] == [str(*_entries(cache))] * 2
+    assert cache.lines[0] == "Tokens: 0 million characters are tokenised, once"
+    assert cache.lines[1].endswith(f" MB kept in {_entries(cache)[0]}")
+    assert cache.lines[2:] == [f"Tokens: taken from {_entries(cache)[0]}"] * 3
 
 
 def _entries(cache) -> list:
@@ -219,11 +221,11 @@ def test_a_damaged_or_foreign_entry_is_named_and_made_anew(pair, text, cache, da
     (entry,) = _entries(cache)
     DAMAGES[damage](entry)
     assert _same(Corpus(text, pair, 24, 60, cache), first)
-    assert cache.lines[1].startswith(f"Tokens: {entry} is not trusted (")
-    assert cache.lines[1].endswith("); it is made anew")
-    assert len(cache.lines) == 3
+    assert cache.lines[2].startswith(f"Tokens: {entry} is not trusted (")
+    assert cache.lines[2].endswith("); it is made anew")
+    assert len(cache.lines) == 5
     assert _same(Corpus(text, pair, 24, 60, cache), first)
-    assert cache.lines[3:] == [f"Tokens: taken from {entry}"]
+    assert cache.lines[5:] == [f"Tokens: taken from {entry}"]
     assert not (tmp_path / "harmed").exists()
 
 
@@ -234,7 +236,7 @@ def test_without_a_cache_nothing_stays(pair, text, tmp_path, monkeypatch):
     corpus = Corpus(text, pair, 24, 60, cache)
     assert list((tmp_path / "temporary").iterdir()) == []
     assert corpus.micro_batches(0, 2, 1, 0)[0].num_target_tokens > 0
-    assert cache.lines == []
+    assert cache.lines == ["Tokens: 0 million characters are tokenised"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, UsageError])
