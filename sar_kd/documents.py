@@ -208,7 +208,7 @@ def _hold_out(text: _Gathered) -> tuple[Sequence[Sample] | Documents, Sequence[S
     elif not held or missing > held[0].num_chars:
         cut = _cut_before(last, max(1, int(min(missing, last.num_chars / 2))))
         if not cut and text.count == 1:
-            raise UsageError("--validation_file: needed, because the training text is a single character")
+            raise UsageError("--validation_file: needed, because the training text holds a single character")
         beginning = last.part(0, cut, last.name) if cut else None
         held.insert(0, last.part(cut, last.num_chars, f"{last.name} (end)"))
     num_chars = text.num_chars - sum(sample.num_chars for sample in held)

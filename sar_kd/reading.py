@@ -18,6 +18,6 @@ def say(line: str) -> None:
 def reading_bar(num_chars: int, is_shown: bool) -> Iterator[tqdm]:
     """A bar over so many characters of text; `update` tells how many more are done; in a terminal."""
     with tqdm(
-        total=num_chars, unit="B", unit_scale=True, desc="Tokenising", disable=not (is_shown and sys.stderr.isatty())
+        total=num_chars, unit="char", unit_scale=True, desc="Tokenising", disable=not (is_shown and sys.stderr.isatty())
     ) as bar:
         yield bar

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -136,22 +136,25 @@ class _Joiner:
 
     def join(self, documents: Sequence[Sample] | Documents, cache: TokenCache | None) -> None:
         """Enter all documents, plain ones first."""
-        is_large, done = isinstance(documents, Documents), 0
+        is_large = isinstance(documents, Documents)
         num_chars = documents.num_chars if is_large else 0
+        talks = documents.has_conversations if is_large else any(isinstance(d, Conversation) for d in documents)
         with reading_bar(num_chars, is_large) as bar:
-            for lot in lots_of(documents, self.pair):
-                self._add_plain(lot)
-                size = sum(len(fragment.piece.text) for fragment in lot)
+            for number, size in enumerate(self._lots(documents, talks)):
                 bar.update(size)
-                if is_large and cache is not None and not done:
+                if not number and cache is not None and is_large:
                     cache.require_room(self.shelf.num_bytes() * (num_chars - size) // max(1, size))
-                done += size
-            talks = documents.has_conversations if is_large else any(isinstance(d, Conversation) for d in documents)
-            writers = writers_of(self.pair) if talks else []
-            for talks in conversations_of(documents) if writers else ():
-                self._add_conversations(talks, writers)
-                bar.update(sum(talk.num_chars for talk in talks))
         self.shelf.facts["num_bytes"] = self.num_bytes
+
+    def _lots(self, documents: Sequence[Sample] | Documents, talks: bool) -> Iterator[int]:
+        """Enter the documents lot by lot; the characters of each lot, once it is entered."""
+        for lot in lots_of(documents, self.pair):
+            self._add_plain(lot)
+            yield sum(len(fragment.piece.text) for fragment in lot)
+        writers = writers_of(self.pair) if talks else []
+        for lot in conversations_of(documents) if talks else ():
+            self._add_conversations(lot, writers)
+            yield sum(talk.num_chars for talk in lot)
 
     def _add_plain(self, lot: list[Fragment]) -> None:
         """Enter a lot of plain text: all of it is to be learned, an end-of-text token after each document."""

@@ -26,14 +26,22 @@ Contents = tuple[dict[str, np.ndarray], dict]
 """Columns by name, and facts."""
 
 
+def _own_folder() -> Path:
+    """The user's own; the system's temporary folder, for a user without a home."""
+    home = os.path.expanduser("~")
+    cache = os.environ.get("XDG_CACHE_HOME") or (
+        Path(home) / ".cache" if os.path.isabs(home) else tempfile.gettempdir()
+    )
+    return Path(cache) / "sar_kd"
+
+
 class TokenCache:
     """A folder of shelves, each under the digest of all that its contents depend on."""
 
     def __init__(self, setting: str, say: Callable[[str], None] = say):
         """setting: `--token_cache`, a folder, 'off' or empty for the user's own; say: shows a line"""
         self.keeps, self.say = setting != OFF, say
-        own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sar_kd"
-        self.folder = Path(setting) if setting and self.keeps else own if self.keeps else Path(tempfile.gettempdir())
+        self.folder = Path(setting or _own_folder()) if self.keeps else Path(tempfile.gettempdir())
 
     def get(self, what: dict, build: Callable[[Shelf], None], num_chars: int) -> Contents:
         """The contents that `what` describes: those kept, if they are sound, else what `build` puts on a new shelf.

@@ -19,7 +19,8 @@ import safetensors.torch
 import torch
 import transformers
 
-from sar_kd import checkpoint, cli, trainer
+from sar_kd import __main__ as verbs
+from sar_kd import audit, checkpoint, cli, trainer
 from sar_kd.config import DataConfig, GuardConfig, OptimConfig, UsageError
 from sar_kd.data import Corpus
 from sar_kd.documents import load_documents
@@ -732,3 +733,15 @@ def test_running_out_of_gpu_memory_is_one_line_with_the_remedy(capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "--per_device_batch_size" in error
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device", "x"), KeyboardInterrupt()])
+def test_only_what_can_be_resumed_speaks_of_resuming(capsys, monkeypatch, error):
+    def fail(argv):
+        raise error
+
+    monkeypatch.setattr(audit, "main", fail)
+    codes = cli.run(fail), verbs.main(["audit"])
+    lines = capsys.readouterr().err.splitlines()
+    assert codes == (cli.USAGE, cli.USAGE) if isinstance(error, OSError) else (cli.INTERRUPTED, cli.INTERRUPTED)
+    assert ["--resume" in line for line in lines] == [True, False]

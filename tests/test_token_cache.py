@@ -289,6 +289,9 @@ def test_the_cache_is_the_users_own_unless_another_is_named(tmp_path, monkeypatc
     monkeypatch.setenv("HOME", str(tmp_path))
     assert TokenCache("").folder == tmp_path / ".cache" / "sar_kd"
     assert TokenCache(str(tmp_path / "named")).folder == tmp_path / "named"
+    monkeypatch.setattr(token_cache.os.path, "expanduser", lambda path: path)  # nobody's home
+    monkeypatch.setattr(token_cache.tempfile, "gettempdir", lambda: "/temporary")
+    assert str(TokenCache("").folder) == "/temporary/sar_kd"
 
 
 def test_a_header_is_read_before_any_column(tmp_path):
