@@ -191,6 +191,14 @@ def _edit(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def _add_column(entry, name):
+    """Name a file that is no column, with its own size and digest."""
+    columns = json.loads((entry / "header.json").read_text())["columns"]
+    found = {"kind": "uint8", "width": 0, "size": (entry / name).stat().st_size}
+    columns[name] = {**found, "sha256": folder.file_digest(entry / name)}
+    _edit(entry / "header.json", columns=columns)
+
+
 DAMAGES = {
     **{f"a flipped bit in {name}": (lambda e, name=name: _flip(e / name, 17)) for name in (
         "student_ids", "student_ends", "student_is_target", "teacher_ids", "teacher_has_dummy", "starts", "names",
@@ -204,8 +212,7 @@ DAMAGES = {
     "a list for a header": lambda e: (e / "header.json").write_text("[]"),
     "another format": lambda e: _edit(e / "header.json", format=0),
     "another text's": lambda e: _edit(e / "header.json", key="0" * 64),
-    "a column outside": lambda e: _edit(e / "header.json", columns={"../../rows.jsonl": {
-        "kind": "uint8", "width": 0, "size": 3, "sha256": ""}}),
+    "a column outside": lambda e: _add_column(e, "../../rows.jsonl"),
     "objects": lambda e: _edit(e / "header.json", columns={"names": {"kind": "object", "width": 0, "size": 1}}),
     "a size that is no number": lambda e: _edit(e / "header.json", columns={"names": {
         "kind": "uint8", "width": 0, "size": "many", "sha256": ""}}),
