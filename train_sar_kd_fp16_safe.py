@@ -19,6 +19,7 @@ from sar_kd.precision import setup
 from sar_kd.preflight import preflight
 from sar_kd.several_devices import place
 from sar_kd.teacher_routing import build_teacher_routing
+from sar_kd.token_cache import TokenCache
 from sar_kd.trainer import Trainer
 from sar_kd.world import join_world
 
@@ -32,7 +33,8 @@ def main(argv=None):
     models = load_models(config, precision)  # teacher, student, and what connects their tokenizers
     limits = models.block_limits(config.data.block_size)
     texts = load_documents(config.data)  # training and held-out documents
-    train, validation = (Corpus(text, models.tokenizers, *limits) for text in texts)  # text to blocks
+    cache = TokenCache(config.data.token_cache)  # where the tokens of a large text are kept
+    train, validation = (Corpus(text, models.tokenizers, *limits, cache) for text in texts)  # text to blocks
     objective = Objective(models.teacher, models.student, config.loss, train.pairing, precision)  # what is minimised
     placement = place(objective, config.train, world)  # on how many devices the student lies, and how
     optimizer = build_optimizer(models.student, config.optim, objective.parameters())  # how

@@ -39,7 +39,7 @@ S = typing.TypeVar("S")
 # What may differ between the two halves of a resumed run without making it another run.
 _MAY_CHANGE_ON_RESUME = {
     "eval_steps", "log_steps", "save_steps", "keep_checkpoints", "on_divergence", "resume", "output_dir", "train_steps",
-    "device", "trust_remote_code", "time_limit", "tensorboard", "wandb",
+    "device", "trust_remote_code", "time_limit", "tensorboard", "wandb", "token_cache",
 }  # fmt: skip
 
 

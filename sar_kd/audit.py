@@ -11,6 +11,7 @@ from sar_kd.data import Corpus
 from sar_kd.documents import load_documents
 from sar_kd.files import plain
 from sar_kd.models import load_tokenizers
+from sar_kd.token_cache import TokenCache
 
 
 def main(argv: list[str]) -> dict:
@@ -21,7 +22,8 @@ def main(argv: list[str]) -> dict:
     config, as_json = parse_verb("audit", __doc__.partition(": ")[2], ("models", "data"), argv)
     pair = load_tokenizers(config)
     texts, _ = load_documents(config.data)
-    corpus = Corpus(texts, pair, config.data.block_size, 8 * config.data.block_size)
+    cache = TokenCache(config.data.token_cache)
+    corpus = Corpus(texts, pair, config.data.block_size, 8 * config.data.block_size, cache)
     coverage = measure_coverage(corpus)
     record = {**dataclasses.asdict(coverage), "mix": coverage.mix}
     print(

@@ -9,7 +9,6 @@ pickle is ever loaded: safetensors, JSON, and `torch.load(weights_only=True)`.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import pickle
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from sar_kd.config import UsageError
 from sar_kd.files import replace_text
-from sar_kd.folder import require_room
+from sar_kd.folder import file_digest, require_room
 from sar_kd.guards import StepGuard
 from sar_kd.models import complete_generation_config_
 from sar_kd.objective import Objective
@@ -108,7 +107,7 @@ def _write(
             safetensors.torch.save_file(weights, str(partial / "student.safetensors"))
         torch.save(state, partial / "state.pt")
         (partial / "progress.json").write_text(json.dumps(counters))
-        (partial / _DIGESTS).write_text(json.dumps({file: _digest(partial / file) for file in _FILES}))
+        (partial / _DIGESTS).write_text(json.dumps({file: file_digest(partial / file) for file in _FILES}))
         for path in partial.iterdir():
             _flush(path)
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -200,7 +199,7 @@ def _damage(path: Path) -> str | None:
     for file in _FILES:
         if not (path / file).is_file():
             return f"{file} is missing"
-        if digests.get(file) != _digest(path / file):
+        if digests.get(file) != file_digest(path / file):
             return f"{file} is not as it was written"
     return None
 
@@ -219,14 +218,6 @@ def _is_sound(path: Path) -> bool:
         return _damage(path) is None
     except (OSError, ValueError, TypeError, AttributeError):
         return False
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(2**22):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager

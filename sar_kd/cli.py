@@ -14,10 +14,11 @@ from sar_kd.world import current_world
 DONE, USAGE, DIVERGED, INTERRUPTED = 0, 2, 3, 130
 
 
-def run(main: Callable[[list[str] | None], dict], argv: list[str] | None = None) -> int:
+def run(main: Callable[[list[str] | None], dict], argv: list[str] | None = None, resumable: bool = True) -> int:
     """Run a script's `main` and turn its outcome into an exit code; of several processes one says the line.
 
     0 done; 2 something to mend, said in one line; 3 emergency stop; 130 interrupted
+    resumable: it leaves checkpoints from which `--resume` continues, as no verb does
     """
     try:
         summary = main(argv)
@@ -35,9 +36,11 @@ def run(main: Callable[[list[str] | None], dict], argv: list[str] | None = None)
         return _say(f"error: {line}; --resume continues from the last checkpoint, if there is one", USAGE, follows=True)
     except OSError as error:  # a disk that is full, a folder that went away
         reason = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
-        return _say(f"error: {reason}; what was saved before is intact, --resume continues from there", USAGE)
+        rest = "; what was saved before is intact, --resume continues from there" if resumable else ""
+        return _say(f"error: {reason}{rest}", USAGE)
     except KeyboardInterrupt:
-        return _say("interrupted at once; --resume continues from the last checkpoint, if there is one", INTERRUPTED)
+        rest = "; --resume continues from the last checkpoint, if there is one" if resumable else ""
+        return _say(f"interrupted at once{rest}", INTERRUPTED)
     current_world().leave()
     return INTERRUPTED if summary["status"] == "interrupted" else DONE
 

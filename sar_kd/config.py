@@ -54,6 +54,9 @@ class DataConfig:
     dataset_name: str = flag("", "a dataset for the `datasets` package: hub id or directory")
     dataset_config_name: str = flag("", "its configuration, for example wikitext-103-raw-v1")
     block_size: int = flag(256, "tokens in a block, for the student; the teacher reads the same text")
+    token_cache: str = flag(
+        "", "folder that keeps the tokens of a large text; by default sar_kd in the user's cache; 'off' keeps none"
+    )
 
     def __post_init__(self):
         require(self.block_size >= 8, "block_size", self.block_size, "must be at least 8 tokens")

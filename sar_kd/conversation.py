@@ -9,17 +9,17 @@ for, the tokens are those of the template itself.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from jinja2 import TemplateError
 
 from sar_kd.alignment import TokenizerPair
 from sar_kd.config import UsageError
-from sar_kd.documents import Conversation
+from sar_kd.pieces import encode_behind, encode_texts
+from sar_kd.rows import Conversation
+from sar_kd.token_stream import GLUE, PROMPT, RESPONSE, STOP, Part
 from sar_kd.tokens import TokenTable, build_token_table, encode
-
-GLUE, PROMPT, RESPONSE, STOP = range(4)
-"""Kinds of parts; from RESPONSE on they are to be learned."""
 
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}{{ message.role | capitalize + ':\\n' + message.content }}"
@@ -30,20 +30,6 @@ DEFAULT_TEMPLATE = (
 _SENTINEL = re.compile("\ue000([0-9]+)\ue001")
 _ANCHORS = ("\n", "a")
 """Text behind which a tokenizer that puts a space before its text puts none."""
-
-
-class Part(NamedTuple):
-    """A run of one model's tokens."""
-
-    ids: list[int]
-    kind: int
-    """GLUE: no bytes. PROMPT and RESPONSE: bytes of the text. STOP: the last token is one virtual byte."""
-    has_dummy: bool = False
-    """A content that begins with a space which the text does not have."""
-    dummy_is_text: bool = False
-    """Both models read that space, so it is text to both."""
-    ends: list[int] | None = None
-    """Where each token ends in the part, in bytes, for a tokenizer whose tokens have no bytes of their own."""
 
 
 class Rendered(NamedTuple):
@@ -73,12 +59,13 @@ class _Refused(ValueError):
     """What is wrong with a conversation, for one model."""
 
 
-def render(conversations: list[Conversation], pair: TokenizerPair) -> Rendered:
+def render(conversations: list[Conversation], pair: TokenizerPair, writers: list[_Writer] | None = None) -> Rendered:
     """Write every conversation as each model writes it.
 
+    writers: `writers_of(pair)`, where the conversations come in several lots; `without_template` is of all of them
     Raises: UsageError if the tokenizers are taken as equal and do not write alike, or their bytes cannot be known
     """
-    writers = _writers(pair)
+    writers = writers or writers_of(pair)
     drafts, names, left_out = [], [], []
     for conversation in conversations:
         try:
@@ -102,7 +89,7 @@ def render(conversations: list[Conversation], pair: TokenizerPair) -> Rendered:
     return Rendered(names, sides, [writer.table for writer in writers], left_out, tuple(lacking))
 
 
-def _writers(pair: TokenizerPair) -> list[_Writer]:
+def writers_of(pair: TokenizerPair) -> list[_Writer]:
     """One writer for each stream of tokens: a single one where the tokenizers are taken as equal."""
     if pair.is_exact:
         student = _Writer("student", pair.student, pair.tables[0])
@@ -192,12 +179,12 @@ class _Writer:
 
     # Tokens
 
-    def contents(self, drafts: list[_Draft], side: int) -> list[list[tuple[list[int], bool]] | None]:
+    def contents(self, drafts: list[_Draft], side: int) -> list[list[tuple[Sequence[int], bool]] | None]:
         """Ids of each text of each draft, and whether they begin with a dummy space.
 
         None for a draft with a text that the tokenizer cannot represent; side: which of the drafts' frames is its own
         """
-        encoded = iter(encode(self.tokenizer, [text for draft in drafts for text in draft.texts]))
+        encoded = iter(encode_texts(self.tokenizer, [text for draft in drafts for text in draft.texts]))
         found = []
         for draft in drafts:
             glues = draft.frames[side]
@@ -205,16 +192,16 @@ class _Writer:
             found.append(None if None in contents else contents)
         return found
 
-    def _content(self, ids: list[int], text: str, glue: str, first: bool) -> tuple[list[int], bool] | None:
+    def _content(self, ids: Sequence[int], text: str, glue: str, first: bool) -> tuple[Sequence[int], bool] | None:
         num_bytes = len(text.encode())
         before = int(self.table.lengths[ids].sum()) - num_bytes
         if before not in (0, int(self.table.dummy_prefix)):
             return None
         if before and not glue.endswith(" ") and not self._puts_space(glue, first):
             for anchor in _ANCHORS:
-                opening, whole = encode(self.tokenizer, [anchor, anchor + text])
-                if whole[: len(opening)] == opening:
-                    return whole[len(opening) :], False
+                behind = encode_behind(self.tokenizer, anchor, text)
+                if behind is not None:
+                    return behind, False
         return ids, bool(before)
 
     def _puts_space(self, glue: str, first: bool) -> bool:
@@ -226,7 +213,7 @@ class _Writer:
         return self._spaced[glue]
 
     def parts(
-        self, draft: _Draft, frame: list[str], contents: list[tuple[list[int], bool]], is_text: list[bool]
+        self, draft: _Draft, frame: list[str], contents: list[tuple[Sequence[int], bool]], is_text: list[bool]
     ) -> list[Part]:
         """Glue, contents and stop tokens in order; `is_text`: whether each content's dummy space is text to both."""
         parts, messages = [], draft.conversation.messages

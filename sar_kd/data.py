@@ -8,7 +8,7 @@ seed and the step alone.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from sar_kd.alignment import TokenizerPair
-from sar_kd.documents import Conversation, Document
+from sar_kd.documents import Documents, Sample
 from sar_kd.losses import IGNORE_INDEX, next_token_targets
 from sar_kd.pairing import Pairing
-from sar_kd.streams import TokenStream, cut, join
+from sar_kd.streams import cut, join
 from sar_kd.stretches import Alignment, Stretch, cut_stretches
+from sar_kd.token_cache import TokenCache
+from sar_kd.token_stream import TokenStream
 
 
 @dataclass(frozen=True)
@@ -82,15 +84,22 @@ class Corpus:
     """Documents as blocks of tokens, and the batches made of them."""
 
     def __init__(
-        self, documents: list[Document | Conversation], pair: TokenizerPair, max_student: int, max_teacher: int
+        self,
+        documents: Sequence[Sample] | Documents,
+        pair: TokenizerPair,
+        max_student: int,
+        max_teacher: int,
+        cache: TokenCache | None = None,
     ):
         """max_student, max_teacher: most tokens that a block may hold for each model, start token included
+
+        cache: where the tokens of a large text are kept
 
         Raises: UsageError if nothing is left to read, or a stretch without a common boundary exceeds a model
         """
         self.pair = pair
         limits = max_student - 1, max_teacher - 1
-        self.text = join(documents, pair, limits)
+        self.text = join(documents, pair, limits, cache)
         self.blocks = cut(self.text, *limits)
 
     def __len__(self) -> int:
@@ -164,6 +173,7 @@ def _tokens(stream: TokenStream, ranges: list[tuple[int, int]], start_id: int) -
     labels = torch.full((len(ranges), width), IGNORE_INDEX, dtype=torch.int64)
     for row, (start, end) in enumerate(ranges):
         ids = torch.from_numpy(stream.ids[start:end].astype(np.int64))
+        is_target = torch.from_numpy(stream.is_target[start:end].copy())  # a file's array is read only
         input_ids[row, 1 : 1 + len(ids)] = ids
-        labels[row, 1 : 1 + len(ids)] = torch.where(torch.from_numpy(stream.is_target[start:end]), ids, IGNORE_INDEX)
+        labels[row, 1 : 1 + len(ids)] = torch.where(is_target, ids, IGNORE_INDEX)
     return TokenBatch(input_ids, labels, *next_token_targets(labels))

@@ -1,189 +1,162 @@
 """Where text comes from: the embedded text, files of a user's own, or the `datasets` package.
 
-A row is a plain document or a conversation: the text field makes it a document; `messages`, or `prompt` and
-`completion` (also `question` and `answer`), make it a conversation.
+What is small is held in memory. What is large is read anew, document by document, each time it is gone through.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
-from collections.abc import Iterator
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
 from sar_kd import embedded
 from sar_kd.config import DataConfig, UsageError
 from sar_kd.hub import reason_of
+from sar_kd.rows import PAIRS, Conversation, Document, Message, conversation_of
+from sar_kd.text_files import LongDocument, Sample, read_file
 
+__all__ = ["Conversation", "Document", "Documents", "LongDocument", "Message", "Sample", "load_documents"]
+
+LARGE = 2**23
+"""Characters from which text counts as large."""
 _HELD_OUT_SHARE = 0.05
 _HALF_INSTALLED = "`datasets` is there but cannot be imported ({}); `pip install --force-reinstall datasets`"
-_PAIRS = (("prompt", "completion"), ("question", "answer"))
+_MOST_HELD_OUT = 2**20
+"""Characters: perplexity is measured often, and a larger text would not tell more."""
 
 
-class Document(NamedTuple):
-    """One text with a name to call it by."""
+class _Source(NamedTuple):
+    """Something to read documents from, as often as they are needed."""
 
-    name: str
-    text: str
-
-
-class Message(NamedTuple):
-    """One turn of a conversation."""
-
-    role: str
-    content: str
-    is_target: bool
-    """To be learned: an assistant's turn that is no part of a prompt."""
+    read: Callable[[], Iterator[Sample]]
+    check: Callable[[], None] = lambda: None
+    """Raises UsageError if it is not what it was"""
 
 
-class Conversation(NamedTuple):
-    """Messages with a name to call them by, the last one to be learned."""
+class Documents:
+    """Documents of a large text, each read when it is its turn."""
 
-    name: str
-    messages: tuple[Message, ...]
-    plain: bool
-    """Given as two texts, which without a chat template simply follow one another."""
+    def __init__(self, source: _Source, num_chars: int, digest: str, has_conversations: bool):
+        """source: all documents, from the first; num_chars: of their text; digest: of names and text"""
+        self._source, self.num_chars, self.digest, self.has_conversations = source, num_chars, digest, has_conversations
 
-    @property
-    def text(self) -> str:
-        """All contents."""
-        return "".join(message.content for message in self.messages)
+    def until(self, stop: int, behind: list[Sample], num_chars: int) -> Documents:
+        """So many documents, and `behind` them others; num_chars: of all these."""
+        what = f"{self.digest} {stop} {[(sample.name, sample.num_chars) for sample in behind]}"
+        digest = hashlib.sha256(what.encode("utf-8", "surrogatepass")).hexdigest()
+        source = self._source._replace(read=lambda: chain(islice(self._source.read(), stop), behind))
+        return Documents(source, num_chars, digest, self.has_conversations)
+
+    def __iter__(self) -> Iterator[Sample]:
+        yield from self._source.read()
+        self._source.check()
 
 
-Sample = Document | Conversation
-
-
-def load_documents(config: DataConfig) -> tuple[list[Sample], list[Sample]]:
+def load_documents(config: DataConfig) -> tuple[Sequence[Sample] | Documents, Sequence[Sample] | Documents]:
     """Training and validation documents; without a validation source, 5 % of the training text is held out.
+
+    Of a large text no more is held out than takes a few seconds to measure (1 MB).
 
     Raises: UsageError for a file that is missing, unreadable or of another kind, and for text without content
     """
     if config.dataset_name:
-        train, validation = _load_dataset(config)
+        train, validation = map(_gathered, _dataset(config))
     elif config.train_file:
-        train, validation = _read_files("train_file", config.train_file, config.text_field), []
+        train, validation = _load_files("train_file", config.train_file, config.text_field), _Gathered([], None, ())
     else:
         splits = embedded.read_text("transfer", "validation")
-        train, validation = ([Document(*item) for item in split.items()] for split in splits)
+        train, validation = (_gathered(_items(split)) for split in splits)
     if config.validation_file:
-        validation = _read_files("validation_file", config.validation_file, config.text_field)
-    if not train:
+        validation = _load_files("validation_file", config.validation_file, config.text_field)
+    if not train.count:
         raise UsageError(f"--dataset_name {config.dataset_name}: its 'train' split holds no text")
-    if not validation:
-        train, validation = _hold_out(train)
-    return train, validation
+    if not validation.count:
+        return _hold_out(train)
+    return train.all, validation.all
 
 
-def _read_files(flag: str, paths: tuple[str, ...], text_field: str) -> list[Sample]:
-    documents = [document for path in paths for document in _read_file(flag, Path(path), text_field)]
-    if not documents:
+class _Gathered(NamedTuple):
+    """Documents gone through once."""
+
+    held: list[Sample] | None
+    """All of them, where they are no large text"""
+    large: Documents | None
+    tail: Sequence[Sample]
+    """The last documents, more than are held out"""
+    count: int = 0
+    num_chars: int = 0
+
+    @property
+    def all(self) -> list[Sample] | Documents:
+        return self.large if self.held is None else self.held
+
+    def until(self, stop: int, last: Document | LongDocument | None, num_chars: int) -> list[Sample] | Documents:
+        """So many documents, and behind them `last`, which is the next one's beginning, if any; their characters."""
+        behind = [] if last is None else [last]
+        return [*self.held[:stop], *behind] if self.large is None else self.large.until(stop, behind, num_chars)
+
+
+def _gathered(source: _Source) -> _Gathered:
+    """Go through documents once; keep them while they are no large text, and always what it takes to hold some out."""
+    held, tail, of_tail, count, num_chars, digest, talks = [], deque(), 0, 0, 0, hashlib.sha256(), False
+    for sample in source.read():
+        size, count = sample.num_chars, count + 1
+        num_chars, of_tail, talks = num_chars + size, of_tail + size, talks or isinstance(sample, Conversation)
+        tail.append(sample)
+        while of_tail - tail[0].num_chars > _MOST_HELD_OUT:
+            of_tail -= tail.popleft().num_chars
+        if held is not None:
+            held.append(sample)
+        if num_chars >= LARGE:
+            for part in held or (sample,):
+                _enter(part, digest)
+            held = None
+    large = None if held is not None else Documents(source, num_chars, digest.hexdigest(), talks)
+    return _Gathered(held, large, tail, count, num_chars)
+
+
+def _enter(sample: Sample, digest) -> None:
+    """Let a digest depend on a document."""
+    texts = [repr(sample)] if isinstance(sample, Conversation) else sample.chunks()
+    start = f"{len(sample.name)} {sample.num_chars} {sample.name}"
+    for text in texts:
+        digest.update((start + text).encode("utf-8", "surrogatepass"))
+        start = ""
+
+
+def _items(texts: dict[str, str]) -> _Source:
+    return _Source(lambda: (Document(*item) for item in texts.items()))
+
+
+def _load_files(flag: str, paths: tuple[str, ...], text_field: str) -> _Gathered:
+    before = {path: _state_of(path) for path in paths}
+
+    def check() -> None:
+        for path in paths:
+            if _state_of(path) != before[path]:
+                raise UsageError(f"--{flag} {path}: was changed while it was read; start again")
+
+    found = _gathered(_Source(lambda: (s for path in paths for s in read_file(flag, Path(path), text_field)), check))
+    if not found.count:
         raise UsageError(f"--{flag} {' '.join(paths)}: holds no text")
-    return documents
+    return found
 
 
-def _read_file(flag: str, path: Path, text_field: str) -> Iterator[Sample]:
-    kind = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
-    if kind not in (".txt", ".jsonl", ".jsonl.gz"):
-        raise UsageError(f"--{flag} {path}: must be a .txt, .jsonl or .jsonl.gz file")
+def _state_of(path: str) -> tuple[int, int] | None:
+    """What changes with a file's content; None if there is no such file."""
     try:
-        with gzip.open(path) if kind == ".jsonl.gz" else open(path, "rb") as file:
-            if kind == ".txt":
-                text = _decode(flag, path, file.read())
-                if text.strip():
-                    yield Document(path.name, text)
-                return
-            for number, line in enumerate(file, 1):
-                if line.strip() and (sample := _sample_of(flag, path, number, line, text_field)).text.strip():
-                    yield sample
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"--{flag} {path}: cannot be read ({reason})") from None
-
-
-def _decode(flag: str, path: Path, content: bytes, where: str = "") -> str:
-    try:
-        return content.decode("utf-8-sig").replace("\r\n", "\n")  # line ends are the editor's, not the text's
-    except UnicodeDecodeError as error:
-        where = where or f"byte {error.start}"
-        raise UsageError(f"--{flag} {path}: is not UTF-8 text ({where}); convert it first") from None
-
-
-def _sample_of(flag: str, path: Path, number: int, line: bytes, text_field: str) -> Sample:
-    content = _decode(flag, path, line, f"line {number}")
-    try:
-        row = json.loads(content)
-    except (ValueError, RecursionError) as error:  # also a number or a nesting beyond what Python reads
-        reason = getattr(error, "msg", error)
-        raise UsageError(f"--{flag} {path}: line {number} is not JSON ({reason})") from None
-    name, fields = f"{path.name}:{number}", row if isinstance(row, dict) else {}
-    if isinstance(fields.get(text_field), str):
-        return Document(name, fields[text_field])
-    conversation = _conversation_of(name, fields, f"--{flag} {path}: line {number}")
-    if conversation is None:
-        found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise UsageError(
-            f"--text_field {text_field}: line {number} of {path} has no such text, nor messages, nor a prompt with a "
-            f"completion (it has: {found})"
-        )
-    return conversation
-
-
-def _conversation_of(name: str, row: dict, where: str) -> Conversation | None:
-    """The conversation that a row holds, None if it has no field of one; `where` begins what is said of a bad one."""
-    if "messages" in row:
-        messages = _messages(row["messages"], "messages", where, learned=True)
-        return _checked(
-            Conversation(name, messages, plain=False), "messages", "an assistant's message with text", where
-        )
-    fields = next((pair for pair in _PAIRS if pair[0] in row or pair[1] in row), None)
-    if fields is None:
+        found = os.stat(path)
+    except OSError:  # reading it says why
         return None
-    for field in fields:
-        if field not in row:
-            raise UsageError(f"{where} has no '{field}'; expected '{fields[0]}' with '{fields[1]}'")
-    sides = [
-        (Message(role, row[field], learned),)
-        if isinstance(row[field], str)
-        else _messages(row[field], field, where, learned)
-        for field, role, learned in zip(fields, ("user", "assistant"), (False, True), strict=True)
-    ]
-    plain = all(isinstance(row[field], str) for field in fields)
-    return _checked(Conversation(name, (*sides[0], *sides[1]), plain), fields[1], "text to be learned", where)
+    return found.st_size, found.st_mtime_ns
 
 
-def _messages(value: object, field: str, where: str, learned: bool) -> tuple[Message, ...]:
-    """A list of messages; the assistant's are to be learned if `learned`."""
-    expected = "expected {'role': ..., 'content': ...}, both of them text"
-    if not isinstance(value, list):
-        others = "" if field == "messages" else "text or "
-        raise UsageError(f"{where}: '{field}' is {_kind(value)}; expected {others}a list of messages")
-    for number, message in enumerate(value, 1):
-        if not isinstance(message, dict):
-            raise UsageError(f"{where}: message {number} of '{field}' is {_kind(message)}; {expected}")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                fault = f"has {_kind(message[key])} as '{key}'" if key in message else f"has no '{key}'"
-                raise UsageError(f"{where}: message {number} of '{field}' {fault}; {expected}")
-    return tuple(Message(m["role"], m["content"], learned and m["role"] == "assistant") for m in value)
-
-
-def _kind(value: object) -> str:
-    """What JSON calls a value."""
-    names = {type(None): "null", list: "a list", dict: "an object", str: "text", bool: "true or false"}
-    return names.get(type(value), "a number")
-
-
-def _checked(conversation: Conversation, field: str, expected: str, where: str) -> Conversation:
-    """The conversation up to its last message that is to be learned; what follows that is never predicted."""
-    learned = [i for i, message in enumerate(conversation.messages) if message.is_target and message.content.strip()]
-    if not learned:
-        raise UsageError(f"{where}: '{field}' holds nothing to learn; expected {expected}")
-    return conversation._replace(messages=conversation.messages[: learned[-1] + 1])
-
-
-def _load_dataset(config: DataConfig) -> tuple[list[Sample], list[Sample]]:
+def _dataset(config: DataConfig) -> tuple[_Source, _Source]:
+    """A dataset's training and validation split."""
     load_dataset = _import_load_dataset(f"--dataset_name {config.dataset_name}")
     try:
         loaded = load_dataset(config.dataset_name, config.dataset_config_name or None)
@@ -194,24 +167,26 @@ def _load_dataset(config: DataConfig) -> tuple[list[Sample], list[Sample]]:
         raise UsageError(f"--dataset_name {config.dataset_name}: has no 'train' split (it has: {', '.join(loaded)})")
     columns = loaded["train"].column_names
     conversations = config.text_field not in columns
-    if conversations and not {"messages", *(field for pair in _PAIRS for field in pair)} & set(columns):
+    if conversations and not {"messages", *(field for pair in PAIRS for field in pair)} & set(columns):
         raise UsageError(
             f"--text_field {config.text_field}: the dataset has no such column (it has: {', '.join(columns)})"
         )
 
-    def samples(split: str) -> list[Sample]:
+    def samples(split: str) -> Iterator[Sample]:
         if split not in loaded:
-            return []
+            return
         if conversations:
             where = f"--dataset_name {config.dataset_name}: {split} row"
-            rows = enumerate(loaded[split])
-            return [_conversation_of(f"{split}:{number}", row, f"{where} {number}") for number, row in rows]
-        texts = loaded[split][config.text_field]
-        if not all(text is None or isinstance(text, str) for text in texts):
-            raise UsageError(f"--text_field {config.text_field}: that column of the dataset holds no text")
-        return [Document(f"{split}:{number}", text) for number, text in enumerate(texts) if text and text.strip()]
+            for number, row in enumerate(loaded[split]):
+                yield conversation_of(f"{split}:{number}", row, f"{where} {number}")
+            return
+        for number, text in enumerate(loaded[split][config.text_field]):
+            if not (text is None or isinstance(text, str)):
+                raise UsageError(f"--text_field {config.text_field}: that column of the dataset holds no text")
+            if text and text.strip():
+                yield Document(f"{split}:{number}", text)
 
-    return samples("train"), samples("validation")
+    return _Source(lambda: samples("train")), _Source(lambda: samples("validation"))
 
 
 def _import_load_dataset(where: str):
@@ -229,23 +204,37 @@ def _import_load_dataset(where: str):
     return datasets.load_dataset
 
 
-def _hold_out(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
+def _hold_out(text: _Gathered) -> tuple[Sequence[Sample] | Documents, Sequence[Sample] | Documents]:
     """Hold out about 5 % of the text: whole samples from the end while they fit, then the end of the next document.
 
     A conversation is never split.
     """
-    train, held, missing = list(samples), [], _HELD_OUT_SHARE * sum(len(sample.text) for sample in samples)
-    while len(train) > 1 and len(train[-1].text) <= missing:
-        held.insert(0, train.pop())
-        missing -= len(held[0].text)
-    if isinstance(train[-1], Conversation):
-        if not held and len(train) == 1:
+    tail, held = list(text.tail), []
+    missing = min(_HELD_OUT_SHARE * text.num_chars, _MOST_HELD_OUT)
+    while text.count - len(held) > 1 and tail[-1].num_chars <= missing:
+        held.insert(0, tail.pop())
+        missing -= held[0].num_chars
+    last, beginning = tail[-1], None
+    if isinstance(last, Conversation):
+        if not held and text.count == 1:
             raise UsageError("--validation_file: needed, because the training text is one conversation, never split")
-        return (train, held) if held else (train[:-1], train[-1:])
-    if not held or missing > len(held[0].text):
-        name, text = train.pop()
-        size = max(1, int(min(missing, len(text) / 2)))
-        cut = text.rfind("\n", len(text) - 2 * size, len(text) - size) + 1 or len(text) - size
-        train.append(Document(name, text[:cut]))
-        held.insert(0, Document(f"{name} (end)", text[cut:]))
-    return train, held
+        held = held or [last]
+    elif not held or missing > held[0].num_chars:
+        cut = _cut_before(last, max(1, int(min(missing, last.num_chars / 2))))
+        if not cut and text.count == 1:
+            raise UsageError("--validation_file: needed, because the training text holds a single character")
+        beginning = last.part(0, cut, last.name) if cut else None
+        held.insert(0, last.part(cut, last.num_chars, f"{last.name} (end)"))
+    num_chars = text.num_chars - sum(sample.num_chars for sample in held)
+    return text.until(text.count - len(held), beginning, num_chars), held
+
+
+def _cut_before(document: Document | LongDocument, size: int) -> int:
+    """Where about the last `size` characters begin: behind a line end, if there is one in as many before them."""
+    length, position, found = document.num_chars, 0, 0
+    for chunk in document.chunks():
+        low, high = max(0, length - 2 * size - position), length - size - position
+        if high > 0 and (at := chunk.rfind("\n", low, high)) >= 0:
+            found = position + at + 1
+        position += len(chunk)
+    return found or length - size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -106,13 +107,24 @@ def clear(folder: Path) -> None:
             path.unlink()
 
 
-def require_room(folder: Path, num_bytes: int, what: str, remedy: str = "free some, then --resume") -> int:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**22):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def require_room(
+    folder: Path, num_bytes: int, what: str, flag: str = "output_dir", remedy: str = "free some, then --resume"
+) -> int:
     """The bytes that are free. Raise UsageError unless that is `num_bytes`, and a little to spare."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < num_bytes + _SLACK:
         raise UsageError(
-            f"--output_dir {folder}: no room for {what} ({_megabytes(num_bytes + _SLACK)} needed, {_megabytes(free)} "
+            f"--{flag} {folder}: no room for {what} ({_megabytes(num_bytes + _SLACK)} needed, {_megabytes(free)} "
             f"free); {remedy}"
         )
     return free

@@ -23,7 +23,7 @@ from sar_kd.clamps import clamp_lines, reasons_not_to_learn
 from sar_kd.config import EMBEDDED, Config, UsageError
 from sar_kd.coverage import measure_coverage, name_left_out
 from sar_kd.data import Corpus
-from sar_kd.documents import load_documents
+from sar_kd.documents import Sample, load_documents
 from sar_kd.files import plain
 from sar_kd.folder import require_room
 from sar_kd.metrics import few
@@ -164,10 +164,11 @@ def _check_alignment(subject: Subject) -> Finding:
     if config.loss.alpha_kd == 0 or config.loss.alignment == "uld":
         reason = "no teacher is heard" if config.loss.alpha_kd == 0 else "--alignment uld compares by rank alone"
         return Finding("alignment", [f"Alignment: none, {reason}"], {"audited": False})
-    sample, size = [], 0
+    sample: list[Sample] = []
+    size = 0
     for document in load_documents(config.data)[0]:
         sample.append(document)
-        size += len(document.text)
+        size += document.num_chars
         if size >= _SAMPLE_CHARACTERS:
             break
     corpus = Corpus(sample, load_tokenizers(config), config.data.block_size, 8 * config.data.block_size)

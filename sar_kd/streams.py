@@ -1,50 +1,32 @@
-"""Documents as two streams of tokens over the same bytes, and the blocks that both are cut into.
+"""Documents as two streams of tokens over the same bytes.
 
-Plain documents are joined, an end-of-text token after each, once in each tokenizer's tokens. Blocks end at bytes where
-a token ends on both sides, so that student and teacher always read the same text. Nothing of them is dropped: a
-document that a tokenizer cannot represent is left out by name. Conversations follow, each a block of its own, cut short
-where it exceeds a block.
+Plain documents are joined, an end-of-text token after each, once in each tokenizer's tokens. Nothing of them is
+dropped: a document that a tokenizer cannot represent is left out by name. Conversations follow, each a block of its
+own, cut short where it exceeds a block. Text is taken lot by lot; the streams of a large one stay on the disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import chain
-from typing import NamedTuple
+import dataclasses
+import importlib.metadata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from sar_kd.alignment import TokenizerPair, ends_on_both
+from sar_kd.alignment import TokenizerPair
+from sar_kd.blocks import Block, Blocks, cut_blocks
 from sar_kd.config import UsageError
-from sar_kd.conversation import GLUE, RESPONSE, STOP, Part, render
-from sar_kd.documents import Conversation, Document
-from sar_kd.token_bytes import encode_by_characters
-from sar_kd.tokens import TokenTable, encode
+from sar_kd.conversation import Conversation, render, writers_of
+from sar_kd.documents import Documents, Sample
+from sar_kd.fragments import Fragment, conversations_of, encode_lot, lots_of
+from sar_kd.reading import reading_bar
+from sar_kd.shelf import Shelf, Strings, strings_of
+from sar_kd.token_cache import TokenCache
+from sar_kd.token_stream import RESPONSE, STOP, Counting, Part, TokenStream, lay
+from sar_kd.tokens import TokenTable, fingerprint
 
-
-@dataclass(frozen=True)
-class TokenStream:
-    """All documents in one tokenizer's tokens."""
-
-    ids: np.ndarray
-    """int32 [N]"""
-    ends: np.ndarray
-    """int64 [N]: where each token ends in the joined text, in bytes, a stop token counting one and what a chat template
-    adds none; in tokens where the tokenizers are equal and no bytes are needed."""
-    has_dummy: np.ndarray
-    """bool [N]: the token's bytes begin with a space that the text, as both models read it, does not have."""
-    is_target: np.ndarray
-    """bool [N]: the token is to be predicted."""
-
-
-class Block(NamedTuple):
-    """One stretch of text as index ranges into both streams."""
-
-    student_start: int
-    student_end: int
-    teacher_start: int
-    teacher_end: int
+_SIDES = ("student", "teacher")
 
 
 @dataclass(frozen=True)
@@ -53,17 +35,17 @@ class JoinedText:
 
     student: TokenStream
     teacher: TokenStream
-    names: list[str]
+    names: Strings
     """Names of the documents, in order."""
     starts: np.ndarray
     """int64: where each of them starts, in the unit of `TokenStream.ends`."""
     num_bytes: int
     """Bytes of the text that is predicted."""
-    left_out: list[str]
+    left_out: Strings
     """Names of the documents that are empty or that a tokenizer cannot represent, of conversations with the reason."""
-    conversations: list[Block]
+    conversations: Blocks
     """The last documents: one block each."""
-    truncated: list[str]
+    truncated: Strings
     """Names of the conversations that are cut short."""
     dropped_tokens: int
     """Tokens that the student would predict in what is cut off."""
@@ -71,108 +53,193 @@ class JoinedText:
     """'student', 'teacher': whose conversations are written in our template, for want of its own."""
 
 
-@dataclass
-class _Joined:
-    """What becomes a `JoinedText`, while it is put together."""
-
-    sides: list[list[list[Part]]]
-    """Parts by side and document."""
-    names: list[str] = field(default_factory=list)
-    num_bytes: int = 0
-    left_out: list[str] = field(default_factory=list)
-    truncated: list[str] = field(default_factory=list)
-    dropped_tokens: int = 0
-    without_template: tuple[str, ...] = ()
-
-
 def join(
-    documents: list[Document | Conversation], pair: TokenizerPair, limits: tuple[int, int] | None = None
+    documents: Sequence[Sample] | Documents,
+    pair: TokenizerPair,
+    limits: tuple[int, int] | None = None,
+    cache: TokenCache | None = None,
 ) -> JoinedText:
     """Tokenize every document on both sides and join them, plain documents before conversations.
 
     limits: most tokens of a conversation for the student and the teacher, start token excluded; None for no limit
+    cache: where the tokens of a large text are kept; None keeps all of it in memory
     Raises: UsageError if none of them can be represented
     """
-    joined = _Joined(sides=[[]] if pair.tables is None else [[], []])
-    _join_plain([document for document in documents if isinstance(document, Document)], pair, joined)
-    num_plain = len(joined.names)
-    _join_conversations(
-        [document for document in documents if isinstance(document, Conversation)], pair, limits, joined
-    )
-    if not joined.names:
-        shown = ", ".join(joined.left_out[:3])
+
+    def build(shelf: Shelf) -> None:
+        _Joiner(pair, limits, shelf).join(documents, cache)
+
+    if cache is not None and isinstance(documents, Documents):
+        columns, facts = cache.get(_what(documents, pair, limits), build, documents.num_chars)
+    else:
+        shelf = Shelf()
+        build(shelf)
+        columns, facts = shelf.finish(), shelf.facts
+    streams = [
+        TokenStream(*(columns.get(f"{side}_{name}") for name in ("ids", "ends", "has_dummy", "is_target")))
+        for side in _SIDES[: facts["sides"]]
+    ]
+    if pair.tables is None:
+        streams[0] = dataclasses.replace(streams[0], ends=Counting(len(streams[0].ids)))
+    names, left_out, truncated = (strings_of(columns, name) for name in ("names", "left_out", "truncated"))
+    if not len(names):
+        shown = ", ".join(left_out[:3])
         raise UsageError(f"--train_file: no document holds text that both tokenizers can represent ({shown})")
-    laid = [_stream(side, table) for side, table in zip(joined.sides, pair.tables or (None,), strict=True)]
-    streams, bounds = zip(*laid, strict=True)
-    firsts = bounds[0][:-1]
-    student_bounds, teacher_bounds = (bounds[side][num_plain:].tolist() for side in (0, -1))
-    spans = zip(student_bounds, student_bounds[1:], teacher_bounds, teacher_bounds[1:], strict=False)
     return JoinedText(
         student=streams[0],
         teacher=streams[-1],
-        names=joined.names,
-        starts=np.where(firsts > 0, streams[0].ends[firsts - 1], 0),
-        num_bytes=joined.num_bytes,
-        left_out=joined.left_out,
-        conversations=[Block(*span) for span in spans],
-        truncated=joined.truncated,
-        dropped_tokens=joined.dropped_tokens,
-        without_template=joined.without_template,
+        names=names,
+        starts=columns["starts"],
+        num_bytes=facts["num_bytes"],
+        left_out=left_out,
+        conversations=Blocks(columns["conversations"]),
+        truncated=truncated,
+        dropped_tokens=facts["dropped_tokens"],
+        without_template=tuple(facts["without_template"]),
     )
 
 
-def _join_plain(documents: list[Document], pair: TokenizerPair, joined: _Joined) -> None:
-    """Enter plain documents: all of their text is to be learned, an end-of-text token after each."""
-    texts = [pair.canonical(document.text) if _is_unicode(document.text) else "" for document in documents]
-    sizes = np.array([len(text.encode()) for text in texts], dtype=np.int64)
-    encoded = [encode(tokenizer, texts) for tokenizer in (pair.student, pair.teacher)[: len(joined.sides)]]
-    keep = np.array([bool(ids) for ids in encoded[0]], dtype=bool)
-    # Bytes that a tokenizer puts before each text: 0, or 1 for a dummy space; anything else is not this text.
-    dummies = np.zeros((len(encoded), len(texts)), dtype=np.int64)
-    ends: list[list[list[int] | None]] = [[None] * len(texts) for _ in encoded]
-    for side, table in enumerate(pair.tables or ()):
-        if table is None:
-            placed = encode_by_characters((pair.student, pair.teacher)[side], texts)
-            encoded[side], ends[side] = ([item[i] for item in placed] for i in range(2))
-            keep &= np.array([bool(ids) for ids in encoded[side]], dtype=bool)
-            continue
-        dummies[side] = [int(table.lengths[ids].sum()) for ids in encoded[side]] - sizes
-        keep &= (dummies[side] == 0) | ((dummies[side] == 1) & table.dummy_prefix)
-    # A space that both sides put there is text to both; one that only one side puts there is not text.
-    is_text = (dummies == 1).all(axis=0).tolist()
-    kept = keep.nonzero()[0].tolist()
-    for side, ids in enumerate(encoded):
-        end = Part([(pair.student_end, pair.teacher_end)[side]], STOP)
-        has_dummy = (dummies[side] == 1).tolist()
-        parts = (Part(ids[i], RESPONSE, has_dummy[i], is_text[i], ends[side][i]) for i in kept)
-        joined.sides[side] += [[part, end] for part in parts]
-    joined.names += [documents[i].name for i in kept]
-    joined.num_bytes += int(sizes[kept].sum())
-    joined.left_out += [documents[i].name for i in (~keep).nonzero()[0]]
+def _what(documents: Documents, pair: TokenizerPair, limits: tuple[int, int] | None) -> dict:
+    """All that the streams depend on."""
+    tables = [table and [*table.end_ids, table.dummy_prefix, table.nfc] for table in pair.tables or ()]
+    return {
+        "text": documents.digest,
+        "tokenizers": [fingerprint(pair.student), fingerprint(pair.teacher), importlib.metadata.version("tokenizers")],
+        "ends": [pair.student_start, pair.student_end, pair.teacher_start, pair.teacher_end],
+        "tables": tables,
+        "limits": limits if documents.has_conversations else None,
+    }
 
 
-def _join_conversations(
-    conversations: list[Conversation], pair: TokenizerPair, limits: tuple[int, int] | None, joined: _Joined
-) -> None:
-    """Enter conversations, each cut where it exceeds `limits`."""
-    if not conversations:
-        return
-    rendered = render(conversations, pair)
-    joined.left_out += rendered.left_out
-    joined.without_template = rendered.without_template
-    for name, *whole in zip(rendered.names, *rendered.sides, strict=True):
-        kept = _within(whole, rendered.tables, limits) if limits else whole
-        if kept is None:
-            joined.left_out.append(f"{name} (no response begins within a block)")
-            continue
-        for side, parts in zip(joined.sides, kept, strict=True):
-            side.append(parts)
-        joined.names.append(name)
-        responses = (part for part in kept[0] if part.kind == RESPONSE)
-        joined.num_bytes += sum(int(rendered.tables[0].lengths[p.ids].sum()) - p.has_dummy for p in responses)
-        lost = _num_tokens(whole[0], learned=True) - _num_tokens(kept[0], learned=True)
-        joined.dropped_tokens += lost
-        joined.truncated += [name] if lost else []
+class _Joiner:
+    """Writes the columns of a `JoinedText`."""
+
+    def __init__(self, pair: TokenizerPair, limits: tuple[int, int] | None, shelf: Shelf):
+        self.pair, self.limits, self.shelf = pair, limits, shelf
+        self.ends = [0] if pair.tables is None else [0, 0]
+        """By side, where its last token ends"""
+        for side in _SIDES[: len(self.ends)]:
+            shelf.add(f"{side}_ids", "int32")
+            shelf.add(f"{side}_has_dummy", "bool")
+            shelf.add(f"{side}_is_target", "bool")
+            if pair.tables is not None:
+                shelf.add(f"{side}_ends", "int64")
+        shelf.add("starts", "int64")
+        shelf.add("conversations", "int64", 4)
+        shelf.add_strings("names", "left_out", "truncated")
+        shelf.facts |= {"sides": len(self.ends), "num_bytes": 0, "dropped_tokens": 0, "without_template": []}
+        self.num_bytes = 0
+        self._pending: list[list[list[Part]]] = [[] for _ in self.ends]
+        self._opened: list[str | None] = []
+        """Of what is pending, the name of the document that it opens"""
+        self._skips, self._before = False, ({}, [], 0)
+
+    def join(self, documents: Sequence[Sample] | Documents, cache: TokenCache | None) -> None:
+        """Enter all documents, plain ones first."""
+        is_large = isinstance(documents, Documents)
+        num_chars = documents.num_chars if is_large else 0
+        talks = documents.has_conversations if is_large else any(isinstance(d, Conversation) for d in documents)
+        with reading_bar(num_chars, is_large) as bar:
+            for number, size in enumerate(self._lots(documents, talks)):
+                bar.update(size)
+                if not number and cache is not None and is_large:
+                    cache.require_room(self.shelf.num_bytes() * (num_chars - size) // max(1, size))
+        self.shelf.facts["num_bytes"] = self.num_bytes
+
+    def _lots(self, documents: Sequence[Sample] | Documents, talks: bool) -> Iterator[int]:
+        """Enter the documents lot by lot; the characters of each lot, once it is entered."""
+        for lot in lots_of(documents, self.pair):
+            self._add_plain(lot)
+            yield sum(len(fragment.piece.text) for fragment in lot)
+        writers = writers_of(self.pair) if talks else []
+        for lot in conversations_of(documents) if talks else ():
+            self._add_conversations(lot, writers)
+            yield sum(talk.num_chars for talk in lot)
+
+    def _add_plain(self, lot: list[Fragment]) -> None:
+        """Enter a lot of plain text: all of it is to be learned, an end-of-text token after each document."""
+        encoded = [encode_lot(lot, self.pair, side) for side in range(len(self.ends))]
+        for fragment, *found in zip(lot, *encoded, strict=True):
+            if fragment.opens:
+                self._skips = False
+            if fragment.opens and not fragment.closes:
+                self._flush()
+                self._before = self.shelf.sizes(), [*self.ends], self.num_bytes
+            if self._skips:
+                continue
+            if any(side is None for side in found) or not len(found[0].ids):
+                self._leave_out(fragment)
+                continue
+            # A space that both sides put there is text to both; one that only one side puts there is not text.
+            is_text = all(side.dummy for side in found)
+            for side, (ids, ends, dummy) in enumerate(found):
+                parts = [Part(ids, RESPONSE, bool(dummy), is_text, ends)]
+                if fragment.closes:
+                    parts.append(Part([(self.pair.student_end, self.pair.teacher_end)[side]], STOP))
+                self._pending[side].append(parts)
+            self._opened.append(fragment.name if fragment.opens else None)
+            self.num_bytes += len(fragment.piece.text.encode())
+        self._flush()
+
+    def _leave_out(self, fragment: Fragment) -> None:
+        """Name a document that cannot be represented, and forget what is entered of it."""
+        self._skips = True
+        if not (fragment.opens and fragment.closes):
+            self._pending, self._opened = [[] for _ in self.ends], []
+            sizes, self.ends, self.num_bytes = self._before
+            self.shelf.truncate(sizes)
+        self.shelf.append_strings("left_out", [fragment.name])
+
+    def _flush(self) -> None:
+        """Write what is pending."""
+        if self._opened:
+            opens = np.array([name is not None for name in self._opened], dtype=bool)
+            self._write(self._pending, self.pair.tables or (None,), opens)
+            self.shelf.append_strings("names", [name for name in self._opened if name is not None])
+            self._pending, self._opened = [[] for _ in self.ends], []
+
+    def _write(self, sides: list[list[list[Part]]], tables: Sequence[TokenTable | None], opens: np.ndarray) -> list:
+        """Append documents, or stretches of them, of which some open one; by side int64, where their tokens begin."""
+        bounds = []
+        for side, (documents, table) in enumerate(zip(sides, tables, strict=True)):
+            stream, found = lay(documents, table)
+            first, ends = self.shelf.sizes()[f"{_SIDES[side]}_ids"], self.ends[side] + np.asarray(stream.ends)
+            if not side:
+                at = found[:-1][opens]
+                self.shelf.append("starts", np.where(at > 0, ends[at - 1], self.ends[side]))
+            for name in ("ids", "has_dummy", "is_target"):
+                self.shelf.append(f"{_SIDES[side]}_{name}", getattr(stream, name))
+            if self.pair.tables is not None:
+                self.shelf.append(f"{_SIDES[side]}_ends", ends)
+            self.ends[side] = int(ends[-1]) if len(ends) else self.ends[side]
+            bounds.append(first + found)
+        return bounds
+
+    def _add_conversations(self, talks: list[Conversation], writers: list) -> None:
+        """Enter a lot of conversations, each cut where it exceeds `limits`."""
+        rendered, facts = render(talks, self.pair, writers), self.shelf.facts
+        names, left_out, truncated = [], rendered.left_out, []
+        sides: list[list[list[Part]]] = [[] for _ in self.ends]
+        facts["without_template"] = list(rendered.without_template)
+        for name, *whole in zip(rendered.names, *rendered.sides, strict=True):
+            kept = _within(whole, rendered.tables, self.limits) if self.limits else whole
+            if kept is None:
+                left_out.append(f"{name} (no response begins within a block)")
+                continue
+            for side, parts in zip(sides, kept, strict=True):
+                side.append(parts)
+            names.append(name)
+            responses = (part for part in kept[0] if part.kind == RESPONSE)
+            self.num_bytes += sum(int(rendered.tables[0].lengths[p.ids].sum()) - p.has_dummy for p in responses)
+            lost = _num_tokens(whole[0], learned=True) - _num_tokens(kept[0], learned=True)
+            facts["dropped_tokens"] += lost
+            truncated += [name] if lost else []
+        if names:
+            bounds = self._write(sides, self.pair.tables or (None,), np.ones(len(names), dtype=bool))
+            student, teacher = bounds[0], bounds[-1]
+            self.shelf.append("conversations", np.stack([student[:-1], student[1:], teacher[:-1], teacher[1:]], axis=1))
+        for column, texts in (("names", names), ("left_out", left_out), ("truncated", truncated)):
+            self.shelf.append_strings(column, texts)
 
 
 def _within(whole: list[list[Part]], tables: list[TokenTable], limits: tuple[int, int]) -> list[list[Part]] | None:
@@ -182,9 +249,9 @@ def _within(whole: list[list[Part]], tables: list[TokenTable], limits: tuple[int
     """
     if _num_tokens(whole[0]) <= limits[0] and _num_tokens(whole[-1]) <= limits[1]:
         return whole
-    ends = [_stream([parts], table)[0].ends for parts, table in zip(whole, tables, strict=True)]
+    ends = [lay([parts], table)[0].ends for parts, table in zip(whole, tables, strict=True)]
     try:
-        block = next(cut_blocks(ends[0], ends[-1], *limits))
+        block: Block = next(cut_blocks(ends[0], ends[-1], *limits))
     except UsageError:
         return None
     kept = [_first(parts, end) for parts, end in zip(whole, (block.student_end, block.teacher_end), strict=False)]
@@ -205,73 +272,12 @@ def _num_tokens(parts: list[Part], learned: bool = False) -> int:
     return sum(len(part.ids) for part in parts if part.kind >= RESPONSE or not learned)
 
 
-def _stream(documents: list[list[Part]], table: TokenTable | None) -> tuple[TokenStream, np.ndarray]:
-    """One tokenizer's stream of documents in parts, and int64 [documents + 1]: its tokens before each, and all."""
-    part_ids, *columns, part_ends = zip(*chain.from_iterable(documents), strict=True)
-    part_kinds, has_dummy, is_text = map(np.array, columns)
-    counts = np.fromiter(map(len, part_ids), dtype=np.int64, count=len(part_ids))
-    bounds = np.append(0, np.cumsum(counts))[np.cumsum([0, *map(len, documents)])]
-    ids = np.fromiter(chain.from_iterable(part_ids), dtype=np.int32, count=counts.sum())
-    kinds = np.repeat(part_kinds.astype(np.uint8), counts)
-    flags, is_target = np.zeros(len(ids), dtype=bool), kinds >= RESPONSE
-    if table is None and any(part_ends):
-        placed = (np.diff(ends, prepend=0) if ends else np.ones(1, dtype=np.int64) for ends in part_ends)
-        return TokenStream(ids, np.cumsum(np.concatenate(list(placed))), flags, is_target), bounds
-    if table is None:
-        return TokenStream(ids, np.arange(1, len(ids) + 1), flags, is_target), bounds
-    lasts = np.cumsum(counts) - 1
-    flags[(lasts - counts + 1)[has_dummy & ~is_text]] = True
-    widths = table.lengths[ids] - flags
-    widths[(kinds == GLUE) | (kinds == STOP)] = 0
-    widths[lasts[part_kinds == STOP]] = 1
-    return TokenStream(ids, np.cumsum(widths), flags, is_target), bounds
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half a surrogate pair, which JSON can write and no encoding can
-        return False
-    return True
-
-
-def cut_blocks(
-    student_ends: np.ndarray, teacher_ends: np.ndarray, max_student: int, max_teacher: int
-) -> Iterator[Block]:
-    """Cut both streams, as late as the limits allow, where a token ends on both sides.
-
-    Raises: UsageError if a stretch within the limits has no such place
-    """
-    common = student_ends
-    if student_ends is not teacher_ends and len(teacher_ends):
-        common = student_ends[ends_on_both(student_ends, teacher_ends)]
-    student_start = teacher_start = 0
-    while student_start < len(student_ends):
-        latest_student = student_ends[min(student_start + max_student, len(student_ends)) - 1]
-        latest_teacher = teacher_ends[min(teacher_start + max_teacher, len(teacher_ends)) - 1]
-        reached = student_ends[student_start - 1] if student_start else 0
-        at = np.searchsorted(common, min(latest_student, latest_teacher), side="right") - 1
-        if at < 0 or common[at] <= reached:
-            raise UsageError(
-                f"--block_size {max_student + 1}: a stretch of text from byte {reached} on holds no place within a "
-                "block at which both tokenizers end a token; raise it"
-            )
-        # The first token that ends there: one without bytes behind it belongs to what follows.
-        student_end = int(np.searchsorted(student_ends, common[at])) + 1
-        teacher_end = int(np.searchsorted(teacher_ends, common[at])) + 1
-        yield Block(student_start, student_end, teacher_start, teacher_end)
-        student_start, teacher_start = student_end, teacher_end
-
-
-def cut(text: JoinedText, max_student: int, max_teacher: int) -> list[Block]:
+def cut(text: JoinedText, max_student: int, max_teacher: int) -> Blocks:
     """All blocks of a text: plain documents packed as by `cut_blocks`, then the conversations, one block each.
 
     Raises: UsageError as `cut_blocks`
     """
-    student_ends, teacher_ends = text.student.ends, text.teacher.ends
-    if text.conversations:
-        first = text.conversations[0]
-        is_same = teacher_ends is student_ends
-        student_ends = student_ends[: first.student_start]
-        teacher_ends = student_ends if is_same else teacher_ends[: first.teacher_start]
-    return [*cut_blocks(student_ends, teacher_ends, max_student, max_teacher), *text.conversations]
+    talks = text.conversations
+    sizes = talks[0][::2] if len(talks) else (len(text.student.ids), len(text.teacher.ids))
+    plain = Blocks.of(cut_blocks(text.student.ends, text.teacher.ends, max_student, max_teacher, sizes))
+    return Blocks(np.concatenate([plain.ranges, talks.ranges]))

@@ -41,7 +41,8 @@ def encode(tokenizer, texts: list[str]) -> list[list[int]]:
     if backend is not None:
         if type(backend.model).__name__ == "Unigram":
             backend = _without_look_alikes(tokenizer, backend)
-        return [encoding.ids for encoding in backend.encode_batch(texts, add_special_tokens=False)]
+        encode_batch = getattr(backend, "encode_batch_fast", backend.encode_batch)  # without offsets, twice as fast
+        return [encoding.ids for encoding in encode_batch(texts, add_special_tokens=False)]
     inner = _mistral_common(tokenizer)
     if inner is not None:
         return [inner.encode(text, bos=False, eos=False) for text in texts]

@@ -7,6 +7,8 @@ reads the bytes out of the tokenizer's own definition and verifies them on text 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 import unicodedata
 from dataclasses import dataclass, field
@@ -110,6 +112,15 @@ def start_and_end(tokenizer) -> tuple[int, int]:
         raise ValueError("has no end-of-text token (eos_token), which separates documents: save it with one")
     start = tokenizer.bos_token_id
     return (end if start is None else start), end
+
+
+def fingerprint(tokenizer) -> str:
+    """A digest of what a tokenizer does: its definition, chat template and special tokens, and how it cuts text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    cuts = [[int(i) for i in ids] for ids in encode(tokenizer, [*PROBES, *fuzz_texts()])]
+    parts = [type(tokenizer).__name__, backend.to_str() if backend else None, sorted(tokenizer.get_vocab().items())]
+    parts += [cuts, getattr(tokenizer, "chat_template", None), sorted(map(str, tokenizer.special_tokens_map.items()))]
+    return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 _TABLES: WeakKeyDictionary = WeakKeyDictionary()

@@ -24,6 +24,7 @@ from sar_kd.objective import Objective
 from sar_kd.optim import learning_rate_at, set_learning_rate_
 from sar_kd.placement import WHOLE, Placement
 from sar_kd.precision import Precision
+from sar_kd.prefetch import Prefetch
 from sar_kd.preflight import describe
 from sar_kd.progress import Progress, figures_of
 from sar_kd.recovery import Recovery, without
@@ -55,6 +56,7 @@ class Trainer:
         self.folder = Path(config.train.output_dir)
         self.progress = Progress()
         self.recovery = Recovery(self.folder, train, objective, precision, placement)
+        self._batches = Prefetch(self._make_batches)
 
     def run(self) -> dict:
         """Train to `train_steps`, or to an interruption; the returned summary's `status` says which.
@@ -79,6 +81,7 @@ class Trainer:
             self._save_in_need()
             raise
         finally:
+            self._batches.close()
             self.log.close()
 
     def _train(self, interruption: Interruption, before: float) -> str:
@@ -107,18 +110,14 @@ class Trainer:
                 return "interrupted"
         return "finished"
 
-    def _micro_batches(self, step: int, rank: int) -> list[Batch]:
-        settings, left_out = self.config.train, frozenset(self.progress.left_out)
-        sizes = settings.per_device_batch_size, settings.grad_accum_steps
-        batches = self.train.micro_batches(step // self.routing.passes, *sizes, settings.seed, rank, self.world.size)
-        return [without(self.train, batch, left_out) for batch in batches]
-
     def _attempt(self) -> tuple[StepReport, Callable[[], list[Batch]]]:
         """One step, and a way to the micro-batches that it was bad in, of whatever rank."""
         step = self.progress.step
         rate = self.progress.rate_factor * learning_rate_at(step, self.config.train.train_steps, self.config.optim)
         set_learning_rate_(self.optimizer, rate)
-        micro_batches = self._micro_batches(step, self.world.rank)
+        left_out = frozenset(self.progress.left_out)
+        following = (step + 1, left_out) if step + 1 < self.config.train.train_steps else None
+        micro_batches = self._batches.take((step, left_out), following)
         report = train_step(
             micro_batches,
             self.objective,
@@ -139,7 +138,18 @@ class Trainer:
             return own
         # Whose gradient is not finite is not known: by then it is the sum of all.
         ranks = [report.rank] if report.verdict.cause == "forward" else range(self.world.size)
-        return [batch for rank in ranks for batch in self._micro_batches(step, rank)]
+        left_out = frozenset(self.progress.left_out)
+        return [batch for rank in ranks for batch in self._micro_batches(step, left_out, rank)]
+
+    def _make_batches(self, key: tuple[int, frozenset[int]]) -> list[Batch]:
+        """This rank's micro-batches of a step, without these blocks; called in a thread, a step ahead."""
+        return self._micro_batches(*key, self.world.rank)
+
+    def _micro_batches(self, step: int, left_out: frozenset[int], rank: int) -> list[Batch]:
+        settings = self.config.train
+        sizes = settings.per_device_batch_size, settings.grad_accum_steps
+        batches = self.train.micro_batches(step // self.routing.passes, *sizes, settings.seed, rank, self.world.size)
+        return [without(self.train, batch, left_out) for batch in batches]
 
     def _record(self, report: StepReport) -> None:
         verdict, progress = report.verdict, self.progress

@@ -19,7 +19,8 @@ import safetensors.torch
 import torch
 import transformers
 
-from sar_kd import checkpoint, cli, trainer
+from sar_kd import __main__ as verbs
+from sar_kd import audit, checkpoint, cli, trainer
 from sar_kd.config import DataConfig, GuardConfig, OptimConfig, UsageError
 from sar_kd.data import Corpus
 from sar_kd.documents import load_documents
@@ -759,3 +760,15 @@ def test_a_generation_config_that_samples_without_saying_so_is_saved_all_the_sam
     checkpoint.save_student(student, tokenizer, tmp_path / "student")
     saved = transformers.GenerationConfig.from_pretrained(tmp_path / "student")
     assert (saved.temperature, saved.do_sample, saved.eos_token_id, saved.pad_token_id) == (0.6, True, eos or 1, 1)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device", "x"), KeyboardInterrupt()])
+def test_only_what_can_be_resumed_speaks_of_resuming(capsys, monkeypatch, error):
+    def fail(argv):
+        raise error
+
+    monkeypatch.setattr(audit, "main", fail)
+    codes = cli.run(fail), verbs.main(["audit"])
+    lines = capsys.readouterr().err.splitlines()
+    assert codes == (cli.USAGE, cli.USAGE) if isinstance(error, OSError) else (cli.INTERRUPTED, cli.INTERRUPTED)
+    assert ["--resume" in line for line in lines] == [True, False]

@@ -351,9 +351,11 @@ def test_documents_without_text_are_passed_over(inputs, tmp_path, corpus_texts):
 
 
 @pytest.mark.long
-def test_a_single_line_of_10_mb_trains(inputs, tmp_path):
-    (tmp_path / "long.txt").write_bytes(b"The quick brown fox jumps over the lazy dog, again. " * (10_000_000 // 52))
-    (tmp_path / "held_out.txt").write_bytes(b"The quick brown fox jumps over the lazy dog, again. " * 40)
+@pytest.mark.parametrize("end", [b" ", b"\n"], ids=["one line", "many lines"])
+def test_100_mb_of_text_train(inputs, tmp_path, end):
+    line = b"The quick brown fox jumps over the lazy dog, again." + end
+    (tmp_path / "long.txt").write_bytes(line * (100_000_000 // len(line)))
+    (tmp_path / "held_out.txt").write_bytes(line * 40)
     more = ("--train_file", tmp_path / "long.txt", "--validation_file", tmp_path / "held_out.txt")
     code, err, _ = _run(_argv(inputs, tmp_path / "run", *more, steps=2))
     assert (code, err) == (0, "")
