@@ -16,6 +16,7 @@ from sar_kd.models import load_models
 from sar_kd.objective import Objective
 from sar_kd.optim import build_optimizer
 from sar_kd.precision import setup
+from sar_kd.preflight import preflight
 from sar_kd.several_devices import place
 from sar_kd.teacher_routing import build_teacher_routing
 from sar_kd.trainer import Trainer
@@ -26,6 +27,7 @@ def main(argv=None):
     world = join_world()  # with which other processes, if torchrun started any
     config = world.agreed(parse_args(FP16_SAFE, argv))  # what to run
     log = world.first(lambda: open_run(config))  # where to
+    world.first(lambda: preflight(config, log.say))  # can it be done here?
     precision = setup(config.precision, config.train.seed, world)  # on which device, in which dtype
     models = load_models(config, precision)  # teacher, student, and what connects their tokenizers
     limits = models.block_limits(config.data.block_size)

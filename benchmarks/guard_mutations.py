@@ -52,7 +52,7 @@ MUTATIONS = (
              "return Logs(tile.half(), -column_logsumexp(tile, temperature).half(), 1.0 / temperature)"),
     Mutation("the shared rows of two heads", "distillation.py",
              "shared = min(len(student), len(teacher))", "shared = len(student)"),
-    Mutation("preflight refuses a clamp that saturates", "preflight.py", "if saturated > 0.5:", "if saturated > 1.5:"),
+    Mutation("preflight refuses a clamp that saturates", "clamps.py", "if saturated > 0.5:", "if saturated > 1.5:"),
     # what is finite
     Mutation("student rows are checked before any clamp", "tiled.py",
              "self.nonfinite = self.nonfinite + (~finite).sum()",
@@ -110,7 +110,7 @@ MUTATIONS = (
     Mutation("the loss scale is kept in a checkpoint", "precision.py",
              '            self._scaler.load_state_dict(state["scaler"])', "            pass"),
     Mutation("weights that learn are float32", "models.py",
-             "names.student_model, torch.float32, names", "names.student_model, precision.dtype, names"),
+             "names, torch.float32, given", "names, precision.dtype, given"),
     Mutation("the optimizer refuses half weights", "optim.py",
              "    assert all(parameter.dtype is torch.float32 for parameter in trainable)", "    assert True"),
     # the figures that are told

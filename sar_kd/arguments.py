@@ -1,16 +1,13 @@
-"""The command line, derived from the settings: one flag per field, no second list."""
+"""The command line: what a run's flags, a verb's, or values given in Python ask for."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import difflib
 import json
-import shutil
 import time
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sar_kd.config import (
     EMBEDDED,
@@ -18,16 +15,31 @@ from sar_kd.config import (
     EMBEDDED_ROUTER_LR_FACTOR,
     MODES,
     SECTIONS,
+    STABLE,
     Config,
     UsageError,
     require,
 )
+from sar_kd.parsers import (
+    WORDS,
+    Parser,
+    add_sections,
+    check_kind,
+    fields_of,
+    names_of,
+    place_of,
+    program_name,
+    style,
+    unknown_flag,
+)
 from sar_kd.routing_config import RoutingConfig
+
+S = typing.TypeVar("S")
 
 # What may differ between the two halves of a resumed run without making it another run.
 _MAY_CHANGE_ON_RESUME = {
     "eval_steps", "log_steps", "save_steps", "keep_checkpoints", "on_divergence", "resume", "output_dir", "train_steps",
-    "device", "trust_remote_code",
+    "device", "trust_remote_code", "time_limit", "tensorboard", "wandb",
 }  # fmt: skip
 
 
@@ -38,13 +50,50 @@ def parse_args(script: Mapping[str, str], argv: list[str] | None = None) -> Conf
     the script's defaults; the fields' defaults.
     Raises: UsageError, naming the flag, its value and the remedy.
     """
-    given = vars(_build_parser(script).parse_args(argv))
+    return _configure(script, vars(_build_parser(script).parse_args(argv)))
+
+
+def parse_run(verb: str, description: str, argv: list[str]) -> tuple[Config, bool]:
+    """The configuration that a verb with a run's own command line asks for, and whether as JSON.
+
+    Raises: UsageError as `parse_args`
+    """
+    parser = _build_parser(STABLE, f"{program_name()} {verb}", description)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    given = vars(parser.parse_args(argv))
+    as_json = given.pop("json", False)
+    return _configure(STABLE, given), as_json
+
+
+def configure(script: Mapping[str, str], flags: Mapping[str, object]) -> Config:
+    """The configuration that flags given as Python values ask for; `mode` is one of them.
+
+    Raises: UsageError as `parse_args`
+    """
+    given = {name: list(value) if isinstance(value, tuple) else value for name, value in flags.items()}
+    kinds = {item.name: (item, kind) for item, kind in fields_of(SECTIONS.values())}
+    for name, value in given.items():
+        if name != "mode" and name not in kinds:
+            raise UsageError(unknown_flag(name, [*kinds, "mode"]))
+        try:
+            if name != "mode":
+                check_kind(*kinds[name], value)
+        except (TypeError, ValueError):
+            item, kind = kinds[name]
+            words = item.metadata["choices"] or (WORDS.get(kind, "a list of texts"),)
+            raise UsageError(f"--{name} {value!r}: must be {' or '.join(words)}") from None
+    mode = given.get("mode")
+    require(mode is None or mode in MODES, "mode", mode, f"must be {' or '.join(MODES)}")
+    return _configure(script, given)
+
+
+def _configure(script: Mapping[str, str], given: dict[str, Any]) -> Config:
     mode = given.pop("mode", None)
     if given.get("resume"):
         return _resumed(given, mode)
     mode = mode or script["mode"]
-    values = {"model_dtype": script["model_dtype"], **MODES[mode], **given}
-    notices = ()
+    values: dict[str, Any] = {"model_dtype": script["model_dtype"], **MODES[mode], **given}
+    notices: tuple[str, ...] = ()
     if values.get("student_model", EMBEDDED) == EMBEDDED and "student_lr" not in given:
         notices += (_raise_rate(values, "student_lr", EMBEDDED_LR_FACTOR, "Learning rate", "student"),)
     if values.get("teacher_model", EMBEDDED) == EMBEDDED and "router_lr" not in given:
@@ -55,7 +104,7 @@ def parse_args(script: Mapping[str, str], argv: list[str] | None = None) -> Conf
     return Config.from_flags(values, mode, notices)
 
 
-def _raise_rate(values: dict[str, object], flag: str, factor: float, title: str, model: str) -> str:
+def _raise_rate(values: dict[str, Any], flag: str, factor: float, title: str, model: str) -> str:
     """Give an embedded model the rate that it wants; the line that says so."""
     rate = values.get(flag, RoutingConfig.router_lr)
     values[flag] = rate * factor
@@ -74,24 +123,31 @@ def parse_verb(verb: str, description: str, sections: tuple[str, ...], argv: lis
     return Config.from_flags(given, mode=""), as_json
 
 
-def parse_section(verb: str, description: str, section: type, argv: list[str]) -> tuple[object, bool]:
+def parse_section(
+    verb: str, description: str, section: type[S], argv: list[str], places: Sequence[str] = ()
+) -> tuple[S, bool]:
     """The one section that a verb's command line asks for, and whether as JSON.
+
+    places: fields of it that are given by their place instead of a flag, in order; the last may be a list of words
 
     Raises: UsageError, naming the flag, its value and the remedy.
     """
-    given, as_json = _parse_flags(verb, description, {verb: section}, argv)
+    given, as_json = _parse_flags(verb, description, {verb: section}, argv, places)
     return section(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}), as_json
 
 
-def _parse_flags(verb: str, description: str, sections: Mapping[str, type], argv: list[str]) -> tuple[dict, bool]:
-    parser = _Parser(prog=f"python -m sar_kd {verb}", usage="%(prog)s [flags]", description=description, **_style())
+def _parse_flags(
+    verb: str, description: str, sections: Mapping[str, type], argv: list[str], places: Sequence[str] = ()
+) -> tuple[dict, bool]:
+    usage = " ".join(["%(prog)s", *(place_of(sections, name) for name in places), "[flags]"])
+    parser = Parser(prog=f"{program_name()} {verb}", usage=usage, description=description, **style())
     parser.add_argument("--json", action="store_true", help="print JSON")
-    _add_sections(parser, sections, {})
+    add_sections(parser, sections, {}, places)
     given = vars(parser.parse_args(argv))
     return given, given.pop("json", False)
 
 
-def _resumed(given: dict[str, object], mode: str | None) -> Config:
+def _resumed(given: dict[str, Any], mode: str | None) -> Config:
     if not given.get("output_dir"):
         raise UsageError("--resume: give the run folder with --output_dir")
     path = Path(given["output_dir"]) / "config.json"
@@ -103,7 +159,7 @@ def _resumed(given: dict[str, object], mode: str | None) -> Config:
         saved = json.loads(path.read_text())
         saved_mode = saved.pop("mode")
         values = {name: value for section in saved.values() for name, value in section.items()}
-        values = {name: values[name] for section in SECTIONS.values() for name in section.__dataclass_fields__}
+        values = {name: values[name] for section in SECTIONS.values() for name in names_of(section)}
         _check_kinds(values)
         if saved_mode not in MODES:
             raise ValueError(f"no mode is called {saved_mode}")
@@ -117,7 +173,7 @@ def _resumed(given: dict[str, object], mode: str | None) -> Config:
     require(mode in (None, saved_mode), "mode", mode, f"the run to resume has {saved_mode}; leave the flag out")
     trusted = not values["trust_remote_code"] or "trust_remote_code" in given
     require(trusted, "resume", given["output_dir"], "its models run code of their own: give --trust_remote_code again")
-    notices = ()
+    notices: tuple[str, ...] = ()
     if given.get("train_steps", values["train_steps"]) != values["train_steps"]:
         notices = (f"--train_steps {given['train_steps']}: the learning rate's course changes from here on.",)
     try:
@@ -128,87 +184,18 @@ def _resumed(given: dict[str, object], mode: str | None) -> Config:
 
 def _check_kinds(values: dict[str, object]) -> None:
     """Raise TypeError or ValueError unless each value is of its flag's kind and, where there are some, choices."""
-    for section in SECTIONS.values():
-        hints = typing.get_type_hints(section)
-        for item in dataclasses.fields(section):
-            kind, value = hints[item.name], values[item.name]
-            if kind in (bool, int, float, str):
-                fits = type(value) is kind or (kind is float and type(value) is int)
-            else:
-                fits = isinstance(value, list) and all(isinstance(part, str) for part in value)
-            if not fits:
-                raise TypeError(f"{item.name} is {value!r}")
-            if item.metadata["choices"] and value not in item.metadata["choices"]:
-                raise ValueError(f"{item.name} is {value!r}")
+    for item, kind in fields_of(SECTIONS.values()):
+        check_kind(item, kind, values[item.name])
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        raise UsageError(message.removeprefix("argument "))
-
-    def parse_args(self, argv=None, namespace=None):
-        known, unknown = self.parse_known_args(argv, namespace)
-        if unknown:
-            flags = [option for action in self._actions for option in action.option_strings]
-            nearest = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else "see --help for the flags there are"
-            raise UsageError(f"{unknown[0]}: no such flag; {hint}")
-        return known
-
-
-def _build_parser(script: Mapping[str, str]) -> argparse.ArgumentParser:
-    description = "Distil a large causal language model into a small one, in fp16, without NaN."
-    parser = _Parser(usage="%(prog)s [--mode MODE] [flags]", description=description, **_style())
+def _build_parser(
+    script: Mapping[str, str],
+    program: str | None = None,
+    description: str = "Distil a large causal language model into a small one, in fp16, without NaN.",
+) -> Parser:
+    parser = Parser(prog=program, usage="%(prog)s [--mode MODE] [flags]", description=description, **style())
     parser.add_argument(
         "--mode", choices=tuple(MODES), help=f"a word for a set of values; flags given beside it win ({script['mode']})"
     )
-    _add_sections(parser, SECTIONS, {**script, **MODES[script["mode"]]})
+    add_sections(parser, SECTIONS, {**script, **MODES[script["mode"]]})
     return parser
-
-
-def _style() -> dict:
-    width = min(100, shutil.get_terminal_size((100, 24)).columns)
-    return {
-        "formatter_class": lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=width),
-        "allow_abbrev": False,
-        "argument_default": argparse.SUPPRESS,
-    }
-
-
-def _add_sections(parser: argparse.ArgumentParser, sections: Mapping[str, type], defaults: Mapping) -> None:
-    """A flag for each field; its default as in `defaults`, else the field's own."""
-    for section in sections.values():
-        title, _, description = section.__doc__.rstrip(".").partition(": ")
-        group = parser.add_argument_group(title, description)
-        hints = typing.get_type_hints(section)
-        for item in dataclasses.fields(section):
-            _add_flag(group, item, hints[item.name], defaults.get(item.name, item.default))
-
-
-def _add_flag(group, item: dataclasses.Field, kind: type, default) -> None:
-    shown = "" if default in ("", (), False) else f" ({default:g})" if isinstance(default, float) else f" ({default})"
-    options: dict = {"help": item.metadata["help"] + shown}
-    if kind is bool:
-        options |= {"action": "store_true"}
-    elif item.metadata["choices"]:
-        options |= {"choices": item.metadata["choices"]}
-    else:
-        is_list = kind not in (int, float, str)
-        options |= {
-            "type": _parser_of(str if is_list else kind),
-            "metavar": item.metadata["metavar"] if is_list else kind.__name__.upper(),
-        }
-        options |= {"nargs": "+"} if is_list else {}
-    group.add_argument(f"--{item.name}", **options)
-
-
-def _parser_of(kind: type):
-    words = {int: "a whole number", float: "a number", str: "text"}
-
-    def parse(text: str):
-        try:
-            return kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"'{text}' is not {words[kind]}") from None
-
-    return parse

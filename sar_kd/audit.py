@@ -9,7 +9,7 @@ from sar_kd.arguments import parse_verb
 from sar_kd.coverage import measure_coverage, name_left_out
 from sar_kd.data import Corpus
 from sar_kd.documents import load_documents
-from sar_kd.metrics import plain
+from sar_kd.files import plain
 from sar_kd.models import load_tokenizers
 
 

@@ -17,15 +17,17 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from sar_kd.config import UsageError
+from sar_kd.files import replace_text
 from sar_kd.folder import require_room
 from sar_kd.guards import StepGuard
-from sar_kd.metrics import replace_text
+from sar_kd.models import complete_generation_config_
 from sar_kd.objective import Objective
 from sar_kd.placement import WHOLE, Placement
 from sar_kd.precision import Precision
@@ -40,7 +42,7 @@ _UNREADABLE = (
 _NAME = re.compile(r"step-\d{8,}")
 
 
-def save_student(student: nn.Module, tokenizer, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+def save_student(student: Any, tokenizer, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
     """Write model and tokenizer into `folder`, so that `from_pretrained(folder)` loads them. weights: the student's, if
     it does not hold them whole.
 
@@ -48,6 +50,7 @@ def save_student(student: nn.Module, tokenizer, folder: Path, weights: dict[str,
     so a reader meets the former student or the new one.
     Raises: UsageError if they cannot be written; the former student is then as it was
     """
+    complete_generation_config_(student, tokenizer)
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     require_room(folder.parent, _size(student.state_dict()), "the student")
@@ -81,6 +84,7 @@ def save_checkpoint(
 
     Raises: UsageError if it cannot be written; the former ones are then as they were
     """
+    owners: dict[str, Any]
     owners = {"optimizer": optimizer, "precision": precision, "objective": objective, "routing": routing}
     state = {part: placement.whole(owner.state_dict()) for part, owner in owners.items()}
     state["others"] = placement.world.gather(state["precision"])[1:]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -23,6 +24,9 @@ EMBEDDED_LR_FACTOR = 200.0
 
 EMBEDDED_ROUTER_LR_FACTOR = 20.0
 """The embedded teacher's routers likewise; at 200 they follow the student so far that the teacher forgets."""
+
+
+_TIME = re.compile(r"(?:(\d{1,4})h)?(?:(\d{1,6})m)?(?:(\d{1,8})s)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +187,12 @@ class TrainConfig:
         choices=("ddp", "fsdp"),
     )
     keep_checkpoints: int = flag(2, "checkpoints to keep; the former one is there if the last one is damaged")
+    time_limit: str = flag(
+        "",
+        "save and exit, as if interrupted, after this time from the start on: 11h, 90m, 1h30m",
+    )
+    tensorboard: bool = flag(False, "also write TensorBoard event files into the run folder")
+    wandb: bool = flag(False, "also send the figures to Weights & Biases")
     seed: int = flag(0, "seed of the data order and of every random number")
     output_dir: str = flag("", "run folder; by default runs/<script>-<date>-<time>")
     resume: bool = flag(False, "continue the run in --output_dir from its checkpoint")
@@ -193,8 +203,18 @@ class TrainConfig:
         require_at_least(self, 1, "save_steps", "keep_checkpoints")
         require_at_least(self, 0, "seed")
         require(self.seed < 2**63, "seed", self.seed, "must be below 2^63")
+        require(self.time_limit_seconds > 0, "time_limit", self.time_limit, "must be a time such as 11h, 90m or 1h30m")
         if self.resume and self.overwrite:
             raise UsageError("--resume --overwrite: one continues the run, the other deletes it; give one")
+
+    @property
+    def time_limit_seconds(self) -> float:
+        """`--time_limit` in seconds, inf for none; 0 for what is no time."""
+        if not self.time_limit:
+            return math.inf
+        found = _TIME.fullmatch(self.time_limit)
+        parts = found.groups(default="0") if found else ()
+        return sum(int(part) * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,10 @@ from typing import NamedTuple
 
 from sar_kd import embedded
 from sar_kd.config import DataConfig, UsageError
+from sar_kd.hub import reason_of
 
 _HELD_OUT_SHARE = 0.05
+_HALF_INSTALLED = "`datasets` is there but cannot be imported ({}); `pip install --force-reinstall datasets`"
 _PAIRS = (("prompt", "completion"), ("question", "answer"))
 
 
@@ -182,14 +184,11 @@ def _checked(conversation: Conversation, field: str, expected: str, where: str) 
 
 
 def _load_dataset(config: DataConfig) -> tuple[list[Sample], list[Sample]]:
+    load_dataset = _import_load_dataset(f"--dataset_name {config.dataset_name}")
     try:
-        import datasets
-    except ImportError:
-        raise UsageError(f"--dataset_name {config.dataset_name}: needs `pip install datasets`") from None
-    try:
-        loaded = datasets.load_dataset(config.dataset_name, config.dataset_config_name or None)
+        loaded = load_dataset(config.dataset_name, config.dataset_config_name or None)
     except (OSError, ValueError) as error:  # the package's own errors for the hub, the disk and unknown names
-        reason = str(error).splitlines()[0]
+        reason = reason_of(error, config.dataset_name, "dataset")
         raise UsageError(f"--dataset_name {config.dataset_name}: cannot be loaded ({reason})") from None
     if "train" not in loaded:
         raise UsageError(f"--dataset_name {config.dataset_name}: has no 'train' split (it has: {', '.join(loaded)})")
@@ -213,6 +212,21 @@ def _load_dataset(config: DataConfig) -> tuple[list[Sample], list[Sample]]:
         return [Document(f"{split}:{number}", text) for number, text in enumerate(texts) if text and text.strip()]
 
     return samples("train"), samples("validation")
+
+
+def _import_load_dataset(where: str):
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        if error.name == "datasets":
+            raise UsageError(f"{where}: needs `pip install datasets`") from None
+        raise UsageError(f"{where}: {_HALF_INSTALLED.format(error)}") from None
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"{where}: {_HALF_INSTALLED.format(str(error).splitlines()[0])}") from None
+    if not hasattr(datasets, "load_dataset"):  # a folder of that name, which Python takes for a package
+        found = ", ".join(map(str, getattr(datasets, "__path__", ["?"])))
+        raise UsageError(f"{where}: `datasets` is the folder {found}, not the package: move it, `pip install datasets`")
+    return datasets.load_dataset
 
 
 def _hold_out(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:

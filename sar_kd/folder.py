@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import TextIO
 
 from sar_kd.config import UsageError
 
 try:
     import fcntl
 except ImportError:  # Windows has no such lock
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
 _SLACK = 2**24
@@ -25,7 +26,7 @@ class FolderLock:
 
     def __init__(self, folder: Path):
         self.path = folder / LOCK
-        self._file = None
+        self._file: TextIO | None = None
 
     def check(self) -> None:
         """Raise UsageError if another run holds the folder."""
@@ -105,15 +106,16 @@ def clear(folder: Path) -> None:
             path.unlink()
 
 
-def require_room(folder: Path, num_bytes: int, what: str) -> None:
-    """Raise UsageError unless the disk has room for `num_bytes` more, and a little to spare."""
+def require_room(folder: Path, num_bytes: int, what: str, remedy: str = "free some, then --resume") -> int:
+    """The bytes that are free. Raise UsageError unless that is `num_bytes`, and a little to spare."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < num_bytes + _SLACK:
         raise UsageError(
             f"--output_dir {folder}: no room for {what} ({_megabytes(num_bytes + _SLACK)} needed, {_megabytes(free)} "
-            "free); free some, then --resume"
+            f"free); {remedy}"
         )
+    return free
 
 
 def _megabytes(num_bytes: int) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sar_kd.config import UsageError
 from sar_kd.data import Batch
-from sar_kd.metrics import plain, replace_text
+from sar_kd.files import plain, replace_text
 from sar_kd.precision import Precision
 
 REMEDIES = {
@@ -40,7 +40,7 @@ def examine(
     student: nn.Module,
     batch: Batch,
     precision: Precision,
-    cause: str = "forward",
+    cause: str | None = "forward",
     loss: Callable[[Batch], Tensor] | None = None,
 ) -> dict:
     """Replay a bad micro-batch in the run's dtype and, if that is not finite, in float32.
@@ -78,7 +78,7 @@ def examine(
     }
 
 
-def unexamined(micro_batches: list[Batch], cause: str) -> dict:
+def unexamined(micro_batches: list[Batch], cause: str | None) -> dict:
     """What `examine` would have returned, of a student that lies in shards: every block may be the bad one."""
     return {
         "verdict": "shards",
@@ -90,7 +90,7 @@ def unexamined(micro_batches: list[Batch], cause: str) -> dict:
     }
 
 
-def _verdict(student: nn.Module, first: dict | None, in_float32: bool, cause: str) -> str:
+def _verdict(student: nn.Module, first: dict | None, in_float32: bool, cause: str | None) -> str:
     if first is None:
         return "gradient" if cause == "gradient" else "not reproduced"
     if not all(parameter.isfinite().all() for parameter in student.parameters()):

@@ -9,33 +9,55 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from sar_kd.card import CardWriter
 from sar_kd.config import Config, GuardConfig, UsageError
+from sar_kd.files import complete_lines, plain, replace_text, step_of
 from sar_kd.folder import FolderLock, check_contained, clear, holds_something
-from sar_kd.guards import CAUSES, Verdict
+from sar_kd.guards import Verdict
+from sar_kd.report import find_report_writer
+from sar_kd.trackers import find_trackers
+from sar_kd.wording import closing_table, fitted
+
+
+class Observer(Protocol):
+    """Takes notice of everything that a run writes, once it is written."""
+
+    def record(self, record: dict) -> None:
+        """A line of `metrics.jsonl`; its `event` says of what."""
+
+    def finish(self, summary: dict) -> None:
+        """The run has ended, and its summary is written."""
+
+    def close(self) -> None:
+        """Nothing more follows, however the run has ended."""
 
 
 class RunLog:
-    """A run folder and the terminal."""
+    """A run folder and the terminal, and whoever else takes notice."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, observers: Sequence[Observer] = ()):
+        self.deadline = time.monotonic() + config.train.time_limit_seconds
+        self._observers = observers
         self.folder = Path(config.train.output_dir)
         self._config = config
         self._every = config.train.log_steps
         self._is_terminal = sys.stdout.isatty()
-        self._bar: tqdm | None = None
+        self._bar: Any = None  # a tqdm from `start` on
         self._perplexity = math.nan
-        self._metrics = None
+        self._metrics: Any = None  # a file, likewise
         self._lock = FolderLock(self.folder)
         self._window: list[dict] = []
 
     def say(self, line: str) -> None:
         """Print one line, above the bar if there is one."""
-        tqdm.write(line, file=sys.stdout)
+        tqdm.write("\n".join(fitted(line)), file=sys.stdout)
         sys.stdout.flush()
 
     def start(self, first_step: int, train_steps: int) -> None:
@@ -58,9 +80,14 @@ class RunLog:
 
     def _open_metrics(self, first_step: int) -> None:
         path = self.folder / "metrics.jsonl"
-        kept = [line for line in _complete_lines(path) if _step_of(line) <= first_step] if first_step else []
+        kept = [line for line in complete_lines(path) if step_of(line) <= first_step] if first_step else []
         replace_text(path, "".join(kept))
         self._metrics = open(path, "a", encoding="utf-8", buffering=1)
+
+    def begin(self, student: dict, teacher: dict) -> None:
+        """Enter what both models are before the first step."""
+        of_teacher = {f"teacher_{name}": value for name, value in teacher.items()}
+        self._write({"event": "start", "step": 0, **student, **of_teacher})
 
     def rewind(self, record: dict, num_blocks: int) -> None:
         """Go back to the step that `record` names, and say so: what came after it is about to happen otherwise."""
@@ -83,6 +110,8 @@ class RunLog:
         if self._metrics is not None:
             self._metrics.close()
         self._lock.release()
+        for observer in self._observers:
+            observer.close()
 
     def step(self, record: dict, success_rate: float, tokens_per_second: float) -> None:
         """Enter one attempted update; its `step` counts from 1."""
@@ -125,12 +154,18 @@ class RunLog:
     def finish(self, summary: dict) -> None:
         """Write `summary.json`, close everything, print the closing table."""
         replace_text(self.folder / "summary.json", json.dumps(plain(summary), indent=2) + "\n")
+        for observer in self._observers:
+            observer.finish(summary)
         self.close()
+        if summary["status"] == "interrupted" and time.monotonic() >= self.deadline:
+            self.say(f"--time_limit {self._config.train.time_limit}: the time is over, everything is saved")
         for line in closing_table(summary, self.folder):
             self.say(line)
 
     def _write(self, record: dict) -> None:
         self._metrics.write(json.dumps(plain(record)) + "\n")
+        for observer in self._observers:
+            observer.record(record)
 
 
 def open_run(config: Config) -> RunLog:
@@ -152,14 +187,15 @@ def open_run(config: Config) -> RunLog:
         FolderLock(folder).check()
     except OSError as error:
         raise UsageError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
-    log = RunLog(config)
+    writers, lines = find_report_writer(folder)
+    log = RunLog(config, [CardWriter(folder), *writers, *find_trackers(config)])
     models = config.models
     log.say(f"Mode {config.mode}, teacher {models.teacher_model}, student {models.student_model}, run folder {folder}")
     loss = config.loss
     log.say(
         f"loss = {loss.alpha_ce:g} * ce + {loss.alpha_kd:g} * kd at temperature {loss.temperature:g}, shown unclamped"
     )
-    for notice in config.notices:
+    for notice in [*config.notices, *lines]:
         log.say(notice)
     return log
 
@@ -200,96 +236,5 @@ def few(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def closing_table(summary: dict, folder: Path) -> list[str]:
-    """The result in a table: student at the start, at its best and at the end, and the teacher."""
-
-    def row(name, perplexity, bits):
-        return f"  {name:<26}{perplexity:>14.2f}{bits:>16.4f}"
-
-    skipped = ", ".join(f"{cause} {count}" for cause in CAUSES if (count := summary["skipped"].get(cause)))
-    best = f"student, best (step {summary['best_step']})"
-    lines = [
-        "",
-        f"{summary['status'].replace('_', ' ').capitalize()} after {summary['steps']} steps "
-        f"in {_duration(summary['wall_seconds'])}, {summary['tokens_per_second']:,.0f} tokens/s",
-        f"  {'':<26}{'perplexity':>14}{'bits per byte':>16}",
-        row("student, start", summary["val_ppl_start"], summary["val_bits_per_byte_start"]),
-        row("student, end", summary["val_ppl_final"], summary["val_bits_per_byte_final"]),
-        row(best, summary["val_ppl_best"], summary["val_bits_per_byte_best"]),
-        row("teacher", summary["teacher_val_ppl"], summary["teacher_val_bits_per_byte"]),
-        *(row(f"teacher, {name}", *figures) for name, figures in _teachers(summary).items()),
-        f"  applied {summary['applied']}, skipped {sum(summary['skipped'].values())}"
-        + (f" ({skipped})" if skipped else "")
-        + f", success rate {summary['success_rate']:.1%}, loss scale {summary['loss_scale_final']:.0f}",
-        f"  student saved in {folder / 'student'}, figures in {folder / 'summary.json'}",
-    ]
-    if summary["status"] == "interrupted":
-        lines.append(f"  continue with the same command and --resume --output_dir {folder}")
-    return lines
-
-
-def _teachers(summary: dict) -> dict[str, tuple[float, float]]:
-    """Perplexity and bits per byte of the teacher in the run's routing, and at the end if its routers learned."""
-    found = {}
-    for when in ("start", "final"):
-        figures = summary.get(f"router_{when}") or {}
-        for how in ("native", "routed"):
-            pair = tuple(figures.get(f"teacher_val_{kind}_{how}") for kind in ("ppl", "bits_per_byte"))
-            is_news = (when, how) != ("start", "native") and None not in pair
-            if is_news and (how == "native" or summary["experts"] != "native"):
-                active = "own routing" if how == "native" else "every expert" if summary["experts"] == "all" else "ka"
-                found[f"{active}, {'end' if when == 'final' else when}"] = pair
-    return found
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a reader, and a kill, meet the old text or the new, never a part.
-
-    Raises: UsageError if it cannot be written
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UsageError(
-            f"--output_dir: {path} cannot be written ({error.strerror}); what was saved before is intact: free some "
-            "room, then --resume"
-        ) from None
-
-
-def _complete_lines(path: Path) -> list[str]:
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-def _step_of(line: str) -> float:
-    """The step that a line of `metrics.jsonl` is about; inf for a line that is none."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return math.inf
-
-
-def plain(value):
-    """The value as JSON can hold it: JSON has no nan and no infinity, so they become the words."""
-    if isinstance(value, dict):
-        return {key: plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(inner) for inner in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else math.nan
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(round(seconds)), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

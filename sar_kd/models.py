@@ -9,8 +9,11 @@ import functools
 import logging
 import os
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import safetensors
 import torch
@@ -22,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from sar_kd import embedded
 from sar_kd.alignment import TokenizerPair, UnfitTokenizer
 from sar_kd.config import EMBEDDED, Config, ModelConfig, UsageError
+from sar_kd.hub import reason_of
 from sar_kd.precision import Precision
 from sar_kd.tokens import encode
 
@@ -29,6 +33,8 @@ _UNREADABLE = (
     OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError, EOFError,
     pickle.UnpicklingError, safetensors.SafetensorError,
 )  # fmt: skip
+IN_MEMORY = "(in memory)"
+"""Begins the name of a model that was handed over in Python."""
 _EMBEDDED_DIRS = {
     "teacher_model": embedded.TEACHER_DIR,
     "student_model": embedded.STUDENT_DIR,
@@ -57,20 +63,35 @@ class Models:
         return block_size, teacher or 8 * block_size
 
 
-def load_models(config: Config, precision: Precision) -> Models:
-    """Load what `--teacher_model` and `--student_model` name.
+@dataclass(frozen=True)
+class Given:
+    """Models that are in memory already, each with its tokenizer, by flag; they are not read from anywhere."""
+
+    pairs: Mapping[str, tuple[nn.Module, Any]]
+
+    def model(self, flag: str) -> Any:
+        """The model that stands for this flag's; None if it is to be loaded."""
+        return self.pairs[flag][0] if flag in self.pairs else None
+
+
+NOTHING_GIVEN = Given(MappingProxyType({}))
+
+
+def load_models(config: Config, precision: Precision, given: Given = NOTHING_GIVEN) -> Models:
+    """Load what `--teacher_model` and `--student_model` name, but for what is given.
 
     Raises: UsageError naming the flag, where a model or tokenizer is missing or cannot be used
     """
     _quiet()
     names = config.models
-    student = _load_model("student_model", names.student_model, torch.float32, names.trust_remote_code)
-    teacher = _load_model("teacher_model", names.teacher_model, precision.dtype, names.trust_remote_code)
+    student = _model("student_model", names, torch.float32, given)
+    teacher = _model("teacher_model", names, precision.dtype, given)
     rows = {"student_model": num_rows(student), "teacher_model": num_rows(teacher)}
     stops = tuple(_stop_ids(model) for model in (student, teacher))
     tokenizers = _pair_tokenizers(
         names,
         rows,
+        given,
         aligns=config.loss.alignment != "auto",
         projects=config.loss.alignment in ("auto", "projection") and config.loss.alpha_kd > 0,
         tolerant=config.loss.alignment == "uld",
@@ -145,9 +166,9 @@ def _stop_ids(model: nn.Module) -> tuple[int, ...]:
     return tuple(ids) if isinstance(ids, list) else (() if ids is None else (ids,))
 
 
-def _pair_tokenizers(names: ModelConfig, rows: dict[str, int], **how) -> TokenizerPair:
+def _pair_tokenizers(names: ModelConfig, rows: dict[str, int], given: Given = NOTHING_GIVEN, **how) -> TokenizerPair:
     """`how`: as `TokenizerPair`"""
-    loaded = {flag: _load_tokenizer(flag, getattr(names, flag), rows[flag], names.trust_remote_code) for flag in rows}
+    loaded = {flag: _tokenizer(flag, names, rows[flag], given) for flag in rows}
     try:
         return TokenizerPair(
             loaded["student_model"],
@@ -162,18 +183,37 @@ def _pair_tokenizers(names: ModelConfig, rows: dict[str, int], **how) -> Tokeniz
         raise UsageError(f"--{flag} {getattr(names, flag)}: its tokenizer {error.reason}; {remedy}") from None
 
 
+def complete_generation_config_(model: nn.Module, tokenizer) -> None:
+    """Make the model's generation config one that can be saved and that `generate` takes without a word.
+
+    Where published, it may sample at a temperature without saying `do_sample`, which is refused when saved; and it may
+    leave out where a text ends, which the tokenizer knows.
+    """
+    config: Any = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    if config.eos_token_id is None:
+        config.eos_token_id = tokenizer.eos_token_id
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True
+
+
 def _quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry of an absent network
 
 
-def num_rows(model: nn.Module) -> int:
+def num_rows(model: Any) -> int:
     """Rows of the head: V of the logits, which may exceed the tokenizer's size."""
     return model.get_output_embeddings().weight.shape[0]
 
 
-def _context(model: nn.Module) -> int | None:
+def _context(model: Any) -> int | None:
     """The longest input that the model takes; None if it states none."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
@@ -183,23 +223,32 @@ def _location(flag: str, name: str) -> str:
         if not _EMBEDDED_DIRS[flag].is_dir():
             raise UsageError(f"--{flag} {EMBEDDED}: not in this installation; make it with `python -m sar_kd embedded`")
         return str(_EMBEDDED_DIRS[flag])
+    if name.startswith(IN_MEMORY):
+        raise UsageError(f"--{flag} {name}: was handed over in Python; continue there, with the same model")
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise UsageError(f"--{flag} {name}: no such directory")
     return os.path.expanduser(name)
 
 
-def _load_model(flag: str, name: str, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+def _load_model(flag: str, name: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     location = _location(flag, name)
     load = transformers.AutoModelForCausalLM.from_pretrained
     how = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
     model, info = _read(flag, name, lambda: load(location, **how))
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UsageError(f"--{flag} {name}: {len(missing)} weights are not in its files, {missing[0]} among them")
+    return model
+
+
+def _model(flag: str, names: ModelConfig, dtype: torch.dtype, given: Given) -> nn.Module:
+    """The model of a flag, given or loaded, found fit to compute in `dtype`."""
+    name, model = getattr(names, flag), given.model(flag)
+    model = _load_model(flag, name, dtype, names.trust_remote_code) if model is None else model.to(dtype)
     if model.get_output_embeddings() is None:
         raise UsageError(
             f"--{flag} {name}: {type(model).__name__} has no language-model head; use a causal language model"
         )
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise UsageError(f"--{flag} {name}: {len(missing)} weights are not in its files, {missing[0]} among them")
     for weight, values in model.named_parameters():
         if not values.isfinite().all():
             remedy = f"float32 might hold what {dtype} cannot (--model_dtype float32), or the file is damaged"
@@ -207,10 +256,26 @@ def _load_model(flag: str, name: str, dtype: torch.dtype, trust_remote_code: boo
     return model
 
 
-def _load_tokenizer(flag: str, name: str, rows: int, trust_remote_code: bool):
+def load_for_writing(flag: str, name: str, trust_remote_code: bool, dtype: torch.dtype = torch.float32):
+    """A model in eval mode, and its tokenizer.
+
+    Raises: UsageError as `load_models`
+    """
+    _quiet()
+    model = _load_model(flag, name, dtype, trust_remote_code).eval()
+    return model, _load_tokenizer(flag, name, trust_remote_code)
+
+
+def _load_tokenizer(flag: str, name: str, trust_remote_code: bool):
     location = _location(flag, name)
     load = transformers.AutoTokenizer.from_pretrained
-    tokenizer = _read(flag, name, lambda: load(location, trust_remote_code=trust_remote_code))
+    return _read(flag, name, lambda: load(location, trust_remote_code=trust_remote_code))
+
+
+def _tokenizer(flag: str, names: ModelConfig, rows: int, given: Given):
+    """The tokenizer of a flag's model, given or loaded, found fit for a model with so many rows."""
+    name, pair = getattr(names, flag), given.pairs.get(flag)
+    tokenizer = _load_tokenizer(flag, name, names.trust_remote_code) if pair is None else pair[1]
     try:
         encode(tokenizer, ["a"])
     except (AttributeError, NotImplementedError, TypeError):
@@ -226,5 +291,4 @@ def _read(flag: str, name: str, load):
     try:
         return load()
     except _UNREADABLE as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"--{flag} {name}: cannot be loaded ({reason})") from None
+        raise UsageError(f"--{flag} {name}: cannot be loaded ({reason_of(error, name)})") from None

@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 try:
     import resource
 except ImportError:  # Windows
-    resource = None
+    resource = None  # type: ignore[assignment]
 
 from sar_kd.config import PrecisionConfig, UsageError
+from sar_kd.environment import require_kernels
 from sar_kd.guards import MAX_LOSS_SCALE, MIN_LOSS_SCALE, Verdict
 from sar_kd.world import ALONE, World
 
@@ -145,8 +146,22 @@ def setup(config: PrecisionConfig, seed: int, world: World = ALONE) -> Precision
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+    return Precision(*choose(config, world)[:2], config.init_loss_scale)
+
+
+def choose(config: PrecisionConfig, world: World = ALONE) -> tuple[torch.device, torch.dtype, str]:
+    """The device, the compute dtype, and why it is that one. A GPU is tried with one kernel.
+
+    Raises: UsageError as `setup`
+    """
     device = _device(config.device, world)
-    return Precision(device, _dtype(config.model_dtype, device), config.init_loss_scale)
+    dtype = _dtype(config.model_dtype, device)
+    if config.model_dtype != "auto":
+        return device, dtype, f"--model_dtype {config.model_dtype}"
+    if device.type == "cpu":
+        return device, dtype, "it is no GPU" if torch.cuda.is_available() else "there is no GPU"
+    units = "has" if dtype is torch.bfloat16 else "has no"
+    return device, dtype, f"{torch.cuda.get_device_name(device)} {units} bfloat16 units"
 
 
 def _device(name: str, world: World) -> torch.device:
@@ -157,13 +172,7 @@ def _device(name: str, world: World) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise UsageError(f"--device {name}: this PyTorch sees {count} CUDA devices; use --device cpu")
-        try:
-            (torch.ones(1, device=device) + 1).item()
-        except RuntimeError as error:
-            raise UsageError(
-                f"--device {name}: {torch.cuda.get_device_name(device)} cannot run this PyTorch build "
-                f"({str(error).splitlines()[0]}); install one that was built for it, or use --device cpu"
-            ) from None
+        require_kernels(f"--device {name}", device)
     return device
 
 

@@ -1,26 +1,190 @@
-"""Before training: what the settings leave to learn, in figures."""
+"""`sar-kd preflight`, and the start of each run: what will happen on this machine, before anything heavy is loaded.
+
+A check looks at one matter and says what it found, in lines for people and in a record for programs; what cannot go
+well is refused in one line. `_AT_START` is what every run begins with. The verb also reads the tokenizers and a sample
+of the text, which a run does soon after by itself.
+"""
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from sar_kd.config import LossConfig, UsageError
+from sar_kd import environment, hub
+from sar_kd.arguments import parse_run
+from sar_kd.clamps import clamp_lines, reasons_not_to_learn
+from sar_kd.config import EMBEDDED, Config, UsageError
 from sar_kd.coverage import measure_coverage, name_left_out
 from sar_kd.data import Corpus
-from sar_kd.guards import raw_clamp_largest_probability, raw_clamp_perplexity_floor
+from sar_kd.documents import load_documents
+from sar_kd.files import plain
+from sar_kd.folder import require_room
 from sar_kd.metrics import few
-from sar_kd.models import Models, num_rows
-from sar_kd.precision import Precision
+from sar_kd.models import NOTHING_GIVEN, Given, load_skeleton, load_tokenizers, num_rows
+from sar_kd.precision import choose
+from sar_kd.wording import fitted
+
+_SAMPLE_CHARACTERS = 200_000
 
 
-def describe(train: Corpus, validation: Corpus, precision: Precision) -> list[str]:
-    """What the run is made of, as it was found: device and dtype, text, tokenizers, what had to be left out."""
-    rounded = ", each product rounded to half" if precision.emulates else ""
+class Finding(NamedTuple):
+    """What one check found."""
+
+    name: str
+    lines: list[str]
+    record: dict
+
+
+class Subject:
+    """What the checks look at: the settings, and the models without their weights, built when first asked for."""
+
+    def __init__(self, config: Config, given: Given = NOTHING_GIVEN):
+        self.config, self.given = config, given
+
+    @cached_property
+    def models(self) -> dict[str, torch.nn.Module]:
+        """'teacher' and 'student': shapes only, or the model itself where it is in memory already."""
+        names, found = self.config.models, {}
+        for whose in ("teacher", "student"):
+            flag = f"{whose}_model"
+            model = self.given.model(flag)
+            found[whose] = model or load_skeleton(flag, getattr(names, flag), names.trust_remote_code)
+        return found
+
+
+def preflight(config: Config, say: Callable[[str], None], given: Given = NOTHING_GIVEN) -> None:
+    """Look at everything that a run's success depends on and that costs next to nothing to look at.
+
+    Raises: UsageError with cause and remedy, at the first thing that cannot go well
+    """
+    for finding in _examine(_AT_START, Subject(config, given)):
+        for line in finding.lines:
+            say(line)
+
+
+def _examine(checks: tuple[Callable[[Subject], Finding], ...], subject: Subject) -> Iterator[Finding]:
+    for check in checks:
+        yield check(subject)
+
+
+def _check_versions(subject: Subject) -> Finding:
+    found = environment.versions()
+    names = {"python": "Python", "torch": "PyTorch"}
+    shown = [f"{names.get(name, name)} {found[name]}" for name in ("python", "torch", "transformers")]
+    return Finding("versions", [", ".join(shown), *environment.require_versions(found)], found)
+
+
+def _check_device(subject: Subject) -> Finding:
+    cards, archs = environment.find_cards(), torch.cuda.get_arch_list()
+    lines = []
+    for card in cards:
+        carried = "carried" if environment.carries(archs, card.capability) else "not carried"
+        capability = ".".join(map(str, card.capability))
+        lines.append(
+            f"GPU {card.number}: {card.name}, {card.memory / 1e9:.1f} GB, compute capability {capability}, {carried} "
+            "by this PyTorch"
+        )
+    device, dtype, why = choose(subject.config.precision)  # runs one kernel where it is a GPU
+    name = str(dtype).removeprefix("torch.")
+    rounded = "; each product is rounded to half" if dtype is torch.float16 and device.type == "cpu" else ""
+    lines.append(f"Computing in {name} on {device} ({why}{rounded}); trainable weights are float32")
+    if not cards:
+        lines.append(f"No GPU: {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads")
+    record = {"cards": [card._asdict() for card in cards], "arch_list": archs, "device": str(device), "dtype": name}
+    return Finding("device", lines, {**record, "why": why, "threads": torch.get_num_threads()})
+
+
+def _check_hub(subject: Subject) -> Finding:
+    offline, where = hub.offline_by(), {}
+    for whose in ("teacher", "student"):
+        flag = f"{whose}_model"
+        name = getattr(subject.config.models, flag)
+        if subject.given.model(flag) is not None:
+            where[whose] = "in memory"
+        elif name == EMBEDDED:
+            where[whose] = "shipped with the package"
+        elif Path(name).expanduser().is_dir():
+            where[whose] = "directory"
+        else:
+            where[whose] = "in the cache" if hub.is_in_cache(name) else "to be downloaded"
+    if not {"in the cache", "to be downloaded"} & set(where.values()) and not subject.config.data.dataset_name:
+        return Finding("hub", [], {"needed": False, "offline": bool(offline), "models": where})
+    token = "with a token" if hub.has_token() else "without a token, so gated models are closed"
+    line = f"Hub: offline ({offline})" if offline else f"Hub: allowed, {token}"
+    return Finding("hub", [line], {"needed": True, "offline": bool(offline), "models": where})
+
+
+def _check_models(subject: Subject) -> Finding:
+    lines, record = [], {}
+    for whose, model in subject.models.items():
+        count, rows = sum(parameter.numel() for parameter in model.parameters()), num_rows(model)
+        record[whose] = {"class": type(model).__name__, "parameters": count, "vocabulary": rows}
+        lines.append(f"{whose.capitalize()}: {type(model).__name__}, {_count(count)} parameters, vocabulary {rows:,}")
+    return Finding("models", lines, record)
+
+
+def _check_clamps(subject: Subject) -> Finding:
+    loss, teacher, student = subject.config.loss, *(num_rows(subject.models[w]) for w in ("teacher", "student"))
+    lines, record = clamp_lines(loss, student, teacher)
+    reasons = reasons_not_to_learn(
+        logit_clamp=loss.logit_clamp if loss.logit_clamp_style == "raw" else None,
+        loss_clamp=None,  # where the student starts is measured once it is loaded
+        temperature=loss.temperature,
+        distils=loss.alpha_kd > 0,
+        student_vocab=student,
+        teacher_vocab=teacher,
+        start_loss=0.0,
+        saturated=0.0,
+    )
+    if reasons and not loss.force:
+        raise UsageError(f"{reasons[0]}, or --force to try all the same")
+    return Finding("clamps", lines, record)
+
+
+def _check_disk(subject: Subject) -> Finding:
+    """`student/` twice while it is replaced; `--keep_checkpoints` checkpoints and the one that is being written."""
+    train = subject.config.train
+    student = 4 * sum(parameter.numel() for parameter in subject.models["student"].parameters())
+    checkpoint = 3 * student  # weights and AdamW's two moments, all float32
+    needed = 2 * student + (train.keep_checkpoints + 1) * checkpoint
+    free = require_room(Path(train.output_dir), needed, "what the run writes", "free some, or --keep_checkpoints 1")
+    line = f"Disk: up to {needed / 1e9:,.2f} GB will be written to {train.output_dir}, {free / 1e9:,.1f} GB are free"
+    return Finding("disk", [line], {"needed_bytes": needed, "free_bytes": free, "output_dir": train.output_dir})
+
+
+def _check_alignment(subject: Subject) -> Finding:
+    config = subject.config
+    if config.loss.alpha_kd == 0 or config.loss.alignment == "uld":
+        reason = "no teacher is heard" if config.loss.alpha_kd == 0 else "--alignment uld compares by rank alone"
+        return Finding("alignment", [f"Alignment: none, {reason}"], {"audited": False})
+    sample, size = [], 0
+    for document in load_documents(config.data)[0]:
+        sample.append(document)
+        size += len(document.text)
+        if size >= _SAMPLE_CHARACTERS:
+            break
+    corpus = Corpus(sample, load_tokenizers(config), config.data.block_size, 8 * config.data.block_size)
+    coverage = measure_coverage(corpus)
+    lines = [f"Alignment, on the first {size / 1e3:,.0f} thousand characters of the text:", *coverage.lines()]
+    record = {"audited": True, **dataclasses.asdict(coverage), "mix": coverage.mix}
+    return Finding("alignment", [*lines, *name_left_out(coverage.left_out)], record)
+
+
+# A further check (the memory plan) is one more function in one of these lists.
+_AT_START = (_check_versions, _check_device, _check_hub, _check_models, _check_clamps, _check_disk)
+_ALL = (*_AT_START, _check_alignment)
+
+
+def describe(train: Corpus, validation: Corpus) -> list[str]:
+    """The text once it has been read: how much, how the tokenizers meet on it, what had to be left out."""
     lines = [
-        f"Computing in {str(precision.dtype).removeprefix('torch.')} on {precision.device}{rounded}; "
-        "trainable weights are float32",
         f"Text: {train.text.num_bytes / 1e3:,.1f} kB, {train.num_tokens:,} tokens in {len(train)} blocks; "
         f"held out: {validation.text.num_bytes / 1e3:,.1f} kB, {validation.num_tokens:,} tokens",
     ]
@@ -39,89 +203,32 @@ def describe(train: Corpus, validation: Corpus, precision: Precision) -> list[st
     return lines + name_left_out([*train.text.left_out, *validation.text.left_out])
 
 
-def check_clamps(
-    loss: LossConfig, models: Models, validation: Corpus, precision: Precision, start_loss: float
-) -> list[str]:
-    """Lines to show about clamps taken to the letter; none for the default styles.
+def main(argv: list[str]) -> dict:
+    """Print what a run with these flags would find; with `--json` one object, whose `ok` says whether it could go on.
 
-    start_loss: the student's validation loss before the first step, nats per token
-    Raises: UsageError with the figures, where a clamp leaves nothing to learn and `--force` is not given
+    Raises: UsageError for what would end the run
     """
-    raw, hard = loss.logit_clamp_style == "raw", loss.loss_clamp_style == "hard"
-    if not (raw or hard):
-        return []
-    student_vocab, teacher_vocab = num_rows(models.student), num_rows(models.teacher)
-    reasons = reasons_not_to_learn(
-        logit_clamp=loss.logit_clamp if raw else None,
-        loss_clamp=loss.loss_clamp if hard else None,
-        temperature=loss.temperature,
-        distils=loss.alpha_kd > 0,
-        student_vocab=student_vocab,
-        teacher_vocab=teacher_vocab,
-        start_loss=start_loss,
-        saturated=_saturated_share(models, validation, precision, loss.logit_clamp) if raw else 0.0,
-    )
-    if reasons and not loss.force:
-        raise UsageError(f"{reasons[0]}, or --force to try all the same")
-    notices = [f"Forced: {reason}" for reason in reasons]
-    if raw:
-        floor = raw_clamp_perplexity_floor(student_vocab, loss.logit_clamp)
-        largest = raw_clamp_largest_probability(teacher_vocab, loss.logit_clamp, loss.temperature)
-        notices.append(
-            f"Raw logit clamp: no training perplexity below {floor:.4f}, no teacher probability above {largest:.4f}"
-        )
-    return notices
+    config, as_json = parse_run("preflight", "What a run with these flags would find. Nothing is trained.", argv)
+    record: dict = {"ok": True}
+    try:
+        for finding in _examine(_ALL, Subject(config)):
+            record[finding.name] = finding.record
+            if not as_json:
+                for line in finding.lines:
+                    print("\n".join(fitted(line)))
+    except UsageError as error:
+        record |= {"ok": False, "error": str(error)}
+        raise
+    finally:
+        if as_json:
+            print(json.dumps(plain(record), indent=2))
+    if not as_json:
+        print("Ready: nothing stands in the way of this run")
+    return {"status": "finished"}
 
 
-def reasons_not_to_learn(
-    *,
-    logit_clamp: float | None,
-    loss_clamp: float | None,
-    temperature: float,
-    distils: bool,
-    student_vocab: int,
-    teacher_vocab: int,
-    start_loss: float,
-    saturated: float,
-) -> list[str]:
-    """Why clamps taken to the letter would leave this student nothing to learn; empty if they do not.
-
-    logit_clamp  the bound of a raw logit clamp, None if the clamp has another style
-    loss_clamp   the bound of a hard loss clamp, None likewise
-    start_loss   the student's validation loss before the first step, nats per token
-    saturated    share of the student's logits outside the clamp on held-out text
-    """
-    reasons = []
-    if loss_clamp is not None and start_loss > loss_clamp:
-        reasons.append(
-            f"--loss_clamp_style hard: the student starts at {start_loss:.2f} nats per token (ln V = "
-            f"{math.log(student_vocab):.2f}), above --loss_clamp {loss_clamp:g}, where a hard clamp has zero gradient; "
-            "use --loss_clamp_style scale"
-        )
-    if logit_clamp is not None:
-        floor = raw_clamp_perplexity_floor(student_vocab, logit_clamp)
-        if floor > 1.5:
-            reasons.append(
-                f"--logit_clamp_style raw: with V = {student_vocab} and --logit_clamp {logit_clamp:g} no training "
-                f"perplexity below {floor:.2f} can be expressed; use --logit_clamp_style normalized"
-            )
-        largest = raw_clamp_largest_probability(teacher_vocab, logit_clamp, temperature)
-        if distils and largest < 0.1:
-            reasons.append(
-                f"--logit_clamp_style raw: with V = {teacher_vocab} and --temperature {temperature:g} the teacher can "
-                f"give no token more than p = {largest:.4f}; use --logit_clamp_style normalized"
-            )
-        if saturated > 0.5:
-            reasons.append(
-                f"--logit_clamp_style raw: {saturated:.0%} of the student's logits lie outside "
-                f"[-{logit_clamp:g}, {logit_clamp:g}] and would have no gradient; use --logit_clamp_style normalized"
-            )
-    return reasons
-
-
-@torch.no_grad()
-def _saturated_share(models: Models, validation: Corpus, precision: Precision, bound: float) -> float:
-    batch = next(validation.token_batches("student", 1)).to(precision.device)
-    with precision.autocast():
-        logits = models.student(input_ids=batch.input_ids, use_cache=False).logits
-    return (logits.abs() > bound).float().mean().item()
+def _count(number: int) -> str:
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.2f} {letter}"
+    return str(number)

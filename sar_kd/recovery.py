@@ -51,7 +51,7 @@ class Recovery:
         cause = f"(cause: {record['cause']}, {record['verdict']})"
         return f"{cause}.{where} What to try: {record['remedy']}. Details: {self.folder / 'crash.md'}"
 
-    def _examine(self, micro_batches: list[Batch], cause: str) -> tuple[Batch, dict]:
+    def _examine(self, micro_batches: list[Batch], cause: str | None) -> tuple[Batch, dict]:
         """The first micro-batch that is bad when replayed (the last, if none is), and what is found in it."""
         if self.placement.is_sharded:
             return micro_batches[-1], unexamined(micro_batches, cause)
@@ -67,7 +67,7 @@ class Recovery:
     def _documents(self, blocks: list[int]) -> list[str]:
         return list(dict.fromkeys(name for block in blocks for name in self.train.documents_of(block)))
 
-    def offenders(self, cause: str) -> list[int]:
+    def offenders(self, cause: str | None) -> list[int]:
         """The blocks that a second try leaves out: every one of the documents that were bad in a row of NaN batches.
 
         Only the bad blocks themselves, where those documents are half of the text or more.

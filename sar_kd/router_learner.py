@@ -122,7 +122,7 @@ class RouterLearner(FrozenRouters):
         self._initial = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.frozen_sha256 = hash_frozen(objective.teacher, self.parameters)
         self.initial_sha256 = hash_routers(self._initial)
-        self.optimizer = build_router_optimizer(list(self.parameters.values()), settings.router_lr)
+        self.optimizer = build_router_optimizer([*self.parameters.values()], settings.router_lr)
         self._begin()
 
     def _begin(self) -> None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from sar_kd.config import UsageError
 
@@ -135,7 +136,7 @@ def find_routers(model: nn.Module, patterns: tuple[str, ...] = ()) -> list[Route
 
 
 def _matching(modules: dict[str, nn.Module], patterns: tuple[str, ...]) -> dict[str, str]:
-    chosen = {}
+    chosen: dict[str, str] = {}
     for pattern in patterns:
         try:
             found = [name for name in modules if re.fullmatch(pattern, name)]
@@ -162,9 +163,9 @@ def _experts_of(module: nn.Module) -> nn.Module | None:
     return None
 
 
-def _num_experts(model: nn.Module, block: nn.Module) -> int | None:
+def _num_experts(model: Any, block: nn.Module) -> int | None:
     """Experts of a block: by their own tensors or number, else by the config; None if nothing says it."""
-    experts = _experts_of(block)
+    experts: Any = _experts_of(block)
     if experts is not None:
         if isinstance(experts, (nn.ModuleList, nn.ModuleDict)):
             return sum(next(child.parameters(), None) is not None for child in experts.children())
@@ -203,7 +204,7 @@ def _spec(model: nn.Module, modules: dict[str, nn.Module], name: str, found_by: 
     num_experts = _num_experts(model, block)
     matrices = [own[key.removeprefix(f"{name}.")] for key in trainable]
     widths, ranks = {parameter.shape[0] for parameter in matrices}, {parameter.ndim for parameter in matrices}
-    if widths != {num_experts} or max(ranks) != 2:
+    if num_experts is None or widths != {num_experts} or max(ranks) != 2:
         shapes = ", ".join(f"{key} {tuple(p.shape)}" for key, p in own.items()) or "no parameters"
         raise UsageError(
             f"--router_patterns: {name} ({shapes}) cannot be a router of {num_experts or 'no'} experts, "
@@ -271,7 +272,7 @@ def require_routers(model: nn.Module, specs: list[RouterSpec], routing: str, tra
         )
 
 
-def router_parameters(specs: list[RouterSpec]) -> dict[str, Tensor]:
+def router_parameters(specs: list[RouterSpec]) -> dict[str, nn.Parameter]:
     """What may learn in all routers, by full name."""
     return {name: parameter for spec in specs for name, parameter in spec.parameters.items()}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +120,8 @@ class Routing:
         for spec in self.specs:
             if spec.gate.returns == "logits":
                 active = {"native": self._top_k[spec.name], "all": spec.num_experts, "ka": spec.num_experts - 1}
-                spec.block.top_k = active[self.rule if self._handles else "native"]
+                block: Any = spec.block
+                block.top_k = active[self.rule if self._handles else "native"]
 
     def _hook_of(self, spec: RouterSpec) -> Callable:
         def hook(module, args, output):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,7 +40,8 @@ class TeacherRouting:
         world: World = ALONE,
     ):
         """word: 'native', 'all', 'ka' or 'sar'; lines: what to say at the start"""
-        self.word, self.routing, self.learner, self.lines = word, routing, learner, lines
+        self.word, self.routing, self.lines = word, routing, lines
+        self.learner: Any = learner  # what a RouterLearner has beyond FrozenRouters is asked of one that learns only
         self._config, self._models, self._world = config, models, world
         self.passes = config.routing.ka_passes if word == "ka" else 1
         """Steps in a row on the same text"""
@@ -146,7 +148,7 @@ class TeacherRouting:
 
     def summary(self) -> dict:
         """For `summary.json`."""
-        found = {"routing": self.word, "experts": self.routing.rule, "router_start": self.start}
+        found: dict = {"routing": self.word, "experts": self.routing.rule, "router_start": self.start}
         if self.learner.learns:
             found |= {"router_final": self.last, "router_alarms": self.alarms, "router_stopped_at": self.stopped_at}
             found["frozen_sha256"] = self.learner.frozen_sha256
@@ -205,10 +207,11 @@ def _resolve(config: Config, models: Models, objective: Objective, in_shards: bo
     if asked == "native":
         return "native", [], ""
     hears = objective.distillation is not None
+    needs_states = objective.distillation is not None and objective.distillation.needs_states
     if asked != "auto":
         if not hears:
             raise UsageError(f"--routing {asked}: --alpha_kd is 0, so no teacher is heard; use --routing native")
-        if asked == "sar" and objective.distillation.needs_states:
+        if asked == "sar" and needs_states:
             raise UsageError(
                 "--routing sar: routers learn from probabilities, and --alignment hidden compares none; use another "
                 "alignment, or --routing all"
@@ -221,7 +224,7 @@ def _resolve(config: Config, models: Models, objective: Objective, in_shards: bo
         return asked, find_routers(models.teacher, settings.router_patterns), ""
     if not hears:
         return "native", [], "no teacher is heard"
-    if objective.distillation.needs_states:
+    if needs_states:
         return "native", [], "--alignment hidden compares no probabilities"
     if in_shards:
         return "native", [], "with --parallel fsdp no device has the student whole"
@@ -238,9 +241,10 @@ def _resolve(config: Config, models: Models, objective: Objective, in_shards: bo
 
 @torch.no_grad()
 def _try(models: Models, precision: Precision) -> None:
-    rows = models.teacher.get_input_embeddings().weight.shape[0]
+    teacher: Any = models.teacher
+    rows = teacher.get_input_embeddings().weight.shape[0]
     with precision.autocast():
-        models.teacher(input_ids=torch.arange(min(16, rows), device=precision.device)[None], use_cache=False)
+        teacher(input_ids=torch.arange(min(16, rows), device=precision.device)[None], use_cache=False)
 
 
 def _line(word: str, reason: str, settings: RoutingConfig, specs: list) -> str:

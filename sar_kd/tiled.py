@@ -132,41 +132,61 @@ class _TiledLoss(torch.autograd.Function):
 def _sums(loss: Loss, student: Readout, teacher: Readout | None, gradients: Gradients | None) -> Sums:
     zero = torch.zeros((), device=student.states.device)
     kd = raw_kd = dropped = zero
-    bound = loss.clamp.bound if loss.clamp.style == "raw" else math.inf
     text = _Text(loss, zero) if loss.targets is not None else None
     # A clamp's factor is that of the whole sum, which has to be known before anything is learned from a part of it.
     reads_first = text is not None and len(loss.tiles) > 1 and loss.ce_factor is not None
     if reads_first:
         for number, tile in enumerate(loss.tiles):
             text.read(number, student.tile(tile.student))
-    for number, tile in enumerate(loss.tiles if gradients or loss.compare or not reads_first else ()):
-        own = student.tile(tile.student)
-        others = teacher.tile(tile.teacher) if loss.compare else None
-        if text and not reads_first:
-            text.read(number, own)
-        of_student, of_teacher = (student, tile.student, own), (teacher, tile.teacher, others)
-        learner, rows, learned = of_student if loss.learner == "student" else of_teacher
-        chain = _chain(learner, learned, bound) if gradients else None
-        if loss.compare:
-            plain = loss.compare(own.clone(), others.clone(), tile.part, None).raw if bound < math.inf else None
-            _clamp_(bound, own, others)
-            compared = loss.compare(own, others, tile.part, loss.learner if gradients else None)
-            kd, dropped = kd + compared.loss, dropped + compared.dropped
-            raw_kd = raw_kd + (compared.raw if plain is None else plain)
-        else:
-            _clamp_(bound, own)
-        if gradients is None:
-            continue
-        weight = zero + loss.kd_weight * loss.scale
-        slopes = compared.slopes if loss.compare else NOTHING
+    for number in range(len(loss.tiles)) if gradients or loss.compare or not reads_first else ():
+        compared = _learn_from(number, loss, student, teacher, text, not reads_first, gradients)
+        if compared is not None:
+            kd, raw_kd, dropped = kd + compared.loss, raw_kd + compared.raw, dropped + compared.dropped
+    ce, raw_ce, nonfinite, factor = (text.ce, text.raw, text.nonfinite, text.factor) if text else (zero,) * 4
+    return Sums(loss.ce_weight * factor * ce + loss.kd_weight * kd, ce, raw_ce, kd, raw_kd, nonfinite, dropped)
+
+
+def _learn_from(
+    number: int,
+    loss: Loss,
+    student: Readout,
+    teacher: Readout | None,
+    text: _Text | None,
+    reads: bool,
+    gradients: Gradients | None,
+) -> Compared | None:
+    """Make one tile of both models' logits, compare them, and add what is learned to `gradients`. Nothing of the tile
+    outlives the call.
+
+    reads: the text has not read it yet
+    Returns: sums alone; None where nothing is compared
+    """
+    tile, bound = loss.tiles[number], loss.clamp.bound if loss.clamp.style == "raw" else math.inf
+    own = student.tile(tile.student)
+    others = teacher.tile(tile.teacher) if loss.compare else None
+    if text and reads:
+        text.read(number, own)
+    of_student, of_teacher = (student, tile.student, own), (teacher, tile.teacher, others)
+    learner, rows, learned = of_student if loss.learner == "student" else of_teacher
+    chain = _chain(learner, learned, bound) if gradients else None
+    compared, slopes = None, NOTHING
+    if loss.compare:
+        plain = loss.compare(own.clone(), others.clone(), tile.part, None).raw if bound < math.inf else None
+        _clamp_(bound, own, others)
+        compared = loss.compare(own, others, tile.part, loss.learner if gradients else None)
+        slopes = compared.slopes
+        compared = compared._replace(raw=compared.raw if plain is None else plain, slopes=None)
+    else:
+        _clamp_(bound, own)
+    if gradients is not None:
+        weight = loss.kd_weight * loss.scale * torch.ones_like(own[0, :1])
         if text and loss.ce_weight:
             text.become_slopes_(number, own, slopes, weight)
         else:
             slopes.add_to_(learned.zero_(), weight)
         slopes.add_places_to_(learned, weight)
         gradients.add_(rows, learned if chain is None else learned.mul_(chain))
-    ce, raw_ce, nonfinite, factor = (text.ce, text.raw, text.nonfinite, text.factor) if text else (zero,) * 4
-    return Sums(loss.ce_weight * factor * ce + loss.kd_weight * kd, ce, raw_ce, kd, raw_kd, nonfinite, dropped)
+    return compared
 
 
 def _clamp_(bound: float, *tiles: Tensor) -> None:

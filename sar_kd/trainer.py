@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from sar_kd.checkpoint import load_checkpoint, save_checkpoint, save_student
+from sar_kd.clamps import check_clamps
 from sar_kd.config import Config, UsageError
 from sar_kd.data import Batch, Corpus
 from sar_kd.evaluate import Evaluation, evaluate, share
@@ -23,7 +24,7 @@ from sar_kd.objective import Objective
 from sar_kd.optim import learning_rate_at, set_learning_rate_
 from sar_kd.placement import WHOLE, Placement
 from sar_kd.precision import Precision
-from sar_kd.preflight import check_clamps, describe
+from sar_kd.preflight import describe
 from sar_kd.progress import Progress, figures_of
 from sar_kd.recovery import Recovery, without
 from sar_kd.step import StepReport, train_step
@@ -71,7 +72,7 @@ class Trainer:
                 self._resume()
             else:
                 self._begin()
-            with Interruption() as interruption:
+            with Interruption(self.log.deadline if self.world.is_first else math.inf) as interruption:
                 status = self._train(interruption, before)
             return self._finish(status)
         except (RuntimeError, OSError):  # memory, a driver, a disk: the weights are still the last good ones
@@ -155,8 +156,7 @@ class Trainer:
 
     def _begin(self) -> None:
         """Evaluate both models before the first step, refuse what cannot learn, keep the student as it is."""
-        about = describe(self.train, self.validation, self.precision)
-        for line in [*about, *self.placement.lines, *self.routing.lines]:
+        for line in [*describe(self.train, self.validation), *self.placement.lines, *self.routing.lines]:
             self.log.say(line)
         for line in self.routing.begin(self.validation, self.precision):
             self.log.say(line)
@@ -175,6 +175,7 @@ class Trainer:
         )
         self.world.first(lambda: self.log.start(0, self.config.train.train_steps))
         self._save_student()
+        self.log.begin(self.progress.start, self.progress.teacher)
         if self.config.guards.on_divergence == "rewind":
             self._save()  # somewhere to go back to
 

@@ -9,25 +9,26 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("train_sar_kd_fp16_safe", "train_sar_kd_stable")
 LEVELS = {
-    -2: {"farewell", "settings"},
-    -1: {"routing_config", "world"},
-    0: {"sar_kd", "config", "embedded", "guards", "losses", "divergence", "token_bytes", "interruption"},
-    1: {"arguments", "routers", "tokens", "columns", "documents", "precision", "optim", "folder"},
-    2: {"alignment", "metrics", "heads", "projection", "other_ways"},
+    -2: {"farewell", "settings", "version"},
+    -1: {"routing_config", "world", "parsers", "environment"},
+    0: {"config", "embedded", "guards", "losses", "divergence", "token_bytes", "interruption", "hub"},
+    1: {"arguments", "routers", "tokens", "columns", "documents", "precision", "optim", "folder", "files"},
+    2: {"alignment", "heads", "projection", "other_ways", "history", "trackers"},
     3: {"readout", "models", "conversation", "vocabulary", "stretches", "routing", "router_update"},
-    4: {"router_table", "router_terms", "streams", "tiled"},
-    5: {"pairing"},
-    6: {"data"},
-    7: {"distillation", "coverage", "evaluate", "forensics"},
-    8: {"projected", "audit", "preflight", "progress"},
-    9: {"kinds", "placement", "router_watch"},
+    4: {"router_table", "router_terms", "streams", "tiled", "charts", "verdict", "card"},
+    5: {"pairing", "report", "generate"},
+    6: {"data", "wording"},
+    7: {"distillation", "evaluate", "metrics"},
+    8: {"projected", "progress", "clamps", "coverage", "forensics"},
+    9: {"kinds", "placement", "router_watch", "preflight", "audit"},
     10: {"objective"},
     11: {"router_learner", "several_devices"},
     12: {"step", "teacher_routing"},
     13: {"checkpoint", "recovery"},
     14: {"trainer"},
-    15: {"cli", "embedded.build"},
-    16: {"__main__", *SCRIPTS},
+    15: {"cli", "embedded.build", "train"},
+    16: {"__main__", "api", *SCRIPTS},
+    17: {"sar_kd"},
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
 
@@ -105,7 +106,7 @@ def test_cli_knows_errors_only():
     assert _siblings("cli") == {"config", "guards", "world"}
 
 
-@pytest.mark.parametrize("module", ["config", "guards", "interruption", "embedded", "arguments", "__main__"])
+@pytest.mark.parametrize("module", ["config", "guards", "interruption", "embedded", "arguments", "parsers", "__main__"])
 def test_parsing_and_judging_need_no_package_but_the_standard_library(module):
     outside = {name.split(".")[0] for name in _imported(TREES[module])} - set(sys.stdlib_module_names) - {"sar_kd"}
     # The embedded text's first half is a module that CPython ships and its list of modules leaves out.
@@ -116,8 +117,8 @@ def test_only_models_and_the_builder_import_transformers():
     assert _modules_that(_imports("transformers")) == {"models", "embedded.build"}
 
 
-def test_only_arguments_and_the_builder_import_argparse():
-    assert _modules_that(_imports("argparse")) == {"arguments", "embedded.build"}
+def test_only_the_parsers_and_the_builder_import_argparse():
+    assert _modules_that(_imports("argparse")) == {"parsers", "embedded.build"}
 
 
 def test_only_precision_names_autocast_and_grad_scaler():
@@ -150,7 +151,8 @@ def test_only_these_modules_write_to_the_terminal():
             or any(name.endswith(("stdout.write", "stderr.write")) for name in names)
         )
 
-    printing = {"metrics", "cli", "__main__", "audit", "forensics", "router_table", "embedded.build"}
+    verbs = {"audit", "forensics", "router_table", "embedded.build", "preflight", "report", "generate"}
+    printing = {"metrics", "cli", "__main__", *verbs}
     assert _modules_that(prints) <= printing
 
 
@@ -168,8 +170,17 @@ def test_one_call_on_the_way_of_a_step_waits_for_the_device():
         for node in ast.walk(TREES[module])
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in waits
     ]
-    # The label shift runs in the collator, the device is tried before the run.
-    assert sorted(found) == [("losses", "nonzero"), ("precision", "item"), ("step", "tolist")]
+    # The label shift runs in the collator.
+    assert sorted(found) == [("losses", "nonzero"), ("step", "tolist")]
+
+
+def test_the_verb_trains_line_for_line_as_the_scripts_do():
+    def statements(module, function):
+        (definition,) = (node for node in TREES[module].body if getattr(node, "name", None) == function)
+        return [ast.unparse(statement) for statement in definition.body if not isinstance(statement, ast.Expr)]
+
+    of_script = [line for line in statements(SCRIPTS[1], "main") if not line.startswith("config = ")]
+    assert [line.replace(", given)", ")") for line in statements("train", "train") if "agreed" not in line] == of_script
 
 
 def test_the_scripts_differ_in_their_preset_only():

@@ -31,7 +31,7 @@ FLAGS = [
     "model_dtype", "device", "init_loss_scale",
     "max_grad_norm", "skip_grad_norm", "skip_rule", "skip_factor", "max_nan_batches", "on_divergence",
     "train_steps", "per_device_batch_size", "grad_accum_steps", "eval_steps", "log_steps", "save_steps",
-    "parallel", "keep_checkpoints", "seed", "output_dir", "resume", "overwrite",
+    "parallel", "keep_checkpoints", "time_limit", "tensorboard", "wandb", "seed", "output_dir", "resume", "overwrite",
 ]  # fmt: skip
 
 BAD_VALUES = [
@@ -90,6 +90,9 @@ BAD_VALUES = [
     ("--log_steps 0", "0", "at least 1"),
     ("--save_steps -5", "-5", "at least 1"),
     ("--seed -1", "-1", "at least 0"),
+    ("--time_limit 11", "11", "such as 11h"),
+    ("--time_limit 0h", "0h", "such as 11h"),
+    ("--time_limit 1m1h", "1m1h", "such as 11h"),
     ("--block_size 7", "7", "at least 8"),
     ("--mode careful", "careful", "balanced"),
     ("--dataset_config_name wikitext-2", "wikitext-2", "needs --dataset_name"),

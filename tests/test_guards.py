@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from sar_kd.clamps import check_clamps, reasons_not_to_learn
 from sar_kd.config import MODES, GuardConfig, LossConfig, UsageError
 from sar_kd.guards import (
     CAUSES,
@@ -15,7 +16,6 @@ from sar_kd.guards import (
     raw_clamp_largest_probability,
     raw_clamp_perplexity_floor,
 )
-from sar_kd.preflight import check_clamps, reasons_not_to_learn
 
 HEALTHY = {"num_targets": 100, "forward_finite": True, "grad_norm": 1.0, "loss_scale": 1024.0}
 NAN_FORWARD = {**HEALTHY, "forward_finite": False}
@@ -357,8 +357,8 @@ def test_preflight_names_what_leaves_nothing_to_learn(changed, expected):
 
 
 def _check(loss: LossConfig, monkeypatch, saturated: float = 0.0, vocab: int = 50257) -> list[str]:
-    monkeypatch.setattr("sar_kd.preflight.num_rows", lambda model: vocab)
-    monkeypatch.setattr("sar_kd.preflight._saturated_share", lambda *_: saturated)
+    monkeypatch.setattr("sar_kd.clamps.num_rows", lambda model: vocab)
+    monkeypatch.setattr("sar_kd.clamps._saturated_share", lambda *_: saturated)
     return check_clamps(loss, SimpleNamespace(student=None, teacher=None), None, None, 10.8)
 
 

@@ -23,10 +23,11 @@ from sar_kd import checkpoint, cli, trainer
 from sar_kd.config import DataConfig, GuardConfig, OptimConfig, UsageError
 from sar_kd.data import Corpus
 from sar_kd.documents import load_documents
+from sar_kd.environment import is_installed
 from sar_kd.evaluate import evaluate
+from sar_kd.files import replace_text
 from sar_kd.guards import CAUSES, StepGuard
 from sar_kd.interruption import Interruption
-from sar_kd.metrics import replace_text
 from sar_kd.optim import build_optimizer
 from sar_kd.precision import Precision
 
@@ -159,7 +160,7 @@ def test_a_run_finishes_and_leaves_its_folder(finished):
     assert finished.summary["status"] == "finished"
     assert {path.name for path in finished.folder.iterdir()} == {
         "config.json", "metrics.jsonl", "summary.json", "student", "checkpoint"
-    }  # fmt: skip
+    } | ({"report.html"} if is_installed("matplotlib") else set())  # fmt: skip
 
 
 def test_three_steps_lower_the_perplexity(finished):
@@ -732,3 +733,29 @@ def test_running_out_of_gpu_memory_is_one_line_with_the_remedy(capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "--per_device_batch_size" in error
+
+
+def test_the_saved_student_generates_and_ends_where_its_tokenizer_ends(finished, sp_tokenizer):
+    config = transformers.GenerationConfig.from_pretrained(finished.folder / "student")
+    assert (config.eos_token_id, config.pad_token_id) == (2, sp_tokenizer.eos_token_id)
+    pipe = transformers.pipeline("text-generation", model=str(finished.folder / "student"))
+    (written,) = pipe("The loss scale", max_new_tokens=5)
+    assert written["generated_text"].startswith("The loss scale")
+
+
+def test_the_card_beside_the_student_has_the_summarys_figures(finished):
+    card, summary = (finished.folder / "student" / "README.md").read_text(), finished.summary
+    best = f"| student, this one (step 3) | {summary['val_ppl_best']:.2f} | {summary['val_bits_per_byte_best']:.4f} |"
+    assert best in card
+    assert f"| teacher | {summary['teacher_val_ppl']:.2f} |" in card
+
+
+@pytest.mark.parametrize("eos", [None, 2])
+def test_a_generation_config_that_samples_without_saying_so_is_saved_all_the_same(tmp_path, make_student, eos):
+    student = make_student(64, num_hidden_layers=1)
+    student.generation_config = transformers.GenerationConfig(eos_token_id=eos)
+    student.generation_config.temperature = 0.6
+    tokenizer = SimpleNamespace(eos_token_id=1, pad_token_id=None, save_pretrained=lambda folder: None)
+    checkpoint.save_student(student, tokenizer, tmp_path / "student")
+    saved = transformers.GenerationConfig.from_pretrained(tmp_path / "student")
+    assert (saved.temperature, saved.do_sample, saved.eos_token_id, saved.pad_token_id) == (0.6, True, eos or 1, 1)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 TEACHER_DIR = Path(__file__).parent / "teacher"
@@ -79,7 +79,7 @@ def _topics() -> Iterator[tuple[str, str]]:
 
 
 def _docstrings(module: str, tree: ast.Module, seen: set[str]) -> Iterator[tuple[str, str]]:
-    documents = [(module, [tree])]
+    documents: list[tuple[str, Iterable[ast.AST]]] = [(module, [tree])]
     documents += [(f"{module}:{node.name}", ast.walk(node)) for node in tree.body if isinstance(node, _DEFINITIONS)]
     for name, nodes in documents:
         parts = []

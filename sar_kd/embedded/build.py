@@ -12,6 +12,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -93,7 +94,7 @@ def teacher_model() -> nn.Module:
         num_hidden_layers=4,
         num_attention_heads=6,
         num_key_value_heads=6,
-        head_dim=32,
+        head_dim=32,  # type: ignore[call-arg]
         num_experts=8,
         num_experts_per_tok=2,
         norm_topk_prob=True,
@@ -122,7 +123,7 @@ def student_model() -> nn.Module:
     return transformers.LlamaForCausalLM(config)
 
 
-def pretrain(model: nn.Module, text: Corpus, steps: int, noise: float, seed: int, label: str) -> None:
+def pretrain(model: Any, text: Corpus, steps: int, noise: float, seed: int, label: str) -> None:
     """Train on `text` by cross-entropy: linear warm-up, constant, linear decay over the last 40 % of the steps."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "gate.weight" not in n]
     chosen = {id(p) for p in matrices}
@@ -179,7 +180,7 @@ def corpus_of(tokenizer, texts: dict[str, str]) -> Corpus:
     return Corpus([Document(*item) for item in texts.items()], pair, BLOCK_SIZE, BLOCK_SIZE)
 
 
-def _save(folder: Path, name: str, model: nn.Module, tokenizer, scores, steps: int, noise: float, seed: int) -> None:
+def _save(folder: Path, name: str, model: Any, tokenizer, scores, steps: int, noise: float, seed: int) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,0 +1,71 @@
+"""The Hugging Face hub: whether it may be asked, and what its errors mean to the person who reads them."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+
+_OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+
+_UNREACHABLE = {
+    "OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "ConnectionError", "TimeoutException",
+}  # fmt: skip
+
+
+def offline_by() -> str:
+    """The environment variable that forbids asking the hub, with its value; '' if none does."""
+    for name in _OFFLINE_VARIABLES:
+        if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE"):
+            return f"{name}={os.environ[name]}"
+    return ""
+
+
+def is_in_cache(name: str) -> bool:
+    """Has the hub's model of this id been downloaded, at least its `config.json`?"""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:
+        return False
+
+
+def has_token() -> bool:
+    """Is somebody logged in, so that gated models can open?"""
+    from huggingface_hub import get_token
+
+    return get_token() is not None
+
+
+def reason_of(error: BaseException, name: str, what: str = "model") -> str:
+    """What went wrong and what to do, in one line; the error's own first line where it is none of the hub's.
+
+    name: what was asked for; what: 'model' or 'dataset'
+    """
+    chain = list(_chain(error))
+    kinds = {kind.__name__ for link in chain for kind in type(link).__mro__}
+    if any(isinstance(link, OSError) and link.errno == errno.ENOSPC for link in chain):
+        return "no room on the disk for the download; free some, or set HF_HOME to a folder on another disk"
+    if "GatedRepoError" in kinds:
+        return "gated; accept its terms on its page at the hub, then `hf auth login` or set HF_TOKEN"
+    if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
+        return f"no such {what} on the hub, or a private one; look at the spelling, or log in with `hf auth login`"
+    if "HFValidationError" in kinds:
+        return "neither a directory nor a hub id"
+    if kinds & _UNREACHABLE:
+        offline = offline_by()
+        cause = f"{offline} forbids the network" if offline else "no network"
+        kind = " --repo-type dataset" if what == "dataset" else ""
+        return (
+            f"not in the cache, and {cause}; fetch it elsewhere with `hf download {name}{kind}` and give its directory"
+        )
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

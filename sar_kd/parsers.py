@@ -1,0 +1,128 @@
+"""Flags made of dataclass fields: one for each, with its type, choices, default and help; no second list."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import shutil
+import sys
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sar_kd.settings import UsageError
+
+WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line each, with the nearest flag there is."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        missing = "the following arguments are required: "
+        if message.startswith(missing):
+            raise UsageError(f"{message.removeprefix(missing)}: not given; {self.format_usage().strip()}")
+        raise UsageError(message.removeprefix("argument "))
+
+    def parse_args(self, argv=None, namespace=None):
+        known, unknown = self.parse_known_args(argv, namespace)
+        if unknown:
+            raise UsageError(unknown_flag(unknown[0], [o for action in self._actions for o in action.option_strings]))
+        return known
+
+
+def unknown_flag(flag: str, flags: Sequence[str]) -> str:
+    """What is said of a flag that there is not, with the nearest one that there is."""
+    nearest = difflib.get_close_matches(flag.split("=")[0], flags, n=1)
+    return f"{flag}: no such flag; {f'did you mean {nearest[0]}?' if nearest else 'see --help for the flags there are'}"
+
+
+def program_name() -> str:
+    """How the verbs were called: as the installed command, or through Python."""
+    return "sar-kd" if Path(sys.argv[0]).stem == "sar-kd" else "python -m sar_kd"
+
+
+def names_of(section: type) -> list[str]:
+    """The flags of a section."""
+    return [item.name for item in dataclasses.fields(section)]
+
+
+def fields_of(sections: Iterable[type]) -> Iterator[tuple[dataclasses.Field, type]]:
+    """Every field that is a flag, with its type."""
+    for section in sections:
+        hints = typing.get_type_hints(section)
+        yield from ((item, hints[item.name]) for item in dataclasses.fields(section))
+
+
+def check_kind(item: dataclasses.Field, kind: type, value: object) -> None:
+    """Raise TypeError or ValueError unless a value is of its flag's kind and, where there are some, choices."""
+    if kind in (bool, int, float, str):
+        fits = type(value) is kind or (kind is float and type(value) is int)
+    else:
+        fits = isinstance(value, list) and all(isinstance(part, str) for part in value)
+    if not fits:
+        raise TypeError(f"{item.name} is {value!r}")
+    if item.metadata["choices"] and value not in item.metadata["choices"]:
+        raise ValueError(f"{item.name} is {value!r}")
+
+
+def style() -> dict:
+    """How every parser looks: as wide as the terminal, and no flag cut short."""
+    width = min(100, shutil.get_terminal_size((100, 24)).columns)
+    return {
+        "formatter_class": lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=width),
+        "allow_abbrev": False,
+        "argument_default": argparse.SUPPRESS,
+    }
+
+
+def place_of(sections: Mapping[str, type], name: str) -> str:
+    """How the usage line shows a field that is given by its place."""
+    item = next(item for section in sections.values() for item in dataclasses.fields(section) if item.name == name)
+    metavar = item.metadata["metavar"]
+    return f"{metavar} [{metavar} ...]" if item.default == () else metavar
+
+
+def add_sections(
+    parser: argparse.ArgumentParser, sections: Mapping[str, type], defaults: Mapping, places: Sequence[str] = ()
+) -> None:
+    """A flag for each field, but those in `places`; its default as in `defaults`, else the field's own."""
+    for section in sections.values():
+        title, _, description = (section.__doc__ or "").rstrip(".").partition(": ")
+        group = parser.add_argument_group(title, description)
+        hints = typing.get_type_hints(section)
+        for item in sorted(dataclasses.fields(section), key=lambda item: [*places, item.name].index(item.name)):
+            if item.name in places:
+                words: dict[str, Any] = {"nargs": "+"} if item.default == () else {}
+                group.add_argument(item.name, help=item.metadata["help"], metavar=item.metadata["metavar"], **words)
+            else:
+                _add_flag(group, item, hints[item.name], defaults.get(item.name, item.default))
+
+
+def _add_flag(group, item: dataclasses.Field, kind: type, default) -> None:
+    shown = "" if default in ("", (), False) else f" ({default:g})" if isinstance(default, float) else f" ({default})"
+    options: dict = {"help": item.metadata["help"] + shown}
+    if kind is bool:
+        options |= {"action": "store_true"}
+    elif item.metadata["choices"]:
+        options |= {"choices": item.metadata["choices"]}
+    else:
+        is_list = kind not in (int, float, str)
+        options |= {
+            "type": _parser_of(str if is_list else kind),
+            "metavar": item.metadata["metavar"] if is_list else kind.__name__.upper(),
+        }
+        options |= {"nargs": "+"} if is_list else {}
+    group.add_argument(f"--{item.name}", **options)
+
+
+def _parser_of(kind: type):
+    def parse(text: str):
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is not {WORDS[kind]}") from None
+
+    return parse

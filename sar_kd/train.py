@@ -1,0 +1,47 @@
+"""`sar-kd train`: what the two scripts do, as a verb; and the same with models that are in memory already."""
+
+from __future__ import annotations
+
+from sar_kd.arguments import parse_args
+from sar_kd.config import STABLE, Config
+from sar_kd.data import Corpus
+from sar_kd.documents import load_documents
+from sar_kd.guards import StepGuard
+from sar_kd.metrics import open_run
+from sar_kd.models import NOTHING_GIVEN, Given, load_models
+from sar_kd.objective import Objective
+from sar_kd.optim import build_optimizer
+from sar_kd.precision import setup
+from sar_kd.preflight import preflight
+from sar_kd.several_devices import place
+from sar_kd.teacher_routing import build_teacher_routing
+from sar_kd.trainer import Trainer
+from sar_kd.world import join_world
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Train as the flags say; the summary.
+
+    Raises: UsageError for what the user can mend, TrainingDiverged after an emergency stop
+    """
+    return train(parse_args(STABLE, argv))
+
+
+def train(config: Config, given: Given = NOTHING_GIVEN) -> dict:
+    """The scripts' table of contents, line for line, with models that are given instead of loaded; the summary."""
+    world = join_world()  # with which other processes, if torchrun started any
+    config = world.agreed(config)  # what to run
+    log = world.first(lambda: open_run(config))  # where to
+    world.first(lambda: preflight(config, log.say, given))  # can it be done here?
+    precision = setup(config.precision, config.train.seed, world)  # on which device, in which dtype
+    models = load_models(config, precision, given)  # teacher, student, and what connects their tokenizers
+    limits = models.block_limits(config.data.block_size)
+    texts = load_documents(config.data)  # training and held-out documents
+    train, validation = (Corpus(text, models.tokenizers, *limits) for text in texts)  # text to blocks
+    objective = Objective(models.teacher, models.student, config.loss, train.pairing, precision)  # what is minimised
+    placement = place(objective, config.train, world)  # on how many devices the student lies, and how
+    optimizer = build_optimizer(models.student, config.optim, objective.parameters())  # how
+    guard = StepGuard(config.guards)  # when an update is refused
+    routing = build_teacher_routing(config, models, objective, train, world)  # which experts the teacher asks, if any
+    parts = models, train, validation, objective, optimizer, guard, precision, log, routing, placement
+    return Trainer(config, *parts).run()  # type: ignore[arg-type]  # elsewhere than on rank 0 the log is silent

@@ -1,0 +1,173 @@
+"""`sar_kd.distill`: the same run from Python, with ids, directories, or models and texts that are in memory."""
+
+import json
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import sar_kd
+from sar_kd import Distilled, distill, trainer
+from sar_kd.api import TextsLike
+from sar_kd.interruption import Interruption
+from sar_kd.models import IN_MEMORY
+from sar_kd.settings import UsageError
+from sar_kd.train import main as train
+
+STEPS = {"train_steps": 2, "block_size": 32, "eval_steps": 1, "log_steps": 1, "student_lr": 3e-3, "device": "cpu"}
+
+
+@pytest.fixture
+def pairs(make_student, make_teacher, sp_tokenizer, byte_tokenizer):
+    """A teacher and a student in memory, each with its tokenizer."""
+    teacher = make_teacher(len(byte_tokenizer), num_hidden_layers=1), byte_tokenizer
+    return teacher, (make_student(len(sp_tokenizer), num_hidden_layers=1), sp_tokenizer)
+
+
+def _losses(folder):
+    records = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
+    return [record["loss"] for record in records if record["event"] == "step"]
+
+
+def test_loaded_models_and_texts_give_the_run_that_their_files_give(pairs, corpus_texts, tmp_path):
+    for name, (model, tokenizer) in zip(("teacher", "student"), pairs, strict=True):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    rows = [{"text": text} for text in corpus_texts]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"teacher_model": "teacher", "student_model": "student", "train_file": "rows.jsonl", "output_dir": "a"}
+    words = [word for flag, name in files.items() for word in (f"--{flag}", str(tmp_path / name))]
+    train([*words, *(str(word) for flag, value in STEPS.items() for word in (f"--{flag}", value))])
+    result = distill(*pairs, corpus_texts, output_dir=tmp_path / "b", **STEPS)
+    assert _losses(tmp_path / "a") == _losses(tmp_path / "b")
+    assert result.summary["val_ppl_final"] < result.summary["val_ppl_start"]
+
+
+def test_the_result_is_the_best_student_its_tokenizer_the_summary_and_the_folder(pairs, corpus_texts, tmp_path):
+    result = distill(*pairs, corpus_texts, mode="precise", output_dir=tmp_path / "run", **STEPS)
+    assert isinstance(result, Distilled)
+    assert not result.student.training
+    assert result.folder == tmp_path / "run"
+    assert result.summary == json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["mode"] == "precise"
+    ids = torch.tensor([result.tokenizer("The loss scale")["input_ids"]])
+    with torch.no_grad():
+        expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student").eval()(ids).logits
+        assert torch.equal(result.student(ids).logits, expected)
+        if result.summary["best_step"] == 2:  # a student that was handed over is trained in place
+            assert torch.equal(pairs[1][0].eval()(ids).logits, expected)
+
+
+def test_rows_may_be_conversations_and_held_out_text_may_be_handed_over(pairs, corpus_texts, tmp_path):
+    rows = [{"prompt": text, "completion": " and so on."} for text in corpus_texts[:8]]
+    distill(
+        *pairs, rows, validation_texts=corpus_texts[8:16], output_dir=tmp_path / "run", **STEPS | {"block_size": 128}
+    )
+    kept = [json.loads(line) for line in (tmp_path / "run.train.jsonl").read_text().splitlines()]
+    assert kept == rows
+    held_out = (tmp_path / "run.validation.jsonl").read_text().splitlines()
+    assert [json.loads(line)["text"] for line in held_out] == corpus_texts[8:16]
+
+
+def test_a_run_from_python_is_resumed_in_python_and_nowhere_else(pairs, corpus_texts, tmp_path):
+    where = {"output_dir": tmp_path / "run"}
+    distill(*pairs, corpus_texts, **where, **STEPS)
+    with pytest.raises(UsageError, match=f"{IN_MEMORY[1:-1]}.*was handed over in Python"):
+        train(["--resume", "--output_dir", str(tmp_path / "run"), "--train_steps", "3"])
+    longer = {**STEPS, "train_steps": 3}
+    assert distill(*pairs, corpus_texts, **where, resume=True, **longer).summary["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"train_step": 3}, "train_step: no such flag; did you mean train_steps?"),
+        ({"train_steps": "3"}, "--train_steps '3': must be a whole number"),
+        ({"train_steps": 0}, "--train_steps 0: must be a number of at least 1"),
+        ({"mode": "balance"}, "--mode balance: must be ultra-conservative or balanced or precise"),
+        ({"alignment": "gold"}, "--alignment 'gold': must be auto or projection"),
+        ({"texts": []}, "--train_file: holds nothing"),
+        ({"texts": [3]}, "--train_file: holds int"),
+        ({"texts": "nowhere.txt"}, "--train_file nowhere.txt: cannot be read"),
+        ({"student": torch.nn.Linear(2, 2)}, "--student_model: a loaded model needs its tokenizer"),
+        ({"teacher": 3}, "--teacher_model: int is neither a hub id"),
+    ],
+)
+def test_what_cannot_be_is_one_line_that_names_the_flag(arguments, expected, tmp_path):
+    with pytest.raises(UsageError) as caught:
+        distill(**{"texts": ["a b c"], "output_dir": tmp_path / "run", **arguments})
+    assert str(caught.value).startswith(expected)
+
+
+def test_texts_may_be_files_by_path(tmp_path, corpus_texts, pairs):
+    paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for path in paths:
+        path.write_text("\n".join(corpus_texts))
+    texts: TextsLike = paths
+    result = distill(*pairs, texts, output_dir=tmp_path / "run", **STEPS)
+    assert json.loads((result.folder / "config.json").read_text())["data"]["train_file"] == list(map(str, paths))
+
+
+def test_the_report_is_shown_in_a_notebook(pairs, corpus_texts, tmp_path):
+    pytest.importorskip("matplotlib")
+    shown = distill(*pairs, corpus_texts, output_dir=tmp_path / "run", **STEPS)._repr_html_()
+    assert shown.startswith('<iframe srcdoc="&lt;!doctype html') or shown.startswith('<iframe srcdoc="<!doctype html')
+    assert shown.count('"') == 4  # nothing inside the page ends the attribute
+
+
+def test_importing_the_package_loads_no_torch():
+    assert "distill" in sar_kd.__all__
+    with pytest.raises(AttributeError, match="no attribute 'destil'"):
+        _ = sar_kd.destil
+
+
+# A run's end by the clock
+
+
+def test_a_time_limit_saves_and_ends_as_an_interruption_and_the_run_goes_on_later(
+    pairs, corpus_texts, tmp_path, monkeypatch
+):
+    now = [0.0]
+    monkeypatch.setattr("sar_kd.metrics.time.monotonic", lambda: now[0])
+    step = trainer.train_step
+
+    def an_hour(*arguments):
+        now[0] += 3600
+        return step(*arguments)
+
+    monkeypatch.setattr(trainer, "train_step", an_hour)
+    longer = {**STEPS, "train_steps": 5, "save_steps": 100, "output_dir": tmp_path / "run"}
+    summary = distill(*pairs, corpus_texts, time_limit="2h", **longer).summary
+    assert (summary["status"], summary["steps"]) == ("interrupted", 2)
+    monkeypatch.undo()
+    summary = distill(*pairs, corpus_texts, resume=True, **longer).summary
+    assert (summary["status"], summary["steps"]) == ("finished", 5)
+
+
+def test_a_request_that_comes_between_two_looks_ends_no_run_unsaved(pairs, corpus_texts, tmp_path, monkeypatch):
+    """The loop reads `requested` once a step; here it becomes true with every second reading."""
+    readings = iter([False, True] + [True] * 9)
+    monkeypatch.setattr(Interruption, "requested", property(lambda self: next(readings)))
+    summary = distill(*pairs, corpus_texts, output_dir=tmp_path / "run", **{**STEPS, "train_steps": 5}).summary
+    assert summary["steps"] == 2
+    assert (tmp_path / "run" / "checkpoint" / "step-00000002").is_dir()
+
+
+def test_outside_the_main_thread_the_deadline_alone_counts():
+    found = []
+
+    def work():
+        with Interruption(deadline=0.0) as interruption:
+            found.append(interruption.requested)
+        with Interruption() as interruption:
+            found.append(interruption.requested)
+
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [True, False]
+    assert signal.getsignal(signal.SIGINT) is before
