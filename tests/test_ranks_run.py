@@ -136,7 +136,7 @@ def test_two_processes_finish_and_the_first_tells_and_writes_for_both(finished):
     assert "2 processes" in finished.ended[0].out
     assert finished.ended[1].out == ""
     assert {path.name for path in finished.folder.iterdir()} == {
-        "config.json", "metrics.jsonl", "summary.json", "student", "checkpoint"
+        "config.json", "metrics.jsonl", "summary.json", "student", "checkpoint", "report.html"
     }  # fmt: skip
 
 
