@@ -122,7 +122,8 @@ def test_every_flag_and_verb_that_a_page_names_exists(page):
     of_verbs = {"help", "json", "mode", "version", "output", "chat", "model", "max_new_tokens", "sample_temperature"}
     of_others = {
         "index-url", "force-reinstall", "no-index", "find-links", "no-deps", "depth", "local-dir", "logdir", "kills",
-        "variants", "seeds", "flags", "groups", "pairs", "rounds", "steps", "sizes", "shapes", "limit_mb", "vocab_size", "rows",
+        "variants", "seeds", "flags", "groups", "pairs", "rounds", "steps", "sizes", "shapes", "limit_mb",
+        "vocab_size", "rows",
         "nproc_per_node", "repo-type",
         "nnodes", "node_rank", "master_addr", "master_port", "ranks", "workspaces",
     }  # fmt: skip
