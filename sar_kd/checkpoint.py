@@ -25,6 +25,7 @@ from torch import nn
 from sar_kd.config import UsageError
 from sar_kd.folder import require_room
 from sar_kd.guards import StepGuard
+from sar_kd.lora import load_learned, save_learned
 from sar_kd.metrics import replace_text
 from sar_kd.objective import Objective
 from sar_kd.precision import Precision
@@ -86,7 +87,7 @@ def save_checkpoint(
     require_room(folder.parent, _size(student.state_dict()) + _size(state), what)
     with _writing(partial, folder.parent, what):
         partial.mkdir(parents=True)
-        safetensors.torch.save_model(student, str(partial / "student.safetensors"))
+        save_learned(student, partial / "student.safetensors")
         torch.save(state, partial / "state.pt")
         (partial / "progress.json").write_text(json.dumps({"progress": progress, "guard": guard.state_dict()}))
         (partial / _DIGESTS).write_text(json.dumps({file: _digest(partial / file) for file in _FILES}))
@@ -122,7 +123,7 @@ def load_checkpoint(
             raise ValueError(damage)
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         saved = json.loads((path / "progress.json").read_text())
-        safetensors.torch.load_model(student, str(path / "student.safetensors"))
+        load_learned(student, path / "student.safetensors")
         optimizer.load_state_dict(state["optimizer"])
         precision.load_state_dict(state["precision"])
         objective.load_state_dict(state["objective"])

@@ -14,15 +14,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sar_kd.config import Config, GuardConfig, UsageError
+from sar_kd.closing import closing_table, perplexity_text
+from sar_kd.config import GuardConfig, RunConfig, TrainConfig, UsageError
 from sar_kd.folder import FolderLock, check_contained, clear, holds_something
-from sar_kd.guards import CAUSES, Verdict
+from sar_kd.guards import Verdict
 
 
 class RunLog:
     """A run folder and the terminal."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: RunConfig):
         self.folder = Path(config.train.output_dir)
         self._config = config
         self._every = config.train.log_steps
@@ -38,8 +39,9 @@ class RunLog:
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
 
-    def start(self, first_step: int, train_steps: int) -> None:
+    def start(self, first_step: int, calendar: TrainConfig) -> None:
         """Write `config.json`, open `metrics.jsonl` without what a resumed run is about to repeat, show the bar."""
+        self._every = calendar.log_steps
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock.acquire()
         if first_step == 0 and self._config.train.overwrite:  # only now is it sure that a run begins
@@ -47,7 +49,7 @@ class RunLog:
         replace_text(self.folder / "config.json", json.dumps(self._config.to_dict(), indent=2) + "\n")
         self._open_metrics(first_step)
         self._bar = tqdm(
-            total=train_steps,
+            total=calendar.train_steps,
             initial=first_step,
             # No drawn bar: at 80 columns it would push out the figures, of which the first matter most.
             bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
@@ -88,27 +90,39 @@ class RunLog:
         """Enter one attempted update; its `step` counts from 1."""
         self._write({"event": "step", **record})
         self._window.append(record)
-        self._bar.set_postfix_str(
-            f"loss={record['loss']:.3f} kd={record['kd_loss']:.3f} ce={record['ce_loss']:.3f} "
-            f"ppl={self._perplexity:.2f} grad_norm={record['grad_norm']:.2f} success={success_rate:.0%} "
-            f"loss_scale={record['loss_scale']:.0f} tok/s={tokens_per_second:,.0f}",
-            refresh=False,
-        )
+        figures = self._postfix(record, success_rate)
+        self._bar.set_postfix_str(f"{figures} tok/s={tokens_per_second:,.0f}", refresh=False)
         self._bar.update(1)
         if record["step"] % self._every == 0:
-            self._line(record["step"], success_rate)
+            self.say(self._line(record["step"], success_rate))
+            self._window.clear()
 
-    def _line(self, step: int, success_rate: float) -> None:
+    def _postfix(self, record: dict, success_rate: float) -> str:
+        """What stands beside the bar."""
+        return (
+            f"loss={record['loss']:.3f} kd={record['kd_loss']:.3f} ce={record['ce_loss']:.3f} "
+            f"ppl={self._perplexity:.2f} grad_norm={record['grad_norm']:.2f} success={success_rate:.0%} "
+            f"loss_scale={record['loss_scale']:.0f}"
+        )
+
+    def _line(self, step: int, success_rate: float) -> str:
+        """What is said of the steps since the last line."""
         finite = [r for r in self._window if math.isfinite(r["loss"])]
         loss, kd, ce = (_mean([r[key] for r in finite]) for key in ("loss", "kd_loss", "ce_loss"))
         odd = len(self._window) - len(finite)
         bad = f" not_finite={odd}" if odd else ""
         of_routers = [r["router_kl"] for r in finite if "router_kl" in r]
         routers = f" router_kl={_mean(of_routers):.4f}" if of_routers else ""
-        self.say(
+        return (
             f"Step {step}: avg_loss={loss:.4f} (kd={kd:.4f}, ce={ce:.4f}){routers} success_rate={success_rate:.0%}{bad}"
         )
-        self._window.clear()
+
+    def beginning(self, start: dict, teacher: dict) -> None:
+        """Say where the student starts, and where the teacher is."""
+        self.say(
+            f"Validation PPL at the start = {start['val_ppl']:.2f} (teacher {teacher['val_ppl']:.2f}; "
+            f"bits per byte {start['val_bits_per_byte']:.3f}, teacher {teacher['val_bits_per_byte']:.3f})"
+        )
 
     def evaluation(self, record: dict, is_best: bool) -> None:
         """Enter one validation of the student."""
@@ -120,20 +134,23 @@ class RunLog:
             own, used = (record[f"teacher_val_ppl_{how}"] for how in ("native", "routed"))
             used = "" if used == own else f", {used:.2f} with every expert"
             teacher = f"; teacher {own:.2f}{used}, router entropy {record['router_entropy']:.3f}"
-        self.say(f"Step {record['step']}: Validation PPL = {record['val_ppl']:.2f}{best}{teacher}")
+        self.say(f"Step {record['step']}: Validation PPL = {perplexity_text(record['val_ppl'])}{best}{teacher}")
 
     def finish(self, summary: dict) -> None:
         """Write `summary.json`, close everything, print the closing table."""
         replace_text(self.folder / "summary.json", json.dumps(plain(summary), indent=2) + "\n")
         self.close()
-        for line in closing_table(summary, self.folder):
+        for line in self._closing(summary):
             self.say(line)
+
+    def _closing(self, summary: dict) -> list[str]:
+        return closing_table(summary, self.folder)
 
     def _write(self, record: dict) -> None:
         self._metrics.write(json.dumps(plain(record)) + "\n")
 
 
-def open_run(config: Config) -> RunLog:
+def open_run(config: RunConfig, kind: type[RunLog] = RunLog) -> RunLog:
     """Find the run folder usable and say what the run is. The folder holds a run from `RunLog.start` on.
 
     Raises: UsageError if the folder holds another run, or cannot be written
@@ -152,15 +169,9 @@ def open_run(config: Config) -> RunLog:
         FolderLock(folder).check()
     except OSError as error:
         raise UsageError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
-    log = RunLog(config)
-    models = config.models
-    log.say(f"Mode {config.mode}, teacher {models.teacher_model}, student {models.student_model}, run folder {folder}")
-    loss = config.loss
-    log.say(
-        f"loss = {loss.alpha_ce:g} * ce + {loss.alpha_kd:g} * kd at temperature {loss.temperature:g}, shown unclamped"
-    )
-    for notice in config.notices:
-        log.say(notice)
+    log = kind(config)
+    for line in (*config.headline(), *config.notices):
+        log.say(line)
     return log
 
 
@@ -198,48 +209,6 @@ def notices_of(
 def few(names: Sequence[str]) -> str:
     """The first names of a list that may be long."""
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-
-
-def closing_table(summary: dict, folder: Path) -> list[str]:
-    """The result in a table: student at the start, at its best and at the end, and the teacher."""
-
-    def row(name, perplexity, bits):
-        return f"  {name:<26}{perplexity:>14.2f}{bits:>16.4f}"
-
-    skipped = ", ".join(f"{cause} {count}" for cause in CAUSES if (count := summary["skipped"].get(cause)))
-    best = f"student, best (step {summary['best_step']})"
-    lines = [
-        "",
-        f"{summary['status'].replace('_', ' ').capitalize()} after {summary['steps']} steps "
-        f"in {_duration(summary['wall_seconds'])}, {summary['tokens_per_second']:,.0f} tokens/s",
-        f"  {'':<26}{'perplexity':>14}{'bits per byte':>16}",
-        row("student, start", summary["val_ppl_start"], summary["val_bits_per_byte_start"]),
-        row("student, end", summary["val_ppl_final"], summary["val_bits_per_byte_final"]),
-        row(best, summary["val_ppl_best"], summary["val_bits_per_byte_best"]),
-        row("teacher", summary["teacher_val_ppl"], summary["teacher_val_bits_per_byte"]),
-        *(row(f"teacher, {name}", *figures) for name, figures in _teachers(summary).items()),
-        f"  applied {summary['applied']}, skipped {sum(summary['skipped'].values())}"
-        + (f" ({skipped})" if skipped else "")
-        + f", success rate {summary['success_rate']:.1%}, loss scale {summary['loss_scale_final']:.0f}",
-        f"  student saved in {folder / 'student'}, figures in {folder / 'summary.json'}",
-    ]
-    if summary["status"] == "interrupted":
-        lines.append(f"  continue with the same command and --resume --output_dir {folder}")
-    return lines
-
-
-def _teachers(summary: dict) -> dict[str, tuple[float, float]]:
-    """Perplexity and bits per byte of the teacher in the run's routing, and at the end if its routers learned."""
-    found = {}
-    for when in ("start", "final"):
-        figures = summary.get(f"router_{when}") or {}
-        for how in ("native", "routed"):
-            pair = tuple(figures.get(f"teacher_val_{kind}_{how}") for kind in ("ppl", "bits_per_byte"))
-            is_news = (when, how) != ("start", "native") and None not in pair
-            if is_news and (how == "native" or summary["experts"] != "native"):
-                active = "own routing" if how == "native" else "every expert" if summary["experts"] == "all" else "ka"
-                found[f"{active}, {'end' if when == 'final' else when}"] = pair
-    return found
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -288,8 +257,3 @@ def plain(value):
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else math.nan
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(round(seconds)), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -5,6 +5,7 @@ The only module that reads checkpoints through transformers.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -40,18 +41,23 @@ _EMBEDDED_DIRS = {
 class Models:
     """The two models of a run and what connects their tokenizers."""
 
-    teacher: nn.Module
+    teacher: nn.Module | None
+    """None where nothing is distilled"""
     student: nn.Module
     tokenizers: TokenizerPair
     embedded: bool
-    """Both models are the ones shipped with the package."""
+    """Every model is one that is shipped with the package."""
+
+    def with_student(self, student: nn.Module) -> Models:
+        """The same with another student."""
+        return dataclasses.replace(self, student=student.to(next(self.student.parameters()).device))
 
     def block_limits(self, block_size: int) -> tuple[int, int]:
         """Most tokens in a block for the student and for the teacher, start token included.
 
         Raises: UsageError if the student's context is shorter than `block_size`
         """
-        student, teacher = _context(self.student), _context(self.teacher)
+        student, teacher = (None if model is None else _context(model) for model in (self.student, self.teacher))
         if student is not None and student < block_size:
             raise UsageError(f"--block_size {block_size}: the student takes {student} tokens at most; lower it")
         return block_size, teacher or 8 * block_size
@@ -80,6 +86,31 @@ def load_models(config: Config, precision: Precision) -> Models:
     student.train().to(precision.device)
     both = (names.teacher_model, names.student_model)
     return Models(teacher, student, tokenizers, both == (EMBEDDED, EMBEDDED))
+
+
+def load_student(names, dtype: torch.dtype, precision: Precision) -> Models:
+    """Load what `--student_model` names, and no teacher: the student stands on both sides of the tokenizers.
+
+    names: `student_model` and `trust_remote_code`; dtype: of the weights; float32 for weights that are to learn
+    Raises: UsageError as `load_models`
+    """
+    _quiet()
+    name = names.student_model
+    student = _load_model("student_model", name, dtype, names.trust_remote_code)
+    rows = num_rows(student)
+    tokenizer = _load_tokenizer("student_model", name, rows, names.trust_remote_code)
+    both = {"student_model": tokenizer, "teacher_model": tokenizer}
+    pair = _pair(names, both, dict.fromkeys(both, rows), projects=False)
+    return Models(None, student.train().to(precision.device), pair, name == EMBEDDED)
+
+
+def load_saved(folder: Path, trust_remote_code: bool, precision: Precision) -> nn.Module:
+    """A student that a run has saved, as its users will load it.
+
+    Raises: UsageError if it cannot be loaded
+    """
+    student = _load_model("output_dir", str(folder), torch.float32, trust_remote_code)
+    return student.requires_grad_(False).eval().to(precision.device)
 
 
 def load_tokenizers(config: Config) -> TokenizerPair:
@@ -114,22 +145,23 @@ def load_skeleton(flag: str, name: str, trust_remote_code: bool) -> nn.Module:
     return _read(flag, name, load)
 
 
-def recompute_activations_(model: nn.Module) -> int:
+def recompute_activations_(model: nn.Module, same_dropout: bool = False) -> int:
     """Let each layer of `model` compute its activations anew in backward instead of keeping them; how many do.
 
     Around the layers' own `forward`, so that nothing has to be in training mode: transformers' own switch does nothing
     in eval mode, and in training mode dropout and the routers' noise would come with it.
+    same_dropout: draw again what the forward drew, for a model in training mode
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers:
-        layer.forward = functools.partial(_recomputed, layer.forward)
+        layer.forward = functools.partial(_recomputed, layer.forward, same_dropout)
     return len(layers)
 
 
-def _recomputed(forward, *args, **kwargs):
+def _recomputed(forward, same_dropout: bool, *args, **kwargs):
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=same_dropout, **kwargs)
 
 
 def _stop_ids(model: nn.Module) -> tuple[int, ...]:
@@ -141,6 +173,10 @@ def _stop_ids(model: nn.Module) -> tuple[int, ...]:
 def _pair_tokenizers(names: ModelConfig, rows: dict[str, int], **how) -> TokenizerPair:
     """`how`: as `TokenizerPair`"""
     loaded = {flag: _load_tokenizer(flag, getattr(names, flag), rows[flag], names.trust_remote_code) for flag in rows}
+    return _pair(names, loaded, rows, **how)
+
+
+def _pair(names, loaded: dict, rows: dict[str, int], **how) -> TokenizerPair:
     try:
         return TokenizerPair(
             loaded["student_model"],

@@ -41,7 +41,7 @@ class Objective:
     """
 
     def __init__(
-        self, teacher: nn.Module, student: nn.Module, config: LossConfig, pairing: Pairing, precision: Precision
+        self, teacher: nn.Module | None, student: nn.Module, config: LossConfig, pairing: Pairing, precision: Precision
     ):
         self.teacher, self.student, self.precision = teacher, student, precision
         self.alpha_ce, self.alpha_kd = config.alpha_ce, config.alpha_kd

@@ -28,7 +28,8 @@ def describe(train: Corpus, validation: Corpus, precision: Precision) -> list[st
         lines += measure_coverage(train).lines()
     elif train.pair.tables is not None:
         lines.append("A tokenizer changes text: its tokens are placed by characters, and compared by rank alone (uld)")
-    for side in train.text.without_template:
+    sides = ("student",) if train.pair.teacher is train.pair.student else ("student", "teacher")  # or no teacher at all
+    for side in (side for side in sides if side in train.text.without_template):
         lines.append(f"The {side}'s tokenizer has no chat template: its conversations read 'User: ... Assistant: ...'")
     truncated = [*train.text.truncated, *validation.text.truncated]
     if truncated:

@@ -1,9 +1,11 @@
-"""What a setting is: a dataclass field that is also a flag, and the one line that says what is wrong with its value."""
+"""What a setting is: a dataclass field that is also a flag, one of a run's sections; what is wrong with its value."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from dataclasses import field
+import typing
+from dataclasses import dataclass, field
 
 
 class UsageError(ValueError):
@@ -34,3 +36,32 @@ def require_positive(settings, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
         require(math.isfinite(value) and value > 0, name, value, "must be a number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Sections of settings; a field of one of them is a flag. Which sections there are is a subclass's matter."""
+
+    mode: str = "balanced"
+    notices: tuple[str, ...] = field(default=(), compare=False)
+    """Lines to show at the start of the run; not part of what the run is."""
+
+    def to_dict(self) -> dict:
+        """Plain values for `config.json`; its sections, joined, are `from_flags`'s values again."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "notices"}
+
+    @classmethod
+    def sections(cls) -> dict[str, type]:
+        """The sections by name, in order, whose fields are flags."""
+        kinds = typing.get_type_hints(cls)
+        found = {item.name: kinds[item.name] for item in dataclasses.fields(cls) if item.metadata.get("flags", True)}
+        return {name: kind for name, kind in found.items() if dataclasses.is_dataclass(kind)}
+
+    @classmethod
+    def from_flags(cls, values: dict[str, object], mode: str, notices: tuple[str, ...] = ()):
+        """The configuration in which each flag named in `values` has that value and the others their default."""
+        parts = {}
+        for name, section in cls.sections().items():
+            own = {f.name: values[f.name] for f in dataclasses.fields(section) if f.name in values}
+            parts[name] = section(**{k: tuple(v) if isinstance(v, list) else v for k, v in own.items()})
+        return cls(**parts, mode=mode, notices=notices)

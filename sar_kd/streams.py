@@ -101,7 +101,8 @@ def join(
     )
     if not joined.names:
         shown = ", ".join(joined.left_out[:3])
-        raise UsageError(f"--train_file: no document holds text that both tokenizers can represent ({shown})")
+        remedy = "; raise --block_size" if any("within a block" in name for name in joined.left_out) else ""
+        raise UsageError(f"--train_file: no document holds text that both tokenizers can represent ({shown}){remedy}")
     laid = [_stream(side, table) for side, table in zip(joined.sides, pair.tables or (None,), strict=True)]
     streams, bounds = zip(*laid, strict=True)
     firsts = bounds[0][:-1]

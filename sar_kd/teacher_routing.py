@@ -24,6 +24,49 @@ LARGEST_LOSS = 0.05
 """A routing in which the teacher's perplexity is worse by a larger share than this is not chosen unasked."""
 
 
+class NoTeacher:
+    """What a run asks of its teacher, where there is none."""
+
+    passes = 1
+    lines = ()
+
+    def __enter__(self) -> NoTeacher:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        """Nothing to put back."""
+
+    def learner_at(self, step: int, rate_factor: float = 1.0) -> FrozenRouters:
+        """No routers, so none that learn."""
+        return FROZEN_ROUTERS
+
+    def begin(self, validation: Corpus, precision: Precision) -> list[str]:
+        """Nothing to measure."""
+        return []
+
+    def figures(self) -> dict:
+        """Nothing was measured."""
+        return {}
+
+    def watch(self, step: int, validation: Corpus, precision: Precision) -> tuple[dict, list[str]]:
+        """Nothing to watch."""
+        return {}, []
+
+    def save(self, folder: Path, step: int) -> None:
+        """Nothing to keep."""
+
+    def summary(self) -> dict:
+        """Nothing for `summary.json`."""
+        return {}
+
+    def state_dict(self) -> dict:
+        """Nothing that a resumed run must know."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Nothing to put back."""
+
+
 class TeacherRouting:
     """How the teacher routes in a run, and what becomes of its routers. Use as a context around the run."""
 
@@ -79,6 +122,10 @@ class TeacherRouting:
         self.routing.use("native")
         self.start = self.last = self.measure(validation, precision)
         return [line + ": the routers learn in its own routing instead (--sar_routing all keeps every expert active)"]
+
+    def figures(self) -> dict:
+        """The teacher as it was before the first step, in its own routing."""
+        return {name: self.start[f"teacher_{name}_native"] for name in ("val_ppl", "val_bits_per_byte")}
 
     def measure(self, validation: Corpus, precision: Precision) -> dict:
         """The teacher on held-out text in its own routing and in the run's, and its routers' entropy and usage."""

@@ -6,16 +6,19 @@ import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
 from sar_kd.checkpoint import load_checkpoint, save_checkpoint, save_student
-from sar_kd.config import Config, UsageError
+from sar_kd.companion import Companion
+from sar_kd.config import RunConfig, UsageError
 from sar_kd.data import Batch, Corpus
 from sar_kd.evaluate import Evaluation, evaluate
 from sar_kd.guards import StepGuard, TrainingDiverged
 from sar_kd.interruption import Interruption
+from sar_kd.lora import exports
 from sar_kd.metrics import RunLog, notices_of
 from sar_kd.models import Models
 from sar_kd.objective import Objective
@@ -25,7 +28,7 @@ from sar_kd.preflight import check_clamps, describe
 from sar_kd.progress import Progress, figures_of
 from sar_kd.recovery import Recovery, without
 from sar_kd.step import StepReport, train_step
-from sar_kd.teacher_routing import TeacherRouting
+from sar_kd.teacher_routing import NoTeacher, TeacherRouting
 
 
 class Trainer:
@@ -33,7 +36,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: Config,
+        config: RunConfig,
         models: Models,
         train: Corpus,
         validation: Corpus,
@@ -42,13 +45,15 @@ class Trainer:
         guard: StepGuard,
         precision: Precision,
         log: RunLog,
-        routing: TeacherRouting,
+        routing: TeacherRouting | NoTeacher,
+        companions: Sequence[Companion] = (),
     ):
         self.config, self.models, self.log, self.routing = config, models, log, routing
         self.train, self.validation = train, validation
         self.objective, self.optimizer, self.guard, self.precision = objective, optimizer, guard, precision
         self.folder = Path(config.train.output_dir)
         self.progress = Progress()
+        self.companions = companions
         self.recovery = Recovery(self.folder, train, objective, precision)
 
     def run(self) -> dict:
@@ -69,6 +74,8 @@ class Trainer:
                 self._begin()
             with Interruption() as interruption:
                 status = self._train(interruption, before)
+            for companion in self.companions if status == "finished" else ():
+                self._say(companion.finish(self.folder / "student"))
             summary = self._summary(status)
             self.log.finish(summary)
             return summary
@@ -87,6 +94,7 @@ class Trainer:
             progress.train_seconds += time.monotonic() - started
             self._record(report)
             self.recovery.note(progress.step, report, micro_batches)
+            reasons = [self._note(companion, report, micro_batches) for companion in self.companions]
             if report.verdict.emergency and self._rewinds():
                 progress = self._rewind(report)
                 continue
@@ -97,6 +105,8 @@ class Trainer:
             before = time.monotonic()
             if report.verdict.emergency:
                 self._stop(report)
+            if any(reasons):
+                self._give_up(next(filter(None, reasons)))
             if progress.step % settings.save_steps == 0 or at_end or interruption.requested:
                 self._save()
             if interruption.requested and not at_end:
@@ -132,40 +142,46 @@ class Trainer:
         record |= {name: value for name, value in (record.pop("routers") or {}).items() if value is not None}
         record |= {"applied": verdict.applied, "cause": verdict.cause, "norm_limit": verdict.norm_limit}
         record["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        blocks = self.config.train.per_device_batch_size * self.config.train.grad_accum_steps
+        record["epoch"] = progress.step / self.routing.passes * blocks / len(self.train)
         self.log.step(record, self.guard.success_rate, progress.tokens / max(1e-9, progress.train_seconds))
         after = report.loss_scale if verdict.applied else self.precision.loss_scale.item()  # a host read, if skipped
         scales = report.loss_scale, after
-        for line in notices_of(progress.step, verdict, report.grad_norm, scales, self.config.guards):
+        self._say(notices_of(progress.step, verdict, report.grad_norm, scales, self.config.guards))
+
+    def _note(self, companion: Companion, report: StepReport, micro_batches: list[Batch]) -> str | None:
+        """Show a companion the attempt; why it wants the run to stop, None if it does not."""
+        lines, reason = companion.note(self.progress.step, report, micro_batches)
+        self._say(lines)
+        return reason
+
+    def _say(self, lines: Iterable[str]) -> None:
+        for line in lines:
             self.log.say(line)
 
     def _begin(self) -> None:
         """Evaluate both models before the first step, refuse what cannot learn, keep the student as it is."""
-        for line in [*describe(self.train, self.validation, self.precision), *self.routing.lines]:
-            self.log.say(line)
-        for line in self.routing.begin(self.validation, self.precision):
-            self.log.say(line)
-        self.progress.teacher = {
-            "val_ppl": self.routing.start["teacher_val_ppl_native"],
-            "val_bits_per_byte": self.routing.start["teacher_val_bits_per_byte_native"],
-        }
+        self._say([*describe(self.train, self.validation, self.precision), *self.routing.lines])
+        self._say(self.routing.begin(self.validation, self.precision))
+        self.progress.teacher = self.routing.figures()
         start = self._evaluate()
         self.progress.start = self.progress.last = self.progress.best = figures_of(start)
-        for notice in check_clamps(self.config.loss, self.models, self.validation, self.precision, start.loss):
-            self.log.say(notice)
-        self.log.say(
-            f"Validation PPL at the start = {start.perplexity:.2f} (teacher {self.progress.teacher['val_ppl']:.2f}; "
-            f"bits per byte {start.bits_per_byte:.3f}, teacher {self.progress.teacher['val_bits_per_byte']:.3f})"
-        )
-        self.log.start(0, self.config.train.train_steps)
-        save_student(self.models.student, self.models.tokenizers.student, self.folder / "student")
+        self._say(check_clamps(self.config.loss, self.models, self.validation, self.precision, start.loss))
+        self.log.beginning(self.progress.start, self.progress.teacher)
+        for companion in self.companions:
+            self._say(companion.begin())
+        self.log.start(0, self.config.train)
+        self._save_student()
         if self.config.guards.on_divergence == "rewind":
             self._save()  # somewhere to go back to
 
     def _resume(self) -> None:
         saved = load_checkpoint(self.folder / "checkpoint", **self._state())
         self.progress = Progress(**saved)
+        for companion, kept in zip(self.companions, self.progress.companions, strict=True):
+            companion.kept = kept
         self.log.say(f"Resumed after step {self.progress.step}")
-        self.log.start(self.progress.step, self.config.train.train_steps)
+        self.log.start(self.progress.step, self.config.train)
 
     def _evaluate(self) -> Evaluation:
         batches = self.validation.token_batches("student", self.config.train.per_device_batch_size)
@@ -177,11 +193,14 @@ class Trainer:
         is_best = evaluation.loss < progress.best["val_loss"] or not math.isfinite(progress.best["val_loss"])
         if is_best:
             progress.best, progress.best_step = progress.last, progress.step
-            save_student(self.models.student, self.models.tokenizers.student, self.folder / "student")
+            self._save_student()
         routers, alarms = self.routing.watch(progress.step, self.validation, self.precision)
         self.log.evaluation({"step": progress.step, **progress.last, **routers}, is_best)
-        for line in alarms:
-            self.log.say(line)
+        self._say(alarms)
+
+    def _save_student(self) -> None:
+        for name, model in exports(self.models.student).items():
+            save_student(model, self.models.tokenizers.student, self.folder / name)
 
     def _state(self) -> dict:
         return {
@@ -195,6 +214,7 @@ class Trainer:
 
     def _save(self) -> None:
         self.routing.save(self.folder, self.progress.step)
+        self.progress.companions = [companion.kept for companion in self.companions]
         progress, keep = dataclasses.asdict(self.progress), self.config.train.keep_checkpoints
         save_checkpoint(self.folder / "checkpoint", **self._state(), progress=progress, keep=keep)
 
@@ -229,7 +249,16 @@ class Trainer:
         self.log.finish(self._summary("emergency_stop"))
         raise TrainingDiverged(f"emergency stop after {count} consecutive NaN batches {self.recovery.in_short(record)}")
 
+    def _give_up(self, reason: str) -> None:
+        """A companion's emergency stop: the weights are in order, but nothing is learned."""
+        self._save()
+        self.log.finish(self._summary("emergency_stop"))
+        raise TrainingDiverged(f"stopped at step {self.progress.step}: {reason}")
+
     def _summary(self, status: str) -> dict:
         """`summary.json`."""
         run = self.progress.summary(status, self.guard, self.precision)
-        return {**run, "embedded": self.models.embedded, **self.routing.summary()}
+        run |= {"embedded": self.models.embedded, **self.routing.summary()}
+        for companion in self.companions:
+            run |= companion.summary()
+        return run
