@@ -1,9 +1,11 @@
-"""`python -m sar_kd VERB`: everything that is not a training run.
+"""`python -m sar_kd VERB`: everything but distillation itself.
 
 audit       what two tokenizers have in common on a text
 embedded    train the embedded pair anew
+explain     what a log of losses and gradient norms says went wrong
 forensics   why a step of a run was not finite, and what to try
 routers     the routers of a mixture-of-experts model
+sft         fine-tune a model on questions with answers
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ from sar_kd.cli import run
 VERBS = {
     "audit": "sar_kd.audit",
     "embedded": "sar_kd.embedded.build",
+    "explain": "sar_kd.explain",
     "forensics": "sar_kd.forensics",
     "routers": "sar_kd.router_table",
+    "sft": "sar_kd.supervised",
 }
 
 

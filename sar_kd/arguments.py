@@ -9,7 +9,8 @@ import json
 import shutil
 import time
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from sar_kd.config import (
@@ -18,7 +19,9 @@ from sar_kd.config import (
     EMBEDDED_ROUTER_LR_FACTOR,
     MODES,
     SECTIONS,
+    TASKS,
     Config,
+    RunConfig,
     UsageError,
     require,
 )
@@ -27,7 +30,7 @@ from sar_kd.routing_config import RoutingConfig
 # What may differ between the two halves of a resumed run without making it another run.
 _MAY_CHANGE_ON_RESUME = {
     "eval_steps", "log_steps", "save_steps", "keep_checkpoints", "on_divergence", "resume", "output_dir", "train_steps",
-    "device", "trust_remote_code",
+    "device", "trust_remote_code", "epochs", "max_steps", "save_strategy",
 }  # fmt: skip
 
 
@@ -41,9 +44,9 @@ def parse_args(script: Mapping[str, str], argv: list[str] | None = None) -> Conf
     given = vars(_build_parser(script).parse_args(argv))
     mode = given.pop("mode", None)
     if given.get("resume"):
-        return _resumed(given, mode)
+        return _resumed(given, mode, Config, MODES)
     mode = mode or script["mode"]
-    values = {"model_dtype": script["model_dtype"], **MODES[mode], **given}
+    values = {"model_dtype": script["model_dtype"], **MODES[mode], **TASKS.get(given.get("task"), {}), **given}
     notices = ()
     if values.get("student_model", EMBEDDED) == EMBEDDED and "student_lr" not in given:
         notices += (_raise_rate(values, "student_lr", EMBEDDED_LR_FACTOR, "Learning rate", "student"),)
@@ -53,6 +56,40 @@ def parse_args(script: Mapping[str, str], argv: list[str] | None = None) -> Conf
         notices += (notice,) if may_learn else ()
     values.setdefault("output_dir", f"runs/{script['name']}-{time.strftime('%Y%m%d-%H%M%S')}")
     return Config.from_flags(values, mode, notices)
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb that trains: its flags, and what they are where none is given."""
+
+    name: str
+    description: str
+    kind: type[RunConfig]
+    defaults: Mapping[str, object]
+    """What differs from the fields' own"""
+    tasks: Mapping[str, Mapping[str, object]]
+    """What each `--task` brings with it"""
+    embedded_lr_factor: float
+    """On the learning rate of the embedded student"""
+
+
+def parse_run(verb: Verb, argv: list[str]) -> RunConfig:
+    """The configuration that a verb's command line asks for; precedence as in `parse_args`, `--task` for the mode.
+
+    Raises: UsageError, naming the flag, its value and the remedy.
+    """
+    parser = _verb_parser(verb.name, verb.description)
+    _add_sections(parser, verb.kind.sections(), verb.defaults)
+    given = vars(parser.parse_args(argv))
+    if given.get("resume"):
+        return _resumed(given, None, verb.kind, (verb.name,))
+    values = {**verb.defaults, **verb.tasks.get(given.get("task"), {}), **given}
+    notices = ()
+    if values.get("student_model", EMBEDDED) == EMBEDDED and "learning_rate" not in given:
+        values.setdefault("learning_rate", verb.kind().optim.learning_rate)
+        notices = (_raise_rate(values, "learning_rate", verb.embedded_lr_factor, "Learning rate", "student"),)
+    values.setdefault("output_dir", f"runs/{verb.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    return verb.kind.from_flags(values, verb.name, notices)
 
 
 def _raise_rate(values: dict[str, object], flag: str, factor: float, title: str, model: str) -> str:
@@ -84,14 +121,15 @@ def parse_section(verb: str, description: str, section: type, argv: list[str]) -
 
 
 def _parse_flags(verb: str, description: str, sections: Mapping[str, type], argv: list[str]) -> tuple[dict, bool]:
-    parser = _Parser(prog=f"python -m sar_kd {verb}", usage="%(prog)s [flags]", description=description, **_style())
+    parser = _verb_parser(verb, description)
     parser.add_argument("--json", action="store_true", help="print JSON")
     _add_sections(parser, sections, {})
     given = vars(parser.parse_args(argv))
     return given, given.pop("json", False)
 
 
-def _resumed(given: dict[str, object], mode: str | None) -> Config:
+def _resumed(given: dict[str, object], mode: str | None, kind: type[RunConfig], modes: Iterable[str]) -> RunConfig:
+    """The configuration of the run in `--output_dir`; modes: the words that it may have been started with."""
     if not given.get("output_dir"):
         raise UsageError("--resume: give the run folder with --output_dir")
     path = Path(given["output_dir"]) / "config.json"
@@ -103,9 +141,9 @@ def _resumed(given: dict[str, object], mode: str | None) -> Config:
         saved = json.loads(path.read_text())
         saved_mode = saved.pop("mode")
         values = {name: value for section in saved.values() for name, value in section.items()}
-        values = {name: values[name] for section in SECTIONS.values() for name in section.__dataclass_fields__}
-        _check_kinds(values)
-        if saved_mode not in MODES:
+        values = {name: values[name] for section in kind.sections().values() for name in _names_of(section)}
+        _check_kinds(kind, values)
+        if saved_mode not in modes:
             raise ValueError(f"no mode is called {saved_mode}")
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UsageError(f"--resume: {path} is not what this version wrote ({error}); start a new run") from None
@@ -121,19 +159,23 @@ def _resumed(given: dict[str, object], mode: str | None) -> Config:
     if given.get("train_steps", values["train_steps"]) != values["train_steps"]:
         notices = (f"--train_steps {given['train_steps']}: the learning rate's course changes from here on.",)
     try:
-        return Config.from_flags({**values, **given, "overwrite": False}, saved_mode, notices)
+        return kind.from_flags({**values, **given, "overwrite": False}, saved_mode, notices)
     except (TypeError, AttributeError) as error:  # a value of another type, edited by hand
         raise UsageError(f"--resume: {path} is not what this version wrote ({error}); start a new run") from None
 
 
-def _check_kinds(values: dict[str, object]) -> None:
+def _names_of(section: type) -> list[str]:
+    return [item.name for item in dataclasses.fields(section)]
+
+
+def _check_kinds(kind: type[RunConfig], values: dict[str, object]) -> None:
     """Raise TypeError or ValueError unless each value is of its flag's kind and, where there are some, choices."""
-    for section in SECTIONS.values():
+    for section in kind.sections().values():
         hints = typing.get_type_hints(section)
         for item in dataclasses.fields(section):
-            kind, value = hints[item.name], values[item.name]
-            if kind in (bool, int, float, str):
-                fits = type(value) is kind or (kind is float and type(value) is int)
+            own, value = hints[item.name], values[item.name]
+            if own in (bool, int, float, str):
+                fits = type(value) is own or (own is float and type(value) is int)
             else:
                 fits = isinstance(value, list) and all(isinstance(part, str) for part in value)
             if not fits:
@@ -164,6 +206,10 @@ def _build_parser(script: Mapping[str, str]) -> argparse.ArgumentParser:
     )
     _add_sections(parser, SECTIONS, {**script, **MODES[script["mode"]]})
     return parser
+
+
+def _verb_parser(verb: str, description: str) -> _Parser:
+    return _Parser(prog=f"python -m sar_kd {verb}", usage="%(prog)s [flags]", description=description, **_style())
 
 
 def _style() -> dict:
