@@ -16,12 +16,14 @@ from sar_kd.models import load_models
 from sar_kd.objective import Objective
 from sar_kd.optim import build_optimizer
 from sar_kd.precision import setup
+from sar_kd.tasks import prepare_task
 from sar_kd.teacher_routing import build_teacher_routing
 from sar_kd.trainer import Trainer
 
 
 def main(argv=None):
-    config = parse_args(STABLE, argv)  # what to run
+    task = prepare_task(parse_args(STABLE, argv))  # what to run; with --task, what comes before it
+    config = task.config
     log = open_run(config)  # where to
     precision = setup(config.precision, config.train.seed)  # on which device, in which dtype
     models = load_models(config, precision)  # teacher, student, and what connects their tokenizers
@@ -32,7 +34,8 @@ def main(argv=None):
     optimizer = build_optimizer(models.student, config.optim, objective.parameters())  # how
     guard = StepGuard(config.guards)  # when an update is refused
     routing = build_teacher_routing(config, models, objective, train)  # which experts the teacher asks, if it has any
-    return Trainer(config, models, train, validation, objective, optimizer, guard, precision, log, routing).run()
+    parts = (models, train, validation, objective, optimizer, guard, precision, log, routing)
+    return Trainer(config, *parts, task.companions(models, limits, precision)).run()
 
 
 if __name__ == "__main__":

@@ -10,23 +10,27 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = ("train_sar_kd_fp16_safe", "train_sar_kd_stable")
 LEVELS = {
     -2: {"settings"},
-    -1: {"routing_config"},
+    -1: {"routing_config", "lora", "units"},
     0: {"sar_kd", "config", "embedded", "guards", "losses", "token_bytes", "interruption"},
-    1: {"arguments", "routers", "tokens", "projection", "documents", "precision", "optim", "folder"},
-    2: {"alignment", "routing", "vocabulary", "metrics"},
-    3: {"models", "conversation", "router_terms", "router_update"},
+    1: {
+        "arguments", "closing", "routers", "tokens", "projection", "documents", "precision", "optim", "folder",
+        "training_log",
+    },
+    2: {"alignment", "routing", "vocabulary", "metrics", "sft_config", "explain"},
+    3: {"models", "conversation", "router_terms", "router_update", "sft_log"},
     4: {"router_table", "streams"},
     5: {"pairing"},
     6: {"data"},
     7: {"distillation", "coverage", "evaluate", "forensics"},
-    8: {"objective", "audit", "preflight", "progress"},
+    8: {"objective", "audit", "preflight", "progress", "benchmark"},
     9: {"router_learner", "router_watch"},
     10: {"step", "teacher_routing"},
-    11: {"checkpoint", "recovery"},
-    12: {"trainer"},
-    13: {"cli", "embedded.build"},
-    14: {"__main__", *SCRIPTS},
-}
+    11: {"checkpoint", "recovery", "companion"},
+    12: {"trainer", "vitals", "exam"},
+    13: {"cli", "embedded.build", "supervised"},
+    14: {"tasks"},
+    15: {"__main__", *SCRIPTS},
+}  # fmt: skip
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
 
 
@@ -148,7 +152,9 @@ def test_only_these_modules_write_to_the_terminal():
             or any(name.endswith(("stdout.write", "stderr.write")) for name in names)
         )
 
-    printing = {"metrics", "cli", "__main__", "audit", "forensics", "router_table", "embedded.build"}
+    printing = {
+        "metrics", "cli", "__main__", "audit", "forensics", "router_table", "embedded.build", "explain", "benchmark"
+    }  # fmt: skip
     assert _modules_that(prints) <= printing
 
 
