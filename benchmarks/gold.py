@@ -34,8 +34,9 @@ import train_sar_kd_stable  # noqa: E402
 from sar_kd.cli import run  # noqa: E402
 from sar_kd.config import UsageError  # noqa: E402
 from sar_kd.data import Batch, TokenBatch  # noqa: E402
-from sar_kd.losses import cross_entropy, finite_rows  # noqa: E402
 from sar_kd.objective import LossTerms, Objective  # noqa: E402
+from sar_kd.readout import Readout  # noqa: E402
+from sar_kd.tiled import Loss, Tile, tiled_loss  # noqa: E402
 
 
 class GoldObjective(Objective):
@@ -49,13 +50,14 @@ class GoldObjective(Objective):
         self.lengths = [_piece_lengths(tokenizer) for tokenizer in self.tokenizers]
         self.gold = ULDLoss(gold, *self.tokenizers)
 
-    def __call__(self, batch: Batch) -> LossTerms:
+    def __call__(self, batch: Batch, outputs=None, scale=1.0) -> LossTerms:
         with self.precision.autocast():
             logits = self.student(input_ids=batch.student.input_ids, use_cache=False).logits
             with torch.no_grad():
                 teacher_logits = self.teacher(input_ids=batch.teacher.input_ids, use_cache=False).logits
         predicting = logits.flatten(0, 1)[batch.student.rows]
-        ce, raw_ce = cross_entropy(predicting, batch.student.targets, self.logit_clamp)
+        text = Loss([Tile(slice(None), None, None, None)], batch.student.targets, None, 1.0, 0.0, self.logit_clamp)
+        text = tiled_loss(text, Readout(predicting, None, self.precision), None)
         gold = self.gold(
             logits.float(),
             teacher_logits.float(),
@@ -69,10 +71,10 @@ class GoldObjective(Objective):
         kd = gold * batch.num_target_tokens  # GOLD's is a mean
         return dataclasses.replace(
             LossTerms.zero(logits.device),
-            total=self.alpha_ce * ce + self.alpha_kd * kd,
-            ce=raw_ce,
+            total=self.alpha_ce * text.minimised + self.alpha_kd * kd,
+            ce=text.raw_ce,
             kd=kd.detach(),
-            nonfinite_rows=(~finite_rows(predicting)).sum(),
+            nonfinite_rows=text.nonfinite,
         )
 
 

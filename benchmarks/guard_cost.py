@@ -24,7 +24,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sar_kd import distillation, embedded, objective  # noqa: E402
+from sar_kd import columns, distillation, embedded, projected, tiled  # noqa: E402
 from sar_kd.arguments import parse_args  # noqa: E402
 from sar_kd.config import FP16_SAFE  # noqa: E402
 from sar_kd.data import Corpus  # noqa: E402
@@ -81,20 +81,22 @@ class Side:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def _all_rows(logits):
-    return torch.ones(len(logits), dtype=torch.bool)
+def _all_columns(tile):
+    return torch.ones(tile.shape[1], dtype=torch.bool)
 
 
 @contextlib.contextmanager
 def _unchecked():
     """Every row is taken to be finite."""
-    former = objective.finite_rows, distillation.finite_rows, distillation.Distillation._teacher_rows
-    objective.finite_rows = distillation.finite_rows = _all_rows
-    distillation.Distillation._teacher_rows = lambda self, logits: (logits, _all_rows(logits))
+    users = tiled, distillation, projected
+    former = columns.finite_columns, columns.silence_
+    for module in users:
+        module.finite_columns, module.silence_ = _all_columns, lambda tile, keep: tile
     try:
         yield
     finally:
-        objective.finite_rows, distillation.finite_rows, distillation.Distillation._teacher_rows = former
+        for module in users:
+            module.finite_columns, module.silence_ = former
 
 
 def compare(flags: list[str], pairs: int, warmup: int = 3) -> list[tuple[float, float]]:

@@ -116,7 +116,7 @@ class TokenizerPair:
         student first
         Raises: UnfitTokenizer, if they differ and one of them changes text, or one has no end-of-text token
         """
-        self.projects, self.teacher_rows = projects, teacher_rows
+        self.projects, self.student_rows, self.teacher_rows = projects, student_rows, teacher_rows
         self.student, self.teacher = student, teacher
         self.equal = same_tokenizer(student, teacher)
         self.student_start, self.student_end = _named(start_and_end, "student", student)

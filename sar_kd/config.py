@@ -108,11 +108,13 @@ class LossConfig:
     jsd_beta: float = flag(0.5, "the teacher's share of the mixture in --kd_direction jsd")
     teacher_top_k: int = flag(0, "of each teacher row only so many tokens take part; 0 takes all")
     alm_tau: float = flag(5.0, "temperature of the chunk likelihoods in --alignment alm")
+    loss_workspace_mb: int = flag(64, "memory for logits, which are made and used in tiles of so many MiB")
     force: bool = flag(False, "train even where preflight says that the clamps leave nothing to learn")
 
     def __post_init__(self):
         require_positive(self, "temperature", "logit_clamp", "loss_clamp", "alm_tau")
         require_at_least(self, 0.0, "alpha_kd", "alpha_ce", "teacher_top_k")
+        require_at_least(self, 1, "loss_workspace_mb")
         require(0.0 < self.jsd_beta < 1.0, "jsd_beta", self.jsd_beta, "must be above 0 and below 1")
         require(self.alpha_kd + self.alpha_ce > 0, "alpha_kd", self.alpha_kd, "is 0 and so is --alpha_ce: give one")
 

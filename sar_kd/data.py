@@ -19,8 +19,9 @@ from torch import Tensor
 from sar_kd.alignment import TokenizerPair
 from sar_kd.documents import Conversation, Document
 from sar_kd.losses import IGNORE_INDEX, next_token_targets
-from sar_kd.pairing import Alignment, Pairing
+from sar_kd.pairing import Pairing
 from sar_kd.streams import TokenStream, cut, join
+from sar_kd.stretches import Alignment, Stretch, cut_stretches
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Batch:
     alignment: Alignment
     blocks: tuple[int, ...]
     """Which blocks these are, for naming the documents of a bad batch."""
+    stretches: tuple[Stretch, ...] = ()
+    """The alignment in parts that can be compared alone, where distributions are carried over."""
 
     @property
     def num_target_tokens(self) -> int:
@@ -70,6 +73,8 @@ def _moved(record, device: torch.device):
             changed[item.name] = value.to(device, non_blocking=True)
         elif dataclasses.is_dataclass(value):
             changed[item.name] = _moved(value, device)
+        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            changed[item.name] = tuple(_moved(each, device) for each in value)
     return dataclasses.replace(record, **changed)
 
 
@@ -112,7 +117,11 @@ class Corpus:
             return Batch(student, student, self.pairing.align_equal(student.rows), tuple(blocks))
         teacher = _tokens(self.text.teacher, [(c.teacher_start, c.teacher_end) for c in cuts], self.pair.teacher_start)
         widths = student.input_ids.shape[1], teacher.input_ids.shape[1]
-        return Batch(student, teacher, self.pairing.align(cuts, *widths), tuple(blocks))
+        alignment, stretches = self.pairing.align(cuts, *widths), ()
+        if alignment.in_teacher is not None:
+            richer, limit = self.pairing.teacher_is_richer, self.pairing.stretch_rows
+            stretches = cut_stretches(alignment, len(student.rows), teacher.rows, richer, limit)
+        return Batch(student, teacher, alignment, tuple(blocks), stretches)
 
     @cached_property
     def pairing(self) -> Pairing:

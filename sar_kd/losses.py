@@ -1,7 +1,7 @@
-"""The mathematics: the one label shift, cross-entropy, divergences, chunk likelihood, and the clamps.
+"""The mathematics: the one label shift, the clamps, chunk likelihood, and the baselines' distances.
 
 Every loss takes the rows that count, already selected, computes in float32 and returns a sum in nats; the step
-divides once. Gradients are formed in backward, where the loss scale reaches them.
+divides once. Gradients carry the loss scale wherever they are rounded to half.
 """
 
 from __future__ import annotations
@@ -63,10 +63,6 @@ class LogitClamp:
     style: str = "off"
     bound: float = math.inf
 
-    def logits(self, logits: Tensor) -> Tensor:
-        """What enters the softmax, in float32."""
-        return logits.float().clamp(-self.bound, self.bound) if self.style == "raw" else logits.float()
-
     def log_probs(self, log_probs: Tensor) -> Tensor:
         """What leaves the log-softmax."""
         return _FloorStraightThrough.apply(log_probs, -2.0 * self.bound) if self.style == "normalized" else log_probs
@@ -101,10 +97,12 @@ class LossClamp:
     def __call__(self, loss: Tensor) -> Tensor:
         if self.style == "hard":
             return loss.clamp(max=self.limit)
-        if self.style == "off":
-            return loss
-        value = loss.detach()
-        return loss * torch.where(value > self.limit, self.limit / value, 1.0)
+        return loss if self.style == "off" else loss * self.factor(loss.detach())
+
+    def factor(self, loss: Tensor) -> Tensor:
+        """What the gradient of a loss of this size is multiplied by."""
+        above = 0.0 if self.style == "hard" else self.limit / loss
+        return torch.ones_like(loss) if self.style == "off" else torch.where(loss > self.limit, above, 1.0)
 
 
 def finite_rows(logits: Tensor) -> Tensor:
@@ -114,30 +112,6 @@ def finite_rows(logits: Tensor) -> Tensor:
     Returns: bool [N]
     """
     return logits.sum(-1, dtype=torch.float32).isfinite()
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, clamp: LogitClamp = NO_CLAMP) -> tuple[Tensor, Tensor]:
-    """Sum of -log p(target) over rows.
-
-    sum_n -log softmax(z_n)[y_n]
-
-    logits: float [N, V]; targets: int64 [N], in [0, V)
-    Returns: the sum under `clamp`, and the same without the clamp or a gradient; fp32 scalars, nats
-    """
-    plain = target_log_probs(logits, targets)
-    if clamp.style == "raw":
-        return -target_log_probs(clamp.logits(logits), targets).sum(), -plain.detach().sum()
-    return -clamp.log_probs(plain).sum(), -plain.detach().sum()
-
-
-def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
-    """log softmax(z_n)[y_n] of each row.
-
-    logits: float [N, V]; targets: int64 [N]
-    Returns: float32 [N], nats
-    """
-    logits = logits.float()
-    return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
 
 
 ABSENT = -1e30
@@ -162,78 +136,6 @@ class Segments:
         peaks = peaks.scatter_reduce_(0, self.index, values.detach(), "amax")
         totals = self.sum((values - peaks[self.index]).exp())
         return peaks + torch.where(totals > 0, totals, 1.0).log()
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """How far the student's distribution p is from the teacher's t.
-
-    forward  sum t * (log t - log p)                                     KL(teacher || student)
-    reverse  sum p * (log p - log t)                                     KL(student || teacher)
-    jsd      beta * sum t * (log t - log m) + (1 - beta) * sum p * (log p - log m),   m = beta * t + (1 - beta) * p
-
-    Log-probabilities below `floor` count for it in the value; the gradient is that of the value without a floor.
-
-    Source: Agarwal et al., 2024 (arXiv 2306.13649), section 2, for the generalised JSD
-    """
-
-    direction: str = "forward"
-    beta: float = 0.5
-    floor: float = -math.inf
-
-    def __call__(self, student: Tensor, teacher: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Sum over outcomes, rows and all; with a gradient for each side that has one.
-
-        student, teacher: float32, log-probabilities of the same outcomes, of one shape
-        keep: bool, broadcast to that shape; the outcomes that count, all if None
-        Returns: the sum with the floor, and the same without it or a gradient; fp32 scalars, nats
-        """
-        return _Divergence.apply(student, teacher, keep, self)
-
-
-class _Divergence(torch.autograd.Function):
-    """d value / d log p and d value / d log t, each of them taken as free; what makes them distributions
-    differentiates itself:
-
-    forward  -t                        t * (log t - log p + 1)
-    reverse  p * (log p - log t + 1)   -p
-    jsd      (1 - beta) * p * (log p - log m)   beta * t * (log t - log m)
-
-    Written out because autograd would keep several tensors of this size where one for each side that learns suffices.
-    """
-
-    @staticmethod
-    def forward(ctx, log_p: Tensor, log_t: Tensor, keep: Tensor | None, kind: Divergence):
-        learns = ctx.needs_input_grad
-        t = log_t.exp() if keep is None else log_t.exp().mul_(keep)
-        if kind.direction == "forward":
-            terms = [(t, log_t, log_p)]
-            slopes = -t if learns[0] else None, (log_t - log_p).add_(1.0).mul_(t) if learns[1] else None
-        else:
-            p = log_p.exp() if keep is None else log_p.exp().mul_(keep)
-            if kind.direction == "reverse":
-                terms = [(p, log_p, log_t)]
-                slopes = (log_p - log_t).add_(1.0).mul_(p) if learns[0] else None, -p if learns[1] else None
-            else:
-                beta = kind.beta
-                log_m = torch.logaddexp(log_t + math.log(beta), log_p + math.log1p(-beta))
-                terms = [(beta * t, log_t, log_m), ((1 - beta) * p, log_p, log_m)]
-                slopes = (
-                    (log_p - log_m).mul_(p).mul_(1 - beta) if learns[0] else None,
-                    (log_t - log_m).mul_(t).mul_(beta) if learns[1] else None,
-                )
-        ctx.save_for_backward(*slopes)
-        raw = sum((a - b).mul_(weight).sum() for weight, a, b in terms)
-        ctx.mark_non_differentiable(raw)
-        if kind.floor == -math.inf:
-            return raw.clone(), raw
-        floor = kind.floor
-        return sum(a.clamp_min(floor).sub_(b.clamp_min(floor)).mul_(weight).sum() for weight, a, b in terms), raw
-
-    @staticmethod
-    def backward(ctx, grad_loss: Tensor, grad_raw: Tensor):
-        log_p, log_t = (None if slope is None else slope * grad_loss for slope in ctx.saved_tensors)
-        return log_p, log_t, None, None
 
 
 def chunk_likelihood(student: Tensor, teacher: Tensor, tau: float = 5.0) -> Tensor:

@@ -10,10 +10,14 @@ from torch import Tensor, nn
 
 from sar_kd.config import LossConfig
 from sar_kd.data import Batch
-from sar_kd.distillation import Learned, Outputs, build_distillation
-from sar_kd.losses import LogitClamp, LossClamp, Sums, cross_entropy, finite_rows
+from sar_kd.distillation import Learned, Outputs
+from sar_kd.heads import Heads, body_of
+from sar_kd.kinds import build_distillation
+from sar_kd.losses import LogitClamp, LossClamp, Sums
 from sar_kd.pairing import Pairing
 from sar_kd.precision import Precision
+from sar_kd.readout import Readout
+from sar_kd.tiled import Loss, Tile, stretches_of, tile_rows, tiled_loss
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,10 @@ class Objective:
         self.alpha_ce, self.alpha_kd = config.alpha_ce, config.alpha_kd
         self.logit_clamp = LogitClamp(config.logit_clamp_style, config.logit_clamp)
         self.loss_clamp = LossClamp(config.loss_clamp_style, config.loss_clamp)
+        self._heads = Heads(precision)
+        for model in (student, teacher) if self.alpha_kd > 0 else (student,):
+            self._heads.of(model)  # now, as it reads the device
+        self._tile_rows = tile_rows(config.loss_workspace_mb, pairing.pair.student_rows)
         self.distillation = None
         if self.alpha_kd > 0:
             self.distillation = build_distillation(config, pairing, student, teacher).to(precision.device)
@@ -64,32 +72,51 @@ class Objective:
         if self.distillation is not None:
             self.distillation.load_state_dict(state)
 
-    def __call__(self, batch: Batch, outputs: Outputs | None = None) -> LossTerms:
-        """The terms of a batch; outputs: as `read` gave them, read here if None. The teacher gets no gradient."""
+    def __call__(self, batch: Batch, outputs: Outputs | None = None, scale: Tensor | float = 1.0) -> LossTerms:
+        """The terms of a batch. The teacher gets no gradient.
+
+        outputs: as `read` gave them, read here if None
+        scale: what the total will be multiplied by before its backward; gradients are rounded to half with it
+        """
         outputs = self.read(batch) if outputs is None else outputs
-        nonfinite = (~finite_rows(outputs.student_logits)).sum()
-        ce, raw_ce = cross_entropy(outputs.student_logits, batch.student.targets, self.logit_clamp)
-        kd = self._distil(batch, outputs)
-        count = batch.num_target_tokens
-        total = self.alpha_ce * self.loss_clamp(ce / count) + self.alpha_kd * kd.loss / count
-        return LossTerms(self.loss_clamp(total) * count, raw_ce, kd.raw, nonfinite, kd.dropped)
+        outputs = dataclasses.replace(outputs, teacher=outputs.teacher and outputs.teacher.detach())
+        count, targets = batch.num_target_tokens, batch.student.targets
+        factor = None
+        if self.loss_clamp.style != "off" and self.alpha_ce > 0:
+            factor = lambda ce: self.loss_clamp.factor(ce / count)  # noqa: E731
+        if self.distillation is not None and self.distillation.covers_text:
+            term = self.distillation
+            parts = term.tiles(batch), targets, term.compare, self.alpha_ce, self.alpha_kd
+            sums = tiled_loss(Loss(*parts, self.logit_clamp, factor, scale), outputs.student, outputs.teacher)
+            kd = Learned(sums.kd, sums.raw_kd, sums.dropped)
+        else:
+            tiles = [Tile(rows, None, None, None) for rows in stretches_of(count, self._tile_rows)]
+            parts = tiles, targets, None, self.alpha_ce, 0.0
+            sums = tiled_loss(Loss(*parts, self.logit_clamp, factor, scale), outputs.student, None)
+            zero = torch.zeros_like(sums.ce)
+            kd = Learned(zero, zero, zero) if self.distillation is None else self.distillation(batch, outputs)
+        mean = self.alpha_ce * self.loss_clamp(sums.ce / count) + self.alpha_kd * kd.loss / count
+        # Its value has the clamps; its slope, which knows their factors, comes from what was minimised.
+        mean = mean + (sums.minimised - sums.minimised.detach()) / count
+        return LossTerms(self.loss_clamp(mean) * count, sums.raw_ce, kd.raw, sums.nonfinite, kd.dropped)
 
     def read(self, batch: Batch, *, student_learns: bool = True, teacher_learns: bool = False) -> Outputs:
         """What both models make of a batch, each with a graph if it learns; no teacher where nothing is distilled."""
         needs_states = self.distillation is not None and self.distillation.needs_states
         student = self._read(self.student, batch.student.input_ids, needs_states, student_learns)
-        logits = student.logits.flatten(0, 1)[batch.student.rows]
+        of_targets = dataclasses.replace(student[0], states=student[0].states[batch.student.rows])
         if self.distillation is None:
-            return Outputs(logits, None)
+            return Outputs(of_targets, None)
         teacher = self._read(self.teacher, batch.teacher.input_ids, needs_states, teacher_learns)
-        states = [read.hidden_states[-1].flatten(0, 1) if needs_states else None for read in (student, teacher)]
-        return Outputs(logits, teacher.logits.flatten(0, 1), *states)
-
-    def _distil(self, batch: Batch, outputs: Outputs) -> Learned:
-        if self.distillation is None:
-            return Learned(*(torch.zeros((), device=outputs.student_logits.device),) * 3)
-        return self.distillation(batch, dataclasses.replace(outputs, teacher_logits=outputs.teacher_logits.detach()))
+        return Outputs(of_targets, teacher[0], student[1], teacher[1])
 
     def _read(self, model: nn.Module, input_ids: Tensor, needs_states: bool, learns: bool):
+        """A readout of every row, and the last hidden states if they are asked for."""
+        head = self._heads.of(model)
         with self.precision.autocast(), torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-            return model(input_ids=input_ids, use_cache=False, output_hidden_states=needs_states)
+            if head is None:
+                out = model(input_ids=input_ids, use_cache=False, output_hidden_states=needs_states)
+                states = out.hidden_states[-1].flatten(0, 1) if needs_states else None
+                return Readout(out.logits.flatten(0, 1), None, self.precision), states
+            states = body_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        return Readout(states, head, self.precision), states

@@ -6,6 +6,7 @@ token is the one that predicts it.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,39 +17,11 @@ from torch import Tensor
 from sar_kd.alignment import Contacts, TokenizerPair, find_chunks, find_contacts
 from sar_kd.projection import Continuations, OpenClasses
 from sar_kd.streams import Block, JoinedText, TokenStream
+from sar_kd.stretches import Alignment
 from sar_kd.vocabulary import Outcomes, VocabularyMap, same_token_map
 
 _LEARN_FROM = 2**20
 """Student tokens of the text from which the vocabulary maps learn."""
-
-
-@dataclass(frozen=True)
-class Alignment:
-    """What of a batch's text the two models can be compared on."""
-
-    student_rows: Tensor
-    """int64 [K]: rows, of the student's N, at whose byte the teacher starts a token too"""
-    teacher_rows: Tensor
-    """int64 [K]: the teacher's row there, in its flattened logits"""
-    strict: Tensor
-    """bool [K]: both predict a token of the same bytes"""
-    in_teacher: Continuations | None
-    """Rows where the student starts a token behind bytes with which the teacher's may not be done"""
-    in_student: Continuations | None
-    """The same with the sides exchanged"""
-    ended: Tensor
-    """int64 [K]: for each of `student_rows` the continuation of the richer side that ended there, or -1"""
-    other_ways: Tensor
-    """int64 [3, X]: one of `student_rows`, an open outcome, and the outcome of that continuation which is the same"""
-    student_chunks: Tensor
-    """int64 [N]: the chunk of each token that the student predicts, -1 for none"""
-    teacher_chunks: Tensor
-    """int64 [N_t]: the same for the teacher"""
-    num_chunks: int
-    student_ends: Tensor
-    """int64 [num_chunks]: where in the flattened input the student has read the chunk to its end"""
-    teacher_ends: Tensor
-    """int64 [num_chunks]"""
 
 
 @dataclass(frozen=True)
@@ -75,6 +48,8 @@ class Pairing:
         self.pair, self._text = pair, text
         self.teacher_is_richer = len(text.teacher.ids) <= len(text.student.ids)
         self._blocks = blocks
+        self.stretch_rows = sys.maxsize
+        """Most rows that a batch's stretches are to have, as whoever computes with them asks"""
         self._open_of: dict[bytes, np.ndarray] = {}
 
     @cached_property

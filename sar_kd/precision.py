@@ -81,16 +81,19 @@ class Precision:
     def autocast(self):
         """Compute in the run's dtype; wraps the forwards and, for a CPU's half products, the backward too."""
         with contextlib.ExitStack() as stack:
-            if self.emulates:
-                stack.enter_context(HalfProductsOnCpu())
+            stack.enter_context(self.products())
             stack.enter_context(
                 torch.amp.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
             )
             yield
 
+    def products(self) -> contextlib.AbstractContextManager:
+        """Matrix products of operands in the run's dtype come out as on a GPU."""
+        return HalfProductsOnCpu() if self.emulates else contextlib.nullcontext()
+
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`, times the loss scale."""
-        with HalfProductsOnCpu() if self.emulates else contextlib.nullcontext():
+        with self.products():
             self._scaler.scale(loss).backward()
 
     @contextlib.contextmanager

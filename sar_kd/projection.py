@@ -66,7 +66,11 @@ class Continuations:
 
 
 class Fold(nn.Module):
-    """How the tokens of one vocabulary make up the outcomes where both tokenizers start a token."""
+    """How the tokens of one vocabulary make up the outcomes where both tokenizers start a token.
+
+    One token of each outcome, its first, may stand for all of them: then the tokens' own logits are those of the
+    outcomes, but for the few that have several tokens.
+    """
 
     def __init__(self, tokens: Tensor, classes: Tensor, count: int):
         """tokens, classes: int64 [M], the tokens that take part and the class of each; every class has at least one"""
@@ -75,97 +79,140 @@ class Fold(nn.Module):
         joined = sizes[classes] > 1
         several = torch.arange(count)[sizes > 1]
         outcome = torch.full((int(tokens.max()) + 1,), -1).index_copy_(0, tokens, classes)
+        first = tokens[classes.argsort(stable=True)[sizes.cumsum(0) - sizes]]
+        silent = torch.ones(len(outcome), dtype=torch.bool).index_fill_(0, first, False)
         parts = {
-            "first": tokens[classes.argsort(stable=True)[sizes.cumsum(0) - sizes]],  # [C]: a token of each
+            "first": first,  # [C]: a token of each
             "several": several,  # [S]: the outcomes of more than one token
             "members": tokens[joined],  # [J]: the tokens of those
             "groups": torch.searchsorted(several, classes[joined]),  # [J]: which of the S
             "outcome": outcome.clamp_min(0),  # by token
             "absent": torch.arange(len(outcome))[outcome < 0],  # tokens without an outcome
+            "silent": torch.arange(len(outcome))[silent],  # tokens for which another one stands, or none
         }
         for name, part in parts.items():
             self.register_buffer(name, part, persistent=False)
 
+    def __len__(self) -> int:
+        """Tokens up to the last that takes part."""
+        return len(self.outcome)
+
+    def several_of(self, columns: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """The outcomes of several tokens: their logits, y[s, k] = T * log sum over v of s of exp(z[v, k] / T), and each
+        token's share of its outcome.
+
+        columns: float32 [V, K]
+        Returns: float32 [S, K] and [J, K]
+        """
+        shares = columns.index_select(0, self.members)
+        if temperature != 1.0:
+            shares.div_(temperature)
+        # By each class's own maximum: its probability may underflow beside the column's.
+        peaks = shares.new_full((len(self.several), columns.shape[1]), -torch.inf)
+        peaks.index_reduce_(0, self.groups, shares, "amax")
+        shares.sub_(peaks.index_select(0, self.groups)).exp_()
+        totals = torch.zeros_like(peaks).index_add_(0, self.groups, shares)
+        shares.div_(totals.index_select(0, self.groups))
+        return peaks.add_(totals.log_()).mul_(temperature), shares
+
+    def enter_(self, columns: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Turn logits of tokens, float32 [V, K], into those of the outcomes, each in the row of its first token; the
+        other rows are `ABSENT`.
+
+        Returns: what `leave_` wants, and the shares of `several_of`
+        """
+        values, shares = self.several_of(columns, temperature)
+        kept = columns.index_select(0, torch.cat([self.silent, self.leaders]))
+        columns.index_fill_(0, self.silent, ABSENT)
+        columns.index_copy_(0, self.leaders, values)
+        return kept, shares
+
+    def leave_(self, columns: Tensor, kept: Tensor) -> None:
+        """Put the logits of tokens back."""
+        columns.index_copy_(0, torch.cat([self.silent, self.leaders]), kept)
+
+    def spread_(self, slopes: Tensor, shares: Tensor) -> None:
+        """From slopes of outcomes, each in the row of its first token, to those of tokens."""
+        if len(self.members):
+            slopes.index_copy_(0, self.members, slopes.index_select(0, self.leaders[self.groups]).mul_(shares))
+
+    @property
+    def leaders(self) -> Tensor:
+        """int64 [S]: the first tokens of the outcomes of several."""
+        return self.first[self.several]
+
+    def carry(self, other: Fold, columns: Tensor, temperature: float) -> Tensor:
+        """Logits of the other vocabulary's tokens as those of outcomes, in the rows of this one's first tokens.
+
+        columns: float32 [V_o, K]
+        Returns: float32 [V, K]; rows without an outcome are `ABSENT`
+        """
+        carried = columns.index_select(0, other.first[self.outcome])
+        values, _ = other.several_of(columns, temperature)
+        carried.index_copy_(0, self.first[other.several], values)
+        return carried.index_fill_(0, self.silent, ABSENT)
+
 
 class Reading(NamedTuple):
-    """What a batch asks of one model, at the temperature; float32."""
+    """What is asked of one model's tile of logits, at the temperature; float32."""
 
     open: Tensor
-    """[K, C]: logits of the outcomes where both start a token, y[k, c] = log sum over v of c of exp(z[k, v] / T)"""
+    """[C, K]: logits of the outcomes where both start a token, y[c, k] = log sum over v of c of exp(z[v, k] / T)"""
     rows: Tensor
-    """[K_1, V]: whole rows, where the other side is the richer and goes on"""
+    """[V, K_1]: whole columns, where the other side is the richer and goes on"""
     entries: Tensor
     """[E]: single logits, where this side is the richer and might go on: the `rich_entries`"""
 
 
 def read(
-    logits: Tensor,
-    fold: Fold,
-    open_rows: Tensor,
-    inside_other: Continuations,
-    inside_own: Continuations,
-    temperature: float,
-    sound: Tensor | None = None,
+    tile: Tensor, fold: Fold, num_open: int, num_inside: int, inside_own: Continuations, temperature: float
 ) -> Reading:
     """Take from one model's logits all that the projection needs, with one gradient for all of it.
 
-    logits: float [N, V]; open_rows: int64 [K], each once
-    inside_other, inside_own: the continuations in which this side is the poorer, and the richer
-    sound: bool [N], rows that are finite, None for all; the others are read as zeros
+    tile: float32 [V, n], first the columns where both start a token, then those where the other side is the richer and
+    goes on, then any others; num_open, num_inside: K and K_1
+    inside_own: the continuations in which this side is the richer
     """
     row, token, _ = inside_own.rich_entries
-    places = inside_own.rich_rows[row] * logits.shape[1] + token
-    return Reading(*_Read.apply(logits, sound, fold, open_rows, inside_other.poor_rows, places, temperature))
+    places = token * tile.shape[1] + inside_own.rich_rows[row]
+    return Reading(*_Read.apply(tile, fold, num_open, num_inside, places, temperature))
 
 
 class _Read(torch.autograd.Function):
-    """dz[k, v] = dy[k, c(v)] * exp(z[k, v] / T - y[k, c(v)]) / T, and what comes from rows and entries.
+    """dz[v, k] = dy[c(v), k] * exp(z[v, k] / T - y[c(v), k]) / T, and what comes from whole columns and entries.
 
-    One buffer for the gradient, and columns copied only where a class has one token: passes over [N, V] are what this
+    One buffer for the gradient, and shares only where a class has several tokens: passes over [V, n] are what this
     costs.
     """
 
     @staticmethod
-    def forward(ctx, logits, sound, fold: Fold, open_rows, whole_rows, places, temperature: float):
-        ctx.like, ctx.fold, ctx.temperature = (logits.shape, logits.dtype), fold, temperature
-
-        def at_temperature(values: Tensor, rows: Tensor) -> Tensor:
-            if sound is not None:
-                values.masked_fill_(~sound[rows].view(-1, *[1] * (values.dim() - 1)), 0.0)
-            return values.float().div_(temperature) if temperature != 1.0 else values.float()
-
-        taken = at_temperature(logits.index_select(0, open_rows), open_rows)
-        outcomes = taken.index_select(1, fold.first)
-        # Rows are added many times faster than columns.
-        shares = taken.index_select(1, fold.members).T.contiguous()
-        # By each class's own maximum: its probability may underflow beside the row's.
-        peaks = shares.new_full((len(fold.several), shares.shape[1]), -torch.inf)
-        peaks.index_reduce_(0, fold.groups, shares, "amax")
-        shares.sub_(peaks.index_select(0, fold.groups)).exp_()
-        totals = torch.zeros_like(peaks).index_add_(0, fold.groups, shares)
-        shares.div_(totals.index_select(0, fold.groups))
-        outcomes.index_copy_(1, fold.several, peaks.add_(totals.log_()).T)
-        ctx.save_for_backward(sound, open_rows, whole_rows, places, shares)
-        whole = at_temperature(logits.index_select(0, whole_rows), whole_rows)
-        entries = at_temperature(logits.flatten().index_select(0, places), places // logits.shape[1])
-        return outcomes, whole, entries
+    def forward(ctx, tile, fold: Fold, num_open: int, num_inside: int, places, temperature: float):
+        ctx.shape, ctx.fold, ctx.temperature = (*tile.shape, num_open, num_inside), fold, temperature
+        taken, inside = tile[:, :num_open], tile[:, num_open : num_open + num_inside]
+        outcomes = taken.index_select(0, fold.first)
+        values, shares = fold.several_of(taken, temperature)
+        outcomes.index_copy_(0, fold.several, values)
+        entries, inside = tile.view(-1).index_select(0, places), inside.contiguous()
+        if temperature != 1.0:
+            for part in (outcomes, entries, inside):
+                part.div_(temperature)
+        ctx.save_for_backward(places, shares)
+        return outcomes, inside, entries
 
     @staticmethod
-    def backward(ctx, grad_open: Tensor, grad_whole: Tensor, grad_entries: Tensor):
-        sound, open_rows, whole_rows, places, shares = ctx.saved_tensors
-        (shape, dtype), fold = ctx.like, ctx.fold
-        columns = grad_open.index_select(1, fold.outcome)
-        joined = grad_open.index_select(1, fold.several).index_select(1, fold.groups).mul_(shares.T)
-        columns.index_copy_(1, fold.members, joined).index_fill_(1, fold.absent, 0.0)
-        grad = grad_open.new_zeros(shape)
-        grad[:, : len(fold.outcome)].index_copy_(0, open_rows, columns)
-        grad.index_add_(0, whole_rows, grad_whole)
+    def backward(ctx, grad_open: Tensor, grad_inside: Tensor, grad_entries: Tensor):
+        places, shares = ctx.saved_tensors
+        (size, width, num_open, num_inside), fold = ctx.shape, ctx.fold
+        grad = grad_open.new_zeros(size, width)
+        columns = grad[: len(fold.outcome), :num_open]
+        columns.copy_(grad_open.index_select(0, fold.outcome))
+        columns.index_copy_(
+            0, fold.members, grad_open.index_select(0, fold.several).index_select(0, fold.groups).mul_(shares)
+        )
+        columns.index_fill_(0, fold.absent, 0.0)
+        grad[:, num_open : num_open + num_inside] = grad_inside
         grad.view(-1).index_add_(0, places, grad_entries)
-        if ctx.temperature != 1.0:
-            grad.div_(ctx.temperature)
-        if sound is not None:
-            grad.masked_fill_(~sound[:, None], 0.0)
-        return grad.to(dtype), *[None] * 6
+        return grad if ctx.temperature == 1.0 else grad.div_(ctx.temperature), *[None] * 5
 
 
 def rich_log_probs(entries: Tensor, rows: Continuations) -> Tensor:
@@ -189,62 +236,22 @@ def poor_log_probs(logits: Tensor, rows: Continuations, must_end: bool) -> Tenso
     Where the richer side has no token that ends there, only the other outcomes take part if `must_end` (the end would
     face a probability of 0), and the whole vocabulary if not.
 
-    logits: float32 [K_1, V]
+    logits: float32 [V, K_1]
     Returns: float32 [O_1], of the outcomes of the first K_1 rows; about `ABSENT` where an outcome cannot be
     """
-    size, ends = len(logits), rows.ends[: len(logits)]
+    size = logits.shape[1]
+    ends = rows.ends[:size]
     of_rows = rows.outcome_rows[: rows.num_going_on]
     segments = Segments(of_rows, size)
     row, token, outcome = rows.poor_entries
-    places, flat = row * logits.shape[1] + token, logits.flatten()
+    places, flat = token * size + row, logits.view(-1)
     outcomes = Segments(outcome, len(of_rows)).logsumexp(flat.index_select(0, places))
     # From what is left, not as 1 minus the others: a student that is certain to go on must still be told to end.
-    end = flat.index_fill(0, places, ABSENT).view_as(logits).logsumexp(-1)
+    end = flat.index_fill(0, places, ABSENT).view_as(logits).logsumexp(0)
     if must_end:
         end = torch.where(rows.can_end, end, ABSENT)
     outcomes = outcomes.index_copy(0, ends, end)
     return torch.where(outcomes > 1e-6 * ABSENT, outcomes - segments.logsumexp(outcomes)[of_rows], ABSENT)
-
-
-def add_other_ways(ended: Tensor, going_on: Tensor, rows: Tensor, end: Tensor, other_ways: Tensor) -> Tensor:
-    """Log-probabilities of the open outcomes for the richer side, which might have written them by going on.
-
-    y[k, c] = log(exp(end[rows[k]] + ended[k, c]) + exp(going_on[j])) for each (k, c, j) of `other_ways`
-
-    ended: float32 [K, C], given that the token before ended; going_on: float32 [O], of the continuations' outcomes
-    rows: int64 [K], the continuation of each row, -1 for none; end: float32 [R], that it ends
-    other_ways: int64 [3, X], row, open outcome, outcome of the continuation; each row and open outcome once
-    Returns: float32 [K, C]
-    """
-    return _AddOtherWays.apply(ended, going_on, rows, end, other_ways)
-
-
-class _AddOtherWays(torch.autograd.Function):
-    """With w = exp(x - y) at each (k, c, j), x the first of the two and y their sum: dx = w * dy, dgoing_on[j] gets
-    (1 - w) * dy. Written out because autograd would pass over [K, C] four times more.
-    """
-
-    @staticmethod
-    def forward(ctx, ended: Tensor, going_on: Tensor, rows: Tensor, end: Tensor, other_ways: Tensor):
-        total = ended + torch.cat([end, end.new_zeros(1)])[rows][:, None]  # the last one, log 1, where there is none
-        flat, places = total.view(-1), other_ways[0] * ended.shape[1] + other_ways[1]
-        first = flat.index_select(0, places)
-        both = torch.logaddexp(first, going_on.index_select(0, other_ways[2]))
-        flat.index_copy_(0, places, both)
-        ctx.save_for_backward((first - both).exp(), places, other_ways[2], rows)
-        ctx.sizes = len(going_on), len(end)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        share, places, ways, rows = ctx.saved_tensors
-        num_outcomes, num_ends = ctx.sizes
-        grad = grad.clone()
-        at_places = grad.view(-1).index_select(0, places)
-        grad.view(-1).index_copy_(0, places, share * at_places)
-        going_on = grad.new_zeros(num_outcomes).index_add_(0, ways, (1.0 - share) * at_places)
-        ends = grad.new_zeros(num_ends + 1).index_add_(0, rows.where(rows >= 0, num_ends), grad.sum(1))
-        return grad, going_on, None, ends[:-1], None
 
 
 def on_support(student: Tensor, teacher: Tensor) -> Tensor:
@@ -258,13 +265,13 @@ def on_support(student: Tensor, teacher: Tensor) -> Tensor:
 def renormalised(student: Tensor, teacher: Tensor, rows: Segments | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Both with each row's probabilities adding up to 1, and the rows, bool [K], of which both leave something.
 
-    student, teacher: float [K, C], or [O] with `rows`
+    student, teacher: float [C, K], or [O] with `rows`
     """
-    totals = [side.logsumexp(-1) if rows is None else rows.logsumexp(side) for side in (student, teacher)]
+    totals = [side.logsumexp(0) if rows is None else rows.logsumexp(side) for side in (student, teacher)]
     shared = torch.minimum(*totals) > 1e-6 * ABSENT
     student, teacher = (side - _spread(total, rows) for side, total in zip((student, teacher), totals, strict=True))
     return *(side.where(_spread(shared, rows), 0.0) for side in (student, teacher)), shared
 
 
 def _spread(values: Tensor, rows: Segments | None) -> Tensor:
-    return values[:, None] if rows is None else values[rows.index]
+    return values if rows is None else values[rows.index]

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from sar_kd.config import LossConfig
 from sar_kd.data import Batch
-from sar_kd.distillation import Outputs, build_distillation
+from sar_kd.distillation import Outputs
+from sar_kd.kinds import build_distillation
 from sar_kd.losses import Segments
 from sar_kd.objective import Objective
 from sar_kd.optim import build_router_optimizer, parameters_of
@@ -163,7 +164,7 @@ class RouterLearner(FrozenRouters):
 
     def terms(self, batch: Batch, outputs: Outputs) -> RouterTerms:
         """The routers' terms of the last forward. The student gets no gradient."""
-        outputs = dataclasses.replace(outputs, student_logits=outputs.student_logits.detach())
+        outputs = dataclasses.replace(outputs, student=outputs.student.detach())
         learned = self._terms[self.settings.router_direction](batch, outputs)
         shape, rows, device = batch.teacher.input_ids.shape, batch.teacher.rows, self.precision.device
         blocks = Segments(rows // shape[1], shape[0])

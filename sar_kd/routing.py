@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sar_kd.config import UsageError
+from sar_kd.heads import body_of
 from sar_kd.routers import Gate, RouterSpec
 
 RULES = ("native", "all", "ka")
@@ -48,9 +49,10 @@ class Routing:
         self._top_k = {spec.name: spec.block.top_k for spec in specs if spec.gate.returns == "logits"}
 
     def __enter__(self) -> Routing:
+        body = body_of(self.model)  # which some call with the head and some without
         hooks = [
-            self.model.register_forward_pre_hook(self._begin),
-            self.model.register_forward_hook(self._end, always_call=True),
+            body.register_forward_pre_hook(self._begin),
+            body.register_forward_hook(self._end, always_call=True),
         ]
         hooks += [spec.module.register_forward_hook(self._hook_of(spec)) for spec in self.specs]
         self._handles = hooks

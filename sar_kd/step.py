@@ -53,7 +53,7 @@ def train_step(
     sums = LossTerms.zero(precision.device)
     routers.move_first_(batches, num_targets)
     for batch in batches:
-        minimised, terms = _losses(batch, objective, routers)
+        minimised, terms = _losses(batch, objective, routers, precision.loss_scale / num_targets)
         precision.backward(minimised / num_targets)
         sums = sums + terms
     routers.move_last_(batches)
@@ -85,8 +85,8 @@ def train_step(
     return StepReport(verdict, loss, ce / count, kd / count, norm, scale, num_targets, int(dropped), routed)
 
 
-def _losses(batch: Batch, objective: Objective, routers: FrozenRouters) -> tuple[Tensor, LossTerms]:
-    """What one backward minimises. A function of its own, so that no logits outlive it but those in the graph."""
+def _losses(batch: Batch, objective: Objective, routers: FrozenRouters, scale: Tensor) -> tuple[Tensor, LossTerms]:
+    """What one backward minimises, which multiplies it by `scale`."""
     outputs = objective.read(batch, teacher_learns=routers.is_joint)
-    terms = objective(batch, outputs)
+    terms = objective(batch, outputs, scale)
     return terms.total + routers.loss(batch, outputs), terms

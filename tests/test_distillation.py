@@ -8,25 +8,27 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from readouts import readout_of
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from sar_kd.alignment import TokenizerPair
 from sar_kd.config import LossConfig
 from sar_kd.data import Corpus
-from sar_kd.distillation import (
+from sar_kd.distillation import Outputs, TokenLevel
+from sar_kd.documents import Document
+from sar_kd.embedded import STUDENT_DIR, TEACHER_DIR, split_of
+from sar_kd.kinds import (
     ChunkLikelihood,
     HiddenStates,
-    Outputs,
     Projected,
     SortedProbabilities,
     Strict,
-    TokenLevel,
     build_distillation,
 )
-from sar_kd.documents import Document
-from sar_kd.embedded import STUDENT_DIR, TEACHER_DIR, split_of
-from sar_kd.projection import Continuations, Fold, add_other_ways, read, rich_log_probs
+from sar_kd.other_ways import Ways, add_other_ways
+from sar_kd.projection import Continuations, Fold, read, rich_log_probs
+from sar_kd.stretches import cut_stretches
 
 DIFFERENT = ["sp_from_byte", "byte_from_sp", "dummy_from_byte", "byte_from_dummy"]
 EQUAL = ["byte_from_byte", "sp_from_sp"]
@@ -58,6 +60,20 @@ def _corpus(documents, student, teacher, aligns=True) -> Corpus:
     return Corpus(documents, pair, 24, 60)
 
 
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What both models make of a batch, as logits."""
+
+    student_logits: Tensor
+    teacher_logits: Tensor
+    student_states: Tensor | None = None
+    teacher_states: Tensor | None = None
+
+    def outputs(self) -> Outputs:
+        readouts = map(readout_of, (self.student_logits, self.teacher_logits))
+        return Outputs(*readouts, self.student_states, self.teacher_states)
+
+
 @pytest.fixture(scope="module")
 def make_case(corpora):
     """make_case(name, ...): a batch with outputs of either model, the same for the same arguments."""
@@ -76,9 +92,17 @@ def make_case(corpora):
             torch.randn(rows, width, generator=generator)
             for rows, width in zip(places, (STUDENT_WIDTH, TEACHER_WIDTH), strict=True)
         ]
-        return SimpleNamespace(corpus=corpus, pairing=corpus.pairing, batch=batch, outputs=Outputs(*logits, *states))
+        return SimpleNamespace(corpus=corpus, pairing=corpus.pairing, batch=batch, outputs=Given(*logits, *states))
 
     return make
+
+
+def _cut(case, alignment, limit=10**9):
+    """The case's batch with this alignment, in stretches of at most so many rows."""
+    batch, pairing = case.batch, case.pairing
+    richer = pairing.teacher_is_richer
+    stretches = cut_stretches(alignment, batch.num_target_tokens, batch.teacher.rows, richer, limit)
+    return dataclasses.replace(batch, alignment=alignment, stretches=stretches)
 
 
 def _build(case, alignment, **settings):
@@ -98,7 +122,8 @@ def _learned(case, alignment, **settings):
 
 def _learned_by(term, case):
     logits, states = (x.clone().requires_grad_() for x in (case.outputs.student_logits, case.outputs.student_states))
-    learned = term(case.batch, dataclasses.replace(case.outputs, student_logits=logits, student_states=states))
+    given = dataclasses.replace(case.outputs, student_logits=logits, student_states=states)
+    learned = term(case.batch, given.outputs())
     if learned.loss.requires_grad:
         learned.loss.backward()
     leaf = states if term.needs_states else logits
@@ -485,9 +510,12 @@ def _implied(case) -> Tensor:
     found, classes, outputs = case.batch.alignment, case.pairing.open_classes, case.outputs
     rows, targets = found.in_teacher, case.batch.student.targets
     fold = Fold(classes.teacher_tokens, classes.teacher_classes, classes.count)
-    told = read(outputs.teacher_logits, fold, found.teacher_rows, found.in_student, rows, 1.0)
+    (whole,) = _cut(case, found).stretches
+    tile, inside = outputs.teacher_logits[whole.teacher_rows].T.contiguous(), len(whole.in_student.poor_rows)
+    told = read(tile, fold, whole.num_open, inside, whole.in_teacher, 1.0)
     going_on = rich_log_probs(told.entries, rows)
-    both = add_other_ways(told.open.log_softmax(-1), going_on, found.ended, going_on[rows.ends], found.other_ways)
+    ways = Ways(going_on, going_on[rows.ends], found.ended, found.other_ways)
+    both = add_other_ways(told.open.log_softmax(0), ways).T
     class_of = torch.full((len(case.pairing.pair.student),), -1)
     class_of[classes.student_tokens] = classes.student_classes
     own = class_of[targets[found.student_rows]]
@@ -520,7 +548,7 @@ def embedded_case():
     batch = corpus.batch([0, 1, 2, 3, *range(100, 104)])
     with torch.no_grad():
         logits = teacher(input_ids=batch.teacher.input_ids).logits.flatten(0, 1)
-    return SimpleNamespace(pairing=corpus.pairing, batch=batch, outputs=Outputs(None, logits))
+    return SimpleNamespace(pairing=corpus.pairing, batch=batch, outputs=Given(None, logits))
 
 
 def test_the_teachers_likelihood_of_the_text_in_the_students_tokens_is_its_own(embedded_case):
@@ -542,10 +570,43 @@ def test_with_equal_tokenizers_the_implied_likelihood_is_the_teachers_own_token_
     torch.testing.assert_close(_implied(case), _own(case), rtol=1e-5, atol=1e-5)
 
 
+# Stretches
+
+
+@EVERY_PAIR
+@pytest.mark.parametrize("limit", [1, 7, 30, 77])
+def test_stretches_hold_every_row_once_and_ask_for_one_row_of_the_former(make_case, name, limit):
+    case = make_case(name)
+    stretches = _cut(case, case.batch.alignment, limit).stretches
+    assert len(stretches) > 1
+    owned = torch.cat([part.student_rows[part.counts > 0] for part in stretches])
+    assert torch.equal(owned.sort().values, torch.arange(case.batch.num_target_tokens))
+    assert [int((part.counts == 0).sum()) <= 1 for part in stretches] == [True] * len(stretches)
+    pairs = torch.cat([part.student_rows[: part.num_open] for part in stretches])
+    assert torch.equal(pairs, case.batch.alignment.student_rows)
+    if limit >= 30:
+        assert max(len(part.student_rows) for part in stretches) <= limit
+        assert max(len(part.teacher_rows) for part in stretches) <= limit
+
+
+@EVERY_PAIR
+@EVERY_DIRECTION
+@pytest.mark.parametrize("limit", [1, 7, 30])
+@pytest.mark.parametrize("top_k", [0, 8])
+def test_a_batch_teaches_the_same_in_stretches_of_any_length(make_case, name, direction, limit, top_k):
+    case, settings = make_case(name), {"temperature": 2.0, "kd_direction": direction, "teacher_top_k": top_k}
+    whole, whole_grad = _learned(case, "projection", **settings)
+    case.batch = _cut(case, case.batch.alignment, limit)
+    learned, grad = _learned(case, "projection", **settings)
+    torch.testing.assert_close(learned.loss, whole.loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(learned.raw, whole.raw, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad, whole_grad, rtol=1e-4, atol=1e-5)
+
+
 # Batches
 
 
-def _joined(cases, batch) -> Outputs:
+def _joined(cases, batch) -> Given:
     """The outputs of several batches as those of one, NaN wherever that one is padded."""
 
     def padded(name, side):
@@ -556,7 +617,7 @@ def _joined(cases, batch) -> Outputs:
         return torch.cat(rows)
 
     student = torch.cat([case.outputs.student_logits for case in cases])
-    return Outputs(
+    return Given(
         student,
         padded("teacher_logits", "teacher"),
         padded("student_states", "student"),
@@ -791,7 +852,7 @@ def test_a_strict_row_does_not_count_where_the_shared_tokens_hold_little_of_the_
 def test_the_largest_float16_logits_give_finite_losses_and_gradients(make_case, alignment, direction, top_k, name):
     case = make_case(name, spread=1.0)
     outputs = {key: (3e4 * value).clamp(-6e4, 6e4).half() for key, value in vars(case.outputs).items()}
-    case.outputs = Outputs(**outputs)
+    case.outputs = Given(**outputs)
     for temperature in (0.5, 2.0):
         settings = {"temperature": temperature, "kd_direction": direction, "teacher_top_k": top_k}
         learned, grad = _learned(case, alignment, **settings)
@@ -899,7 +960,7 @@ def _without_rows(case, *fields: str):
     }
     # "open" comes behind "in_teacher", whose rows it has none of.
     changes = {key: value for name in sorted(fields) for key, value in empty[name].items()}
-    batch = dataclasses.replace(case.batch, alignment=dataclasses.replace(alignment, **changes))
+    batch = _cut(case, dataclasses.replace(alignment, **changes))
     return SimpleNamespace(**{**vars(case), "batch": batch})
 
 
@@ -1053,14 +1114,14 @@ def test_the_raw_clamp_is_no_clamp_of_the_clamped_logits_of_both(make_case, alig
     settings = {"temperature": 2.0, "kd_direction": direction, "teacher_top_k": top_k, "logit_clamp": 10.0}
     learned, grad = _learned(case, alignment, **settings, logit_clamp_style="raw")
     student, teacher = (x.clamp(-10.0, 10.0) for x in (case.outputs.student_logits, case.outputs.teacher_logits))
-    clamped = SimpleNamespace(
-        **{**vars(case), "outputs": Outputs(student, teacher, *[case.outputs.student_states] * 2)}
-    )
+    clamped = SimpleNamespace(**{**vars(case), "outputs": Given(student, teacher, *[case.outputs.student_states] * 2)})
     wanted, wanted_grad = _learned(clamped, alignment, **settings)
     outside = case.outputs.student_logits.abs() > 10.0
+    free, _ = _learned(case, alignment, **settings)
     torch.testing.assert_close(learned.loss, wanted.loss)
-    torch.testing.assert_close(learned.raw, wanted.raw)
+    torch.testing.assert_close(learned.raw, free.raw)
     torch.testing.assert_close(grad, wanted_grad.masked_fill(outside, 0.0))
+    assert abs(free.raw - wanted.raw) > 1e-3
     assert outside.any()
     assert wanted.loss > 0.1
 

@@ -233,7 +233,7 @@ def test_the_routers_loss_is_forward_kl_of_the_whole_teacher_whatever_the_studen
         found = run.routers.terms(batch, outputs).divergence.item()
     t, p = (
         (logits.double() / 2.0).log_softmax(-1)
-        for logits in (outputs.teacher_logits[batch.alignment.teacher_rows], outputs.student_logits)
+        for logits in (outputs.teacher.logits()[batch.alignment.teacher_rows], outputs.student.logits())
     )
     assert found == pytest.approx(4.0 * (t.exp() * (t - p)).sum().item(), rel=1e-5)
 

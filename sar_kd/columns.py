@@ -1,0 +1,107 @@
+"""Arithmetic on tiles of logits, [V, n], one column for each row of text, a block of the vocabulary at a time.
+
+A block fits into a processor's cache, so that what happens to it in turn costs little more than its exponentials.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sar_kd.divergence import Divergence
+
+_BLOCK = {"cpu": 2**17, "cuda": 2**23}
+"""Numbers in a block: what a CPU core's cache holds several of; enough to keep a GPU busy."""
+
+
+def blocks_of(tile: Tensor) -> Iterator[slice]:
+    """The tile [V, n] in stretches of its vocabulary."""
+    size = max(1, _BLOCK.get(tile.device.type, _BLOCK["cuda"]) // max(1, tile.shape[1]))
+    return (slice(first, first + size) for first in range(0, tile.shape[0], size))
+
+
+def column_logsumexp(tile: Tensor, temperature: float = 1.0, bound: float = math.inf) -> Tensor:
+    """log sum_v exp(z[v, n] / T) of each column, of logits within [-bound, bound].
+
+    tile: float32 [V, n]
+    Returns: float32 [n]
+    """
+    peaks = tile.new_full((tile.shape[1],), -math.inf)
+    for block in blocks_of(tile):
+        peaks = torch.maximum(peaks, tile[block].amax(0))
+    peaks = peaks.clamp(-bound, bound)
+    totals = torch.zeros_like(peaks)
+    for block in blocks_of(tile):
+        part = tile[block] if bound == math.inf else tile[block].clamp(-bound, bound)
+        part = part - peaks
+        totals += (part if temperature == 1.0 else part.div_(temperature)).exp_().sum(0)
+    return peaks / temperature + totals.log()
+
+
+def finite_columns(tile: Tensor) -> Tensor:
+    """Which columns hold finite numbers only, in one pass: bool [n]; |z| <= 6.6e4, so that no sum can overflow."""
+    return tile.sum(0).isfinite()
+
+
+def silence_(tile: Tensor, keep: Tensor) -> Tensor:
+    """Set the columns that are not kept to 0, whatever they hold.
+
+    By their bits, because 0 times NaN is NaN, and a masked fill is ten times slower.
+    """
+    tile.view(torch.int32).bitwise_and_(-keep.to(torch.int32))
+    return tile
+
+
+class Logs(NamedTuple):
+    """Log-probabilities, formed block by block: shift[n] + scale * tile[v, n]."""
+
+    tile: Tensor
+    shift: Tensor | None = None
+    scale: float = 1.0
+
+    def at(self, block: slice) -> Tensor:
+        """Those of one block; not to be changed."""
+        return self.tile[block] if self.shift is None else torch.add(self.shift, self.tile[block], alpha=self.scale)
+
+
+def normalised(tile: Tensor, temperature: float) -> Logs:
+    """log softmax of each column at a temperature."""
+    return Logs(tile, -column_logsumexp(tile, temperature), 1.0 / temperature)
+
+
+def diverge(
+    divergence: Divergence, student: Logs, teacher: Logs, learner: str | None = None, slopes: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The divergence of each column; fills `slopes`, which may be the other side's tile, with those of the learner's
+    log-probabilities, each taken as free.
+
+    Returns: with the floor and as it is, float32 [n], nats; and the sum of each column's slopes, float32 [n]
+    """
+    loss = raw = total = torch.zeros_like(teacher.tile[0])
+    known = divergence.total_slope(learner)
+    for block in blocks_of(teacher.tile):
+        terms = divergence.terms(student.at(block), teacher.at(block))
+        sums = terms.sums(divergence.floor, dim=0)
+        loss, raw = loss + sums[0], raw + sums[1]
+        if learner is not None:
+            free = divergence.slopes(terms, learner)
+            total = total + free.sum(0) if known is None else total
+            slopes[block] = free
+    return loss, raw, total if known is None else total + known
+
+
+def through_softmax_(slopes: Tensor, total: Tensor, logs: Logs, factor: Tensor) -> Tensor:
+    """From slopes of free log-probabilities to those of the logits that they are the softmax of, times a factor:
+
+    dz[u, n] = factor[n] * (g[u, n] - p[u, n] * sum_v g[v, n])
+
+    total: sum_v g[v, n], float32 [n]
+    """
+    for block in blocks_of(slopes):
+        probs = torch.add(logs.shift, logs.tile[block], alpha=logs.scale).exp_().mul_(total)
+        torch.mul(slopes[block].sub_(probs), factor, out=slopes[block])
+    return slopes

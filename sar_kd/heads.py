@@ -1,0 +1,114 @@
+"""Where a causal language model's last hidden states become logits, found and tried, never assumed."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from sar_kd.precision import Precision
+
+_SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
+"""What configurations call a factor of the logits, and to which power it acts."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """Logits from hidden states: z = cap(scale * (h W^T + b)), with cap(x) = softcap * tanh(x / softcap), if any."""
+
+    weight: Tensor
+    """float [V, D]"""
+    bias: Tensor | None = None
+    """float [V]"""
+    scale: float = 1.0
+    softcap: float = 0.0
+
+    def detach(self) -> Head:
+        """The same without a graph."""
+        return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+
+    def after_product(self, products: Tensor) -> Tensor:
+        """Logits from h W^T + b."""
+        logits = products * self.scale if self.scale != 1.0 else products
+        return self.softcap * (logits / self.softcap).tanh() if self.softcap else logits
+
+
+def body_of(model: nn.Module) -> nn.Module:
+    """The model without its head, which gives hidden states."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # adapters around a model
+    return getattr(inner, "base_model", inner)
+
+
+class Heads:
+    """The heads of models, each tried once."""
+
+    def __init__(self, precision: Precision):
+        self.precision = precision
+        self._forms: WeakKeyDictionary[nn.Module, tuple[float, float] | None] = WeakKeyDictionary()
+
+    def of(self, model: nn.Module) -> Head | None:
+        """The head of a model as it computes now; None if its logits come about in another way.
+
+        The first call for a head runs the model and reads the device.
+        """
+        module = model.get_output_embeddings()
+        if module not in self._forms:
+            self._forms[module] = _find_form(model, module, self.precision)
+        form = self._forms[module]
+        if form is None or module._forward_hooks or module._forward_pre_hooks:  # who waits for its output is to get it
+            return None
+        return Head(module.weight, getattr(module, "bias", None), *form)
+
+
+@torch.no_grad()
+def _find_form(model: nn.Module, module: nn.Module, precision: Precision) -> tuple[float, float] | None:
+    """Scale and softcap of a head, None if it is another kind of head.
+
+    Tried on a few tokens: what the head is given must be what the body returns, and what it makes of that, scaled and
+    capped as the configuration says, must be the model's logits.
+    """
+    body = body_of(model)
+    if body is model or {name for name, _ in module.named_parameters()} not in ({"weight"}, {"weight", "bias"}):
+        return None
+    seen: list[tuple[Tensor, Tensor]] = []
+    hook = module.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
+    was_training = model.training
+    model.eval()
+    input_ids = torch.arange(4, device=module.weight.device)[None]
+    try:
+        with precision.same_random(), precision.autocast():
+            logits = model(input_ids=input_ids, use_cache=False).logits
+            states = getattr(body(input_ids=input_ids, use_cache=False), "last_hidden_state", None)
+    finally:
+        hook.remove()
+        model.train(was_training)
+    if len(seen) != 1 or states is None or not torch.equal(seen[0][0], states):
+        return None
+    products = seen[0][1]
+    for form in _candidates(model):
+        found = Head(module.weight, getattr(module, "bias", None), *form)
+        with contextlib.suppress(RuntimeError):  # another shape
+            if _close(found.after_product(products), logits) and _close(_product(states, found, precision), products):
+                return form
+    return None
+
+
+def _candidates(model: nn.Module) -> list[tuple[float, float]]:
+    config = model.config.get_text_config()
+    scales = [float(value) ** power for name, power in _SCALES.items() if (value := getattr(config, name, None))]
+    caps = [float(getattr(config, "final_logit_softcapping", None) or 0.0), 0.0]
+    return [(scale, cap) for cap in caps for scale in (*scales, 1.0)]
+
+
+def _product(states: Tensor, head: Head, precision: Precision) -> Tensor:
+    with precision.autocast():
+        return nn.functional.linear(states, head.weight, head.bias)
+
+
+def _close(found: Tensor, wanted: Tensor) -> bool:
+    """Equal but for the last bits of the dtype."""
+    both = found.float(), wanted.float()
+    return torch.allclose(*both, rtol=4 * torch.finfo(wanted.dtype).eps, atol=1e-6 * wanted.float().abs().max().item())

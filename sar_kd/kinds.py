@@ -1,0 +1,137 @@
+"""Every kind of distillation by its name on the command line, the baselines among them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from sar_kd.columns import finite_columns
+from sar_kd.config import LossConfig
+from sar_kd.data import Batch
+from sar_kd.distillation import Distillation, Learned, Outputs, TokenLevel
+from sar_kd.losses import ABSENT, Segments, chunk_likelihood, finite_rows, sorted_distance, state_distance
+from sar_kd.pairing import Pairing
+from sar_kd.projected import Projected
+from sar_kd.projection import on_support
+from sar_kd.stretches import Alignment
+from sar_kd.tiled import target_log_probs
+
+
+class Strict(Distillation):
+    """T^2 * D(teacher || student) where both predict the same bytes, over the teacher's top k of the shared tokens."""
+
+    _LEAST_MASS = 0.1
+    """A row counts if the tokens that both have hold this share of the teacher's probability."""
+
+    def __init__(self, config: LossConfig, pairing: Pairing):
+        super().__init__(config, pairing)
+        self.register_buffer("same_token", pairing.same_token, persistent=False)
+
+    def between(self, student: Tensor, teacher: Tensor, part: Tensor) -> Learned:
+        """part: bool [n], which pairs predict the same bytes"""
+        size, keep = len(self.same_token), finite_columns(teacher.detach())
+        student, teacher = student / self.temperature, teacher.masked_fill(~keep, 0.0) / self.temperature
+        if self.top_k:
+            best = teacher[:size].topk(self.top_k, dim=0)
+            partners = self.same_token[best.indices]
+            shared, student = best.values, student.gather(0, partners.clamp_min(0))
+        else:
+            partners = self.same_token[:, None]
+            shared, student = teacher[:size], student.index_select(0, self.same_token.clamp_min(0))
+        shared = torch.where(partners >= 0, shared, ABSENT)
+        held = (shared.logsumexp(0) - teacher.logsumexp(0)).exp()
+        counts = keep & part & (held >= self._LEAST_MASS)
+        student = on_support(student, shared)
+        # T^2 keeps the size of the gradient (arXiv 1503.02531, section 2).
+        sums = self.divergence(student.log_softmax(0), shared.log_softmax(0), counts)
+        return Learned(*(total * self.temperature**2 for total in sums), (~keep).sum())
+
+
+class ChunkLikelihood(Distillation):
+    """tau * KL between the two models' verdicts on each chunk; needs nothing but the probability of the text."""
+
+    def __init__(self, config: LossConfig, pairing: Pairing):
+        super().__init__(config, pairing)
+        self.tau = config.alm_tau
+
+    def forward(self, batch: Batch, outputs: Outputs) -> Learned:
+        """See `Distillation`."""
+        alignment = batch.alignment
+        bound = self.clamp.bound if self.clamp.style == "raw" else math.inf
+        teacher = outputs.teacher.at(batch.teacher.rows)
+        heard, keep = target_log_probs(teacher, batch.teacher.targets, self.tile_rows, bound)
+        said, _ = target_log_probs(outputs.student, batch.student.targets, self.tile_rows, bound)
+        loss = self._likelihood(alignment, self.clamp.log_probs(said), heard, keep)
+        with torch.no_grad():
+            if bound < math.inf:
+                heard, _ = target_log_probs(teacher, batch.teacher.targets, self.tile_rows)
+                said, _ = target_log_probs(outputs.student, batch.student.targets, self.tile_rows)
+            raw = self._likelihood(alignment, said, heard, keep)
+        return Learned(loss, raw, (~keep).sum())
+
+    def _likelihood(self, alignment: Alignment, said: Tensor, heard: Tensor, keep: Tensor) -> Tensor:
+        chunks = (alignment.student_chunks, alignment.teacher_chunks)
+        values = (said, heard.masked_fill(~keep, 0.0))
+        student, teacher = (_chunk_sums(v, c, alignment.num_chunks) for v, c in zip(values, chunks, strict=True))
+        sound = _chunk_sums((~keep).float(), alignment.teacher_chunks, alignment.num_chunks) == 0
+        # A chunk of which the teacher's part is not finite is given the same likelihood on both sides: no difference.
+        return chunk_likelihood(*(torch.where(sound, side, -1.0) for side in (student, teacher)), self.tau)
+
+
+def _chunk_sums(values: Tensor, chunks: Tensor, count: int) -> Tensor:
+    """float [count]; what belongs to no chunk (-1) goes to one behind the last."""
+    return Segments(torch.where(chunks < 0, count, chunks), count + 1).sum(values)[:count]
+
+
+class SortedProbabilities(Distillation):
+    """L1 between sorted probabilities where both start a token: ULD, a baseline. Neither T^2 nor a floor."""
+
+    def between(self, student: Tensor, teacher: Tensor, part: Tensor) -> Learned:
+        """part: of no concern here"""
+        keep = finite_columns(teacher.detach())
+        teacher = self._top(teacher.masked_fill(~keep, 0.0))
+        loss = sorted_distance(student.T, teacher.T, self.temperature, keep)
+        return Learned(loss, loss.detach(), (~keep).sum())
+
+
+class HiddenStates(Distillation):
+    """Relative squared error of the last hidden states at the ends of chunks, where both have read the same bytes.
+
+    The student's states pass a projection that is learned with it.
+    """
+
+    needs_states = True
+
+    def __init__(self, config: LossConfig, pairing: Pairing, student_width: int, teacher_width: int):
+        super().__init__(config, pairing)
+        self.projection = nn.Linear(student_width, teacher_width, bias=False)
+
+    def forward(self, batch: Batch, outputs: Outputs) -> Learned:
+        """See `Distillation`."""
+        states = outputs.teacher_states[batch.alignment.teacher_ends]
+        keep = finite_rows(states)
+        states = states.masked_fill(~keep[:, None], 0.0)
+        projected = self.projection(outputs.student_states[batch.alignment.student_ends].float())
+        loss = state_distance(projected, states, keep)
+        return Learned(loss, loss.detach(), (~keep).sum())
+
+
+_KINDS = {
+    "projection": Projected,
+    "strict": Strict,
+    "alm": ChunkLikelihood,
+    "uld": SortedProbabilities,
+    "hidden": HiddenStates,
+}
+
+
+def build_distillation(config: LossConfig, pairing: Pairing, student: nn.Module, teacher: nn.Module) -> Distillation:
+    """The term that `--alignment` names. auto: token by token for equal tokenizers, else the projection."""
+    if config.alignment == "auto":
+        kind = TokenLevel if pairing.pair.tables is None else Projected
+    else:
+        kind = _KINDS[config.alignment]
+    widths = [model.config.get_text_config().hidden_size for model in (student, teacher)]
+    return kind(config, pairing, *(widths if kind is HiddenStates else ()))

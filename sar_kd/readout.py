@@ -1,0 +1,141 @@
+"""The last step of a language model, from hidden states to logits, a few rows at a time.
+
+The logits of a batch are its largest tensor by far, and each row of them is needed once. So they are made in tiles of
+shape [V, n], one column for each of n rows, and given up before the next tile is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from sar_kd.columns import blocks_of
+from sar_kd.heads import Head
+from sar_kd.precision import Precision
+
+Rows = slice | Tensor
+"""Rows of a readout: a stretch, or int64 indices"""
+
+
+@dataclass(frozen=True)
+class Readout:
+    """Rows of hidden states, and the head that reads logits out of them."""
+
+    states: Tensor
+    """float [N, D]; float [N, V], the logits themselves, without a head"""
+    head: Head | None
+    precision: Precision
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.head.weight) if self.head else self.states.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def at(self, rows: Tensor) -> Readout:
+        """These rows alone, with the graph that there is."""
+        return replace(self, states=self.states.index_select(0, rows))
+
+    def detach(self) -> Readout:
+        """The same without a graph."""
+        return replace(self, states=self.states.detach(), head=self.head and self.head.detach())
+
+    def tile(self, rows: Rows) -> Tensor:
+        """The logits of some rows, float32 [V, n], as the run's dtype computes them."""
+        states = _taken(self.states.detach(), rows)
+        if self.head is None:
+            return states.T.float().contiguous()
+        head = self.head
+        tile = states.new_empty((len(head.weight), len(states)), dtype=torch.float32)
+        columns = states.T
+        with self.precision.products():
+            for block in blocks_of(tile):
+                bias = None if head.bias is None else head.bias.detach()[block, None]
+                self._product(head.weight.detach()[block], columns, bias, tile[block])
+                if head.scale != 1.0:
+                    tile[block] *= head.scale
+                if head.softcap:
+                    tile[block].div_(head.softcap).tanh_().mul_(head.softcap)
+        return tile
+
+    def inner_slopes(self, tile: Tensor) -> Tensor | None:
+        """d cap(x) / d x where the tile's logits are cap(x); None where that is 1."""
+        if self.head is None or not self.head.softcap:
+            return None
+        return 1.0 - (tile / self.head.softcap).square_()
+
+    def logits(self) -> Tensor:
+        """All of them at once, with a graph: float [N, V]."""
+        if self.head is None:
+            return self.states
+        with self.precision.autocast():
+            return self.head.after_product(nn.functional.linear(self.states, self.head.weight, self.head.bias))
+
+    def _product(self, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        dtype = self.precision.dtype
+        if dtype is not torch.float32:
+            a, b = a.to(dtype), b.to(dtype)
+            out.copy_(a @ b if bias is None else torch.addmm(bias.to(dtype), a, b))  # rounded once, bias and all
+        elif bias is None:
+            torch.mm(a, b, out=out)
+        else:
+            torch.addmm(bias, a, b, out=out)
+
+
+def _taken(states: Tensor, rows: Rows) -> Tensor:
+    return states[rows] if isinstance(rows, slice) else states.index_select(0, rows)
+
+
+class Gradients:
+    """What a readout's states and head get back, collected tile by tile in float32."""
+
+    def __init__(self, readout: Readout, wanted: tuple[bool, bool, bool]):
+        """wanted: of the states, the head's weight, its bias"""
+        self.readout, head = readout, readout.head
+        self.states = torch.zeros_like(readout.states, dtype=torch.float32) if wanted[0] else None
+        self.weight = torch.zeros_like(head.weight, dtype=torch.float32) if wanted[1] else None
+        self.bias = torch.zeros_like(head.bias, dtype=torch.float32) if wanted[2] else None
+
+    def add_(self, rows: Rows, slopes: Tensor) -> None:
+        """Carry the slopes of a tile's logits, float32 [V, n], times any loss scale, back to states and head."""
+        readout, head = self.readout, self.readout.head
+        if head is None:
+            self._add_states_(rows, slopes.T)
+            return
+        if head.scale != 1.0:
+            slopes.mul_(head.scale)
+        if self.bias is not None:
+            self.bias += slopes.sum(1)
+        states, dtype = _taken(readout.states.detach(), rows), readout.precision.dtype
+        narrow = dtype is not torch.float32
+        states = states.to(dtype)
+        back = states.new_zeros(states.shape, dtype=torch.float32)
+        with readout.precision.products():
+            for block in blocks_of(slopes):
+                part, weight = slopes[block].to(dtype), head.weight.detach()[block].to(dtype)
+                if self.states is not None:
+                    back.add_(part.T @ weight) if narrow else back.addmm_(part.T, weight)
+                if self.weight is not None:
+                    self.weight[block].add_(part @ states) if narrow else self.weight[block].addmm_(part, states)
+        self._add_states_(rows, back)
+
+    def _add_states_(self, rows: Rows, back: Tensor) -> None:
+        if self.states is None:
+            return
+        if isinstance(rows, slice):
+            self.states[rows] += back
+        else:
+            self.states.index_add_(0, rows, back)
+
+    def times(self, factor: Tensor) -> list[Tensor | None]:
+        """The gradients of states, weight and bias, each in its tensor's dtype; to be called once."""
+        head = self.readout.head
+        likes = self.readout.states, head and head.weight, head and head.bias
+        parts = self.states, self.weight, self.bias
+        self.states = self.weight = self.bias = None
+        return [
+            part if part is None else part.mul_(factor).to(like.dtype) for part, like in zip(parts, likes, strict=True)
+        ]
