@@ -8,7 +8,7 @@ seed and the step alone.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -82,7 +82,7 @@ class Corpus:
     """Documents as blocks of tokens, and the batches made of them."""
 
     def __init__(
-        self, documents: list[Document | Conversation], pair: TokenizerPair, max_student: int, max_teacher: int
+        self, documents: Sequence[Document | Conversation], pair: TokenizerPair, max_student: int, max_teacher: int
     ):
         """max_student, max_teacher: most tokens that a block may hold for each model, start token included
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from sar_kd import embedded
+from sar_kd import embedded, units
 from sar_kd.config import DataConfig, UsageError
 from sar_kd.hub import reason_of
 
@@ -60,6 +60,8 @@ def load_documents(config: DataConfig) -> tuple[list[Sample], list[Sample]]:
 
     Raises: UsageError for a file that is missing, unreadable or of another kind, and for text without content
     """
+    if config.task:
+        return task_questions("train"), task_questions("validation")
     if config.dataset_name:
         train, validation = _load_dataset(config)
     elif config.train_file:
@@ -74,6 +76,14 @@ def load_documents(config: DataConfig) -> tuple[list[Sample], list[Sample]]:
     if not validation:
         train, validation = _hold_out(train)
     return train, validation
+
+
+def task_questions(split: str) -> list[Conversation]:
+    """The questions of `--task units` as conversations, each under its own text's name. split: as in `units.SPLITS`"""
+    return [
+        Conversation(asked.text, (Message("user", asked.text, False), Message("assistant", asked.answer, True)), True)
+        for asked in units.questions(split, units.COUNTS[split])
+    ]
 
 
 def _read_files(flag: str, paths: tuple[str, ...], text_field: str) -> list[Sample]:

@@ -8,7 +8,7 @@ where it exceeds a block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple
@@ -86,7 +86,7 @@ class _Joined:
 
 
 def join(
-    documents: list[Document | Conversation], pair: TokenizerPair, limits: tuple[int, int] | None = None
+    documents: Sequence[Document | Conversation], pair: TokenizerPair, limits: tuple[int, int] | None = None
 ) -> JoinedText:
     """Tokenize every document on both sides and join them, plain documents before conversations.
 
@@ -101,7 +101,8 @@ def join(
     )
     if not joined.names:
         shown = ", ".join(joined.left_out[:3])
-        raise UsageError(f"--train_file: no document holds text that both tokenizers can represent ({shown})")
+        remedy = "; raise --block_size" if any("within a block" in name for name in joined.left_out) else ""
+        raise UsageError(f"--train_file: no document holds text that both tokenizers can represent ({shown}){remedy}")
     laid = [_stream(side, table) for side, table in zip(joined.sides, pair.tables or (None,), strict=True)]
     streams, bounds = zip(*laid, strict=True)
     firsts = bounds[0][:-1]
