@@ -47,7 +47,7 @@ def fine_tune(config: SftConfig) -> dict:
     world = join_world()
     if world.size > 1:
         raise UsageError(
-            f"fine-tuning takes one process, and {world.size} are running: start it without torchrun; so does --task, "
+            f"fine-tuning takes one process, and {world.size} are running: start it without torchrun; likewise --task, "
             "which fine-tunes first"
         )
     log = open_run(config, SftLog)  # where to

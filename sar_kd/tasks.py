@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sar_kd import embedded
 from sar_kd.companion import Companion
@@ -21,6 +23,7 @@ from sar_kd.precision import Precision
 from sar_kd.sft_config import SFT, SftConfig, SftModelConfig, SftOptimConfig, SftTrainConfig
 from sar_kd.supervised import fine_tune
 
+R = TypeVar("R", Config, SftConfig)
 TEACHER_LR = 1e-3
 """Of the embedded teacher on a task."""
 
@@ -70,13 +73,15 @@ def prepare_task(config: Config) -> tuple[Config, Task]:
     """
     if not config.data.task:
         return config, Task(config)
+    started = time.monotonic()
     folder = config.train.output_dir.rstrip("/")
     if config.models.teacher_model == EMBEDDED and config.data.task_teacher_steps:
         ready = _teacher_config(config, f"{folder}-teacher")
-        _run(ready, config.train.resume)
+        _run(ready, config.train.resume, started)
         teacher = str(Path(ready.train.output_dir) / "student")
         config = dataclasses.replace(config, models=dataclasses.replace(config.models, teacher_model=teacher))
-    return config, Task(config, _run(_baseline_config(config, f"{folder}-cross-entropy"), config.train.resume))
+    baseline = _run(_baseline_config(config, f"{folder}-cross-entropy"), config.train.resume, started)
+    return _in_time(config, started), Task(config, baseline)
 
 
 def _teacher_config(config: Config, folder: str) -> SftConfig:
@@ -111,7 +116,15 @@ def _calendar(config: Config, folder: str, **changes) -> SftTrainConfig:
     return SftTrainConfig(**values | changes)
 
 
-def _run(config: SftConfig, resumes: bool) -> dict:
+def _in_time(config: R, started: float) -> R:
+    """The same with what is left of `--time_limit`, which counts from the start of all."""
+    left = config.train.time_limit_seconds - (time.monotonic() - started)
+    if left == math.inf:
+        return config
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, time_limit=f"{max(1, int(left))}s"))
+
+
+def _run(config: SftConfig, resumes: bool, started: float) -> dict:
     """The summary of this run: of one that is finished, or after its rest, or anew.
 
     resumes: the run that it belongs to has begun, so that this one is what it began with, whatever has changed since
@@ -125,7 +138,7 @@ def _run(config: SftConfig, resumes: bool) -> dict:
             config = dataclasses.replace(config, train=dataclasses.replace(config.train, resume=True))
         else:
             config = dataclasses.replace(config, train=dataclasses.replace(config.train, overwrite=True))
-    summary = fine_tune(config)
+    summary = fine_tune(_in_time(config, started))
     if summary["status"] == "interrupted":
         raise KeyboardInterrupt
     return summary
@@ -135,7 +148,7 @@ def _holds(folder: Path, config: SftConfig) -> bool:
     """Is this very run in the folder?"""
     saved, own = _read(folder / "config.json"), json.loads(json.dumps(config.to_dict()))
     for settings in (saved, own):
-        for name in ("resume", "overwrite"):
+        for name in ("resume", "overwrite", "time_limit"):
             settings.get("train", {}).pop(name, None)
     return saved == own
 
