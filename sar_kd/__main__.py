@@ -4,6 +4,8 @@ train       distil a teacher into a student (as train_sar_kd_stable.py does)
 preflight   what a run with the same flags would find here; trains nothing
 report      report.html of a run, or of several beside one another
 generate    teacher, student before and student after on one prompt
+sft         fine-tune a model on questions with answers
+explain     what a log of losses and gradient norms says went wrong
 forensics   why a step of a run was not finite, and what to try
 audit       what two tokenizers have in common on a text
 routers     the routers of a mixture-of-experts model
@@ -26,6 +28,8 @@ VERBS = {
     "preflight": "sar_kd.preflight",
     "report": "sar_kd.report",
     "generate": "sar_kd.generate",
+    "sft": "sar_kd.supervised",
+    "explain": "sar_kd.explain",
     "forensics": "sar_kd.forensics",
     "audit": "sar_kd.audit",
     "routers": "sar_kd.router_table",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import time
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from sar_kd.config import (
     MODES,
     SECTIONS,
     STABLE,
+    TASKS,
     Config,
+    RunConfig,
     UsageError,
     require,
 )
@@ -39,7 +42,8 @@ S = typing.TypeVar("S")
 # What may differ between the two halves of a resumed run without making it another run.
 _MAY_CHANGE_ON_RESUME = {
     "eval_steps", "log_steps", "save_steps", "keep_checkpoints", "on_divergence", "resume", "output_dir", "train_steps",
-    "device", "trust_remote_code", "time_limit", "tensorboard", "wandb", "token_cache",
+    "device", "trust_remote_code", "time_limit", "tensorboard", "wandb", "token_cache", "epochs", "max_steps",
+    "save_strategy",
 }  # fmt: skip
 
 
@@ -90,9 +94,14 @@ def configure(script: Mapping[str, str], flags: Mapping[str, object]) -> Config:
 def _configure(script: Mapping[str, str], given: dict[str, Any]) -> Config:
     mode = given.pop("mode", None)
     if given.get("resume"):
-        return _resumed(given, mode)
+        return _resumed(given, mode, Config, MODES)
     mode = mode or script["mode"]
-    values: dict[str, Any] = {"model_dtype": script["model_dtype"], **MODES[mode], **given}
+    values: dict[str, Any] = {
+        "model_dtype": script["model_dtype"],
+        **MODES[mode],
+        **TASKS.get(given.get("task", ""), {}),
+        **given,
+    }
     notices: tuple[str, ...] = ()
     if values.get("student_model", EMBEDDED) == EMBEDDED and "student_lr" not in given:
         notices += (_raise_rate(values, "student_lr", EMBEDDED_LR_FACTOR, "Learning rate", "student"),)
@@ -102,6 +111,42 @@ def _configure(script: Mapping[str, str], given: dict[str, Any]) -> Config:
         notices += (notice,) if may_learn else ()
     values.setdefault("output_dir", f"runs/{script['name']}-{time.strftime('%Y%m%d-%H%M%S')}")
     return Config.from_flags(values, mode, notices)
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb that trains: its flags, and what they are where none is given."""
+
+    name: str
+    description: str
+    kind: type[RunConfig]
+    defaults: Mapping[str, object]
+    """What differs from the fields' own"""
+    tasks: Mapping[str, Mapping[str, object]]
+    """What each `--task` brings with it"""
+    embedded_lr_factor: float
+    """On the learning rate of the embedded student"""
+
+
+def parse_training(verb: Verb, argv: list[str]) -> Any:
+    """The configuration that the command line of a verb that trains asks for.
+
+    Precedence as in `parse_args`, with `--task` in the place of the mode.
+
+    Raises: UsageError, naming the flag, its value and the remedy.
+    """
+    parser = _verb_parser(verb.name, verb.description)
+    add_sections(parser, verb.kind.sections(), verb.defaults)
+    given = vars(parser.parse_args(argv))
+    if given.get("resume"):
+        return _resumed(given, None, verb.kind, (verb.name,))
+    values = {**verb.defaults, **verb.tasks.get(given.get("task", ""), {}), **given}
+    notices: tuple[str, ...] = ()
+    if values.get("student_model", EMBEDDED) == EMBEDDED and "learning_rate" not in given:
+        values.setdefault("learning_rate", verb.kind().optim.learning_rate)
+        notices = (_raise_rate(values, "learning_rate", verb.embedded_lr_factor, "Learning rate", "student"),)
+    values.setdefault("output_dir", f"runs/{verb.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    return verb.kind.from_flags(values, verb.name, notices)
 
 
 def _raise_rate(values: dict[str, Any], flag: str, factor: float, title: str, model: str) -> str:
@@ -139,15 +184,15 @@ def parse_section(
 def _parse_flags(
     verb: str, description: str, sections: Mapping[str, type], argv: list[str], places: Sequence[str] = ()
 ) -> tuple[dict, bool]:
-    usage = " ".join(["%(prog)s", *(place_of(sections, name) for name in places), "[flags]"])
-    parser = Parser(prog=f"{program_name()} {verb}", usage=usage, description=description, **style())
+    parser = _verb_parser(verb, description, *(place_of(sections, name) for name in places))
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_sections(parser, sections, {}, places)
     given = vars(parser.parse_args(argv))
     return given, given.pop("json", False)
 
 
-def _resumed(given: dict[str, Any], mode: str | None) -> Config:
+def _resumed(given: dict[str, Any], mode: str | None, kind: type[RunConfig], modes: Iterable[str]) -> Any:
+    """The configuration of the run in `--output_dir`; modes: the words that it may have been started with."""
     if not given.get("output_dir"):
         raise UsageError("--resume: give the run folder with --output_dir")
     path = Path(given["output_dir"]) / "config.json"
@@ -159,9 +204,9 @@ def _resumed(given: dict[str, Any], mode: str | None) -> Config:
         saved = json.loads(path.read_text())
         saved_mode = saved.pop("mode")
         values = {name: value for section in saved.values() for name, value in section.items()}
-        values = {name: values[name] for section in SECTIONS.values() for name in names_of(section)}
-        _check_kinds(values)
-        if saved_mode not in MODES:
+        values = {name: values[name] for section in kind.sections().values() for name in names_of(section)}
+        _check_kinds(kind, values)
+        if saved_mode not in modes:
             raise ValueError(f"no mode is called {saved_mode}")
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UsageError(f"--resume: {path} is not what this version wrote ({error}); start a new run") from None
@@ -177,14 +222,14 @@ def _resumed(given: dict[str, Any], mode: str | None) -> Config:
     if given.get("train_steps", values["train_steps"]) != values["train_steps"]:
         notices = (f"--train_steps {given['train_steps']}: the learning rate's course changes from here on.",)
     try:
-        return Config.from_flags({**values, **given, "overwrite": False}, saved_mode, notices)
+        return kind.from_flags({**values, **given, "overwrite": False}, saved_mode, notices)
     except (TypeError, AttributeError) as error:  # a value of another type, edited by hand
         raise UsageError(f"--resume: {path} is not what this version wrote ({error}); start a new run") from None
 
 
-def _check_kinds(values: dict[str, object]) -> None:
+def _check_kinds(run: type[RunConfig], values: dict[str, Any]) -> None:
     """Raise TypeError or ValueError unless each value is of its flag's kind and, where there are some, choices."""
-    for item, kind in fields_of(SECTIONS.values()):
+    for item, kind in fields_of(run.sections().values()):
         check_kind(item, kind, values[item.name])
 
 
@@ -199,3 +244,8 @@ def _build_parser(
     )
     add_sections(parser, SECTIONS, {**script, **MODES[script["mode"]]})
     return parser
+
+
+def _verb_parser(verb: str, description: str, *places: str) -> Parser:
+    usage = " ".join(["%(prog)s", *places, "[flags]"])
+    return Parser(prog=f"{program_name()} {verb}", usage=usage, description=description, **style())

@@ -13,7 +13,8 @@ from sar_kd.version import __version__
 FILE = "README.md"
 _TOLD = (
     "mode", "alignment", "kd_direction", "temperature", "alpha_kd", "alpha_ce", "routing", "student_lr",
-    "weight_decay", "train_steps", "per_device_batch_size", "grad_accum_steps", "block_size", "model_dtype", "seed",
+    "learning_rate", "lora_rank", "weight_decay", "train_steps", "per_device_batch_size", "grad_accum_steps",
+    "block_size", "model_dtype", "seed",
 )  # fmt: skip
 
 
@@ -44,18 +45,19 @@ def card_of(run: History) -> str:
     """The card of a run's best student, in the form that the Hugging Face hub reads."""
     validations = run.validations()
     best = min(validations, key=lambda record: _ordered(record.get("val_loss")), default={})
-    teacher, student = (_public(str(run.setting(f"{whose}_model"))) for whose in ("teacher", "student"))
+    names = [run.setting(f"{whose}_model") for whose in ("teacher", "student")]
+    teacher, student = (_public(str(name)) if name else "" for name in names)  # fine-tuning has no teacher
     text = _text_of(run)
-    settings = {"mode": run.config.get("mode"), **{name: run.setting(name) for name in _TOLD if name != "mode"}}
+    settings = {"mode": run.config.get("mode"), **{name: run.setting(name) for name in _TOLD[1:]}}
     lines = [
         "---",
         "library_name: transformers",
         "pipeline_tag: text-generation",
-        "tags: [knowledge-distillation, sar-kd]",
+        f"tags: [{'knowledge-distillation' if teacher else 'fine-tuning'}, sar-kd]",
         *([f"base_model: {json.dumps(student)}"] if "/" in student else []),
         *([f"datasets: [{json.dumps(run.setting('dataset_name'))}]"] if run.setting("dataset_name") else []),
         "---",
-        f"# {student}, distilled from {teacher}",
+        f"# {student}, " + (f"distilled from {teacher}" if teacher else "fine-tuned"),
         "",
         f"Made with SAR-KD {__version__}. The weights are float32 and those of step {best.get('step', 0)}, the best by "
         "validation loss.",
@@ -64,15 +66,15 @@ def card_of(run: History) -> str:
         "|---|---:|---:|",
         _row("student, before", run.start, ""),
         _row(f"student, this one (step {best.get('step', 0)})", best, ""),
-        _row("teacher", run.start, "teacher_"),
+        *([_row("teacher", run.start, "teacher_")] if teacher else []),
         "",
         "Perplexity is exp(nats / token) over all of a fixed text. It compares between models of equal tokenizers; "
         "bits per byte compares between all.",
         "",
-        f"- Teacher: {teacher}",
+        *([f"- Teacher: {teacher}"] if teacher else []),
         f"- Student: {student}",
         f"- Text: {text}",
-        *(f"- {name}: {value}" for name, value in settings.items()),
+        *(f"- {name}: {value}" for name, value in settings.items() if value is not None),
         "",
         "```python",
         "from transformers import pipeline",
@@ -92,6 +94,8 @@ def _row(name: str, record: dict, prefix: str) -> str:
 def _text_of(run: History) -> str:
     if run.setting("dataset_name"):
         return " ".join(filter(None, (str(run.setting("dataset_name")), str(run.setting("dataset_config_name") or ""))))
+    if run.setting("task"):
+        return f"questions of the task {run.setting('task')}"
     files = run.setting("train_file")
     if isinstance(files, list) and files:
         return ", ".join(Path(file).name for file in files)

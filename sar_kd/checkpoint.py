@@ -26,7 +26,9 @@ from sar_kd.config import UsageError
 from sar_kd.files import replace_text
 from sar_kd.folder import file_digest, require_room
 from sar_kd.guards import StepGuard
+from sar_kd.lora import save_learned
 from sar_kd.models import complete_generation_config_
+from sar_kd.no_teacher import NoTeacher
 from sar_kd.objective import Objective
 from sar_kd.placement import WHOLE, Placement
 from sar_kd.precision import Precision
@@ -72,7 +74,7 @@ def save_checkpoint(
     precision: Precision,
     guard: StepGuard,
     objective: Objective,
-    routing: TeacherRouting,
+    routing: TeacherRouting | NoTeacher,
     progress: dict,
     keep: int = 2,
     placement: Placement = WHOLE,
@@ -102,7 +104,7 @@ def _write(
     with _writing(partial, folder.parent, what):
         partial.mkdir(parents=True)
         if weights is None:
-            safetensors.torch.save_model(student, str(partial / "student.safetensors"))
+            save_learned(student, partial / "student.safetensors")
         else:
             safetensors.torch.save_file(weights, str(partial / "student.safetensors"))
         torch.save(state, partial / "state.pt")
@@ -127,7 +129,7 @@ def load_checkpoint(
     precision: Precision,
     guard: StepGuard,
     objective: Objective,
-    routing: TeacherRouting,
+    routing: TeacherRouting | NoTeacher,
     placement: Placement = WHOLE,
 ) -> dict:
     """Put everything back as `save_checkpoint` found it, and return `progress`.

@@ -44,7 +44,7 @@ def check_clamps(
     raw, hard = loss.logit_clamp_style == "raw", loss.loss_clamp_style == "hard"
     if not (raw or hard):
         return []
-    student_vocab, teacher_vocab = num_rows(models.student), num_rows(models.teacher)
+    student_vocab, teacher_vocab = num_rows(models.student), num_rows(models.teacher or models.student)
     reasons = reasons_not_to_learn(
         logit_clamp=loss.logit_clamp if raw else None,
         loss_clamp=loss.loss_clamp if hard else None,

@@ -7,14 +7,12 @@ given beside it wins, and no other code asks which mode it is in. Whatever a use
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import re
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from sar_kd.routing_config import RoutingConfig
-from sar_kd.settings import UsageError, flag, require, require_at_least, require_positive
+from sar_kd.settings import RunConfig, UsageError, flag, require, require_at_least, require_positive, seconds_of
 
 EMBEDDED = "embedded"
 """The value of --teacher_model and --student_model that means the models shipped with the package."""
@@ -24,9 +22,6 @@ EMBEDDED_LR_FACTOR = 200.0
 
 EMBEDDED_ROUTER_LR_FACTOR = 20.0
 """The embedded teacher's routers likewise; at 200 they follow the student so far that the teacher forgets."""
-
-
-_TIME = re.compile(r"(?:(\d{1,4})h)?(?:(\d{1,6})m)?(?:(\d{1,8})s)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +48,25 @@ class DataConfig:
     )
     dataset_name: str = flag("", "a dataset for the `datasets` package: hub id or directory")
     dataset_config_name: str = flag("", "its configuration, for example wikitext-103-raw-v1")
+    task: str = flag(
+        "",
+        "units: questions about units, made from a seed, with accuracy and answer rate measured on ones never seen; "
+        "needs no text, and brings the defaults of a task",
+        choices=("", "units"),
+    )
+    task_teacher_steps: int = flag(
+        1500, "steps for which a distillation run fine-tunes the embedded teacher on --task first; 0: as it is"
+    )
     block_size: int = flag(256, "tokens in a block, for the student; the teacher reads the same text")
     token_cache: str = flag(
         "", "folder that keeps the tokens of a large text; by default sar_kd in the user's cache; 'off' keeps none"
     )
 
     def __post_init__(self):
+        require_at_least(self, 0, "task_teacher_steps")
         require(self.block_size >= 8, "block_size", self.block_size, "must be at least 8 tokens")
+        if self.task and (self.dataset_name or self.train_file):
+            raise UsageError(f"--task {self.task}: makes its own text; leave out --train_file and --dataset_name")
         if self.dataset_name and self.train_file:
             raise UsageError(f"--dataset_name {self.dataset_name}: give it or --train_file, not both")
         if self.dataset_config_name and not self.dataset_name:
@@ -116,17 +123,26 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """Optimizer: AdamW, linear warm-up, cosine decay to a tenth."""
+class AdamWConfig:
+    """Optimizer: AdamW, linear warm-up, cosine decay to a tenth. What the rate is called is a subclass's matter."""
 
-    student_lr: float = flag(1e-5, "peak learning rate of the student")
     weight_decay: float = flag(0.01, "decoupled weight decay on matrices")
     warmup_steps: int = flag(20, "steps over which the rate rises to its peak")
     lr_schedule: str = flag("cosine", "shape of the rate after warm-up", choices=("cosine", "constant"))
 
     def __post_init__(self):
-        require_positive(self, "student_lr")
         require_at_least(self, 0, "weight_decay", "warmup_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(AdamWConfig):
+    """Optimizer: AdamW, linear warm-up, cosine decay to a tenth."""
+
+    student_lr: float = flag(1e-5, "peak learning rate of the student")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_positive(self, "student_lr")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +194,8 @@ class GuardConfig:
 class TrainConfig:
     """Run: how long, how often, where to. A step is one attempted update, applied or skipped."""
 
+    fewest_steps = 1  # no field, so no flag
+
     train_steps: int = flag(500, "attempted optimizer updates")
     per_device_batch_size: int = flag(4, "blocks in a micro-batch of each device")
     grad_accum_steps: int = flag(1, "micro-batches in a step")
@@ -202,7 +220,8 @@ class TrainConfig:
     overwrite: bool = flag(False, "start again in an --output_dir that holds a run")
 
     def __post_init__(self):
-        require_at_least(self, 1, "train_steps", "per_device_batch_size", "grad_accum_steps", "eval_steps", "log_steps")
+        require_at_least(self, self.fewest_steps, "train_steps")
+        require_at_least(self, 1, "per_device_batch_size", "grad_accum_steps", "eval_steps", "log_steps")
         require_at_least(self, 1, "save_steps", "keep_checkpoints")
         require_at_least(self, 0, "seed")
         require(self.seed < 2**63, "seed", self.seed, "must be below 2^63")
@@ -213,16 +232,12 @@ class TrainConfig:
     @property
     def time_limit_seconds(self) -> float:
         """`--time_limit` in seconds, inf for none; 0 for what is no time."""
-        if not self.time_limit:
-            return math.inf
-        found = _TIME.fullmatch(self.time_limit)
-        parts = found.groups(default="0") if found else ()
-        return sum(int(part) * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))
+        return seconds_of(self.time_limit) if self.time_limit else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """Everything a run is made from; each module is handed its own part."""
+class Config(RunConfig):
+    """Everything a distillation run is made from; each module is handed its own part."""
 
     models: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -232,36 +247,19 @@ class Config:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     guards: GuardConfig = field(default_factory=GuardConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    mode: str = "balanced"
-    notices: tuple[str, ...] = field(default=(), compare=False)
-    """Lines to show at the start of the run; not part of what the run is."""
 
-    def to_dict(self) -> dict:
-        """Plain values for `config.json`; its sections, joined, are `from_flags`'s values again."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "notices"}
-
-    @staticmethod
-    def from_flags(values: dict[str, object], mode: str, notices: tuple[str, ...] = ()) -> Config:
-        """The configuration in which each flag named in `values` has that value and the others their default."""
-        parts = {}
-        for name, section in SECTIONS.items():
-            own = {f.name: values[f.name] for f in dataclasses.fields(section) if f.name in values}
-            parts[name] = section(**{k: tuple(v) if isinstance(v, list) else v for k, v in own.items()})
-        return Config(**parts, mode=mode, notices=notices)
+    def headline(self) -> list[str]:
+        """What the run is, for its first lines."""
+        models, loss = self.models, self.loss
+        return [
+            f"Mode {self.mode}, teacher {models.teacher_model}, student {models.student_model}, run folder "
+            f"{self.train.output_dir}",
+            f"loss = {loss.alpha_ce:g} * ce + {loss.alpha_kd:g} * kd at temperature {loss.temperature:g}, "
+            "shown unclamped",
+        ]
 
 
-SECTIONS = MappingProxyType(
-    {
-        "models": ModelConfig,
-        "data": DataConfig,
-        "loss": LossConfig,
-        "routing": RoutingConfig,
-        "optim": OptimConfig,
-        "precision": PrecisionConfig,
-        "guards": GuardConfig,
-        "train": TrainConfig,
-    }
-)
+SECTIONS = MappingProxyType(Config.sections())
 
 _CLAMPED = {
     "logit_clamp": 5.0,
@@ -289,6 +287,9 @@ MODES = MappingProxyType(
         },
     }
 )  # fmt: skip
+
+TASKS = MappingProxyType({"units": {"per_device_batch_size": 16, "train_steps": 3000, "eval_steps": 500}})
+"""What `--task` brings with it, as a mode does; any flag given beside it wins."""
 
 # The two scripts: the same program, these defaults.
 FP16_SAFE = MappingProxyType({"name": "fp16_safe", "mode": "ultra-conservative", "model_dtype": "float16"})

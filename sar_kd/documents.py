@@ -13,7 +13,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
-from sar_kd import embedded
+from sar_kd import embedded, units
 from sar_kd.config import DataConfig, UsageError
 from sar_kd.hub import reason_of
 from sar_kd.rows import PAIRS, Conversation, Document, Message, conversation_of
@@ -63,6 +63,8 @@ def load_documents(config: DataConfig) -> tuple[Sequence[Sample] | Documents, Se
 
     Raises: UsageError for a file that is missing, unreadable or of another kind, and for text without content
     """
+    if config.task:
+        return task_questions("train"), task_questions("validation")
     if config.dataset_name:
         train, validation = map(_gathered, _dataset(config))
     elif config.train_file:
@@ -77,6 +79,14 @@ def load_documents(config: DataConfig) -> tuple[Sequence[Sample] | Documents, Se
     if not validation.count:
         return _hold_out(train)
     return train.all, validation.all
+
+
+def task_questions(split: str) -> list[Conversation]:
+    """The questions of `--task units` as conversations, each under its own text's name. split: as in `units.SPLITS`"""
+    return [
+        Conversation(asked.text, (Message("user", asked.text, False), Message("assistant", asked.answer, True)), True)
+        for asked in units.questions(split, units.COUNTS[split])
+    ]
 
 
 class _Gathered(NamedTuple):

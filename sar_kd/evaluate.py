@@ -55,29 +55,36 @@ def share(batches: Iterable[TokenBatch], world: World) -> Iterator[TokenBatch]:
         yield group[world.rank] if world.rank < len(group) else dataclasses.replace(first, rows=none, targets=none)
 
 
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, batches: Iterable[TokenBatch], num_bytes: int, precision: Precision, world: World = ALONE
-) -> Evaluation:
-    """Total nats of all ranks' `batches` under `model`, in eval mode, which is left as it was found.
-
-    sum over tokens, in float64, of logsumexp(z) - z[target], with z in float32
+@contextlib.contextmanager
+def reading(model: nn.Module, precision: Precision) -> Iterator[None]:
+    """`model` in eval mode and without gradients, left in the mode in which it was found.
 
     A model with float32 weights (the student) also computes in float32, as its saved copy will.
     """
     was_training = model.training
     model.eval()
     halved = next(model.parameters()).dtype is not torch.float32
+    with torch.no_grad(), precision.autocast() if halved else contextlib.nullcontext():
+        yield
+    model.train(was_training)
+
+
+def evaluate(
+    model: nn.Module, batches: Iterable[TokenBatch], num_bytes: int, precision: Precision, world: World = ALONE
+) -> Evaluation:
+    """Total nats of all ranks' `batches` under `model`, as `reading` computes.
+
+    sum over tokens, in float64, of logsumexp(z) - z[target], with z in float32
+    """
     nats = torch.zeros((), dtype=torch.float64, device=precision.device)
     num_tokens = 0
     for batch in batches:
         batch = batch.to(precision.device)
-        with precision.autocast() if halved else contextlib.nullcontext():
+        with reading(model, precision):
             logits = model(input_ids=batch.input_ids, use_cache=False).logits
         logits = logits.flatten(0, 1)[batch.rows].float()
         picked = logits.gather(1, batch.targets[:, None]).squeeze(1)
         nats += (logits.logsumexp(1) - picked).double().sum()
         num_tokens += len(batch.targets)
-    model.train(was_training)
     total, count = world.sum([nats.item(), num_tokens])
     return Evaluation(total, int(count), num_bytes)

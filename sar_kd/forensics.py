@@ -10,16 +10,18 @@ import contextlib
 import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from sar_kd.config import UsageError
+from sar_kd.arguments import parse_section
 from sar_kd.data import Batch
 from sar_kd.files import plain, replace_text
 from sar_kd.precision import Precision
+from sar_kd.settings import UsageError, flag
 
 REMEDIES = {
     "fp16 range": "the weights are sound but float16 cannot hold this model's activations: use --model_dtype float32, "
@@ -225,22 +227,27 @@ def _reach(module: dict, record: dict) -> list[str]:
     return [f"In float32 its output reaches {reach:.4g} only: what is too large for float16 lies within it.", ""]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ForensicsConfig:
+    """Forensics: what a run has written about its first bad step."""
+
+    run: str = flag("", "a run folder", metavar="RUN_DIR")
+
+
 def main(argv: list[str]) -> dict:
-    """`forensics RUN_DIR`: print why a run was stopped, or had to refuse a step.
+    """Print why a run was stopped, or had to refuse a step; `--json` for programs.
 
     Raises: UsageError if the folder holds no run
     """
-    if argv[:1] in (["-h"], ["--help"]):
-        print("usage: python -m sar_kd forensics RUN_DIR\n\nPrint why a step of the run could not be applied.")
-        return {"status": "finished"}
-    if len(argv) != 1 or argv[0].startswith("-"):
-        raise UsageError(f"forensics {' '.join(argv)}: give one run folder (python -m sar_kd forensics RUN_DIR)")
-    folder = Path(argv[0])
+    about = "Why a step of a run could not be applied."
+    config, as_json = parse_section("forensics", about, ForensicsConfig, argv, ["run"])
+    folder = Path(config.run)
     if not (folder / "config.json").is_file():
         raise UsageError(f"forensics {folder}: holds no run")
-    path = folder / "crash" / "crash.md"
+    path = folder / "crash" / ("crash.json" if as_json else "crash.md")
+    nothing = "{}\n" if as_json else "No step of this run had a NaN.\n"
     try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else "No step of this run had a NaN.\n"
+        text = path.read_text(encoding="utf-8") if path.is_file() else nothing
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"forensics {folder}: {path} cannot be read ({error})") from None
     print(text, end="")

@@ -59,6 +59,8 @@ def main(argv: list[str]) -> dict:
         "student, after": ("student_model", str(student)),
     }
     trusted = run.setting("trust_remote_code") is True
+    if not run.setting("teacher_model"):  # it was fine-tuned
+        del sources["teacher"]
     texts = {who: _write(flag_, name, trusted, config, precision) for who, (flag_, name) in sources.items()}
     if as_json:
         print(json.dumps({"prompt": config.prompt, **texts}, indent=2, ensure_ascii=False))

@@ -17,13 +17,13 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from sar_kd.card import CardWriter
-from sar_kd.config import Config, GuardConfig, UsageError
+from sar_kd.config import GuardConfig, RunConfig, TrainConfig, UsageError
 from sar_kd.files import complete_lines, plain, replace_text, step_of
 from sar_kd.folder import FolderLock, check_contained, clear, holds_something
 from sar_kd.guards import Verdict
 from sar_kd.report import find_report_writer
 from sar_kd.trackers import find_trackers
-from sar_kd.wording import closing_table, fitted
+from sar_kd.wording import closing_table, fitted, perplexity_text
 
 
 class Observer(Protocol):
@@ -42,7 +42,7 @@ class Observer(Protocol):
 class RunLog:
     """A run folder and the terminal, and whoever else takes notice."""
 
-    def __init__(self, config: Config, observers: Sequence[Observer] = ()):
+    def __init__(self, config: RunConfig, observers: Sequence[Observer] = ()):
         self.deadline = time.monotonic() + config.train.time_limit_seconds
         self._observers = observers
         self.folder = Path(config.train.output_dir)
@@ -60,8 +60,9 @@ class RunLog:
         tqdm.write("\n".join(fitted(line)), file=sys.stdout)
         sys.stdout.flush()
 
-    def start(self, first_step: int, train_steps: int) -> None:
+    def start(self, first_step: int, calendar: TrainConfig) -> None:
         """Write `config.json`, open `metrics.jsonl` without what a resumed run is about to repeat, show the bar."""
+        self._every = calendar.log_steps
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock.acquire()
         if first_step == 0 and self._config.train.overwrite:  # only now is it sure that a run begins
@@ -69,7 +70,7 @@ class RunLog:
         replace_text(self.folder / "config.json", json.dumps(self._config.to_dict(), indent=2) + "\n")
         self._open_metrics(first_step)
         self._bar = tqdm(
-            total=train_steps,
+            total=calendar.train_steps,
             initial=first_step,
             # No drawn bar: at 80 columns it would push out the figures, of which the first matter most.
             bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
@@ -117,27 +118,39 @@ class RunLog:
         """Enter one attempted update; its `step` counts from 1."""
         self._write({"event": "step", **record})
         self._window.append(record)
-        self._bar.set_postfix_str(
-            f"loss={record['loss']:.3f} kd={record['kd_loss']:.3f} ce={record['ce_loss']:.3f} "
-            f"ppl={self._perplexity:.2f} grad_norm={record['grad_norm']:.2f} success={success_rate:.0%} "
-            f"loss_scale={record['loss_scale']:.0f} tok/s={tokens_per_second:,.0f}",
-            refresh=False,
-        )
+        figures = self._postfix(record, success_rate)
+        self._bar.set_postfix_str(f"{figures} tok/s={tokens_per_second:,.0f}", refresh=False)
         self._bar.update(1)
         if record["step"] % self._every == 0:
-            self._line(record["step"], success_rate)
+            self.say(self._line(record["step"], success_rate))
+            self._window.clear()
 
-    def _line(self, step: int, success_rate: float) -> None:
+    def _postfix(self, record: dict, success_rate: float) -> str:
+        """What stands beside the bar."""
+        return (
+            f"loss={record['loss']:.3f} kd={record['kd_loss']:.3f} ce={record['ce_loss']:.3f} "
+            f"ppl={self._perplexity:.2f} grad_norm={record['grad_norm']:.2f} success={success_rate:.0%} "
+            f"loss_scale={record['loss_scale']:.0f}"
+        )
+
+    def _line(self, step: int, success_rate: float) -> str:
+        """What is said of the steps since the last line."""
         finite = [r for r in self._window if math.isfinite(r["loss"])]
         loss, kd, ce = (_mean([r[key] for r in finite]) for key in ("loss", "kd_loss", "ce_loss"))
         odd = len(self._window) - len(finite)
         bad = f" not_finite={odd}" if odd else ""
         of_routers = [r["router_kl"] for r in finite if "router_kl" in r]
         routers = f" router_kl={_mean(of_routers):.4f}" if of_routers else ""
-        self.say(
+        return (
             f"Step {step}: avg_loss={loss:.4f} (kd={kd:.4f}, ce={ce:.4f}){routers} success_rate={success_rate:.0%}{bad}"
         )
-        self._window.clear()
+
+    def say_start(self, start: dict, teacher: dict) -> None:
+        """Say where the student starts, and where the teacher is."""
+        self.say(
+            f"Validation PPL at the start = {start['val_ppl']:.2f} (teacher {teacher['val_ppl']:.2f}; "
+            f"bits per byte {start['val_bits_per_byte']:.3f}, teacher {teacher['val_bits_per_byte']:.3f})"
+        )
 
     def evaluation(self, record: dict, is_best: bool) -> None:
         """Enter one validation of the student."""
@@ -149,7 +162,7 @@ class RunLog:
             own, used = (record[f"teacher_val_ppl_{how}"] for how in ("native", "routed"))
             used = "" if used == own else f", {used:.2f} with every expert"
             teacher = f"; teacher {own:.2f}{used}, router entropy {record['router_entropy']:.3f}"
-        self.say(f"Step {record['step']}: Validation PPL = {record['val_ppl']:.2f}{best}{teacher}")
+        self.say(f"Step {record['step']}: Validation PPL = {perplexity_text(record['val_ppl'])}{best}{teacher}")
 
     def finish(self, summary: dict) -> None:
         """Write `summary.json`, close everything, print the closing table."""
@@ -168,7 +181,7 @@ class RunLog:
             observer.record(record)
 
 
-def open_run(config: Config) -> RunLog:
+def open_run(config: RunConfig, kind: type[RunLog] = RunLog) -> RunLog:
     """Find the run folder usable and say what the run is. The folder holds a run from `RunLog.start` on.
 
     Raises: UsageError if the folder holds another run, or cannot be written
@@ -188,15 +201,9 @@ def open_run(config: Config) -> RunLog:
     except OSError as error:
         raise UsageError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
     writers, lines = find_report_writer(folder)
-    log = RunLog(config, [CardWriter(folder), *writers, *find_trackers(config)])
-    models = config.models
-    log.say(f"Mode {config.mode}, teacher {models.teacher_model}, student {models.student_model}, run folder {folder}")
-    loss = config.loss
-    log.say(
-        f"loss = {loss.alpha_ce:g} * ce + {loss.alpha_kd:g} * kd at temperature {loss.temperature:g}, shown unclamped"
-    )
-    for notice in [*config.notices, *lines]:
-        log.say(notice)
+    log = kind(config, [CardWriter(folder), *writers, *find_trackers(config)])
+    for line in (*config.headline(), *config.notices, *lines):
+        log.say(line)
     return log
 
 

@@ -5,6 +5,7 @@ The only module that reads checkpoints through transformers.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -19,12 +20,10 @@ import safetensors
 import torch
 import transformers
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sar_kd import embedded
 from sar_kd.alignment import TokenizerPair, UnfitTokenizer
-from sar_kd.config import EMBEDDED, Config, ModelConfig, UsageError
+from sar_kd.config import EMBEDDED, Config, ModelConfig, RunConfig, UsageError
 from sar_kd.hub import reason_of
 from sar_kd.precision import Precision
 from sar_kd.tokens import encode
@@ -46,18 +45,23 @@ _EMBEDDED_DIRS = {
 class Models:
     """The two models of a run and what connects their tokenizers."""
 
-    teacher: nn.Module
+    teacher: Any
+    """A module; None where nothing is distilled"""
     student: nn.Module
     tokenizers: TokenizerPair
     embedded: bool
-    """Both models are the ones shipped with the package."""
+    """Every model is one that is shipped with the package."""
+
+    def with_student(self, student: nn.Module) -> Models:
+        """The same with another student."""
+        return dataclasses.replace(self, student=student.to(next(self.student.parameters()).device))
 
     def block_limits(self, block_size: int) -> tuple[int, int]:
         """Most tokens in a block for the student and for the teacher, start token included.
 
         Raises: UsageError if the student's context is shorter than `block_size`
         """
-        student, teacher = _context(self.student), _context(self.teacher)
+        student, teacher = (None if model is None else _context(model) for model in (self.student, self.teacher))
         if student is not None and student < block_size:
             raise UsageError(f"--block_size {block_size}: the student takes {student} tokens at most; lower it")
         return block_size, teacher or 8 * block_size
@@ -105,7 +109,22 @@ def load_models(config: Config, precision: Precision, given: Given = NOTHING_GIV
     return Models(teacher, student, tokenizers, both == (EMBEDDED, EMBEDDED))
 
 
-def load_tokenizers(config: Config) -> TokenizerPair:
+def load_student(names: Any, dtype: torch.dtype, precision: Precision) -> Models:
+    """Load what `--student_model` names, and no teacher: the student stands on both sides of the tokenizers.
+
+    names: `student_model` and `trust_remote_code`; dtype: of the weights; float32 for weights that are to learn
+    Raises: UsageError as `load_models`
+    """
+    _quiet()
+    student = _model("student_model", names, dtype, NOTHING_GIVEN)
+    rows = num_rows(student)
+    tokenizer = _tokenizer("student_model", names, rows, NOTHING_GIVEN)
+    both = {"student_model": tokenizer, "teacher_model": tokenizer}
+    pair = _pair(names, both, dict.fromkeys(both, rows), projects=False, stop_ids=(_stop_ids(student),) * 2)
+    return Models(None, student.train().to(precision.device), pair, names.student_model == EMBEDDED)
+
+
+def load_tokenizers(config: RunConfig) -> TokenizerPair:
     """The tokenizers alone, with tables of bytes even if they are equal; no weights are read.
 
     Raises: UsageError as `load_models`
@@ -137,29 +156,6 @@ def load_skeleton(flag: str, name: str, trust_remote_code: bool) -> nn.Module:
     return _read(flag, name, load)
 
 
-def recompute_activations_(model: nn.Module) -> int:
-    """Let each layer of `model` compute its activations anew in backward instead of keeping them; how many do.
-
-    Around the layers' own `forward`, so that nothing has to be in training mode: transformers' own switch does nothing
-    in eval mode, and in training mode dropout and the routers' noise would come with it.
-    """
-    layers = layers_of(model)
-    for layer in layers:
-        layer.forward = functools.partial(_recomputed, layer.forward)
-    return len(layers)
-
-
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks that follow one another in `model`, each of which takes and returns hidden states."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-
-
-def _recomputed(forward, *args, **kwargs):
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-
 def _stop_ids(model: nn.Module) -> tuple[int, ...]:
     """What the generation config names beside the tokenizer's own end of text."""
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
@@ -169,6 +165,10 @@ def _stop_ids(model: nn.Module) -> tuple[int, ...]:
 def _pair_tokenizers(names: ModelConfig, rows: dict[str, int], given: Given = NOTHING_GIVEN, **how) -> TokenizerPair:
     """`how`: as `TokenizerPair`"""
     loaded = {flag: _tokenizer(flag, names, rows[flag], given) for flag in rows}
+    return _pair(names, loaded, rows, **how)
+
+
+def _pair(names: ModelConfig, loaded: dict[str, Any], rows: dict[str, int], **how) -> TokenizerPair:
     try:
         return TokenizerPair(
             loaded["student_model"],

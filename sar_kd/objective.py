@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,9 +45,7 @@ class Objective:
     no mean is above the limit.
     """
 
-    def __init__(
-        self, teacher: nn.Module, student: nn.Module, config: LossConfig, pairing: Pairing, precision: Precision
-    ):
+    def __init__(self, teacher: Any, student: nn.Module, config: LossConfig, pairing: Pairing, precision: Precision):
         self.teacher, self.student, self.precision = teacher, student, precision
         self.alpha_ce, self.alpha_kd = config.alpha_ce, config.alpha_kd
         self.logit_clamp = LogitClamp(config.logit_clamp_style, config.logit_clamp)

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from sar_kd.data import Batch
+from sar_kd.lora import load_learned
 from sar_kd.world import ALONE
 
 
@@ -58,8 +58,8 @@ class Placement:
         return state
 
     def load_student_(self, student: nn.Module, path: Path) -> None:
-        """Put the weights in a safetensors file back."""
-        safetensors.torch.load_model(student, str(path))
+        """Put the weights in a safetensors file back: all of them, or those that learn."""
+        load_learned(student, path)
 
     def load_optimizer_(self, optimizer: torch.optim.Optimizer, state: dict) -> None:
         """Put back what `whole` made of its state."""

@@ -55,6 +55,7 @@ class HalfProductsOnCpu(TorchDispatchMode):
         values = _ROUNDED.get(func.name())
         if values is None or args[1].dtype is not torch.float16 or args[1].device.type != "cpu":
             return func(*args, **kwargs)
+        kwargs = {name: _cast(arg, torch.float16, torch.float32) for name, arg in kwargs.items()}  # a mask, for one
         wide = func(*(_cast(arg, torch.float16, torch.float32) for arg in args), **kwargs)
         if isinstance(wide, Tensor):
             return wide.half()

@@ -20,7 +20,7 @@ import torch
 from sar_kd import environment, hub
 from sar_kd.arguments import parse_run
 from sar_kd.clamps import clamp_lines, reasons_not_to_learn
-from sar_kd.config import EMBEDDED, Config, UsageError
+from sar_kd.config import EMBEDDED, RunConfig, UsageError
 from sar_kd.coverage import measure_coverage, name_left_out
 from sar_kd.data import Corpus
 from sar_kd.documents import Sample, load_documents
@@ -45,21 +45,22 @@ class Finding(NamedTuple):
 class Subject:
     """What the checks look at: the settings, and the models without their weights, built when first asked for."""
 
-    def __init__(self, config: Config, given: Given = NOTHING_GIVEN):
+    def __init__(self, config: RunConfig, given: Given = NOTHING_GIVEN):
         self.config, self.given = config, given
+        self.sides = [whose for whose in ("teacher", "student") if hasattr(config.models, f"{whose}_model")]
 
     @cached_property
     def models(self) -> dict[str, torch.nn.Module]:
-        """'teacher' and 'student': shapes only, or the model itself where it is in memory already."""
+        """'teacher', if there is one, and 'student': shapes only, or the model itself where it is in memory already."""
         names, found = self.config.models, {}
-        for whose in ("teacher", "student"):
+        for whose in self.sides:
             flag = f"{whose}_model"
             model = self.given.model(flag)
             found[whose] = model or load_skeleton(flag, getattr(names, flag), names.trust_remote_code)
         return found
 
 
-def preflight(config: Config, say: Callable[[str], None], given: Given = NOTHING_GIVEN) -> None:
+def preflight(config: RunConfig, say: Callable[[str], None], given: Given = NOTHING_GIVEN) -> None:
     """Look at everything that a run's success depends on and that costs next to nothing to look at.
 
     Raises: UsageError with cause and remedy, at the first thing that cannot go well
@@ -103,7 +104,7 @@ def _check_device(subject: Subject) -> Finding:
 
 def _check_hub(subject: Subject) -> Finding:
     offline, where = hub.offline_by(), {}
-    for whose in ("teacher", "student"):
+    for whose in subject.sides:
         flag = f"{whose}_model"
         name = getattr(subject.config.models, flag)
         if subject.given.model(flag) is not None:
@@ -131,7 +132,8 @@ def _check_models(subject: Subject) -> Finding:
 
 
 def _check_clamps(subject: Subject) -> Finding:
-    loss, teacher, student = subject.config.loss, *(num_rows(subject.models[w]) for w in ("teacher", "student"))
+    # Where there is no teacher, the student's vocabulary stands for its own.
+    loss, (teacher, student) = subject.config.loss, (num_rows(subject.models[w]) for w in (subject.sides[0], "student"))
     lines, record = clamp_lines(loss, student, teacher)
     reasons = reasons_not_to_learn(
         logit_clamp=loss.logit_clamp if loss.logit_clamp_style == "raw" else None,
@@ -193,7 +195,8 @@ def describe(train: Corpus, validation: Corpus) -> list[str]:
         lines += measure_coverage(train).lines()
     elif train.pair.tables is not None:
         lines.append("A tokenizer changes text: its tokens are placed by characters, and compared by rank alone (uld)")
-    for side in train.text.without_template:
+    sides = ("student",) if train.pair.teacher is train.pair.student else ("student", "teacher")  # or no teacher at all
+    for side in (side for side in sides if side in train.text.without_template):
         lines.append(f"The {side}'s tokenizer has no chat template: its conversations read 'User: ... Assistant: ...'")
     truncated = [*train.text.truncated, *validation.text.truncated]
     if truncated:

@@ -23,6 +23,7 @@ class Progress:
     """The part of it spent in attempts"""
     start: dict = field(default_factory=dict)
     teacher: dict = field(default_factory=dict)
+    """`val_ppl` and `val_bits_per_byte` before the first step; empty where there is no teacher"""
     last: dict = field(default_factory=dict)
     best: dict = field(default_factory=dict)
     best_step: int = 0
@@ -32,6 +33,8 @@ class Progress:
     """What the learning rate is multiplied by since"""
     left_out: list[int] = field(default_factory=list)
     """Blocks that are not read since"""
+    companions: list[dict] = field(default_factory=list)
+    """What each companion keeps"""
 
     def summary(self, status: str, guard: StepGuard, precision: Precision) -> dict:
         """What the run did and what it reached."""
@@ -49,8 +52,7 @@ class Progress:
             "val_bits_per_byte_start": self.start["val_bits_per_byte"],
             "val_bits_per_byte_final": self.last["val_bits_per_byte"],
             "val_bits_per_byte_best": self.best["val_bits_per_byte"],
-            "teacher_val_ppl": self.teacher["val_ppl"],
-            "teacher_val_bits_per_byte": self.teacher["val_bits_per_byte"],
+            **{f"teacher_{name}": value for name, value in self.teacher.items()},
             "nan_batches_max_consecutive": guard.nan_batches_max,
             "dead_steps": guard.dead_steps,
             "rewound_from": self.rewound_from,

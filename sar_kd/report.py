@@ -115,9 +115,9 @@ def write_report(runs: Sequence[History], path: Path) -> None:
 
 def _page_of_one(run: History, charts: list[tuple[str, str]]) -> str:
     sentences = "".join(f"<p>{_text(line)}</p>" for line in verdict_of(run))
-    models = (
-        f"Student {run.setting('student_model')}, teacher {run.setting('teacher_model')}, mode {run.config.get('mode')}"
-    )
+    teacher = run.setting("teacher_model")  # fine-tuning has none
+    beside = f", teacher {teacher}" if teacher else ""
+    models = f"Student {run.setting('student_model')}{beside}, mode {run.config.get('mode')}"
     return "\n".join(
         [
             f"<h1>{_text(run.name)}</h1>",

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sar_kd.config import TrainConfig, UsageError
 from sar_kd.data import Batch
-from sar_kd.models import layers_of
+from sar_kd.layers import layers_of
 from sar_kd.objective import LossTerms, Objective
 from sar_kd.optim import parameters_of
 from sar_kd.placement import WHOLE, Placement

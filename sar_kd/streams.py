@@ -84,7 +84,8 @@ def join(
     names, left_out, truncated = (strings_of(columns, name) for name in ("names", "left_out", "truncated"))
     if not len(names):
         shown = ", ".join(left_out[:3])
-        raise UsageError(f"--train_file: no document holds text that both tokenizers can represent ({shown})")
+        remedy = "; raise --block_size" if any("within a block" in name for name in left_out) else ""
+        raise UsageError(f"--train_file: no document holds text that both tokenizers can represent ({shown}){remedy}")
     return JoinedText(
         student=streams[0],
         teacher=streams[-1],

@@ -10,7 +10,8 @@ import torch
 from sar_kd.config import Config, UsageError
 from sar_kd.data import Corpus
 from sar_kd.evaluate import Evaluation, evaluate, share
-from sar_kd.models import Models, recompute_activations_
+from sar_kd.layers import recompute_activations_
+from sar_kd.models import Models
 from sar_kd.objective import Objective
 from sar_kd.optim import learning_rate_at, set_learning_rate_
 from sar_kd.precision import Precision
@@ -89,6 +90,10 @@ class TeacherRouting:
         self.routing.use("native")
         self.start = self.last = self.measure(validation, precision)
         return [line + ": the routers learn in its own routing instead (--sar_routing all keeps every expert active)"]
+
+    def figures(self) -> dict:
+        """The teacher as it was before the first step, in its own routing."""
+        return {name: self.start[f"teacher_{name}_native"] for name in ("val_ppl", "val_bits_per_byte")}
 
     def measure(self, validation: Corpus, precision: Precision) -> dict:
         """The teacher on held-out text in its own routing and in the run's, and its routers' entropy and usage."""

@@ -8,12 +8,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sar_kd.config import Config
+from sar_kd.config import RunConfig
 from sar_kd.environment import is_installed
 from sar_kd.settings import UsageError
 
 
-def find_trackers(config: Config) -> list[Tracker]:
+def find_trackers(config: RunConfig) -> list[Tracker]:
     """Those that the command line asks for.
 
     Raises: UsageError if the package for one is not installed
@@ -29,7 +29,7 @@ def find_trackers(config: Config) -> list[Tracker]:
 class Tracker(abc.ABC):
     """Sends the figures of steps and validations on; opened with the first of them."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: RunConfig):
         self.config = config
         self._target: Any = None
 

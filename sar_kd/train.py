@@ -14,6 +14,7 @@ from sar_kd.optim import build_optimizer
 from sar_kd.precision import setup
 from sar_kd.preflight import preflight
 from sar_kd.several_devices import place
+from sar_kd.tasks import prepare_task
 from sar_kd.teacher_routing import build_teacher_routing
 from sar_kd.token_cache import TokenCache
 from sar_kd.trainer import Trainer
@@ -32,6 +33,7 @@ def train(config: Config, given: Given = NOTHING_GIVEN) -> dict:
     """The scripts' table of contents, line for line, with models that are given instead of loaded; the summary."""
     world = join_world()  # with which other processes, if torchrun started any
     config = world.agreed(config)  # what to run
+    config, task = prepare_task(config)  # with --task, what comes before the run
     log = world.first(lambda: open_run(config))  # where to
     world.first(lambda: preflight(config, log.say, given))  # can it be done here?
     precision = setup(config.precision, config.train.seed, world)  # on which device, in which dtype
@@ -46,4 +48,5 @@ def train(config: Config, given: Given = NOTHING_GIVEN) -> dict:
     guard = StepGuard(config.guards)  # when an update is refused
     routing = build_teacher_routing(config, models, objective, train, world)  # which experts the teacher asks, if any
     parts = models, train, validation, objective, optimizer, guard, precision, log, routing, placement
-    return Trainer(config, *parts).run()  # type: ignore[arg-type]  # elsewhere than on rank 0 the log is silent
+    companions = task.companions(models, limits, precision)  # what takes part beside them
+    return Trainer(config, *parts, companions).run()  # type: ignore[arg-type]  # elsewhere than on rank 0 the log is silent

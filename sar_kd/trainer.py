@@ -6,20 +6,23 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 
 from sar_kd.checkpoint import load_checkpoint, save_checkpoint, save_student
 from sar_kd.clamps import check_clamps
-from sar_kd.config import Config, UsageError
+from sar_kd.companion import Companion, Companions
+from sar_kd.config import RunConfig, UsageError
 from sar_kd.data import Batch, Corpus
 from sar_kd.evaluate import Evaluation, evaluate, share
 from sar_kd.guards import StepGuard, TrainingDiverged
 from sar_kd.interruption import Interruption
+from sar_kd.lora import exports
 from sar_kd.metrics import RunLog, notices_of
 from sar_kd.models import Models
+from sar_kd.no_teacher import NoTeacher
 from sar_kd.objective import Objective
 from sar_kd.optim import learning_rate_at, set_learning_rate_
 from sar_kd.placement import WHOLE, Placement
@@ -37,7 +40,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: Config,
+        config: RunConfig,
         models: Models,
         train: Corpus,
         validation: Corpus,
@@ -46,8 +49,9 @@ class Trainer:
         guard: StepGuard,
         precision: Precision,
         log: RunLog,
-        routing: TeacherRouting,
+        routing: TeacherRouting | NoTeacher,
         placement: Placement = WHOLE,
+        companions: Sequence[Companion] = (),
     ):
         self.placement, self.world = placement, placement.world
         self.config, self.models, self.log, self.routing = config, models, log, routing
@@ -55,6 +59,7 @@ class Trainer:
         self.objective, self.optimizer, self.guard, self.precision = objective, optimizer, guard, precision
         self.folder = Path(config.train.output_dir)
         self.progress = Progress()
+        self.companions = Companions(companions)
         self.recovery = Recovery(self.folder, train, objective, precision, placement)
         self._batches = Prefetch(self._make_batches)
 
@@ -76,6 +81,8 @@ class Trainer:
                 self._begin()
             with Interruption(self.log.deadline if self.world.is_first else math.inf) as interruption:
                 status = self._train(interruption, before)
+            if status == "finished":
+                self._say(self.companions.finish(self.folder / "student"))
             return self._finish(status)
         except (RuntimeError, OSError):  # memory, a driver, a disk: the weights are still the last good ones
             self._save_in_need()
@@ -94,6 +101,8 @@ class Trainer:
             interrupted = self.world.any(interruption.requested)
             self._record(report)
             self.recovery.note(progress.step, report, window)
+            lines, reason = self.companions.look(progress.step, report, window)
+            self._say(lines)
             if report.verdict.emergency and self._rewinds():
                 progress = self._rewind(report)
                 continue
@@ -104,6 +113,8 @@ class Trainer:
             before = time.monotonic()
             if report.verdict.emergency:
                 self._stop(report)
+            if reason:
+                self._give_up(reason)
             if progress.step % settings.save_steps == 0 or at_end or interrupted:
                 self._save()
             if interrupted and not at_end:
@@ -158,32 +169,29 @@ class Trainer:
         record |= {name: value for name, value in (record.pop("routers") or {}).items() if value is not None}
         record |= {"applied": verdict.applied, "cause": verdict.cause, "norm_limit": verdict.norm_limit}
         record["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        blocks = self.config.train.per_device_batch_size * self.config.train.grad_accum_steps
+        record["epoch"] = progress.step / self.routing.passes * blocks / len(self.train)
         self.log.step(record, self.guard.success_rate, progress.tokens / max(1e-9, progress.train_seconds))
         after = report.loss_scale if verdict.applied else self.precision.loss_scale.item()  # a host read, if skipped
         scales = report.loss_scale, after
-        for line in notices_of(progress.step, verdict, report.grad_norm, scales, self.config.guards):
+        self._say(notices_of(progress.step, verdict, report.grad_norm, scales, self.config.guards))
+
+    def _say(self, lines: Iterable[str]) -> None:
+        for line in lines:
             self.log.say(line)
 
     def _begin(self) -> None:
         """Evaluate both models before the first step, refuse what cannot learn, keep the student as it is."""
-        for line in [*describe(self.train, self.validation), *self.placement.lines, *self.routing.lines]:
-            self.log.say(line)
-        for line in self.routing.begin(self.validation, self.precision):
-            self.log.say(line)
-        self.progress.teacher = {
-            "val_ppl": self.routing.start["teacher_val_ppl_native"],
-            "val_bits_per_byte": self.routing.start["teacher_val_bits_per_byte_native"],
-        }
+        self._say([*describe(self.train, self.validation), *self.placement.lines, *self.routing.lines])
+        self._say(self.routing.begin(self.validation, self.precision))
+        self.progress.teacher = self.routing.figures()
         start = self._evaluate()
         self.progress.start = self.progress.last = self.progress.best = figures_of(start)
         clamps = self.config.loss, self.models, self.validation, self.precision, start.loss
-        for notice in self.placement.read(lambda: check_clamps(*clamps)):
-            self.log.say(notice)
-        self.log.say(
-            f"Validation PPL at the start = {start.perplexity:.2f} (teacher {self.progress.teacher['val_ppl']:.2f}; "
-            f"bits per byte {start.bits_per_byte:.3f}, teacher {self.progress.teacher['val_bits_per_byte']:.3f})"
-        )
-        self.world.first(lambda: self.log.start(0, self.config.train.train_steps))
+        self._say(self.placement.read(lambda: check_clamps(*clamps)))
+        self.log.say_start(self.progress.start, self.progress.teacher)
+        self._say(self.companions.begin())
+        self.world.first(lambda: self.log.start(0, self.config.train))
         self._save_student()
         self.log.begin(self.progress.start, self.progress.teacher)
         if self.config.guards.on_divergence == "rewind":
@@ -192,8 +200,9 @@ class Trainer:
     def _resume(self) -> None:
         saved = load_checkpoint(self.folder / "checkpoint", **self._state())
         self.progress = Progress(**saved)
+        self.companions.take_up(self.progress.companions)
         self.log.say(f"Resumed after step {self.progress.step}")
-        self.world.first(lambda: self.log.start(self.progress.step, self.config.train.train_steps))
+        self.world.first(lambda: self.log.start(self.progress.step, self.config.train))
 
     def _evaluate(self) -> Evaluation:
         batches = share(self.validation.token_batches("student", self.config.train.per_device_batch_size), self.world)
@@ -209,8 +218,7 @@ class Trainer:
             self._save_student()
         routers, alarms = self.routing.watch(progress.step, self.validation, self.precision)
         self.log.evaluation({"step": progress.step, **progress.last, **routers}, is_best)
-        for line in alarms:
-            self.log.say(line)
+        self._say(alarms)
 
     def _state(self) -> dict:
         return {
@@ -224,11 +232,17 @@ class Trainer:
         }
 
     def _save_student(self) -> None:
-        parts = self.models.student, self.models.tokenizers.student, self.folder / "student", self.placement.weights()
-        self.world.first(lambda: save_student(*parts))
+        tokenizer, weights = self.models.tokenizers.student, self.placement.weights()
+
+        def save() -> None:
+            for name, model in exports(self.models.student).items():
+                save_student(model, tokenizer, self.folder / name, weights)
+
+        self.world.first(save)
 
     def _save(self) -> None:
         self.routing.save(self.folder, self.progress.step)
+        self.progress.companions = self.companions.all_kept()
         progress, keep = dataclasses.asdict(self.progress), self.config.train.keep_checkpoints
         save_checkpoint(self.folder / "checkpoint", **self._state(), progress=progress, keep=keep)
 
@@ -265,10 +279,16 @@ class Trainer:
         self._finish("emergency_stop")
         raise TrainingDiverged(f"emergency stop after {count} consecutive NaN batches {self.recovery.in_short(record)}")
 
+    def _give_up(self, reason: str) -> None:
+        """A companion's emergency stop: the weights are in order, but nothing is learned."""
+        self._save()
+        self._finish("emergency_stop")
+        raise TrainingDiverged(f"stopped at step {self.progress.step}: {reason}")
+
     def _finish(self, status: str) -> dict:
         """Write and return `summary.json`."""
         run = self.progress.summary(status, self.guard, self.precision)
         run["peak_memory_bytes"] = max(self.world.gather(run["peak_memory_bytes"]))
-        summary = {**run, "embedded": self.models.embedded, **self.routing.summary()}
+        summary = {**run, "embedded": self.models.embedded, **self.routing.summary(), **self.companions.summary()}
         self.world.first(lambda: self.log.finish(summary))
         return summary

@@ -9,7 +9,7 @@ from sar_kd.history import History
 
 _ADVICE = {
     "overflow": "the loss scale was still finding its level, which is no fault while it is few",
-    "norm": "the gradient norm was above the limit: lower --student_lr, or --skip_rule adaptive",
+    "norm": "the gradient norm was above the limit: lower the learning rate, or --skip_rule adaptive",
     "forward": "the forward was not finite: `sar-kd forensics` on this run says where",
     "gradient": "the gradient was not finite at the lowest loss scale: `sar-kd forensics` on this run says where",
     "no_targets": "those steps had no token to learn: look at the text",

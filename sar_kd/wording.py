@@ -20,23 +20,21 @@ def fitted(line: str) -> list[str]:
 
 
 def closing_table(summary: dict, folder: Path) -> list[str]:
-    """The result in a table: student at the start, at its best and at the end, and the teacher."""
+    """The result in a table: student at the start, at its best and at the end, and the teacher, if there is one.
 
-    def row(name, perplexity, bits):
-        return f"  {name:<26}{perplexity:>14.2f}{bits:>16.4f}"
-
+    A run with a task also has what each of them answers, and a student that was trained without the teacher.
+    """
+    scores = summary.get("benchmark_result", {})
+    if "cross_entropy_only" in summary:
+        scores = scores | {"cross_entropy_only": summary["cross_entropy_only"]}
+    columns = ("perplexity", "bits per byte", *(("accuracy", "answer rate") if scores else ()))
     skipped = ", ".join(f"{cause} {count}" for cause in CAUSES if (count := summary["skipped"].get(cause)))
-    best = f"student, best (step {summary['best_step']})"
     lines = [
         "",
         f"{summary['status'].replace('_', ' ').capitalize()} after {summary['steps']} steps "
         f"in {_duration(summary['wall_seconds'])}, {summary['tokens_per_second']:,.0f} tokens/s",
-        f"  {'':<26}{'perplexity':>14}{'bits per byte':>16}",
-        row("student, start", summary["val_ppl_start"], summary["val_bits_per_byte_start"]),
-        row("student, end", summary["val_ppl_final"], summary["val_bits_per_byte_final"]),
-        row(best, summary["val_ppl_best"], summary["val_bits_per_byte_best"]),
-        row("teacher", summary["teacher_val_ppl"], summary["teacher_val_bits_per_byte"]),
-        *(row(f"teacher, {name}", *figures) for name, figures in _teachers(summary).items()),
+        f"  {'':<26}{columns[0]:>14}" + "".join(f"{column:>16}" for column in columns[1:]),
+        *(_row(name, figures, scores.get(key)) for name, key, figures in _rows(summary)),
         f"  applied {summary['applied']}, skipped {sum(summary['skipped'].values())}"
         + (f" ({skipped})" if skipped else "")
         + f", success rate {summary['success_rate']:.1%}, loss scale {summary['loss_scale_final']:.0f}",
@@ -49,9 +47,40 @@ def closing_table(summary: dict, folder: Path) -> list[str]:
     return lines
 
 
+def _row(name: str, figures: tuple[float, float], score: dict | None) -> str:
+    """score: `accuracy` and `answer_rate`, where they are known"""
+    answers = f"{score['accuracy']:>16.3f}{score['answer_rate']:>16.3f}" if score else ""
+    return f"  {name:<26}{perplexity_text(figures[0]):>14}{figures[1]:>16.4f}{answers}"
+
+
+def perplexity_text(perplexity: float) -> str:
+    """Two decimals, or a power of ten where there would be more digits than anyone reads."""
+    return f"{perplexity:.2f}" if perplexity < 1e6 else f"{perplexity:.3g}"
+
+
+def _rows(summary: dict) -> list[tuple[str, str, tuple[float, float]]]:
+    """Name, key of its score, perplexity and bits per byte of everything that was measured."""
+
+    def student(name: str, key: str, when: str) -> tuple[str, str, tuple[float, float]]:
+        return name, key, (summary[f"val_ppl_{when}"], summary[f"val_bits_per_byte_{when}"])
+
+    rows = [
+        student("student, start", "student_start", "start"),
+        student("student, end", "student_end", "final"),
+        student(f"student, best (step {summary['best_step']})", "student", "best"),
+    ]
+    if "cross_entropy_only" in summary:
+        alone = summary["cross_entropy_only"]
+        figures = alone["val_ppl_best"], alone["val_bits_per_byte_best"]
+        rows.append(("student without teacher", "cross_entropy_only", figures))
+    return rows + [(name, name, figures) for name, figures in _teachers(summary).items()]
+
+
 def _teachers(summary: dict) -> dict[str, tuple[float, float]]:
-    """Perplexity and bits per byte of the teacher in the run's routing, and at the end if its routers learned."""
-    found: dict = {}
+    """Perplexity and bits per byte of the teacher, in the run's routing, and at the end if its routers learned."""
+    if "teacher_val_ppl" not in summary:
+        return {}
+    found: dict = {"teacher": (summary["teacher_val_ppl"], summary["teacher_val_bits_per_byte"])}
     for when in ("start", "final"):
         figures = summary.get(f"router_{when}") or {}
         for how in ("native", "routed"):
@@ -59,7 +88,7 @@ def _teachers(summary: dict) -> dict[str, tuple[float, float]]:
             is_news = (when, how) != ("start", "native") and None not in pair
             if is_news and (how == "native" or summary["experts"] != "native"):
                 active = "own routing" if how == "native" else "every expert" if summary["experts"] == "all" else "ka"
-                found[f"{active}, {'end' if when == 'final' else when}"] = pair
+                found[f"teacher, {active}, {'end' if when == 'final' else when}"] = pair
     return found
 
 

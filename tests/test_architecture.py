@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = ("train_sar_kd_fp16_safe", "train_sar_kd_stable")
 LEVELS = {
     -2: {"farewell", "settings", "version"},
-    -1: {"routing_config", "world", "parsers", "environment"},
+    -1: {"routing_config", "world", "parsers", "environment", "lora", "units"},
     0: {
         "config",
         "embedded",
@@ -23,7 +23,19 @@ LEVELS = {
         "reading",
         "prefetch",
     },
-    1: {"arguments", "routers", "tokens", "columns", "rows", "precision", "optim", "folder", "files"},
+    1: {
+        "arguments",
+        "routers",
+        "tokens",
+        "columns",
+        "rows",
+        "precision",
+        "optim",
+        "folder",
+        "files",
+        "layers",
+        "training_log",
+    },
     2: {
         "alignment",
         "heads",
@@ -35,6 +47,8 @@ LEVELS = {
         "pieces",
         "text_files",
         "shelf",
+        "sft_config",
+        "explain",
     },
     3: {
         "readout",
@@ -53,16 +67,18 @@ LEVELS = {
     5: {"pairing", "report", "generate"},
     6: {"data", "wording"},
     7: {"distillation", "evaluate", "metrics"},
-    8: {"projected", "progress", "clamps", "coverage", "forensics"},
+    8: {"projected", "progress", "clamps", "coverage", "forensics", "sft_log", "benchmark"},
     9: {"kinds", "placement", "router_watch", "preflight", "audit"},
     10: {"objective"},
     11: {"router_learner", "several_devices"},
-    12: {"step", "teacher_routing"},
-    13: {"checkpoint", "recovery"},
-    14: {"trainer"},
-    15: {"cli", "embedded.build", "train"},
-    16: {"__main__", "api", *SCRIPTS},
-    17: {"sar_kd"},
+    12: {"step", "teacher_routing", "no_teacher"},
+    13: {"checkpoint", "recovery", "companion"},
+    14: {"trainer", "vitals", "exam"},
+    15: {"cli", "embedded.build", "supervised"},
+    16: {"tasks"},
+    17: {"train", *SCRIPTS},
+    18: {"__main__", "api"},
+    19: {"sar_kd"},
 }  # fmt: skip
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
 
@@ -147,8 +163,8 @@ def test_parsing_and_judging_need_no_package_but_the_standard_library(module):
     assert outside <= {"pydoc_data"}
 
 
-def test_only_models_and_the_builder_import_transformers():
-    assert _modules_that(_imports("transformers")) == {"models", "embedded.build"}
+def test_only_models_their_layers_and_the_builder_import_transformers():
+    assert _modules_that(_imports("transformers")) == {"models", "layers", "embedded.build"}
 
 
 def test_only_the_parsers_and_the_builder_import_argparse():
@@ -185,8 +201,8 @@ def test_only_these_modules_write_to_the_terminal():
             or any(name.endswith(("stdout.write", "stderr.write")) for name in names)
         )
 
-    verbs = {"audit", "forensics", "router_table", "embedded.build", "preflight", "report", "generate"}
-    printing = {"metrics", "cli", "__main__", "reading", *verbs}
+    verbs = {"audit", "forensics", "router_table", "embedded.build", "preflight", "report", "generate", "explain"}
+    printing = {"metrics", "cli", "__main__", "reading", "benchmark", *verbs}
     assert _modules_that(prints) <= printing
 
 

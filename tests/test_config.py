@@ -20,14 +20,15 @@ from sar_kd.config import (
 
 FLAGS = [
     "teacher_model", "student_model", "trust_remote_code",
-    "train_file", "validation_file", "text_field", "dataset_name", "dataset_config_name", "block_size", "token_cache",
+    "train_file", "validation_file", "text_field", "dataset_name", "dataset_config_name", "task",
+    "task_teacher_steps", "block_size", "token_cache",
     "temperature", "alpha_kd", "alpha_ce", "logit_clamp", "logit_clamp_style", "loss_clamp", "loss_clamp_style",
     "alignment", "kd_direction", "jsd_beta", "teacher_top_k", "alm_tau", "loss_workspace_mb",
     "force",
     "routing", "router_patterns", "sar_schedule", "sar_routing", "router_lr", "router_beta", "router_anchor",
     "router_direction", "router_max_grad_norm", "router_stop_on_drift", "activation_checkpointing", "ka_lambda",
     "ka_passes",
-    "student_lr", "weight_decay", "warmup_steps", "lr_schedule",
+    "weight_decay", "warmup_steps", "lr_schedule", "student_lr",
     "model_dtype", "device", "init_loss_scale",
     "max_grad_norm", "skip_grad_norm", "skip_rule", "skip_factor", "max_nan_batches", "on_divergence",
     "train_steps", "per_device_batch_size", "grad_accum_steps", "eval_steps", "log_steps", "save_steps",

@@ -16,6 +16,7 @@ from sar_kd import embedded
 from sar_kd.__main__ import VERBS, main
 from sar_kd.cli import run
 from sar_kd.config import MODES, SECTIONS
+from sar_kd.sft_config import SftConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -118,7 +119,8 @@ def test_every_link_of_a_page_leads_somewhere(page):
 
 @pytest.mark.parametrize("page", sorted(PAGES))
 def test_every_flag_and_verb_that_a_page_names_exists(page):
-    flags = {name for section in SECTIONS.values() for name in section.__dataclass_fields__}
+    sections = [*SECTIONS.values(), *SftConfig.sections().values()]
+    flags = {name for section in sections for name in section.__dataclass_fields__}
     of_verbs = {"help", "json", "mode", "version", "output", "chat", "model", "max_new_tokens", "sample_temperature"}
     of_others = {
         "index-url", "force-reinstall", "no-index", "find-links", "no-deps", "depth", "local-dir", "logdir", "kills",

@@ -290,8 +290,9 @@ def test_an_observer_is_told_everything_that_is_written_and_when_it_is_over(tmp_
         finish=lambda summary: seen.append("finish"),
         close=lambda: seen.append("close"),
     )
-    log = RunLog(parse_args(STABLE, ["--output_dir", str(tmp_path)]), [observer])
-    log.start(0, 1)
+    config = parse_args(STABLE, ["--output_dir", str(tmp_path)])
+    log = RunLog(config, [observer])
+    log.start(0, config.train)
     log.begin({"val_ppl": 3.0}, {"val_ppl": 2.0})
     log.step(_step(1), 1.0, 1.0)
     log.close()

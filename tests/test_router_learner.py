@@ -13,8 +13,8 @@ from sar_kd.config import GuardConfig, LossConfig, OptimConfig
 from sar_kd.data import Corpus
 from sar_kd.documents import Document
 from sar_kd.guards import StepGuard
+from sar_kd.layers import recompute_activations_
 from sar_kd.losses import Segments
-from sar_kd.models import recompute_activations_
 from sar_kd.objective import Objective
 from sar_kd.optim import build_optimizer, parameters_of
 from sar_kd.precision import Precision

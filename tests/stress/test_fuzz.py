@@ -21,7 +21,7 @@ from test_faults import SCRIPT
 from sar_kd import cli
 from sar_kd.arguments import parse_args
 from sar_kd.checkpoint import load_checkpoint, save_checkpoint
-from sar_kd.config import FP16_SAFE, SECTIONS, GuardConfig, OptimConfig
+from sar_kd.config import FP16_SAFE, SECTIONS, GuardConfig, OptimConfig, TrainConfig
 from sar_kd.data import Corpus
 from sar_kd.documents import load_documents
 from sar_kd.forensics import main as forensics
@@ -356,7 +356,7 @@ def test_no_metrics_and_no_crash_page_end_in_a_traceback(share, run_folder):
 
     def resume(argv):
         log = open_run(parse_args(FP16_SAFE, ["--resume", "--output_dir", str(run_folder)]))
-        log.start(3, 5)
+        log.start(3, TrainConfig(train_steps=5))
         log.close()
         return {"status": "finished"}
 
