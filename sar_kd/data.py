@@ -57,6 +57,8 @@ class Batch:
     """Which blocks these are, for naming the documents of a bad batch."""
     stretches: tuple[Stretch, ...] = ()
     """The alignment in parts that can be compared alone, where distributions are carried over."""
+    is_sampled: bool = False
+    """What is predicted is the student's own text: it is compared with the teacher, and learned from no further."""
 
     @property
     def num_target_tokens(self) -> int:
@@ -145,17 +147,21 @@ class Corpus:
             ranges = [(getattr(cut, f"{which}_start"), getattr(cut, f"{which}_end")) for cut in cuts]
             yield _tokens(getattr(self.text, which), ranges, start_id)
 
-    def micro_batches(
+    def micro_blocks(
         self, step: int, batch_size: int, accum_steps: int, seed: int, rank: int = 0, ranks: int = 1
-    ) -> list[Batch]:
-        """The micro-batches of one step: consecutive stretches of an endless row of shuffled epochs.
+    ) -> list[list[int]]:
+        """The blocks of each micro-batch of one step: consecutive stretches of an endless row of shuffled epochs.
 
         Of several ranks each has its own part of every stretch: together they read what one process reads with `ranks`
         times the batch size.
         """
         stretch = ranks * batch_size
         starts = [(step * accum_steps + micro) * stretch + rank * batch_size for micro in range(accum_steps)]
-        return [self.batch([self._shuffled(start + i, seed) for i in range(batch_size)]) for start in starts]
+        return [[self._shuffled(start + i, seed) for i in range(batch_size)] for start in starts]
+
+    def micro_batches(self, *args, **kwargs) -> list[Batch]:
+        """The micro-batches of one step. Arguments as for `micro_blocks`"""
+        return [self.batch(blocks) for blocks in self.micro_blocks(*args, **kwargs)]
 
     def _shuffled(self, position: int, seed: int) -> int:
         epoch, place = divmod(position, len(self.blocks))
