@@ -58,6 +58,7 @@ class DataConfig:
     task_teacher_steps: int = flag(
         1500, "steps for which a distillation run fine-tunes the embedded teacher on --task first; 0: as it is"
     )
+    skip_baseline: bool = flag(False, "with --task, train no student by cross-entropy alone to compare with")
     block_size: int = flag(256, "tokens in a block, for the student; the teacher reads the same text")
     token_cache: str = flag(
         "", "folder that keeps the tokens of a large text; by default sar_kd in the user's cache; 'off' keeps none"
