@@ -20,6 +20,13 @@ from sar_kd.train import train
 
 ModelLike = str | Path | nn.Module | tuple[nn.Module, Any]
 TextsLike = str | Path | Iterable[str | Path | Mapping[str, Any]]
+_NAMED = {
+    "teacher_model": "teacher",
+    "student_model": "student",
+    "train_file": "texts",
+    "validation_file": "validation_texts",
+}
+"""Flags that `distill` has under another name."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,9 @@ def distill(
     Raises: UsageError (a ValueError) naming the flag and the remedy; TrainingDiverged after an emergency stop, once all
     is saved; KeyboardInterrupt at a second Ctrl-C (the first one saves, and the summary says 'interrupted')
     """
+    for flag, name in _NAMED.items():
+        if flag in flags:
+            raise UsageError(f"distill({flag}=...): is called {name} here")
     pairs: dict[str, tuple[nn.Module, Any]] = {}
     values: dict[str, Any] = {"mode": mode, **flags}
     for flag, model in (("teacher_model", teacher), ("student_model", student)):

@@ -171,3 +171,9 @@ def test_outside_the_main_thread_the_deadline_alone_counts():
     thread.join()
     assert found == [True, False]
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("flag", ["teacher_model", "student_model", "train_file", "validation_file"])
+def test_a_flag_that_has_another_name_here_is_not_passed_over(flag):
+    with pytest.raises(UsageError, match=rf"distill\({flag}=...\): is called "):
+        distill(**{flag: "somewhere"})
