@@ -83,6 +83,11 @@ def distill(
     values: dict[str, Any] = {"mode": mode, **flags}
     for flag, model in (("teacher_model", teacher), ("student_model", student)):
         values[flag] = _name_of(flag, model, pairs)
+    if values.get("task") and "student_model" in pairs and not values.get("skip_baseline"):
+        raise UsageError(
+            f"--task {values['task']}: a student in memory is there once, and cross-entropy alone would train another; "
+            "give skip_baseline=True"
+        )
     folder = Path(output_dir or f"runs/{STABLE['name']}-{time.strftime('%Y%m%d-%H%M%S')}")
     values["output_dir"] = str(folder)
     for flag, given in (("train_file", texts), ("validation_file", validation_texts)):
