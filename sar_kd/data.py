@@ -24,6 +24,7 @@ from sar_kd.streams import cut, join
 from sar_kd.stretches import Alignment, Stretch, cut_stretches
 from sar_kd.token_cache import TokenCache
 from sar_kd.token_stream import TokenStream
+from sar_kd.top import StoredRows
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class Batch:
     """Which blocks these are, for naming the documents of a bad batch."""
     stretches: tuple[Stretch, ...] = ()
     """The alignment in parts that can be compared alone, where distributions are carried over."""
+    stored: StoredRows | None = None
+    """What the teacher said of its rows, where that is kept; then nobody asks it."""
 
     @property
     def num_target_tokens(self) -> int:

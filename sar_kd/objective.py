@@ -51,7 +51,7 @@ class Objective:
         self.logit_clamp = LogitClamp(config.logit_clamp_style, config.logit_clamp)
         self.loss_clamp = LossClamp(config.loss_clamp_style, config.loss_clamp)
         self._heads = Heads(precision)
-        for model in (student, teacher) if self.alpha_kd > 0 else (student,):
+        for model in (student, teacher) if self.alpha_kd > 0 and teacher is not None else (student,):
             self._heads.of(model)  # now, as it reads the device
         self._tile_rows = tile_rows(config.loss_workspace_mb, pairing.pair.student_rows)
         self.distillation = None
@@ -104,8 +104,8 @@ class Objective:
         needs_states = self.distillation is not None and self.distillation.needs_states
         student = self._read(self.student, batch.student.input_ids, needs_states, student_learns)
         of_targets = dataclasses.replace(student[0], states=student[0].states[batch.student.rows])
-        if self.distillation is None:
-            return Outputs(of_targets, None)
+        if self.distillation is None or batch.stored is not None:
+            return Outputs(of_targets, None if self.distillation is None else batch.stored)
         teacher = self._read(self.teacher, batch.teacher.input_ids, needs_states, teacher_learns)
         return Outputs(of_targets, teacher[0], student[1], teacher[1])
 

@@ -25,6 +25,7 @@ from sar_kd.projection import (
 )
 from sar_kd.stretches import Stretch
 from sar_kd.tiled import Compared, Slopes, Tile
+from sar_kd.top import Top
 
 
 class _Taken(NamedTuple):
@@ -60,7 +61,7 @@ class Projected(Distillation):
         """Stretches of text, with every row that the student predicts something in."""
         return [Tile(part.student_rows, part.teacher_rows, part.counts, part) for part in batch.stretches]
 
-    def compare(self, student: Tensor, teacher: Tensor, part: Stretch, learner: str | None) -> Compared:
+    def compare(self, student: Tensor, teacher: Tensor | Top, part: Stretch, learner: str | None) -> Compared:
         """Two tiles of logits; uses up the other side's. See `Compared`."""
         if self.top_k:
             return super().compare(student, teacher, part, learner)
@@ -165,11 +166,11 @@ class Projected(Distillation):
             counts = counts & shared
         return self.divergence(student, teacher, counts[of_rows])
 
-    def between(self, student: Tensor, teacher: Tensor, part: Stretch) -> Learned:
+    def between(self, student: Tensor, teacher: Tensor | Top, part: Stretch) -> Learned:
         """Of one stretch, with a teacher cut to its top k: a sum with a graph for the side that has one."""
-        in_teacher, in_student, sound = part.in_teacher, part.in_student, finite_columns(teacher.detach())
+        in_teacher, in_student = part.in_teacher, part.in_student
         inside = len(in_teacher.poor_rows), len(in_student.poor_rows)
-        teacher = self._top(teacher.where(sound, 0.0))
+        teacher, sound = self._cut(teacher)
         student = read(student, self.student_fold, part.num_open, inside[0], in_student, self.temperature)
         teacher = read(teacher, self.teacher_fold, part.num_open, inside[1], in_teacher, self.temperature)
         told, said = rich_log_probs(teacher.entries, in_teacher), rich_log_probs(student.entries, in_student)

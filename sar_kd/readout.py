@@ -32,6 +32,11 @@ class Readout:
     def vocab_size(self) -> int:
         return len(self.head.weight) if self.head else self.states.shape[1]
 
+    @property
+    def learns(self) -> bool:
+        """Its states have a graph."""
+        return self.states.requires_grad
+
     def __len__(self) -> int:
         return len(self.states)
 

@@ -258,8 +258,8 @@ def _naive_strict(case, student: Tensor, temperature=1.0, top_k=0, **kind) -> Te
     for k, r, strict in zip(alignment.student_rows, alignment.teacher_rows, alignment.strict.tolist(), strict=True):
         row = case.outputs.teacher_logits[r].double()
         if strict and row.isfinite().all():
+            weights = _weights(row, temperature) * _told(row, top_k)
             told = [v for v in _told(row, top_k).nonzero().squeeze(1).tolist() if v in partners]
-            weights = _weights(row, temperature)
             if weights[told].sum() >= 0.1 * weights.sum():
                 p = _weights(student[k], temperature)[[partners[v] for v in told]]
                 total = total + _divergence(p / p.sum(), weights[told] / weights[told].sum(), **kind)
