@@ -85,9 +85,8 @@ class Distillation(nn.Module):
         if leaf is None:
             return Compared(*self.between(student, teacher, part), None)
         with torch.enable_grad():
-            learned = self.between(
-                student.requires_grad_(leaf is student), teacher.requires_grad_(leaf is teacher), part
-            )
+            leaf.requires_grad_()
+            learned = self.between(student, teacher, part)
         (slopes,) = torch.autograd.grad(learned.loss, leaf)
         return Compared(*(figure.detach() for figure in learned), Slopes(((0, slopes),)))
 

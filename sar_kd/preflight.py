@@ -173,7 +173,7 @@ def _check_alignment(subject: Subject) -> Finding:
         size += document.num_chars
         if size >= _SAMPLE_CHARACTERS:
             break
-    corpus = Corpus(sample, load_tokenizers(config), config.data.block_size, 8 * config.data.block_size)
+    corpus = Corpus(sample, load_tokenizers(config.models), config.data.block_size, 8 * config.data.block_size)
     coverage = measure_coverage(corpus)
     lines = [f"Alignment, on the first {size / 1e3:,.0f} thousand characters of the text:", *coverage.lines()]
     record = {"audited": True, **dataclasses.asdict(coverage), "mix": coverage.mix}

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from sar_kd.columns import finite_columns
@@ -78,3 +77,14 @@ class StoredRows:
     def target_log_probs(self) -> tuple[Tensor, Tensor]:
         """log p of what each row predicts, float32 [N], and whether the row was finite, bool [N]."""
         return self.log_probs, self.peaks.isfinite()
+
+
+@dataclass(frozen=True)
+class StoredTeacher:
+    """What must be known of a teacher whose answers are stored, and which is not loaded."""
+
+    num_rows: int
+    """Rows of its head"""
+    stop_ids: tuple[int, ...]
+    limit: int
+    """Most tokens that it read at once, start token included"""
