@@ -135,7 +135,7 @@ class TokenLevel(Distillation):
         if slopes is None:
             return compared
         places = top.ids * student.shape[1] + torch.arange(student.shape[1], device=student.device)
-        return compared._replace(slopes=Slopes((), places.view(-1), slopes.view(-1)))
+        return compared._replace(slopes=Slopes((), places.reshape(-1), slopes.reshape(-1)))
 
     def _diverge(
         self, both: list[Logs], keep: Tensor, learner: str | None, slopes: Tensor | None

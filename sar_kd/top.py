@@ -29,6 +29,10 @@ class Top(NamedTuple):
         """The k likeliest of these."""
         return self._replace(ids=self.ids[:k], logits=self.logits[:k])
 
+    def at(self, count: int) -> Top:
+        """The first columns."""
+        return Top(self.ids[:, :count], self.logits[:, :count], self.sound[:count])
+
     def spread(self, num_rows: int) -> Tensor:
         """A tile of logits, float32 [num_rows, n], in which every other token is `ABSENT`."""
         tile = self.logits.new_full((num_rows, self.logits.shape[1]), ABSENT)
