@@ -61,9 +61,8 @@ class Side:
         limits, texts = models.block_limits(config.data.block_size), load_documents(config.data)
         answers = stored.texts(texts, models.tokenizers.teacher)
         self.corpus = Corpus(texts[0], models.tokenizers, *limits, stored=answers[0])
-        self.objective = Objective(
-            models.teacher, models.student, config.loss, self.corpus.pairing, self.precision
-        )  # fmt: skip
+        sides = models.teacher, models.student
+        self.objective = Objective(*sides, config.loss, self.corpus.pairing, self.precision)
         self.optimizer, self.guard = build_optimizer(models.student, config.optim), StepGuard(config.guards)
         self.student = models.student
 
@@ -80,9 +79,10 @@ class Side:
 
     def gradient(self, batches: list) -> tuple[float, torch.Tensor]:
         """The loss of a batch, nats a token, and its gradient as one vector."""
-        terms = self.objective(batches[0])
-        (terms.total / batches[0].num_target_tokens).backward()
-        found = torch.cat([p.grad.flatten() for p in self.student.parameters()])
+        scale = self.precision.loss_scale / batches[0].num_target_tokens
+        terms = self.objective(batches[0], scale=scale)
+        (terms.total * scale).backward()
+        found = torch.cat([p.grad.flatten() for p in self.student.parameters()]) / self.precision.loss_scale
         self.optimizer.zero_grad(set_to_none=True)
         return float(terms.kd / batches[0].num_target_tokens), found
 

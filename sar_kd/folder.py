@@ -51,9 +51,8 @@ class FolderLock:
                 file.seek(0)
                 holder = file.read().strip() or "unknown"
                 file.close()
-                raise UsageError(
-                    f"--{self._flag} {self.path.parent}: process {holder} is running in it; wait for it, or name another"
-                ) from None
+                where = f"--{self._flag} {self.path.parent}"
+                raise UsageError(f"{where}: process {holder} is running in it; wait for it, or name another") from None
             except OSError:  # a file system without locks
                 file.close()
                 return

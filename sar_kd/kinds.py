@@ -16,7 +16,7 @@ from sar_kd.pairing import Pairing
 from sar_kd.projected import Projected
 from sar_kd.projection import on_support
 from sar_kd.stretches import Alignment
-from sar_kd.tiled import target_log_probs
+from sar_kd.tiled import target_log_probs, tile_rows
 from sar_kd.top import StoredRows, Top
 
 
@@ -143,5 +143,9 @@ def build_distillation(
     else:
         kind = _KINDS[config.alignment]
     if kind is not HiddenStates:
-        return kind(config, pairing)
+        term = kind(config, pairing)
+        if teacher is None and (kind is TokenLevel or (kind is Projected and pairing.teacher_is_richer)):
+            # Nobody makes tiles of its logits, so the student's may take all the room.
+            pairing.stretch_rows = term.tile_rows = tile_rows(config.loss_workspace_mb, pairing.pair.student_rows)
+        return term
     return kind(config, pairing, *(model.config.get_text_config().hidden_size for model in (student, teacher)))

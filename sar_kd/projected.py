@@ -106,10 +106,13 @@ class Projected(Distillation):
         about.
         """
         in_teacher, in_student, num_open, fold = part.in_teacher, part.in_student, part.num_open, self.student_fold
-        heard = self._taken(top.spread(self.teacher_rows), num_open, in_student, in_teacher)
-        told = rich_log_probs(heard.entries, in_teacher)
+        row, token, _ = in_teacher.rich_entries
+        entries = top.logits_of(token, in_teacher.rich_rows[row], self.teacher_rows)
+        told = rich_log_probs(entries.div_(self.temperature), in_teacher)
+        columns = top.columns(num_open, num_open + len(in_student.poor_rows))
+        inside = columns.spread(self.teacher_rows).div_(self.temperature)
         ways, counts = self._ways(told, part, top.sound)
-        outcomes = heard_outcomes(top.at(num_open), self.teacher_fold, ways, self.temperature)
+        outcomes = heard_outcomes(top.columns(0, num_open), self.teacher_fold, ways, self.temperature)
         of = outcomes.outcomes.clamp_max(len(fold.first) - 1)
         taken = self._taken(student, num_open, in_teacher, in_student)
         several, shares = fold.several_of(student[:, :num_open], self.temperature)
@@ -121,7 +124,7 @@ class Projected(Distillation):
                 leaf.requires_grad_()
         with torch.enable_grad():
             said = rich_log_probs(taken.entries, in_student)
-            sums = self._inside(said, told, taken.inside, heard.inside, part, top.sound)
+            sums = self._inside(said, told, taken.inside, inside, part, top.sound)
             joined = torch.cat([several, several.new_zeros(1, several.shape[1])])[fold.place[of], outcomes.columns]
             log_p = torch.where(fold.place[of] < 0, single, joined)
             segments = Segments(outcomes.columns, num_open)

@@ -256,7 +256,7 @@ def poor_log_probs(logits: Tensor, rows: Continuations, must_end: bool) -> Tenso
     places, flat = token * size + row, logits.view(-1)
     outcomes = Segments(outcome, len(of_rows)).logsumexp(flat.index_select(0, places))
     # From what is left, not as 1 minus the others: a student that is certain to go on must still be told to end.
-    end = flat.index_fill(0, places, ABSENT).view_as(logits).logsumexp(0)
+    end = flat.scatter(0, places, ABSENT).view_as(logits).logsumexp(0)
     if must_end:
         end = torch.where(rows.can_end, end, ABSENT)
     outcomes = outcomes.index_copy(0, ends, end)

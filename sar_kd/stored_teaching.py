@@ -1,4 +1,4 @@
-"""A run whose teacher is read from a cache, as the calendar sees it; and which of the two kinds of teacher a run has."""
+"""A teacher that is read from a cache, as the calendar sees it; and which of the two kinds of teacher a run has."""
 
 from __future__ import annotations
 

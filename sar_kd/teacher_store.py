@@ -83,7 +83,8 @@ def read_header(folder: Path) -> dict[str, Any]:
 
 def write_header(folder: Path, header: dict[str, Any]) -> None:
     """Replace the header, so that a kill leaves the old one or the new."""
-    replace_text(folder / HEADER, json.dumps({**header, "sha256": _digest(header)}, indent=1) + "\n")
+    text = json.dumps({**header, "sha256": _digest(header)}, indent=1) + "\n"
+    replace_text(folder / HEADER, text, "teacher_cache", "then the same command goes on")
 
 
 def _digest(header: dict) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from sar_kd.columns import finite_columns
@@ -29,9 +30,22 @@ class Top(NamedTuple):
         """The k likeliest of these."""
         return self._replace(ids=self.ids[:k], logits=self.logits[:k])
 
-    def at(self, count: int) -> Top:
-        """The first columns."""
-        return Top(self.ids[:, :count], self.logits[:, :count], self.sound[:count])
+    def columns(self, first: int, stop: int) -> Top:
+        """Some of the columns."""
+        return Top(*(part[..., first:stop] for part in self))
+
+    def logits_of(self, tokens: Tensor, columns: Tensor, size: int) -> Tensor:
+        """Logits of single tokens, `ABSENT` for one that is not among the likeliest of its column.
+
+        tokens, columns: int64 [E]; size: more than any token
+        Returns: float32 [E]
+        """
+        ids, order = self.ids.T.contiguous().sort(1)
+        keys = (size * torch.arange(len(ids), device=ids.device)[:, None] + ids).view(-1)
+        wanted = size * columns + tokens
+        at = torch.searchsorted(keys, wanted).clamp_max(max(0, len(keys) - 1))
+        found = self.logits.T.gather(1, order).reshape(-1)[at]
+        return torch.where(keys[at] == wanted, found, ABSENT)
 
     def spread(self, num_rows: int) -> Tensor:
         """A tile of logits, float32 [num_rows, n], in which every other token is `ABSENT`."""

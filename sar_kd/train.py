@@ -39,9 +39,7 @@ def train(config: Config, given: Given = NOTHING_GIVEN) -> dict:
     world.first(lambda: preflight(config, log.say, given))  # can it be done here?
     precision = setup(config.precision, config.train.seed, world)  # on which device, in which dtype
     config, stored = open_teacher_cache(config, world, log)  # what the teacher said before, with --teacher_cache
-    models = load_models(
-        config, precision, stored.teacher, given
-    )  # both, and what connects their tokenizers
+    models = load_models(config, precision, stored.teacher, given)  # both, and what connects their tokenizers
     limits = models.block_limits(config.data.block_size)
     texts = load_documents(config.data)  # training and held-out documents
     cache = TokenCache(config.data.token_cache)  # where the tokens of a large text are kept

@@ -19,7 +19,7 @@ from sar_kd.config import (
 )
 
 FLAGS = [
-    "teacher_model", "student_model", "trust_remote_code",
+    "teacher_model", "student_model", "trust_remote_code", "teacher_cache",
     "train_file", "validation_file", "text_field", "dataset_name", "dataset_config_name", "task",
     "task_teacher_steps", "block_size", "token_cache",
     "temperature", "alpha_kd", "alpha_ce", "logit_clamp", "logit_clamp_style", "loss_clamp", "loss_clamp_style",
