@@ -1,6 +1,6 @@
 """The outcomes that a teacher cut to its top k speaks about where both models start a token: a few of each row.
 
-All that is compared is in lists, of at most k outcomes a row and of the other ways that the teacher has, so that nothing
+All that is compared is in lists, of at most k outcomes a row and the other ways that the teacher has, so that nothing
 of the size of a vocabulary is gone through.
 """
 
