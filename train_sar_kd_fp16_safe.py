@@ -7,16 +7,17 @@ import sys
 
 from sar_kd.arguments import parse_args
 from sar_kd.cli import run
-from sar_kd.config import FP16_SAFE
 from sar_kd.data import Corpus
 from sar_kd.documents import load_documents
 from sar_kd.guards import StepGuard
 from sar_kd.metrics import open_run
 from sar_kd.models import load_models
 from sar_kd.objective import Objective
+from sar_kd.on_policy import build_on_policy
 from sar_kd.optim import build_optimizer
 from sar_kd.precision import setup
 from sar_kd.preflight import preflight
+from sar_kd.presets import FP16_SAFE
 from sar_kd.several_devices import place
 from sar_kd.stored_teaching import build_teaching
 from sar_kd.tasks import prepare_task
@@ -48,7 +49,8 @@ def main(argv=None):
     routing = build_teaching(config, models, objective, train, world)  # which experts the teacher asks, if any
     parts = models, train, validation, objective, optimizer, guard, precision, log, routing, placement
     companions = task.companions(models, limits, precision)  # what takes part beside them
-    return Trainer(config, *parts, companions).run()
+    on_policy = build_on_policy(config, models, train, limits, precision, world)  # what the student writes itself
+    return Trainer(config, *parts, companions, on_policy).run()
 
 
 if __name__ == "__main__":

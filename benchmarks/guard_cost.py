@@ -26,7 +26,6 @@ sys.path.insert(0, str(ROOT))
 
 from sar_kd import columns, distillation, embedded, projected, tiled  # noqa: E402
 from sar_kd.arguments import parse_args  # noqa: E402
-from sar_kd.config import FP16_SAFE  # noqa: E402
 from sar_kd.data import Corpus  # noqa: E402
 from sar_kd.documents import load_documents  # noqa: E402
 from sar_kd.guards import StepGuard  # noqa: E402
@@ -34,6 +33,7 @@ from sar_kd.models import load_models  # noqa: E402
 from sar_kd.objective import Objective  # noqa: E402
 from sar_kd.optim import build_optimizer  # noqa: E402
 from sar_kd.precision import setup  # noqa: E402
+from sar_kd.presets import FP16_SAFE  # noqa: E402
 from sar_kd.step import train_step  # noqa: E402
 
 NO_CLAMPS = ["--logit_clamp_style", "off", "--loss_clamp_style", "off"]

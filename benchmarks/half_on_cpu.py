@@ -19,7 +19,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from sar_kd.arguments import parse_args  # noqa: E402
-from sar_kd.config import FP16_SAFE  # noqa: E402
 from sar_kd.data import Corpus  # noqa: E402
 from sar_kd.documents import load_documents  # noqa: E402
 from sar_kd.guards import StepGuard  # noqa: E402
@@ -27,6 +26,7 @@ from sar_kd.models import load_models  # noqa: E402
 from sar_kd.objective import Objective  # noqa: E402
 from sar_kd.optim import build_optimizer  # noqa: E402
 from sar_kd.precision import setup  # noqa: E402
+from sar_kd.presets import FP16_SAFE  # noqa: E402
 from sar_kd.step import train_step  # noqa: E402
 
 KINDS = {"native half": ("float16", False), "products rounded once": ("float16", True), "float32": ("float32", False)}

@@ -26,7 +26,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from sar_kd.arguments import parse_args  # noqa: E402
-from sar_kd.config import STABLE  # noqa: E402
 from sar_kd.data import Batch, Corpus  # noqa: E402
 from sar_kd.documents import load_documents  # noqa: E402
 from sar_kd.guards import StepGuard  # noqa: E402
@@ -35,6 +34,7 @@ from sar_kd.objective import Objective  # noqa: E402
 from sar_kd.optim import build_optimizer  # noqa: E402
 from sar_kd.precision import setup  # noqa: E402
 from sar_kd.prefetch import Prefetch  # noqa: E402
+from sar_kd.presets import STABLE  # noqa: E402
 from sar_kd.step import train_step  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "prefetch.json"

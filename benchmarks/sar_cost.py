@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from sar_kd import embedded
-from sar_kd.config import MODES, Config
+from sar_kd.config import Config
 from sar_kd.data import Batch, Corpus
 from sar_kd.documents import Document
 from sar_kd.guards import StepGuard
@@ -29,6 +29,7 @@ from sar_kd.models import load_models
 from sar_kd.objective import Objective
 from sar_kd.optim import build_optimizer
 from sar_kd.precision import setup
+from sar_kd.presets import MODES
 from sar_kd.step import train_step
 from sar_kd.teacher_routing import build_teacher_routing
 

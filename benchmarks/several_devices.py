@@ -28,7 +28,6 @@ import torch  # noqa: E402
 
 from sar_kd import trainer  # noqa: E402
 from sar_kd.arguments import parse_args  # noqa: E402
-from sar_kd.config import STABLE  # noqa: E402
 from sar_kd.data import Corpus  # noqa: E402
 from sar_kd.documents import load_documents  # noqa: E402
 from sar_kd.guards import StepGuard  # noqa: E402
@@ -36,6 +35,7 @@ from sar_kd.models import load_models  # noqa: E402
 from sar_kd.objective import Objective  # noqa: E402
 from sar_kd.optim import build_optimizer, parameters_of  # noqa: E402
 from sar_kd.precision import setup  # noqa: E402
+from sar_kd.presets import STABLE  # noqa: E402
 from sar_kd.several_devices import place  # noqa: E402
 from sar_kd.step import train_step  # noqa: E402
 from sar_kd.world import join_world  # noqa: E402

@@ -33,7 +33,6 @@ sys.path.insert(0, str(ROOT))
 
 from sar_kd import cache, embedded  # noqa: E402
 from sar_kd.arguments import parse_args  # noqa: E402
-from sar_kd.config import STABLE  # noqa: E402
 from sar_kd.data import Corpus  # noqa: E402
 from sar_kd.documents import load_documents  # noqa: E402
 from sar_kd.embedded.build import byte_level_bpe  # noqa: E402
@@ -42,6 +41,7 @@ from sar_kd.models import load_models  # noqa: E402
 from sar_kd.objective import Objective  # noqa: E402
 from sar_kd.optim import build_optimizer  # noqa: E402
 from sar_kd.precision import setup  # noqa: E402
+from sar_kd.presets import STABLE  # noqa: E402
 from sar_kd.step import train_step  # noqa: E402
 from sar_kd.teacher_cache import open_teacher_cache  # noqa: E402
 from sar_kd.world import ALONE  # noqa: E402

@@ -14,10 +14,7 @@ from sar_kd.config import (
     EMBEDDED,
     EMBEDDED_LR_FACTOR,
     EMBEDDED_ROUTER_LR_FACTOR,
-    MODES,
     SECTIONS,
-    STABLE,
-    TASKS,
     Config,
     RunConfig,
     UsageError,
@@ -35,6 +32,7 @@ from sar_kd.parsers import (
     style,
     unknown_flag,
 )
+from sar_kd.presets import MODES, RECIPES, STABLE, TASKS, recipe_lines
 from sar_kd.routing_config import RoutingConfig
 
 S = typing.TypeVar("S")
@@ -100,9 +98,10 @@ def _configure(script: Mapping[str, str], given: dict[str, Any]) -> Config:
         "model_dtype": script["model_dtype"],
         **MODES[mode],
         **TASKS.get(given.get("task", ""), {}),
+        **RECIPES.get(given.get("recipe", ""), {}),
         **given,
     }
-    notices: tuple[str, ...] = ()
+    notices = recipe_lines(given.get("recipe", ""))
     if values.get("student_model", EMBEDDED) == EMBEDDED and "student_lr" not in given:
         notices += (_raise_rate(values, "student_lr", EMBEDDED_LR_FACTOR, "Learning rate", "student"),)
     if values.get("teacher_model", EMBEDDED) == EMBEDDED and "router_lr" not in given:

@@ -6,8 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from sar_kd.data import Corpus
@@ -15,6 +14,7 @@ from sar_kd.evaluate import reading
 from sar_kd.losses import IGNORE_INDEX
 from sar_kd.precision import Precision
 from sar_kd.units import Question, parse_answer
+from sar_kd.writing import write
 
 _BATCH_SIZE = 100
 _ROOM = 16
@@ -78,27 +78,8 @@ def _answers(model: nn.Module, corpus: Corpus, precision: Precision, which: str)
         firsts = is_target.int().argmax(1)
         # What ends an answer is what training put behind it: the end of text, or the template's own token.
         stops = {end, *batch.labels.gather(1, (firsts + lengths - 1)[:, None]).flatten().tolist()}
-        prompts, mask = _left_padded(batch.input_ids, firsts, end)
+        prompts = [ids[:first].tolist() for ids, first in zip(batch.input_ids, firsts.tolist(), strict=True)]
+        rooms = [int(lengths.max()) + _ROOM] * len(prompts)
         with reading(model, precision):
-            written = model.generate(  # type: ignore[operator]  # transformers'
-                input_ids=prompts.to(precision.device),
-                attention_mask=mask.to(precision.device),
-                max_new_tokens=int(lengths.max()) + _ROOM,
-                do_sample=False,
-                num_beams=1,
-                use_cache=True,
-                eos_token_id=sorted(stops),
-                pad_token_id=end,
-            )
-        yield tokenizer.batch_decode(written[:, prompts.shape[1] :], skip_special_tokens=True)
-
-
-def _left_padded(input_ids: Tensor, firsts: Tensor, padding: int) -> tuple[Tensor, Tensor]:
-    """What stands before the first target of each row, moved to the right, and which of it is no padding."""
-    width = int(firsts.max())
-    prompts = torch.full((len(input_ids), width), padding, dtype=torch.int64)
-    mask = torch.zeros_like(prompts)
-    for row, first in enumerate(firsts.tolist()):
-        prompts[row, width - first :] = input_ids[row, :first]
-        mask[row, width - first :] = 1
-    return prompts, mask
+            written = write(model, prompts, stops=sorted(stops), rooms=rooms)
+        yield tokenizer.batch_decode([answer.ids for answer in written], skip_special_tokens=True)

@@ -24,6 +24,10 @@ class Companion:
         """After an attempt: lines to show, and why the run must stop, None if it need not."""
         return [], None
 
+    def figures(self) -> dict:
+        """Of the last attempt, for its record in `metrics.jsonl`."""
+        return {}
+
     def finish(self, student_folder: Path) -> list[str]:
         """After the last step, when the best student is saved: lines to show."""
         return []
@@ -53,6 +57,10 @@ class Companions(Companion):
         found = [member.note(step, report, micro_batches) for member in self._members]
         lines = [line for said, _ in found for line in said]
         return lines, next((reason for _, reason in found if reason), None)
+
+    def figures(self) -> dict:
+        """See `Companion`."""
+        return {name: value for member in self._members for name, value in member.figures().items()}
 
     def finish(self, student_folder: Path) -> list[str]:
         """See `Companion`."""

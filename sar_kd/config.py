@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from sar_kd.on_policy_config import OnPolicyConfig
 from sar_kd.routing_config import RoutingConfig
 from sar_kd.settings import RunConfig, UsageError, flag, require, require_at_least, require_positive, seconds_of
 
@@ -60,6 +61,7 @@ class DataConfig:
     task_teacher_steps: int = flag(
         1500, "steps for which a distillation run fine-tunes the embedded teacher on --task first; 0: as it is"
     )
+    skip_baseline: bool = flag(False, "with --task, train no student by cross-entropy alone to compare with")
     block_size: int = flag(256, "tokens in a block, for the student; the teacher reads the same text")
     token_cache: str = flag(
         "", "folder that keeps the tokens of a large text; by default sar_kd in the user's cache; 'off' keeps none"
@@ -246,10 +248,16 @@ class Config(RunConfig):
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     routing: RoutingConfig = field(default_factory=RoutingConfig)
+    on_policy: OnPolicyConfig = field(default_factory=OnPolicyConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     guards: GuardConfig = field(default_factory=GuardConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self):
+        fraction = self.on_policy.on_policy_fraction
+        taught = self.loss.alpha_kd > 0 or not fraction
+        require(taught, "on_policy_fraction", fraction, "its own text teaches the student by --alpha_kd, which is 0")
 
     def headline(self) -> list[str]:
         """What the run is, for its first lines."""
@@ -263,37 +271,3 @@ class Config(RunConfig):
 
 
 SECTIONS = MappingProxyType(Config.sections())
-
-_CLAMPED = {
-    "logit_clamp": 5.0,
-    "logit_clamp_style": "normalized",
-    "loss_clamp": 6.0,
-    "loss_clamp_style": "scale",
-    "max_grad_norm": 0.5,
-    "skip_grad_norm": 2.0,
-    "skip_rule": "storm",
-    "skip_factor": 2.0,
-    "max_nan_batches": 10,
-}
-MODES = MappingProxyType(
-    {
-        "ultra-conservative": {
-            "student_lr": 5e-6, "temperature": 1.5, "alpha_kd": 0.05, "alpha_ce": 0.95, **_CLAMPED,
-        },
-        "balanced": {
-            "student_lr": 1e-5, "temperature": 2.0, "alpha_kd": 0.1, "alpha_ce": 0.9, **_CLAMPED,
-        },
-        "precise": {
-            "student_lr": 2e-5, "temperature": 1.0, "alpha_kd": 0.6, "alpha_ce": 0.4, **_CLAMPED,
-            "logit_clamp_style": "off", "loss_clamp_style": "off",
-            "max_grad_norm": 1.0, "skip_rule": "adaptive", "skip_factor": 4.0,
-        },
-    }
-)  # fmt: skip
-
-TASKS = MappingProxyType({"units": {"per_device_batch_size": 16, "train_steps": 3000, "eval_steps": 500}})
-"""What `--task` brings with it, as a mode does; any flag given beside it wins."""
-
-# The two scripts: the same program, these defaults.
-FP16_SAFE = MappingProxyType({"name": "fp16_safe", "mode": "ultra-conservative", "model_dtype": "float16"})
-STABLE = MappingProxyType({"name": "stable", "mode": "balanced", "model_dtype": "auto"})

@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 
 from sar_kd.alignment import TokenizerPair
 from sar_kd.config import UsageError
-from sar_kd.pieces import encode_behind, encode_texts
+from sar_kd.pieces import ANCHORS, encode_behind, encode_texts
 from sar_kd.rows import Conversation
 from sar_kd.token_stream import GLUE, PROMPT, RESPONSE, STOP, Part
 from sar_kd.tokens import TokenTable, build_token_table, encode
@@ -28,8 +28,6 @@ DEFAULT_TEMPLATE = (
 """For a model without a chat template. A content follows a line end: a space would belong to its first word."""
 
 _SENTINEL = re.compile("\ue000([0-9]+)\ue001")
-_ANCHORS = ("\n", "a")
-"""Text behind which a tokenizer that puts a space before its text puts none."""
 
 
 class Rendered(NamedTuple):
@@ -198,7 +196,7 @@ class _Writer:
         if before not in (0, int(self.table.dummy_prefix)):
             return None
         if before and not glue.endswith(" ") and not self._puts_space(glue, first):
-            for anchor in _ANCHORS:
+            for anchor in ANCHORS:
                 behind = encode_behind(self.tokenizer, anchor, text)
                 if behind is not None:
                     return behind, False

@@ -61,6 +61,8 @@ class Batch:
     """Which blocks these are, for naming the documents of a bad batch."""
     stretches: tuple[Stretch, ...] = ()
     """The alignment in parts that can be compared alone, where distributions are carried over."""
+    is_sampled: bool = False
+    """What is predicted is the student's own text: it is compared with the teacher, and learned from no further."""
     stored: StoredRows | None = None
     """What the teacher said of its rows, where that is kept; then nobody asks it."""
 
@@ -135,14 +137,14 @@ class Corpus:
         student = _tokens(self.text.student, [(c.student_start, c.student_end) for c in cuts], self.pair.student_start)
         if self.pair.tables is None:
             alignment = self.pairing.align_equal(student.rows)
-            return Batch(student, student, alignment, tuple(blocks), (), self._stored(cuts, student))
+            return Batch(student, student, alignment, tuple(blocks), stored=self._stored(cuts, student))
         teacher = _tokens(self.text.teacher, [(c.teacher_start, c.teacher_end) for c in cuts], self.pair.teacher_start)
         widths = student.input_ids.shape[1], teacher.input_ids.shape[1]
         alignment, stretches = self.pairing.align(cuts, *widths), ()
         if alignment.in_teacher is not None:
             richer, limit = self.pairing.teacher_is_richer, self.pairing.stretch_rows
             stretches = cut_stretches(alignment, len(student.rows), teacher.rows, richer, limit)
-        return Batch(student, teacher, alignment, tuple(blocks), stretches, self._stored(cuts, teacher))
+        return Batch(student, teacher, alignment, tuple(blocks), stretches, stored=self._stored(cuts, teacher))
 
     def _stored(self, cuts: list[Block], teacher: TokenBatch) -> StoredRows | None:
         return None if self.stored is None else self.stored.rows(cuts, teacher.rows, teacher.input_ids.numel())
@@ -164,17 +166,21 @@ class Corpus:
             ranges = [(getattr(cut, f"{which}_start"), getattr(cut, f"{which}_end")) for cut in cuts]
             yield _tokens(getattr(self.text, which), ranges, start_id)
 
-    def micro_batches(
+    def micro_blocks(
         self, step: int, batch_size: int, accum_steps: int, seed: int, rank: int = 0, ranks: int = 1
-    ) -> list[Batch]:
-        """The micro-batches of one step: consecutive stretches of an endless row of shuffled epochs.
+    ) -> list[list[int]]:
+        """The blocks of each micro-batch of one step: consecutive stretches of an endless row of shuffled epochs.
 
         Of several ranks each has its own part of every stretch: together they read what one process reads with `ranks`
         times the batch size.
         """
         stretch = ranks * batch_size
         starts = [(step * accum_steps + micro) * stretch + rank * batch_size for micro in range(accum_steps)]
-        return [self.batch([self._shuffled(start + i, seed) for i in range(batch_size)]) for start in starts]
+        return [[self._shuffled(start + i, seed) for i in range(batch_size)] for start in starts]
+
+    def micro_batches(self, *args, **kwargs) -> list[Batch]:
+        """The micro-batches of one step. Arguments as for `micro_blocks`"""
+        return [self.batch(blocks) for blocks in self.micro_blocks(*args, **kwargs)]
 
     def _shuffled(self, position: int, seed: int) -> int:
         epoch, place = divmod(position, len(self.blocks))

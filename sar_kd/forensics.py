@@ -198,7 +198,7 @@ def page(record: dict) -> str:
         "replay in float32": {None: "not made", True: "finite", False: "not finite"}[record["finite_in_float32"]],
         "loss scale": f"{record['loss_scale']:g}",
         "gradient norm": f"{record['grad_norm']:g}",
-        "loss (ce, kd)": f"{record['loss']:g} ({record['ce_loss']:g}, {record['kd_loss']:g})",
+        "loss (ce, kd)": f"{record['loss']:g} ({_figure(record['ce_loss'])}, {_figure(record['kd_loss'])})",
     }
     if module:
         rows |= {
@@ -225,6 +225,10 @@ def _reach(module: dict, record: dict) -> list[str]:
     if reach > ends:
         return [f"In float32 its output reaches {reach:.4g}; float16 ends at {ends:.0f}.", ""]
     return [f"In float32 its output reaches {reach:.4g} only: what is too large for float16 lies within it.", ""]
+
+
+def _figure(value: float | None) -> str:
+    return "none" if value is None else f"{value:g}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from sar_kd.history import History, read_history
 from sar_kd.models import load_for_writing
 from sar_kd.precision import Precision, setup
 from sar_kd.settings import UsageError, flag, require_at_least
+from sar_kd.writing import write
 
 _LEAST_COLUMN = 30
 
@@ -69,7 +70,6 @@ def main(argv: list[str]) -> dict:
     return {"status": "finished"}
 
 
-@torch.no_grad()
 def _write(flag_: str, name: str, trusted: bool, config: GenerateConfig, precision: Precision) -> str:
     """One model's text, the prompt left out; the model is gone again afterwards."""
     model, tokenizer = load_for_writing(flag_, name, trusted, precision.dtype)
@@ -81,21 +81,14 @@ def _write(flag_: str, name: str, trusted: bool, config: GenerateConfig, precisi
         ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
     else:
         ids = tokenizer(config.prompt)["input_ids"]
-    start = torch.tensor([ids], device=precision.device)
-    draws = config.sample_temperature > 0
+    stops = model.generation_config.eos_token_id
+    stops = [tokenizer.eos_token_id] if stops is None else stops if isinstance(stops, list) else [stops]
     torch.manual_seed(config.seed)
     with precision.autocast():
-        written = model.generate(
-            start,
-            attention_mask=torch.ones_like(start),
-            max_new_tokens=config.max_new_tokens,
-            do_sample=draws,
-            temperature=config.sample_temperature if draws else None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        (written,) = write(
+            model, [ids], stops=stops, rooms=[config.max_new_tokens], temperature=config.sample_temperature
         )
-    return tokenizer.decode(written[0, start.shape[1] :], skip_special_tokens=True)
+    return tokenizer.decode(written.ids, skip_special_tokens=True)
 
 
 def _figures(run: History) -> dict[str, str]:

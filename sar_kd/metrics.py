@@ -127,8 +127,9 @@ class RunLog:
 
     def _postfix(self, record: dict, success_rate: float) -> str:
         """What stands beside the bar."""
+        ce = "" if record["ce_loss"] is None else f" ce={record['ce_loss']:.3f}"
         return (
-            f"loss={record['loss']:.3f} kd={record['kd_loss']:.3f} ce={record['ce_loss']:.3f} "
+            f"loss={record['loss']:.3f} kd={record['kd_loss']:.3f}{ce} "
             f"ppl={self._perplexity:.2f} grad_norm={record['grad_norm']:.2f} success={success_rate:.0%} "
             f"loss_scale={record['loss_scale']:.0f}"
         )
@@ -136,14 +137,14 @@ class RunLog:
     def _line(self, step: int, success_rate: float) -> str:
         """What is said of the steps since the last line."""
         finite = [r for r in self._window if math.isfinite(r["loss"])]
-        loss, kd, ce = (_mean([r[key] for r in finite]) for key in ("loss", "kd_loss", "ce_loss"))
+        loss, kd = (_mean([r[key] for r in finite]) for key in ("loss", "kd_loss"))
+        of_text = [r["ce_loss"] for r in finite if r["ce_loss"] is not None]  # not of the student's own
+        ce = f", ce={_mean(of_text):.4f}" if of_text or not finite else ""
         odd = len(self._window) - len(finite)
         bad = f" not_finite={odd}" if odd else ""
         of_routers = [r["router_kl"] for r in finite if "router_kl" in r]
         routers = f" router_kl={_mean(of_routers):.4f}" if of_routers else ""
-        return (
-            f"Step {step}: avg_loss={loss:.4f} (kd={kd:.4f}, ce={ce:.4f}){routers} success_rate={success_rate:.0%}{bad}"
-        )
+        return f"Step {step}: avg_loss={loss:.4f} (kd={kd:.4f}{ce}){routers} success_rate={success_rate:.0%}{bad}"
 
     def say_start(self, start: dict, teacher: dict) -> None:
         """Say where the student starts, and where the teacher is."""

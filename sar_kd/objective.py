@@ -28,7 +28,7 @@ class LossTerms(Sums):
     total: Tensor
     """What is minimised, clamps applied."""
     ce: Tensor
-    """Cross-entropy as it is: no clamp, no gradient."""
+    """Cross-entropy as it is, of text that is not the student's own: no clamp, no gradient."""
     kd: Tensor
     """The distillation term as it is: no floor, no gradient."""
     nonfinite_rows: Tensor
@@ -80,24 +80,26 @@ class Objective:
         outputs = self.read(batch) if outputs is None else outputs
         outputs = dataclasses.replace(outputs, teacher=outputs.teacher and outputs.teacher.detach())
         count, targets = batch.num_target_tokens, batch.student.targets
+        alpha_ce = 0.0 if batch.is_sampled else self.alpha_ce  # its own text teaches the student nothing
         factor = None
-        if self.loss_clamp.style != "off" and self.alpha_ce > 0:
+        if self.loss_clamp.style != "off" and alpha_ce > 0:
             factor = lambda ce: self.loss_clamp.factor(ce / count)  # noqa: E731
         if self.distillation is not None and self.distillation.covers_text:
             term = self.distillation
-            parts = term.tiles(batch), targets, term.compare, self.alpha_ce, self.alpha_kd
+            parts = term.tiles(batch), targets, term.compare, alpha_ce, self.alpha_kd
             sums = tiled_loss(Loss(*parts, self.logit_clamp, factor, scale), outputs.student, outputs.teacher)
             kd = Learned(sums.kd, sums.raw_kd, sums.dropped)
         else:
             tiles = [Tile(rows, None, None, None) for rows in stretches_of(count, self._tile_rows)]
-            parts = tiles, targets, None, self.alpha_ce, 0.0
+            parts = tiles, targets, None, alpha_ce, 0.0
             sums = tiled_loss(Loss(*parts, self.logit_clamp, factor, scale), outputs.student, None)
             zero = torch.zeros_like(sums.ce)
             kd = Learned(zero, zero, zero) if self.distillation is None else self.distillation(batch, outputs)
-        mean = self.alpha_ce * self.loss_clamp(sums.ce / count) + self.alpha_kd * kd.loss / count
+        mean = alpha_ce * self.loss_clamp(sums.ce / count) + self.alpha_kd * kd.loss / count
         # Its value has the clamps; its slope, which knows their factors, comes from what was minimised.
         mean = mean + (sums.minimised - sums.minimised.detach()) / count
-        return LossTerms(self.loss_clamp(mean) * count, sums.raw_ce, kd.raw, sums.nonfinite, kd.dropped)
+        raw_ce = torch.zeros_like(sums.raw_ce) if batch.is_sampled else sums.raw_ce
+        return LossTerms(self.loss_clamp(mean) * count, raw_ce, kd.raw, sums.nonfinite, kd.dropped)
 
     def read(self, batch: Batch, *, student_learns: bool = True, teacher_learns: bool = False) -> Outputs:
         """What both models make of a batch, each with a graph if it learns; no teacher where nothing is distilled."""

@@ -6,6 +6,7 @@ token is the one that predicts it.
 
 from __future__ import annotations
 
+import copy
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,6 +52,14 @@ class Pairing:
         self.stretch_rows = sys.maxsize
         """Most rows that a batch's stretches are to have, as whoever computes with them asks"""
         self._open_of: dict[bytes, np.ndarray] = {}
+
+    def over(self, text: JoinedText) -> Pairing:
+        """The same comparisons on another text; what the vocabularies share stays as the first text has it."""
+        if self.pair.projects and self.pair.is_exact:
+            _ = self._open, self._open_class
+        other = copy.copy(self)
+        other._text = text
+        return other
 
     @cached_property
     def _maps(self) -> tuple[VocabularyMap, VocabularyMap]:

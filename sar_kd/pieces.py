@@ -11,21 +11,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
 
 from sar_kd.rows import CHUNK
 from sar_kd.token_bytes import encode_by_characters
-from sar_kd.tokens import encode
+from sar_kd.tokens import TokenTable, encode
 
 PIECE = 2**16
 """Characters from which a text is cut."""
 _AROUND = 256
 _TRIES = 16
 """Places of each kind."""
-_ANCHORS = ("\n", "a")
+ANCHORS = ("\n", "a")
 """What a piece may read before it instead of what stands there."""
 
 
@@ -73,7 +73,7 @@ def _place(buffer: str, first: int, encoders: Sequence[Encoder], canonical) -> t
             if all(_joins(encode, whole, left, right) for encode in encoders):
                 return place, left[-1]
     place, left, right = fallback or (high, " ", " ")
-    for before in (left[-1], *_ANCHORS):
+    for before in (left[-1], *ANCHORS):
         if all(_behind(*encode([before, before + right])) is not None for encode in encoders):
             return place, before
     return place, ""
@@ -142,3 +142,9 @@ def encode_behind(tokenizer, before: str, text: str) -> Ids | None:
     if ids is None or not others:
         return ids
     return np.concatenate([np.array(ids, dtype=np.int32), *(encode_pieces(encoder, [piece])[0] for piece in others)])
+
+
+def encode_inside(tokenizer, table: TokenTable, text: str) -> Ids | None:
+    """Ids that spell a text to the byte, as it stands inside of another; None where the tokenizer cannot."""
+    ways = chain(encode_texts(tokenizer, [text]), (encode_behind(tokenizer, anchor, text) for anchor in ANCHORS))
+    return next((ids for ids in ways if ids is not None and table.spell(ids) == text.encode()), None)

@@ -59,6 +59,7 @@ class Progress:
             "loss_scale_final": precision.loss_scale.item(),
             "tokens": self.tokens,
             "tokens_per_second": self.tokens / max(1e-9, self.train_seconds),
+            "train_seconds": self.train_seconds,
             "peak_memory_bytes": peak_memory(precision.device),
             "wall_seconds": self.seconds,
         }

@@ -79,16 +79,16 @@ class Recovery:
         return whole if 2 * len(whole) < len(self.train) else sorted(bad)
 
 
-def without(train: Corpus, batch: Batch, left_out: frozenset[int]) -> Batch:
-    """The batch in which the next block that is not left out stands for each one that is.
+def left_in(train: Corpus, blocks: list[int], left_out: frozenset[int]) -> list[int]:
+    """The blocks of a batch, with the next one that is not left out in the place of each one that is.
 
     Unchanged if that would leave nothing.
     """
-    if len(left_out) == len(train) or not left_out.intersection(batch.blocks):
-        return batch
-    blocks = []
-    for block in batch.blocks:
+    if len(left_out) == len(train) or not left_out.intersection(blocks):
+        return blocks
+    kept = []
+    for block in blocks:
         while block in left_out:
             block = (block + 1) % len(train)
-        blocks.append(block)
-    return train.batch(blocks)
+        kept.append(block)
+    return kept

@@ -7,17 +7,9 @@ import math
 from dataclasses import dataclass, field
 
 from sar_kd.arguments import Verb
-from sar_kd.config import (
-    EMBEDDED,
-    TASKS,
-    AdamWConfig,
-    DataConfig,
-    GuardConfig,
-    LossConfig,
-    PrecisionConfig,
-    TrainConfig,
-)
+from sar_kd.config import EMBEDDED, AdamWConfig, DataConfig, GuardConfig, LossConfig, PrecisionConfig, TrainConfig
 from sar_kd.lora import LoraConfig
+from sar_kd.presets import TASKS
 from sar_kd.settings import RunConfig, flag, require, require_at_least, require_positive
 
 EMBEDDED_LR_FACTOR = 10.0

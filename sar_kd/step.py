@@ -24,8 +24,10 @@ class StepReport:
 
     verdict: Verdict
     loss: float
-    """alpha_ce * ce_loss + alpha_kd * kd_loss, nats per target token, no clamp"""
-    ce_loss: float
+    """alpha_ce * ce_loss + alpha_kd * kd_loss, nats per target token, no clamp; ce counts 0 where the text is the
+    student's own"""
+    ce_loss: float | None
+    """Nats per target token that is not the student's own; None where all of them are"""
     kd_loss: float
     grad_norm: float
     """L2, after unscaling, before clipping"""
@@ -53,7 +55,9 @@ def train_step(
 
     gradient = sum over all ranks' micro-batches of d total / d weights, divided once by the window's target tokens
     """
-    num_targets = placement.world.total(sum(batch.num_target_tokens for batch in micro_batches))
+    counts = (sum(b.num_target_tokens for b in micro_batches if b.is_sampled is own) for own in (False, True))
+    of_text, of_own = map(int, placement.world.sum(counts))
+    num_targets = of_text + of_own
     count = max(1, num_targets)
     batches = [batch.to(precision.device) for batch in micro_batches if placement.takes_part(batch)]
     sums = LossTerms.zero(precision.device)
@@ -87,7 +91,8 @@ def train_step(
     precision.update_(verdict, scale)
     optimizer.zero_grad(set_to_none=True)
     loss = (objective.alpha_ce * ce + objective.alpha_kd * kd) / count
-    return StepReport(verdict, loss, ce / count, kd / count, norm, scale, num_targets, int(dropped), routed, _bad(rows))
+    ce_loss = ce / max(1, of_text) if of_text or not of_own else None
+    return StepReport(verdict, loss, ce_loss, kd / count, norm, scale, num_targets, int(dropped), routed, _bad(rows))
 
 
 def _bad(rows: list[list[float]]) -> int:

@@ -223,7 +223,7 @@ class _Joiner:
         sides: list[list[list[Part]]] = [[] for _ in self.ends]
         facts["without_template"] = list(rendered.without_template)
         for name, *whole in zip(rendered.names, *rendered.sides, strict=True):
-            kept = _within(whole, rendered.tables, self.limits) if self.limits else whole
+            kept = within(whole, rendered.tables, self.limits) if self.limits else whole
             if kept is None:
                 left_out.append(f"{name} (no response begins within a block)")
                 continue
@@ -243,7 +243,7 @@ class _Joiner:
             self.shelf.append_strings(column, texts)
 
 
-def _within(whole: list[list[Part]], tables: list[TokenTable], limits: tuple[int, int]) -> list[list[Part]] | None:
+def within(whole: list[list[Part]], tables: list[TokenTable], limits: tuple[int, int]) -> list[list[Part]] | None:
     """A conversation on each side, cut at the last place within the limits where both end a token.
 
     None if nothing that is to be learned is left

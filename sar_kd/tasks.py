@@ -32,15 +32,16 @@ class Task:
     """What `--task` asks for beside the run itself; without it, nothing."""
 
     def __init__(self, config: Config, baseline: dict | None = None):
-        """config: of the distillation run, its teacher ready; baseline: the summary of cross-entropy alone"""
+        """config: of the distillation run, its teacher ready; baseline: the summary of cross-entropy alone, if any"""
         self.config, self._baseline = config, baseline
 
     def companions(self, models: Models, limits: tuple[int, int], precision: Precision) -> list[Companion]:
         """The exam, and what the result is compared with."""
-        if self._baseline is None:
+        if not self.config.data.task:
             return []
         trust = self.config.models.trust_remote_code
-        return [Exam(models, limits, precision, trust), Baseline(self._baseline)]
+        found: list[Companion] = [Exam(models, limits, precision, trust)]
+        return [*found, Baseline(self._baseline)] if self._baseline else found
 
 
 class Baseline(Companion):
@@ -80,7 +81,9 @@ def prepare_task(config: Config) -> tuple[Config, Task]:
         _run(ready, config.train.resume, started)
         teacher = str(Path(ready.train.output_dir) / "student")
         config = dataclasses.replace(config, models=dataclasses.replace(config.models, teacher_model=teacher))
-    baseline = _run(_baseline_config(config, f"{folder}-cross-entropy"), config.train.resume, started)
+    baseline = None
+    if not config.data.skip_baseline:
+        baseline = _run(_baseline_config(config, f"{folder}-cross-entropy"), config.train.resume, started)
     return _in_time(config, started), Task(config, baseline)
 
 

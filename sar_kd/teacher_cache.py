@@ -107,6 +107,8 @@ def check_settings(config: Config) -> dict:
     if routing not in ("native", "auto"):
         what = "its routers learn" if routing == "sar" else f"--routing {routing} asks other experts"
         raise fault(folder, f"holds the teacher in its own routing, and {what}; leave it out, or --routing native")
+    if config.on_policy.on_policy_fraction:
+        raise fault(folder, "holds a fixed text, and --on_policy_fraction asks about another; leave one of them out")
     if loss.alignment == "hidden":
         raise fault(folder, "holds no hidden states, which --alignment hidden compares; leave it out")
     if loss.logit_clamp_style == "raw":

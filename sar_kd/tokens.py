@@ -11,6 +11,7 @@ import hashlib
 import json
 import random
 import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from weakref import WeakKeyDictionary
@@ -76,6 +77,10 @@ class TokenTable:
     def lengths(self) -> np.ndarray:
         """int64 [V]: bytes by id."""
         return np.fromiter(map(len, self.pieces), dtype=np.int64, count=len(self.pieces))
+
+    def spell(self, ids: Iterable[int]) -> bytes:
+        """The bytes of some tokens."""
+        return _spell(self.pieces, ids)
 
     def canonical(self, text: str) -> str:
         """The text as this tokenizer sees it; both models read the same canonical text."""
@@ -159,7 +164,7 @@ def _table_of(tokenizer, vocabulary: Vocabulary, num_rows, start, end, stop_ids)
     return TokenTable(pieces, strings, kinds, end, tuple(end_ids), start, dummy_prefix, nfc, vocabulary.metaspace)
 
 
-def _spell(pieces: list[bytes], ids: list[int]) -> bytes:
+def _spell(pieces: list[bytes], ids: Iterable[int]) -> bytes:
     return b"".join([pieces[i] for i in ids])
 
 
@@ -172,7 +177,7 @@ def _verify(tokenizer, table: TokenTable) -> None:
     texts = [table.canonical(text) for text in (*PROBES, *fuzz_texts())]
     encoded = encode(tokenizer, texts)
     for text, ids in zip(texts, encoded, strict=True):
-        read = _spell(table.pieces, ids)
+        read = table.spell(ids)
         if read != text.encode() and not (table.dummy_prefix and read == b" " + text.encode()):
             shown = read.decode("utf-8", "replace")
             same = next((i for i, (a, b) in enumerate(zip(text, shown, strict=False)) if a != b), 0)

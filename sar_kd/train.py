@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from sar_kd.arguments import parse_args
-from sar_kd.config import STABLE, Config
+from sar_kd.config import Config
 from sar_kd.data import Corpus
 from sar_kd.documents import load_documents
 from sar_kd.guards import StepGuard
 from sar_kd.metrics import open_run
 from sar_kd.models import NOTHING_GIVEN, Given, load_models
 from sar_kd.objective import Objective
+from sar_kd.on_policy import build_on_policy
 from sar_kd.optim import build_optimizer
 from sar_kd.precision import setup
 from sar_kd.preflight import preflight
+from sar_kd.presets import STABLE
 from sar_kd.several_devices import place
 from sar_kd.stored_teaching import build_teaching
 from sar_kd.tasks import prepare_task
@@ -53,4 +55,5 @@ def train(config: Config, given: Given = NOTHING_GIVEN) -> dict:
     routing = build_teaching(config, models, objective, train, world)  # which experts the teacher asks, if any
     parts = models, train, validation, objective, optimizer, guard, precision, log, routing, placement
     companions = task.companions(models, limits, precision)  # what takes part beside them
-    return Trainer(config, *parts, companions).run()  # type: ignore[arg-type]  # elsewhere than on rank 0 the log is silent
+    on_policy = build_on_policy(config, models, train, limits, precision, world)  # what the student writes itself
+    return Trainer(config, *parts, companions, on_policy).run()  # type: ignore[arg-type]  # elsewhere than on rank 0 the log is silent

@@ -17,6 +17,7 @@ from sar_kd.companion import Companion, Companions
 from sar_kd.config import RunConfig, UsageError
 from sar_kd.data import Batch, Corpus
 from sar_kd.evaluate import Evaluation, evaluate, share
+from sar_kd.feed import Feed
 from sar_kd.guards import StepGuard, TrainingDiverged
 from sar_kd.interruption import Interruption
 from sar_kd.lora import exports
@@ -24,13 +25,13 @@ from sar_kd.metrics import RunLog, notices_of
 from sar_kd.models import Models
 from sar_kd.no_teacher import NoTeacher
 from sar_kd.objective import Objective
+from sar_kd.on_policy import OnPolicy
 from sar_kd.optim import learning_rate_at, set_learning_rate_
 from sar_kd.placement import WHOLE, Placement
 from sar_kd.precision import Precision
-from sar_kd.prefetch import Prefetch
 from sar_kd.preflight import describe
 from sar_kd.progress import Progress, figures_of
-from sar_kd.recovery import Recovery, without
+from sar_kd.recovery import Recovery
 from sar_kd.step import StepReport, train_step
 from sar_kd.teacher_routing import TeacherRouting
 
@@ -52,6 +53,7 @@ class Trainer:
         routing: TeacherRouting | NoTeacher,
         placement: Placement = WHOLE,
         companions: Sequence[Companion] = (),
+        on_policy: OnPolicy | None = None,
     ):
         self.placement, self.world = placement, placement.world
         self.config, self.models, self.log, self.routing = config, models, log, routing
@@ -59,9 +61,9 @@ class Trainer:
         self.objective, self.optimizer, self.guard, self.precision = objective, optimizer, guard, precision
         self.folder = Path(config.train.output_dir)
         self.progress = Progress()
-        self.companions = Companions(companions)
+        self.companions = Companions([*companions, on_policy] if on_policy is not None else companions)
         self.recovery = Recovery(self.folder, train, objective, precision, placement)
-        self._batches = Prefetch(self._make_batches)
+        self.feed = Feed(train, config.train, routing.passes, placement.world, on_policy)
 
     def run(self) -> dict:
         """Train to `train_steps`, or to an interruption; the returned summary's `status` says which.
@@ -88,7 +90,7 @@ class Trainer:
             self._save_in_need()
             raise
         finally:
-            self._batches.close()
+            self.feed.close()
             self.log.close()
 
     def _train(self, interruption: Interruption, before: float) -> str:
@@ -126,9 +128,7 @@ class Trainer:
         step = self.progress.step
         rate = self.progress.rate_factor * learning_rate_at(step, self.config.train.train_steps, self.config.optim)
         set_learning_rate_(self.optimizer, rate)
-        left_out = frozenset(self.progress.left_out)
-        following = (step + 1, left_out) if step + 1 < self.config.train.train_steps else None
-        micro_batches = self._batches.take((step, left_out), following)
+        micro_batches, window = self.feed.take(step, frozenset(self.progress.left_out))
         report = train_step(
             micro_batches,
             self.objective,
@@ -141,26 +141,7 @@ class Trainer:
         )
         self.progress.step += 1
         self.progress.tokens += report.num_target_tokens
-        return report, lambda: self._window(step, report, micro_batches)
-
-    def _window(self, step: int, report: StepReport, own: list[Batch]) -> list[Batch]:
-        """The micro-batches among which a NaN batch is to be looked for; every rank looks at the same ones."""
-        if self.world.size == 1:
-            return own
-        # Whose gradient is not finite is not known: by then it is the sum of all.
-        ranks = [report.rank] if report.verdict.cause == "forward" else range(self.world.size)
-        left_out = frozenset(self.progress.left_out)
-        return [batch for rank in ranks for batch in self._micro_batches(step, left_out, rank)]
-
-    def _make_batches(self, key: tuple[int, frozenset[int]]) -> list[Batch]:
-        """This rank's micro-batches of a step, without these blocks; called in a thread, a step ahead."""
-        return self._micro_batches(*key, self.world.rank)
-
-    def _micro_batches(self, step: int, left_out: frozenset[int], rank: int) -> list[Batch]:
-        settings = self.config.train
-        sizes = settings.per_device_batch_size, settings.grad_accum_steps
-        batches = self.train.micro_batches(step // self.routing.passes, *sizes, settings.seed, rank, self.world.size)
-        return [without(self.train, batch, left_out) for batch in batches]
+        return report, lambda: window(report)
 
     def _record(self, report: StepReport) -> None:
         verdict, progress = report.verdict, self.progress
@@ -168,6 +149,7 @@ class Trainer:
         del record["verdict"], record["rank"]
         record |= {name: value for name, value in (record.pop("routers") or {}).items() if value is not None}
         record |= {"applied": verdict.applied, "cause": verdict.cause, "norm_limit": verdict.norm_limit}
+        record |= self.companions.figures()
         record["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         blocks = self.config.train.per_device_batch_size * self.config.train.grad_accum_steps
         record["epoch"] = progress.step / self.routing.passes * blocks / len(self.train)
@@ -263,6 +245,7 @@ class Trainer:
         documents = self.recovery.explain(step, report, "The run went back to its last checkpoint, once.")["documents"]
         left_out = self.recovery.offenders(report.verdict.cause)
         self.progress = Progress(**load_checkpoint(self.folder / "checkpoint", **self._state()))
+        self.companions.take_up(self.progress.companions)
         self.progress.rewound_from, self.progress.seconds = step, seconds
         self.progress.rate_factor, self.progress.left_out = 0.5, left_out
         self._save()  # so that a resumed run does not go back once more

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sar_kd.guards import CAUSES
 from sar_kd.report import FILE as REPORT
+from sar_kd.writing import FAULTS
 
 
 def fitted(line: str) -> list[str]:
@@ -40,11 +41,24 @@ def closing_table(summary: dict, folder: Path) -> list[str]:
         + f", success rate {summary['success_rate']:.1%}, loss scale {summary['loss_scale_final']:.0f}",
         f"  student saved in {folder / 'student'}, figures in {folder / 'summary.json'}",
     ]
+    if "on_policy" in summary:
+        lines.insert(-1, _on_policy(summary["on_policy"], summary["wall_seconds"]))
     if (folder / REPORT).is_file():
         lines.append(f"  pictures in {folder / REPORT}")
     if summary["status"] == "interrupted":
         lines.append(f"  continue with the same command and --resume --output_dir {folder}")
     return lines
+
+
+def _on_policy(found: dict, seconds: float) -> str:
+    """What the student wrote itself, and what that took."""
+    count = max(1, found["responses"])
+    faults = ", ".join(f"{name} {found[name]}" for name in FAULTS if found[name])
+    shown = f" ({faults})" if faults else ""
+    return (
+        f"  wrote {found['responses']:,} responses of {found['tokens'] / count:.1f} tokens, "
+        f"{found['ended'] / count:.0%} ended{shown}; {found['sampling_seconds'] / max(1e-9, seconds):.0%} of the time"
+    )
 
 
 def _row(name: str, figures: tuple[float, float], score: dict | None) -> str:

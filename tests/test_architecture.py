@@ -10,7 +10,17 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = ("train_sar_kd_fp16_safe", "train_sar_kd_stable")
 LEVELS = {
     -2: {"farewell", "settings", "version"},
-    -1: {"routing_config", "world", "parsers", "environment", "lora", "units"},
+    -1: {
+        "routing_config",
+        "on_policy_config",
+        "presets",
+        "world",
+        "parsers",
+        "environment",
+        "lora",
+        "units",
+        "writing",
+    },
     0: {
         "config",
         "embedded",
@@ -69,19 +79,21 @@ LEVELS = {
     4: {"router_table", "router_terms", "streams", "tiled", "charts", "verdict", "card", "heard"},
     5: {"pairing", "report", "generate", "matching", "windows"},
     6: {"data", "wording", "teacher_cache"},
-    7: {"distillation", "evaluate", "metrics", "cache_text"},
+    7: {"distillation", "evaluate", "metrics", "responses", "cache_text"},
     8: {"projected", "progress", "clamps", "coverage", "forensics", "sft_log", "benchmark", "cache"},
     9: {"kinds", "placement", "router_watch", "preflight", "audit"},
     10: {"objective"},
     11: {"router_learner", "several_devices"},
     12: {"step", "teacher_routing", "no_teacher"},
     13: {"checkpoint", "recovery", "companion", "stored_teaching"},
-    14: {"trainer", "vitals", "exam"},
-    15: {"cli", "embedded.build", "supervised"},
-    16: {"tasks"},
-    17: {"train", *SCRIPTS},
-    18: {"__main__", "api"},
-    19: {"sar_kd"},
+    14: {"on_policy"},
+    15: {"feed"},
+    16: {"trainer", "vitals", "exam"},
+    17: {"cli", "embedded.build", "supervised"},
+    18: {"tasks"},
+    19: {"train", *SCRIPTS},
+    20: {"__main__", "api"},
+    21: {"sar_kd"},
 }  # fmt: skip
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
 

@@ -6,28 +6,21 @@ import json
 import pytest
 
 from sar_kd.arguments import parse_args
-from sar_kd.config import (
-    EMBEDDED_LR_FACTOR,
-    EMBEDDED_ROUTER_LR_FACTOR,
-    FP16_SAFE,
-    MODES,
-    SECTIONS,
-    STABLE,
-    Config,
-    LossConfig,
-    UsageError,
-)
+from sar_kd.config import EMBEDDED_LR_FACTOR, EMBEDDED_ROUTER_LR_FACTOR, SECTIONS, Config, LossConfig, UsageError
+from sar_kd.presets import FP16_SAFE, MODES, STABLE
 
 FLAGS = [
     "teacher_model", "student_model", "trust_remote_code", "teacher_cache",
     "train_file", "validation_file", "text_field", "dataset_name", "dataset_config_name", "task",
-    "task_teacher_steps", "block_size", "token_cache",
+    "task_teacher_steps", "skip_baseline", "block_size", "token_cache",
     "temperature", "alpha_kd", "alpha_ce", "logit_clamp", "logit_clamp_style", "loss_clamp", "loss_clamp_style",
     "alignment", "kd_direction", "jsd_beta", "teacher_top_k", "alm_tau", "loss_workspace_mb",
     "force",
     "routing", "router_patterns", "sar_schedule", "sar_routing", "router_lr", "router_beta", "router_anchor",
     "router_direction", "router_max_grad_norm", "router_stop_on_drift", "activation_checkpointing", "ka_lambda",
     "ka_passes",
+    "recipe", "on_policy_fraction", "sample_temperature", "sample_top_p", "max_new_tokens", "replay_size",
+    "replay_fraction",
     "weight_decay", "warmup_steps", "lr_schedule", "student_lr",
     "model_dtype", "device", "init_loss_scale",
     "max_grad_norm", "skip_grad_norm", "skip_rule", "skip_factor", "max_nan_batches", "on_divergence",
@@ -57,6 +50,12 @@ BAD_VALUES = [
     ("--router_anchor -1", "-1", "at least 0"),
     ("--router_max_grad_norm 0", "0", "above 0"),
     ("--ka_lambda 1.5", "1.5", "between 0 and 1"),
+    ("--on_policy_fraction 1.5", "1.5", "between 0 and 1"),
+    ("--on_policy_fraction 0.5 --alpha_kd 0", "0.5", "--alpha_kd"),
+    ("--sample_top_p 0", "0", "above 0"),
+    ("--sample_temperature -1", "-1", "at least 0"),
+    ("--max_new_tokens 0", "0", "at least 1"),
+    ("--replay_fraction 1 --replay_size 8", "1", "below 1"),
     ("--ka_passes 0", "0", "at least 1"),
     ("--jsd_beta 0", "0", "above 0 and below 1"),
     ("--jsd_beta 1", "1", "above 0 and below 1"),
@@ -368,7 +367,7 @@ def test_help_shows_the_scripts_defaults(script, shown, capsys, monkeypatch):
 def test_help_has_a_group_for_each_section_and_every_flag(capsys, monkeypatch):
     text = _help(STABLE, capsys, monkeypatch)
     assert [line[:-1] for line in text.splitlines() if line[:1].isupper() and line.endswith(":")] == [
-        "Models", "Text", "Loss", "Routing", "Optimizer", "Precision", "Guards", "Run"
+        "Models", "Text", "Loss", "Routing", "On-policy", "Optimizer", "Precision", "Guards", "Run"
     ]  # fmt: skip
     assert all(f"  --{name}" in text for name in FLAGS)
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from sar_kd.clamps import check_clamps, reasons_not_to_learn
-from sar_kd.config import MODES, GuardConfig, LossConfig, UsageError
+from sar_kd.config import GuardConfig, LossConfig, UsageError
 from sar_kd.guards import (
     CAUSES,
     MIN_LOSS_SCALE,
@@ -16,6 +16,7 @@ from sar_kd.guards import (
     raw_clamp_largest_probability,
     raw_clamp_perplexity_floor,
 )
+from sar_kd.presets import MODES
 
 HEALTHY = {"num_targets": 100, "forward_finite": True, "grad_norm": 1.0, "loss_scale": 1024.0}
 NAN_FORWARD = {**HEALTHY, "forward_finite": False}

@@ -10,7 +10,7 @@ from sar_kd import folder, models, preflight, trainer
 from sar_kd.__main__ import main
 from sar_kd.arguments import parse_args
 from sar_kd.cli import run
-from sar_kd.config import FP16_SAFE
+from sar_kd.presets import FP16_SAFE
 from sar_kd.settings import UsageError
 from sar_kd.train import main as train
 

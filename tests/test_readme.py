@@ -15,7 +15,8 @@ import pytest
 from sar_kd import embedded
 from sar_kd.__main__ import VERBS, main
 from sar_kd.cli import run
-from sar_kd.config import MODES, SECTIONS
+from sar_kd.config import SECTIONS
+from sar_kd.presets import MODES
 from sar_kd.sft_config import SftConfig
 
 ROOT = Path(__file__).parent.parent
@@ -47,6 +48,10 @@ def _commands(text: str) -> list[str]:
 
 def _runs_here(command: str) -> bool:
     return not any(word in command for word in ELSEWHERE)
+
+
+def _with_few_steps(command: str) -> str:
+    return command.replace("--train_steps 500", "--train_steps 2").replace(" sft --task", " sft --max_steps 3 --task")
 
 
 HERE = [command for command in _commands(README) if _runs_here(command)]
@@ -84,7 +89,7 @@ def little_text(monkeypatch, splits):
 def test_every_command_of_the_readme_runs_as_printed_with_few_steps(place, little_text, capsys):
     """In this process, one after another, as the README has them."""
     for command in HERE:
-        words = shlex.split(command.replace("--train_steps 500", "--train_steps 2"))[1:]
+        words = shlex.split(_with_few_steps(command))[1:]
         if words[:2] == ["-m", "sar_kd"]:
             code = main(words[2:])
         else:
@@ -97,7 +102,7 @@ def test_every_command_of_the_readme_runs_as_printed_with_few_steps(place, littl
 def test_every_command_of_the_readme_runs_in_a_shell(place, monkeypatch):
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
     for command in HERE:
-        few = command.replace("--train_steps 500", "--train_steps 2")
+        few = _with_few_steps(command)
         done = subprocess.run(few, shell=True, capture_output=True, text=True, cwd=place)
         assert done.returncode == 0, (command, done.stderr)
 

@@ -13,10 +13,10 @@ from sar_kd import report, trackers
 from sar_kd.arguments import parse_args
 from sar_kd.card import card_of
 from sar_kd.cli import run as exit_code
-from sar_kd.config import STABLE
 from sar_kd.files import plain
 from sar_kd.history import read_history
 from sar_kd.metrics import RunLog, open_run
+from sar_kd.presets import STABLE
 from sar_kd.settings import UsageError
 from sar_kd.verdict import verdict_of
 

@@ -46,7 +46,7 @@ SUMMARY_KEYS = {
     "teacher_val_bits_per_byte", "nan_batches_max_consecutive", "loss_scale_final", "tokens", "tokens_per_second",
     "peak_memory_bytes", "wall_seconds", "embedded",
 }  # fmt: skip
-TIMING = {"tokens_per_second", "peak_memory_bytes", "wall_seconds", "seconds", "train_seconds"}
+TIMING = {"tokens_per_second", "peak_memory_bytes", "wall_seconds", "seconds", "train_seconds", "sampling_seconds"}
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def _equal(a, b) -> bool:
 def _untimed(record):
     if isinstance(record, dict):
         return {key: _untimed(value) for key, value in record.items() if key not in TIMING}
-    return record
+    return [_untimed(value) for value in record] if isinstance(record, list) else record
 
 
 def _student(folder):

@@ -110,3 +110,13 @@ def test_without_a_task_nothing_comes_before(monkeypatch):
     same, task = tasks.prepare_task(config)
     assert same is config
     assert task.companions(None, (8, 8), None) == []
+
+
+def test_the_baseline_can_be_left_out(small, tmp_path):
+    code, out, err = _run(tmp_path / "run", "--skip_baseline", "--task_teacher_steps", "0")
+    assert (code, err) == (0, [])
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert {"student", "teacher", "student_start"} == _json(tmp_path / "run" / "summary.json")[
+        "benchmark_result"
+    ].keys()
+    assert not any("without teacher" in line for line in out)

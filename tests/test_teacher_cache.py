@@ -18,13 +18,14 @@ from sar_kd import cache, cli, teacher_store
 from sar_kd.alignment import TokenizerPair
 from sar_kd.arguments import parse_args
 from sar_kd.blocks import Blocks
-from sar_kd.config import STABLE, UsageError
+from sar_kd.config import UsageError
 from sar_kd.data import Corpus
 from sar_kd.documents import Document, load_documents
 from sar_kd.matching import Index, Match
 from sar_kd.models import load_models
 from sar_kd.objective import Objective
 from sar_kd.precision import setup
+from sar_kd.presets import STABLE
 from sar_kd.teacher_cache import open_teacher_cache
 from sar_kd.teacher_store import TEXTS
 from sar_kd.windows import cut_at
@@ -409,6 +410,7 @@ def test_a_flipped_byte_is_refused_wherever_it_is(inputs, built, tmp_path):
         (["--routing", "all"], "--routing all asks other experts"),
         (["--routing", "ka"], "--routing ka asks other experts"),
         (["--alignment", "hidden"], "holds no hidden states"),
+        (["--on_policy_fraction", 0.5], "holds a fixed text"),
         (["--logit_clamp_style", "raw", "--force"], "holds no logits"),
         (["--alpha_kd", 0], "no teacher is heard"),
         (["--teacher_top_k", 17], "holds 16 tokens of each row, fewer than --teacher_top_k 17"),

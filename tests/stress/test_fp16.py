@@ -14,11 +14,12 @@ from torch import nn
 
 from sar_kd.arguments import parse_args
 from sar_kd.clamps import check_clamps
-from sar_kd.config import FP16_SAFE, LossConfig, OptimConfig, UsageError
+from sar_kd.config import LossConfig, OptimConfig, UsageError
 from sar_kd.evaluate import evaluate
 from sar_kd.forensics import examine
 from sar_kd.models import Models, load_models
 from sar_kd.optim import build_optimizer, parameters_of
+from sar_kd.presets import FP16_SAFE
 
 FREE = {"logit_clamp_style": "off", "loss_clamp_style": "off"}
 NO_LIMIT = {"skip_grad_norm": 1e9, "max_grad_norm": 1e9}

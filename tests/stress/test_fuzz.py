@@ -21,7 +21,7 @@ from test_faults import SCRIPT
 from sar_kd import cli
 from sar_kd.arguments import parse_args
 from sar_kd.checkpoint import load_checkpoint, save_checkpoint
-from sar_kd.config import FP16_SAFE, SECTIONS, GuardConfig, OptimConfig, TrainConfig
+from sar_kd.config import SECTIONS, GuardConfig, OptimConfig, TrainConfig
 from sar_kd.data import Corpus
 from sar_kd.documents import load_documents
 from sar_kd.forensics import main as forensics
@@ -29,6 +29,7 @@ from sar_kd.guards import StepGuard
 from sar_kd.metrics import open_run
 from sar_kd.optim import build_optimizer, learning_rate_at
 from sar_kd.precision import Precision
+from sar_kd.presets import FP16_SAFE
 from sar_kd.progress import Progress
 
 COUNTS = {"flags": 4000, "texts": 3000, "checkpoints": 2000, "configs": 600, "folders": 400}

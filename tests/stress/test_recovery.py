@@ -15,7 +15,7 @@ from sar_kd import trainer as trainer_module
 from sar_kd.__main__ import main as verbs
 from sar_kd.arguments import parse_args
 from sar_kd.cli import run as run_as_script
-from sar_kd.config import FP16_SAFE, UsageError
+from sar_kd.config import UsageError
 from sar_kd.data import Corpus
 from sar_kd.documents import Document
 from sar_kd.forensics import examine, page
@@ -25,6 +25,7 @@ from sar_kd.models import Models
 from sar_kd.objective import Objective
 from sar_kd.optim import build_optimizer
 from sar_kd.precision import setup
+from sar_kd.presets import FP16_SAFE
 from sar_kd.recovery import without
 from sar_kd.teacher_routing import build_teacher_routing
 from sar_kd.trainer import Trainer
