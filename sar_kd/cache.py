@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,11 +153,13 @@ def _pairs(config: CachingConfig, tokenizer: Any, about: StoredTeacher) -> tuple
     """The teacher's tokenizer with itself, by bytes if it keeps them; and with that of the student that cuts the text,
     if one is named that reads otherwise.
     """
-    rows, stops = {"student_rows": about.num_rows, "teacher_rows": about.num_rows}, (about.stop_ids,) * 2
+    both = partial(
+        TokenizerPair, tokenizer, tokenizer, student_rows=about.num_rows, teacher_rows=about.num_rows, projects=False
+    )
     try:
-        own = TokenizerPair(tokenizer, tokenizer, **rows, aligns=True, projects=False, stop_ids=stops)
+        own = both(aligns=True, stop_ids=(about.stop_ids, about.stop_ids))
     except UnfitTokenizer:  # students with the same tokenizer need no bytes
-        own = TokenizerPair(tokenizer, tokenizer, **rows, projects=False)
+        own = both()
     if not config.cache.tokenizer_of:
         return own, None
     names = replace(config.cache, student_model=config.cache.tokenizer_of)

@@ -57,8 +57,14 @@ class StoredText:
             columns, facts = open_shelf(path, key_of(header, text))
         except (DamagedShelf, OSError) as error:
             raise fault(folder, f"{path.relative_to(folder)} cannot be used ({error}); --overwrite") from None
-        arrays = (columns[name] for name in ("tokens", "ends", "documents"))
-        self.index = Index(*arrays, strings_of(columns, "names"), columns["windows"], facts["num_conversations"])
+        self.index = Index(
+            columns["tokens"],
+            columns["ends"],
+            columns["documents"],
+            strings_of(columns, "names"),
+            columns["windows"],
+            facts["num_conversations"],
+        )
 
     def beside(self, text: JoinedText) -> Match:
         """Its rows, found for the same text as a run reads it."""
@@ -150,6 +156,7 @@ class Match:
 
         rows: int64 [N], which of the teacher's `num_places` flattened logits predict something, ascending
         """
+        assert self.shards is not None
         found = self.shards.take(np.concatenate([self.rows_of(c.teacher_start, c.teacher_end) for c in cuts]))
         places = torch.zeros(num_places, dtype=torch.int64)
         places[rows] = torch.arange(len(rows))
@@ -161,6 +168,7 @@ class Match:
         """What the teacher makes of all the text that is predicted, and how many tokens that is; nan if not all is
         known.
         """
+        assert self.shards is not None
         total, count = 0.0, 0
         for start, end in self._spans():
             rows = self.rows_of(start, end)

@@ -177,7 +177,7 @@ def load_skeleton(flag: str, name: str, trust_remote_code: bool) -> nn.Module:
     return _read(flag, name, load)
 
 
-def _stop_ids(model: nn.Module) -> tuple[int, ...]:
+def _stop_ids(model: Any) -> tuple[int, ...]:
     """What the generation config names beside the tokenizer's own end of text."""
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return tuple(ids) if isinstance(ids, list) else (() if ids is None else (ids,))

@@ -23,6 +23,7 @@ class StoredTeaching(NoTeacher):
 
     def begin(self, validation: Corpus, precision: Precision) -> list[str]:
         """Add up what it made of the held-out text; lines to show."""
+        assert validation.stored is not None
         nats, num_tokens = validation.stored.nats()
         found = figures_of(Evaluation(nats, num_tokens, validation.text.num_bytes))
         self._figures = {name: found[name] for name in ("val_ppl", "val_bits_per_byte")}
@@ -38,9 +39,10 @@ class StoredTeaching(NoTeacher):
         return {"teacher_cache": self._config.models.teacher_cache, "teacher_top_k": loss.teacher_top_k}
 
 
-def _lines(config: Config, train: Corpus) -> list[str]:
+def _lines(config: Config, train: Corpus) -> tuple[str, ...]:
     """How the blocks of a run lie beside what the teacher read."""
     match = train.stored
+    assert match is not None
     num_windows, num_blocks = len(match.windows()), len(train) - len(train.text.conversations)
     lines = []
     if num_blocks > num_windows:
@@ -55,7 +57,7 @@ def _lines(config: Config, train: Corpus) -> list[str]:
             f"{match.num_unknown} documents are not in the cache as this student reads them, and are learned without "
             f"the teacher: {named}"
         )
-    return lines
+    return tuple(lines)
 
 
 def build_teaching(

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sar_kd import embedded
-from sar_kd.config import EMBEDDED, Config, UsageError
+from sar_kd.config import EMBEDDED, Config, RunConfig, UsageError
 from sar_kd.documents import digest_of
 from sar_kd.folder import file_digest
 from sar_kd.matching import StoredText
@@ -96,7 +96,7 @@ def open_teacher_cache(config: Config, world: World, log: Any) -> tuple[Config, 
     return dataclasses.replace(config, loss=dataclasses.replace(config.loss, teacher_top_k=top_k)), cache
 
 
-def check_settings(config: Config) -> dict:
+def check_settings(config: RunConfig) -> dict:
     """The header of the cache that `--teacher_cache` names, if a run with these settings can use it.
 
     Raises: UsageError with the reason

@@ -7,6 +7,10 @@ import numpy as np
 from sar_kd.blocks import Block, Blocks, cut_blocks
 from sar_kd.config import UsageError
 from sar_kd.streams import JoinedText
+from sar_kd.token_stream import TokenStream
+
+_SLACK = 8
+"""Tokens by which the teacher's part of a window may exceed an even one: the student's decides."""
 
 
 def cut_at(text: JoinedText, ends: np.ndarray, max_student: int, max_teacher: int) -> Blocks:
@@ -29,7 +33,7 @@ def cut_at(text: JoinedText, ends: np.ndarray, max_student: int, max_teacher: in
     return Blocks(np.concatenate([*pieces, bounds[done:], text.conversations.ranges]))
 
 
-def _common(text: JoinedText, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _common(text: JoinedText, ends: np.ndarray) -> tuple[np.ndarray, ...]:
     """Both sides' tokens up to each of these ends, or up to the last common end before it; from 0, ascending."""
     if text.student is text.teacher:
         cuts = np.append(0, ends)
@@ -47,25 +51,24 @@ def _common(text: JoinedText, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     places = np.unique(places)
     places = places[places > 0]
     # The first token that ends there: one without bytes behind it belongs to what follows.
-    cuts = (np.append(0, np.searchsorted(side, places) + 1) for side in (student_ends, teacher_ends))
-    return tuple(cuts)  # type: ignore[return-value]  # two of them
+    return tuple(np.append(0, np.searchsorted(side, places) + 1) for side in (student_ends, teacher_ends))
 
 
 def _parts(text: JoinedText, block: Block, max_student: int, max_teacher: int) -> list[Block]:
     """A stretch of text in parts within the limits, of about one size."""
-    spans = slice(block.student_start, block.student_end), slice(block.teacher_start, block.teacher_end)
-    streams = (text.student, text.teacher)
-    sides = [
-        np.asarray(stream.ends[span]) - (stream.ends[span.start - 1] if span.start else 0)
-        for stream, span in zip(streams, spans, strict=True)
-    ]
-    if text.student is text.teacher:
-        sides[1] = sides[0]
-    count = max(-(-len(sides[0]) // max_student), -(-len(sides[1]) // max_teacher))
-    even = min(max_student, -(-len(sides[0]) // count)), min(max_teacher, -(-len(sides[1]) // count) + 8)
+    student = _ends_within(text.student, block.student_start, block.student_end)
+    is_same = text.student is text.teacher
+    teacher = student if is_same else _ends_within(text.teacher, block.teacher_start, block.teacher_end)
+    count = max(-(-len(student) // max_student), -(-len(teacher) // max_teacher))
+    even = min(max_student, -(-len(student) // count)), min(max_teacher, -(-len(teacher) // count) + _SLACK)
     try:
-        found = list(cut_blocks(*sides, *even))
+        found = list(cut_blocks(student, teacher, *even))
     except UsageError:
-        found = list(cut_blocks(*sides, max_student, max_teacher))
+        found = list(cut_blocks(student, teacher, max_student, max_teacher))
     starts = block.student_start, block.student_start, block.teacher_start, block.teacher_start
     return [Block(*(start + at for start, at in zip(starts, part, strict=True))) for part in found]
+
+
+def _ends_within(stream: TokenStream, start: int, end: int) -> np.ndarray:
+    """Where some tokens end, counted from where the first of them begins."""
+    return np.asarray(stream.ends[start:end]) - (stream.ends[start - 1] if start else 0)
