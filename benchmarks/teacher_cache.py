@@ -7,7 +7,9 @@ to as many tokens; with the whole teacher. Each has a student of its own; each r
 four, in an order that moves on, and what counts is the median over rounds of the ratio to cross-entropy alone. Batches
 are made beforehand, as the prefetch thread makes them beside a step; what making one takes is a column of its own. One
 thread. Then: bytes a token, what building took, and how far the cached losses and gradients are from the live ones on
-the same batches. The table goes to the terminal, the figures to `benchmarks/results/teacher_cache.json`.
+the same batches; for the embedded pair also where the text was cut for a student with the teacher's own tokenizer, so
+that in many a block the teacher had read more than the student has. The table goes to the terminal, the figures to
+`benchmarks/results/teacher_cache.json`.
 
 Two pairs: the embedded one, whose tokenizers differ and whose student is so small that its step is next to nothing; and
 a student of 5 M parameters with a vocabulary of 8,192 that is the teacher's too, made here from a seed.
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import statistics
@@ -77,14 +80,14 @@ class Side:
         assert report.verdict.applied
         return time.process_time() - started
 
-    def gradient(self, batches: list) -> tuple[float, torch.Tensor]:
+    def gradient(self, batch) -> tuple[float, torch.Tensor]:
         """The loss of a batch, nats a token, and its gradient as one vector."""
-        scale = self.precision.loss_scale / batches[0].num_target_tokens
-        terms = self.objective(batches[0], scale=scale)
+        scale = self.precision.loss_scale / batch.num_target_tokens
+        terms = self.objective(batch, scale=scale)
         (terms.total * scale).backward()
         found = torch.cat([p.grad.flatten() for p in self.student.parameters()]) / self.precision.loss_scale
         self.optimizer.zero_grad(set_to_none=True)
-        return float(terms.kd / batches[0].num_target_tokens), found
+        return float(terms.kd / batch.num_target_tokens), found
 
 
 class _Quiet:
@@ -142,6 +145,12 @@ def measure(flags: list[str], folder: Path, dtype: str, rounds: int, warmup: int
         name: statistics.median(a / b for a, b in zip(values, base, strict=True)) for name, values in seconds.items()
     }
     found["collating_ms"] = 1e3 * statistics.median(collating[warmup:])
+    if not flags:  # the embedded pair, whose tokenizers differ
+        elsewhere = folder.with_name(f"{folder.name}-elsewhere")
+        build(["--student_model", str(embedded.TEACHER_DIR)], elsewhere, dtype)
+        found["difference_elsewhere"] = _difference(
+            Side([*common, "--teacher_cache", str(elsewhere)]), sides["live, top k"]
+        )
     return found
 
 
@@ -149,7 +158,8 @@ def _difference(stored: Side, live: Side, batches: int = 4) -> dict:
     """How far the cached distillation term and the gradient of all are from the live ones; the largest of a few."""
     losses, gradients = [], []
     for number in range(batches):
-        (a, one), (b, other) = stored.gradient(stored.batches(number)), live.gradient(live.batches(number))
+        (batch,) = stored.batches(number)
+        (a, one), (b, other) = stored.gradient(batch), live.gradient(dataclasses.replace(batch, stored=None))
         losses.append(abs(a - b) / abs(b))
         gradients.append(float((one - other).norm() / other.norm()))
     return {"kd_loss": max(losses), "gradient": max(gradients)}

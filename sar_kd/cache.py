@@ -57,8 +57,10 @@ from sar_kd.tokens import fingerprint
 from sar_kd.top import StoredTeacher, top_of
 from sar_kd.world import join_world
 
-SHARD_ROWS = 2**17
-"""Rows after which a shard is closed: what a kill costs at most"""
+SHARD_ROWS = 2**14
+"""Rows after which a shard is closed, where the text is not so large that this would make too many: what a kill costs"""
+_MOST_SHARDS = 1024
+"""Of a text: the header names each, and is written after each"""
 _INDEX_BYTES = 12
 """Of a row in its text's index: its token, and where that ends"""
 
@@ -226,7 +228,7 @@ class _Builder:
             text.write_index(path, key_of(self.header, name))
         firsts = np.arange(0, len(text.corpus.blocks), self.batch_size)
         sizes = np.add.reduceat(text.block_rows, firsts)
-        for number, span in enumerate(_shard_spans(sizes)):
+        for number, span in enumerate(_shard_spans(sizes, max(SHARD_ROWS, text.num_rows // _MOST_SHARDS))):
             if number < len(done):
                 continue
             parts = []
@@ -255,12 +257,12 @@ class _Builder:
         return found
 
 
-def _shard_spans(sizes: np.ndarray) -> Iterator[slice]:
-    """Batches of these many rows in lots of about `SHARD_ROWS`."""
+def _shard_spans(sizes: np.ndarray, least: int) -> Iterator[slice]:
+    """Batches of these many rows in lots of at least so many; the last may have fewer."""
     first = count = 0
     for number, size in enumerate(sizes.tolist(), 1):
         count += size
-        if count >= SHARD_ROWS or number == len(sizes):
+        if count >= least or number == len(sizes):
             yield slice(first, number)
             first, count = number, 0
 

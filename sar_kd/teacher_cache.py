@@ -103,16 +103,20 @@ def check_settings(config: RunConfig) -> dict:
     """
     folder, loss, routing = Path(config.models.teacher_cache), config.loss, config.routing.routing
     if loss.alpha_kd == 0:
-        raise fault(folder, "--alpha_kd is 0, so no teacher is heard; leave it out")
+        raise fault(folder, "--alpha_kd is 0, so no teacher is heard; leave the cache out")
     if routing not in ("native", "auto"):
         what = "its routers learn" if routing == "sar" else f"--routing {routing} asks other experts"
-        raise fault(folder, f"holds the teacher in its own routing, and {what}; leave it out, or --routing native")
+        raise fault(
+            folder, f"holds the teacher in its own routing, and {what}; leave the cache out, or --routing native"
+        )
     if config.on_policy.on_policy_fraction:
         raise fault(folder, "holds a fixed text, and --on_policy_fraction asks about another; leave one of them out")
     if loss.alignment == "hidden":
-        raise fault(folder, "holds no hidden states, which --alignment hidden compares; leave it out")
+        raise fault(folder, "holds no hidden states, which --alignment hidden compares; leave the cache out")
     if loss.logit_clamp_style == "raw":
-        raise fault(folder, "holds no logits, which --logit_clamp_style raw clamps; use normalized, or leave it out")
+        raise fault(
+            folder, "holds no logits, which --logit_clamp_style raw clamps; use normalized, or leave the cache out"
+        )
     header = read_header(folder)
     if not header["complete"]:
         raise fault(folder, "is not finished; `python -m sar_kd cache` with its flags goes on")

@@ -406,7 +406,7 @@ def test_a_flipped_byte_is_refused_wherever_it_is(inputs, built, tmp_path):
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        (["--routing", "sar"], "its routers learn; leave it out, or --routing native"),
+        (["--routing", "sar"], "its routers learn; leave the cache out, or --routing native"),
         (["--routing", "all"], "--routing all asks other experts"),
         (["--routing", "ka"], "--routing ka asks other experts"),
         (["--alignment", "hidden"], "holds no hidden states"),
