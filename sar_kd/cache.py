@@ -58,7 +58,7 @@ from sar_kd.top import StoredTeacher, top_of
 from sar_kd.world import join_world
 
 SHARD_ROWS = 2**14
-"""Rows after which a shard is closed, where the text is not so large that this would make too many: what a kill costs"""
+"""Rows after which a shard is closed, unless the text is so large that this would make too many: what a kill costs"""
 _MOST_SHARDS = 1024
 """Of a text: the header names each, and is written after each"""
 _INDEX_BYTES = 12
