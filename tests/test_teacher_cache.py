@@ -435,6 +435,13 @@ def test_a_run_that_the_cache_cannot_serve_is_refused_in_one_line(inputs, built,
     assert reason in err[0]
 
 
+def test_a_task_that_fine_tunes_its_teacher_first_has_no_cache_of_it(built, tmp_path):
+    argv = ["--task", "units", "--teacher_cache", built(student="student"), "--output_dir", tmp_path / "run"]
+    code, _, err = _run([str(word) for word in argv])
+    assert (code, len(err)) == (2, 1)
+    assert "--task fine-tunes the embedded teacher first" in err[0]
+
+
 def test_another_tokenizer_of_the_teachers_is_refused(inputs, built, tmp_path):
     shutil.copytree(inputs / "teacher", tmp_path / "teacher")
     path = tmp_path / "teacher" / "tokenizer.json"
