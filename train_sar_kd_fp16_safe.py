@@ -19,8 +19,9 @@ from sar_kd.precision import setup
 from sar_kd.preflight import preflight
 from sar_kd.presets import FP16_SAFE
 from sar_kd.several_devices import place
+from sar_kd.stored_teaching import build_teaching
 from sar_kd.tasks import prepare_task
-from sar_kd.teacher_routing import build_teacher_routing
+from sar_kd.teacher_cache import open_teacher_cache
 from sar_kd.token_cache import TokenCache
 from sar_kd.trainer import Trainer
 from sar_kd.world import join_world
@@ -33,16 +34,19 @@ def main(argv=None):
     log = world.first(lambda: open_run(config))  # where to
     world.first(lambda: preflight(config, log.say))  # can it be done here?
     precision = setup(config.precision, config.train.seed, world)  # on which device, in which dtype
-    models = load_models(config, precision)  # teacher, student, and what connects their tokenizers
+    config, stored = open_teacher_cache(config, world, log)  # what the teacher said before, with --teacher_cache
+    models = load_models(config, precision, stored.teacher)  # both, and what connects their tokenizers
     limits = models.block_limits(config.data.block_size)
     texts = load_documents(config.data)  # training and held-out documents
     cache = TokenCache(config.data.token_cache)  # where the tokens of a large text are kept
-    train, validation = (Corpus(text, models.tokenizers, *limits, cache) for text in texts)  # text to blocks
+    answers = stored.texts(texts, models.tokenizers.teacher)  # what it said of them
+    both = zip(texts, answers, strict=True)
+    train, validation = (Corpus(text, models.tokenizers, *limits, cache, said) for text, said in both)  # text to blocks
     objective = Objective(models.teacher, models.student, config.loss, train.pairing, precision)  # what is minimised
     placement = place(objective, config.train, world)  # on how many devices the student lies, and how
     optimizer = build_optimizer(models.student, config.optim, objective.parameters())  # how
     guard = StepGuard(config.guards)  # when an update is refused
-    routing = build_teacher_routing(config, models, objective, train, world)  # which experts the teacher asks, if any
+    routing = build_teaching(config, models, objective, train, world)  # which experts the teacher asks, if any
     parts = models, train, validation, objective, optimizer, guard, precision, log, routing, placement
     companions = task.companions(models, limits, precision)  # what takes part beside them
     on_policy = build_on_policy(config, models, train, limits, precision, world)  # what the student writes itself

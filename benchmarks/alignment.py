@@ -103,7 +103,9 @@ def strict_coverage(group: Group) -> float:
     flags = run_of(group, "ce", 0, argparse.Namespace(train_steps=1, flags="")).flags
     config = parse_args(STABLE, [*flags, "--output_dir", "unused"])
     size = config.data.block_size
-    return measure_coverage(Corpus(load_documents(config.data)[0], load_tokenizers(config), size, 8 * size)).strict
+    return measure_coverage(
+        Corpus(load_documents(config.data)[0], load_tokenizers(config.models), size, 8 * size)
+    ).strict
 
 
 def gain(own: list[dict], ce: list[dict]) -> list[float]:

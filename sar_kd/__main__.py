@@ -2,6 +2,7 @@
 
 train       distil a teacher into a student (as train_sar_kd_stable.py does)
 preflight   what a run with the same flags would find here; trains nothing
+cache       keep what a teacher says of a text, for runs without it
 report      report.html of a run, or of several beside one another
 generate    teacher, student before and student after on one prompt
 sft         fine-tune a model on questions with answers
@@ -26,6 +27,7 @@ from sar_kd.version import __version__
 VERBS = {
     "train": "sar_kd.train",
     "preflight": "sar_kd.preflight",
+    "cache": "sar_kd.cache",
     "report": "sar_kd.report",
     "generate": "sar_kd.generate",
     "sft": "sar_kd.supervised",

@@ -7,6 +7,7 @@ tokens. Positions come as indices of tokens; which row of the logits predicts a 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -125,6 +126,11 @@ class TokenizerPair:
         if aligns or not self.equal:
             sides = (("student", student, student_rows, stop_ids[0]), ("teacher", teacher, teacher_rows, stop_ids[1]))
             self.tables = tuple(_table(*side, tolerant) for side in sides)
+
+    @cached_property
+    def teacher_tokens(self) -> int:
+        """Rows of the teacher's head up to its tokenizer's last token; what follows is padding."""
+        return 1 + max(self.teacher.get_vocab().values())
 
     @property
     def is_exact(self) -> bool:

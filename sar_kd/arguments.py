@@ -167,6 +167,15 @@ def parse_verb(verb: str, description: str, sections: tuple[str, ...], argv: lis
     return Config.from_flags(given, mode=""), as_json
 
 
+def parse_kind(verb: str, description: str, kind: type[RunConfig], argv: list[str]) -> tuple[Any, bool]:
+    """The configuration of a kind of its own that a verb's command line asks for, and whether as JSON.
+
+    Raises: UsageError, naming the flag, its value and the remedy.
+    """
+    given, as_json = _parse_flags(verb, description, kind.sections(), argv)
+    return kind.from_flags(given, mode=""), as_json
+
+
 def parse_section(
     verb: str, description: str, section: type[S], argv: list[str], places: Sequence[str] = ()
 ) -> tuple[S, bool]:

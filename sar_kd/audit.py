@@ -20,7 +20,7 @@ def main(argv: list[str]) -> dict:
     Raises: UsageError for what the user can mend
     """
     config, as_json = parse_verb("audit", __doc__.partition(": ")[2], ("models", "data"), argv)
-    pair = load_tokenizers(config)
+    pair = load_tokenizers(config.models)
     texts, _ = load_documents(config.data)
     cache = TokenCache(config.data.token_cache)
     corpus = Corpus(texts, pair, config.data.block_size, 8 * config.data.block_size, cache)

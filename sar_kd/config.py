@@ -32,6 +32,9 @@ class ModelConfig:
     teacher_model: str = flag(EMBEDDED, "directory or hub id; 'embedded' is the pair shipped with the package")
     student_model: str = flag(EMBEDDED, "directory or hub id; 'embedded' is the pair shipped with the package")
     trust_remote_code: bool = flag(False, "run model code that comes with a checkpoint")
+    teacher_cache: str = flag(
+        "", "folder that `sar-kd cache` made: what the teacher says is read there, its weights are not loaded"
+    )
 
     def __post_init__(self):
         for name in ("teacher_model", "student_model"):

@@ -8,7 +8,7 @@ seed and the step alone.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -17,13 +17,17 @@ import torch
 from torch import Tensor
 
 from sar_kd.alignment import TokenizerPair
+from sar_kd.blocks import Block
 from sar_kd.documents import Documents, Sample
 from sar_kd.losses import IGNORE_INDEX, next_token_targets
+from sar_kd.matching import StoredText
 from sar_kd.pairing import Pairing
 from sar_kd.streams import cut, join
 from sar_kd.stretches import Alignment, Stretch, cut_stretches
 from sar_kd.token_cache import TokenCache
 from sar_kd.token_stream import TokenStream
+from sar_kd.top import StoredRows
+from sar_kd.windows import cut_at
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class Batch:
     """The alignment in parts that can be compared alone, where distributions are carried over."""
     is_sampled: bool = False
     """What is predicted is the student's own text: it is compared with the teacher, and learned from no further."""
+    stored: StoredRows | None = None
+    """What the teacher said of its rows, where that is kept; then nobody asks it."""
 
     @property
     def num_target_tokens(self) -> int:
@@ -92,17 +98,22 @@ class Corpus:
         max_student: int,
         max_teacher: int,
         cache: TokenCache | None = None,
+        stored: StoredText | None = None,
     ):
         """max_student, max_teacher: most tokens that a block may hold for each model, start token included
 
-        cache: where the tokens of a large text are kept
+        cache: where the tokens of a large text are kept; stored: what the teacher said of this text, if that is kept
 
         Raises: UsageError if nothing is left to read, or a stretch without a common boundary exceeds a model
         """
         self.pair = pair
         limits = max_student - 1, max_teacher - 1
         self.text = join(documents, pair, limits, cache)
-        self.blocks = cut(self.text, *limits)
+        self.stored = None if stored is None else stored.beside(self.text)
+        if self.stored is None:
+            self.blocks = cut(self.text, *limits)
+        else:
+            self.blocks = cut_at(self.text, self.stored.windows(), *limits)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -125,14 +136,18 @@ class Corpus:
         cuts = [self.blocks[i] for i in blocks]
         student = _tokens(self.text.student, [(c.student_start, c.student_end) for c in cuts], self.pair.student_start)
         if self.pair.tables is None:
-            return Batch(student, student, self.pairing.align_equal(student.rows), tuple(blocks))
+            alignment = self.pairing.align_equal(student.rows)
+            return Batch(student, student, alignment, tuple(blocks), stored=self._stored(cuts, student))
         teacher = _tokens(self.text.teacher, [(c.teacher_start, c.teacher_end) for c in cuts], self.pair.teacher_start)
         widths = student.input_ids.shape[1], teacher.input_ids.shape[1]
         alignment, stretches = self.pairing.align(cuts, *widths), ()
         if alignment.in_teacher is not None:
             richer, limit = self.pairing.teacher_is_richer, self.pairing.stretch_rows
             stretches = cut_stretches(alignment, len(student.rows), teacher.rows, richer, limit)
-        return Batch(student, teacher, alignment, tuple(blocks), stretches)
+        return Batch(student, teacher, alignment, tuple(blocks), stretches, stored=self._stored(cuts, teacher))
+
+    def _stored(self, cuts: list[Block], teacher: TokenBatch) -> StoredRows | None:
+        return None if self.stored is None else self.stored.rows(cuts, teacher.rows, teacher.input_ids.numel())
 
     @cached_property
     def pairing(self) -> Pairing:
@@ -141,8 +156,12 @@ class Corpus:
 
     def token_batches(self, which: str, batch_size: int) -> Iterator[TokenBatch]:
         """Every block once, as one of the models ('student' or 'teacher') reads it; for evaluation."""
+        return self.token_batches_at(which, range(0, len(self.blocks), batch_size), batch_size)
+
+    def token_batches_at(self, which: str, firsts: Iterable[int], batch_size: int) -> Iterator[TokenBatch]:
+        """`batch_size` blocks from each of `firsts` on. See `token_batches`."""
         start_id = getattr(self.pair, f"{which}_start")
-        for first in range(0, len(self.blocks), batch_size):
+        for first in firsts:
             cuts = self.blocks[first : first + batch_size]
             ranges = [(getattr(cut, f"{which}_start"), getattr(cut, f"{which}_end")) for cut in cuts]
             yield _tokens(getattr(self.text, which), ranges, start_id)

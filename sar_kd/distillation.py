@@ -8,14 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sar_kd.columns import diverge, finite_columns, normalised, silence_, through_softmax_
+from sar_kd.columns import Logs, diverge, finite_columns, normalised, silence_, through_softmax_
 from sar_kd.config import LossConfig
 from sar_kd.data import Batch
 from sar_kd.divergence import Divergence
-from sar_kd.losses import ABSENT, LogitClamp
+from sar_kd.losses import LogitClamp
 from sar_kd.pairing import Pairing
 from sar_kd.readout import Readout
 from sar_kd.tiled import Compared, Loss, Slopes, Tile, stretches_of, tile_rows, tiled_loss
+from sar_kd.top import StoredRows, Top, top_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Outputs:
 
     student: Readout
     """[N, ...]: the rows that predict a target"""
-    teacher: Readout | None
+    teacher: Readout | StoredRows | None
     """[B * T_t, ...]: every row; None where nothing is distilled"""
     student_states: Tensor | None = None
     """float [B * T_s, D_s]: last hidden states, where a term asks for them"""
@@ -59,6 +60,7 @@ class Distillation(nn.Module):
         self.temperature = config.temperature
         # 0: the whole vocabulary.
         self.top_k = config.teacher_top_k if config.teacher_top_k < pairing.pair.teacher_rows else 0
+        self.teacher_rows, self.teacher_tokens = pairing.pair.teacher_rows, pairing.pair.teacher_tokens
         self.clamp = LogitClamp(config.logit_clamp_style, config.logit_clamp)
         floor = -2.0 * self.clamp.bound if self.clamp.style == "normalized" else -torch.inf
         self.divergence = Divergence(config.kd_direction, config.jsd_beta, floor)
@@ -66,7 +68,7 @@ class Distillation(nn.Module):
 
     def forward(self, batch: Batch, outputs: Outputs) -> Learned:
         """The term of a batch, with a gradient for the teacher if its states have a graph, else for the student."""
-        learner = "teacher" if outputs.teacher.states.requires_grad else "student"
+        learner = "teacher" if outputs.teacher.learns else "student"
         loss = Loss(self.tiles(batch), None, self.compare, 0.0, 1.0, self.clamp, learner=learner)
         sums = tiled_loss(loss, outputs.student, outputs.teacher)
         return Learned(sums.minimised, sums.raw_kd, sums.dropped)
@@ -77,24 +79,30 @@ class Distillation(nn.Module):
         parts = stretches_of(len(pairs.strict), self.tile_rows)
         return [Tile(pairs.student_rows[p], pairs.teacher_rows[p], None, pairs.strict[p]) for p in parts]
 
-    def compare(self, student: Tensor, teacher: Tensor, part: object, learner: str | None) -> Compared:
-        """Two tiles of logits, float32 [V_s, n] and [V_t, m]. See `tiled.Compared`."""
+    def compare(self, student: Tensor, teacher: Tensor | Top, part: object, learner: str | None) -> Compared:
+        """Two tiles of logits, float32 [V_s, n] and [V_t, m], or what is stored of the teacher's. See `Compared`."""
         leaf = {"student": student, "teacher": teacher}.get(learner)
         if leaf is None:
             return Compared(*self.between(student, teacher, part), None)
         with torch.enable_grad():
-            learned = self.between(
-                student.requires_grad_(leaf is student), teacher.requires_grad_(leaf is teacher), part
-            )
+            leaf.requires_grad_()
+            learned = self.between(student, teacher, part)
         (slopes,) = torch.autograd.grad(learned.loss, leaf)
         return Compared(*(figure.detach() for figure in learned), Slopes(((0, slopes),)))
 
-    def _top(self, tile: Tensor) -> Tensor:
-        """The teacher's logits with all but each column's top k `ABSENT`."""
-        if not self.top_k:
-            return tile
-        best = tile.topk(self.top_k, dim=0)
-        return torch.full_like(tile, ABSENT).scatter_(0, best.indices, best.values)
+    def _top(self, teacher: Tensor | Top, size: int | None = None) -> Top:
+        """The teacher's top k, of the first `size` tokens if it is given."""
+        if isinstance(teacher, Top):
+            return teacher.first(self.top_k)
+        return top_of(teacher, self.top_k, min(self.teacher_tokens, size or self.teacher_tokens))
+
+    def _cut(self, teacher: Tensor | Top) -> tuple[Tensor, Tensor]:
+        """The teacher's logits with all but each column's top k `ABSENT`, and which columns are finite."""
+        if self.top_k:
+            top = self._top(teacher)
+            return top.spread(self.teacher_rows), top.sound
+        sound = finite_columns(teacher.detach())
+        return teacher.where(sound, 0.0), sound
 
 
 class TokenLevel(Distillation):
@@ -107,23 +115,36 @@ class TokenLevel(Distillation):
         rows = batch.alignment.teacher_rows
         return [Tile(part, rows[part], None, None) for part in stretches_of(len(rows), self.tile_rows)]
 
-    def compare(self, student: Tensor, teacher: Tensor, part: None, learner: str | None) -> Compared:
+    def compare(self, student: Tensor, teacher: Tensor | Top, part: None, learner: str | None) -> Compared:
         """Two tiles of logits; leaves the slopes in the place of the other side's. See `Compared`."""
+        if self.top_k:
+            return self._compare_tops(student, self._top(teacher, min(len(student), self.teacher_tokens)), learner)
         # Heads may be padded to different sizes; the rows they share are the tokens.
         shared = min(len(student), len(teacher))
         student, teacher, keep = student[:shared], teacher[:shared], finite_columns(teacher)
         silence_(teacher, keep)
-        place, tops = {"student": teacher, "teacher": student}.get(learner), (student, teacher)
-        slopes = place
-        if self.top_k:
-            best = teacher.topk(self.top_k, dim=0)
-            tops, slopes = (student.gather(0, best.indices), best.values), torch.empty_like(best.values)
-        both = [normalised(tile, self.temperature) for tile in tops]
+        slopes = {"student": teacher, "teacher": student}.get(learner)
+        both = [normalised(tile, self.temperature) for tile in (student, teacher)]
+        compared, slopes = self._diverge(both, keep, learner, slopes)
+        return compared._replace(slopes=None if slopes is None else Slopes(((0, slopes),)))
+
+    def _compare_tops(self, student: Tensor, top: Top, learner: str | None) -> Compared:
+        """Both sides on the teacher's top k alone: of all other tokens nothing is learned."""
+        both = [normalised(tile, self.temperature) for tile in (student.gather(0, top.ids), top.logits)]
+        compared, slopes = self._diverge(both, top.sound, learner, torch.empty_like(top.logits))
+        if slopes is None:
+            return compared
+        places = top.ids * student.shape[1] + torch.arange(student.shape[1], device=student.device)
+        return compared._replace(slopes=Slopes((), places.reshape(-1), slopes.reshape(-1)))
+
+    def _diverge(
+        self, both: list[Logs], keep: Tensor, learner: str | None, slopes: Tensor | None
+    ) -> tuple[Compared, Tensor | None]:
+        """The divergence of two sides over the same outcomes, and the slopes of the learner's logits."""
         loss, raw, total = diverge(self.divergence, *both, learner, slopes)
         # T^2 keeps the size of the gradient (arXiv 1503.02531, section 2); the logits' own slopes have one T less.
         if learner is not None:
             through_softmax_(slopes, total, both[learner == "teacher"], keep * self.temperature)
-            slopes = place.zero_().scatter_(0, best.indices, slopes) if self.top_k else slopes
         counts = keep * self.temperature**2
-        slopes = None if slopes is None else Slopes(((0, slopes),))
-        return Compared((loss * counts).sum(), (raw * counts).sum(), (~keep).sum(), slopes)
+        compared = Compared((loss * counts).sum(), (raw * counts).sum(), (~keep).sum(), None)
+        return compared, None if learner is None else slopes

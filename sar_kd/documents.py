@@ -138,6 +138,16 @@ def _enter(sample: Sample, digest) -> None:
         start = ""
 
 
+def digest_of(documents: Sequence[Sample] | Documents) -> str:
+    """A digest of names and text, for telling one text from another."""
+    if isinstance(documents, Documents):
+        return documents.digest
+    digest = hashlib.sha256()
+    for sample in documents:
+        _enter(sample, digest)
+    return digest.hexdigest()
+
+
 def _items(texts: dict[str, str]) -> _Source:
     return _Source(lambda: (Document(*item) for item in texts.items()))
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from sar_kd.settings import UsageError
 
 
-def replace_text(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str, flag: str = "output_dir", remedy: str = "then --resume") -> None:
     """Write a file so that a reader, and a kill, meet the old text or the new, never a part.
 
+    flag, remedy: what named the folder, and what to do once there is room
     Raises: UsageError if it cannot be written
     """
     partial = path.with_name(f".{path.name}.partial")
@@ -25,8 +26,8 @@ def replace_text(path: Path, text: str) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise UsageError(
-            f"--output_dir: {path} cannot be written ({error.strerror}); what was saved before is intact: free some "
-            "room, then --resume"
+            f"--{flag}: {path} cannot be written ({error.strerror}); what was saved before is intact: free some "
+            f"room, {remedy}"
         ) from None
 
 

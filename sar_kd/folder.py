@@ -25,8 +25,9 @@ class FolderLock:
     The system drops the lock with the process, so a kill leaves none. Where the file system has no locks, none is held.
     """
 
-    def __init__(self, folder: Path):
-        self.path = folder / LOCK
+    def __init__(self, folder: Path, flag: str = "output_dir"):
+        """flag: what names the folder"""
+        self.path, self._flag = folder / LOCK, flag
         self._file: TextIO | None = None
 
     def check(self) -> None:
@@ -50,9 +51,8 @@ class FolderLock:
                 file.seek(0)
                 holder = file.read().strip() or "unknown"
                 file.close()
-                raise UsageError(
-                    f"--output_dir {self.path.parent}: process {holder} is running in it; wait for it, or name another"
-                ) from None
+                where = f"--{self._flag} {self.path.parent}"
+                raise UsageError(f"{where}: process {holder} is running in it; wait for it, or name another") from None
             except OSError:  # a file system without locks
                 file.close()
                 return

@@ -16,32 +16,33 @@ from sar_kd.pairing import Pairing
 from sar_kd.projected import Projected
 from sar_kd.projection import on_support
 from sar_kd.stretches import Alignment
-from sar_kd.tiled import target_log_probs
+from sar_kd.tiled import target_log_probs, tile_rows
+from sar_kd.top import StoredRows, Top
 
 
 class Strict(Distillation):
     """T^2 * D(teacher || student) where both predict the same bytes, over the teacher's top k of the shared tokens."""
 
     _LEAST_MASS = 0.1
-    """A row counts if the tokens that both have hold this share of the teacher's probability."""
+    """A row counts if the tokens that both have hold this share of the teacher's probability, as it is cut."""
 
     def __init__(self, config: LossConfig, pairing: Pairing):
         super().__init__(config, pairing)
         self.register_buffer("same_token", pairing.same_token, persistent=False)
 
-    def between(self, student: Tensor, teacher: Tensor, part: Tensor) -> Learned:
+    def between(self, student: Tensor, teacher: Tensor | Top, part: Tensor) -> Learned:
         """part: bool [n], which pairs predict the same bytes"""
-        size, keep = len(self.same_token), finite_columns(teacher.detach())
-        student, teacher = student / self.temperature, teacher.masked_fill(~keep, 0.0) / self.temperature
+        size, student = len(self.same_token), student / self.temperature
         if self.top_k:
-            best = teacher[:size].topk(self.top_k, dim=0)
-            partners = self.same_token[best.indices]
-            shared, student = best.values, student.gather(0, partners.clamp_min(0))
+            top = self._top(teacher, size)
+            partners, keep, heard = self.same_token[top.ids], top.sound, top.logits / self.temperature
+            shared, student = heard, student.gather(0, partners.clamp_min(0))
         else:
-            partners = self.same_token[:, None]
-            shared, student = teacher[:size], student.index_select(0, self.same_token.clamp_min(0))
+            keep, partners = finite_columns(teacher.detach()), self.same_token[:, None]
+            heard = teacher.masked_fill(~keep, 0.0) / self.temperature
+            shared, student = heard[:size], student.index_select(0, self.same_token.clamp_min(0))
         shared = torch.where(partners >= 0, shared, ABSENT)
-        held = (shared.logsumexp(0) - teacher.logsumexp(0)).exp()
+        held = (shared.logsumexp(0) - heard.logsumexp(0)).exp()
         counts = keep & part & (held >= self._LEAST_MASS)
         student = on_support(student, shared)
         # T^2 keeps the size of the gradient (arXiv 1503.02531, section 2).
@@ -60,16 +61,20 @@ class ChunkLikelihood(Distillation):
         """See `Distillation`."""
         alignment = batch.alignment
         bound = self.clamp.bound if self.clamp.style == "raw" else math.inf
-        teacher = outputs.teacher.at(batch.teacher.rows)
-        heard, keep = target_log_probs(teacher, batch.teacher.targets, self.tile_rows, bound)
+        heard, keep = self._heard(batch, outputs, bound)
         said, _ = target_log_probs(outputs.student, batch.student.targets, self.tile_rows, bound)
         loss = self._likelihood(alignment, self.clamp.log_probs(said), heard, keep)
         with torch.no_grad():
             if bound < math.inf:
-                heard, _ = target_log_probs(teacher, batch.teacher.targets, self.tile_rows)
+                heard, _ = self._heard(batch, outputs)
                 said, _ = target_log_probs(outputs.student, batch.student.targets, self.tile_rows)
             raw = self._likelihood(alignment, said, heard, keep)
         return Learned(loss, raw, (~keep).sum())
+
+    def _heard(self, batch: Batch, outputs: Outputs, bound: float = math.inf) -> tuple[Tensor, Tensor]:
+        if isinstance(outputs.teacher, StoredRows):
+            return outputs.teacher.target_log_probs()
+        return target_log_probs(outputs.teacher.at(batch.teacher.rows), batch.teacher.targets, self.tile_rows, bound)
 
     def _likelihood(self, alignment: Alignment, said: Tensor, heard: Tensor, keep: Tensor) -> Tensor:
         chunks = (alignment.student_chunks, alignment.teacher_chunks)
@@ -88,10 +93,9 @@ def _chunk_sums(values: Tensor, chunks: Tensor, count: int) -> Tensor:
 class SortedProbabilities(Distillation):
     """L1 between sorted probabilities where both start a token: ULD, a baseline. Neither T^2 nor a floor."""
 
-    def between(self, student: Tensor, teacher: Tensor, part: Tensor) -> Learned:
+    def between(self, student: Tensor, teacher: Tensor | Top, part: Tensor) -> Learned:
         """part: of no concern here"""
-        keep = finite_columns(teacher.detach())
-        teacher = self._top(teacher.masked_fill(~keep, 0.0))
+        teacher, keep = self._cut(teacher)
         loss = sorted_distance(student.T, teacher.T, self.temperature, keep)
         return Learned(loss, loss.detach(), (~keep).sum())
 
@@ -127,11 +131,21 @@ _KINDS = {
 }
 
 
-def build_distillation(config: LossConfig, pairing: Pairing, student: nn.Module, teacher: nn.Module) -> Distillation:
-    """The term that `--alignment` names. auto: token by token for equal tokenizers, else the projection."""
+def build_distillation(
+    config: LossConfig, pairing: Pairing, student: nn.Module, teacher: nn.Module | None
+) -> Distillation:
+    """The term that `--alignment` names. auto: token by token for equal tokenizers, else the projection.
+
+    teacher: None for one whose rows are stored, which has no hidden states to learn from
+    """
     if config.alignment == "auto":
         kind = TokenLevel if pairing.pair.tables is None else Projected
     else:
         kind = _KINDS[config.alignment]
-    widths = [model.config.get_text_config().hidden_size for model in (student, teacher)]
-    return kind(config, pairing, *(widths if kind is HiddenStates else ()))
+    if kind is not HiddenStates:
+        term = kind(config, pairing)
+        if teacher is None and (kind is TokenLevel or (kind is Projected and pairing.teacher_is_richer)):
+            # Nobody makes tiles of its logits, so the student's may take all the room.
+            pairing.stretch_rows = term.tile_rows = tile_rows(config.loss_workspace_mb, pairing.pair.student_rows)
+        return term
+    return kind(config, pairing, *(model.config.get_text_config().hidden_size for model in (student, teacher)))

@@ -23,10 +23,11 @@ from torch import nn
 
 from sar_kd import embedded
 from sar_kd.alignment import TokenizerPair, UnfitTokenizer
-from sar_kd.config import EMBEDDED, Config, ModelConfig, RunConfig, UsageError
+from sar_kd.config import EMBEDDED, Config, ModelConfig, UsageError
 from sar_kd.hub import reason_of
 from sar_kd.precision import Precision
 from sar_kd.tokens import encode
+from sar_kd.top import StoredTeacher
 
 _UNREADABLE = (
     OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError, EOFError,
@@ -51,6 +52,8 @@ class Models:
     tokenizers: TokenizerPair
     embedded: bool
     """Every model is one that is shipped with the package."""
+    teacher_limit: int | None = None
+    """Most tokens that a teacher read at once whose answers are stored"""
 
     def with_student(self, student: nn.Module) -> Models:
         """The same with another student."""
@@ -61,10 +64,10 @@ class Models:
 
         Raises: UsageError if the student's context is shorter than `block_size`
         """
-        student, teacher = (None if model is None else _context(model) for model in (self.student, self.teacher))
+        student, teacher = (None if model is None else context_of(model) for model in (self.student, self.teacher))
         if student is not None and student < block_size:
             raise UsageError(f"--block_size {block_size}: the student takes {student} tokens at most; lower it")
-        return block_size, teacher or 8 * block_size
+        return block_size, self.teacher_limit or teacher or 8 * block_size
 
 
 @dataclass(frozen=True)
@@ -81,17 +84,21 @@ class Given:
 NOTHING_GIVEN = Given(MappingProxyType({}))
 
 
-def load_models(config: Config, precision: Precision, given: Given = NOTHING_GIVEN) -> Models:
+def load_models(
+    config: Config, precision: Precision, stored: StoredTeacher | None = None, given: Given = NOTHING_GIVEN
+) -> Models:
     """Load what `--teacher_model` and `--student_model` name, but for what is given.
 
+    stored: of a teacher whose answers are stored, of which the tokenizer alone is loaded
     Raises: UsageError naming the flag, where a model or tokenizer is missing or cannot be used
     """
     _quiet()
     names = config.models
     student = _model("student_model", names, torch.float32, given)
-    teacher = _model("teacher_model", names, precision.dtype, given)
-    rows = {"student_model": num_rows(student), "teacher_model": num_rows(teacher)}
-    stops = tuple(_stop_ids(model) for model in (student, teacher))
+    teacher = None if stored else _model("teacher_model", names, precision.dtype, given)
+    found = stored or StoredTeacher(num_rows(teacher), _stop_ids(teacher), 0)
+    rows = {"student_model": num_rows(student), "teacher_model": found.num_rows}
+    stops = _stop_ids(student), found.stop_ids
     tokenizers = _pair_tokenizers(
         names,
         rows,
@@ -101,12 +108,25 @@ def load_models(config: Config, precision: Precision, given: Given = NOTHING_GIV
         tolerant=config.loss.alignment == "uld",
         stop_ids=stops,
     )
-    teacher.requires_grad_(False).eval().to(precision.device)
+    if teacher is not None:
+        teacher.requires_grad_(False).eval().to(precision.device)
     student.train()
     if config.train.parallel != "fsdp":  # such a student may be larger than a device: `place` moves it, part by part
         student.to(precision.device)
     both = (names.teacher_model, names.student_model)
-    return Models(teacher, student, tokenizers, both == (EMBEDDED, EMBEDDED))
+    return Models(teacher, student, tokenizers, both == (EMBEDDED, EMBEDDED), found.limit or None)
+
+
+def load_teacher(names: Any, precision: Precision) -> tuple[nn.Module, Any, StoredTeacher]:
+    """What `--teacher_model` names, frozen, its tokenizer, and what is to be known of it; no student.
+
+    Raises: UsageError as `load_models`
+    """
+    _quiet()
+    teacher = _model("teacher_model", names, precision.dtype, NOTHING_GIVEN)
+    tokenizer = _tokenizer("teacher_model", names, num_rows(teacher), NOTHING_GIVEN)
+    about = StoredTeacher(num_rows(teacher), _stop_ids(teacher), context_of(teacher) or 0)
+    return teacher.requires_grad_(False).eval().to(precision.device), tokenizer, about
 
 
 def load_student(names: Any, dtype: torch.dtype, precision: Precision) -> Models:
@@ -124,19 +144,20 @@ def load_student(names: Any, dtype: torch.dtype, precision: Precision) -> Models
     return Models(None, student.train().to(precision.device), pair, names.student_model == EMBEDDED)
 
 
-def load_tokenizers(config: RunConfig) -> TokenizerPair:
-    """The tokenizers alone, with tables of bytes even if they are equal; no weights are read.
+def load_tokenizers(names: Any, aligns: bool = True) -> TokenizerPair:
+    """The tokenizers alone, with tables of bytes even if they are equal, if `aligns`; no weights are read.
 
+    names: `teacher_model`, `student_model` and `trust_remote_code`
     Raises: UsageError as `load_models`
     """
     _quiet()
-    names, rows = config.models, {}
+    rows = {}
     for flag in ("student_model", "teacher_model"):
         name, location = getattr(names, flag), _location(flag, getattr(names, flag))
         load = functools.partial(transformers.AutoConfig.from_pretrained, location)
         found = _read(flag, name, functools.partial(load, trust_remote_code=names.trust_remote_code))
         rows[flag] = found.get_text_config().vocab_size
-    return _pair_tokenizers(names, rows, aligns=True)
+    return _pair_tokenizers(names, rows, aligns=aligns)
 
 
 def load_skeleton(flag: str, name: str, trust_remote_code: bool) -> nn.Module:
@@ -156,7 +177,7 @@ def load_skeleton(flag: str, name: str, trust_remote_code: bool) -> nn.Module:
     return _read(flag, name, load)
 
 
-def _stop_ids(model: nn.Module) -> tuple[int, ...]:
+def _stop_ids(model: Any) -> tuple[int, ...]:
     """What the generation config names beside the tokenizer's own end of text."""
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return tuple(ids) if isinstance(ids, list) else (() if ids is None else (ids,))
@@ -183,25 +204,6 @@ def _pair(names: ModelConfig, loaded: dict[str, Any], rows: dict[str, int], **ho
         raise UsageError(f"--{flag} {getattr(names, flag)}: its tokenizer {error.reason}; {remedy}") from None
 
 
-def complete_generation_config_(model: nn.Module, tokenizer) -> None:
-    """Make the model's generation config one that can be saved and that `generate` takes without a word.
-
-    Where published, it may sample at a temperature without saying `do_sample`, which is refused when saved; and it may
-    leave out where a text ends, which the tokenizer knows.
-    """
-    config: Any = getattr(model, "generation_config", None)
-    if config is None:
-        return
-    if config.eos_token_id is None:
-        config.eos_token_id = tokenizer.eos_token_id
-    if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    try:
-        config.validate(strict=True)
-    except ValueError:
-        config.do_sample = True
-
-
 def _quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -213,7 +215,7 @@ def num_rows(model: Any) -> int:
     return model.get_output_embeddings().weight.shape[0]
 
 
-def _context(model: Any) -> int | None:
+def context_of(model: Any) -> int | None:
     """The longest input that the model takes; None if it states none."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 

@@ -13,7 +13,7 @@ class NoTeacher:
     """What a run asks of its teacher, where there is none."""
 
     passes = 1
-    lines = ()
+    lines: tuple[str, ...] = ()
 
     def __enter__(self) -> NoTeacher:
         return self

@@ -29,6 +29,7 @@ from sar_kd.folder import require_room
 from sar_kd.metrics import few
 from sar_kd.models import NOTHING_GIVEN, Given, load_skeleton, load_tokenizers, num_rows
 from sar_kd.precision import choose
+from sar_kd.teacher_cache import check_settings
 from sar_kd.wording import fitted
 
 _SAMPLE_CHARACTERS = 200_000
@@ -173,16 +174,25 @@ def _check_alignment(subject: Subject) -> Finding:
         size += document.num_chars
         if size >= _SAMPLE_CHARACTERS:
             break
-    corpus = Corpus(sample, load_tokenizers(config), config.data.block_size, 8 * config.data.block_size)
+    corpus = Corpus(sample, load_tokenizers(config.models), config.data.block_size, 8 * config.data.block_size)
     coverage = measure_coverage(corpus)
     lines = [f"Alignment, on the first {size / 1e3:,.0f} thousand characters of the text:", *coverage.lines()]
     record = {"audited": True, **dataclasses.asdict(coverage), "mix": coverage.mix}
     return Finding("alignment", [*lines, *name_left_out(coverage.left_out)], record)
 
 
+def _check_teacher_cache(subject: Subject) -> Finding:
+    folder = subject.config.models.teacher_cache
+    if not folder:
+        return Finding("teacher_cache", [], {"used": False})
+    facts = check_settings(subject.config)["facts"]
+    line = f"Teacher cache {folder}: the {facts['teacher_top_k']} likeliest tokens of each row, in {facts['dtype']}"
+    return Finding("teacher_cache", [f"{line}; a run compares its teacher, text and digests"], {"used": True, **facts})
+
+
 # A further check (the memory plan) is one more function in one of these lists.
 _AT_START = (_check_versions, _check_device, _check_hub, _check_models, _check_clamps, _check_disk)
-_ALL = (*_AT_START, _check_alignment)
+_ALL = (*_AT_START, _check_teacher_cache, _check_alignment)
 
 
 def describe(train: Corpus, validation: Corpus) -> list[str]:

@@ -11,6 +11,7 @@ from sar_kd.columns import finite_columns, normalised, silence_
 from sar_kd.config import LossConfig
 from sar_kd.data import Batch
 from sar_kd.distillation import Distillation, Learned, Sums
+from sar_kd.heard import heard_outcomes
 from sar_kd.losses import ABSENT, Segments
 from sar_kd.other_ways import Opened, Ways, add_other_ways, open_divergence
 from sar_kd.pairing import Pairing
@@ -25,6 +26,7 @@ from sar_kd.projection import (
 )
 from sar_kd.stretches import Stretch
 from sar_kd.tiled import Compared, Slopes, Tile
+from sar_kd.top import Top
 
 
 class _Taken(NamedTuple):
@@ -60,8 +62,10 @@ class Projected(Distillation):
         """Stretches of text, with every row that the student predicts something in."""
         return [Tile(part.student_rows, part.teacher_rows, part.counts, part) for part in batch.stretches]
 
-    def compare(self, student: Tensor, teacher: Tensor, part: Stretch, learner: str | None) -> Compared:
+    def compare(self, student: Tensor, teacher: Tensor | Top, part: Stretch, learner: str | None) -> Compared:
         """Two tiles of logits; uses up the other side's. See `Compared`."""
+        if self.top_k and self.teacher_is_richer and learner != "teacher":
+            return self._compare_top(student, self._top(teacher), part, learner)
         if self.top_k:
             return super().compare(student, teacher, part, learner)
         sound, mine = finite_columns(teacher), {"student": 0, "teacher": 1}.get(learner)
@@ -96,6 +100,52 @@ class Projected(Distillation):
         pieces = (0, opened.slopes), (part.num_open, into_inside)
         slopes = Slopes(pieces, taken[mine].places, into_entries)
         return Compared(loss, raw, self._dropped(part, sound), slopes)
+
+    def _compare_top(self, student: Tensor, top: Top, part: Stretch, learner: str | None) -> Compared:
+        """A teacher with the longer tokens, cut to its top k: of the student's logits no more is read than it speaks
+        about.
+        """
+        in_teacher, in_student, num_open, fold = part.in_teacher, part.in_student, part.num_open, self.student_fold
+        row, token, _ = in_teacher.rich_entries
+        entries = top.logits_of(token, in_teacher.rich_rows[row], self.teacher_rows)
+        told = rich_log_probs(entries.div_(self.temperature), in_teacher)
+        columns = top.columns(num_open, num_open + len(in_student.poor_rows))
+        inside = columns.spread(self.teacher_rows).div_(self.temperature)
+        ways, counts = self._ways(told, part, top.sound)
+        outcomes = heard_outcomes(top.columns(0, num_open), self.teacher_fold, ways, self.temperature)
+        of = outcomes.outcomes.clamp_max(len(fold.first) - 1)
+        taken = self._taken(student, num_open, in_teacher, in_student)
+        several, shares = fold.several_of(student[:, :num_open], self.temperature)
+        places = fold.first[of] * student.shape[1] + outcomes.columns
+        single = student.view(-1).index_select(0, places).div_(self.temperature)
+        leaves = taken.inside, taken.entries, single, several.div_(self.temperature)
+        if learner is not None:
+            for leaf in leaves:
+                leaf.requires_grad_()
+        with torch.enable_grad():
+            said = rich_log_probs(taken.entries, in_student)
+            sums = self._inside(said, told, taken.inside, inside, part, top.sound)
+            joined = torch.cat([several, several.new_zeros(1, several.shape[1])])[fold.place[of], outcomes.columns]
+            log_p = torch.where(fold.place[of] < 0, single, joined)
+            segments = Segments(outcomes.columns, num_open)
+            log_p, log_t, shared = renormalised(on_support(log_p, outcomes.log_probs), outcomes.log_probs, segments)
+            opened = self.divergence(log_p, log_t, (counts & shared)[outcomes.columns])
+            loss, raw = (self.temperature**2 * (a + b) for a, b in zip(sums, opened, strict=True))
+        if learner is None:
+            return Compared(loss, raw, self._dropped(part, top.sound), None)
+        # T^2 of the loss, and 1 / T of the logits, are in the loss and in the leaves.
+        back = torch.autograd.grad(loss, leaves, allow_unused=True)
+        into = [
+            torch.zeros_like(leaf) if slope is None else slope.div_(self.temperature)
+            for leaf, slope in zip(leaves, back, strict=True)
+        ]
+        members = fold.members[:, None] * student.shape[1] + torch.arange(num_open, device=student.device)
+        slopes = Slopes(
+            ((num_open, into[0]),),
+            torch.cat([taken.places, places, members.view(-1)]),
+            torch.cat([into[1], into[2], into[3].index_select(0, fold.groups).mul_(shares).view(-1)]),
+        )
+        return Compared(loss.detach(), raw.detach(), self._dropped(part, top.sound), slopes)
 
     def _taken(self, tile: Tensor, num_open: int, as_poor: Continuations, as_rich: Continuations) -> _Taken:
         row, token, _ = as_rich.rich_entries
@@ -165,11 +215,11 @@ class Projected(Distillation):
             counts = counts & shared
         return self.divergence(student, teacher, counts[of_rows])
 
-    def between(self, student: Tensor, teacher: Tensor, part: Stretch) -> Learned:
+    def between(self, student: Tensor, teacher: Tensor | Top, part: Stretch) -> Learned:
         """Of one stretch, with a teacher cut to its top k: a sum with a graph for the side that has one."""
-        in_teacher, in_student, sound = part.in_teacher, part.in_student, finite_columns(teacher.detach())
+        in_teacher, in_student = part.in_teacher, part.in_student
         inside = len(in_teacher.poor_rows), len(in_student.poor_rows)
-        teacher = self._top(teacher.where(sound, 0.0))
+        teacher, sound = self._cut(teacher)
         student = read(student, self.student_fold, part.num_open, inside[0], in_student, self.temperature)
         teacher = read(teacher, self.teacher_fold, part.num_open, inside[1], in_teacher, self.temperature)
         told, said = rich_log_probs(teacher.entries, in_teacher), rich_log_probs(student.entries, in_student)

@@ -81,8 +81,10 @@ class Fold(nn.Module):
         outcome = torch.full((int(tokens.max()) + 1,), -1).index_copy_(0, tokens, classes)
         first = tokens[classes.argsort(stable=True)[sizes.cumsum(0) - sizes]]
         silent = torch.ones(len(outcome), dtype=torch.bool).index_fill_(0, first, False)
+        place = torch.full((count,), -1).index_copy_(0, several, torch.arange(len(several)))
         parts = {
             "first": first,  # [C]: a token of each
+            "place": place,  # [C]: which of the S below it is, -1 for none
             "several": several,  # [S]: the outcomes of more than one token
             "members": tokens[joined],  # [J]: the tokens of those
             "groups": torch.searchsorted(several, classes[joined]),  # [J]: which of the S
@@ -96,6 +98,13 @@ class Fold(nn.Module):
     def __len__(self) -> int:
         """Tokens up to the last that takes part."""
         return len(self.outcome)
+
+    def outcomes_of(self, ids: Tensor) -> Tensor:
+        """The outcome of each token, of the shape of `ids`; -1 for none."""
+        known = torch.full((len(self) + 1,), -1, device=ids.device)  # behind the last: every token beyond
+        known[:-1] = self.outcome
+        known[self.absent] = -1
+        return known[ids.clamp_max(len(self))]
 
     def several_of(self, columns: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """The outcomes of several tokens: their logits, y[s, k] = T * log sum over v of s of exp(z[v, k] / T), and each
@@ -247,7 +256,7 @@ def poor_log_probs(logits: Tensor, rows: Continuations, must_end: bool) -> Tenso
     places, flat = token * size + row, logits.view(-1)
     outcomes = Segments(outcome, len(of_rows)).logsumexp(flat.index_select(0, places))
     # From what is left, not as 1 minus the others: a student that is certain to go on must still be told to end.
-    end = flat.index_fill(0, places, ABSENT).view_as(logits).logsumexp(0)
+    end = flat.scatter(0, places, ABSENT).view_as(logits).logsumexp(0)
     if must_end:
         end = torch.where(rows.can_end, end, ABSENT)
     outcomes = outcomes.index_copy(0, ends, end)

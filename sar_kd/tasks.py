@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from sar_kd import embedded
 from sar_kd.companion import Companion
-from sar_kd.config import EMBEDDED, Config
+from sar_kd.config import EMBEDDED, Config, UsageError
 from sar_kd.exam import Exam
 from sar_kd.models import Models
 from sar_kd.precision import Precision
@@ -77,6 +77,11 @@ def prepare_task(config: Config) -> tuple[Config, Task]:
     started = time.monotonic()
     folder = config.train.output_dir.rstrip("/")
     if config.models.teacher_model == EMBEDDED and config.data.task_teacher_steps:
+        if config.models.teacher_cache:
+            raise UsageError(
+                f"--teacher_cache {config.models.teacher_cache}: --task fine-tunes the embedded teacher first, whose "
+                "answers nobody has kept; name the fine-tuned one with --teacher_model, and a cache made of it"
+            )
         ready = _teacher_config(config, f"{folder}-teacher")
         _run(ready, config.train.resume, started)
         teacher = str(Path(ready.train.output_dir) / "student")

@@ -45,6 +45,7 @@ LEVELS = {
         "files",
         "layers",
         "training_log",
+        "cache_config",
     },
     2: {
         "alignment",
@@ -59,6 +60,8 @@ LEVELS = {
         "shelf",
         "sft_config",
         "explain",
+        "top",
+        "teacher_store",
     },
     3: {
         "readout",
@@ -73,16 +76,16 @@ LEVELS = {
         "fragments",
         "token_cache",
     },
-    4: {"router_table", "router_terms", "streams", "tiled", "charts", "verdict", "card"},
-    5: {"pairing", "report", "generate"},
-    6: {"data", "wording"},
-    7: {"distillation", "evaluate", "metrics", "responses"},
-    8: {"projected", "progress", "clamps", "coverage", "forensics", "sft_log", "benchmark"},
+    4: {"router_table", "router_terms", "streams", "tiled", "charts", "verdict", "card", "heard"},
+    5: {"pairing", "report", "generate", "matching", "windows"},
+    6: {"data", "wording", "teacher_cache"},
+    7: {"distillation", "evaluate", "metrics", "responses", "cache_text"},
+    8: {"projected", "progress", "clamps", "coverage", "forensics", "sft_log", "benchmark", "cache"},
     9: {"kinds", "placement", "router_watch", "preflight", "audit"},
     10: {"objective"},
     11: {"router_learner", "several_devices"},
     12: {"step", "teacher_routing", "no_teacher"},
-    13: {"checkpoint", "recovery", "companion"},
+    13: {"checkpoint", "recovery", "companion", "stored_teaching"},
     14: {"on_policy"},
     15: {"feed"},
     16: {"trainer", "vitals", "exam"},
@@ -214,6 +217,7 @@ def test_only_these_modules_write_to_the_terminal():
         )
 
     verbs = {"audit", "forensics", "router_table", "embedded.build", "preflight", "report", "generate", "explain"}
+    verbs |= {"cache", "teacher_cache"}  # the latter a bar, while a cache is checked
     printing = {"metrics", "cli", "__main__", "reading", "benchmark", *verbs}
     assert _modules_that(prints) <= printing
 

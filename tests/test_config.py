@@ -10,7 +10,7 @@ from sar_kd.config import EMBEDDED_LR_FACTOR, EMBEDDED_ROUTER_LR_FACTOR, SECTION
 from sar_kd.presets import FP16_SAFE, MODES, STABLE
 
 FLAGS = [
-    "teacher_model", "student_model", "trust_remote_code",
+    "teacher_model", "student_model", "trust_remote_code", "teacher_cache",
     "train_file", "validation_file", "text_field", "dataset_name", "dataset_config_name", "task",
     "task_teacher_steps", "skip_baseline", "block_size", "token_cache",
     "temperature", "alpha_kd", "alpha_ce", "logit_clamp", "logit_clamp_style", "loss_clamp", "loss_clamp_style",

@@ -29,6 +29,7 @@ from sar_kd.kinds import (
 from sar_kd.other_ways import Ways, add_other_ways
 from sar_kd.projection import Continuations, Fold, read, rich_log_probs
 from sar_kd.stretches import cut_stretches
+from sar_kd.top import StoredRows
 
 DIFFERENT = ["sp_from_byte", "byte_from_sp", "dummy_from_byte", "byte_from_dummy"]
 EQUAL = ["byte_from_byte", "sp_from_sp"]
@@ -258,8 +259,8 @@ def _naive_strict(case, student: Tensor, temperature=1.0, top_k=0, **kind) -> Te
     for k, r, strict in zip(alignment.student_rows, alignment.teacher_rows, alignment.strict.tolist(), strict=True):
         row = case.outputs.teacher_logits[r].double()
         if strict and row.isfinite().all():
+            weights = _weights(row, temperature) * _told(row, top_k)
             told = [v for v in _told(row, top_k).nonzero().squeeze(1).tolist() if v in partners]
-            weights = _weights(row, temperature)
             if weights[told].sum() >= 0.1 * weights.sum():
                 p = _weights(student[k], temperature)[[partners[v] for v in told]]
                 total = total + _divergence(p / p.sum(), weights[told] / weights[told].sum(), **kind)
@@ -1071,6 +1072,90 @@ def test_with_equal_tokenizers_the_teachers_top_is_all_that_is_learned_from(make
     told = torch.zeros_like(grad, dtype=torch.bool).scatter_(1, best, True)
     assert grad[~told].abs().max() <= (1e-6 if alignment == "projection" else 0.0)  # which rounds
     assert (grad[told] != 0).float().mean() > 0.99
+
+
+# Rows that were stored before
+
+
+def _stored(case, k: int) -> StoredRows:
+    """What a cache keeps of the case's teacher, made from its logits in float64."""
+    tokens, logits = case.batch.teacher, case.outputs.teacher_logits.double()
+    log_probs = logits[tokens.rows].log_softmax(-1)
+    best = log_probs.topk(k)
+    places = torch.zeros(len(logits), dtype=torch.int64)
+    places[tokens.rows] = torch.arange(len(tokens.rows))
+    peaks, own = best.values[:, 0], log_probs.gather(1, tokens.targets[:, None])[:, 0]
+    gaps = (best.values - peaks[:, None]).half()
+    return StoredRows(places, best.indices.int(), peaks.float(), gaps, own.float())
+
+
+def _learned_from_stored(case, alignment, k, **settings):
+    term, logits = _build(case, alignment, **settings), case.outputs.student_logits.clone().requires_grad_()
+    learned = term(case.batch, Outputs(readout_of(logits), _stored(case, k)))
+    learned.loss.backward()
+    return learned, logits.grad
+
+
+STORED = {
+    "token": _naive_projected,  # of equal vocabularies every class is a token
+    "projection": _naive_projected,
+    "strict": _naive_strict,
+}
+
+
+@EVERY_DIRECTION
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize(
+    ("name", "alignment"),
+    [("byte_from_byte", "token"), ("sp_from_byte", "projection"), ("byte_from_sp", "projection"),
+     ("byte_from_dummy", "projection"), ("sp_from_byte", "strict")],
+)  # fmt: skip
+def test_stored_rows_teach_what_the_definition_says_to_1e_3(make_case, name, alignment, direction, temperature):
+    case, settings = make_case(name), {"temperature": temperature, "kd_direction": direction, "teacher_top_k": 8}
+    learned, grad = _learned_from_stored(case, alignment, 32, **settings)
+    leaf = case.outputs.student_logits.double().requires_grad_()
+    wanted = STORED[alignment](case, leaf, temperature, top_k=8, direction=direction)
+    wanted.backward()
+    assert wanted > 0.1
+    torch.testing.assert_close(learned.loss.double(), wanted.detach(), rtol=1e-3, atol=0.0)
+    torch.testing.assert_close(learned.raw.double(), wanted.detach(), rtol=1e-3, atol=0.0)
+    assert (grad - leaf.grad).norm() < 1e-3 * leaf.grad.norm()
+
+
+@EVERY_PAIR_OF_TWO
+@pytest.mark.parametrize(("alignment", "k"), [("alm", 1), ("uld", 8)])
+def test_stored_rows_serve_the_terms_that_compare_no_tokens(make_case, name, alignment, k):
+    case, settings = make_case(name), {"temperature": 2.0, "teacher_top_k": k}
+    live, live_grad = _learned(case, alignment, **settings)
+    learned, grad = _learned_from_stored(case, alignment, k, **settings)
+    assert live.loss > 0.1
+    torch.testing.assert_close(learned.loss, live.loss, rtol=1e-3, atol=0.0)
+    assert (grad - live_grad).norm() < 1e-3 * live_grad.norm()
+
+
+@EVERY_PAIR_OF_TWO
+@pytest.mark.parametrize("alignment", ["projection", "strict", "alm", "uld"])
+def test_a_stored_row_that_was_not_finite_is_dropped_and_counted_as_a_live_one(make_case, name, alignment):
+    case, settings = make_case(name), {"temperature": 2.0, "teacher_top_k": 8}
+    bad = case.batch.alignment.teacher_rows[::3]
+    case.outputs.teacher_logits[bad, 5] = math.nan
+    live, live_grad = _learned(case, alignment, **settings)
+    learned, grad = _learned_from_stored(case, alignment, 8, **settings)
+    assert learned.dropped == live.dropped > 0
+    torch.testing.assert_close(learned.loss, live.loss, rtol=1e-3, atol=0.0)
+    assert (grad - live_grad).norm() < 1e-3 * live_grad.norm()
+
+
+@EVERY_DIRECTION
+def test_the_floor_of_the_normalized_clamp_counts_for_stored_rows_too(make_case, direction):
+    case = make_case("sp_from_byte", spread=8.0)
+    settings = {"temperature": 2.0, "kd_direction": direction, "teacher_top_k": 8, "logit_clamp": 2.0}
+    free, _ = _learned_from_stored(case, "projection", 8, **settings)
+    learned, grad = _learned_from_stored(case, "projection", 8, **settings, logit_clamp_style="normalized")
+    live, live_grad = _learned(case, "projection", **settings, logit_clamp_style="normalized")
+    assert abs(learned.loss - free.loss) > 0.01
+    torch.testing.assert_close(learned.loss, live.loss, rtol=1e-3, atol=0.0)
+    assert (grad - live_grad).norm() < 1e-3 * live_grad.norm()
 
 
 # The clamps

@@ -14,7 +14,7 @@ from sar_kd.presets import FP16_SAFE
 from sar_kd.settings import UsageError
 from sar_kd.train import main as train
 
-SECTIONS = {"ok", "versions", "device", "hub", "models", "clamps", "disk", "alignment"}
+SECTIONS = {"ok", "versions", "device", "hub", "models", "clamps", "disk", "alignment", "teacher_cache"}
 
 
 @pytest.fixture

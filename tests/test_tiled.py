@@ -60,11 +60,12 @@ def _naive_divergence(student: Tensor, teacher: Tensor, direction: str, beta: fl
     return (beta * t * (t.log() - m.log())).sum() + ((1 - beta) * p * (p.log() - m.log())).sum()
 
 
-def _term(given, rows=N, **settings) -> TokenLevel:
+def _term(given, tile=N, **settings) -> TokenLevel:
     config = LossConfig(**({"temperature": 2.0, "logit_clamp_style": "off", "jsd_beta": 0.3} | settings))
-    sizes = SimpleNamespace(student_rows=len(given.head.weight), teacher_rows=len(given.teacher_head.weight))
+    rows = len(given.head.weight), len(given.teacher_head.weight)
+    sizes = SimpleNamespace(student_rows=rows[0], teacher_rows=rows[1], teacher_tokens=min(rows))
     term = TokenLevel(config, SimpleNamespace(pair=sizes))
-    term.tile_rows = rows
+    term.tile_rows = tile
     return term
 
 

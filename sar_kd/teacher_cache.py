@@ -1,0 +1,151 @@
+"""What a teacher once said of a text, in a run: opened, checked against all that it depends on, never half believed."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from sar_kd import embedded
+from sar_kd.config import EMBEDDED, Config, RunConfig, UsageError
+from sar_kd.documents import digest_of
+from sar_kd.folder import file_digest
+from sar_kd.matching import StoredText
+from sar_kd.models import load_skeleton
+from sar_kd.teacher_store import TEXTS, differences, fault, read_header
+from sar_kd.tokens import fingerprint
+from sar_kd.top import StoredTeacher
+from sar_kd.world import World
+
+Texts = tuple[Any, Any]
+"""Training and held-out documents, as `load_documents` gives them"""
+_WEIGHTS = ("*.safetensors", "*.bin")
+
+
+class TeacherCache:
+    """A finished cache in a run; `NO_CACHE` where the teacher itself is asked."""
+
+    def __init__(self, folder: Path, header: dict):
+        self.folder, self._header, self.facts = folder, header, header["facts"]
+        self.teacher: StoredTeacher | None = StoredTeacher(
+            self.facts["teacher_rows"], tuple(self.facts["stop_ids"]), self.facts["teacher_limit"]
+        )
+        self._texts = [StoredText(folder, header, text) for text in TEXTS]
+
+    def texts(self, texts: Texts, tokenizer) -> list[StoredText | None]:
+        """What is stored of training and held-out text.
+
+        tokenizer: the teacher's, as the run has loaded it
+        Raises: UsageError if these are not the text and the tokenizer that the cache was made with
+        """
+        facts = {"text": [digest_of(text) for text in texts], "tokenizer": fingerprint(tokenizer)}
+        differences(self.folder, self._header, facts)
+        return list(self._texts)
+
+    def check(self, config: Config, say: Callable[[str], None]) -> None:
+        """Compare every byte with its digest, and the teacher with the one that was asked.
+
+        Raises: UsageError naming what is damaged or another
+        """
+        sizes = [stored.shards.num_bytes for stored in self._texts]
+        with tqdm(
+            total=sum(sizes), unit="B", unit_scale=True, desc="Checking the teacher cache", leave=False,
+            disable=not sys.stderr.isatty(),
+        ) as bar:  # fmt: skip
+            for stored in self._texts:
+                for number in range(len(stored.shards.digests)):
+                    bar.update(stored.shards.check(number))
+        found = identity_of(config.models.teacher_model, config.models.trust_remote_code)
+        compared = _require_same(self.folder, self.facts["teacher"], found)
+        k, dtype = self.facts["teacher_top_k"], self.facts["dtype"]
+        say(
+            f"Teacher: not loaded; {sum(sizes) / 1e6:,.1f} MB of what it said, the {k} likeliest tokens of each row, "
+            f"in {dtype}, are read from {self.folder}" + ("" if compared else "; its weights are not here to compare")
+        )
+
+
+class _NoCache:
+    """The teacher is loaded and asked."""
+
+    teacher = None
+
+    def texts(self, texts: Texts, tokenizer) -> list[StoredText | None]:
+        """Nothing is stored."""
+        return [None] * len(texts)
+
+
+NO_CACHE = _NoCache()
+
+
+def open_teacher_cache(config: Config, world: World, log: Any) -> tuple[Config, TeacherCache | _NoCache]:
+    """The cache that `--teacher_cache` names, checked, and the settings of a run with it.
+
+    Raises: UsageError if it is unfinished, damaged, or not what this run asks for
+    """
+    if not config.models.teacher_cache:
+        return config, NO_CACHE
+    folder = Path(config.models.teacher_cache)
+    header = check_settings(config)
+    cache = TeacherCache(folder, header)
+    world.first(lambda: cache.check(config, log.say))
+    top_k = config.loss.teacher_top_k or header["facts"]["teacher_top_k"]
+    return dataclasses.replace(config, loss=dataclasses.replace(config.loss, teacher_top_k=top_k)), cache
+
+
+def check_settings(config: RunConfig) -> dict:
+    """The header of the cache that `--teacher_cache` names, if a run with these settings can use it.
+
+    Raises: UsageError with the reason
+    """
+    folder, loss, routing = Path(config.models.teacher_cache), config.loss, config.routing.routing
+    if loss.alpha_kd == 0:
+        raise fault(folder, "--alpha_kd is 0, so no teacher is heard; leave the cache out")
+    if routing not in ("native", "auto"):
+        what = "its routers learn" if routing == "sar" else f"--routing {routing} asks other experts"
+        raise fault(
+            folder, f"holds the teacher in its own routing, and {what}; leave the cache out, or --routing native"
+        )
+    if config.on_policy.on_policy_fraction:
+        raise fault(folder, "holds a fixed text, and --on_policy_fraction asks about another; leave one of them out")
+    if loss.alignment == "hidden":
+        raise fault(folder, "holds no hidden states, which --alignment hidden compares; leave the cache out")
+    if loss.logit_clamp_style == "raw":
+        raise fault(
+            folder, "holds no logits, which --logit_clamp_style raw clamps; use normalized, or leave the cache out"
+        )
+    header = read_header(folder)
+    if not header["complete"]:
+        raise fault(folder, "is not finished; `python -m sar_kd cache` with its flags goes on")
+    differences(folder, header, {"block_size": config.data.block_size})
+    k = header["facts"]["teacher_top_k"]
+    if loss.teacher_top_k > k:
+        raise fault(folder, f"holds {k} tokens of each row, fewer than --teacher_top_k {loss.teacher_top_k}")
+    return header
+
+
+def identity_of(name: str, trust_remote_code: bool) -> dict[str, str]:
+    """What tells a teacher from another: digests of its files, or its commit on the hub; no weights are loaded."""
+    folder = embedded.TEACHER_DIR if name == EMBEDDED else Path(name).expanduser()
+    if not folder.is_dir():
+        commit = getattr(load_skeleton("teacher_model", name, trust_remote_code).config, "_commit_hash", None)
+        return {"commit": commit or name}
+    weights = sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern))
+    found = {path.name: file_digest(path) for path in weights}
+    config = folder / "config.json"
+    if not config.is_file():
+        raise UsageError(f"--teacher_model {name}: has no config.json")
+    return {**found, "config.json": file_digest(config)}
+
+
+def _require_same(folder: Path, stored: dict[str, str], found: dict[str, str]) -> bool:
+    """Whether there were weights to compare. Raises: UsageError if they, or the configurations, are others"""
+    common = stored.keys() & found.keys()
+    weights = common - {"config.json"}
+    is_other = any(stored[name] != found[name] for name in common)
+    if is_other or (not weights and len(found) > 1 and len(stored) > 1):
+        raise fault(folder, "was made with another teacher (its files have other digests)")
+    return bool(weights)
