@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from sar_kd.config import LossConfig
 from sar_kd.data import Batch
 from sar_kd.distillation import Learned, Outputs
-from sar_kd.heads import Heads, body_of
+from sar_kd.heads import Heads
 from sar_kd.kinds import build_distillation
 from sar_kd.losses import LogitClamp, LossClamp, Sums
 from sar_kd.pairing import Pairing
 from sar_kd.precision import Precision
-from sar_kd.readout import Readout
+from sar_kd.readout import read_out
 from sar_kd.tiled import Loss, Tile, stretches_of, tile_rows, tiled_loss
 
 
@@ -50,9 +50,9 @@ class Objective:
         self.alpha_ce, self.alpha_kd = config.alpha_ce, config.alpha_kd
         self.logit_clamp = LogitClamp(config.logit_clamp_style, config.logit_clamp)
         self.loss_clamp = LossClamp(config.loss_clamp_style, config.loss_clamp)
-        self._heads = Heads(precision)
+        self.heads = Heads(precision)
         for model in (student, teacher) if self.alpha_kd > 0 else (student,):
-            self._heads.of(model)  # now, as it reads the device
+            self.heads.of(model)  # now, as it reads the device
         self._tile_rows = tile_rows(config.loss_workspace_mb, pairing.pair.student_rows)
         self.distillation = None
         if self.alpha_kd > 0:
@@ -110,12 +110,5 @@ class Objective:
         return Outputs(of_targets, teacher[0], student[1], teacher[1])
 
     def _read(self, model: nn.Module, input_ids: Tensor, needs_states: bool, learns: bool):
-        """A readout of every row, and the last hidden states if they are asked for."""
-        head = self._heads.of(model)
-        with self.precision.autocast(), torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-            if head is None:
-                out = model(input_ids=input_ids, use_cache=False, output_hidden_states=needs_states)
-                states = out.hidden_states[-1].flatten(0, 1) if needs_states else None
-                return Readout(out.logits.flatten(0, 1), None, self.precision), states
-            states = body_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
-        return Readout(states, head, self.precision), states
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            return read_out(model, self.heads.of(model), input_ids, self.precision, needs_states)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sar_kd.columns import blocks_of
-from sar_kd.heads import Head
+from sar_kd.heads import Head, body_of
 from sar_kd.precision import Precision
 
 Rows = slice | Tensor
@@ -83,6 +83,22 @@ class Readout:
             torch.mm(a, b, out=out)
         else:
             torch.addmm(bias, a, b, out=out)
+
+
+def read_out(
+    model: nn.Module, head: Head | None, input_ids: Tensor, precision: Precision, needs_states: bool = False
+) -> tuple[Readout, Tensor | None]:
+    """Run a model: a readout of every row, [B * T, ...], and the last hidden states if they are asked for.
+
+    head: the model's, as `Heads.of` gives it; None where its logits are to come from the model itself
+    """
+    with precision.autocast():
+        if head is None:
+            out = model(input_ids=input_ids, use_cache=False, output_hidden_states=needs_states)
+            states = out.hidden_states[-1].flatten(0, 1) if needs_states else None
+            return Readout(out.logits.flatten(0, 1), None, precision), states
+        states = body_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    return Readout(states, head, precision), states
 
 
 def _taken(states: Tensor, rows: Rows) -> Tensor:
