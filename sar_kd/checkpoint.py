@@ -27,7 +27,6 @@ from sar_kd.files import replace_text
 from sar_kd.folder import file_digest, require_room
 from sar_kd.guards import StepGuard
 from sar_kd.lora import save_learned
-from sar_kd.models import complete_generation_config_
 from sar_kd.no_teacher import NoTeacher
 from sar_kd.objective import Objective
 from sar_kd.placement import WHOLE, Placement
@@ -51,7 +50,7 @@ def save_student(student: Any, tokenizer, folder: Path, weights: dict[str, Tenso
     so a reader meets the former student or the new one.
     Raises: UsageError if they cannot be written; the former student is then as it was
     """
-    complete_generation_config_(student, tokenizer)
+    _complete_generation_config_(student, tokenizer)
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     require_room(folder.parent, _size(student.state_dict()), "the student")
@@ -64,6 +63,25 @@ def save_student(student: Any, tokenizer, folder: Path, weights: dict[str, Tenso
             _flush(path)
             os.replace(path, target)
     shutil.rmtree(aside)
+
+
+def _complete_generation_config_(model: nn.Module, tokenizer) -> None:
+    """Make the model's generation config one that can be saved and that `generate` takes without a word.
+
+    Where published, it may sample at a temperature without saying `do_sample`, which is refused when saved; and it may
+    leave out where a text ends, which the tokenizer knows.
+    """
+    config: Any = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    if config.eos_token_id is None:
+        config.eos_token_id = tokenizer.eos_token_id
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True
 
 
 def save_checkpoint(

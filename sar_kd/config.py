@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from sar_kd.memory_config import TeacherMemoryConfig
 from sar_kd.routing_config import RoutingConfig
 from sar_kd.settings import RunConfig, UsageError, flag, require, require_at_least, require_positive, seconds_of
 
@@ -245,6 +246,7 @@ class Config(RunConfig):
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    memory: TeacherMemoryConfig = field(default_factory=TeacherMemoryConfig)
     guards: GuardConfig = field(default_factory=GuardConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 

@@ -93,13 +93,18 @@ def evaluate(
     nats = torch.zeros((), dtype=torch.float64, device=precision.device)
     num_tokens = 0
     for batch in batches:
-        batch = batch.to(precision.device)
-        head = heads.of(model)
-        with reading(model, precision) as used:
-            readout, _ = read_out(model, head, batch.input_ids, used)
-            rows = tile_rows(workspace_mb, readout.vocab_size)
-            log_probs, _ = target_log_probs(readout.at(batch.rows), batch.targets, rows)
-        nats -= log_probs.double().sum()
+        nats -= log_probs_of(model, batch.to(precision.device), precision, heads, workspace_mb).double().sum()
         num_tokens += len(batch.targets)
     total, count = world.sum([nats.item(), num_tokens])
     return Evaluation(total, int(count), num_bytes)
+
+
+def log_probs_of(
+    model: nn.Module, batch: TokenBatch, precision: Precision, heads: Heads, workspace_mb: int
+) -> torch.Tensor:
+    """log p of each target of a batch, nats, float32 [N]; nan where the row's logits are not finite. See `evaluate`."""
+    head = heads.of(model)
+    with reading(model, precision) as used:
+        readout, _ = read_out(model, head, batch.input_ids, used)
+        rows = tile_rows(workspace_mb, readout.vocab_size)
+        return target_log_probs(readout.at(batch.rows), batch.targets, rows)[0]

@@ -24,8 +24,12 @@ from torch import nn
 from sar_kd import embedded
 from sar_kd.alignment import TokenizerPair, UnfitTokenizer
 from sar_kd.config import EMBEDDED, Config, ModelConfig, RunConfig, UsageError
+from sar_kd.heads import body_of
 from sar_kd.hub import reason_of
+from sar_kd.layers import recompute_activations_
+from sar_kd.offload import Offload
 from sar_kd.precision import Precision
+from sar_kd.quantised import quantised
 from sar_kd.tokens import encode
 
 _UNREADABLE = (
@@ -51,6 +55,8 @@ class Models:
     tokenizers: TokenizerPair
     embedded: bool
     """Every model is one that is shipped with the package."""
+    offload: Offload | None = None
+    """Of a teacher that is on the device only while it reads"""
 
     def with_student(self, student: nn.Module) -> Models:
         """The same with another student."""
@@ -89,7 +95,8 @@ def load_models(config: Config, precision: Precision, given: Given = NOTHING_GIV
     _quiet()
     names = config.models
     student = _model("student_model", names, torch.float32, given)
-    teacher = _model("teacher_model", names, precision.dtype, given)
+    small = quantised(config.memory.teacher_quantization, precision) if given.model("teacher_model") is None else {}
+    teacher = _model("teacher_model", names, precision.dtype, given, **small)
     rows = {"student_model": num_rows(student), "teacher_model": num_rows(teacher)}
     stops = tuple(_stop_ids(model) for model in (student, teacher))
     tokenizers = _pair_tokenizers(
@@ -102,11 +109,15 @@ def load_models(config: Config, precision: Precision, given: Given = NOTHING_GIV
         stop_ids=stops,
     )
     teacher.requires_grad_(False).eval().to(precision.device)
+    offloads = config.memory.offload_teacher_to_cpu and precision.device.type != "cpu"
     student.train()
+    if config.memory.gradient_checkpointing:
+        recompute_activations_(student, same_dropout=True)
     if config.train.parallel != "fsdp":  # such a student may be larger than a device: `place` moves it, part by part
         student.to(precision.device)
     both = (names.teacher_model, names.student_model)
-    return Models(teacher, student, tokenizers, both == (EMBEDDED, EMBEDDED))
+    offload = Offload(teacher, body_of(teacher), precision.device) if offloads else None
+    return Models(teacher, student, tokenizers, both == (EMBEDDED, EMBEDDED), offload)
 
 
 def load_student(names: Any, dtype: torch.dtype, precision: Precision) -> Models:
@@ -183,25 +194,6 @@ def _pair(names: ModelConfig, loaded: dict[str, Any], rows: dict[str, int], **ho
         raise UsageError(f"--{flag} {getattr(names, flag)}: its tokenizer {error.reason}; {remedy}") from None
 
 
-def complete_generation_config_(model: nn.Module, tokenizer) -> None:
-    """Make the model's generation config one that can be saved and that `generate` takes without a word.
-
-    Where published, it may sample at a temperature without saying `do_sample`, which is refused when saved; and it may
-    leave out where a text ends, which the tokenizer knows.
-    """
-    config: Any = getattr(model, "generation_config", None)
-    if config is None:
-        return
-    if config.eos_token_id is None:
-        config.eos_token_id = tokenizer.eos_token_id
-    if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    try:
-        config.validate(strict=True)
-    except ValueError:
-        config.do_sample = True
-
-
 def _quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -230,10 +222,10 @@ def _location(flag: str, name: str) -> str:
     return os.path.expanduser(name)
 
 
-def _load_model(flag: str, name: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+def _load_model(flag: str, name: str, dtype: torch.dtype, trust_remote_code: bool, **how) -> Any:
     location = _location(flag, name)
     load = transformers.AutoModelForCausalLM.from_pretrained
-    how = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
+    how |= {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
     model, info = _read(flag, name, lambda: load(location, **how))
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
@@ -241,10 +233,10 @@ def _load_model(flag: str, name: str, dtype: torch.dtype, trust_remote_code: boo
     return model
 
 
-def _model(flag: str, names: ModelConfig, dtype: torch.dtype, given: Given) -> nn.Module:
-    """The model of a flag, given or loaded, found fit to compute in `dtype`."""
+def _model(flag: str, names: ModelConfig, dtype: torch.dtype, given: Given, **how) -> nn.Module:
+    """The model of a flag, given or loaded (`how`: with what else), found fit to compute in `dtype`."""
     name, model = getattr(names, flag), given.model(flag)
-    model = _load_model(flag, name, dtype, names.trust_remote_code) if model is None else model.to(dtype)
+    model = _load_model(flag, name, dtype, names.trust_remote_code, **how) if model is None else model.to(dtype)
     if model.get_output_embeddings() is None:
         raise UsageError(
             f"--{flag} {name}: {type(model).__name__} has no language-model head; use a causal language model"

@@ -18,6 +18,7 @@ from sar_kd.config import (
     TrainConfig,
 )
 from sar_kd.lora import LoraConfig
+from sar_kd.memory_config import MemoryConfig
 from sar_kd.settings import RunConfig, flag, require, require_at_least, require_positive
 
 EMBEDDED_LR_FACTOR = 10.0
@@ -102,6 +103,7 @@ class SftConfig(RunConfig):
     lora: LoraConfig = field(default_factory=LoraConfig)
     optim: SftOptimConfig = field(default_factory=SftOptimConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     guards: GuardConfig = field(default_factory=GuardConfig)
     train: SftTrainConfig = field(default_factory=SftTrainConfig)
     loss: LossConfig = field(default=CROSS_ENTROPY, metadata={"flags": False})

@@ -57,7 +57,7 @@ def fine_tune(config: SftConfig) -> dict:
     # Weights that learn are float32, whatever their checkpoint says; under an adapter none of these learns.
     dtype = precision.dtype if config.lora.lora_rank else torch.float32
     models = load_student(config.models, dtype, precision)
-    if config.lora.gradient_checkpointing:
+    if config.memory.gradient_checkpointing:
         recompute_activations_(models.student, same_dropout=True)
         models.student.enable_input_require_grads()  # type: ignore[operator]  # transformers'
     models = models.with_student(add_adapter(models.student, config.lora))  # what of it learns

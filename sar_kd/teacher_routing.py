@@ -230,6 +230,8 @@ def _resolve(config: Config, models: Models, objective: Objective, in_shards: bo
                 "--routing sar: routers learn from a student that each device has whole, and with --parallel fsdp none "
                 "has; use --parallel ddp, or --routing all"
             )
+        if asked == "sar" and config.memory.why_routers_stand_still:
+            raise UsageError(f"--routing sar: {config.memory.why_routers_stand_still}; use --routing all or native")
         return asked, find_routers(models.teacher, settings.router_patterns), ""
     if not hears:
         return "native", [], "no teacher is heard"
@@ -237,6 +239,8 @@ def _resolve(config: Config, models: Models, objective: Objective, in_shards: bo
         return "native", [], "--alignment hidden compares no probabilities"
     if in_shards:
         return "native", [], "with --parallel fsdp no device has the student whole"
+    if config.memory.why_routers_stand_still:
+        return "native", [], config.memory.why_routers_stand_still
     try:
         specs = find_routers(models.teacher, settings.router_patterns)
         if specs:

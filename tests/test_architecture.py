@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = ("train_sar_kd_fp16_safe", "train_sar_kd_stable")
 LEVELS = {
     -2: {"farewell", "settings", "version"},
-    -1: {"routing_config", "world", "parsers", "environment", "lora", "units"},
+    -1: {"routing_config", "memory_config", "world", "parsers", "environment", "lora", "units"},
     0: {
         "config",
         "embedded",
@@ -22,6 +22,8 @@ LEVELS = {
         "hub",
         "reading",
         "prefetch",
+        "hollow",
+        "offload",
     },
     1: {
         "arguments",
@@ -49,6 +51,7 @@ LEVELS = {
         "shelf",
         "sft_config",
         "explain",
+        "quantised",
     },
     3: {
         "readout",
@@ -63,16 +66,16 @@ LEVELS = {
         "fragments",
         "token_cache",
     },
-    4: {"router_table", "router_terms", "streams", "tiled", "charts", "verdict", "card"},
+    4: {"moments", "router_table", "router_terms", "streams", "tiled", "charts", "verdict", "card"},
     5: {"pairing", "report", "generate"},
     6: {"data", "wording"},
     7: {"distillation", "evaluate", "metrics"},
     8: {"projected", "progress", "clamps", "coverage", "forensics", "sft_log", "benchmark"},
-    9: {"kinds", "placement", "router_watch", "preflight", "audit"},
+    9: {"kinds", "placement", "router_watch", "audit"},
     10: {"objective"},
-    11: {"router_learner", "several_devices"},
-    12: {"step", "teacher_routing", "no_teacher"},
-    13: {"checkpoint", "recovery", "companion"},
+    11: {"router_learner", "several_devices", "rehearsal"},
+    12: {"step", "teacher_routing", "no_teacher", "memory_plan"},
+    13: {"checkpoint", "recovery", "companion", "preflight"},
     14: {"trainer", "vitals", "exam"},
     15: {"cli", "embedded.build", "supervised"},
     16: {"tasks"},
@@ -163,8 +166,8 @@ def test_parsing_and_judging_need_no_package_but_the_standard_library(module):
     assert outside <= {"pydoc_data"}
 
 
-def test_only_models_their_layers_and_the_builder_import_transformers():
-    assert _modules_that(_imports("transformers")) == {"models", "layers", "embedded.build"}
+def test_only_models_their_layers_their_rounding_and_the_builder_import_transformers():
+    assert _modules_that(_imports("transformers")) == {"models", "layers", "quantised", "embedded.build"}
 
 
 def test_only_the_parsers_and_the_builder_import_argparse():
