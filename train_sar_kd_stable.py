@@ -6,6 +6,7 @@ python train_sar_kd_stable.py --train_steps 500
 import sys
 
 from sar_kd.arguments import parse_args
+from sar_kd.batch_size import fit_batch_size
 from sar_kd.cli import run
 from sar_kd.config import STABLE
 from sar_kd.data import Corpus
@@ -28,6 +29,7 @@ from sar_kd.world import join_world
 def main(argv=None):
     world = join_world()  # with which other processes, if torchrun started any
     config = world.agreed(parse_args(STABLE, argv))  # what to run
+    config = fit_batch_size(config, world)  # how much of it at once, where that is to be found
     config, task = prepare_task(config)  # with --task, what comes before the run
     log = world.first(lambda: open_run(config))  # where to
     world.first(lambda: preflight(config, log.say))  # can it be done here?

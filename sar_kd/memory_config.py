@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from sar_kd.settings import flag
 
+AUTO_BATCH = "{what} in a micro-batch of each device; auto: as many as fit, with --grad_accum_steps to match"
+"""The help of `--per_device_batch_size`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:

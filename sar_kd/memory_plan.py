@@ -6,7 +6,7 @@ The peak is the largest of the moments of a step, not the sum of all that ever i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,9 @@ from sar_kd.world import World, current_world
 MARGIN = 0.15
 """A plan and what is measured differ by no more than this share of what is measured."""
 
-_CUBLAS = 2**25
-"""What cuBLAS keeps for itself: 8 MiB up to Ampere, 32 MiB from Hopper on (PyTorch's defaults)."""
+_LIBRARIES = {"cuda": 2**25, "cpu": 2**26}
+"""What libraries take when they are first used: cuBLAS 8 MiB, 32 MiB from Hopper on (PyTorch's defaults); on a CPU as
+measured (`benchmarks/memory_plan.py`)."""
 
 # What a model may raise that does not run without numbers.
 _UNRUNNABLE = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError, ImportError)
@@ -37,7 +38,7 @@ class Plan:
     moments: Sequence[Moment]
     device: torch.device
     held: int
-    """Bytes that the process takes beside the parts: on a CPU what it holds already, on a GPU what libraries keep"""
+    """Bytes that the process takes beside the parts: what libraries keep, and on a CPU what it holds already"""
     free: int | None
     """Bytes that it could still take; None where the system does not tell"""
     rehearsed: bool
@@ -75,7 +76,7 @@ class Plan:
         there = "" if self.room is None else f" of the {gigabytes(self.room)} on {where}: {self.verdict}"
         how = "" if self.rehearsed else " (by a rule of thumb: the model does not run without its numbers)"
         parts = ", ".join(f"{part} {gigabytes(size)}" for part, size in self.peak.parts.items() if size)
-        held = f", {gigabytes(self.held)} " + ("held already" if self.device.type == "cpu" else "for libraries")
+        held = f", {gigabytes(self.held)} " + ("Python and libraries" if self.device.type == "cpu" else "libraries")
         return [f"Memory: up to {gigabytes(self.needed)}{there}{how}", f"At the peak ({self.peak.name}): {parts}{held}"]
 
     def table(self) -> list[str]:
@@ -117,11 +118,11 @@ def plan(
         moments, rehearsed = estimate(config, skeletons, dtype), False
     if in_shards:
         moments = [_in_shards(moment, skeletons["student"], world.size) for moment in moments]
-    free, held = environment.free_memory(device), _CUBLAS
+    free, held = environment.free_memory(device), _LIBRARIES[device.type]
     if device.type == "cpu":
         # Models that are in memory already are among the parts.
         real = [p for model in skeletons.values() for p in model.parameters() if p.device.type == "cpu"]
-        held = max(0, environment.held_memory() - sum(parameter.nbytes for parameter in real))
+        held += max(0, environment.held_memory() - sum(parameter.nbytes for parameter in real))
         free = free and free // world.size  # of one machine's memory each process has its part
     elif free is not None:
         free += torch.cuda.memory_allocated(device)
@@ -142,70 +143,78 @@ def _in_shards(moment: Moment, student: nn.Module, ranks: int) -> Moment:
 
 
 def remedies(
-    config: RunConfig, skeletons: Mapping[str, nn.Module], device: torch.device, dtype: torch.dtype, cards: int = 0
-) -> Iterator[tuple[str, Plan | None]]:
-    """What would make the run smaller, one after another and then together: the flags, and the plan with them; None
-    where that cannot be told here.
+    found: Plan, config: RunConfig, skeletons: Mapping[str, nn.Module], dtype: torch.dtype, cards: int = 0
+) -> list[str]:
+    """Flags with which the run fits, and what it then needs: each that does alone, else the fewest together.
 
-    cards: GPUs of this machine
+    found: the run's plan as it is; cards: GPUs of this machine
     """
-    kept: list[str] = []
-    for words, smaller in _smaller(config, skeletons, device):
-        yield words, plan(smaller(config), skeletons, device, dtype)
-        kept.append(words)
-        config = smaller(config)
-        if len(kept) > 1:
-            yield " ".join(kept), plan(config, skeletons, device, dtype)
+    alone = list(_smaller(found, config, skeletons))
+    fitting = _fitting(((flags, smaller(config)) for flags, smaller in alone), found, skeletons, dtype)
+    if not fitting:
+        together, with_all = [], config
+        for number, (_, smaller) in enumerate(alone, 1):
+            with_all = smaller(with_all)
+            together.append((" ".join(flags for flags, _ in alone[:number]), with_all))
+        fitting = _fitting(together[1:], found, skeletons, dtype)[:1]
     if cards > 1 and current_world().size == 1:
-        yield f"torchrun --nproc_per_node {cards} with --parallel fsdp", None
+        fitting.append(f"torchrun --nproc_per_node {cards} with --parallel fsdp")
+    return fitting
 
 
-def _smaller(config: Any, skeletons: Mapping[str, nn.Module], device: torch.device):
-    """Each remedy that this run has left: its flags, and the settings with it."""
-    train, memory = config.train, config.memory
-    if train.per_device_batch_size > 1:
-        accum = train.grad_accum_steps * train.per_device_batch_size
-        batch = {"per_device_batch_size": 1, "grad_accum_steps": accum}
-        yield f"--per_device_batch_size 1 --grad_accum_steps {accum}", _with("train", **batch)
+def _fitting(
+    candidates: Iterable[tuple[str, RunConfig]], found: Plan, skeletons: Mapping[str, nn.Module], dtype: torch.dtype
+) -> list[str]:
+    plans = ((flags, plan(config, skeletons, found.device, dtype)) for flags, config in candidates)
+    return [f"{flags} ({gigabytes(smaller.needed)})" for flags, smaller in plans if smaller.verdict == "fits"]
+
+
+def _smaller(
+    found: Plan, config: Any, skeletons: Mapping[str, nn.Module]
+) -> Iterator[tuple[str, Callable[[RunConfig], RunConfig]]]:
+    """Each remedy that this run has left: its flags, and what they make of its settings."""
+    train, memory, blocks = config.train, config.memory, config.train.per_device_batch_size
+    if blocks > 1:
+        # Activations grow with the blocks, the rest does not.
+        left = (found.room or 0) / (1 + MARGIN) - (found.needed - found.peak.parts["activations"])
+        most = max(1, min(blocks // 2, int(blocks * left / max(1, found.peak.parts["activations"]))))
+        size = next(size for size in range(most, 0, -1) if blocks % size == 0)
+        accum = train.grad_accum_steps * blocks // size
+        batch = {"per_device_batch_size": size, "grad_accum_steps": accum}
+        yield f"--per_device_batch_size {size} --grad_accum_steps {accum}", _with("train", **batch)
     if not memory.gradient_checkpointing and layers_of(skeletons["student"]):
         yield "--gradient_checkpointing", _with("memory", gradient_checkpointing=True)
-    if "teacher" not in skeletons or getattr(config.routing, "routing", "") in ("sar", "auto"):
+    if "teacher" not in skeletons or config.routing.routing in ("sar", "auto"):
         return
-    if device.type != "cpu" and not memory.offload_teacher_to_cpu:
+    if found.device.type != "cpu" and not memory.offload_teacher_to_cpu:
         yield "--offload_teacher_to_cpu", _with("memory", offload_teacher_to_cpu=True)
     if memory.teacher_quantization == "off":
         yield "--teacher_quantization nf4", _with("memory", teacher_quantization="nf4")
 
 
-def _with(section: str, **values):
-    def changed(config):
+def _with(section: str, **values) -> Callable[[RunConfig], RunConfig]:
+    def changed(config: RunConfig) -> RunConfig:
         return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
 
     return changed
 
 
-def require_memory(
+def advice(
     found: Plan, config: Any, skeletons: Mapping[str, nn.Module], dtype: torch.dtype, cards: int = 0
-) -> list[str]:
-    """Lines about the plan.
-
-    Raises: UsageError with what would fit, where there is clearly too little memory and `--force` is not given
-    """
+) -> tuple[list[str], UsageError | None]:
+    """Lines about the plan; and the refusal, where there is clearly too little memory and `--force` is not given."""
+    lines = found.lines()
     if found.verdict in ("fits", "unknown"):
-        return found.lines()
-    fitting = []
-    for words, smaller in remedies(config, skeletons, found.device, dtype, cards):
-        if smaller is None or smaller.verdict == "fits":
-            fitting.append(words + ("" if smaller is None else f" ({gigabytes(smaller.needed)})"))
-    advice = f"what fits: {', or '.join(fitting[:3])}" if fitting else "take smaller models or a smaller --block_size"
-    if found.verdict == "close" or config.loss.force:
-        return [*found.lines(), f"That may not be enough; {advice}"]
-    where = "of the machine" if found.device.type == "cpu" else f"of {found.device}"
-    size = config.train.per_device_batch_size
+        return lines, None
+    fitting = remedies(found, config, skeletons, dtype, cards)
+    remedy = f"what fits: {', or '.join(fitting)}" if fitting else "take smaller models or a smaller --block_size"
     can_force = "loss" in type(config).sections()
-    raise UsageError(
-        f"--per_device_batch_size {size}: the run needs about {gigabytes(found.needed)} {where}'s memory, and "
-        f"{gigabytes(found.room or 0)} are there; {advice}" + ("; or --force to try all the same" if can_force else "")
+    if found.verdict == "close" or config.loss.force or not can_force:
+        return [*lines, f"That may not be enough; {remedy}"], None
+    where = "the machine's" if found.device.type == "cpu" else f"{found.device}'s"
+    return lines, UsageError(
+        f"--per_device_batch_size {config.train.per_device_batch_size}: the run needs about {gigabytes(found.needed)} "
+        f"of {where} memory, and {gigabytes(found.room or 0)} are there; {remedy}; or --force to try all the same"
     )
 
 

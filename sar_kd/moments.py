@@ -33,7 +33,14 @@ def teacher_width(width: int, student_rows: int, teacher_rows: int) -> int:
     """How many tokens of the teacher's make `width` of the student's, as their vocabularies' sizes suggest: the text of
     a token is about as long as the logarithm of their number.
     """
+    if alike(student_rows, teacher_rows):
+        return width
     return max(2, round(width * math.log(student_rows) / math.log(teacher_rows)))
+
+
+def alike(student_rows: int, teacher_rows: int) -> bool:
+    """Are the vocabularies' sizes those of the same tokenizer, padding apart?"""
+    return max(student_rows, teacher_rows) <= 1.02 * min(student_rows, teacher_rows)
 
 
 def estimate(config: Any, skeletons: Mapping[str, nn.Module], device: torch.device, dtype: torch.dtype) -> list[Moment]:

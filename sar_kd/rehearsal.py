@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from sar_kd.data import Batch, TokenBatch
+from sar_kd.distillation import Distillation
 from sar_kd.evaluate import log_probs_of
 from sar_kd.heads import Heads
 from sar_kd.hollow import AWAY, Ledger, hollow, imagined, tensors_of
 from sar_kd.layers import one_text_a_row, recompute_activations_
 from sar_kd.lora import add_adapter
 from sar_kd.models import num_rows
-from sar_kd.moments import PARTS, Moment, teacher_width
+from sar_kd.moments import PARTS, Moment, alike, teacher_width
 from sar_kd.objective import Objective
 from sar_kd.offload import Offload, travelling
 from sar_kd.precision import Precision
@@ -30,6 +31,7 @@ from sar_kd.quantised import BYTES_A_WEIGHT, roundable
 from sar_kd.routers import find_routers, router_parameters
 from sar_kd.routing import Routing
 from sar_kd.settings import RunConfig
+from sar_kd.tiled import Compared, Slopes, Tile, stretches_of, tile_rows
 
 
 def rehearse(
@@ -65,6 +67,28 @@ class _Pretended(Offload):
         self._ledger.enter(self._travelling, AWAY)
 
 
+class _Projects(Distillation):
+    """Stands in for `projected.Projected`, which wants to know the text: the same tiles, and as much beside them."""
+
+    covers_text = True
+    _BESIDE = 1.3
+    """Of a pair of tiles, what comparing them takes beside the slopes; measured (`benchmarks/memory_plan.py`)"""
+
+    def tiles(self, batch: Batch) -> list[Tile]:
+        """See `Distillation`."""
+        own, others = batch.student.rows, batch.teacher.rows
+        parts = stretches_of(len(own), self.tile_rows)
+        return [Tile(part, others[: (part.stop - part.start) * len(others) // len(own)], None, None) for part in parts]
+
+    def compare(self, student: Tensor, teacher: Tensor, part: None, learner: str | None) -> Compared:
+        """See `Distillation`."""
+        zero = student.new_zeros(())
+        beside = student.new_empty(round(self._BESIDE * (student.numel() + teacher.numel())))
+        del beside
+        slopes = torch.empty_like(teacher if learner == "teacher" else student)
+        return Compared(zero, zero, zero, Slopes(((0, slopes),)))
+
+
 class _Rehearsal:
     """The parts of a run, and a step of it."""
 
@@ -90,18 +114,28 @@ class _Rehearsal:
         rows = [num_rows(model or self.student) for model in (self.student, self.teacher)]
         self.width = config.data.block_size
         self.widths = self.width, teacher_width(self.width, *rows)
-        pairing: Any = SimpleNamespace(pair=SimpleNamespace(student_rows=rows[0], teacher_rows=rows[1], tables=None))
-        how = dataclasses.replace(config.loss, alignment="hidden" if config.loss.alignment == "hidden" else "auto")
+        same_token = torch.zeros(rows[1], dtype=torch.int64, device=device)
+        pair = SimpleNamespace(student_rows=rows[0], teacher_rows=rows[1], tables=None)
+        pairing: Any = SimpleNamespace(pair=pair, same_token=same_token)
+        projects = config.loss.alignment == "projection" or not alike(*rows)
+        in_words = config.loss.alignment in ("auto", "projection")
+        # Hidden states are compared in less than likelihoods are.
+        stands_in = {"auto": "auto", "projection": "auto", "hidden": "alm"}
+        how = dataclasses.replace(config.loss, alignment=stands_in.get(config.loss.alignment, config.loss.alignment))
         offloads = self.teacher is not None and config.memory.offload_teacher_to_cpu and device.type != "cpu"
         self.offload: Any = _Pretended(ledger, self.teacher) if offloads else None
         parts = self.teacher, self.student, how, pairing, self.precision, self.offload, self.heads
         self.objective = Objective(*parts)
+        if self.objective.distillation is not None and in_words and projects:
+            self.objective.distillation = _Projects(config.loss, pairing)
         learned = [p for p in (*self.student.parameters(), *self.objective.parameters()) if p.requires_grad]
         self._optimizer = [torch.empty_like(parameter) for parameter in (*learned, *learned)]  # AdamW's two moments
         ledger.enter(self._optimizer, "optimizer")
         for parameter in learned:
             parameter.register_post_accumulate_grad_hook(lambda p: ledger.enter([p.grad], "gradients"))
         self.learned = learned
+        # The loss is formed in tiles: two of each kind show what any number takes.
+        self._most_rows = 2 * tile_rows(config.loss.loss_workspace_mb, rows[0])
         with self._routing() as routers:
             self._step(routers)
         self._evaluate()
@@ -160,19 +194,29 @@ class _Rehearsal:
         self.moments.append(Moment(name, {part: self.ledger.at_peak.get(part, 0) for part in PARTS}))
 
     def _batch(self) -> Batch:
-        """Full blocks, every token of which is a target but the first."""
+        """Full blocks, every token of which is a target but the first. Of the targets there are as many as show what
+        the others take; see `_others`.
+        """
         sides = []
         for width in self.widths:
             shape = self.config.train.per_device_batch_size, width
             input_ids = torch.zeros(shape, dtype=torch.int64, device=self.device)
-            rows = torch.zeros(shape[0] * (width - 1), dtype=torch.int64, device=self.device)
+            count = min(shape[0] * (width - 1), self._most_rows)
+            rows = torch.zeros(count, dtype=torch.int64, device=self.device)
             sides.append(TokenBatch(input_ids, input_ids, rows, rows))
         student, teacher = sides
-        ends = rows[: len(student.rows)]
-        # As long as the student's: a stand-in for whatever is compared with its rows.
-        spoken = torch.zeros_like(student.rows)
-        alignment: Any = SimpleNamespace(teacher_rows=spoken, teacher_ends=ends, student_ends=ends)
+        own, others = student.rows, teacher.rows
+        ends = min(own, others, key=len)
+        alignment: Any = SimpleNamespace(
+            student_rows=own, teacher_rows=own, strict=own.bool(), student_chunks=own, teacher_chunks=others,
+            num_chunks=len(ends), student_ends=ends, teacher_ends=ends,
+        )  # fmt: skip
         return Batch(student, teacher, alignment, ())
+
+    def _others(self, states: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """What the student's rows beyond those in `_batch` take, in the dtype of their states if no other."""
+        count = self.config.train.per_device_batch_size * (self.width - 1) - len(states)
+        return states.new_empty((count, states.shape[1]), dtype=dtype)
 
     def _step(self, routers: Routing | None) -> None:
         train, teacher_learns = self.config.train, False
@@ -186,23 +230,27 @@ class _Rehearsal:
             for parameter in self.learned:
                 parameter.grad = torch.empty_like(parameter)
                 self.ledger.enter([parameter.grad], "gradients")
+        heard = []
         if self.offload is not None:
             with self._moment("teacher", "activations"):
-                others = self._listen(batch)  # noqa: F841  # what it says about the other micro-batches
+                heard.append(self._listen(batch))
         with self._moment("forward", "activations"):
             outputs = self.objective.read(batch, teacher_learns=teacher_learns)
+            others = [self._others(outputs.student.states)]
         with self._moment("loss", "loss"):
+            others.append(self._others(outputs.student.states, torch.float32))  # their gradients
             total = self.objective(batch, outputs, torch.ones((), device=self.device)).total
             if teacher_learns:
                 total = total + self._router_loss(batch, outputs)
             del outputs
         with self._moment("backward", "activations"):
             self.precision.backward(total / max(1, batch.num_target_tokens))
-            del total
+            del total, others, heard
         with self._moment("update", "other"):
             pass
 
     def _listen(self, batch: Batch) -> Tensor:
+        """The teacher reads and leaves; what it has said about the window's other micro-batches."""
         self.objective.listen([batch])
         ((readout, _),) = self.objective._heard.values()
         return readout.states.new_empty((self.config.train.grad_accum_steps - 1, *readout.states.shape))

@@ -18,7 +18,7 @@ from sar_kd.config import (
     TrainConfig,
 )
 from sar_kd.lora import LoraConfig
-from sar_kd.memory_config import MemoryConfig
+from sar_kd.memory_config import AUTO_BATCH, MemoryConfig
 from sar_kd.settings import RunConfig, flag, require, require_at_least, require_positive
 
 EMBEDDED_LR_FACTOR = 10.0
@@ -66,7 +66,7 @@ class SftTrainConfig(TrainConfig):
     epochs: float = flag(1.0, "times that every example is seen, where --train_steps is not given")
     train_steps: int = flag(0, "attempted optimizer updates; 0: as many as --epochs come to")
     max_steps: int = flag(0, "end after so many steps, whatever the flags above say: a quick check; 0: no such end")
-    per_device_batch_size: int = flag(8, "examples in a micro-batch")
+    per_device_batch_size: int = flag(8, AUTO_BATCH.format(what="examples"), auto=True)
     eval_steps: int = flag(200, "validate every so many steps; also at the start and at the end")
     log_steps: int = flag(10, "print a line every so many steps; every step where --max_steps is given")
     save_strategy: str = flag(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sar_kd.arguments import parse_args
+from sar_kd.batch_size import fit_batch_size
 from sar_kd.config import STABLE, Config
 from sar_kd.data import Corpus
 from sar_kd.documents import load_documents
@@ -33,6 +34,7 @@ def train(config: Config, given: Given = NOTHING_GIVEN) -> dict:
     """The scripts' table of contents, line for line, with models that are given instead of loaded; the summary."""
     world = join_world()  # with which other processes, if torchrun started any
     config = world.agreed(config)  # what to run
+    config = fit_batch_size(config, world, given)  # how much of it at once, where that is to be found
     config, task = prepare_task(config)  # with --task, what comes before the run
     log = world.first(lambda: open_run(config))  # where to
     world.first(lambda: preflight(config, log.say, given))  # can it be done here?
