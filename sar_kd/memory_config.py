@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from sar_kd.settings import flag
 
@@ -33,6 +34,10 @@ class TeacherMemoryConfig(MemoryConfig):
         "nf4: the teacher's linear layers in 4 bits, through bitsandbytes (pip install 'sar-kd[quant]')",
         choices=("off", "nf4"),
     )
+
+    def offloads_from(self, device: Any) -> bool:
+        """Does the teacher leave this device? Not a CPU, where it lies already."""
+        return self.offload_teacher_to_cpu and device.type != "cpu"
 
     @property
     def why_routers_stand_still(self) -> str:

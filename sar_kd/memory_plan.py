@@ -16,6 +16,7 @@ from torch import nn
 from sar_kd import environment
 from sar_kd.layers import layers_of
 from sar_kd.moments import PARTS, Moment, estimate
+from sar_kd.quantised import roundable
 from sar_kd.rehearsal import rehearse
 from sar_kd.settings import RunConfig, UsageError
 from sar_kd.world import World, current_world
@@ -174,21 +175,22 @@ def _smaller(
 ) -> Iterator[tuple[str, Callable[[RunConfig], RunConfig]]]:
     """Each remedy that this run has left: its flags, and what they make of its settings."""
     train, memory, blocks = config.train, config.memory, config.train.per_device_batch_size
-    if blocks > 1:
-        # Activations grow with the blocks, the rest does not.
-        left = (found.room or 0) / (1 + MARGIN) - (found.needed - found.peak.parts["activations"])
+    # Activations grow with the blocks, the rest does not.
+    left = (found.room or 0) / (1 + MARGIN) - (found.needed - found.peak.parts["activations"])
+    if blocks > 1 and left > 0:
         most = max(1, min(blocks // 2, int(blocks * left / max(1, found.peak.parts["activations"]))))
         size = next(size for size in range(most, 0, -1) if blocks % size == 0)
         accum = train.grad_accum_steps * blocks // size
         batch = {"per_device_batch_size": size, "grad_accum_steps": accum}
         yield f"--per_device_batch_size {size} --grad_accum_steps {accum}", _with("train", **batch)
-    if not memory.gradient_checkpointing and layers_of(skeletons["student"]):
+    if left > 0 and not memory.gradient_checkpointing and layers_of(skeletons["student"]):
         yield "--gradient_checkpointing", _with("memory", gradient_checkpointing=True)
     if "teacher" not in skeletons or config.routing.routing in ("sar", "auto"):
         return
     if found.device.type != "cpu" and not memory.offload_teacher_to_cpu:
         yield "--offload_teacher_to_cpu", _with("memory", offload_teacher_to_cpu=True)
-    if memory.teacher_quantization == "off":
+    rounded = sum(layer.weight.numel() for layer in roundable(skeletons["teacher"]))
+    if memory.teacher_quantization == "off" and 2 * rounded > sum(p.numel() for p in skeletons["teacher"].parameters()):
         yield "--teacher_quantization nf4", _with("memory", teacher_quantization="nf4")
 
 

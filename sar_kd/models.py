@@ -109,7 +109,7 @@ def load_models(config: Config, precision: Precision, given: Given = NOTHING_GIV
         stop_ids=stops,
     )
     teacher.requires_grad_(False).eval().to(precision.device)
-    offloads = config.memory.offload_teacher_to_cpu and precision.device.type != "cpu"
+    offloads = config.memory.offloads_from(precision.device)
     student.train()
     if config.memory.gradient_checkpointing:
         recompute_activations_(student, same_dropout=True)

@@ -43,7 +43,7 @@ def alike(student_rows: int, teacher_rows: int) -> bool:
     return max(student_rows, teacher_rows) <= 1.02 * min(student_rows, teacher_rows)
 
 
-def estimate(config: Any, skeletons: Mapping[str, nn.Module], device: torch.device, dtype: torch.dtype) -> list[Moment]:
+def estimate(config: Any, skeletons: Mapping[str, nn.Module], dtype: torch.dtype) -> list[Moment]:
     """The moments of a step by a rule of thumb, for models that do not run without numbers.
 
     saved for backward = B * T * layers * (17 * D + 5 * I) numbers of the compute dtype, I the width of what a token

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sar_kd.columns import few_blocks
 from sar_kd.data import Batch, TokenBatch
 from sar_kd.distillation import Distillation
 from sar_kd.evaluate import log_probs_of
@@ -48,7 +49,7 @@ def rehearse(
 
     Raises: whatever a model raises that does not run without numbers
     """
-    with imagined() as ledger, one_text_a_row():
+    with imagined() as ledger, one_text_a_row(), few_blocks():
         return _Rehearsal(config, skeletons, device, dtype, ledger, keeps_gradients).moments
 
 
@@ -122,7 +123,7 @@ class _Rehearsal:
         # Hidden states are compared in less than likelihoods are.
         stands_in = {"auto": "auto", "projection": "auto", "hidden": "alm"}
         how = dataclasses.replace(config.loss, alignment=stands_in.get(config.loss.alignment, config.loss.alignment))
-        offloads = self.teacher is not None and config.memory.offload_teacher_to_cpu and device.type != "cpu"
+        offloads = self.teacher is not None and config.memory.offloads_from(device)
         self.offload: Any = _Pretended(ledger, self.teacher) if offloads else None
         parts = self.teacher, self.student, how, pairing, self.precision, self.offload, self.heads
         self.objective = Objective(*parts)
@@ -134,8 +135,8 @@ class _Rehearsal:
         for parameter in learned:
             parameter.register_post_accumulate_grad_hook(lambda p: ledger.enter([p.grad], "gradients"))
         self.learned = learned
-        # The loss is formed in tiles: two of each kind show what any number takes.
-        self._most_rows = 2 * tile_rows(config.loss.loss_workspace_mb, rows[0])
+        # The loss is formed in tiles: a few show what any number of them takes.
+        self._most_rows = tile_rows(config.loss.loss_workspace_mb, rows[0])
         with self._routing() as routers:
             self._step(routers)
         self._evaluate()
