@@ -6,6 +6,7 @@ python train_sar_kd_fp16_safe.py --train_steps 500
 import sys
 
 from sar_kd.arguments import parse_args
+from sar_kd.batch_size import fit_batch_size
 from sar_kd.cli import run
 from sar_kd.data import Corpus
 from sar_kd.documents import load_documents
@@ -30,6 +31,7 @@ from sar_kd.world import join_world
 def main(argv=None):
     world = join_world()  # with which other processes, if torchrun started any
     config = world.agreed(parse_args(FP16_SAFE, argv))  # what to run
+    config = fit_batch_size(config, world)  # how much of it at once, where that is to be found
     config, task = prepare_task(config)  # with --task, what comes before the run
     log = world.first(lambda: open_run(config))  # where to
     world.first(lambda: preflight(config, log.say))  # can it be done here?
@@ -42,7 +44,8 @@ def main(argv=None):
     answers = stored.texts(texts, models.tokenizers.teacher)  # what it said of them
     both = zip(texts, answers, strict=True)
     train, validation = (Corpus(text, models.tokenizers, *limits, cache, said) for text, said in both)  # text to blocks
-    objective = Objective(models.teacher, models.student, config.loss, train.pairing, precision)  # what is minimised
+    loss = config.loss, train.pairing, precision, models.offload
+    objective = Objective(models.teacher, models.student, *loss)  # what is minimised
     placement = place(objective, config.train, world)  # on how many devices the student lies, and how
     optimizer = build_optimizer(models.student, config.optim, objective.parameters())  # how
     guard = StepGuard(config.guards)  # when an update is refused

@@ -14,7 +14,7 @@ from torch import nn
 from sar_kd.arguments import configure
 from sar_kd.config import EMBEDDED, UsageError
 from sar_kd.files import replace_text
-from sar_kd.models import IN_MEMORY, Given, load_for_writing
+from sar_kd.loading import IN_MEMORY, Given, load_for_writing
 from sar_kd.presets import STABLE
 from sar_kd.train import train
 

@@ -34,6 +34,7 @@ from sar_kd.parsers import (
 )
 from sar_kd.presets import MODES, RECIPES, STABLE, TASKS, recipe_lines
 from sar_kd.routing_config import RoutingConfig
+from sar_kd.settings import AUTO, Auto
 
 S = typing.TypeVar("S")
 
@@ -74,6 +75,8 @@ def configure(script: Mapping[str, str], flags: Mapping[str, object]) -> Config:
     """
     given = {name: list(value) if isinstance(value, tuple) else value for name, value in flags.items()}
     kinds = {item.name: (item, kind) for item, kind in fields_of(SECTIONS.values())}
+    for name in {name for name, value in given.items() if value == str(AUTO) and name in kinds}:
+        given[name] = AUTO if kinds[name][0].metadata["auto"] else given[name]
     for name, value in given.items():
         if name != "mode" and name not in kinds:
             raise UsageError(unknown_flag(name, [*kinds, "mode"]))
@@ -218,6 +221,7 @@ def _resumed(given: dict[str, Any], mode: str | None, kind: type[RunConfig], mod
             raise ValueError(f"no mode is called {saved_mode}")
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UsageError(f"--resume: {path} is not what this version wrote ({error}); start a new run") from None
+    _keep_found_(given, values, kind)
     for name, value in given.items():
         same = name in _MAY_CHANGE_ON_RESUME or values[name] == (list(value) if isinstance(value, tuple) else value)
         shown = " ".join(value) if isinstance(value, tuple | list) else value
@@ -233,6 +237,21 @@ def _resumed(given: dict[str, Any], mode: str | None, kind: type[RunConfig], mod
         return kind.from_flags({**values, **given, "overwrite": False}, saved_mode, notices)
     except (TypeError, AttributeError) as error:  # a value of another type, edited by hand
         raise UsageError(f"--resume: {path} is not what this version wrote ({error}); start a new run") from None
+
+
+def _keep_found_(given: dict[str, Any], values: dict[str, Any], kind: type[RunConfig]) -> None:
+    """Leave out an `auto` that was found when the run began, and what it was found for, if that is the same."""
+    if not isinstance(given.get("per_device_batch_size"), Auto):
+        return
+    del given["per_device_batch_size"]
+    asked = default_batch_size(kind.sections()["train"], values["task"]) * given.get("grad_accum_steps", 1)
+    if asked == values["per_device_batch_size"] * values["grad_accum_steps"]:
+        given.pop("grad_accum_steps", None)
+
+
+def default_batch_size(train: Any, task: str) -> int:
+    """Blocks in a micro-batch where nobody says how many."""
+    return TASKS.get(task, {}).get("per_device_batch_size", train.per_device_batch_size)  # a field's default
 
 
 def _check_kinds(run: type[RunConfig], values: dict[str, Any]) -> None:

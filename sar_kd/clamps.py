@@ -9,8 +9,12 @@ import torch
 from sar_kd.config import LossConfig, UsageError
 from sar_kd.data import Corpus
 from sar_kd.guards import raw_clamp_largest_probability, raw_clamp_perplexity_floor
-from sar_kd.models import Models, num_rows
+from sar_kd.heads import Heads
+from sar_kd.loading import num_rows
+from sar_kd.models import Models
 from sar_kd.precision import Precision
+from sar_kd.readout import read_out
+from sar_kd.tiled import stretches_of, tile_rows
 
 
 def clamp_lines(loss: LossConfig, student_vocab: int, teacher_vocab: int) -> tuple[list[str], dict]:
@@ -34,11 +38,17 @@ def clamp_lines(loss: LossConfig, student_vocab: int, teacher_vocab: int) -> tup
 
 
 def check_clamps(
-    loss: LossConfig, models: Models, validation: Corpus, precision: Precision, start_loss: float
+    loss: LossConfig,
+    models: Models,
+    validation: Corpus,
+    precision: Precision,
+    start_loss: float,
+    heads: Heads | None = None,
 ) -> list[str]:
     """Lines to show about clamps taken to the letter; none for the default styles.
 
     start_loss: the student's validation loss before the first step, nats per token
+    heads: of models that have been tried already
     Raises: UsageError with the figures, where a clamp leaves nothing to learn and `--force` is not given
     """
     raw, hard = loss.logit_clamp_style == "raw", loss.loss_clamp_style == "hard"
@@ -53,7 +63,7 @@ def check_clamps(
         student_vocab=student_vocab,
         teacher_vocab=teacher_vocab,
         start_loss=start_loss,
-        saturated=_saturated_share(models, validation, precision, loss.logit_clamp) if raw else 0.0,
+        saturated=_saturated_share(models, validation, precision, loss, heads) if raw else 0.0,
     )
     if reasons and not loss.force:
         raise UsageError(f"{reasons[0]}, or --force to try all the same")
@@ -114,8 +124,13 @@ def reasons_not_to_learn(
 
 
 @torch.no_grad()
-def _saturated_share(models: Models, validation: Corpus, precision: Precision, bound: float) -> float:
+def _saturated_share(
+    models: Models, validation: Corpus, precision: Precision, loss: LossConfig, heads: Heads | None
+) -> float:
     batch = next(validation.token_batches("student", 1)).to(precision.device)
-    with precision.autocast():
-        logits = models.student(input_ids=batch.input_ids, use_cache=False).logits
-    return (logits.abs() > bound).float().mean().item()
+    head = (heads or Heads(precision)).of(models.student)
+    readout, _ = read_out(models.student, head, batch.input_ids, precision)
+    outside = torch.zeros((), dtype=torch.int64, device=precision.device)
+    for rows in stretches_of(len(readout), tile_rows(loss.loss_workspace_mb, readout.vocab_size)):
+        outside += (readout.tile(rows).abs() > loss.logit_clamp).sum()
+    return outside.item() / (len(readout) * readout.vocab_size)

@@ -5,8 +5,10 @@ A block fits into a processor's cache, so that what happens to it in turn costs 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -16,12 +18,23 @@ from sar_kd.divergence import Divergence
 
 _BLOCK = {"cpu": 2**17, "cuda": 2**23}
 """Numbers in a block: what a CPU core's cache holds several of; enough to keep a GPU busy."""
+_MOST_BLOCKS: ContextVar[int | None] = ContextVar("most blocks", default=None)
 
 
 def blocks_of(tile: Tensor) -> Iterator[slice]:
     """The tile [V, n] in stretches of its vocabulary."""
     size = max(1, _BLOCK.get(tile.device.type, _BLOCK["cuda"]) // max(1, tile.shape[1]))
-    return (slice(first, first + size) for first in range(0, tile.shape[0], size))
+    return (slice(first, first + size) for first in range(0, tile.shape[0], size)[: _MOST_BLOCKS.get()])
+
+
+@contextlib.contextmanager
+def few_blocks() -> Iterator[None]:
+    """Of every tile only the first blocks, for tensors without numbers: what one block takes, all of them take."""
+    former = _MOST_BLOCKS.set(2)
+    try:
+        yield
+    finally:
+        _MOST_BLOCKS.reset(former)
 
 
 def column_logsumexp(tile: Tensor, temperature: float = 1.0, bound: float = math.inf) -> Tensor:

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from sar_kd.memory_config import AUTO_BATCH, TeacherMemoryConfig
 from sar_kd.on_policy_config import OnPolicyConfig
 from sar_kd.routing_config import RoutingConfig
 from sar_kd.settings import RunConfig, UsageError, flag, require, require_at_least, require_positive, seconds_of
@@ -117,7 +118,7 @@ class LossConfig:
     teacher_top_k: int = flag(0, "of each teacher row only so many tokens take part; 0 takes all")
     alm_tau: float = flag(5.0, "temperature of the chunk likelihoods in --alignment alm")
     loss_workspace_mb: int = flag(64, "memory for logits, which are made and used in tiles of so many MiB")
-    force: bool = flag(False, "train even where preflight says that the clamps leave nothing to learn")
+    force: bool = flag(False, "train even where preflight finds that nothing can be learned or memory is short")
 
     def __post_init__(self):
         require_positive(self, "temperature", "logit_clamp", "loss_clamp", "alm_tau")
@@ -202,7 +203,7 @@ class TrainConfig:
     fewest_steps = 1  # no field, so no flag
 
     train_steps: int = flag(500, "attempted optimizer updates")
-    per_device_batch_size: int = flag(4, "blocks in a micro-batch of each device")
+    per_device_batch_size: int = flag(4, AUTO_BATCH.format(what="blocks"), auto=True)
     grad_accum_steps: int = flag(1, "micro-batches in a step")
     eval_steps: int = flag(50, "validate every so many steps; also at the start and at the end")
     log_steps: int = flag(25, "print a line every so many steps")
@@ -251,6 +252,7 @@ class Config(RunConfig):
     on_policy: OnPolicyConfig = field(default_factory=OnPolicyConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    memory: TeacherMemoryConfig = field(default_factory=TeacherMemoryConfig)
     guards: GuardConfig = field(default_factory=GuardConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 

@@ -15,6 +15,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -69,6 +70,43 @@ def find_cards() -> list[Card]:
         capability = torch.cuda.get_device_capability(index)
         cards.append(Card(index, torch.cuda.get_device_name(index), capability, memory))
     return cards
+
+
+def held_memory() -> int:
+    """Bytes that this process holds in the machine's memory; 0 where the system does not tell."""
+    return _bytes_in(Path("/proc/self/status"), "VmRSS:")
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process could still take on a device; None where the system does not tell.
+
+    Of the machine's own memory the least of what is available and what the control group (a container) has left.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    left = [_bytes_in(Path("/proc/meminfo"), "MemAvailable:")]
+    for folder, (limit, used, cached) in _CGROUPS.items():
+        most, taken = (_bytes_in(folder / name) for name in (limit, used))
+        if most:
+            left.append(max(1, most - taken + _bytes_in(folder / "memory.stat", cached)))
+    return min(filter(None, left), default=None)
+
+
+# Of the second version and the first: the limit, what is used, and what of it the system takes back when it wants it.
+_CGROUPS = {
+    Path("/sys/fs/cgroup"): ("memory.max", "memory.current", "inactive_file"),
+    Path("/sys/fs/cgroup/memory"): ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def _bytes_in(path: Path, name: str = "") -> int:
+    """The figure in a file, behind this name if one is given; 0 if it is not there, or no number ("max")."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    words = next((line.split() for line in lines if line.startswith(name)), [])
+    words = words[1:] if name else words
+    if not words or not words[0].isdecimal():
+        return 0
+    return int(words[0]) * (1024 if words[1:] == ["kB"] else 1)
 
 
 def carries(archs: Sequence[str], capability: tuple[int, int]) -> bool:

@@ -12,7 +12,10 @@ import torch
 from torch import nn
 
 from sar_kd.data import TokenBatch
+from sar_kd.heads import Heads
 from sar_kd.precision import Precision
+from sar_kd.readout import read_out
+from sar_kd.tiled import target_log_probs, tile_rows
 from sar_kd.world import ALONE, World
 
 
@@ -56,35 +59,52 @@ def share(batches: Iterable[TokenBatch], world: World) -> Iterator[TokenBatch]:
 
 
 @contextlib.contextmanager
-def reading(model: nn.Module, precision: Precision) -> Iterator[None]:
-    """`model` in eval mode and without gradients, left in the mode in which it was found.
+def reading(model: nn.Module, precision: Precision) -> Iterator[Precision]:
+    """`model` in eval mode and without gradients, left in the mode in which it was found; in which precision it reads.
 
     A model with float32 weights (the student) also computes in float32, as its saved copy will.
     """
     was_training = model.training
     model.eval()
-    halved = next(model.parameters()).dtype is not torch.float32
-    with torch.no_grad(), precision.autocast() if halved else contextlib.nullcontext():
-        yield
+    used = precision.in_float32() if next(model.parameters()).dtype is torch.float32 else precision
+    with torch.no_grad(), used.autocast():
+        yield used
     model.train(was_training)
 
 
 def evaluate(
-    model: nn.Module, batches: Iterable[TokenBatch], num_bytes: int, precision: Precision, world: World = ALONE
+    model: nn.Module,
+    batches: Iterable[TokenBatch],
+    num_bytes: int,
+    precision: Precision,
+    world: World = ALONE,
+    *,
+    heads: Heads | None = None,
+    workspace_mb: int = 64,
 ) -> Evaluation:
     """Total nats of all ranks' `batches` under `model`, as `reading` computes.
 
     sum over tokens, in float64, of logsumexp(z) - z[target], with z in float32
+
+    heads: of models that have been tried already
+    workspace_mb: memory for logits, MiB; the whole batch's are never there at once
     """
+    heads = Heads(precision) if heads is None else heads
     nats = torch.zeros((), dtype=torch.float64, device=precision.device)
     num_tokens = 0
     for batch in batches:
-        batch = batch.to(precision.device)
-        with reading(model, precision):
-            logits = model(input_ids=batch.input_ids, use_cache=False).logits
-        logits = logits.flatten(0, 1)[batch.rows].float()
-        picked = logits.gather(1, batch.targets[:, None]).squeeze(1)
-        nats += (logits.logsumexp(1) - picked).double().sum()
+        nats -= log_probs_of(model, batch.to(precision.device), precision, heads, workspace_mb).double().sum()
         num_tokens += len(batch.targets)
     total, count = world.sum([nats.item(), num_tokens])
     return Evaluation(total, int(count), num_bytes)
+
+
+def log_probs_of(
+    model: nn.Module, batch: TokenBatch, precision: Precision, heads: Heads, workspace_mb: int
+) -> torch.Tensor:
+    """log p of each target of a batch, nats, float32 [N]; nan where the row's logits are not finite. See `evaluate`."""
+    head = heads.of(model)
+    with reading(model, precision) as used:
+        readout, _ = read_out(model, head, batch.input_ids, used)
+        rows = tile_rows(workspace_mb, readout.vocab_size)
+        return target_log_probs(readout.at(batch.rows), batch.targets, rows)[0]

@@ -11,7 +11,8 @@ from sar_kd.benchmark import BenchmarkResult, benchmark
 from sar_kd.companion import Companion
 from sar_kd.data import Corpus
 from sar_kd.documents import task_questions
-from sar_kd.models import Models, load_for_writing
+from sar_kd.loading import load_for_writing
+from sar_kd.models import Models
 from sar_kd.precision import Precision
 
 

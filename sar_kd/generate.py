@@ -15,7 +15,7 @@ from sar_kd.arguments import parse_section
 from sar_kd.config import PrecisionConfig
 from sar_kd.files import number_of
 from sar_kd.history import History, read_history
-from sar_kd.models import load_for_writing
+from sar_kd.loading import load_for_writing
 from sar_kd.precision import Precision, setup
 from sar_kd.settings import UsageError, flag, require_at_least
 from sar_kd.writing import write

@@ -62,6 +62,16 @@ class Heads:
             return None
         return Head(module.weight, getattr(module, "bias", None), *form)
 
+    def assume(self, model: nn.Module) -> None:
+        """Take it that the head is what the configuration says; for a model without numbers, which cannot be tried."""
+        module = model.get_output_embeddings()
+        self._forms[module] = _candidates(model)[0] if _may_be_plain(model, module) else None
+
+
+def _may_be_plain(model: nn.Module, module: nn.Module) -> bool:
+    names = {name for name, _ in module.named_parameters()}
+    return body_of(model) is not model and names in ({"weight"}, {"weight", "bias"})
+
 
 @torch.no_grad()
 def _find_form(model: nn.Module, module: nn.Module, precision: Precision) -> tuple[float, float] | None:
@@ -70,9 +80,9 @@ def _find_form(model: nn.Module, module: nn.Module, precision: Precision) -> tup
     Tried on a few tokens: what the head is given must be what the body returns, and what it makes of that, scaled and
     capped as the configuration says, must be the model's logits.
     """
-    body = body_of(model)
-    if body is model or {name for name, _ in module.named_parameters()} not in ({"weight"}, {"weight", "bias"}):
+    if not _may_be_plain(model, module):
         return None
+    body = body_of(model)
     seen: list[tuple[Tensor, Tensor]] = []
     hook = module.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
     was_training = model.training

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
+from unittest import mock
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import masking_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -24,7 +28,8 @@ def recompute_activations_(model: nn.Module, same_dropout: bool = False) -> int:
     """
     layers = layers_of(model)
     for layer in layers:
-        layer.forward = functools.partial(_recomputed, layer.forward, same_dropout)
+        if getattr(layer.forward, "func", None) is not _recomputed:  # a model may come from a former run
+            layer.forward = functools.partial(_recomputed, layer.forward, same_dropout)
     return len(layers)
 
 
@@ -32,3 +37,15 @@ def _recomputed(forward, same_dropout: bool, *args, **kwargs):
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=same_dropout, **kwargs)
+
+
+@contextlib.contextmanager
+def one_text_a_row() -> Iterator[None]:
+    """Where tensors hold no numbers: say that no row holds several texts, as the numbers would.
+
+    Whether one does, transformers reads from the positions; where it cannot, it makes a mask that a run does not have.
+    """
+    name = "find_packed_sequence_indices"
+    patched = mock.patch.object(masking_utils, name, return_value=None)
+    with patched if hasattr(masking_utils, name) else contextlib.nullcontext():
+        yield

@@ -32,7 +32,6 @@ class LoraConfig:
     lora_targets: tuple[str, ...] = flag(
         (ALL_LINEAR,), "names of the layers that get one, or all-linear", metavar="NAME"
     )
-    gradient_checkpointing: bool = flag(False, "compute activations anew in backward: less memory, a third more time")
 
     def __post_init__(self):
         require_at_least(self, 0, "lora_rank")

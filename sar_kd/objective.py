@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from sar_kd.distillation import Learned, Outputs
 from sar_kd.heads import Heads
 from sar_kd.kinds import build_distillation
 from sar_kd.losses import LogitClamp, LossClamp, Sums
+from sar_kd.offload import Offload
 from sar_kd.pairing import Pairing
 from sar_kd.precision import Precision
 from sar_kd.readout import read_out
@@ -45,14 +47,25 @@ class Objective:
     no mean is above the limit.
     """
 
-    def __init__(self, teacher: Any, student: nn.Module, config: LossConfig, pairing: Pairing, precision: Precision):
+    def __init__(
+        self,
+        teacher: Any,
+        student: nn.Module,
+        config: LossConfig,
+        pairing: Pairing,
+        precision: Precision,
+        offload: Offload | None = None,
+        heads: Heads | None = None,
+    ):
+        """offload: of a teacher that is there only while it reads; heads: of models that have been tried already"""
         self.teacher, self.student, self.precision = teacher, student, precision
         self.alpha_ce, self.alpha_kd = config.alpha_ce, config.alpha_kd
         self.logit_clamp = LogitClamp(config.logit_clamp_style, config.logit_clamp)
         self.loss_clamp = LossClamp(config.loss_clamp_style, config.loss_clamp)
-        self._heads = Heads(precision)
+        self.heads, self._offload = heads or Heads(precision), offload
+        self._heard: dict[int, tuple] = {}
         for model in (student, teacher) if self.alpha_kd > 0 and teacher is not None else (student,):
-            self._heads.of(model)  # now, as it reads the device
+            self.heads.of(model)  # now, as it reads the device
         self._tile_rows = tile_rows(config.loss_workspace_mb, pairing.pair.student_rows)
         self.distillation = None
         if self.alpha_kd > 0:
@@ -108,11 +121,23 @@ class Objective:
         of_targets = dataclasses.replace(student[0], states=student[0].states[batch.student.rows])
         if self.distillation is None or batch.stored is not None:
             return Outputs(of_targets, None if self.distillation is None else batch.stored)
-        teacher = self._read(self.teacher, batch.teacher.input_ids, needs_states, teacher_learns)
+        teacher = self._heard.pop(id(batch), None)
+        if teacher is None:
+            teacher = self._read(self.teacher, batch.teacher.input_ids, needs_states, teacher_learns)
         return Outputs(of_targets, teacher[0], student[1], teacher[1])
 
+    def listen(self, batches: Sequence[Batch]) -> None:
+        """Before a step's first forward: a teacher that cannot stay reads all of its text now, and leaves."""
+        if self._offload is None or self.distillation is None:
+            return
+        needs_states = self.distillation.needs_states
+        # What an attempt that was broken off has left is not to be taken for another batch's.
+        self._heard = {
+            id(batch): self._read(self.teacher, batch.teacher.input_ids, needs_states, learns=False)
+            for batch in batches
+        }
+        self._offload.leave()
+
     def _read(self, model: nn.Module, input_ids: Tensor, needs_states: bool, learns: bool):
-        """A readout of every row, and the last hidden states if they are asked for."""
-        head = self._heads.of(model)
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-            return read_out(model, head, input_ids, self.precision, needs_states)
+            return read_out(model, self.heads.of(model), input_ids, self.precision, needs_states)

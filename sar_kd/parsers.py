@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sar_kd.settings import UsageError
+from sar_kd.settings import AUTO, Auto, UsageError
 
 WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 
@@ -60,6 +60,7 @@ def check_kind(item: dataclasses.Field, kind: type, value: object) -> None:
     """Raise TypeError or ValueError unless a value is of its flag's kind and, where there are some, choices."""
     if kind in (bool, int, float, str):
         fits = type(value) is kind or (kind is float and type(value) is int)
+        fits = fits or (item.metadata["auto"] and isinstance(value, Auto))
     else:
         fits = isinstance(value, list) and all(isinstance(part, str) for part in value)
     if not fits:
@@ -109,20 +110,23 @@ def _add_flag(group, item: dataclasses.Field, kind: type, default) -> None:
     elif item.metadata["choices"]:
         options |= {"choices": item.metadata["choices"]}
     else:
-        is_list = kind not in (int, float, str)
+        is_list, auto = kind not in (int, float, str), item.metadata["auto"]
         options |= {
-            "type": _parser_of(str if is_list else kind),
-            "metavar": item.metadata["metavar"] if is_list else kind.__name__.upper(),
+            "type": _parser_of(str if is_list else kind, auto),
+            "metavar": item.metadata["metavar"] if is_list else kind.__name__.upper() + "|auto" * auto,
         }
         options |= {"nargs": "+"} if is_list else {}
     group.add_argument(f"--{item.name}", **options)
 
 
-def _parser_of(kind: type):
+def _parser_of(kind: type, auto: bool):
     def parse(text: str):
+        if auto and text == str(AUTO):
+            return AUTO
         try:
             return kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"'{text}' is not {WORDS[kind]}") from None
+            words = WORDS[kind] + f" or {AUTO}" * auto
+            raise argparse.ArgumentTypeError(f"'{text}' is not {words}") from None
 
     return parse

@@ -89,6 +89,10 @@ class Precision:
             )
             yield
 
+    def in_float32(self) -> Precision:
+        """The same device, computing as the weights are; without a loss scale."""
+        return self if self.dtype is torch.float32 else Precision(self.device, torch.float32, 1.0)
+
     def products(self) -> contextlib.AbstractContextManager:
         """Matrix products of operands in the run's dtype come out as on a GPU."""
         return HalfProductsOnCpu() if self.emulates else contextlib.nullcontext()

@@ -10,15 +10,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from sar_kd import environment, hub
 from sar_kd.arguments import parse_run
+from sar_kd.batch_size import fit_batch_size
 from sar_kd.clamps import clamp_lines, reasons_not_to_learn
 from sar_kd.config import EMBEDDED, RunConfig, UsageError
 from sar_kd.coverage import measure_coverage, name_left_out
@@ -26,11 +26,16 @@ from sar_kd.data import Corpus
 from sar_kd.documents import Sample, load_documents
 from sar_kd.files import plain
 from sar_kd.folder import require_room
+from sar_kd.loading import NOTHING_GIVEN, Given, num_rows
+from sar_kd.memory_plan import advice, plan
 from sar_kd.metrics import few
-from sar_kd.models import NOTHING_GIVEN, Given, load_skeleton, load_tokenizers, num_rows
+from sar_kd.models import load_tokenizers
 from sar_kd.precision import choose
+from sar_kd.quantised import require_quantisation, roundable
+from sar_kd.subject import Subject
 from sar_kd.teacher_cache import check_settings
 from sar_kd.wording import fitted
+from sar_kd.world import ALONE
 
 _SAMPLE_CHARACTERS = 200_000
 
@@ -41,24 +46,10 @@ class Finding(NamedTuple):
     name: str
     lines: list[str]
     record: dict
-
-
-class Subject:
-    """What the checks look at: the settings, and the models without their weights, built when first asked for."""
-
-    def __init__(self, config: RunConfig, given: Given = NOTHING_GIVEN):
-        self.config, self.given = config, given
-        self.sides = [whose for whose in ("teacher", "student") if hasattr(config.models, f"{whose}_model")]
-
-    @cached_property
-    def models(self) -> dict[str, torch.nn.Module]:
-        """'teacher', if there is one, and 'student': shapes only, or the model itself where it is in memory already."""
-        names, found = self.config.models, {}
-        for whose in self.sides:
-            flag = f"{whose}_model"
-            model = self.given.model(flag)
-            found[whose] = model or load_skeleton(flag, getattr(names, flag), names.trust_remote_code)
-        return found
+    table: Sequence[str] = ()
+    """What the verb shows beside the lines"""
+    refusal: UsageError | None = None
+    """What is raised once the lines are shown"""
 
 
 def preflight(config: RunConfig, say: Callable[[str], None], given: Given = NOTHING_GIVEN) -> None:
@@ -69,6 +60,8 @@ def preflight(config: RunConfig, say: Callable[[str], None], given: Given = NOTH
     for finding in _examine(_AT_START, Subject(config, given)):
         for line in finding.lines:
             say(line)
+        if finding.refusal:
+            raise finding.refusal
 
 
 def _examine(checks: tuple[Callable[[Subject], Finding], ...], subject: Subject) -> Iterator[Finding]:
@@ -162,6 +155,31 @@ def _check_disk(subject: Subject) -> Finding:
     return Finding("disk", [line], {"needed_bytes": needed, "free_bytes": free, "output_dir": train.output_dir})
 
 
+def _check_memory(subject: Subject) -> Finding:
+    config, models = subject.config, subject.models
+    device, dtype, _ = choose(config.precision)
+    lines = _notes_on_the_teacher(config, models, device) if "teacher" in models else []
+    found = plan(config, models, device, dtype)
+    of_plan, refusal = advice(found, config, models, dtype, len(environment.find_cards()))
+    return Finding("memory", lines + of_plan, found.record(), found.table(), refusal)
+
+
+def _notes_on_the_teacher(config: Any, models: dict, device: torch.device) -> list[str]:
+    """What the settings of its memory do, where that is not what one might expect; UsageError if they cannot be."""
+    memory, lines = config.memory, []
+    if config.routing.routing == "sar" and memory.why_routers_stand_still:
+        raise UsageError(f"--routing sar: {memory.why_routers_stand_still}; use --routing all or native")
+    if memory.offload_teacher_to_cpu and device.type == "cpu":
+        lines.append("--offload_teacher_to_cpu: has no effect, the run is on the CPU already")
+    if memory.teacher_quantization != "off":
+        require_quantisation(memory.teacher_quantization)
+        rounded = sum(layer.weight.numel() for layer in roundable(models["teacher"]))
+        share = rounded / sum(parameter.numel() for parameter in models["teacher"].parameters())
+        why = " (experts that are stacked in one tensor are not)" if share < 0.5 else ""
+        lines.append(f"--teacher_quantization {memory.teacher_quantization}: rounds {share:.0%} of its weights{why}")
+    return lines
+
+
 def _check_alignment(subject: Subject) -> Finding:
     config = subject.config
     if config.loss.alpha_kd == 0 or config.loss.alignment == "uld":
@@ -190,8 +208,8 @@ def _check_teacher_cache(subject: Subject) -> Finding:
     return Finding("teacher_cache", [f"{line}; a run compares its teacher, text and digests"], {"used": True, **facts})
 
 
-# A further check (the memory plan) is one more function in one of these lists.
-_AT_START = (_check_versions, _check_device, _check_hub, _check_models, _check_clamps, _check_disk)
+# A further check is one more function in one of these lists.
+_AT_START = (_check_versions, _check_device, _check_hub, _check_models, _check_clamps, _check_disk, _check_memory)
 _ALL = (*_AT_START, _check_teacher_cache, _check_alignment)
 
 
@@ -225,11 +243,16 @@ def main(argv: list[str]) -> dict:
     config, as_json = parse_run("preflight", "What a run with these flags would find. Nothing is trained.", argv)
     record: dict = {"ok": True}
     try:
+        config = fit_batch_size(config, ALONE)
         for finding in _examine(_ALL, Subject(config)):
             record[finding.name] = finding.record
             if not as_json:
                 for line in finding.lines:
                     print("\n".join(fitted(line)))
+                for line in finding.table:
+                    print(f"  {line}")
+            if finding.refusal:
+                raise finding.refusal
     except UsageError as error:
         record |= {"ok": False, "error": str(error)}
         raise

@@ -93,9 +93,10 @@ class Readout:
 def read_out(
     model: nn.Module, head: Head | None, input_ids: Tensor, precision: Precision, needs_states: bool = False
 ) -> tuple[Readout, Tensor | None]:
-    """A readout of every row of a batch, and the last hidden states if they are asked for.
+    """Run a model: a readout of every row, [B * T, ...], and the last hidden states if they are asked for.
 
-    head: the model's, as `heads.Heads` finds it; input_ids: int64 [B, T]
+    head: the model's, as `Heads.of` gives it; None where its logits are to come from the model itself
+    input_ids: int64 [B, T]
     """
     with precision.autocast():
         if head is None:

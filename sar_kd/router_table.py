@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sar_kd.arguments import parse_section
 from sar_kd.config import EMBEDDED
-from sar_kd.models import load_skeleton
+from sar_kd.loading import load_skeleton
 from sar_kd.routers import describe_routers, find_routers
 from sar_kd.routing_config import ROUTER_PATTERNS
 from sar_kd.settings import flag, require

@@ -15,9 +15,27 @@ class UsageError(ValueError):
     """Something the user can mend before training; its text is the one line they see."""
 
 
-def flag(default, text: str, choices: tuple[str, ...] = (), metavar: str = "FILE"):
-    """A dataclass field that is also a command-line flag with this help text; metavar: of a flag of several words."""
-    return field(default=default, metadata={"help": text, "choices": choices, "metavar": metavar})
+class Auto(int):
+    """A count that is yet to be found: 'auto' on the command line, 0 until then."""
+
+    def __repr__(self) -> str:
+        return "auto"
+
+    __str__ = __repr__
+
+    def __format__(self, spec: str) -> str:
+        return format("auto", spec)
+
+
+AUTO = Auto()
+
+
+def flag(default, text: str, choices: tuple[str, ...] = (), metavar: str = "FILE", auto: bool = False):
+    """A dataclass field that is also a command-line flag with this help text.
+
+    metavar: of a flag of several words; auto: a count that may also be `AUTO`
+    """
+    return field(default=default, metadata={"help": text, "choices": choices, "metavar": metavar, "auto": auto})
 
 
 def require(holds: bool, name: str, value: object, remedy: str) -> None:
@@ -27,9 +45,11 @@ def require(holds: bool, name: str, value: object, remedy: str) -> None:
 
 
 def require_at_least(settings, minimum: float, *names: str) -> None:
-    """`require` that each of these fields is a finite number of at least `minimum`."""
+    """`require` that each of these fields is a finite number of at least `minimum`, or yet to be found."""
     for name in names:
         value = getattr(settings, name)
+        if isinstance(value, Auto):
+            continue
         in_range = minimum <= value < (2**63 if isinstance(value, int) else math.inf)  # a tensor counts no further
         require(in_range, name, value, f"must be a number of at least {minimum:g}")
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from sar_kd.arguments import Verb
 from sar_kd.config import EMBEDDED, AdamWConfig, DataConfig, GuardConfig, LossConfig, PrecisionConfig, TrainConfig
 from sar_kd.lora import LoraConfig
+from sar_kd.memory_config import AUTO_BATCH, MemoryConfig
 from sar_kd.presets import TASKS
 from sar_kd.settings import RunConfig, flag, require, require_at_least, require_positive
 
@@ -57,7 +58,7 @@ class SftTrainConfig(TrainConfig):
     epochs: float = flag(1.0, "times that every example is seen, where --train_steps is not given")
     train_steps: int = flag(0, "attempted optimizer updates; 0: as many as --epochs come to")
     max_steps: int = flag(0, "end after so many steps, whatever the flags above say: a quick check; 0: no such end")
-    per_device_batch_size: int = flag(8, "examples in a micro-batch")
+    per_device_batch_size: int = flag(8, AUTO_BATCH.format(what="examples"), auto=True)
     eval_steps: int = flag(200, "validate every so many steps; also at the start and at the end")
     log_steps: int = flag(10, "print a line every so many steps; every step where --max_steps is given")
     save_strategy: str = flag(
@@ -94,6 +95,7 @@ class SftConfig(RunConfig):
     lora: LoraConfig = field(default_factory=LoraConfig)
     optim: SftOptimConfig = field(default_factory=SftOptimConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     guards: GuardConfig = field(default_factory=GuardConfig)
     train: SftTrainConfig = field(default_factory=SftTrainConfig)
     loss: LossConfig = field(default=CROSS_ENTROPY, metadata={"flags": False})

@@ -61,6 +61,7 @@ def train_step(
     count = max(1, num_targets)
     batches = [batch.to(precision.device) for batch in micro_batches if placement.takes_part(batch)]
     sums = LossTerms.zero(precision.device)
+    objective.listen(batches)
     routers.move_first_(batches, count)
     for batch in placement.window(batches):
         minimised, terms = placement.forward(_losses, batch, objective, routers, precision.loss_scale / count)

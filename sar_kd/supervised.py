@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from sar_kd.arguments import parse_training
+from sar_kd.batch_size import fit_batch_size
 from sar_kd.companion import Companion
 from sar_kd.config import UsageError
 from sar_kd.data import Corpus
@@ -51,13 +52,14 @@ def fine_tune(config: SftConfig) -> dict:
             f"fine-tuning takes one process, and {world.size} are running: start it without torchrun; likewise --task, "
             "which fine-tunes first"
         )
+    config = fit_batch_size(config, world)  # how much at once, where that is to be found
     log = open_run(config, SftLog)  # where to
     preflight(config, log.say)  # can it be done here?
     precision = setup(config.precision, config.train.seed)  # on which device, in which dtype
     # Weights that learn are float32, whatever their checkpoint says; under an adapter none of these learns.
     dtype = precision.dtype if config.lora.lora_rank else torch.float32
     models = load_student(config.models, dtype, precision)
-    if config.lora.gradient_checkpointing:
+    if config.memory.gradient_checkpointing:
         recompute_activations_(models.student, same_dropout=True)
         models.student.enable_input_require_grads()  # type: ignore[operator]  # transformers'
     models = models.with_student(add_adapter(models.student, config.lora))  # what of it learns

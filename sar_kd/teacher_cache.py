@@ -14,8 +14,8 @@ from sar_kd import embedded
 from sar_kd.config import EMBEDDED, Config, RunConfig, UsageError
 from sar_kd.documents import digest_of
 from sar_kd.folder import file_digest
+from sar_kd.loading import load_skeleton
 from sar_kd.matching import StoredText
-from sar_kd.models import load_skeleton
 from sar_kd.teacher_store import TEXTS, differences, fault, read_header
 from sar_kd.tokens import fingerprint
 from sar_kd.top import StoredTeacher
@@ -111,6 +111,11 @@ def check_settings(config: RunConfig) -> dict:
         )
     if config.on_policy.on_policy_fraction:
         raise fault(folder, "holds a fixed text, and --on_policy_fraction asks about another; leave one of them out")
+    if config.memory.offload_teacher_to_cpu or config.memory.teacher_quantization != "off":
+        raise fault(
+            folder, "stands for the teacher, which is not loaded; leave out --offload_teacher_to_cpu and "
+            "--teacher_quantization"
+        )  # fmt: skip
     if loss.alignment == "hidden":
         raise fault(folder, "holds no hidden states, which --alignment hidden compares; leave the cache out")
     if loss.logit_clamp_style == "raw":

@@ -10,6 +10,7 @@ import torch
 from sar_kd.config import Config, UsageError
 from sar_kd.data import Corpus
 from sar_kd.evaluate import Evaluation, evaluate, share
+from sar_kd.heads import Heads
 from sar_kd.layers import recompute_activations_
 from sar_kd.models import Models
 from sar_kd.objective import Objective
@@ -39,11 +40,12 @@ class TeacherRouting:
         config: Config,
         models: Models,
         world: World = ALONE,
+        heads: Heads | None = None,
     ):
-        """word: 'native', 'all', 'ka' or 'sar'; lines: what to say at the start"""
+        """word: 'native', 'all', 'ka' or 'sar'; lines: what to say at the start; heads: of models tried already"""
         self.word, self.routing, self.lines = word, routing, lines
         self.learner: Any = learner  # what a RouterLearner has beyond FrozenRouters is asked of one that learns only
-        self._config, self._models, self._world = config, models, world
+        self._config, self._models, self._world, self._heads = config, models, world, heads
         self.passes = config.routing.ka_passes if word == "ka" else 1
         """Steps in a row on the same text"""
         self.start: dict = {}
@@ -111,7 +113,8 @@ class TeacherRouting:
     def _evaluate(self, validation: Corpus, precision: Precision) -> tuple[Evaluation, dict]:
         shares, world = Shares(self.routing, self._world), self._world
         batches = share(validation.token_batches("teacher", self._config.train.per_device_batch_size), world)
-        read = evaluate(self._models.teacher, shares.watch(batches), validation.text.num_bytes, precision, world)
+        what = self._models.teacher, shares.watch(batches), validation.text.num_bytes, precision, world
+        read = evaluate(*what, heads=self._heads, workspace_mb=self._config.loss.loss_workspace_mb)
         return read, shares.figures()
 
     def watch(self, step: int, validation: Corpus, precision: Precision) -> tuple[dict, list[str]]:
@@ -200,7 +203,8 @@ def build_teacher_routing(
         learner = RouterLearner(objective, routing, settings, config.loss, train.pairing, world)
         if settings.activation_checkpointing:
             recompute_activations_(teacher)
-    return TeacherRouting(word, routing, learner, [_line(word, reason, settings, specs)], config, models, world)
+    lines = [_line(word, reason, settings, specs)]
+    return TeacherRouting(word, routing, learner, lines, config, models, world, objective.heads)
 
 
 def _resolve(config: Config, models: Models, objective: Objective, in_shards: bool) -> tuple[str, list, str]:
@@ -226,6 +230,8 @@ def _resolve(config: Config, models: Models, objective: Objective, in_shards: bo
                 "--routing sar: routers learn from a student that each device has whole, and with --parallel fsdp none "
                 "has; use --parallel ddp, or --routing all"
             )
+        if asked == "sar" and config.memory.why_routers_stand_still:
+            raise UsageError(f"--routing sar: {config.memory.why_routers_stand_still}; use --routing all or native")
         return asked, find_routers(models.teacher, settings.router_patterns), ""
     if not hears:
         return "native", [], "no teacher is heard"
@@ -233,6 +239,8 @@ def _resolve(config: Config, models: Models, objective: Objective, in_shards: bo
         return "native", [], "--alignment hidden compares no probabilities"
     if in_shards:
         return "native", [], "with --parallel fsdp no device has the student whole"
+    if config.memory.why_routers_stand_still:
+        return "native", [], config.memory.why_routers_stand_still
     try:
         specs = find_routers(models.teacher, settings.router_patterns)
         if specs:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from sar_kd.arguments import parse_args
+from sar_kd.batch_size import fit_batch_size
 from sar_kd.config import Config
 from sar_kd.data import Corpus
 from sar_kd.documents import load_documents
 from sar_kd.guards import StepGuard
+from sar_kd.loading import NOTHING_GIVEN, Given
 from sar_kd.metrics import open_run
-from sar_kd.models import NOTHING_GIVEN, Given, load_models
+from sar_kd.models import load_models
 from sar_kd.objective import Objective
 from sar_kd.on_policy import build_on_policy
 from sar_kd.optim import build_optimizer
@@ -36,6 +38,7 @@ def train(config: Config, given: Given = NOTHING_GIVEN) -> dict:
     """The scripts' table of contents, line for line, with models that are given instead of loaded; the summary."""
     world = join_world()  # with which other processes, if torchrun started any
     config = world.agreed(config)  # what to run
+    config = fit_batch_size(config, world, given)  # how much of it at once, where that is to be found
     config, task = prepare_task(config)  # with --task, what comes before the run
     log = world.first(lambda: open_run(config))  # where to
     world.first(lambda: preflight(config, log.say, given))  # can it be done here?
@@ -48,7 +51,8 @@ def train(config: Config, given: Given = NOTHING_GIVEN) -> dict:
     answers = stored.texts(texts, models.tokenizers.teacher)  # what it said of them
     both = zip(texts, answers, strict=True)
     train, validation = (Corpus(text, models.tokenizers, *limits, cache, said) for text, said in both)  # text to blocks
-    objective = Objective(models.teacher, models.student, config.loss, train.pairing, precision)  # what is minimised
+    loss = config.loss, train.pairing, precision, models.offload
+    objective = Objective(models.teacher, models.student, *loss)  # what is minimised
     placement = place(objective, config.train, world)  # on how many devices the student lies, and how
     optimizer = build_optimizer(models.student, config.optim, objective.parameters())  # how
     guard = StepGuard(config.guards)  # when an update is refused

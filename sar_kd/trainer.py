@@ -169,7 +169,7 @@ class Trainer:
         self.progress.teacher = self.routing.figures()
         start = self._evaluate()
         self.progress.start = self.progress.last = self.progress.best = figures_of(start)
-        clamps = self.config.loss, self.models, self.validation, self.precision, start.loss
+        clamps = self.config.loss, self.models, self.validation, self.precision, start.loss, self.objective.heads
         self._say(self.placement.read(lambda: check_clamps(*clamps)))
         self.log.say_start(self.progress.start, self.progress.teacher)
         self._say(self.companions.begin())
@@ -188,8 +188,9 @@ class Trainer:
 
     def _evaluate(self) -> Evaluation:
         batches = share(self.validation.token_batches("student", self.config.train.per_device_batch_size), self.world)
-        how = self.models.student, batches, self.validation.text.num_bytes, self.precision, self.world
-        return self.placement.read(lambda: evaluate(*how))
+        what = self.models.student, batches, self.validation.text.num_bytes, self.precision, self.world
+        how = {"heads": self.objective.heads, "workspace_mb": self.config.loss.loss_workspace_mb}
+        return self.placement.read(lambda: evaluate(*what, **how))
 
     def _validate(self) -> None:
         progress, evaluation = self.progress, self._evaluate()

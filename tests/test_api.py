@@ -14,7 +14,7 @@ from sar_kd import Distilled, distill, trainer, units
 from sar_kd.api import TextsLike
 from sar_kd.embedded import STUDENT_DIR
 from sar_kd.interruption import Interruption
-from sar_kd.models import IN_MEMORY
+from sar_kd.loading import IN_MEMORY
 from sar_kd.settings import UsageError
 from sar_kd.train import main as train
 

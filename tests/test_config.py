@@ -23,6 +23,7 @@ FLAGS = [
     "replay_fraction",
     "weight_decay", "warmup_steps", "lr_schedule", "student_lr",
     "model_dtype", "device", "init_loss_scale",
+    "gradient_checkpointing", "offload_teacher_to_cpu", "teacher_quantization",
     "max_grad_norm", "skip_grad_norm", "skip_rule", "skip_factor", "max_nan_batches", "on_divergence",
     "train_steps", "per_device_batch_size", "grad_accum_steps", "eval_steps", "log_steps", "save_steps",
     "parallel", "keep_checkpoints", "time_limit", "tensorboard", "wandb", "seed", "output_dir", "resume", "overwrite",
@@ -367,7 +368,7 @@ def test_help_shows_the_scripts_defaults(script, shown, capsys, monkeypatch):
 def test_help_has_a_group_for_each_section_and_every_flag(capsys, monkeypatch):
     text = _help(STABLE, capsys, monkeypatch)
     assert [line[:-1] for line in text.splitlines() if line[:1].isupper() and line.endswith(":")] == [
-        "Models", "Text", "Loss", "Routing", "On-policy", "Optimizer", "Precision", "Guards", "Run"
+        "Models", "Text", "Loss", "Routing", "On-policy", "Optimizer", "Precision", "Memory", "Guards", "Run"
     ]  # fmt: skip
     assert all(f"  --{name}" in text for name in FLAGS)
 

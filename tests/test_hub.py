@@ -19,7 +19,7 @@ from sar_kd.settings import UsageError
 ROOT = Path(__file__).parent.parent
 _LOAD = """
 import json, sys
-from sar_kd.models import load_skeleton
+from sar_kd.loading import load_skeleton
 from sar_kd.settings import UsageError
 lines = []
 for name in sys.argv[1:]:
