@@ -20,6 +20,13 @@ from sar_kd.train import train
 
 ModelLike = str | Path | nn.Module | tuple[nn.Module, Any]
 TextsLike = str | Path | Iterable[str | Path | Mapping[str, Any]]
+_NAMED = {
+    "teacher_model": "teacher",
+    "student_model": "student",
+    "train_file": "texts",
+    "validation_file": "validation_texts",
+}
+"""Flags that `distill` has under another name."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +76,20 @@ def distill(
     Raises: UsageError (a ValueError) naming the flag and the remedy; TrainingDiverged after an emergency stop, once all
     is saved; KeyboardInterrupt at a second Ctrl-C (the first one saves, and the summary says 'interrupted')
     """
+    for flag, name in _NAMED.items():
+        if flag in flags:
+            raise UsageError(f"distill({flag}=...): is called {name} here")
     pairs: dict[str, tuple[nn.Module, Any]] = {}
     values: dict[str, Any] = {"mode": mode, **flags}
     for flag, model in (("teacher_model", teacher), ("student_model", student)):
         values[flag] = _name_of(flag, model, pairs)
     if values.get("teacher_cache") and "teacher_model" in pairs:
         raise UsageError(f"--teacher_cache {values['teacher_cache']}: give the teacher by name, not one in memory")
+    if values.get("task") and "student_model" in pairs and not values.get("skip_baseline"):
+        raise UsageError(
+            f"--task {values['task']}: a student in memory is there once, and cross-entropy alone would train another; "
+            "give skip_baseline=True"
+        )
     folder = Path(output_dir or f"runs/{STABLE['name']}-{time.strftime('%Y%m%d-%H%M%S')}")
     values["output_dir"] = str(folder)
     for flag, given in (("train_file", texts), ("validation_file", validation_texts)):

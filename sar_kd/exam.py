@@ -40,9 +40,10 @@ class Exam(Companion):
         return lines
 
     def finish(self, student_folder: Path) -> list[str]:
-        """Ask the student that was saved, as it loads from there."""
+        """Ask the student as it is, and the one that was saved, as it loads from there."""
+        end = self._ask("student_end", self._models.student, "student at the end")
         student, _ = load_for_writing("output_dir", str(student_folder), self._trust)
-        return [self._ask("student", student.to(self._precision.device), "student as saved")]
+        return [end, self._ask("student", student.to(self._precision.device), "student as saved")]
 
     def _ask(self, key: str, model: nn.Module, who: str, which: str = "student") -> str:
         result = benchmark(

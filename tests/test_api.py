@@ -10,8 +10,9 @@ import torch
 import transformers
 
 import sar_kd
-from sar_kd import Distilled, distill, trainer
+from sar_kd import Distilled, distill, trainer, units
 from sar_kd.api import TextsLike
+from sar_kd.embedded import STUDENT_DIR
 from sar_kd.interruption import Interruption
 from sar_kd.models import IN_MEMORY
 from sar_kd.settings import UsageError
@@ -171,3 +172,20 @@ def test_outside_the_main_thread_the_deadline_alone_counts():
     thread.join()
     assert found == [True, False]
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("flag", ["teacher_model", "student_model", "train_file", "validation_file"])
+def test_a_flag_that_has_another_name_here_is_not_passed_over(flag):
+    with pytest.raises(UsageError, match=rf"distill\({flag}=...\): is called "):
+        distill(**{flag: "somewhere"})
+
+
+def test_a_student_in_memory_has_a_task_without_a_baseline(tmp_path, monkeypatch):
+    monkeypatch.setattr(units, "COUNTS", {"train": 16, "validation": 4, "test": 4})
+    student = transformers.AutoModelForCausalLM.from_pretrained(STUDENT_DIR)
+    given = {"student": (student, transformers.AutoTokenizer.from_pretrained(STUDENT_DIR)), "task": "units"}
+    with pytest.raises(UsageError, match="give skip_baseline=True"):
+        distill(**given)
+    few = {"task_teacher_steps": 0, "train_steps": 1, "per_device_batch_size": 1, "output_dir": tmp_path / "run"}
+    summary = distill(**given, **few, skip_baseline=True).summary
+    assert summary["benchmark_result"].keys() == {"student_start", "teacher", "student_end", "student"}

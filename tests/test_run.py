@@ -44,7 +44,7 @@ SUMMARY_KEYS = {
     "status", "steps", "applied", "skipped", "success_rate", "val_ppl_start", "val_ppl_final", "val_ppl_best",
     "best_step", "val_loss_final", "val_bits_per_byte_start", "val_bits_per_byte_final", "teacher_val_ppl",
     "teacher_val_bits_per_byte", "nan_batches_max_consecutive", "loss_scale_final", "tokens", "tokens_per_second",
-    "peak_memory_bytes", "wall_seconds", "embedded",
+    "peak_memory_bytes", "train_seconds", "wall_seconds", "embedded",
 }  # fmt: skip
 TIMING = {"tokens_per_second", "peak_memory_bytes", "wall_seconds", "seconds", "train_seconds", "sampling_seconds"}
 

@@ -17,8 +17,8 @@ import transformers
 from sar_kd import supervised, trainer, units
 from sar_kd.__main__ import main
 from sar_kd.config import UsageError
-from sar_kd.data import Corpus
 from sar_kd.explain import diagnose
+from sar_kd.feed import Feed
 from sar_kd.sft_config import SftTrainConfig
 from sar_kd.training_log import read_log
 from sar_kd.vitals import Vitals
@@ -351,13 +351,13 @@ def test_a_model_that_float16_cannot_hold_is_stopped_with_its_module(inputs, tmp
 
 def _masking(monkeypatch, without_targets, chosen):
     """Every batch that `chosen` accepts, by its step, comes without labels."""
-    plain = Corpus.micro_batches
+    plain = Feed._micro_batches
 
     def micro_batches(self, step, *args):
         found = plain(self, step, *args)
         return [without_targets(batch) if chosen(step) else batch for batch in found]
 
-    monkeypatch.setattr(Corpus, "micro_batches", micro_batches)
+    monkeypatch.setattr(Feed, "_micro_batches", micro_batches)
 
 
 def test_one_batch_without_a_target_is_skipped_by_name_and_counted(inputs, tmp_path, monkeypatch, without_targets):
@@ -427,11 +427,11 @@ def test_the_task_needs_no_file_and_measures_before_and_after(inputs, tmp_path, 
     code, out, _ = _run([*argv, "--output_dir", str(tmp_path / "run")])
     assert code == 0
     scores = [line for line in out if line.startswith("benchmark_result.accuracy=")]
-    assert len(scores) == 2
+    assert len(scores) == 3
     assert all("benchmark_result.answer_rate=" in line and "12 questions" in line for line in scores)
     found = _summary(tmp_path / "run")["benchmark_result"]
     assert {name: set(score) for name, score in found.items()} == {
-        name: {"accuracy", "answer_rate", "num_questions"} for name in ("student_start", "student")
+        name: {"accuracy", "answer_rate", "num_questions"} for name in ("student_start", "student_end", "student")
     }
 
 

@@ -222,6 +222,33 @@ def test_04_logits_that_overflow_are_seen_before_any_clamp_hides_them(make_run, 
     )
 
 
+def test_a_logit_that_overflows_downwards_where_no_loss_shows_it_is_a_bad_forward(make_run, row):
+    def deafened():
+        run = make_run(loss={"alpha_kd": 0.0})
+        (batch,) = run.batches([0])
+        token = next(i for i in range(3, 99) if i not in batch.student.targets)
+
+        def overflow(module, inputs, output):
+            return output.index_fill(-1, torch.tensor([token]), -math.inf)
+
+        run.student.lm_head.register_forward_hook(overflow)
+        return run, batch
+
+    run, batch = deafened()
+    naive = NaiveLoop(run, kd=None)
+    naive.step([batch])
+    assert math.isfinite(naive.loss)
+    assert naive.norm > 0
+
+    run, batch = deafened()
+    assert run.step([batch]).verdict.cause == "forward"
+    row(
+        "one token's logit is -inf, cross-entropy alone",
+        f"loss {naive.loss:.2f}, the overflow is not seen",
+        "refused as `forward`: logits are checked, not only losses",
+    )
+
+
 def test_05_one_batch_that_overflows_costs_one_step_and_no_loss_scale(make_run, row):
     def spoiled():
         run = make_run()
@@ -1038,7 +1065,18 @@ def test_report_a_teacher_with_a_padded_head_teaches_the_shared_tokens(make_run,
     report = run.step([batch])
     assert report.verdict.applied
     assert report.kd_loss > 0
-    row("teacher's head padded by 40 rows", f"`{_named(error.value)[:60]}`", "the shared rows are compared")
+
+    narrow = run.student.config.vocab_size
+    run = make_run(rows=narrow + 40)
+    run.objective.teacher = run.teacher = make_student(narrow, num_hidden_layers=1).half().eval()
+    report = run.step([batch])
+    assert report.verdict.applied
+    assert report.kd_loss > 0
+    row(
+        "teacher's head padded by 40 rows, and the student's",
+        f"`{_named(error.value)[:60]}`",
+        "the shared rows are compared",
+    )
 
 
 # The loss scale's range, and what a loss that overflows by itself is
