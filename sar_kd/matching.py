@@ -164,11 +164,16 @@ class Match:
         found = self.shards.take(np.concatenate([self.rows_of(c.teacher_start, c.teacher_end) for c in cuts]))
         places = torch.zeros(num_places, dtype=torch.int64)
         places[rows] = torch.arange(len(rows))
-        ids = torch.from_numpy(found["ids"].astype(np.int32))
-        others = (torch.from_numpy(np.ascontiguousarray(found[name])) for name in ("peak", "gaps", "log_prob"))
         place, temperature = self.temperature
-        rests = torch.from_numpy(np.ascontiguousarray(found["rests"][:, place]))
-        return StoredRows(places, ids, *others, rests, temperature)
+        return StoredRows(
+            places,
+            ids=torch.from_numpy(found["ids"].astype(np.int32)),
+            peaks=torch.from_numpy(found["peak"].copy()),
+            gaps=torch.from_numpy(found["gaps"].copy()),
+            log_probs=torch.from_numpy(found["log_prob"].copy()),
+            rests=torch.from_numpy(found["rests"][:, place].copy()),
+            temperature=temperature,
+        )
 
     def nats(self) -> tuple[float, int]:
         """What the teacher makes of all the text that is predicted, and how many tokens that is; nan if not all is
