@@ -83,13 +83,13 @@ def distill(
     values: dict[str, Any] = {"mode": mode, **flags}
     for flag, model in (("teacher_model", teacher), ("student_model", student)):
         values[flag] = _name_of(flag, model, pairs)
+    if values.get("teacher_cache") and "teacher_model" in pairs:
+        raise UsageError(f"--teacher_cache {values['teacher_cache']}: give the teacher by name, not one in memory")
     if values.get("task") and "student_model" in pairs and not values.get("skip_baseline"):
         raise UsageError(
             f"--task {values['task']}: a student in memory is there once, and cross-entropy alone would train another; "
             "give skip_baseline=True"
         )
-    if values.get("teacher_cache") and "teacher_model" in pairs:
-        raise UsageError(f"--teacher_cache {values['teacher_cache']}: give the teacher by name, not one in memory")
     folder = Path(output_dir or f"runs/{STABLE['name']}-{time.strftime('%Y%m%d-%H%M%S')}")
     values["output_dir"] = str(folder)
     for flag, given in (("train_file", texts), ("validation_file", validation_texts)):

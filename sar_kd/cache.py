@@ -31,6 +31,7 @@ from sar_kd.documents import digest_of, load_documents
 from sar_kd.files import plain
 from sar_kd.folder import LOCK, FolderLock, require_room
 from sar_kd.heads import Heads
+from sar_kd.losses import ABSENT
 from sar_kd.models import load_teacher, load_tokenizers
 from sar_kd.precision import Precision, setup
 from sar_kd.readout import read_out
@@ -45,7 +46,7 @@ from sar_kd.teacher_store import (
     index_path,
     key_of,
     read_header,
-    record_of,
+    record_of_facts,
     remove_unnamed,
     shard_path,
     write_header,
@@ -111,6 +112,7 @@ def _build(config: CachingConfig, folder: Path, as_json: bool) -> dict:
         "block_size": data.block_size,
         "windows": "" if cutter is None else fingerprint(cutter.student),
         "teacher_top_k": settings.teacher_top_k,
+        "temperatures": settings.floats(),
         "dtype": str(precision.dtype).removeprefix("torch."),
         "batch_size": settings.per_device_batch_size,
         "shard_rows": SHARD_ROWS,
@@ -196,7 +198,7 @@ def _header(folder: Path, facts: dict) -> dict:
 def _announce(teacher: str, folder: Path, header: dict, texts: list[CacheText]) -> int:
     """Say how much will be written, and see that there is room for it; the tokens that are there already."""
     facts = header["facts"]
-    size = record_of(facts["teacher_top_k"], facts["num_tokens"]).itemsize + _INDEX_BYTES
+    size = record_of_facts(facts).itemsize + _INDEX_BYTES
     total = sum(text.num_rows for text in texts)
     kept = sum(rows for text in TEXTS for rows, _ in header["shards"][text])
     print(
@@ -217,7 +219,7 @@ class _Builder:
         self.folder, self.header, self.precision, self.teacher = folder, header, precision, teacher
         facts = header["facts"]
         self.k, self.num_tokens, self.batch_size = facts["teacher_top_k"], facts["num_tokens"], facts["batch_size"]
-        self.record = record_of(self.k, self.num_tokens)
+        self.record, self.temperatures = record_of_facts(facts), facts["temperatures"]
         self.tile_rows = tile_rows(config.cache.loss_workspace_mb, facts["teacher_rows"])
         self._heads = Heads(precision)
 
@@ -247,13 +249,17 @@ class _Builder:
         found = np.zeros(len(batch.rows), dtype=self.record)
         for part in stretches_of(len(batch.rows), self.tile_rows):
             tile = readout.tile(batch.rows[part])
-            top, normaliser = top_of(tile, self.k, self.num_tokens), column_logsumexp(tile)
+            top, normaliser = top_of(tile, self.k, self.num_tokens, 1.0), column_logsumexp(tile)
             own = tile.gather(0, batch.targets[None, part])[0] - normaliser
             peaks = top.logits[0] - normaliser
             for field, values in (("log_prob", own), ("peak", peaks)):
                 found[field][part] = values.masked_fill(~top.sound, torch.nan).cpu().numpy()
             found["ids"][part] = top.ids.T.cpu().numpy()
             found["gaps"][part] = (top.logits - top.logits[0]).half().T.cpu().numpy()
+            others = tile.scatter_(0, top.ids, ABSENT)
+            for place, temperature in enumerate(self.temperatures):
+                rest = column_logsumexp(others, temperature) - (top.logits / temperature).logsumexp(0)
+                found["rests"][part, place] = rest.masked_fill(~top.sound, torch.nan).half().cpu().numpy()
         return found
 
 

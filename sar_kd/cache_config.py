@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from sar_kd.config import EMBEDDED, DataConfig, PrecisionConfig
 from sar_kd.settings import RunConfig, flag, require, require_at_least
+
+_NUMBER = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +24,11 @@ class CacheConfig:
     trust_remote_code: bool = flag(False, "run model code that comes with a checkpoint")
     teacher_cache: str = flag("teacher_cache", "folder of the cache; one that was interrupted goes on")
     teacher_top_k: int = flag(32, "of each teacher row so many tokens are kept, the likeliest")
+    temperatures: tuple[str, ...] = flag(
+        ("1", "1.5", "2"),
+        "what a run's --temperature may be: at each the mass of all other tokens is kept",
+        metavar="T",
+    )
     per_device_batch_size: int = flag(4, "blocks that the teacher reads at once")
     loss_workspace_mb: int = flag(64, "memory for logits, which are made and used in tiles of so many MiB")
     overwrite: bool = flag(False, "start again in a --teacher_cache that holds one")
@@ -29,6 +37,17 @@ class CacheConfig:
         require(bool(self.teacher_model), "teacher_model", "''", "give a directory or a hub id")
         require(bool(self.teacher_cache), "teacher_cache", "''", "give a folder")
         require_at_least(self, 1, "teacher_top_k", "per_device_batch_size", "loss_workspace_mb")
+
+        self.floats()
+
+    def floats(self) -> list[float]:
+        """The temperatures as numbers, each once, ascending."""
+        found = set()
+        for text in self.temperatures:
+            value = float(text) if _NUMBER.fullmatch(text) else 0.0
+            require(value > 0, "temperatures", " ".join(self.temperatures), "must be numbers above 0")
+            found.add(value)
+        return sorted(found)
 
     @property
     def tokenizer_of(self) -> str:

@@ -118,3 +118,14 @@ def through_softmax_(slopes: Tensor, total: Tensor, logs: Logs, factor: Tensor) 
         probs = torch.add(logs.shift, logs.tile[block], alpha=logs.scale).exp_().mul_(total)
         torch.mul(slopes[block].sub_(probs), factor, out=slopes[block])
     return slopes
+
+
+def softmax_slopes(tile: Tensor, total: Tensor, slope: Tensor, temperature: float) -> Tensor:
+    """From slopes of y = T * log sum_v exp(z[v] / T) to those of the logits: slope * exp((z - y) / T), float32 [V, n].
+
+    total, slope: y and its slopes, float32 [n]
+    """
+    slopes = torch.empty_like(tile)
+    for block in blocks_of(tile):
+        torch.sub(tile[block], total, out=slopes[block]).div_(temperature).exp_().mul_(slope)
+    return slopes

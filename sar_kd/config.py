@@ -115,7 +115,9 @@ class LossConfig:
         choices=("forward", "reverse", "jsd"),
     )
     jsd_beta: float = flag(0.5, "the teacher's share of the mixture in --kd_direction jsd")
-    teacher_top_k: int = flag(0, "of each teacher row only so many tokens take part; 0 takes all")
+    teacher_top_k: int = flag(
+        0, "of each teacher row so many tokens are told apart, the others are one outcome; 0: all"
+    )
     alm_tau: float = flag(5.0, "temperature of the chunk likelihoods in --alignment alm")
     loss_workspace_mb: int = flag(64, "memory for logits, which are made and used in tiles of so many MiB")
     force: bool = flag(False, "train even where preflight finds that nothing can be learned or memory is short")

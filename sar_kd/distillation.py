@@ -8,11 +8,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sar_kd.columns import Logs, diverge, finite_columns, normalised, silence_, through_softmax_
+from sar_kd.columns import (
+    Logs,
+    column_logsumexp,
+    diverge,
+    finite_columns,
+    normalised,
+    silence_,
+    softmax_slopes,
+    through_softmax_,
+)
 from sar_kd.config import LossConfig
 from sar_kd.data import Batch
 from sar_kd.divergence import Divergence
-from sar_kd.losses import LogitClamp
+from sar_kd.losses import ABSENT, LogitClamp
 from sar_kd.pairing import Pairing
 from sar_kd.readout import Readout
 from sar_kd.tiled import Compared, Loss, Slopes, Tile, stretches_of, tile_rows, tiled_loss
@@ -93,16 +102,8 @@ class Distillation(nn.Module):
     def _top(self, teacher: Tensor | Top, size: int | None = None) -> Top:
         """The teacher's top k, of the first `size` tokens if it is given."""
         if isinstance(teacher, Top):
-            return teacher.first(self.top_k)
-        return top_of(teacher, self.top_k, min(self.teacher_tokens, size or self.teacher_tokens))
-
-    def _cut(self, teacher: Tensor | Top) -> tuple[Tensor, Tensor]:
-        """The teacher's logits with all but each column's top k `ABSENT`, and which columns are finite."""
-        if self.top_k:
-            top = self._top(teacher)
-            return top.spread(self.teacher_rows), top.sound
-        sound = finite_columns(teacher.detach())
-        return teacher.where(sound, 0.0), sound
+            return teacher.first(self.top_k, self.temperature)
+        return top_of(teacher, self.top_k, min(self.teacher_tokens, size or self.teacher_tokens), self.temperature)
 
 
 class TokenLevel(Distillation):
@@ -129,13 +130,20 @@ class TokenLevel(Distillation):
         return compared._replace(slopes=None if slopes is None else Slopes(((0, slopes),)))
 
     def _compare_tops(self, student: Tensor, top: Top, learner: str | None) -> Compared:
-        """Both sides on the teacher's top k alone: of all other tokens nothing is learned."""
-        both = [normalised(tile, self.temperature) for tile in (student.gather(0, top.ids), top.logits)]
-        compared, slopes = self._diverge(both, top.sound, learner, torch.empty_like(top.logits))
+        """Over the teacher's top k and the rest."""
+        assert learner != "teacher"
+        places = (top.ids * student.shape[1] + torch.arange(student.shape[1], device=student.device)).reshape(-1)
+        kept = student.view(-1).index_select(0, places)
+        student.view(-1).index_fill_(0, places, ABSENT)
+        rest = self.temperature * column_logsumexp(student, self.temperature)
+        sides = torch.cat([kept.view_as(top.ids), rest[None]]), torch.cat([top.logits, top.rest[None]])
+        both = [normalised(tile, self.temperature) for tile in sides]
+        compared, slopes = self._diverge(both, top.sound, learner, torch.empty_like(sides[1]))
+        spread = None if slopes is None else softmax_slopes(student, rest, slopes[-1], self.temperature)
+        student.view(-1).index_copy_(0, places, kept)
         if slopes is None:
             return compared
-        places = top.ids * student.shape[1] + torch.arange(student.shape[1], device=student.device)
-        return compared._replace(slopes=Slopes((), places.reshape(-1), slopes.reshape(-1)))
+        return compared._replace(slopes=Slopes(((0, spread),), places, slopes[:-1].reshape(-1)))
 
     def _diverge(
         self, both: list[Logs], keep: Tensor, learner: str | None, slopes: Tensor | None

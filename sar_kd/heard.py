@@ -1,7 +1,9 @@
-"""The outcomes that a teacher cut to its top k speaks about where both models start a token: a few of each row.
+"""What a teacher cut to its top k says of the outcomes that two vocabularies share: some of them, and the rest.
 
-All that is compared is in lists, of at most k outcomes a row and the other ways that the teacher has, so that nothing
-of the size of a vocabulary is gone through.
+Where both models start a token, the rest is one outcome more. A token among the k that has no outcome takes no part;
+what the rest is made of is not known, so all of it is taken to have one. Where the teacher is asked how it would go on
+behind bytes that it has written, how much of the rest would go on so is not known either: none is taken to, and the row
+counts only if what is heard of it is at least as likely as all the rest.
 """
 
 from __future__ import annotations
@@ -13,43 +15,59 @@ from torch import Tensor
 
 from sar_kd.losses import ABSENT, Segments
 from sar_kd.other_ways import Ways
-from sar_kd.projection import Fold
+from sar_kd.projection import Continuations, Fold
 from sar_kd.top import Top
+
+HEARD = 1e-6 * ABSENT
+"""What is above it was said."""
 
 
 class Heard(NamedTuple):
-    """Outcomes in a flat list, those of one column in any order, each once."""
+    """Where both start a token: outcomes in a flat list, those of one column in any order, each once; and the rest."""
 
     columns: Tensor
     """int64 [E]"""
     outcomes: Tensor
     """int64 [E]; the number of outcomes there are, where the entry stands for none"""
     log_probs: Tensor
-    """float32 [E], not normalised; about `ABSENT` where the teacher says nothing"""
+    """float32 [E]; about `ABSENT` where the entry stands for none, or the teacher does not say it"""
+    rest: Tensor
+    """float32 [K], log-probability of all other outcomes of a column"""
+
+    @property
+    def are_heard(self) -> Tensor:
+        """bool [E]"""
+        return self.log_probs > HEARD
 
 
-def heard_outcomes(top: Top, fold: Fold, ways: Ways, temperature: float) -> Heard:
-    """What a teacher whose tokens are the longer ones says of the outcomes, by all its ways to write them.
+def heard_outcomes(top: Top, fold: Fold, temperature: float, ways: Ways | None = None) -> Heard:
+    """What a teacher says of the outcomes.
 
-    top: of the K columns where both start a token; ways: its other ways there
+    top: of the K columns where both start a token; ways: its other ways there, where its tokens are the longer ones
     """
     count = len(fold.first)
     classes, logits = _by_outcome(fold.outcomes_of(top.ids.T), top.logits.T / temperature, count)
-    totals = logits.logsumexp(1, keepdim=True)
-    ended = (logits - totals).where(logits > 1e-6 * ABSENT, ABSENT) + ways.ends[:, None]
+    rest = top.rest / temperature
+    totals = torch.logaddexp(logits.logsumexp(1), rest)
+    ended, rest = (logits - totals[:, None]).where(logits > HEARD, ABSENT), rest - totals
     numbers = torch.arange(len(classes), device=classes.device)
+    columns = numbers.repeat_interleave(classes.shape[1])
+    if ways is None:
+        return Heard(columns, classes.reshape(-1), ended.reshape(-1), rest)
+    flat, rest = (ended + ways.ends[:, None]).reshape(-1), rest + ways.ends
     keys = (numbers[:, None] * (count + 1) + classes).view(-1)  # ascending
-    columns, outcomes, others = ways.others
-    wanted, more = columns * (count + 1) + outcomes, ways.going_on[others]
+    others, outcomes, continuations = ways.others
+    wanted, more = others * (count + 1) + outcomes, ways.going_on[continuations]
     at = torch.searchsorted(keys, wanted).clamp_max(max(0, len(keys) - 1))
     is_there = keys[at] == wanted
-    flat = torch.cat([ended.reshape(-1), ended.new_zeros(1)])
+    flat = torch.cat([flat, flat.new_zeros(1)])
     target = torch.where(is_there, at, len(keys))  # the last one is for those that are not
     flat = flat.index_put((target,), torch.where(is_there, torch.logaddexp(flat[at], more), 0.0))[:-1]
     return Heard(
-        torch.cat([numbers.repeat_interleave(classes.shape[1]), columns]),
+        torch.cat([columns, others]),
         torch.cat([classes.reshape(-1), outcomes]),
         torch.cat([flat, torch.where(is_there, ABSENT, more)]),
+        rest,
     )
 
 
@@ -67,3 +85,20 @@ def _by_outcome(classes: Tensor, logits: Tensor, count: int) -> tuple[Tensor, Te
     sums = Segments(places.view(-1), classes.numel()).logsumexp(logits.reshape(-1)).view_as(logits)
     found = torch.full_like(classes, count).view(-1).scatter_(0, places.view(-1), classes.view(-1))
     return found.view_as(classes), sums
+
+
+def heard_entries(top: Top, rows: Continuations, num_rows: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """Logits of the tokens that would go on, at the temperature, and which of the rows count.
+
+    top: of the teacher, the richer side of `rows`; num_rows: of its head
+    Returns: float32 [E], of `rich_entries`, `ABSENT` where nothing was said; bool [K]
+    """
+    row, token, _ = rows.rich_entries
+    entries = top.logits_of(token, rows.rich_rows[row], num_rows).div_(temperature)
+    counts = Segments(row, len(rows.rich_rows)).logsumexp(entries) >= top.rest[rows.rich_rows] / temperature
+    return entries.where(counts[row], ABSENT), counts
+
+
+def poor_columns(top: Top, num_rows: int, temperature: float) -> Tensor:
+    """Whole columns of the teacher, at the temperature, with the rest as a token more: float32 [num_rows + 1, n]."""
+    return torch.cat([top.spread(num_rows), top.rest[None]]).div_(temperature)

@@ -95,7 +95,12 @@ class SortedProbabilities(Distillation):
 
     def between(self, student: Tensor, teacher: Tensor | Top, part: Tensor) -> Learned:
         """part: of no concern here"""
-        teacher, keep = self._cut(teacher)
+        if self.top_k:
+            top = self._top(teacher)
+            teacher, keep = top.spread(self.teacher_rows), top.sound
+        else:
+            keep = finite_columns(teacher.detach())
+            teacher = teacher.masked_fill(~keep, 0.0)
         loss = sorted_distance(student.T, teacher.T, self.temperature, keep)
         return Learned(loss, loss.detach(), (~keep).sum())
 

@@ -46,12 +46,14 @@ class Index:
 class StoredText:
     """A text with what the teacher said of it."""
 
-    def __init__(self, folder: Path, header: dict, text: str):
-        """header: of the cache in `folder`; text: one of `TEXTS`
+    def __init__(self, folder: Path, header: dict, text: str, temperature: float):
+        """header: of the cache in `folder`; text: one of `TEXTS`; temperature: the run's, if the cache has it
 
         Raises: UsageError if its index is damaged
         """
-        self.folder, self.shards = folder, Shards(folder, header, text)
+        self.folder, self.shards, known = folder, Shards(folder, header, text), header["facts"]["temperatures"]
+        self.temperature = known.index(temperature if temperature in known else known[0]), temperature
+        """Its place among those of the cache, and itself"""
         path = index_path(folder, text)
         try:
             columns, facts = open_shelf(path, key_of(header, text))
@@ -68,7 +70,7 @@ class StoredText:
 
     def beside(self, text: JoinedText) -> Match:
         """Its rows, found for the same text as a run reads it."""
-        return Match(text, self.index, self.shards)
+        return Match(text, self.index, self.shards, self.temperature)
 
 
 def plain_starts(text: JoinedText) -> np.ndarray:
@@ -89,9 +91,11 @@ def stretches_of(size: int) -> Iterator[slice]:
 class Match:
     """A text beside its stored rows."""
 
-    def __init__(self, text: JoinedText, index: Index, shards: Shards | None = None):
-        """shards: where the rows are; None where only their places are asked for"""
-        self.text, self.index, self.shards = text, index, shards
+    def __init__(
+        self, text: JoinedText, index: Index, shards: Shards | None = None, temperature: tuple[int, float] = (0, 1.0)
+    ):
+        """shards: where the rows are; None where only their places are asked for. temperature: as `StoredText`'s"""
+        self.text, self.index, self.shards, self.temperature = text, index, shards, temperature
         self.starts = plain_starts(text)
         self._talks = text.conversations.ranges[:, 2]
         places = self._places()
@@ -160,9 +164,16 @@ class Match:
         found = self.shards.take(np.concatenate([self.rows_of(c.teacher_start, c.teacher_end) for c in cuts]))
         places = torch.zeros(num_places, dtype=torch.int64)
         places[rows] = torch.arange(len(rows))
-        ids = torch.from_numpy(found["ids"].astype(np.int32))
-        others = (torch.from_numpy(np.ascontiguousarray(found[name])) for name in ("peak", "gaps", "log_prob"))
-        return StoredRows(places, ids, *others)
+        place, temperature = self.temperature
+        return StoredRows(
+            places,
+            ids=torch.from_numpy(found["ids"].astype(np.int32)),
+            peaks=torch.from_numpy(found["peak"].copy()),
+            gaps=torch.from_numpy(found["gaps"].copy()),
+            log_probs=torch.from_numpy(found["log_prob"].copy()),
+            rests=torch.from_numpy(found["rests"][:, place].copy()),
+            temperature=temperature,
+        )
 
     def nats(self) -> tuple[float, int]:
         """What the teacher makes of all the text that is predicted, and how many tokens that is; nan if not all is

@@ -103,6 +103,7 @@ def add_sections(
 
 
 def _add_flag(group, item: dataclasses.Field, kind: type, default) -> None:
+    default = " ".join(default) if isinstance(default, tuple) else default
     shown = "" if default in ("", (), False) else f" ({default:g})" if isinstance(default, float) else f" ({default})"
     options: dict = {"help": item.metadata["help"] + shown}
     if kind is bool:

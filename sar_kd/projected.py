@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sar_kd.columns import finite_columns, normalised, silence_
+from sar_kd.columns import column_logsumexp, finite_columns, normalised, silence_, softmax_slopes
 from sar_kd.config import LossConfig
 from sar_kd.data import Batch
 from sar_kd.distillation import Distillation, Learned, Sums
-from sar_kd.heard import heard_outcomes
+from sar_kd.heard import HEARD, Heard, heard_entries, heard_outcomes, poor_columns
 from sar_kd.losses import ABSENT, Segments
 from sar_kd.other_ways import Opened, Ways, add_other_ways, open_divergence
 from sar_kd.pairing import Pairing
@@ -64,10 +65,11 @@ class Projected(Distillation):
 
     def compare(self, student: Tensor, teacher: Tensor | Top, part: Stretch, learner: str | None) -> Compared:
         """Two tiles of logits; uses up the other side's. See `Compared`."""
-        if self.top_k and self.teacher_is_richer and learner != "teacher":
-            return self._compare_top(student, self._top(teacher), part, learner)
         if self.top_k:
-            return super().compare(student, teacher, part, learner)
+            assert learner != "teacher"
+            top = self._top(teacher)
+            how = self._compare_top if self.teacher_is_richer else super().compare
+            return how(student, top, part, learner)
         sound, mine = finite_columns(teacher), {"student": 0, "teacher": 1}.get(learner)
         tiles = student, silence_(teacher, sound)
         records = part.in_student, part.in_teacher
@@ -102,36 +104,35 @@ class Projected(Distillation):
         return Compared(loss, raw, self._dropped(part, sound), slopes)
 
     def _compare_top(self, student: Tensor, top: Top, part: Stretch, learner: str | None) -> Compared:
-        """A teacher with the longer tokens, cut to its top k: of the student's logits no more is read than it speaks
-        about.
+        """A teacher with the longer tokens, cut to its top k: the student is asked for what it speaks about, and the
+        rest.
         """
         in_teacher, in_student, num_open, fold = part.in_teacher, part.in_student, part.num_open, self.student_fold
-        row, token, _ = in_teacher.rich_entries
-        entries = top.logits_of(token, in_teacher.rich_rows[row], self.teacher_rows)
-        told = rich_log_probs(entries.div_(self.temperature), in_teacher)
-        columns = top.columns(num_open, num_open + len(in_student.poor_rows))
-        inside = columns.spread(self.teacher_rows).div_(self.temperature)
+        told, inside, go_on = self._told(top, part)
         ways, counts = self._ways(told, part, top.sound)
-        outcomes = heard_outcomes(top.columns(0, num_open), self.teacher_fold, ways, self.temperature)
-        of = outcomes.outcomes.clamp_max(len(fold.first) - 1)
+        heard = heard_outcomes(top.columns(0, num_open), self.teacher_fold, self.temperature, ways)
+        of, width = heard.outcomes.clamp_max(len(fold.first) - 1), student.shape[1]
         taken = self._taken(student, num_open, in_teacher, in_student)
         several, shares = fold.several_of(student[:, :num_open], self.temperature)
-        places = fold.first[of] * student.shape[1] + outcomes.columns
+        places = fold.first[of] * width + heard.columns
         single = student.view(-1).index_select(0, places).div_(self.temperature)
-        leaves = taken.inside, taken.entries, single, several.div_(self.temperature)
+        rest, restore = self._rest_(student, heard, of, places, num_open)
+        leaves = taken.inside, taken.entries, single, several.div_(self.temperature), rest
         if learner is not None:
             for leaf in leaves:
                 leaf.requires_grad_()
         with torch.enable_grad():
             said = rich_log_probs(taken.entries, in_student)
-            sums = self._inside(said, told, taken.inside, inside, part, top.sound)
-            joined = torch.cat([several, several.new_zeros(1, several.shape[1])])[fold.place[of], outcomes.columns]
-            log_p = torch.where(fold.place[of] < 0, single, joined)
-            segments = Segments(outcomes.columns, num_open)
-            log_p, log_t, shared = renormalised(on_support(log_p, outcomes.log_probs), outcomes.log_probs, segments)
-            opened = self.divergence(log_p, log_t, (counts & shared)[outcomes.columns])
+            sums = self._inside(said, told, taken.inside, inside, part, top.sound, go_on)
+            joined = torch.cat([several, several.new_zeros(1, num_open)])[fold.place[of], heard.columns]
+            own = torch.where(fold.place[of] < 0, single, joined).where(heard.are_heard, ABSENT)
+            columns = torch.cat([heard.columns, torch.arange(num_open, device=student.device)])
+            both = torch.cat([own, rest]), torch.cat([heard.log_probs, heard.rest])
+            log_p, log_t, shared = renormalised(*both, Segments(columns, num_open))
+            opened = self.divergence(log_p, log_t, (counts & shared)[columns])
             loss, raw = (self.temperature**2 * (a + b) for a, b in zip(sums, opened, strict=True))
         if learner is None:
+            restore()
             return Compared(loss, raw, self._dropped(part, top.sound), None)
         # T^2 of the loss, and 1 / T of the logits, are in the loss and in the leaves.
         back = torch.autograd.grad(loss, leaves, allow_unused=True)
@@ -139,13 +140,48 @@ class Projected(Distillation):
             torch.zeros_like(leaf) if slope is None else slope.div_(self.temperature)
             for leaf, slope in zip(leaves, back, strict=True)
         ]
-        members = fold.members[:, None] * student.shape[1] + torch.arange(num_open, device=student.device)
+        others = softmax_slopes(student[:, :num_open], self.temperature * rest.detach(), into[4], self.temperature)
+        restore()
+        members = fold.members[:, None] * width + torch.arange(num_open, device=student.device)
         slopes = Slopes(
-            ((num_open, into[0]),),
+            ((0, others), (num_open, into[0])),
             torch.cat([taken.places, places, members.view(-1)]),
             torch.cat([into[1], into[2], into[3].index_select(0, fold.groups).mul_(shares).view(-1)]),
         )
         return Compared(loss.detach(), raw.detach(), self._dropped(part, top.sound), slopes)
+
+    def _rest_(
+        self, student: Tensor, heard: Heard, of: Tensor, places: Tensor, num_open: int
+    ) -> tuple[Tensor, Callable[[], None]]:
+        """The student's log sum exp(z / T), float32 [K], of all outcomes that are not heard; and what undoes what this
+        does to its tile, in which the others are `ABSENT` until then.
+        """
+        fold, width, flat = self.student_fold, student.shape[1], student.view(-1)
+        columns, silent = student[:, :num_open], torch.cat([fold.absent, fold.beyond(len(student))])
+        among = torch.zeros(len(fold.several) + 1, num_open, device=student.device)
+        among.index_put_((fold.place[of], heard.columns), heard.are_heard.float(), accumulate=True)
+        members = fold.members[:, None] * width + torch.arange(num_open, device=student.device)
+        places = torch.cat([places, members.view(-1)])
+        is_out = torch.cat([heard.are_heard, (among[fold.groups] > 0).view(-1)])
+        kept, kept_rows = flat.index_select(0, places), columns.index_select(0, silent)
+        # By the least of both: a place may stand in the list twice, and once for nothing.
+        flat.scatter_reduce_(0, places, torch.where(is_out, ABSENT, torch.inf), "amin")
+        columns.index_fill_(0, silent, ABSENT)
+
+        def restore() -> None:
+            columns.index_copy_(0, silent, kept_rows)
+            flat.index_copy_(0, places, kept)
+
+        return column_logsumexp(columns, self.temperature), restore
+
+    def _told(self, top: Top, part: Stretch) -> tuple[Tensor, Tensor, Tensor]:
+        """What the cut teacher says inside of tokens: its own outcomes, float32 [O], its whole columns as the poorer
+        side, and which of its own rows count, bool [K_1].
+        """
+        entries, counts = heard_entries(top, part.in_teacher, self.teacher_rows, self.temperature)
+        columns = top.columns(part.num_open, part.num_open + len(part.in_student.poor_rows))
+        inside = poor_columns(columns, self.teacher_rows, self.temperature)
+        return rich_log_probs(entries, part.in_teacher), inside, counts[: len(part.in_teacher.poor_rows)]
 
     def _taken(self, tile: Tensor, num_open: int, as_poor: Continuations, as_rich: Continuations) -> _Taken:
         row, token, _ = as_rich.rich_entries
@@ -190,49 +226,59 @@ class Projected(Distillation):
         return (~sound[: part.num_open]).sum() + (~sound[rows]).sum()
 
     def _inside(
-        self, said: Tensor, told: Tensor, student: Tensor, teacher: Tensor, part: Stretch, sound: Tensor
+        self,
+        said: Tensor,
+        told: Tensor,
+        student: Tensor,
+        teacher: Tensor,
+        part: Stretch,
+        sound: Tensor,
+        go_on: Tensor | None = None,
     ) -> Sums:
         """Where only one side starts a token, inside a token of the other.
 
         said, told: float32 [O], the richer's outcomes inside the student's and inside the teacher's tokens
         student, teacher: float32 [V, K_1], the poorer's columns there
+        go_on: bool [K_1], which rows of a cut teacher count inside its tokens
         """
         in_teacher, in_student = part.in_teacher, part.in_student
-        must_end = self.divergence.direction == "reverse" or bool(self.top_k)
-        of_student = poor_log_probs(student, in_teacher, must_end), told[: in_teacher.num_going_on]
-        of_teacher = said[: in_student.num_going_on], poor_log_probs(teacher, in_student, must_end=True)
+        of_student = poor_log_probs(student, in_teacher, self.divergence.direction == "reverse")
+        of_teacher = poor_log_probs(teacher, in_student, must_end=True)
+        counts = sound[in_teacher.rich_rows[: len(in_teacher.poor_rows)]]
+        counts = counts if go_on is None else counts & go_on
         sums = [
-            self._going_on(*of_student, in_teacher, sound[in_teacher.rich_rows[: len(in_teacher.poor_rows)]]),
-            self._going_on(*of_teacher, in_student, sound[in_student.poor_rows]),
+            self._going_on(of_student, told[: in_teacher.num_going_on], in_teacher, counts),
+            self._going_on(said[: in_student.num_going_on], of_teacher, in_student, sound[in_student.poor_rows]),
         ]
         return tuple(sum(parts) for parts in zip(*sums, strict=True))
 
     def _going_on(self, student: Tensor, teacher: Tensor, rows: Continuations, counts: Tensor) -> Sums:
         of_rows = rows.outcome_rows[: rows.num_going_on]
         if self.top_k:
-            segments = Segments(of_rows, len(rows.poor_rows))
-            student, teacher, shared = renormalised(on_support(student, teacher), teacher, segments)
+            if self.divergence.direction == "reverse":  # to which what was not said would be impossible
+                student = on_support(student, teacher)
+            student, teacher, shared = renormalised(student, teacher, Segments(of_rows, len(rows.poor_rows)))
             counts = counts & shared
         return self.divergence(student, teacher, counts[of_rows])
 
-    def between(self, student: Tensor, teacher: Tensor | Top, part: Stretch) -> Learned:
-        """Of one stretch, with a teacher cut to its top k: a sum with a graph for the side that has one."""
-        in_teacher, in_student = part.in_teacher, part.in_student
-        inside = len(in_teacher.poor_rows), len(in_student.poor_rows)
-        teacher, sound = self._cut(teacher)
-        student = read(student, self.student_fold, part.num_open, inside[0], in_student, self.temperature)
-        teacher = read(teacher, self.teacher_fold, part.num_open, inside[1], in_teacher, self.temperature)
-        told, said = rich_log_probs(teacher.entries, in_teacher), rich_log_probs(student.entries, in_student)
-        sums = self._inside(said, told, student.rows, teacher.rows, part, sound)
-        ways, counts = self._ways(told if self.teacher_is_richer else said, part, sound)
-        heard = teacher.open > 1e-6 * ABSENT
-        # A column of which the top k say nothing stays without anything.
-        log_p, log_t = student.open.log_softmax(0), teacher.open.log_softmax(0).where(heard, ABSENT)
-        if self.teacher_is_richer:
-            log_t = add_other_ways(log_t, ways)
-        else:
-            log_p = add_other_ways(log_p, ways)
-        log_p, log_t, shared = renormalised(on_support(log_p, log_t), log_t)
+    def between(self, student: Tensor, teacher: Top, part: Stretch) -> Learned:
+        """Of one stretch, with a teacher cut to its top k whose tokens are the shorter ones: a sum with a graph."""
+        top, sound, num_open = teacher, teacher.sound, part.num_open
+        told, teacher_inside, go_on = self._told(top, part)
+        num_inside = len(part.in_teacher.poor_rows)
+        student = read(student, self.student_fold, num_open, num_inside, part.in_student, self.temperature)
+        said = rich_log_probs(student.entries, part.in_student)
+        sums = self._inside(said, told, student.rows, teacher_inside, part, sound, go_on)
+        ways, counts = self._ways(said, part, sound)
+        log_p = add_other_ways(student.open.log_softmax(0), ways)
+        heard = heard_outcomes(top.columns(0, num_open), self.teacher_fold, self.temperature)
+        log_t = torch.full((len(log_p) + 1, num_open), ABSENT, device=log_p.device)
+        log_t[heard.outcomes, heard.columns] = heard.log_probs
+        log_t[-1] = heard.rest
+        are_heard = log_t[:-1] > HEARD
+        rest = log_p.masked_fill(are_heard, ABSENT).logsumexp(0)
+        log_p = torch.cat([log_p.where(are_heard, ABSENT), rest[None]])
+        log_p, log_t, shared = renormalised(log_p, log_t)
         opened = self.divergence(log_p, log_t, counts & shared)
         loss, raw = (self.temperature**2 * (a + b) for a, b in zip(sums, opened, strict=True))
         return Learned(loss, raw, self._dropped(part, sound))

@@ -106,6 +106,10 @@ class Fold(nn.Module):
         known[self.absent] = -1
         return known[ids.clamp_max(len(self))]
 
+    def beyond(self, num_rows: int) -> Tensor:
+        """The rows of a head with so many that are behind the last token that takes part."""
+        return torch.arange(len(self), max(len(self), num_rows), device=self.first.device)
+
     def several_of(self, columns: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """The outcomes of several tokens: their logits, y[s, k] = T * log sum over v of s of exp(z[v, k] / T), and each
         token's share of its outcome.

@@ -29,12 +29,12 @@ _WEIGHTS = ("*.safetensors", "*.bin")
 class TeacherCache:
     """A finished cache in a run; `NO_CACHE` where the teacher itself is asked."""
 
-    def __init__(self, folder: Path, header: dict):
+    def __init__(self, folder: Path, header: dict, temperature: float):
         self.folder, self._header, self.facts = folder, header, header["facts"]
         self.teacher: StoredTeacher | None = StoredTeacher(
             self.facts["teacher_rows"], tuple(self.facts["stop_ids"]), self.facts["teacher_limit"]
         )
-        self._texts = [StoredText(folder, header, text) for text in TEXTS]
+        self._texts = [StoredText(folder, header, text, temperature) for text in TEXTS]
 
     def texts(self, texts: Texts, tokenizer) -> list[StoredText | None]:
         """What is stored of training and held-out text.
@@ -90,7 +90,7 @@ def open_teacher_cache(config: Config, world: World, log: Any) -> tuple[Config, 
         return config, NO_CACHE
     folder = Path(config.models.teacher_cache)
     header = check_settings(config)
-    cache = TeacherCache(folder, header)
+    cache = TeacherCache(folder, header, config.loss.temperature)
     world.first(lambda: cache.check(config, log.say))
     top_k = config.loss.teacher_top_k or header["facts"]["teacher_top_k"]
     return dataclasses.replace(config, loss=dataclasses.replace(config.loss, teacher_top_k=top_k)), cache
@@ -129,6 +129,10 @@ def check_settings(config: RunConfig) -> dict:
     k = header["facts"]["teacher_top_k"]
     if loss.teacher_top_k > k:
         raise fault(folder, f"holds {k} tokens of each row, fewer than --teacher_top_k {loss.teacher_top_k}")
+    known = header["facts"]["temperatures"]
+    if loss.alignment in ("auto", "projection") and loss.temperature not in known:
+        shown = ", ".join(f"{value:g}" for value in known)
+        raise fault(folder, f"serves --temperature {shown}, not {loss.temperature:g}; make it with --temperatures")
     return header
 
 

@@ -38,20 +38,28 @@ _NAMES = {
     "windows": "windows cut for another student's tokenizer",
     "dtype": "another --model_dtype",
     "batch_size": "another --per_device_batch_size",
+    "temperatures": "other --temperatures",
 }
 """What the facts that a user decides on are called"""
 
 
-def record_of(k: int, num_tokens: int) -> np.dtype:
+def record_of(k: int, num_tokens: int, num_temperatures: int) -> np.dtype:
     """What is stored of a row, packed.
 
     log_prob  float32, of the token that the text has there, nats
     peak      float32, of the likeliest token; nan for a row of logits that were not finite
     ids       the k likeliest tokens, the likeliest first; 16 bits each where they suffice
     gaps      float16 [k], log-probability of each minus `peak`
+    rests     float16, by temperature T: log sum exp(z / T) of all other tokens, minus that of these k
     """
     ids = "<u2" if num_tokens <= 2**16 else "<i4"
-    return np.dtype([("log_prob", "<f4"), ("peak", "<f4"), ("ids", ids, (k,)), ("gaps", "<f2", (k,))])
+    of_row = [("log_prob", "<f4"), ("peak", "<f4")]
+    return np.dtype([*of_row, ("ids", ids, (k,)), ("gaps", "<f2", (k,)), ("rests", "<f2", (num_temperatures,))])
+
+
+def record_of_facts(facts: dict) -> np.dtype:
+    """The same, as a header's facts say."""
+    return record_of(facts["teacher_top_k"], facts["num_tokens"], len(facts["temperatures"]))
 
 
 def fault(folder: Path, reason: str) -> UsageError:
@@ -142,7 +150,7 @@ class Shards:
     def __init__(self, folder: Path, header: dict, text: str):
         facts = header["facts"]
         self.folder, self.text = folder, text
-        self.record = record_of(facts["teacher_top_k"], facts["num_tokens"])
+        self.record = record_of_facts(facts)
         self.digests = [digest for _, digest in header["shards"][text]]
         self.ends = np.cumsum([rows for rows, _ in header["shards"][text]], dtype=np.int64)
         # A map takes one of the files that a process may have open.

@@ -1,7 +1,8 @@
 """The likeliest tokens of teacher rows: cut from logits that are there, or as they were stored before.
 
-A teacher cut to its top k is the softmax over those k tokens, at whatever temperature. Logits are known up to a
-constant of the row, and so log-probabilities at temperature 1, which is what is stored, serve for every temperature.
+A teacher cut to its top k is a distribution over k + 1 outcomes: those tokens, and the rest. Logits are known up to a
+constant of the row, so log-probabilities at temperature 1 serve for the k tokens at every temperature; the rest at a
+temperature is a number of its own.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sar_kd.columns import finite_columns
+from sar_kd.columns import column_logsumexp, finite_columns
 from sar_kd.losses import ABSENT
 
 
@@ -23,12 +24,18 @@ class Top(NamedTuple):
     """int64 [k, n], the likeliest first"""
     logits: Tensor
     """float32 [k, n], each column up to a constant; 0 where it is not sound"""
+    rest: Tensor
+    """float32 [n]: T * log sum exp(z / T) of all other tokens, in the same units, at the run's temperature T"""
     sound: Tensor
     """bool [n]: the row's logits are finite, every one"""
 
-    def first(self, k: int) -> Top:
-        """The k likeliest of these."""
-        return self._replace(ids=self.ids[:k], logits=self.logits[:k])
+    def first(self, k: int, temperature: float) -> Top:
+        """The k likeliest of these; the others are of the rest."""
+        if k >= len(self.ids):
+            return self
+        others = torch.cat([self.logits[k:], self.rest[None]]) / temperature
+        rest = temperature * others.logsumexp(0)
+        return self._replace(ids=self.ids[:k], logits=self.logits[:k], rest=rest)
 
     def columns(self, first: int, stop: int) -> Top:
         """Some of the columns."""
@@ -53,14 +60,15 @@ class Top(NamedTuple):
         return tile.scatter_(0, self.ids, self.logits)
 
 
-def top_of(tile: Tensor, k: int, num_tokens: int) -> Top:
-    """The k likeliest of a vocabulary's tokens, with the tile's graph if it has one.
+def top_of(tile: Tensor, k: int, num_tokens: int, temperature: float) -> Top:
+    """The k likeliest of a vocabulary's tokens, and the rest.
 
     tile: float32 [V, n], logits; num_tokens: rows of it that stand for tokens, the others are a head's padding
     """
-    sound = finite_columns(tile.detach())
+    sound = finite_columns(tile)
     best = tile[:num_tokens].topk(min(k, num_tokens), dim=0)
-    return Top(best.indices, best.values.where(sound, 0.0), sound)
+    rest = temperature * column_logsumexp(tile.scatter(0, best.indices, ABSENT), temperature)
+    return Top(best.indices, best.values.where(sound, 0.0), rest.where(sound, 0.0), sound)
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,10 @@ class StoredRows:
     """float16 [N, k]: how much smaller the log-probability of each is, nats, at most 0"""
     log_probs: Tensor
     """float32 [N]: of what the row predicts, nats"""
+    rests: Tensor
+    """float16 [N]: log sum exp(z / T) of all other tokens, minus that of these k"""
+    temperature: float
+    """T"""
 
     learns = False
 
@@ -89,8 +101,9 @@ class StoredRows:
         places = self.places[rows]
         peaks = self.peaks[places]
         sound = peaks.isfinite()
-        logits = self.gaps[places].float() + peaks[:, None]
-        return Top(self.ids[places].T.long(), logits.where(sound[:, None], 0.0).T.contiguous(), sound)
+        logits = (self.gaps[places].float() + peaks[:, None]).where(sound[:, None], 0.0).T.contiguous()
+        rest = self.rests[places].float().where(sound, 0.0) + (logits / self.temperature).logsumexp(0)
+        return Top(self.ids[places].T.long(), logits, rest * self.temperature, sound)
 
     def target_log_probs(self) -> tuple[Tensor, Tensor]:
         """log p of what each row predicts, float32 [N], and whether the row was finite, bool [N]."""

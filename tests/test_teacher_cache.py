@@ -166,6 +166,13 @@ def test_fewer_tokens_than_are_kept_are_those_of_a_live_teacher_cut_to_as_many(i
     _assert_same(cached, live)
 
 
+@pytest.mark.parametrize("student", ["equal_student", "student"])
+def test_another_temperature_is_served_by_a_cache_that_was_made_for_it(inputs, tmp_path, student):
+    _build(inputs, tmp_path / "cache", "--temperatures", "3", "0.5", student=student)
+    for temperature in (3.0, 0.5):
+        _assert_same(*_sides(inputs, tmp_path / "cache", "--temperature", temperature, student=student))
+
+
 def test_the_rows_keep_what_the_teacher_says(inputs, built):
     """Every record against a teacher run block by block, in float64 from its logits."""
     folder = built(student="equal_student")
@@ -186,6 +193,12 @@ def test_the_rows_keep_what_the_teacher_says(inputs, built):
         kept = torch.from_numpy(own["peak"][:, None].astype(np.float64) + own["gaps"])
         assert torch.allclose(log_probs.gather(1, ids), kept, atol=1e-5, rtol=1e-3)
         assert torch.equal(log_probs.topk(K).indices[:, 0], ids[:, 0])
+        for place, temperature in enumerate((1.0, 1.5, 2.0)):
+            shares = (logits / temperature).softmax(-1)
+            told = shares.gather(1, ids).sum(1)
+            assert torch.allclose(
+                ((1 - told) / told).log(), torch.from_numpy(own["rests"][:, place]).double(), atol=2e-3
+            )
     assert first == live.corpus.num_tokens
 
 
@@ -349,6 +362,8 @@ def test_a_disk_without_room_is_one_line(inputs, tmp_path, monkeypatch):
         (["--per_device_batch_size", 2], r"another --per_device_batch_size"),
         (["--model_dtype", "float16"], r"another --model_dtype \(float32, not float16\)"),
         (["--teacher_top_k", 600], "the teacher has 600 tokens; keep fewer"),
+        (["--temperatures", 1, 3], "other --temperatures"),
+        (["--temperatures", 1, "warm"], "--temperatures 1 warm: must be numbers above 0"),
     ],
 )
 def test_a_cache_is_not_gone_on_with_under_other_settings(inputs, built, more, reason):
@@ -413,6 +428,7 @@ def test_a_flipped_byte_is_refused_wherever_it_is(inputs, built, tmp_path):
         (["--on_policy_fraction", 0.5], "holds a fixed text"),
         (["--logit_clamp_style", "raw", "--force"], "holds no logits"),
         (["--alpha_kd", 0], "no teacher is heard"),
+        (["--temperature", 3], "serves --temperature 1, 1.5, 2, not 3; make it with --temperatures"),
         (["--teacher_top_k", 17], "holds 16 tokens of each row, fewer than --teacher_top_k 17"),
         (["--block_size", 32], r"another --block_size (48, not 32)"),
         (["--teacher_model", "dense"], "another teacher"),

@@ -101,8 +101,13 @@ def _wanted(given, direction="forward", ce=0.7, kd=0.6, temperature=2.0, learner
     said = -logits["student"].log_softmax(-1).gather(1, given.targets[:, None]).sum()
     pair = [z[:, :shared] / temperature for z in logits.values()]
     if top_k:
-        best = pair[1].topk(top_k).indices
-        pair = [z.gather(1, best) for z in pair]
+        best, (own, other) = pair[1].topk(top_k).indices, logits.values()
+        told = [torch.zeros_like(z, dtype=torch.bool).scatter_(1, best, True) for z in (own, other)]
+        rests = [
+            (z / temperature).masked_fill(out, -torch.inf).logsumexp(1)
+            for z, out in zip(logits.values(), told, strict=True)
+        ]
+        pair = [torch.cat([z.gather(1, best), rest[:, None]], 1) for z, rest in zip(pair, rests, strict=True)]
     apart = temperature**2 * _naive_divergence(*pair, direction, 0.3)
     total = (ce * said if learner == "student" else 0.0) + kd * apart
     total.backward()
