@@ -232,7 +232,15 @@ def main(argv: list[str]) -> dict:
     config, as_json = parse_run("preflight", "What a run with these flags would find. Nothing is trained.", argv)
     record: dict = {"ok": True}
     try:
-        config = fit_batch_size(config, ALONE)
+        found = fit_batch_size(config, ALONE)
+        if found is not config:
+            train = found.train
+            record["batch_size"] = {
+                name: getattr(train, name) for name in ("per_device_batch_size", "grad_accum_steps")
+            }
+            if not as_json:
+                print("\n".join(fitted(found.notices[-1])))
+        config = found
         for finding in _examine(_ALL, Subject(config)):
             record[finding.name] = finding.record
             if not as_json:
