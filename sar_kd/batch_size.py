@@ -7,7 +7,7 @@ How many blocks an update has is part of what is learned, and stays what it is w
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sar_kd.arguments import default_batch_size
 from sar_kd.memory_plan import gigabytes, plan
@@ -54,6 +54,6 @@ def _fit(config: R, given: Given) -> R:
     return dataclasses.replace(fitted, notices=(*config.notices, line))
 
 
-def _with_batch_size(config: R, size: int, accum_steps: int) -> R:
+def _with_batch_size(config: Any, size: int, accum_steps: int) -> Any:
     train = dataclasses.replace(config.train, per_device_batch_size=size, grad_accum_steps=accum_steps)
     return dataclasses.replace(config, train=train)

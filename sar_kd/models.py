@@ -95,11 +95,10 @@ def load_models(config: Config, precision: Precision, given: Given = NOTHING_GIV
     _quiet()
     names = config.models
     student = _model("student_model", names, torch.float32, given)
-    small = quantised(config.memory.teacher_quantization, precision)
-    if small and given.model("teacher_model") is not None:
-        raise UsageError(
-            f"--teacher_quantization {config.memory.teacher_quantization}: the teacher is in memory already"
-        )
+    rounding = config.memory.teacher_quantization
+    if rounding != "off" and given.model("teacher_model") is not None:
+        raise UsageError(f"--teacher_quantization {rounding}: the teacher is in memory already; leave the flag out")
+    small = quantised(rounding, precision)
     teacher = _model("teacher_model", names, precision.dtype, given, **small)
     rows = {"student_model": num_rows(student), "teacher_model": num_rows(teacher)}
     stops = tuple(_stop_ids(model) for model in (student, teacher))

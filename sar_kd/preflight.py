@@ -20,7 +20,7 @@ from sar_kd import environment, hub
 from sar_kd.arguments import parse_run
 from sar_kd.batch_size import fit_batch_size
 from sar_kd.clamps import clamp_lines, reasons_not_to_learn
-from sar_kd.config import EMBEDDED, Config, RunConfig, UsageError
+from sar_kd.config import EMBEDDED, RunConfig, UsageError
 from sar_kd.coverage import measure_coverage, name_left_out
 from sar_kd.data import Corpus
 from sar_kd.documents import Sample, load_documents
@@ -162,7 +162,7 @@ def _check_memory(subject: Subject) -> Finding:
     return Finding("memory", lines + of_plan, found.record(), found.table(), refusal)
 
 
-def _notes_on_the_teacher(config: Config, models: dict, device: torch.device) -> list[str]:
+def _notes_on_the_teacher(config: RunConfig, models: dict, device: torch.device) -> list[str]:
     """What the settings of its memory do, where that is not what one might expect; UsageError if they cannot be."""
     memory, lines = config.memory, []
     if config.routing.routing == "sar" and memory.why_routers_stand_still:

@@ -81,7 +81,7 @@ class _Projects(Distillation):
         parts = stretches_of(len(own), self.tile_rows)
         return [Tile(part, others[: (part.stop - part.start) * len(others) // len(own)], None, None) for part in parts]
 
-    def compare(self, student: Tensor, teacher: Tensor, part: None, learner: str | None) -> Compared:
+    def compare(self, student: Tensor, teacher: Tensor, part: object, learner: str | None) -> Compared:
         """See `Distillation`."""
         zero = student.new_zeros(())
         beside = student.new_empty(round(self._BESIDE * (student.numel() + teacher.numel())))
@@ -142,7 +142,7 @@ class _Rehearsal:
         self._evaluate()
 
     def _student(self, skeleton: nn.Module, dtype: torch.dtype) -> nn.Module:
-        lora = getattr(self.config, "lora", None)
+        lora: Any = getattr(self.config, "lora", None)
         adapts = lora is not None and lora.lora_rank > 0
         student: Any = hollow(skeleton, self.device, dtype if adapts else torch.float32)
         student = student.requires_grad_(True).train()
@@ -171,7 +171,7 @@ class _Rehearsal:
     @contextlib.contextmanager
     def _routing(self) -> Iterator[Routing | None]:
         """The teacher's routing; the one given if its routers learn."""
-        settings = getattr(self.config, "routing", None)
+        settings: Any = getattr(self.config, "routing", None)
         word = "native" if settings is None or self.objective.distillation is None else settings.routing
         specs = find_routers(self.teacher, settings.router_patterns) if word != "native" else []
         word = "sar" if word == "auto" and specs else word
