@@ -54,7 +54,7 @@ def _fit(config: R, given: Given) -> R:
     return dataclasses.replace(fitted, notices=(*config.notices, line))
 
 
-def _with_batch_size(config: R, size: int, accum_steps: int) -> R:
+def _with_batch_size(config: Any, size: int, accum_steps: int) -> Any:
     train = dataclasses.replace(config.train, per_device_batch_size=size, grad_accum_steps=accum_steps)
-    changed: Any = dataclasses.replace(config, train=train)  # type: ignore[call-arg]  # every kind of run has one
+    changed: Any = dataclasses.replace(config, train=train)
     return changed

@@ -25,7 +25,7 @@ def run(main: Callable[[list[str] | None], dict], argv: list[str] | None = None,
     except UsageError as error:
         return _say(f"error: {error}", USAGE)
     except torch.cuda.OutOfMemoryError:
-        remedy = "lower --per_device_batch_size or --block_size, and raise --grad_accum_steps to make up for it"
+        remedy = "give --per_device_batch_size auto, or see what takes how much: python -m sar_kd preflight"
         return _say(f"error: out of GPU memory; {remedy}", USAGE)
     except TrainingDiverged as error:
         return _say(str(error), DIVERGED)

@@ -78,14 +78,11 @@ class Ledger(TorchDispatchMode):
                 self._note_peak()
             return
         size = storage.nbytes()
-        self._held[key] = (weakref.ref(storage, functools.partial(self._left, key)), size, label)
+        self._held[key] = (weakref.ref(storage, functools.partial(self._leave, key)), size, label)
         self.live[label] += size
         self._note_peak()
 
-    def _left(self, key: int, _: object) -> None:
-        self._leave(key)
-
-    def _leave(self, key: int) -> None:
+    def _leave(self, key: int, _: weakref.ref) -> None:
         _, size, label = self._held.pop(key)
         self.live[label] -= size
 
@@ -100,10 +97,10 @@ class _Imagined(Ledger):
         # Its rule for fake tensors takes bfloat16 alone; the kernels take more.
         a, b = args[:2]
         groups: Any = kwargs.get("offs", args[2] if len(args) > 2 else None)
-        shape: tuple[int, ...] = (a.shape[-2], b.shape[-1])
+        stacked: tuple[int, ...] = ()
         if a.ndim == b.ndim:  # one product for each group, of parts of both or of stacks
-            shape = (len(groups) if a.ndim == 2 else len(a), *shape)
-        return a.new_empty(shape)
+            stacked = (len(groups) if a.ndim == 2 else len(a),)
+        return a.new_empty((*stacked, a.shape[-2], b.shape[-1]))
 
 
 @contextlib.contextmanager

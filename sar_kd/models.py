@@ -71,7 +71,10 @@ def load_models(
     quiet()
     names = config.models
     student = model_of("student_model", names, torch.float32, given)
-    small = quantised(config.memory.teacher_quantization, precision) if given.model("teacher_model") is None else {}
+    rounding = config.memory.teacher_quantization
+    if rounding != "off" and given.model("teacher_model") is not None:
+        raise UsageError(f"--teacher_quantization {rounding}: the teacher is in memory already; leave the flag out")
+    small = quantised(rounding, precision)
     teacher = None if stored else model_of("teacher_model", names, precision.dtype, given, **small)
     found = stored or StoredTeacher(num_rows(teacher), stop_ids_of(teacher), 0)
     rows = {"student_model": num_rows(student), "teacher_model": found.num_rows}

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -164,7 +164,7 @@ def _check_memory(subject: Subject) -> Finding:
     return Finding("memory", lines + of_plan, found.record(), found.table(), refusal)
 
 
-def _notes_on_the_teacher(config: Any, models: dict, device: torch.device) -> list[str]:
+def _notes_on_the_teacher(config: RunConfig, models: dict, device: torch.device) -> list[str]:
     """What the settings of its memory do, where that is not what one might expect; UsageError if they cannot be."""
     memory, lines = config.memory, []
     if config.routing.routing == "sar" and memory.why_routers_stand_still:
@@ -243,7 +243,15 @@ def main(argv: list[str]) -> dict:
     config, as_json = parse_run("preflight", "What a run with these flags would find. Nothing is trained.", argv)
     record: dict = {"ok": True}
     try:
-        config = fit_batch_size(config, ALONE)
+        found = fit_batch_size(config, ALONE)
+        if found is not config:
+            train = found.train
+            record["batch_size"] = {
+                name: getattr(train, name) for name in ("per_device_batch_size", "grad_accum_steps")
+            }
+            if not as_json:
+                print("\n".join(fitted(found.notices[-1])))
+        config = found
         for finding in _examine(_ALL, Subject(config)):
             record[finding.name] = finding.record
             if not as_json:
