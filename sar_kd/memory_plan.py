@@ -136,7 +136,8 @@ def _as_run(config: Any, skeletons: Mapping[str, nn.Module]) -> tuple[Any, Mappi
     if not getattr(config.models, "teacher_cache", ""):
         return config, skeletons
     text = dataclasses.replace(config.loss, alpha_kd=0.0, alpha_ce=1.0)
-    return dataclasses.replace(config, loss=text), {"student": skeletons["student"]}
+    given = dataclasses.replace(config.on_policy, on_policy_fraction=0.0)  # refused with it, later and by name
+    return dataclasses.replace(config, loss=text, on_policy=given), {"student": skeletons["student"]}
 
 
 def _in_shards(moment: Moment, student: nn.Module, ranks: int) -> Moment:

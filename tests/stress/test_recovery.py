@@ -26,7 +26,7 @@ from sar_kd.objective import Objective
 from sar_kd.optim import build_optimizer
 from sar_kd.precision import setup
 from sar_kd.presets import FP16_SAFE
-from sar_kd.recovery import without
+from sar_kd.recovery import left_in
 from sar_kd.teacher_routing import build_teacher_routing
 from sar_kd.trainer import Trainer
 
@@ -356,11 +356,11 @@ def test_of_one_long_document_only_the_bad_blocks_are_left_out(make_trainer, tex
 def test_a_block_that_is_left_out_is_replaced_by_the_next_that_is_not(make_run):
     run = make_run()
     last = len(run.corpus) - 1
-    (batch,) = run.batches([3, last, 5])
-    assert without(run.corpus, batch, frozenset()).blocks == (3, last, 5)
-    assert without(run.corpus, batch, frozenset({3, 4, last})).blocks == (5, 0, 5)
+    blocks = [3, last, 5]
+    assert left_in(run.corpus, blocks, frozenset()) == [3, last, 5]
+    assert left_in(run.corpus, blocks, frozenset({3, 4, last})) == [5, 0, 5]
     everything = frozenset(range(last + 1))
-    assert without(run.corpus, batch, everything).blocks == (3, last, 5)
+    assert left_in(run.corpus, blocks, everything) == [3, last, 5]
 
 
 # What every exit leaves
