@@ -195,7 +195,7 @@ def _smaller(
         yield f"--per_device_batch_size {size} --grad_accum_steps {accum}", _with("train", **batch)
     if left > 0 and not memory.gradient_checkpointing and layers_of(skeletons["student"]):
         yield "--gradient_checkpointing", _with("memory", gradient_checkpointing=True)
-    if "teacher" not in skeletons or config.routing.routing in ("sar", "auto"):
+    if "teacher" not in skeletons or config.models.teacher_cache or config.routing.routing in ("sar", "auto"):
         return
     if found.device.type != "cpu" and not memory.offload_teacher_to_cpu:
         yield "--offload_teacher_to_cpu", _with("memory", offload_teacher_to_cpu=True)
