@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 
 from sar_kd import documents, units
 from sar_kd.alignment import TokenizerPair
@@ -43,6 +44,7 @@ class Scripted(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.tokenizer, self.answers, self.asked = tokenizer, answers, []
+        self.device, self.generation_config = CPU, transformers.GenerationConfig()
 
     def generate(self, input_ids, attention_mask, eos_token_id, pad_token_id, **how):
         assert not torch.is_grad_enabled()

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from sar_kd import trainer
+from sar_kd import feed
 from sar_kd.prefetch import Prefetch
 
 
@@ -84,7 +84,7 @@ def test_a_run_that_makes_batches_ahead_is_the_run_that_does_not(tmp_path, monke
     flags += [tmp_path / "text.txt", "--block_size", 16, "--train_steps", 9, "--eval_steps", 4, "--routing", "native"]
     students = []
     for way in (Prefetch, _InTime):
-        monkeypatch.setattr(trainer, "Prefetch", way)
+        monkeypatch.setattr(feed, "Prefetch", way)
         assert run(main, [*map(str, flags), "--output_dir", str(tmp_path / way.__name__)]) == 0
         students.append((tmp_path / way.__name__ / "student" / "model.safetensors").read_bytes())
     assert students[0] == students[1]

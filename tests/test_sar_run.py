@@ -289,13 +289,13 @@ def test_a_routing_asked_for_by_name_is_kept_and_a_much_worse_teacher_is_said(in
 
 @pytest.mark.parametrize(("routing", "texts"), [("ka", [0, 0, 1, 1]), ("all", [0, 1, 2, 3])])
 def test_ka_reads_the_same_text_in_several_steps(inputs, tmp_path, monkeypatch, routing, texts):
-    read, plain = [], Corpus.micro_batches
+    read, plain = [], Corpus.micro_blocks
 
     def reading(self, step, *args):
         read.append(step)
         return plain(self, step, *args)
 
-    monkeypatch.setattr(Corpus, "micro_batches", reading)
+    monkeypatch.setattr(Corpus, "micro_blocks", reading)
     assert _run(_argv(inputs, tmp_path / "run", "--routing", routing, steps=4))[0] == 0
     assert read == texts
 
