@@ -18,6 +18,7 @@ from sar_kd import embedded
 from sar_kd.companion import Companion
 from sar_kd.config import EMBEDDED, Config, UsageError
 from sar_kd.exam import Exam
+from sar_kd.memory_config import MemoryConfig
 from sar_kd.models import Models
 from sar_kd.precision import Precision
 from sar_kd.sft_config import SFT, SftConfig, SftModelConfig, SftOptimConfig, SftTrainConfig
@@ -114,6 +115,7 @@ def _baseline_config(config: Config, folder: str) -> SftConfig:
         optim=SftOptimConfig(learning_rate=optim.pop("student_lr"), **optim),
         loss=dataclasses.replace(config.loss, alpha_kd=0.0, alpha_ce=config.loss.alpha_ce or 1.0),
         precision=config.precision,
+        memory=MemoryConfig(gradient_checkpointing=config.memory.gradient_checkpointing),
         guards=config.guards,
         train=_calendar(config, folder),
     )

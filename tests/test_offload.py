@@ -198,6 +198,18 @@ def test_the_flag_makes_every_layer_of_the_student_recompute():
     assert models.offload is None
 
 
+def test_a_run_that_was_short_of_memory_may_go_on_with_less(tmp_path, corpus_texts):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(corpus_texts), encoding="utf-8")
+    begun = ["--train_file", str(text), "--block_size", "64", "--train_steps", "1", "--device", "cpu"]
+    train([*begun, "--output_dir", str(tmp_path / "run")])
+    again = ["--resume", "--output_dir", str(tmp_path / "run")]
+    memory = parse_args(STABLE, [*again, "--gradient_checkpointing", "--offload_teacher_to_cpu"]).memory
+    assert (memory.gradient_checkpointing, memory.offload_teacher_to_cpu) == (True, True)
+    with pytest.raises(UsageError, match="--teacher_quantization nf4: the run to resume has 'off'"):
+        parse_args(STABLE, [*again, "--teacher_quantization", "nf4"])
+
+
 # A teacher of 4 bits
 
 
