@@ -132,7 +132,7 @@ def test_every_flag_and_verb_that_a_page_names_exists(page):
         "variants", "seeds", "flags", "groups", "pairs", "rounds", "steps", "sizes", "shapes", "limit_mb",
         "vocab_size", "rows",
         "nproc_per_node", "repo-type",
-        "nnodes", "node_rank", "master_addr", "master_port", "ranks", "workspaces", "temperatures", "tokens", "width",
+        "nnodes", "node_rank", "master_addr", "master_port", "ranks", "workspaces", "temperatures",
     }  # fmt: skip
     named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", PAGES[page]))
     assert named <= flags | of_verbs | of_others
