@@ -79,9 +79,9 @@ class _Projects(Distillation):
         """See `Distillation`."""
         own, others = batch.student.rows, batch.teacher.rows
         parts = stretches_of(len(own), self.tile_rows)
-        return [Tile(part, others[: (part.stop - part.start) * len(others) // len(own)], None, None) for part in parts]
+        return [Tile(part, others[: (part.stop - part.start) * len(others) // len(own)]) for part in parts]
 
-    def compare(self, student: Tensor, teacher: Any, part: object, learner: str | None) -> Compared:
+    def compare(self, student: Tensor, teacher: Any, part: Any, learner: str | None) -> Compared:
         """See `Distillation`."""
         zero = student.new_zeros(())
         beside = student.new_empty(round(self._BESIDE * (student.numel() + teacher.numel())))
