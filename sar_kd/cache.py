@@ -208,7 +208,7 @@ def _announce(teacher: str, folder: Path, header: dict, texts: list[CacheText]) 
     if kept:
         print(f"Going on: {kept:,} of {total:,} tokens are there")
     remedy = "free some, lower --teacher_top_k, or name another folder"
-    require_room(folder, (total - kept) * size, "what the teacher says", "teacher_cache", remedy)
+    require_room(folder, (total - kept) * size, "what the teacher says", flag="teacher_cache", remedy=remedy)
     return kept
 
 

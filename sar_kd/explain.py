@@ -145,7 +145,7 @@ DIAGNOSES = {
             "the form is learned and the content is not yet",
             "train longer, at a higher rate, or a larger model",
         ),
-        Diagnosis("healthy", "loss and grad_norm finite, and the loss falls", "nothing here looks wrong", "go on"),
+        Diagnosis("healthy", "loss and grad_norm finite throughout", "nothing here looks wrong", "go on"),
     )
 }  # fmt: skip
 """Every pattern that is known, in the order in which a log is tried against them, the last one when nothing fits."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,11 +121,17 @@ class RunLog:
         self._write({"event": "step", **record})
         self._window.append(record)
         figures = self._postfix(record, success_rate)
-        self._bar.set_postfix_str(f"{figures} tok/s={tokens_per_second:,.0f}", refresh=False)
+        self._bar.set_postfix_str(self._beside_bar(f"{figures} tok/s={tokens_per_second:,.0f}"), refresh=False)
         self._bar.update(1)
         if record["step"] % self._every == 0:
             self.say(self._line(record["step"], success_rate))
             self._window.clear()
+
+    def _beside_bar(self, figures: str) -> str:
+        """As many of the figures as there is room for, each whole: 100 % cut short would read as 10."""
+        of_bar = len("100% / [0:00:00<0:00:00], ") + 2 * len(str(self._bar.total))
+        columns = shutil.get_terminal_size((80, 24)).columns
+        return textwrap.shorten(figures, max(1, columns - 1 - of_bar), placeholder="")
 
     def _postfix(self, record: dict, success_rate: float) -> str:
         """What stands beside the bar."""

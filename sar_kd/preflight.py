@@ -91,7 +91,8 @@ def _check_device(subject: Subject) -> Finding:
     rounded = "; each product is rounded to half" if dtype is torch.float16 and device.type == "cpu" else ""
     lines.append(f"Computing in {name} on {device} ({why}{rounded}); trainable weights are float32")
     if not cards:
-        lines.append(f"No GPU: {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads")
+        threads = torch.get_num_threads()
+        lines.append(f"No GPU: {os.cpu_count()} CPU cores, {threads} thread{'s' if threads > 1 else ''}")
     record = {"cards": [card._asdict() for card in cards], "arch_list": archs, "device": str(device), "dtype": name}
     return Finding("device", lines, {**record, "why": why, "threads": torch.get_num_threads()})
 
@@ -150,7 +151,8 @@ def _check_disk(subject: Subject) -> Finding:
     student = 4 * sum(parameter.numel() for parameter in subject.models["student"].parameters())
     checkpoint = 3 * student  # weights and AdamW's two moments, all float32
     needed = 2 * student + (train.keep_checkpoints + 1) * checkpoint
-    free = require_room(Path(train.output_dir), needed, "what the run writes", "free some, or --keep_checkpoints 1")
+    remedy = "free some, or lower --keep_checkpoints" if train.keep_checkpoints > 1 else "free some"
+    free = require_room(Path(train.output_dir), needed, "what the run writes", remedy=remedy)
     line = f"Disk: up to {needed / 1e9:,.2f} GB will be written to {train.output_dir}, {free / 1e9:,.1f} GB are free"
     return Finding("disk", [line], {"needed_bytes": needed, "free_bytes": free, "output_dir": train.output_dir})
 

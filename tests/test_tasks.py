@@ -84,7 +84,7 @@ def test_accuracy_and_answer_rate_stand_beside_perplexity_for_all_four(done):
     assert summary["benchmark_result"].keys() == {"student_start", "student_end", "student", "teacher"}
     assert summary["cross_entropy_only"].keys() >= {"val_ppl_best", "accuracy", "answer_rate"}
     header = max(i for i, line in enumerate(out) if "answer rate" in line and "perplexity" in line)  # the last run's
-    rows = {line[:28].strip(): line[28:].split() for line in out[header + 1 : header + 6]}
+    rows = {line[:30].strip(): line[30:].split() for line in out[header + 1 : header + 6]}
     assert {name.split(" (")[0] for name in rows} == {
         "student, start", "student, end", "student, best", "student without teacher", "teacher"
     }  # fmt: skip
