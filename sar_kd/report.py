@@ -10,6 +10,7 @@ import dataclasses
 import html
 import json
 import math
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -114,7 +115,7 @@ def write_report(runs: Sequence[History], path: Path) -> None:
 
 
 def _page_of_one(run: History, charts: list[tuple[str, str]]) -> str:
-    sentences = "".join(f"<p>{_text(line)}</p>" for line in verdict_of(run))
+    sentences = "".join(f"<p>{_marked(line)}</p>" for line in verdict_of(run))
     teacher = run.setting("teacher_model")  # fine-tuning has none
     beside = f", teacher {teacher}" if teacher else ""
     models = f"Student {run.setting('student_model')}{beside}, mode {run.config.get('mode')}"
@@ -207,6 +208,11 @@ def _shown(value: object) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value)) or "-"
     return "-" if value in ("", None) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _marked(line: str) -> str:
+    """A sentence, what it sets in backticks as code."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", _text(line))
 
 
 def _text(value: object) -> str:

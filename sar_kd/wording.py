@@ -63,10 +63,11 @@ def _on_policy(found: dict, seconds: float) -> str:
     """What the student wrote itself, and what that took."""
     count = max(1, found["responses"])
     faults = ", ".join(f"{name} {found[name]}" for name in FAULTS if found[name])
-    shown = f" ({faults})" if faults else ""
+    shown = f" (faults: {faults})" if faults else ""
     return (
-        f"  wrote {found['responses']:,} responses of {found['tokens'] / count:.1f} tokens, "
-        f"{found['ended'] / count:.0%} ended{shown}; {found['sampling_seconds'] / max(1e-9, seconds):.0%} of the time"
+        f"  wrote {found['responses']:,} responses of {found['tokens'] / count:.1f} tokens on average, "
+        f"{found['ended'] / count:.0%} of them ended{shown}; that took "
+        f"{found['sampling_seconds'] / max(1e-9, seconds):.0%} of the time"
     )
 
 
