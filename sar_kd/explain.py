@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sar_kd.arguments import parse_section
 from sar_kd.settings import flag
+from sar_kd.terminal import fitted
 from sar_kd.training_log import Point, TrainingLog, read_log
 
 _FLAT = 1e-3
@@ -263,5 +264,5 @@ def main(argv: list[str]) -> dict:
     about = "The likely cause of the losses and gradient norms in a log."
     config, as_json = parse_section("explain", about, ExplainConfig, argv, ["log"])
     log = read_log(Path(config.log))
-    print(json.dumps(asdict(diagnose(log)), indent=2) if as_json else "\n".join(lines_of(log)))
+    print(json.dumps(asdict(diagnose(log)), indent=2) if as_json else fitted(*lines_of(log)))
     return {"status": "finished"}

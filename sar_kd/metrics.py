@@ -24,8 +24,9 @@ from sar_kd.files import complete_lines, plain, replace_text, step_of
 from sar_kd.folder import FolderLock, check_contained, clear, holds_something
 from sar_kd.guards import Verdict
 from sar_kd.report import find_report_writer
+from sar_kd.terminal import fitted
 from sar_kd.trackers import find_trackers
-from sar_kd.wording import closing_table, fitted, perplexity_text
+from sar_kd.wording import closing_table, perplexity_text
 
 
 class Observer(Protocol):
@@ -59,7 +60,7 @@ class RunLog:
 
     def say(self, line: str) -> None:
         """Print one line, above the bar if there is one."""
-        tqdm.write("\n".join(fitted(line)), file=sys.stdout)
+        tqdm.write(fitted(line), file=sys.stdout)
         sys.stdout.flush()
 
     def start(self, first_step: int, calendar: TrainConfig) -> None:
@@ -90,6 +91,7 @@ class RunLog:
     def begin(self, student: dict, teacher: dict) -> None:
         """Enter what both models are before the first step."""
         of_teacher = {f"teacher_{name}": value for name, value in teacher.items()}
+        self._perplexity = student["val_ppl"]
         self._write({"event": "start", "step": 0, **student, **of_teacher})
 
     def rewind(self, record: dict, num_blocks: int) -> None:

@@ -34,7 +34,7 @@ from sar_kd.precision import choose
 from sar_kd.quantised import require_quantisation, roundable
 from sar_kd.subject import Subject
 from sar_kd.teacher_cache import check_settings
-from sar_kd.wording import fitted
+from sar_kd.terminal import fitted
 from sar_kd.world import ALONE
 
 _SAMPLE_CHARACTERS = 200_000
@@ -252,15 +252,13 @@ def main(argv: list[str]) -> dict:
                 name: getattr(train, name) for name in ("per_device_batch_size", "grad_accum_steps")
             }
             if not as_json:
-                print("\n".join(fitted(found.notices[-1])))
+                print(fitted(found.notices[-1]))
         config = found
         for finding in _examine(_ALL, Subject(config)):
             record[finding.name] = finding.record
             if not as_json:
-                for line in finding.lines:
-                    print("\n".join(fitted(line)))
-                for line in finding.table:
-                    print(f"  {line}")
+                for line in (*finding.lines, *(f"  {line}" for line in finding.table)):
+                    print(fitted(line))
             if finding.refusal:
                 raise finding.refusal
     except UsageError as error:

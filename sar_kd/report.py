@@ -23,6 +23,7 @@ from sar_kd.environment import is_installed
 from sar_kd.files import number_of, replace_text
 from sar_kd.history import History, read_history
 from sar_kd.settings import UsageError, flag
+from sar_kd.terminal import fitted
 from sar_kd.verdict import verdict_of
 from sar_kd.version import __version__
 
@@ -244,6 +245,6 @@ def main(argv: list[str]) -> dict:
         print(json.dumps({"report": str(path), "verdicts": sentences}, indent=2))
         return {"status": "finished"}
     for name, lines in sentences.items():
-        print("\n  ".join([f"{name}:", *lines]))
-    print(f"Written to {path}")
+        print(fitted(f"{name}:", *(f"  {line}" for line in lines)))
+    print(fitted(f"Written to {path}"))
     return {"status": "finished"}

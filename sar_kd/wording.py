@@ -1,31 +1,14 @@
-"""What a run says at its end, and how a line fits a terminal."""
+"""What a run says at its end."""
 
 from __future__ import annotations
 
-import re
-import shutil
-import sys
-import textwrap
 from pathlib import Path
 
 from sar_kd.guards import CAUSES
 from sar_kd.report import FILE as REPORT
 from sar_kd.writing import FAULTS
 
-_UNIT = re.compile(r"(?<=\d) (?=(?:[kMGT]?B|[kM]|min|s|tokens/s)\b)")
-
-
-def fitted(line: str) -> list[str]:
-    """The line as a terminal shows it without breaking a word; as it is, where it goes into a file."""
-    if not sys.stdout.isatty():
-        return [line]
-    width = max(40, shutil.get_terminal_size((80, 24)).columns)
-    bound = _UNIT.sub("\u00a0", line)  # a figure keeps its unit
-    lines = textwrap.wrap(bound, width, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False)
-    return [part.replace("\u00a0", " ") for part in lines] or [""]
-
-
-_COLUMNS = {"perplexity": 12, "bits per byte": 16, "accuracy": 10, "answer rate": 12}
+_COLUMNS = {"perplexity": 12, "bits per byte": 15, "accuracy": 10, "answer rate": 13}
 """What a table may have beside its names, and how wide; all of it fits into 80 columns."""
 
 

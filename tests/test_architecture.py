@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("train_sar_kd_fp16_safe", "train_sar_kd_stable")
 LEVELS = {
-    -2: {"farewell", "settings", "version"},
+    -2: {"farewell", "settings", "terminal", "version"},
     -1: {
         "routing_config",
         "on_policy_config",

@@ -9,7 +9,8 @@ import torch
 
 from sar_kd.memory_plan import Plan
 from sar_kd.moments import PARTS, Moment
-from sar_kd.wording import closing_table, fitted
+from sar_kd.terminal import fitted
+from sar_kd.wording import closing_table
 
 SCORE = {"accuracy": 0.125, "answer_rate": 1.0}
 SUMMARY = {
@@ -61,8 +62,8 @@ def test_a_line_on_a_terminal_keeps_its_words_and_its_figures_with_their_units_w
     line = "At the peak (loss): teacher 18 MB, student 2 MB, optimizer 3 MB, activations 27 MB, loss 28 MB"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "80")
-    lines = fitted(line)
+    lines = fitted(line).splitlines()
     assert [part.strip() for part in lines] == [line[: line.index("27 MB") - 1], line[line.index("27 MB") :]]
     assert max(map(len, lines)) <= 80
     monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
-    assert fitted(line) == [line]
+    assert fitted(line, "and more") == f"{line}\nand more"
