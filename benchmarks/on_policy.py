@@ -40,14 +40,14 @@ VARIANTS = {
 }
 
 
-def prepare() -> None:
-    """Fine-tune both models, unless that was done before."""
-    for name, flags in FINE_TUNED.items():
-        folder = MODELS / name
-        if not (ROOT / folder / "student" / "config.json").is_file():
-            print(f"fine-tuning the {name} ...", file=sys.stderr, flush=True)
-            command = ["-m", "sar_kd", "sft", "--task", "units", *flags, "--output_dir", str(folder), "--overwrite"]
-            subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+def fine_tune(name: str, flags: tuple[str, ...] = ()) -> None:
+    """Fine-tune the teacher or a student on the questions, below `MODELS`, unless that was done before."""
+    folder = MODELS / name
+    if not (ROOT / folder / "student" / "config.json").is_file():
+        print(f"fine-tuning: {name} ...", file=sys.stderr, flush=True)
+        flags = (*FINE_TUNED.get(name, FINE_TUNED["student"]), *flags, "--output_dir", str(folder), "--overwrite")
+        command = [sys.executable, "-m", "sar_kd", "sft", "--task", "units", *flags]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 def main() -> None:
@@ -56,7 +56,8 @@ def main() -> None:
     add_flags(parser, "on_policy.json")
     parser.set_defaults(train_steps=300)
     options = parser.parse_args()
-    prepare()
+    for name in FINE_TUNED:
+        fine_tune(name)
     steps = str(options.train_steps)
     shared = ("--task", "units", "--task_teacher_steps", "0", "--skip_baseline", "--mode", "precise")
     shared += ("--alpha_kd", "1", "--alpha_ce", "0", "--student_lr", "2e-3", "--warmup_steps", "20")
