@@ -218,8 +218,8 @@ _ALL = (*_AT_START, _check_teacher_cache, _check_alignment)
 def describe(train: Corpus, validation: Corpus) -> list[str]:
     """The text once it has been read: how much, how the tokenizers meet on it, what had to be left out."""
     lines = [
-        f"Text: {train.text.num_bytes / 1e3:,.1f} kB, {train.num_tokens:,} tokens in {len(train)} blocks; "
-        f"held out: {validation.text.num_bytes / 1e3:,.1f} kB, {validation.num_tokens:,} tokens",
+        f"Text: {_size(train.text.num_bytes)}, {train.num_tokens:,} tokens in {len(train):,} blocks; "
+        f"held out: {_size(validation.text.num_bytes)}, {validation.num_tokens:,} tokens",
     ]
     if train.pair.is_exact:
         lines += measure_coverage(train).lines()
@@ -270,6 +270,10 @@ def main(argv: list[str]) -> dict:
     if not as_json:
         print("Ready: nothing stands in the way of this run")
     return {"status": "finished"}
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e3:,.1f} kB" if num_bytes >= 1000 else f"{num_bytes} bytes"
 
 
 def _count(number: int) -> str:
