@@ -56,7 +56,7 @@ class GoldObjective(Objective):
             with torch.no_grad():
                 teacher_logits = self.teacher(input_ids=batch.teacher.input_ids, use_cache=False).logits
         predicting = logits.flatten(0, 1)[batch.student.rows]
-        text = Loss([Tile(slice(None), None, None, None)], batch.student.targets, None, 1.0, 0.0, self.logit_clamp)
+        text = Loss([Tile(slice(None))], batch.student.targets, None, 1.0, 0.0, self.logit_clamp)
         text = tiled_loss(text, Readout(predicting, None, self.precision), None)
         gold = self.gold(
             logits.float(),

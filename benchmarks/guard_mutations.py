@@ -51,7 +51,7 @@ MUTATIONS = (
              "return Logs(tile, -column_logsumexp(tile, temperature), 1.0 / temperature)",
              "return Logs(tile.half(), -column_logsumexp(tile, temperature).half(), 1.0 / temperature)"),
     Mutation("the shared rows of two heads", "distillation.py",
-             "shared = min(len(student), len(teacher))", "shared = len(student)"),
+             "shared = min(len(student), len(whole))", "shared = len(student)"),
     Mutation("preflight refuses a clamp that saturates", "clamps.py", "if saturated > 0.5:", "if saturated > 1.5:"),
     # what is finite
     Mutation("student rows are checked before any clamp", "tiled.py",
@@ -126,8 +126,8 @@ MUTATIONS = (
              "self.raw, self.ce = self.raw - plain.sum(), self.ce - said.sum()",
              "self.raw, self.ce = self.raw - said.sum(), self.ce - said.sum()"),
     Mutation("the divergence is told as it is", "divergence.py",
-             "raw = sum((a - b).mul_(weight).sum(dim) for weight, (a, b) in terms)",
-             "raw = sum((a - b).mul_(weight).sum(dim) for weight, (a, b) in terms).clamp(max=0.1)"),
+             "raw = _added((a - b).mul_(weight).sum(dim) for weight, (a, b) in terms)",
+             "raw = _added((a - b).mul_(weight).sum(dim) for weight, (a, b) in terms).clamp(max=0.1)"),
 )  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {argv[0]}: no such verb; {hint}", file=sys.stderr)
         return 2
     verb = importlib.import_module(VERBS[argv[0]])
-    return run(verb.main, argv[1:], resumable=False)
+    return run(verb.main, argv[1:], resumable=argv[0] == "train")
 
 
 if __name__ == "__main__":

@@ -60,12 +60,12 @@ class Chunks:
     @property
     def strict(self) -> np.ndarray:
         """bool [C]: one token on each side, so the same bytes."""
-        return (self.sizes == 1).all(axis=0)
+        return np.all(self.sizes == 1, axis=0)
 
     @property
     def straddled(self) -> np.ndarray:
         """bool [C]: several tokens on both sides, so that some of them overlap."""
-        return (self.sizes > 1).all(axis=0)
+        return np.all(self.sizes > 1, axis=0)
 
 
 def ends_on_both(student_ends: np.ndarray, teacher_ends: np.ndarray) -> np.ndarray:
@@ -122,10 +122,13 @@ class TokenizerPair:
         self.equal = same_tokenizer(student, teacher)
         self.student_start, self.student_end = _named(start_and_end, "student", student)
         self.teacher_start, self.teacher_end = _named(start_and_end, "teacher", teacher)
-        self.tables = None
+        self.tables: tuple[TokenTable | None, TokenTable | None] | None = None
+        """Student first; None where the tokenizers are taken as equal, and for one that only tells characters"""
         if aligns or not self.equal:
-            sides = (("student", student, student_rows, stop_ids[0]), ("teacher", teacher, teacher_rows, stop_ids[1]))
-            self.tables = tuple(_table(*side, tolerant) for side in sides)
+            self.tables = (
+                _table("student", student, student_rows, stop_ids[0], tolerant),
+                _table("teacher", teacher, teacher_rows, stop_ids[1], tolerant),
+            )
 
     @cached_property
     def teacher_tokens(self) -> int:
@@ -136,6 +139,14 @@ class TokenizerPair:
     def is_exact(self) -> bool:
         """There are tables, and each holds its tokens' exact bytes."""
         return self.tables is not None and None not in self.tables
+
+    @property
+    def exact_tables(self) -> tuple[TokenTable, TokenTable]:
+        """The tables, of a pair that `is_exact`."""
+        student, teacher = self.tables or (None, None)
+        assert student is not None
+        assert teacher is not None
+        return student, teacher
 
     def canonical(self, text: str) -> str:
         """The text that both models read."""

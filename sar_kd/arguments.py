@@ -46,14 +46,15 @@ _MAY_CHANGE_ON_RESUME = {
 }  # fmt: skip
 
 
-def parse_args(script: Mapping[str, str], argv: list[str] | None = None) -> Config:
-    """The configuration that a command line asks for.
+def parse_args(script: Mapping[str, str], argv: list[str] | None = None, verb: str = "") -> Config:
+    """The configuration that a command line asks for, of a script or of the verb that does the same.
 
     Order of precedence, first wins: a flag given; with --resume, the run's own `config.json`; the mode;
     the script's defaults; the fields' defaults.
     Raises: UsageError, naming the flag, its value and the remedy.
     """
-    return _configure(script, vars(_build_parser(script).parse_args(argv)))
+    program = f"{program_name()} {verb}" if verb else None
+    return _configure(script, vars(_build_parser(script, program).parse_args(argv)))
 
 
 def parse_run(verb: str, description: str, argv: list[str]) -> tuple[Config, bool]:

@@ -11,6 +11,7 @@ from sar_kd.data import Corpus
 from sar_kd.documents import load_documents
 from sar_kd.files import plain
 from sar_kd.models import load_tokenizers
+from sar_kd.terminal import fitted
 from sar_kd.token_cache import TokenCache
 
 
@@ -27,8 +28,6 @@ def main(argv: list[str]) -> dict:
     coverage = measure_coverage(corpus)
     record = {**dataclasses.asdict(coverage), "mix": coverage.mix}
     print(
-        json.dumps(plain(record), indent=2)
-        if as_json
-        else "\n".join([*coverage.lines(), *name_left_out(coverage.left_out)])
+        json.dumps(plain(record), indent=2) if as_json else fitted(*coverage.lines(), *name_left_out(coverage.left_out))
     )
     return {"status": "finished"}

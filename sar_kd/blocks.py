@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 
 from sar_kd.alignment import ends_on_both
 from sar_kd.config import UsageError
+from sar_kd.token_stream import Ends
 
 _WINDOW = 2**18
 
@@ -23,7 +24,7 @@ class Block(NamedTuple):
     teacher_end: int
 
 
-class Blocks(Sequence):
+class Blocks(Sequence[Block]):
     """Many blocks, in 32 bytes each."""
 
     def __init__(self, ranges: np.ndarray):
@@ -37,6 +38,12 @@ class Blocks(Sequence):
     def __len__(self) -> int:
         return len(self.ranges)
 
+    @overload
+    def __getitem__(self, key: int) -> Block: ...
+
+    @overload
+    def __getitem__(self, key: slice) -> list[Block]: ...
+
     def __getitem__(self, key):
         found = self.ranges[key].tolist()
         return [Block(*block) for block in found] if isinstance(key, slice) else Block(*found)
@@ -49,8 +56,8 @@ class Blocks(Sequence):
 
 
 def cut_blocks(
-    student_ends: np.ndarray,
-    teacher_ends: np.ndarray,
+    student_ends: Ends,
+    teacher_ends: Ends,
     max_student: int,
     max_teacher: int,
     sizes: tuple[int, int] | None = None,

@@ -52,6 +52,7 @@ from sar_kd.teacher_store import (
     write_header,
     write_shard,
 )
+from sar_kd.terminal import fitted
 from sar_kd.tiled import stretches_of, tile_rows
 from sar_kd.token_cache import TokenCache
 from sar_kd.tokens import fingerprint
@@ -124,7 +125,7 @@ def _build(config: CachingConfig, folder: Path, as_json: bool) -> dict:
     kept = _announce(settings.teacher_model, folder, header, texts)
     total = sum(text.num_rows for text in texts)
     with tqdm(
-        total=total, initial=kept, unit="token", unit_scale=True, desc="Asking the teacher",
+        total=total, initial=kept, unit=" tokens", unit_scale=True, desc="Asking the teacher",
         disable=not sys.stderr.isatty(), file=sys.stderr,
     ) as bar:  # fmt: skip
         try:
@@ -201,14 +202,15 @@ def _announce(teacher: str, folder: Path, header: dict, texts: list[CacheText]) 
     size = record_of_facts(facts).itemsize + _INDEX_BYTES
     total = sum(text.num_rows for text in texts)
     kept = sum(rows for text in TEXTS for rows, _ in header["shards"][text])
-    print(
+    said = [
         f"Teacher {teacher} in {facts['dtype']}, {facts['teacher_top_k']} likeliest of {facts['num_tokens']:,} tokens: "
         f"{size} bytes a token, {total:,} tokens, {total * size / 1e6:,.1f} MB in {folder}"
-    )
+    ]
     if kept:
-        print(f"Going on: {kept:,} of {total:,} tokens are there")
+        said.append(f"Going on: {kept:,} of {total:,} tokens are there")
+    print(fitted(*said))
     remedy = "free some, lower --teacher_top_k, or name another folder"
-    require_room(folder, (total - kept) * size, "what the teacher says", "teacher_cache", remedy)
+    require_room(folder, (total - kept) * size, "what the teacher says", flag="teacher_cache", remedy=remedy)
     return kept
 
 
@@ -283,8 +285,7 @@ def _report(folder: Path, header: dict, texts: list[CacheText], as_json: bool) -
     if as_json:
         print(json.dumps(plain(figures), indent=2))
     else:
-        print(
-            f"Kept: {rows:,} tokens, {num_bytes / 1e6:,.1f} MB, {num_bytes / rows:.0f} bytes a token; the teacher's "
-            f"PPL on held-out text is {np.exp(nats):.2f}\nUse it: give a run --teacher_cache {folder}"
-        )
+        heard = f"the teacher's PPL on held-out text is {np.exp(nats):.2f}"
+        how_much = f"{rows:,} tokens, {num_bytes / 1e6:,.1f} MB, {num_bytes / rows:.0f} bytes a token"
+        print(fitted(f"Kept: {how_much}; {heard}", f"Use it: give a run --teacher_cache {folder}"))
     return {"status": "finished", **figures}

@@ -36,6 +36,9 @@ _ABOUT_BITS = "On held-out text. Compares across tokenizers; lower is better."
 _ABOUT_PERPLEXITY = "On held-out text, in each model's own tokens; lower is better."
 _ABOUT_NORM = "L2 norm of the gradients, loss scale taken out, before clipping."
 _ABOUT_SCALE = "The factor that lifts small gradients into float16's range; halved by an overflow."
+_ABOUT_OWN_TEXT = " A step on the student's own text has no ce."
+_ABOUT_ENDS = "Of what the student wrote itself, the share that it ended before it ran out of room."
+_ABOUT_LENGTH = "Of what the student wrote itself, tokens on average."
 _ABOUT_ENTROPY = "How evenly the teacher's routers spread tokens: 1 is evenly, 0 all to one expert."
 
 Draw = Callable[[Any], None]
@@ -51,14 +54,18 @@ def charts_of(runs: Sequence[History]) -> list[tuple[str, str]]:
 
 
 def _plans_of_one(run: History) -> list[tuple[str, Draw]]:
+    writes = any(record.get("responses") for record in run.steps)
     plans = [
-        (_ABOUT_LOSS, lambda axes: _losses(axes, run)),
+        (_ABOUT_LOSS + _ABOUT_OWN_TEXT * writes, lambda axes: _losses(axes, run)),
         (_ABOUT_BITS, lambda axes: _bits(axes, [run])),
         (_ABOUT_PERPLEXITY, lambda axes: _perplexity(axes, [run])),
         (_ABOUT_NORM, lambda axes: _norms(axes, run)),
         (_ABOUT_SCALE, lambda axes: _scales(axes, [run])),
         ("Updates that a guard refused, by cause.", lambda axes: _skips(axes, run)),
     ]
+    if writes:
+        plans.append((_ABOUT_ENDS, lambda axes: _responses(axes, run, "response_end_rate", "Responses that end")))
+        plans.append((_ABOUT_LENGTH, lambda axes: _responses(axes, run, "response_length", "Length of responses")))
     if any("router_entropy" in record for record in run.evaluations):
         plans.append((_ABOUT_ENTROPY, lambda axes: _entropy(axes, [run])))
         plans.append(("Share of each expert in the routers' choices, last validation.", lambda axes: _usage(axes, run)))
@@ -111,9 +118,13 @@ def _binned(steps: Sequence[int], values: Sequence[float]) -> tuple[list[float],
 
 
 def _curve(axes, run: History, key: str, colour: str, label: str, band: bool = True) -> None:
-    places, means, lows, highs = _binned(*run.column(run.steps, key))
+    """Over the steps that have the figure: a step on the student's own text, say, has no cross-entropy."""
+    records = [record for record in run.steps if record.get(key) is not None]
+    if not records:
+        return
+    places, means, lows, highs = _binned(*run.column(records, key))
     axes.plot(places, means, color=colour, label=label, marker="." if len(places) == 1 else None)
-    if band and len(places) < len(run.steps):
+    if band and len(places) < len(records):
         axes.fill_between(places, lows, highs, color=colour, alpha=0.18, linewidth=0)
 
 
@@ -173,6 +184,9 @@ def _log_scale(axes, ticks: str, base: int = 10) -> None:
     """A logarithmic axis with its numbers written out."""
     axes.set_yscale("log", base=base)
     low, high = axes.get_ylim()
+    if base == 10 and high / max(low, 1e-300) < 10:  # too little for more than one number
+        axes.set_yscale("linear")
+        return
     if base == 10 and high / max(low, 1e-300) < 200:
         axes.yaxis.get_major_locator().set_params(subs=(1.0, 2.0, 5.0))
     axes.yaxis.set_major_formatter(ticks)
@@ -182,7 +196,8 @@ def _log_scale(axes, ticks: str, base: int = 10) -> None:
 def _norms(axes, run: History) -> None:
     _curve(axes, run, "grad_norm", _COLOURS[0], "gradient norm")
     places, limits, _, _ = _binned(*run.column(run.steps, "norm_limit"))
-    axes.plot(places, limits, color=_COLOURS[3], linestyle="--", label="limit")
+    if any(map(math.isfinite, limits)):
+        axes.plot(places, limits, color=_COLOURS[3], linestyle="--", label="limit")
     axes.axhline(number_of(run.setting("max_grad_norm")), color=_INK, linestyle=":", label="clip")
     steps, norms = run.column((r for r in run.steps if r.get("cause") == "norm"), "grad_norm")
     if steps:
@@ -222,6 +237,12 @@ def _skips(axes, run: History) -> None:
     axes.set_title("Skipped updates" if width == 1 or not any(base) else f"Skipped updates, of {width} a bar")
     if any(base):
         _legend(axes)
+
+
+def _responses(axes, run: History, key: str, title: str) -> None:
+    _curve(axes, run, key, _COLOURS[0], title)
+    axes.set_ylim(bottom=0)
+    _finish(axes, title, legend=False)
 
 
 def _entropy(axes, runs: Sequence[History]) -> None:

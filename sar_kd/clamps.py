@@ -25,7 +25,7 @@ def clamp_lines(loss: LossConfig, student_vocab: int, teacher_vocab: int) -> tup
     bound, fresh = f"Logits in [-{loss.logit_clamp:g}, {loss.logit_clamp:g}]", math.log(student_vocab)
     of_logits = {
         "raw": f"{bound} to the letter: {letter}",
-        "normalized": f"{bound}, normalized: no probability is capped (to the letter: {letter})",
+        "normalized": f"{bound}, normalized: no probability is capped (raw: {letter})",
         "off": "Logits are not clamped",
     }
     of_loss = {

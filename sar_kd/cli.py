@@ -18,7 +18,7 @@ def run(main: Callable[[list[str] | None], dict], argv: list[str] | None = None,
     """Run a script's `main` and turn its outcome into an exit code; of several processes one says the line.
 
     0 done; 2 something to mend, said in one line; 3 emergency stop; 130 interrupted
-    resumable: it leaves checkpoints from which `--resume` continues, as no verb does
+    resumable: it leaves checkpoints from which `--resume` continues, as the verb `train` alone does
     """
     try:
         summary = main(argv)

@@ -73,12 +73,12 @@ class Logs(NamedTuple):
     """Log-probabilities, formed block by block: shift[n] + scale * tile[v, n]."""
 
     tile: Tensor
-    shift: Tensor | None = None
-    scale: float = 1.0
+    shift: Tensor
+    scale: float
 
     def at(self, block: slice) -> Tensor:
-        """Those of one block; not to be changed."""
-        return self.tile[block] if self.shift is None else torch.add(self.shift, self.tile[block], alpha=self.scale)
+        """Those of one block."""
+        return torch.add(self.shift, self.tile[block], alpha=self.scale)
 
 
 def normalised(tile: Tensor, temperature: float) -> Logs:
@@ -86,24 +86,33 @@ def normalised(tile: Tensor, temperature: float) -> Logs:
     return Logs(tile, -column_logsumexp(tile, temperature), 1.0 / temperature)
 
 
+class Learner(NamedTuple):
+    """The side that learns, and the place for its slopes."""
+
+    side: str
+    """'student' or 'teacher'"""
+    slopes: Tensor
+    """float32 [V, n]; may be the other side's tile"""
+
+
 def diverge(
-    divergence: Divergence, student: Logs, teacher: Logs, learner: str | None = None, slopes: Tensor | None = None
+    divergence: Divergence, student: Logs, teacher: Logs, learner: Learner | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The divergence of each column; fills `slopes`, which may be the other side's tile, with those of the learner's
-    log-probabilities, each taken as free.
+    """The divergence of each column; fills the learner's slopes with those of its log-probabilities, each taken as
+    free.
 
     Returns: with the floor and as it is, float32 [n], nats; and the sum of each column's slopes, float32 [n]
     """
     loss = raw = total = torch.zeros_like(teacher.tile[0])
-    known = divergence.total_slope(learner)
+    known = None if learner is None else divergence.total_slope(learner.side)
     for block in blocks_of(teacher.tile):
         terms = divergence.terms(student.at(block), teacher.at(block))
         sums = terms.sums(divergence.floor, dim=0)
         loss, raw = loss + sums[0], raw + sums[1]
         if learner is not None:
-            free = divergence.slopes(terms, learner)
+            free = divergence.slopes(terms, learner.side)
             total = total + free.sum(0) if known is None else total
-            slopes[block] = free
+            learner.slopes[block] = free
     return loss, raw, total if known is None else total + known
 
 
@@ -115,7 +124,7 @@ def through_softmax_(slopes: Tensor, total: Tensor, logs: Logs, factor: Tensor) 
     total: sum_v g[v, n], float32 [n]
     """
     for block in blocks_of(slopes):
-        probs = torch.add(logs.shift, logs.tile[block], alpha=logs.scale).exp_().mul_(total)
+        probs = logs.at(block).exp_().mul_(total)
         torch.mul(slopes[block].sub_(probs), factor, out=slopes[block])
     return slopes
 

@@ -9,7 +9,6 @@ for, the tokens are those of the template itself.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from jinja2 import TemplateError
@@ -19,7 +18,7 @@ from sar_kd.config import UsageError
 from sar_kd.pieces import ANCHORS, encode_behind, encode_texts
 from sar_kd.rows import Conversation
 from sar_kd.token_stream import GLUE, PROMPT, RESPONSE, STOP, Part
-from sar_kd.tokens import TokenTable, build_token_table, encode
+from sar_kd.tokens import Ids, TokenTable, build_token_table, encode
 
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}{{ message.role | capitalize + ':\\n' + message.content }}"
@@ -53,6 +52,14 @@ class _Draft(NamedTuple):
     """By side, the glue before each text and behind the last."""
 
 
+class _Content(NamedTuple):
+    """A text in a model's tokens."""
+
+    ids: Ids
+    has_dummy: bool
+    """It begins with a space that the tokenizer put there"""
+
+
 class _Refused(ValueError):
     """What is wrong with a conversation, for one model."""
 
@@ -78,20 +85,20 @@ def render(conversations: list[Conversation], pair: TokenizerPair, writers: list
             left_out.append(f"{draft.conversation.name} (the {lacking[0].whose}'s tokenizer cannot represent it)")
             continue
         names.append(draft.conversation.name)
-        is_text = [all(dummy for _, dummy in same) for same in zip(*contents, strict=True)]
+        is_text = [all(content.has_dummy for content in same) for same in zip(*contents, strict=True)]
         for side, writer in enumerate(writers):
             sides[side].append(writer.parts(draft, draft.frames[side], contents[side], is_text))
-    lacking = [writer.whose for writer in writers if writer.took_default]
-    if lacking and len(writers) == 1:
-        lacking = ["student", "teacher"]
-    return Rendered(names, sides, [writer.table for writer in writers], left_out, tuple(lacking))
+    without = tuple(writer.whose for writer in writers if writer.took_default)
+    if without and len(writers) == 1:
+        without = "student", "teacher"
+    return Rendered(names, sides, [writer.table for writer in writers], left_out, without)
 
 
 def writers_of(pair: TokenizerPair) -> list[_Writer]:
     """One writer for each stream of tokens: a single one where the tokenizers are taken as equal."""
     if pair.is_exact:
-        student = _Writer("student", pair.student, pair.tables[0])
-        return [student, _Writer("teacher", pair.teacher, pair.tables[1])]
+        student, teacher = pair.exact_tables
+        return [_Writer("student", pair.student, student), _Writer("teacher", pair.teacher, teacher)]
     if pair.tables is not None:
         raise UsageError("--alignment uld: a tokenizer that changes text reads plain text only, no conversations")
     if _template_of(pair.student) != _template_of(pair.teacher):
@@ -177,20 +184,23 @@ class _Writer:
 
     # Tokens
 
-    def contents(self, drafts: list[_Draft], side: int) -> list[list[tuple[Sequence[int], bool]] | None]:
-        """Ids of each text of each draft, and whether they begin with a dummy space.
+    def contents(self, drafts: list[_Draft], side: int) -> list[list[_Content] | None]:
+        """Each text of each draft; None for a draft with one that the tokenizer cannot represent.
 
-        None for a draft with a text that the tokenizer cannot represent; side: which of the drafts' frames is its own
+        side: which of the drafts' frames is its own
         """
         encoded = iter(encode_texts(self.tokenizer, [text for draft in drafts for text in draft.texts]))
-        found = []
+        found: list[list[_Content] | None] = []
         for draft in drafts:
             glues = draft.frames[side]
             contents = [self._content(next(encoded), text, glues[i], not i) for i, text in enumerate(draft.texts)]
-            found.append(None if None in contents else contents)
+            whole = [content for content in contents if content is not None]
+            found.append(whole if len(whole) == len(contents) else None)
         return found
 
-    def _content(self, ids: Sequence[int], text: str, glue: str, first: bool) -> tuple[Sequence[int], bool] | None:
+    def _content(self, ids: Ids | None, text: str, glue: str, first: bool) -> _Content | None:
+        if ids is None:
+            return None
         num_bytes = len(text.encode())
         before = int(self.table.lengths[ids].sum()) - num_bytes
         if before not in (0, int(self.table.dummy_prefix)):
@@ -199,8 +209,8 @@ class _Writer:
             for anchor in ANCHORS:
                 behind = encode_behind(self.tokenizer, anchor, text)
                 if behind is not None:
-                    return behind, False
-        return ids, bool(before)
+                    return _Content(behind, False)
+        return _Content(ids, bool(before))
 
     def _puts_space(self, glue: str, first: bool) -> bool:
         """Whether the tokenizer, given the whole text, would put a space between this glue and a content."""
@@ -210,13 +220,11 @@ class _Writer:
             self._spaced[glue] = self._own_ids(glue + "a") == self._own_ids(glue) + encode(self.tokenizer, ["a"])[0]
         return self._spaced[glue]
 
-    def parts(
-        self, draft: _Draft, frame: list[str], contents: list[tuple[Sequence[int], bool]], is_text: list[bool]
-    ) -> list[Part]:
+    def parts(self, draft: _Draft, frame: list[str], contents: list[_Content], is_text: list[bool]) -> list[Part]:
         """Glue, contents and stop tokens in order; `is_text`: whether each content's dummy space is text to both."""
         parts, messages = [], draft.conversation.messages
         for place, glue in enumerate(frame):
-            if place < len(contents) and contents[place][1] and glue.endswith(" "):
+            if place < len(contents) and contents[place].has_dummy and glue.endswith(" "):
                 glue = glue[:-1]  # the dummy space stands for it
             ids = self._glue(glue, not place, place == len(contents))
             if place and messages[place - 1].is_target:
@@ -227,15 +235,16 @@ class _Writer:
                 parts.append(Part(ids, GLUE))
             if place < len(contents):
                 kind = RESPONSE if messages[place].is_target else PROMPT
-                parts.append(Part(contents[place][0], kind, contents[place][1], is_text[place]))
+                parts.append(Part(contents[place].ids, kind, contents[place].has_dummy, is_text[place]))
         return parts
 
     def _stop(self, glue: str, ids: list[int]) -> int:
         """How many tokens of the glue behind a response the model has to write to stop; 0 if they do not stop it."""
         at = next((i for i, token in enumerate(ids) if token in self._end_ids), None)
+        if at is None:
+            return 0
         # White space before the stop token, as Llama 2's template has it, would else be what the model never learns.
-        stops = at is not None and not glue.partition(self.table.strings[ids[at]])[0].strip()
-        return at + 1 if stops else 0
+        return 0 if glue.partition(self.table.strings[ids[at]])[0].strip() else at + 1
 
     def _glue(self, glue: str, first: bool, last: bool) -> list[int]:
         """Ids of a piece of glue as it is cut between other text.

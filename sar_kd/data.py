@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,7 +77,7 @@ class Batch:
 
 def _moved(record, device: torch.device):
     """The same record with its tensors, and its records' tensors, on `device`."""
-    changed = {}
+    changed: dict[str, Any] = {}
     for item in dataclasses.fields(record):
         value = getattr(record, item.name)
         if isinstance(value, Tensor):
@@ -140,7 +141,8 @@ class Corpus:
             return Batch(student, student, alignment, tuple(blocks), stored=self._stored(cuts, student))
         teacher = _tokens(self.text.teacher, [(c.teacher_start, c.teacher_end) for c in cuts], self.pair.teacher_start)
         widths = student.input_ids.shape[1], teacher.input_ids.shape[1]
-        alignment, stretches = self.pairing.align(cuts, *widths), ()
+        alignment = self.pairing.align(cuts, *widths)
+        stretches: tuple[Stretch, ...] = ()
         if alignment.in_teacher is not None:
             richer, limit = self.pairing.teacher_is_richer, self.pairing.stretch_rows
             stretches = cut_stretches(alignment, len(student.rows), teacher.rows, richer, limit)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sar_kd.columns import (
+    Learner,
     Logs,
     column_logsumexp,
     diverge,
@@ -24,8 +25,8 @@ from sar_kd.divergence import Divergence
 from sar_kd.losses import ABSENT, LogitClamp
 from sar_kd.pairing import Pairing
 from sar_kd.readout import Readout
-from sar_kd.tiled import Compared, Loss, Slopes, Tile, stretches_of, tile_rows, tiled_loss
-from sar_kd.top import StoredRows, Top, top_of
+from sar_kd.tiled import Compared, Loss, Single, Slopes, Teacher, Tile, stretches_of, tile_rows, tiled_loss
+from sar_kd.top import Top, top_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Outputs:
 
     student: Readout
     """[N, ...]: the rows that predict a target"""
-    teacher: Readout | StoredRows | None
+    teacher: Teacher | None
     """[B * T_t, ...]: every row; None where nothing is distilled"""
     student_states: Tensor | None = None
     """float [B * T_s, D_s]: last hidden states, where a term asks for them"""
@@ -77,7 +78,7 @@ class Distillation(nn.Module):
 
     def forward(self, batch: Batch, outputs: Outputs) -> Learned:
         """The term of a batch, with a gradient for the teacher if its states have a graph, else for the student."""
-        learner = "teacher" if outputs.teacher.learns else "student"
+        learner = "teacher" if outputs.teacher is not None and outputs.teacher.learns else "student"
         loss = Loss(self.tiles(batch), None, self.compare, 0.0, 1.0, self.clamp, learner=learner)
         sums = tiled_loss(loss, outputs.student, outputs.teacher)
         return Learned(sums.minimised, sums.raw_kd, sums.dropped)
@@ -86,24 +87,38 @@ class Distillation(nn.Module):
         """The pairs of rows where both start a token, in stretches."""
         pairs = batch.alignment
         parts = stretches_of(len(pairs.strict), self.tile_rows)
-        return [Tile(pairs.student_rows[p], pairs.teacher_rows[p], None, pairs.strict[p]) for p in parts]
+        return [Tile(pairs.student_rows[p], pairs.teacher_rows[p], part=pairs.strict[p]) for p in parts]
 
-    def compare(self, student: Tensor, teacher: Tensor | Top, part: object, learner: str | None) -> Compared:
-        """Two tiles of logits, float32 [V_s, n] and [V_t, m], or what is stored of the teacher's. See `Compared`."""
-        leaf = {"student": student, "teacher": teacher}.get(learner)
-        if leaf is None:
-            return Compared(*self.between(student, teacher, part), None)
+    def compare(self, student: Tensor, teacher: Tensor | Top, part: Any, learner: str | None) -> Compared:
+        """Two tiles of logits, float32 [V_s, n] and [V_t, m], or what is stored of the teacher's. See `Compared`.
+
+        part: what `tiles` put beside them
+        """
+        if learner is None:
+            loss, raw, dropped = self.between(student, teacher, part)
+            return Compared(loss, raw, dropped, None)
+        leaf = student if learner == "student" else whole_tile(teacher)
         with torch.enable_grad():
             leaf.requires_grad_()
-            learned = self.between(student, teacher, part)
-        (slopes,) = torch.autograd.grad(learned.loss, leaf)
-        return Compared(*(figure.detach() for figure in learned), Slopes(((0, slopes),)))
+            loss, raw, dropped = self.between(student, teacher, part)
+        (slopes,) = torch.autograd.grad(loss, leaf)
+        return Compared(loss.detach(), raw.detach(), dropped.detach(), Slopes(((0, slopes),)))
+
+    def between(self, student: Tensor, teacher: Tensor | Top, part: Any) -> Learned:
+        """The term of two tiles, as `compare` has them, with a graph; for kinds whose slopes autograd finds."""
+        raise NotImplementedError
 
     def _top(self, teacher: Tensor | Top, size: int | None = None) -> Top:
         """The teacher's top k, of the first `size` tokens if it is given."""
         if isinstance(teacher, Top):
             return teacher.first(self.top_k, self.temperature)
         return top_of(teacher, self.top_k, min(self.teacher_tokens, size or self.teacher_tokens), self.temperature)
+
+
+def whole_tile(teacher: Tensor | Top) -> Tensor:
+    """A teacher's tile where none is cut: what is stored always is."""
+    assert isinstance(teacher, Tensor)
+    return teacher
 
 
 class TokenLevel(Distillation):
@@ -114,45 +129,49 @@ class TokenLevel(Distillation):
     def tiles(self, batch: Batch) -> list[Tile]:
         """Every row with its own, in stretches."""
         rows = batch.alignment.teacher_rows
-        return [Tile(part, rows[part], None, None) for part in stretches_of(len(rows), self.tile_rows)]
+        return [Tile(part, rows[part]) for part in stretches_of(len(rows), self.tile_rows)]
 
-    def compare(self, student: Tensor, teacher: Tensor | Top, part: None, learner: str | None) -> Compared:
+    def compare(self, student: Tensor, teacher: Tensor | Top, part: Any, learner: str | None) -> Compared:
         """Two tiles of logits; leaves the slopes in the place of the other side's. See `Compared`."""
         if self.top_k:
-            return self._compare_tops(student, self._top(teacher, min(len(student), self.teacher_tokens)), learner)
+            assert learner != "teacher"
+            top = self._top(teacher, min(len(student), self.teacher_tokens))
+            return self._compare_tops(student, top, learner is not None)
+        whole = whole_tile(teacher)
         # Heads may be padded to different sizes; the rows they share are the tokens.
-        shared = min(len(student), len(teacher))
-        student, teacher, keep = student[:shared], teacher[:shared], finite_columns(teacher)
+        shared = min(len(student), len(whole))
+        student, teacher, keep = student[:shared], whole[:shared], finite_columns(whole)
         silence_(teacher, keep)
-        slopes = {"student": teacher, "teacher": student}.get(learner)
-        both = [normalised(tile, self.temperature) for tile in (student, teacher)]
-        compared, slopes = self._diverge(both, keep, learner, slopes)
-        return compared._replace(slopes=None if slopes is None else Slopes(((0, slopes),)))
+        own, other = (normalised(tile, self.temperature) for tile in (student, teacher))
+        if learner is None:
+            return self._diverge(own, other, keep, None)
+        slopes = teacher if learner == "student" else student
+        compared = self._diverge(own, other, keep, Learner(learner, slopes))
+        return compared._replace(slopes=Slopes(((0, slopes),)))
 
-    def _compare_tops(self, student: Tensor, top: Top, learner: str | None) -> Compared:
+    def _compare_tops(self, student: Tensor, top: Top, learns: bool) -> Compared:
         """Over the teacher's top k and the rest."""
-        assert learner != "teacher"
         places = (top.ids * student.shape[1] + torch.arange(student.shape[1], device=student.device)).reshape(-1)
         kept = student.view(-1).index_select(0, places)
         student.view(-1).index_fill_(0, places, ABSENT)
         rest = self.temperature * column_logsumexp(student, self.temperature)
         sides = torch.cat([kept.view_as(top.ids), rest[None]]), torch.cat([top.logits, top.rest[None]])
-        both = [normalised(tile, self.temperature) for tile in sides]
-        compared, slopes = self._diverge(both, top.sound, learner, torch.empty_like(sides[1]))
-        spread = None if slopes is None else softmax_slopes(student, rest, slopes[-1], self.temperature)
+        own, other = (normalised(tile, self.temperature) for tile in sides)
+        if not learns:
+            student.view(-1).index_copy_(0, places, kept)
+            return self._diverge(own, other, top.sound, None)
+        slopes = torch.empty_like(other.tile)
+        compared = self._diverge(own, other, top.sound, Learner("student", slopes))
+        spread = softmax_slopes(student, rest, slopes[-1], self.temperature)
         student.view(-1).index_copy_(0, places, kept)
-        if slopes is None:
-            return compared
-        return compared._replace(slopes=Slopes(((0, spread),), places, slopes[:-1].reshape(-1)))
+        return compared._replace(slopes=Slopes(((0, spread),), Single(places, slopes[:-1].reshape(-1))))
 
-    def _diverge(
-        self, both: list[Logs], keep: Tensor, learner: str | None, slopes: Tensor | None
-    ) -> tuple[Compared, Tensor | None]:
-        """The divergence of two sides over the same outcomes, and the slopes of the learner's logits."""
-        loss, raw, total = diverge(self.divergence, *both, learner, slopes)
+    def _diverge(self, student: Logs, teacher: Logs, keep: Tensor, learner: Learner | None) -> Compared:
+        """The divergence of two sides over the same outcomes, and in the learner's place the slopes of its logits."""
+        loss, raw, total = diverge(self.divergence, student, teacher, learner)
         # T^2 keeps the size of the gradient (arXiv 1503.02531, section 2); the logits' own slopes have one T less.
         if learner is not None:
-            through_softmax_(slopes, total, both[learner == "teacher"], keep * self.temperature)
+            own = student if learner.side == "student" else teacher
+            through_softmax_(learner.slopes, total, own, keep * self.temperature)
         counts = keep * self.temperature**2
-        compared = Compared((loss * counts).sum(), (raw * counts).sum(), (~keep).sum(), None)
-        return compared, None if learner is None else slopes
+        return Compared((loss * counts).sum(), (raw * counts).sum(), (~keep).sum(), None)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,10 +22,15 @@ class Terms(NamedTuple):
     def sums(self, floor: float, dim: int | None = None) -> tuple[Tensor, Tensor]:
         """With log-probabilities that count for `floor` at least, and without: sums over `dim`, over all if None."""
         terms = list(zip(self.weights, self.pairs, strict=True))
-        raw = sum((a - b).mul_(weight).sum(dim) for weight, (a, b) in terms)
+        raw = _added((a - b).mul_(weight).sum(dim) for weight, (a, b) in terms)
         if floor == -math.inf:
             return raw, raw
-        return sum(a.clamp_min(floor).sub_(b.clamp_min(floor)).mul_(weight).sum(dim) for weight, (a, b) in terms), raw
+        floored = ((a.clamp_min(floor).sub_(b.clamp_min(floor)), weight) for weight, (a, b) in terms)
+        return _added(difference.mul_(weight).sum(dim) for difference, weight in floored), raw
+
+
+def _added(parts: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(operator.add, parts)
 
 
 @dataclass(frozen=True)
@@ -73,12 +81,13 @@ class Divergence:
         reverse  p * (log p - log t + 1)               -p
         jsd      (1 - beta) * p * (log p - log m)      beta * t * (log t - log m)
         """
-        weight, (log_a, log_b) = (field[-1 if side == "student" else 0] for field in terms)
+        which = -1 if side == "student" else 0
+        weight, (log_a, log_b) = terms.weights[which], terms.pairs[which]
         if self.total_slope(side) is not None:
             return -weight
         return (log_a - log_b).add_(0.0 if self.direction == "jsd" else 1.0).mul_(weight)
 
-    def total_slope(self, side: str | None) -> float | None:
+    def total_slope(self, side: str) -> float | None:
         """What the `slopes` of a row add up to, where that is known beforehand."""
         return -1.0 if (self.direction, side) in (("forward", "student"), ("reverse", "teacher")) else None
 

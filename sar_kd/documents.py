@@ -9,6 +9,7 @@ import hashlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -68,7 +69,7 @@ def load_documents(config: DataConfig) -> tuple[Sequence[Sample] | Documents, Se
     if config.dataset_name:
         train, validation = map(_gathered, _dataset(config))
     elif config.train_file:
-        train, validation = _load_files("train_file", config.train_file, config.text_field), _Gathered([], None, ())
+        train, validation = _load_files("train_file", config.train_file, config.text_field), _Gathered([], ())
     else:
         splits = embedded.read_text("transfer", "validation")
         train, validation = (_gathered(_items(split)) for split in splits)
@@ -89,30 +90,30 @@ def task_questions(split: str) -> list[Conversation]:
     ]
 
 
-class _Gathered(NamedTuple):
+@dataclass(frozen=True)
+class _Gathered:
     """Documents gone through once."""
 
-    held: list[Sample] | None
-    """All of them, where they are no large text"""
-    large: Documents | None
+    all: Sequence[Sample] | Documents
+    """In memory, unless they are a large text"""
     tail: Sequence[Sample]
     """The last documents, more than are held out"""
     count: int = 0
     num_chars: int = 0
 
-    @property
-    def all(self) -> list[Sample] | Documents:
-        return self.large if self.held is None else self.held
-
     def until(self, stop: int, last: Document | LongDocument | None, num_chars: int) -> list[Sample] | Documents:
         """So many documents, and behind them `last`, which is the next one's beginning, if any; their characters."""
-        behind = [] if last is None else [last]
-        return [*self.held[:stop], *behind] if self.large is None else self.large.until(stop, behind, num_chars)
+        behind: list[Sample] = [] if last is None else [last]
+        if isinstance(self.all, Documents):
+            return self.all.until(stop, behind, num_chars)
+        return [*self.all[:stop], *behind]
 
 
 def _gathered(source: _Source) -> _Gathered:
     """Go through documents once; keep them while they are no large text, and always what it takes to hold some out."""
-    held, tail, of_tail, count, num_chars, digest, talks = [], deque(), 0, 0, 0, hashlib.sha256(), False
+    held: list[Sample] | None = []
+    tail: deque[Sample] = deque()
+    of_tail, count, num_chars, digest, talks = 0, 0, 0, hashlib.sha256(), False
     for sample in source.read():
         size, count = sample.num_chars, count + 1
         num_chars, of_tail, talks = num_chars + size, of_tail + size, talks or isinstance(sample, Conversation)
@@ -125,8 +126,8 @@ def _gathered(source: _Source) -> _Gathered:
             for part in held or (sample,):
                 _enter(part, digest)
             held = None
-    large = None if held is not None else Documents(source, num_chars, digest.hexdigest(), talks)
-    return _Gathered(held, large, tail, count, num_chars)
+    found = Documents(source, num_chars, digest.hexdigest(), talks) if held is None else held
+    return _Gathered(found, tail, count, num_chars)
 
 
 def _enter(sample: Sample, digest) -> None:
@@ -198,7 +199,10 @@ def _dataset(config: DataConfig) -> tuple[_Source, _Source]:
         if conversations:
             where = f"--dataset_name {config.dataset_name}: {split} row"
             for number, row in enumerate(loaded[split]):
-                yield conversation_of(f"{split}:{number}", row, f"{where} {number}")
+                talk = conversation_of(f"{split}:{number}", row, f"{where} {number}")
+                if talk is None:  # the columns are the training split's
+                    raise UsageError(f"{where} {number} holds no conversation")
+                yield talk
             return
         for number, text in enumerate(loaded[split][config.text_field]):
             if not (text is None or isinstance(text, str)):
@@ -229,7 +233,7 @@ def _hold_out(text: _Gathered) -> tuple[Sequence[Sample] | Documents, Sequence[S
 
     A conversation is never split.
     """
-    tail, held = list(text.tail), []
+    tail, held = list(text.tail), list[Sample]()
     missing = min(_HELD_OUT_SHARE * text.num_chars, _MOST_HELD_OUT)
     while text.count - len(held) > 1 and tail[-1].num_chars <= missing:
         held.insert(0, tail.pop())

@@ -13,9 +13,10 @@ from torch import nn
 
 from sar_kd.data import TokenBatch
 from sar_kd.heads import Heads
+from sar_kd.likelihood import target_log_probs
 from sar_kd.precision import Precision
 from sar_kd.readout import read_out
-from sar_kd.tiled import target_log_probs, tile_rows
+from sar_kd.tiled import tile_rows
 from sar_kd.world import ALONE, World
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sar_kd.arguments import parse_section
 from sar_kd.settings import flag
+from sar_kd.terminal import fitted
 from sar_kd.training_log import Point, TrainingLog, read_log
 
 _FLAT = 1e-3
@@ -145,7 +146,7 @@ DIAGNOSES = {
             "the form is learned and the content is not yet",
             "train longer, at a higher rate, or a larger model",
         ),
-        Diagnosis("healthy", "loss and grad_norm finite, and the loss falls", "nothing here looks wrong", "go on"),
+        Diagnosis("healthy", "loss and grad_norm finite throughout", "nothing here looks wrong", "go on"),
     )
 }  # fmt: skip
 """Every pattern that is known, in the order in which a log is tried against them, the last one when nothing fits."""
@@ -263,5 +264,5 @@ def main(argv: list[str]) -> dict:
     about = "The likely cause of the losses and gradient norms in a log."
     config, as_json = parse_section("explain", about, ExplainConfig, argv, ["log"])
     log = read_log(Path(config.log))
-    print(json.dumps(asdict(diagnose(log)), indent=2) if as_json else "\n".join(lines_of(log)))
+    print(json.dumps(asdict(diagnose(log)), indent=2) if as_json else fitted(*lines_of(log)))
     return {"status": "finished"}

@@ -117,7 +117,7 @@ def file_digest(path: Path) -> str:
 
 
 def require_room(
-    folder: Path, num_bytes: int, what: str, flag: str = "output_dir", remedy: str = "free some, then --resume"
+    folder: Path, num_bytes: int, what: str, *, flag: str = "output_dir", remedy: str = "free some, then --resume"
 ) -> int:
     """The bytes that are free. Raise UsageError unless that is `num_bytes`, and a little to spare."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -36,10 +37,31 @@ class Head:
         return self.softcap * (logits / self.softcap).tanh() if self.softcap else logits
 
 
-def body_of(model: nn.Module) -> nn.Module:
+def body_of(model: Any) -> nn.Module:
     """The model without its head, which gives hidden states."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # adapters around a model
     return getattr(inner, "base_model", inner)
+
+
+def text_config_of(model: Any) -> Any:
+    """What transformers knows about a model, or about the part of it that reads text."""
+    return model.config.get_text_config()
+
+
+def _output_module(model: Any) -> nn.Module:
+    return model.get_output_embeddings()
+
+
+class _Form(NamedTuple):
+    """How logits come from a head's products. See `Head`."""
+
+    scale: float
+    softcap: float
+
+    def head(self, module: nn.Module) -> Head:
+        """A module of this form, with the weights that it has now."""
+        parameters = dict(module.named_parameters())
+        return Head(parameters["weight"], parameters.get("bias"), self.scale, self.softcap)
 
 
 class Heads:
@@ -47,24 +69,24 @@ class Heads:
 
     def __init__(self, precision: Precision):
         self.precision = precision
-        self._forms: WeakKeyDictionary[nn.Module, tuple[float, float] | None] = WeakKeyDictionary()
+        self._forms: WeakKeyDictionary[nn.Module, _Form | None] = WeakKeyDictionary()
 
     def of(self, model: nn.Module) -> Head | None:
         """The head of a model as it computes now; None if its logits come about in another way.
 
         The first call for a head runs the model and reads the device.
         """
-        module = model.get_output_embeddings()
+        module = _output_module(model)
         if module not in self._forms:
             self._forms[module] = _find_form(model, module, self.precision)
         form = self._forms[module]
         if form is None or module._forward_hooks or module._forward_pre_hooks:  # who waits for its output is to get it
             return None
-        return Head(module.weight, getattr(module, "bias", None), *form)
+        return form.head(module)
 
     def assume(self, model: nn.Module) -> None:
         """Take it that the head is what the configuration says; for a model without numbers, which cannot be tried."""
-        module = model.get_output_embeddings()
+        module = _output_module(model)
         self._forms[module] = _candidates(model)[0] if _may_be_plain(model, module) else None
 
 
@@ -74,8 +96,8 @@ def _may_be_plain(model: nn.Module, module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _find_form(model: nn.Module, module: nn.Module, precision: Precision) -> tuple[float, float] | None:
-    """Scale and softcap of a head, None if it is another kind of head.
+def _find_form(model: nn.Module, module: nn.Module, precision: Precision) -> _Form | None:
+    """The form of a head, None if it is another kind of head.
 
     Tried on a few tokens: what the head is given must be what the body returns, and what it makes of that, scaled and
     capped as the configuration says, must be the model's logits.
@@ -87,7 +109,7 @@ def _find_form(model: nn.Module, module: nn.Module, precision: Precision) -> tup
     hook = module.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
     was_training = model.training
     model.eval()
-    input_ids = torch.arange(4, device=module.weight.device)[None]
+    input_ids = torch.arange(4, device=next(module.parameters()).device)[None]
     try:
         with precision.same_random(), precision.autocast():
             logits = model(input_ids=input_ids, use_cache=False).logits
@@ -99,18 +121,18 @@ def _find_form(model: nn.Module, module: nn.Module, precision: Precision) -> tup
         return None
     products = seen[0][1]
     for form in _candidates(model):
-        found = Head(module.weight, getattr(module, "bias", None), *form)
+        found = form.head(module)
         with contextlib.suppress(RuntimeError):  # another shape
             if _close(found.after_product(products), logits) and _close(_product(states, found, precision), products):
                 return form
     return None
 
 
-def _candidates(model: nn.Module) -> list[tuple[float, float]]:
-    config = model.config.get_text_config()
+def _candidates(model: nn.Module) -> list[_Form]:
+    config = text_config_of(model)
     scales = [float(value) ** power for name, power in _SCALES.items() if (value := getattr(config, name, None))]
     caps = [float(getattr(config, "final_logit_softcapping", None) or 0.0), 0.0]
-    return [(scale, cap) for cap in caps for scale in (*scales, 1.0)]
+    return [_Form(scale, cap) for cap in caps for scale in (*scales, 1.0)]
 
 
 def _product(states: Tensor, head: Head, precision: Precision) -> Tensor:

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sar_kd.fold import Fold
 from sar_kd.losses import ABSENT, Segments
 from sar_kd.other_ways import Ways
-from sar_kd.projection import Continuations, Fold
+from sar_kd.projection import Continuations
 from sar_kd.top import Top
 
 HEARD = 1e-6 * ABSENT

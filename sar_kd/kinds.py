@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +11,15 @@ from torch import Tensor, nn
 from sar_kd.columns import finite_columns
 from sar_kd.config import LossConfig
 from sar_kd.data import Batch
-from sar_kd.distillation import Distillation, Learned, Outputs, TokenLevel
+from sar_kd.distillation import Distillation, Learned, Outputs, TokenLevel, whole_tile
+from sar_kd.heads import text_config_of
+from sar_kd.likelihood import target_log_probs
 from sar_kd.losses import ABSENT, Segments, chunk_likelihood, finite_rows, sorted_distance, state_distance
 from sar_kd.pairing import Pairing
 from sar_kd.projected import Projected
 from sar_kd.projection import on_support
 from sar_kd.stretches import Alignment
-from sar_kd.tiled import target_log_probs, tile_rows
+from sar_kd.tiled import tile_rows
 from sar_kd.top import StoredRows, Top
 
 
@@ -26,11 +29,14 @@ class Strict(Distillation):
     _LEAST_MASS = 0.1
     """A row counts if the tokens that both have hold this share of the teacher's probability, as it is cut."""
 
+    same_token: Tensor
+    """See `Pairing`"""
+
     def __init__(self, config: LossConfig, pairing: Pairing):
         super().__init__(config, pairing)
         self.register_buffer("same_token", pairing.same_token, persistent=False)
 
-    def between(self, student: Tensor, teacher: Tensor | Top, part: Tensor) -> Learned:
+    def between(self, student: Tensor, teacher: Tensor | Top, part: Any) -> Learned:
         """part: bool [n], which pairs predict the same bytes"""
         size, student = len(self.same_token), student / self.temperature
         if self.top_k:
@@ -38,16 +44,17 @@ class Strict(Distillation):
             partners, keep, heard = self.same_token[top.ids], top.sound, top.logits / self.temperature
             shared, student = heard, student.gather(0, partners.clamp_min(0))
         else:
-            keep, partners = finite_columns(teacher.detach()), self.same_token[:, None]
-            heard = teacher.masked_fill(~keep, 0.0) / self.temperature
+            whole, partners = whole_tile(teacher), self.same_token[:, None]
+            keep = finite_columns(whole.detach())
+            heard = whole.masked_fill(~keep, 0.0) / self.temperature
             shared, student = heard[:size], student.index_select(0, self.same_token.clamp_min(0))
         shared = torch.where(partners >= 0, shared, ABSENT)
         held = (shared.logsumexp(0) - heard.logsumexp(0)).exp()
         counts = keep & part & (held >= self._LEAST_MASS)
         student = on_support(student, shared)
         # T^2 keeps the size of the gradient (arXiv 1503.02531, section 2).
-        sums = self.divergence(student.log_softmax(0), shared.log_softmax(0), counts)
-        return Learned(*(total * self.temperature**2 for total in sums), (~keep).sum())
+        loss, raw = self.divergence(student.log_softmax(0), shared.log_softmax(0), counts)
+        return Learned(loss * self.temperature**2, raw * self.temperature**2, (~keep).sum())
 
 
 class ChunkLikelihood(Distillation):
@@ -60,7 +67,7 @@ class ChunkLikelihood(Distillation):
     def forward(self, batch: Batch, outputs: Outputs) -> Learned:
         """See `Distillation`."""
         alignment = batch.alignment
-        bound = self.clamp.bound if self.clamp.style == "raw" else math.inf
+        bound = self.clamp.raw_bound
         heard, keep = self._heard(batch, outputs, bound)
         said, _ = target_log_probs(outputs.student, batch.student.targets, self.tile_rows, bound)
         loss = self._likelihood(alignment, self.clamp.log_probs(said), heard, keep)
@@ -72,17 +79,20 @@ class ChunkLikelihood(Distillation):
         return Learned(loss, raw, (~keep).sum())
 
     def _heard(self, batch: Batch, outputs: Outputs, bound: float = math.inf) -> tuple[Tensor, Tensor]:
-        if isinstance(outputs.teacher, StoredRows):
-            return outputs.teacher.target_log_probs()
-        return target_log_probs(outputs.teacher.at(batch.teacher.rows), batch.teacher.targets, self.tile_rows, bound)
+        teacher = outputs.teacher
+        assert teacher is not None, "asked only where something is distilled"
+        if isinstance(teacher, StoredRows):
+            return teacher.target_log_probs()
+        return target_log_probs(teacher.at(batch.teacher.rows), batch.teacher.targets, self.tile_rows, bound)
 
     def _likelihood(self, alignment: Alignment, said: Tensor, heard: Tensor, keep: Tensor) -> Tensor:
         chunks = (alignment.student_chunks, alignment.teacher_chunks)
         values = (said, heard.masked_fill(~keep, 0.0))
-        student, teacher = (_chunk_sums(v, c, alignment.num_chunks) for v, c in zip(values, chunks, strict=True))
+        both = (_chunk_sums(v, c, alignment.num_chunks) for v, c in zip(values, chunks, strict=True))
         sound = _chunk_sums((~keep).float(), alignment.teacher_chunks, alignment.num_chunks) == 0
         # A chunk of which the teacher's part is not finite is given the same likelihood on both sides: no difference.
-        return chunk_likelihood(*(torch.where(sound, side, -1.0) for side in (student, teacher)), self.tau)
+        student, teacher = (torch.where(sound, side, -1.0) for side in both)
+        return chunk_likelihood(student, teacher, self.tau)
 
 
 def _chunk_sums(values: Tensor, chunks: Tensor, count: int) -> Tensor:
@@ -93,15 +103,16 @@ def _chunk_sums(values: Tensor, chunks: Tensor, count: int) -> Tensor:
 class SortedProbabilities(Distillation):
     """L1 between sorted probabilities where both start a token: ULD, a baseline. Neither T^2 nor a floor."""
 
-    def between(self, student: Tensor, teacher: Tensor | Top, part: Tensor) -> Learned:
+    def between(self, student: Tensor, teacher: Tensor | Top, part: Any) -> Learned:
         """part: of no concern here"""
         if self.top_k:
             top = self._top(teacher)
-            teacher, keep = top.spread(self.teacher_rows), top.sound
+            told, keep = top.spread(self.teacher_rows), top.sound
         else:
-            keep = finite_columns(teacher.detach())
-            teacher = teacher.masked_fill(~keep, 0.0)
-        loss = sorted_distance(student.T, teacher.T, self.temperature, keep)
+            whole = whole_tile(teacher)
+            keep = finite_columns(whole.detach())
+            told = whole.masked_fill(~keep, 0.0)
+        loss = sorted_distance(student.T, told.T, self.temperature, keep)
         return Learned(loss, loss.detach(), (~keep).sum())
 
 
@@ -119,6 +130,8 @@ class HiddenStates(Distillation):
 
     def forward(self, batch: Batch, outputs: Outputs) -> Learned:
         """See `Distillation`."""
+        assert outputs.student_states is not None
+        assert outputs.teacher_states is not None
         states = outputs.teacher_states[batch.alignment.teacher_ends]
         keep = finite_rows(states)
         states = states.masked_fill(~keep[:, None], 0.0)
@@ -127,12 +140,11 @@ class HiddenStates(Distillation):
         return Learned(loss, loss.detach(), (~keep).sum())
 
 
-_KINDS = {
+_KINDS: dict[str, type[Distillation]] = {
     "projection": Projected,
     "strict": Strict,
     "alm": ChunkLikelihood,
     "uld": SortedProbabilities,
-    "hidden": HiddenStates,
 }
 
 
@@ -143,14 +155,13 @@ def build_distillation(
 
     teacher: None for one whose rows are stored, which has no hidden states to learn from
     """
-    if config.alignment == "auto":
-        kind = TokenLevel if pairing.pair.tables is None else Projected
-    else:
-        kind = _KINDS[config.alignment]
-    if kind is not HiddenStates:
-        term = kind(config, pairing)
-        if teacher is None and (kind is TokenLevel or (kind is Projected and pairing.teacher_is_richer)):
-            # Nobody makes tiles of its logits, so the student's may take all the room.
-            pairing.stretch_rows = term.tile_rows = tile_rows(config.loss_workspace_mb, pairing.pair.student_rows)
-        return term
-    return kind(config, pairing, *(model.config.get_text_config().hidden_size for model in (student, teacher)))
+    if config.alignment == "hidden":
+        widths = (text_config_of(model).hidden_size for model in (student, teacher))
+        return HiddenStates(config, pairing, *widths)
+    kind: type[Distillation] = TokenLevel if pairing.pair.tables is None else Projected
+    term = (kind if config.alignment == "auto" else _KINDS[config.alignment])(config, pairing)
+    takes_top = isinstance(term, TokenLevel) or (isinstance(term, Projected) and pairing.teacher_is_richer)
+    if teacher is None and takes_top:
+        # Nobody makes tiles of its logits, so the student's may take all the room.
+        pairing.stretch_rows = term.tile_rows = tile_rows(config.loss_workspace_mb, pairing.pair.student_rows)
+    return term

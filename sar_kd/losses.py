@@ -63,6 +63,11 @@ class LogitClamp:
     style: str = "off"
     bound: float = math.inf
 
+    @property
+    def raw_bound(self) -> float:
+        """What holds the logits themselves, in 'raw'."""
+        return self.bound if self.style == "raw" else math.inf
+
     def log_probs(self, log_probs: Tensor) -> Tensor:
         """What leaves the log-softmax."""
         return _FloorStraightThrough.apply(log_probs, -2.0 * self.bound) if self.style == "normalized" else log_probs

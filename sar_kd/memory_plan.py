@@ -81,12 +81,14 @@ class Plan:
         return [f"Memory: up to {gigabytes(self.needed)}{there}{how}", f"At the peak ({self.peak.name}): {parts}{held}"]
 
     def table(self) -> list[str]:
-        """For people: every part at every moment, MB."""
-        width = max(len(moment.name) for moment in self.moments)
-        rows = [f"{'MB':{width}}" + "".join(f"{part:>12}" for part in (*PARTS, "in all"))]
+        """For people: every part at every moment, MB; it fits into 78 columns."""
+        width, decimals = max(len(moment.name) for moment in self.moments), 1 if self.peak.total < 1e9 else 0
+        columns = {part: max(9, len(part) + 1) for part in (*PARTS, "in all")}
+        rows = [f"{'MB':{width}}" + "".join(f"{part:>{room}}" for part, room in columns.items())]
         for moment in self.moments:
-            sizes = (*(moment.parts[part] for part in PARTS), moment.total)
-            rows.append(f"{moment.name:{width}}" + "".join(f"{size / 1e6:12,.1f}" for size in sizes))
+            sizes = {**moment.parts, "in all": moment.total}
+            cells = (f"{sizes[part] / 1e6:{room},.{decimals}f}" for part, room in columns.items())
+            rows.append(f"{moment.name:{width}}" + "".join(cells))
         return rows
 
     def record(self) -> dict:

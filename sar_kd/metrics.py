@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +24,9 @@ from sar_kd.files import complete_lines, plain, replace_text, step_of
 from sar_kd.folder import FolderLock, check_contained, clear, holds_something
 from sar_kd.guards import Verdict
 from sar_kd.report import find_report_writer
+from sar_kd.terminal import fitted
 from sar_kd.trackers import find_trackers
-from sar_kd.wording import closing_table, fitted, perplexity_text
+from sar_kd.wording import closing_table, perplexity_text
 
 
 class Observer(Protocol):
@@ -57,7 +60,7 @@ class RunLog:
 
     def say(self, line: str) -> None:
         """Print one line, above the bar if there is one."""
-        tqdm.write("\n".join(fitted(line)), file=sys.stdout)
+        tqdm.write(fitted(line), file=sys.stdout)
         sys.stdout.flush()
 
     def start(self, first_step: int, calendar: TrainConfig) -> None:
@@ -88,6 +91,7 @@ class RunLog:
     def begin(self, student: dict, teacher: dict) -> None:
         """Enter what both models are before the first step."""
         of_teacher = {f"teacher_{name}": value for name, value in teacher.items()}
+        self._perplexity = student["val_ppl"]
         self._write({"event": "start", "step": 0, **student, **of_teacher})
 
     def rewind(self, record: dict, num_blocks: int) -> None:
@@ -119,11 +123,17 @@ class RunLog:
         self._write({"event": "step", **record})
         self._window.append(record)
         figures = self._postfix(record, success_rate)
-        self._bar.set_postfix_str(f"{figures} tok/s={tokens_per_second:,.0f}", refresh=False)
+        self._bar.set_postfix_str(self._beside_bar(f"{figures} tok/s={tokens_per_second:,.0f}"), refresh=False)
         self._bar.update(1)
         if record["step"] % self._every == 0:
             self.say(self._line(record["step"], success_rate))
             self._window.clear()
+
+    def _beside_bar(self, figures: str) -> str:
+        """As many of the figures as there is room for, each whole: 100 % cut short would read as 10."""
+        of_bar = len("100% / [0:00:00<0:00:00], ") + 2 * len(str(self._bar.total))
+        columns = shutil.get_terminal_size((80, 24)).columns
+        return textwrap.shorten(figures, max(1, columns - 1 - of_bar), placeholder="")
 
     def _postfix(self, record: dict, success_rate: float) -> str:
         """What stands beside the bar."""

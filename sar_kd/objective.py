@@ -98,14 +98,14 @@ class Objective:
         if self.loss_clamp.style != "off" and alpha_ce > 0:
             factor = lambda ce: self.loss_clamp.factor(ce / count)  # noqa: E731
         if self.distillation is not None and self.distillation.covers_text:
-            term = self.distillation
-            parts = term.tiles(batch), targets, term.compare, alpha_ce, self.alpha_kd
-            sums = tiled_loss(Loss(*parts, self.logit_clamp, factor, scale), outputs.student, outputs.teacher)
+            tiles, compare = self.distillation.tiles(batch), self.distillation.compare
+            loss = Loss(tiles, targets, compare, alpha_ce, self.alpha_kd, self.logit_clamp, factor, scale)
+            sums = tiled_loss(loss, outputs.student, outputs.teacher)
             kd = Learned(sums.kd, sums.raw_kd, sums.dropped)
         else:
-            tiles = [Tile(rows, None, None, None) for rows in stretches_of(count, self._tile_rows)]
-            parts = tiles, targets, None, alpha_ce, 0.0
-            sums = tiled_loss(Loss(*parts, self.logit_clamp, factor, scale), outputs.student, None)
+            tiles = [Tile(rows) for rows in stretches_of(count, self._tile_rows)]
+            loss = Loss(tiles, targets, None, alpha_ce, 0.0, self.logit_clamp, factor, scale)
+            sums = tiled_loss(loss, outputs.student, None)
             zero = torch.zeros_like(sums.ce)
             kd = Learned(zero, zero, zero) if self.distillation is None else self.distillation(batch, outputs)
         mean = alpha_ce * self.loss_clamp(sums.ce / count) + self.alpha_kd * kd.loss / count

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sar_kd.columns import Logs, diverge, through_softmax_
+from sar_kd.columns import Learner, Logs, diverge, through_softmax_
 from sar_kd.divergence import Divergence
 
 
@@ -50,6 +49,15 @@ def add_other_ways(ended: Tensor, ways: Ways) -> Tensor:
     return total.index_put((outcomes, columns), both)
 
 
+class WaySlopes(NamedTuple):
+    """d loss / d the `Ways`' log-probabilities."""
+
+    going_on: Tensor
+    """float32 [O]"""
+    end: Tensor
+    """float32 [R]"""
+
+
 class Opened(NamedTuple):
     """What is learned where both start a token: by column, nats, and slopes where one side learns."""
 
@@ -59,15 +67,13 @@ class Opened(NamedTuple):
     """float32 [K]: the same without a floor"""
     slopes: Tensor | None = None
     """float32 [V, K]: d loss / d logits of the learner"""
-    into_going_on: Tensor | None = None
-    """float32 [O]: d loss / d `Ways.going_on`, where the learner is the richer"""
-    into_end: Tensor | None = None
-    """float32 [R]: d loss / d `Ways.end` likewise"""
+    into_ways: WaySlopes | None = None
+    """Where the learner is the richer"""
 
 
 def open_divergence(
     divergence: Divergence,
-    both: Sequence[Logs],
+    both: tuple[Logs, Logs],
     ways: Ways,
     rich: int,
     mine: int | None,
@@ -92,12 +98,13 @@ def open_divergence(
     sums = torch.logaddexp(first, ways.going_on.index_select(0, others))
     # The few that have another way are written as the logits that would have their sums.
     written.tile.index_put_((rows, columns), (sums - written.shift[columns]) / written.scale)
-    compared = [written if side == rich else both[side] for side in range(2)]
+    student, teacher = (written, both[1]) if rich == 0 else (both[0], written)
     if mine is None:
-        return Opened(*diverge(divergence, *compared)[:2])
+        loss, raw, _ = diverge(divergence, student, teacher)
+        return Opened(loss, raw)
     slopes = both[1 - mine].tile
-    loss, raw, total = diverge(divergence, *compared, ("student", "teacher")[mine], slopes)
-    into_going_on = into_end = None
+    loss, raw, total = diverge(divergence, student, teacher, Learner(("student", "teacher")[mine], slopes))
+    into_ways = None
     if mine == rich:
         written.tile.index_put_((rows, columns), logits)
         at_places = slopes[rows, columns]
@@ -107,6 +114,7 @@ def open_divergence(
         total = total.index_add(0, columns, lost, alpha=-1.0)
         into_going_on = torch.zeros_like(ways.going_on).index_add_(0, others, lost * counts[columns])
         into_end = ways.end.new_zeros(len(ways.end) + 1)
-        into_end = into_end.index_add_(0, ways.ended.where(ways.ended >= 0, len(ways.end)), total * counts)[:-1]
+        into_end.index_add_(0, ways.ended.where(ways.ended >= 0, len(ways.end)), total * counts)
+        into_ways = WaySlopes(into_going_on, into_end[:-1])
     through_softmax_(slopes, total, both[mine], counts * weight)
-    return Opened(loss, raw, slopes, into_going_on, into_end)
+    return Opened(loss, raw, slopes, into_ways)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,10 +43,21 @@ class _Piece:
     """int64 [2, C]: flattened positions, student first"""
 
 
+class _GoingOn(NamedTuple):
+    """Continuations inside the tokens of one side, and the outcomes that they have."""
+
+    record: Continuations
+    places: np.ndarray
+    """int64: where in the record each of the rows is that were asked for, -1 where it cannot go on"""
+    outcomes: list[Outcomes]
+    outcome_of: np.ndarray
+    """int64 [K]: which of the outcomes each row of the record has"""
+
+
 class Pairing:
     """A text in two tokenizations, and the comparisons that it allows."""
 
-    def __init__(self, pair: TokenizerPair, text: JoinedText, blocks: list[Block]):
+    def __init__(self, pair: TokenizerPair, text: JoinedText, blocks: Sequence[Block]):
         """blocks: the blocks of `text`, of which the first teach the vocabulary maps"""
         self.pair, self._text = pair, text
         self.teacher_is_richer = len(text.teacher.ids) <= len(text.student.ids)
@@ -64,7 +77,7 @@ class Pairing:
     @cached_property
     def _maps(self) -> tuple[VocabularyMap, VocabularyMap]:
         """Outcomes inside the student's tokens, and inside the teacher's."""
-        student, teacher = self.pair.tables
+        student, teacher = self.pair.exact_tables
         maps = VocabularyMap(student, teacher, self.pair.teacher), VocabularyMap(teacher, student, self.pair.student)
         last = next((block for block in self._blocks if block.student_end >= _LEARN_FROM), self._blocks[-1])
         streams = self._text.student, self._text.teacher
@@ -82,27 +95,23 @@ class Pairing:
         return self._maps[self.teacher_is_richer].open()
 
     @cached_property
-    def open_classes(self) -> OpenClasses | None:
-        """Outcomes where both start a token; None where the tokenizers are taken as equal or a table is missing."""
-        if not self.pair.is_exact:
-            return None
+    def open_classes(self) -> OpenClasses:
+        """Outcomes where both start a token, of tokenizers that have exact tables."""
         rich = self._open.rich_tokens, self._open.rich_outcomes
         poor = self._open.poor_tokens, self._open.poor_outcomes
         student, teacher = (poor, rich) if self.teacher_is_richer else (rich, poor)
         return OpenClasses(self._open.count, *map(torch.from_numpy, (*student, *teacher)))
 
     @cached_property
-    def same_token(self) -> Tensor | None:
-        """int64 [V_t]: the student token of exactly the same bytes, -1 where there is none; None likewise."""
-        if not self.pair.is_exact:
-            return None
-        return torch.from_numpy(same_token_map(*self.pair.tables))
+    def same_token(self) -> Tensor:
+        """int64 [V_t]: the student token of exactly the same bytes, -1 where there is none; likewise."""
+        return torch.from_numpy(same_token_map(*self.pair.exact_tables))
 
     @cached_property
     def _open_class(self) -> np.ndarray:
         """int64 [V]: the open outcome of each token of the poorer side, -1 for none."""
         outcomes = self._open
-        found = np.full(len(self.pair.tables[not self.teacher_is_richer].pieces), -1, dtype=np.int64)
+        found = np.full(len(self.pair.exact_tables[not self.teacher_is_richer].pieces), -1, dtype=np.int64)
         found[outcomes.poor_tokens] = outcomes.poor_outcomes
         return found
 
@@ -112,7 +121,7 @@ class Pairing:
         strict, ended = torch.ones(len(rows), dtype=torch.bool), torch.full_like(every, -1)
         return Alignment(every, rows, strict, None, None, ended, none, every, every, len(rows), rows + 1, rows + 1)
 
-    def align(self, cuts: list[Block], student_width: int, teacher_width: int) -> Alignment:
+    def align(self, cuts: Sequence[Block], student_width: int, teacher_width: int) -> Alignment:
         """The alignment of a batch of blocks, each one row of inputs of these widths, start token first."""
         pieces, num_student, num_richer, num_chunks = [], 0, 0, 0
         for number, cut in enumerate(cuts):
@@ -135,21 +144,27 @@ class Pairing:
             pieces.append(vars(piece).values())
         joined = [np.concatenate(parts, axis=-1) for parts in zip(*pieces, strict=True)]
         open_rows, in_teacher, in_student, student_chunks, teacher_chunks, ends = joined
-        going_on = [None, None]
+        inside_student = inside_teacher = None
         ended, other_ways = np.full(open_rows.shape[1], -1), np.zeros((3, 0), dtype=np.int64)
         if self.pair.projects:
-            found = [self._continuations(in_student, 0), self._continuations(in_teacher, 1)]
-            going_on = [record for record, *_ in found]
-            record, kept, outcomes, outcome_of = found[self.teacher_is_richer]
-            ended = np.where(open_rows[3] >= 0, kept[open_rows[3]], -1) if len(kept) else ended
-            other_ways = self._other_ways(ended, outcomes, outcome_of, record)
+            found = self._continuations(in_student, 0), self._continuations(in_teacher, 1)
+            inside_student, inside_teacher = found[0].record, found[1].record
+            rich = found[self.teacher_is_richer]
+            ended = np.where(open_rows[3] >= 0, rich.places[open_rows[3]], -1) if len(rich.places) else ended
+            other_ways = self._other_ways(ended, rich)
         return Alignment(
-            *map(torch.from_numpy, (open_rows[0].copy(), open_rows[1].copy(), open_rows[2].astype(bool))),
-            going_on[1],
-            going_on[0],
-            *map(torch.from_numpy, (ended, other_ways, student_chunks, teacher_chunks)),
-            num_chunks,
-            *map(torch.from_numpy, (ends[0].copy(), ends[1].copy())),
+            student_rows=torch.from_numpy(open_rows[0].copy()),
+            teacher_rows=torch.from_numpy(open_rows[1].copy()),
+            strict=torch.from_numpy(open_rows[2].astype(bool)),
+            in_teacher=inside_teacher,
+            in_student=inside_student,
+            ended=torch.from_numpy(ended),
+            other_ways=torch.from_numpy(other_ways),
+            student_chunks=torch.from_numpy(student_chunks),
+            teacher_chunks=torch.from_numpy(teacher_chunks),
+            num_chunks=num_chunks,
+            student_ends=torch.from_numpy(ends[0].copy()),
+            teacher_ends=torch.from_numpy(ends[1].copy()),
         )
 
     def _align_block(self, cut: Block) -> _Piece:
@@ -202,13 +217,13 @@ class Pairing:
         goes_on, ids = written[rich][wanted] > 0, sides[rich].ids[before].astype(np.int64)
         return np.stack([*rows, goes_on, ids, lengths]), places
 
-    def _continuations(self, rows: np.ndarray, rich: int) -> tuple[Continuations, np.ndarray, list, np.ndarray]:
-        """The continuations; the new place of each of `rows`, -1 where it cannot go on; all `Outcomes`, and whose."""
-        pieces, width = self.pair.tables[rich].pieces, rows[4].max(initial=0) + 1
+    def _continuations(self, rows: np.ndarray, rich: int) -> _GoingOn:
+        """The continuations of some `_Piece.in_student` (rich 0) or `in_teacher` (1)."""
+        pieces, width = self.pair.exact_tables[rich].pieces, rows[4].max(initial=0) + 1
         keys, inverse = np.unique(rows[3] * width + rows[4], return_inverse=True)
         prefixes = [pieces[key // width][: key % width] for key in keys.tolist()]
-        found = [self._maps[rich].behind(prefix) for prefix in prefixes]
-        known = np.array([outcomes is not None for outcomes in found], dtype=bool)[inverse]
+        behind = [self._maps[rich].behind(prefix) for prefix in prefixes]
+        known = np.array([outcomes is not None for outcomes in behind], dtype=bool)[inverse]
         # Those that do go on come first.
         order = np.argsort(~rows[2].astype(bool), kind="stable")
         order = order[known[order]]
@@ -216,7 +231,7 @@ class Pairing:
         places[order] = np.arange(len(order))
         rows, inverse, size = rows[:, order], inverse[order], int(rows[2, order].sum())
         used, inverse = np.unique(inverse, return_inverse=True)
-        found = [found[i] for i in used]
+        found = [outcomes for i in used if (outcomes := behind[i]) is not None]
         counts = np.array([outcomes.count for outcomes in found], dtype=np.int64)[inverse]
         firsts = np.cumsum(counts) - counts
         rich_lists = [(outcomes.rich_tokens, outcomes.rich_outcomes) for outcomes in found]
@@ -232,15 +247,14 @@ class Pairing:
             torch.from_numpy(can_end),
             int(counts[:size].sum()),
         )
-        return record, places, found, inverse
+        return _GoingOn(record, places, found, inverse)
 
-    def _other_ways(
-        self, ended: np.ndarray, outcomes: list, outcome_of: np.ndarray, record: Continuations
-    ) -> np.ndarray:
+    def _other_ways(self, ended: np.ndarray, rich: _GoingOn) -> np.ndarray:
         """`Alignment.other_ways`: what the richer side could have written by going on instead of ending."""
         (places,) = (ended >= 0).nonzero()
-        firsts = np.append(0, record.ends.numpy() + 1)[ended[places]]
-        ways = _entries([tuple(self._same_open(each)) for each in outcomes], outcome_of[ended[places]], firsts)
+        firsts = np.append(0, rich.record.ends.numpy() + 1)[ended[places]]
+        lists = [(same[0], same[1]) for same in map(self._same_open, rich.outcomes)]
+        ways = _entries(lists, rich.outcome_of[ended[places]], firsts)
         ways[0] = places[ways[0]]
         return ways
 

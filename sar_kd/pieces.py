@@ -18,7 +18,7 @@ import numpy as np
 
 from sar_kd.rows import CHUNK
 from sar_kd.token_bytes import encode_by_characters
-from sar_kd.tokens import TokenTable, encode
+from sar_kd.tokens import Ids, TokenTable, encode
 
 PIECE = 2**16
 """Characters from which a text is cut."""
@@ -37,7 +37,6 @@ class Piece(NamedTuple):
     """What stands before it, to be read with it; empty at the beginning of the text"""
 
 
-Ids = Sequence[int] | np.ndarray
 Encoder = Callable[[list[str]], Sequence[Ids]]
 """Ids of each of some texts."""
 

@@ -34,7 +34,7 @@ from sar_kd.precision import choose
 from sar_kd.quantised import require_quantisation, roundable
 from sar_kd.subject import Subject
 from sar_kd.teacher_cache import check_settings
-from sar_kd.wording import fitted
+from sar_kd.terminal import fitted
 from sar_kd.world import ALONE
 
 _SAMPLE_CHARACTERS = 200_000
@@ -91,7 +91,8 @@ def _check_device(subject: Subject) -> Finding:
     rounded = "; each product is rounded to half" if dtype is torch.float16 and device.type == "cpu" else ""
     lines.append(f"Computing in {name} on {device} ({why}{rounded}); trainable weights are float32")
     if not cards:
-        lines.append(f"No GPU: {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads")
+        threads = torch.get_num_threads()
+        lines.append(f"No GPU: {os.cpu_count()} CPU cores, {threads} thread{'s' if threads > 1 else ''}")
     record = {"cards": [card._asdict() for card in cards], "arch_list": archs, "device": str(device), "dtype": name}
     return Finding("device", lines, {**record, "why": why, "threads": torch.get_num_threads()})
 
@@ -150,7 +151,8 @@ def _check_disk(subject: Subject) -> Finding:
     student = 4 * sum(parameter.numel() for parameter in subject.models["student"].parameters())
     checkpoint = 3 * student  # weights and AdamW's two moments, all float32
     needed = 2 * student + (train.keep_checkpoints + 1) * checkpoint
-    free = require_room(Path(train.output_dir), needed, "what the run writes", "free some, or --keep_checkpoints 1")
+    remedy = "free some, or lower --keep_checkpoints" if train.keep_checkpoints > 1 else "free some"
+    free = require_room(Path(train.output_dir), needed, "what the run writes", remedy=remedy)
     line = f"Disk: up to {needed / 1e9:,.2f} GB will be written to {train.output_dir}, {free / 1e9:,.1f} GB are free"
     return Finding("disk", [line], {"needed_bytes": needed, "free_bytes": free, "output_dir": train.output_dir})
 
@@ -216,8 +218,8 @@ _ALL = (*_AT_START, _check_teacher_cache, _check_alignment)
 def describe(train: Corpus, validation: Corpus) -> list[str]:
     """The text once it has been read: how much, how the tokenizers meet on it, what had to be left out."""
     lines = [
-        f"Text: {train.text.num_bytes / 1e3:,.1f} kB, {train.num_tokens:,} tokens in {len(train)} blocks; "
-        f"held out: {validation.text.num_bytes / 1e3:,.1f} kB, {validation.num_tokens:,} tokens",
+        f"Text: {_size(train.text.num_bytes)}, {train.num_tokens:,} tokens in {len(train):,} blocks; "
+        f"held out: {_size(validation.text.num_bytes)}, {validation.num_tokens:,} tokens",
     ]
     if train.pair.is_exact:
         lines += measure_coverage(train).lines()
@@ -250,15 +252,13 @@ def main(argv: list[str]) -> dict:
                 name: getattr(train, name) for name in ("per_device_batch_size", "grad_accum_steps")
             }
             if not as_json:
-                print("\n".join(fitted(found.notices[-1])))
+                print(fitted(found.notices[-1]))
         config = found
         for finding in _examine(_ALL, Subject(config)):
             record[finding.name] = finding.record
             if not as_json:
-                for line in finding.lines:
-                    print("\n".join(fitted(line)))
-                for line in finding.table:
-                    print(f"  {line}")
+                for line in (*finding.lines, *(f"  {line}" for line in finding.table)):
+                    print(fitted(line))
             if finding.refusal:
                 raise finding.refusal
     except UsageError as error:
@@ -270,6 +270,10 @@ def main(argv: list[str]) -> dict:
     if not as_json:
         print("Ready: nothing stands in the way of this run")
     return {"status": "finished"}
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e3:,.1f} kB" if num_bytes >= 1000 else f"{num_bytes} bytes"
 
 
 def _count(number: int) -> str:

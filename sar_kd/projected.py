@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,14 +11,14 @@ from torch import Tensor
 from sar_kd.columns import column_logsumexp, finite_columns, normalised, silence_, softmax_slopes
 from sar_kd.config import LossConfig
 from sar_kd.data import Batch
-from sar_kd.distillation import Distillation, Learned, Sums
+from sar_kd.distillation import Distillation, Learned, Sums, whole_tile
+from sar_kd.fold import Fold
 from sar_kd.heard import HEARD, Heard, heard_entries, heard_outcomes, poor_columns
 from sar_kd.losses import ABSENT, Segments
 from sar_kd.other_ways import Opened, Ways, add_other_ways, open_divergence
 from sar_kd.pairing import Pairing
 from sar_kd.projection import (
     Continuations,
-    Fold,
     on_support,
     poor_log_probs,
     read,
@@ -26,7 +26,7 @@ from sar_kd.projection import (
     rich_log_probs,
 )
 from sar_kd.stretches import Stretch
-from sar_kd.tiled import Compared, Slopes, Tile
+from sar_kd.tiled import Compared, Single, Slopes, Tile
 from sar_kd.top import Top
 
 
@@ -63,15 +63,16 @@ class Projected(Distillation):
         """Stretches of text, with every row that the student predicts something in."""
         return [Tile(part.student_rows, part.teacher_rows, part.counts, part) for part in batch.stretches]
 
-    def compare(self, student: Tensor, teacher: Tensor | Top, part: Stretch, learner: str | None) -> Compared:
+    def compare(self, student: Tensor, teacher: Tensor | Top, part: Any, learner: str | None) -> Compared:
         """Two tiles of logits; uses up the other side's. See `Compared`."""
         if self.top_k:
             assert learner != "teacher"
-            top = self._top(teacher)
-            how = self._compare_top if self.teacher_is_richer else super().compare
-            return how(student, top, part, learner)
-        sound, mine = finite_columns(teacher), {"student": 0, "teacher": 1}.get(learner)
-        tiles = student, silence_(teacher, sound)
+            if not self.teacher_is_richer:
+                return super().compare(student, teacher, part, learner)
+            return self._compare_top(student, self._top(teacher), part, learner is not None)
+        whole, mine = whole_tile(teacher), None if learner is None else int(learner == "teacher")
+        sound = finite_columns(whole)
+        tiles = student, silence_(whole, sound)
         records = part.in_student, part.in_teacher
         taken = [self._taken(tiles[i], part.num_open, records[1 - i], records[i]) for i in range(2)]
         leaves = () if mine is None else (taken[mine].inside.requires_grad_(), taken[mine].entries.requires_grad_())
@@ -85,14 +86,12 @@ class Projected(Distillation):
             scale * (of_columns * counts).sum() + scale * of_inside.detach()
             for of_columns, of_inside in zip((opened.loss, opened.raw), sums, strict=True)
         )
-        if mine is None:
+        if mine is None or opened.slopes is None:
             return Compared(loss, raw, self._dropped(part, sound), None)
         outputs, gradients = [sums[0]], [torch.ones_like(sums[0])]
-        if opened.into_end is not None:
-            outputs, gradients = (
-                [*outputs, ways.going_on, ways.end],
-                [*gradients, opened.into_going_on, opened.into_end],
-            )
+        if opened.into_ways is not None:
+            outputs += [ways.going_on, ways.end]
+            gradients += opened.into_ways
         back = torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)
         into_inside, into_entries = (
             torch.zeros_like(leaf) if slope is None else slope.mul_(self.temperature)
@@ -100,10 +99,10 @@ class Projected(Distillation):
         )
         (self.student_fold, self.teacher_fold)[mine].spread_(opened.slopes, shares)
         pieces = (0, opened.slopes), (part.num_open, into_inside)
-        slopes = Slopes(pieces, taken[mine].places, into_entries)
+        slopes = Slopes(pieces, Single(taken[mine].places, into_entries))
         return Compared(loss, raw, self._dropped(part, sound), slopes)
 
-    def _compare_top(self, student: Tensor, top: Top, part: Stretch, learner: str | None) -> Compared:
+    def _compare_top(self, student: Tensor, top: Top, part: Stretch, learns: bool) -> Compared:
         """A teacher with the longer tokens, cut to its top k: the student is asked for what it speaks about, and the
         rest.
         """
@@ -115,23 +114,23 @@ class Projected(Distillation):
         taken = self._taken(student, num_open, in_teacher, in_student)
         several, shares = fold.several_of(student[:, :num_open], self.temperature)
         places = fold.first[of] * width + heard.columns
-        single = student.view(-1).index_select(0, places).div_(self.temperature)
+        alone = student.view(-1).index_select(0, places).div_(self.temperature)
         rest, restore = self._rest_(student, heard, of, places, num_open)
-        leaves = taken.inside, taken.entries, single, several.div_(self.temperature), rest
-        if learner is not None:
+        leaves = taken.inside, taken.entries, alone, several.div_(self.temperature), rest
+        if learns:
             for leaf in leaves:
                 leaf.requires_grad_()
         with torch.enable_grad():
             said = rich_log_probs(taken.entries, in_student)
             sums = self._inside(said, told, taken.inside, inside, part, top.sound, go_on)
             joined = torch.cat([several, several.new_zeros(1, num_open)])[fold.place[of], heard.columns]
-            own = torch.where(fold.place[of] < 0, single, joined).where(heard.are_heard, ABSENT)
+            own = torch.where(fold.place[of] < 0, alone, joined).where(heard.are_heard, ABSENT)
             columns = torch.cat([heard.columns, torch.arange(num_open, device=student.device)])
             both = torch.cat([own, rest]), torch.cat([heard.log_probs, heard.rest])
             log_p, log_t, shared = renormalised(*both, Segments(columns, num_open))
             opened = self.divergence(log_p, log_t, (counts & shared)[columns])
             loss, raw = (self.temperature**2 * (a + b) for a, b in zip(sums, opened, strict=True))
-        if learner is None:
+        if not learns:
             restore()
             return Compared(loss, raw, self._dropped(part, top.sound), None)
         # T^2 of the loss, and 1 / T of the logits, are in the loss and in the leaves.
@@ -143,11 +142,11 @@ class Projected(Distillation):
         others = softmax_slopes(student[:, :num_open], self.temperature * rest.detach(), into[4], self.temperature)
         restore()
         members = fold.members[:, None] * width + torch.arange(num_open, device=student.device)
-        slopes = Slopes(
-            ((0, others), (num_open, into[0])),
+        single = Single(
             torch.cat([taken.places, places, members.view(-1)]),
             torch.cat([into[1], into[2], into[3].index_select(0, fold.groups).mul_(shares).view(-1)]),
         )
+        slopes = Slopes(((0, others), (num_open, into[0])), single)
         return Compared(loss.detach(), raw.detach(), self._dropped(part, top.sound), slopes)
 
     def _rest_(
@@ -201,7 +200,8 @@ class Projected(Distillation):
         fold, columns = folds[own], tiles[own][: len(folds[own]), :num_open]
         carried = fold.carry(folds[1 - own], tiles[1 - own][:, :num_open], temperature)
         kept, shares = fold.enter_(columns, temperature)
-        both = [normalised(side, temperature) for side in ((columns, carried) if own == 0 else (carried, columns))]
+        sides = (columns, carried) if own == 0 else (carried, columns)
+        both = normalised(sides[0], temperature), normalised(sides[1], temperature)
         rows = torch.stack([ways.others[0], fold.first[ways.others[1]], ways.others[2]])
         ways = ways._replace(others=rows)
         # T^2 of the loss, and 1 / T of the logits.
@@ -246,11 +246,10 @@ class Projected(Distillation):
         of_teacher = poor_log_probs(teacher, in_student, must_end=True)
         counts = sound[in_teacher.rich_rows[: len(in_teacher.poor_rows)]]
         counts = counts if go_on is None else counts & go_on
-        sums = [
-            self._going_on(of_student, told[: in_teacher.num_going_on], in_teacher, counts),
-            self._going_on(said[: in_student.num_going_on], of_teacher, in_student, sound[in_student.poor_rows]),
-        ]
-        return tuple(sum(parts) for parts in zip(*sums, strict=True))
+        loss, raw = self._going_on(of_student, told[: in_teacher.num_going_on], in_teacher, counts)
+        counts = sound[in_student.poor_rows]
+        loss_too, raw_too = self._going_on(said[: in_student.num_going_on], of_teacher, in_student, counts)
+        return loss + loss_too, raw + raw_too
 
     def _going_on(self, student: Tensor, teacher: Tensor, rows: Continuations, counts: Tensor) -> Sums:
         of_rows = rows.outcome_rows[: rows.num_going_on]
@@ -261,16 +260,16 @@ class Projected(Distillation):
             counts = counts & shared
         return self.divergence(student, teacher, counts[of_rows])
 
-    def between(self, student: Tensor, teacher: Top, part: Stretch) -> Learned:
+    def between(self, student: Tensor, teacher: Tensor | Top, part: Any) -> Learned:
         """Of one stretch, with a teacher cut to its top k whose tokens are the shorter ones: a sum with a graph."""
-        top, sound, num_open = teacher, teacher.sound, part.num_open
+        top, num_open = self._top(teacher), part.num_open
         told, teacher_inside, go_on = self._told(top, part)
         num_inside = len(part.in_teacher.poor_rows)
-        student = read(student, self.student_fold, num_open, num_inside, part.in_student, self.temperature)
-        said = rich_log_probs(student.entries, part.in_student)
-        sums = self._inside(said, told, student.rows, teacher_inside, part, sound, go_on)
-        ways, counts = self._ways(said, part, sound)
-        log_p = add_other_ways(student.open.log_softmax(0), ways)
+        asked = read(student, self.student_fold, num_open, num_inside, part.in_student, self.temperature)
+        said = rich_log_probs(asked.entries, part.in_student)
+        sums = self._inside(said, told, asked.rows, teacher_inside, part, top.sound, go_on)
+        ways, counts = self._ways(said, part, top.sound)
+        log_p = add_other_ways(asked.open.log_softmax(0), ways)
         heard = heard_outcomes(top.columns(0, num_open), self.teacher_fold, self.temperature)
         log_t = torch.full((len(log_p) + 1, num_open), ABSENT, device=log_p.device)
         log_t[heard.outcomes, heard.columns] = heard.log_probs
@@ -281,4 +280,4 @@ class Projected(Distillation):
         log_p, log_t, shared = renormalised(log_p, log_t)
         opened = self.divergence(log_p, log_t, counts & shared)
         loss, raw = (self.temperature**2 * (a + b) for a, b in zip(sums, opened, strict=True))
-        return Learned(loss, raw, self._dropped(part, sound))
+        return Learned(loss, raw, self._dropped(part, top.sound))

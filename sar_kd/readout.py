@@ -6,6 +6,8 @@ shape [V, n], one column for each of n rows, and given up before the next tile i
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,6 +33,11 @@ class Readout:
     @property
     def vocab_size(self) -> int:
         return len(self.head.weight) if self.head else self.states.shape[1]
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What may learn: the states, the head's weight and its bias; None for what there is not."""
+        return (self.states, None, None) if self.head is None else (self.states, self.head.weight, self.head.bias)
 
     @property
     def learns(self) -> bool:
@@ -66,11 +73,14 @@ class Readout:
                     tile[block].div_(head.softcap).tanh_().mul_(head.softcap)
         return tile
 
-    def inner_slopes(self, tile: Tensor) -> Tensor | None:
-        """d cap(x) / d x where the tile's logits are cap(x); None where that is 1."""
-        if self.head is None or not self.head.softcap:
-            return None
-        return 1.0 - (tile / self.head.softcap).square_()
+    def inner_slopes(self, tile: Tensor, bound: float = math.inf) -> Tensor | None:
+        """d clamp(cap(x), -bound, bound) / d x where the tile's logits are cap(x); None where that is 1."""
+        softcap = 0.0 if self.head is None else self.head.softcap
+        slopes = 1.0 - (tile / softcap).square_() if softcap else None
+        if bound == math.inf:
+            return slopes
+        inside = tile.abs() <= bound
+        return inside if slopes is None else slopes.mul_(inside)
 
     def logits(self) -> Tensor:
         """All of them at once, with a graph: float [N, V]."""
@@ -114,12 +124,13 @@ def _taken(states: Tensor, rows: Rows) -> Tensor:
 class Gradients:
     """What a readout's states and head get back, collected tile by tile in float32."""
 
-    def __init__(self, readout: Readout, wanted: tuple[bool, bool, bool]):
-        """wanted: of the states, the head's weight, its bias"""
-        self.readout, head = readout, readout.head
-        self.states = torch.zeros_like(readout.states, dtype=torch.float32) if wanted[0] else None
-        self.weight = torch.zeros_like(head.weight, dtype=torch.float32) if wanted[1] else None
-        self.bias = torch.zeros_like(head.bias, dtype=torch.float32) if wanted[2] else None
+    def __init__(self, readout: Readout, wanted: Sequence[bool]):
+        """wanted: of each of `Readout.tensors`"""
+        self.readout = readout
+        self.states, self.weight, self.bias = (
+            torch.zeros_like(tensor, dtype=torch.float32) if tensor is not None and needed else None
+            for tensor, needed in zip(readout.tensors, wanted, strict=True)
+        )
 
     def add_(self, rows: Rows, slopes: Tensor) -> None:
         """Carry the slopes of a tile's logits, float32 [V, n], times any loss scale, back to states and head."""
@@ -154,10 +165,9 @@ class Gradients:
 
     def times(self, factor: Tensor) -> list[Tensor | None]:
         """The gradients of states, weight and bias, each in its tensor's dtype; to be called once."""
-        head = self.readout.head
-        likes = self.readout.states, head and head.weight, head and head.bias
         parts = self.states, self.weight, self.bias
         self.states = self.weight = self.bias = None
         return [
-            part if part is None else part.mul_(factor).to(like.dtype) for part, like in zip(parts, likes, strict=True)
+            None if part is None or like is None else part.mul_(factor).to(like.dtype)
+            for part, like in zip(parts, self.readout.tensors, strict=True)
         ]

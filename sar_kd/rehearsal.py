@@ -44,13 +44,25 @@ def rehearse(
 ) -> list[Moment]:
     """The moments of a step of this run on this device.
 
-    skeletons: 'student', and 'teacher' if there is one; on the meta device, or real
+    skeletons: 'student', and 'teacher' if there is one; on the meta device, or real; without adapters
     keeps_gradients: their memory is kept from step to step, as DDP does
 
     Raises: whatever a model raises that does not run without numbers
     """
+    if _adapts(config):  # before: peft moves modules, which those that are imagined cannot be
+        bare = hollow(skeletons["student"], torch.device("meta"), dtype).requires_grad_(True)
+        skeletons = {**skeletons, "student": add_adapter(bare, _lora(config))}
     with imagined() as ledger, one_text_a_row(), few_blocks():
         return _Rehearsal(config, skeletons, device, dtype, ledger, keeps_gradients).moments
+
+
+def _lora(config: Any) -> Any:
+    return getattr(config, "lora", None)
+
+
+def _adapts(config: Any) -> bool:
+    lora = _lora(config)
+    return lora is not None and lora.lora_rank > 0
 
 
 class _Pretended(Offload):
@@ -79,9 +91,9 @@ class _Projects(Distillation):
         """See `Distillation`."""
         own, others = batch.student.rows, batch.teacher.rows
         parts = stretches_of(len(own), self.tile_rows)
-        return [Tile(part, others[: (part.stop - part.start) * len(others) // len(own)], None, None) for part in parts]
+        return [Tile(part, others[: (part.stop - part.start) * len(others) // len(own)]) for part in parts]
 
-    def compare(self, student: Tensor, teacher: Any, part: object, learner: str | None) -> Compared:
+    def compare(self, student: Tensor, teacher: Any, part: Any, learner: str | None) -> Compared:
         """See `Distillation`."""
         zero = student.new_zeros(())
         beside = student.new_empty(round(self._BESIDE * (student.numel() + teacher.numel())))
@@ -105,7 +117,7 @@ class _Rehearsal:
         self.config, self.ledger, self.device, self.keeps_gradients = config, ledger, device, keeps_gradients
         self.moments: list[Moment] = []
         self.precision = Precision(device, dtype, 1.0)
-        self.student = self._student(skeletons["student"], dtype)
+        self.student = self._student(skeletons["student"])
         self.teacher: Any = None
         if "teacher" in skeletons:
             self.teacher = self._teacher(skeletons["teacher"], dtype)
@@ -141,17 +153,14 @@ class _Rehearsal:
             self._step(routers)
         self._evaluate()
 
-    def _student(self, skeleton: nn.Module, dtype: torch.dtype) -> nn.Module:
-        lora: Any = getattr(self.config, "lora", None)
-        adapts = lora is not None and lora.lora_rank > 0
-        student: Any = hollow(skeleton, self.device, dtype if adapts else torch.float32)
-        student = student.requires_grad_(True).train()
+    def _student(self, skeleton: nn.Module) -> nn.Module:
+        adapts = _adapts(self.config)
+        student: Any = hollow(skeleton, self.device, None if adapts else torch.float32)
+        student = student.train() if adapts else student.requires_grad_(True).train()
         if self.config.memory.gradient_checkpointing:
             recompute_activations_(student, same_dropout=True)
-        if adapts:
-            if self.config.memory.gradient_checkpointing:
+            if adapts:
                 student.enable_input_require_grads()
-            student = add_adapter(student, lora)
         self.ledger.enter(tensors_of(student), "student")
         return student
 

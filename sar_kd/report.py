@@ -10,6 +10,7 @@ import dataclasses
 import html
 import json
 import math
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from sar_kd.environment import is_installed
 from sar_kd.files import number_of, replace_text
 from sar_kd.history import History, read_history
 from sar_kd.settings import UsageError, flag
+from sar_kd.terminal import fitted
 from sar_kd.verdict import verdict_of
 from sar_kd.version import __version__
 
@@ -114,7 +116,7 @@ def write_report(runs: Sequence[History], path: Path) -> None:
 
 
 def _page_of_one(run: History, charts: list[tuple[str, str]]) -> str:
-    sentences = "".join(f"<p>{_text(line)}</p>" for line in verdict_of(run))
+    sentences = "".join(f"<p>{_marked(line)}</p>" for line in verdict_of(run))
     teacher = run.setting("teacher_model")  # fine-tuning has none
     beside = f", teacher {teacher}" if teacher else ""
     models = f"Student {run.setting('student_model')}{beside}, mode {run.config.get('mode')}"
@@ -209,6 +211,11 @@ def _shown(value: object) -> str:
     return "-" if value in ("", None) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def _marked(line: str) -> str:
+    """A sentence, what it sets in backticks as code."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", _text(line))
+
+
 def _text(value: object) -> str:
     return html.escape(str(value))
 
@@ -238,6 +245,6 @@ def main(argv: list[str]) -> dict:
         print(json.dumps({"report": str(path), "verdicts": sentences}, indent=2))
         return {"status": "finished"}
     for name, lines in sentences.items():
-        print("\n  ".join([f"{name}:", *lines]))
-    print(f"Written to {path}")
+        print(fitted(f"{name}:", *(f"  {line}" for line in lines)))
+    print(fitted(f"Written to {path}"))
     return {"status": "finished"}

@@ -19,10 +19,10 @@ import numpy as np
 from sar_kd.alignment import ends_on_both
 from sar_kd.blocks import Block, Blocks
 from sar_kd.data import Batch, Corpus
-from sar_kd.pieces import Ids, encode_inside
+from sar_kd.pieces import encode_inside
 from sar_kd.streams import within
 from sar_kd.token_stream import GLUE, RESPONSE, STOP, Part, TokenStream, lay
-from sar_kd.tokens import CONTENT, TokenTable, build_token_table
+from sar_kd.tokens import CONTENT, Ids, TokenTable, build_token_table
 from sar_kd.writing import Written
 
 

@@ -35,8 +35,11 @@ class Replicated(Placement):
         self.world = world
         learned = [p for p in (*objective.student.parameters(), *objective.parameters()) if p.requires_grad]
         # An expert that no token of any rank chose keeps no gradient, as with one process; looking for such costs time.
-        how = {"find_unused_parameters": _has_separate_experts(objective.student), "gradient_as_bucket_view": True}
-        self._ddp = DistributedDataParallel(_Learned(learned), **how)
+        self._ddp = DistributedDataParallel(
+            _Learned(learned),
+            find_unused_parameters=_has_separate_experts(objective.student),
+            gradient_as_bucket_view=True,
+        )
         self._ddp.register_comm_hook(None, _sum_bucket)
         # DDP makes its buckets anew after the first backward. It is to do so now: what is added up in another order
         # after a resume is not the same bit for bit.
@@ -114,7 +117,8 @@ class Sharded(Placement):
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         for layer in layers_of(student):
             fully_shard(layer, mesh=mesh, mp_policy=policy)
-        self._root = fully_shard(_Root(student, objective.distillation), mesh=mesh, mp_policy=policy)
+        self._root = _Root(student, objective.distillation)
+        self._shards = fully_shard(self._root, mesh=mesh, mp_policy=policy)  # the same module, by its other face
 
     def takes_part(self, batch: Batch) -> bool:
         """See `Placement`. Every rank puts every layer together equally often."""
@@ -141,12 +145,14 @@ class Sharded(Placement):
         """See `Placement`."""
         with torch.no_grad():
             found = self._root(compute)
-        self._root.reshard()  # else the next forward would meet the weights of before the next update
+        self._shards.reshard()  # else the next forward would meet the weights of before the next update
         return found
 
     def norm(self, gradients: list[Tensor]) -> Tensor:
         """See `Placement`."""
-        return torch.nn.utils.get_total_norm(gradients).full_tensor()
+        norm = torch.nn.utils.get_total_norm(gradients)
+        assert isinstance(norm, DTensor)
+        return norm.full_tensor()
 
     def weights(self) -> dict[str, Tensor]:
         """See `Placement`. Empty on every rank but the first."""
@@ -167,7 +173,7 @@ class Sharded(Placement):
             return [self.whole(value) for value in state]
         if not isinstance(state, DTensor):
             return state
-        tensor = state.detach().full_tensor()
+        tensor = state.full_tensor().detach()
         return tensor.cpu() if self.world.is_first else tensor.new_empty(0)
 
     @torch.no_grad()

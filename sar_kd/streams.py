@@ -7,7 +7,6 @@ own, cut short where it exceeds a block. Text is taken lot by lot; the streams o
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -75,12 +74,7 @@ def join(
         shelf = Shelf()
         build(shelf)
         columns, facts = shelf.finish(), shelf.facts
-    streams = [
-        TokenStream(*(columns.get(f"{side}_{name}") for name in ("ids", "ends", "has_dummy", "is_target")))
-        for side in _SIDES[: facts["sides"]]
-    ]
-    if pair.tables is None:
-        streams[0] = dataclasses.replace(streams[0], ends=Counting(len(streams[0].ids)))
+    streams = [_stream(columns, side, pair) for side in _SIDES[: facts["sides"]]]
     names, left_out, truncated = (strings_of(columns, name) for name in ("names", "left_out", "truncated"))
     if not len(names):
         shown = ", ".join(left_out[:3])
@@ -98,6 +92,12 @@ def join(
         dropped_tokens=facts["dropped_tokens"],
         without_template=tuple(facts["without_template"]),
     )
+
+
+def _stream(columns: dict[str, np.ndarray], side: str, pair: TokenizerPair) -> TokenStream:
+    ids = columns[f"{side}_ids"]
+    ends = Counting(len(ids)) if pair.tables is None else columns[f"{side}_ends"]
+    return TokenStream(ids, ends, columns[f"{side}_has_dummy"], columns[f"{side}_is_target"])
 
 
 def _what(documents: Documents, pair: TokenizerPair, limits: tuple[int, int] | None) -> dict:
@@ -133,13 +133,17 @@ class _Joiner:
         self._pending: list[list[list[Part]]] = [[] for _ in self.ends]
         self._opened: list[str | None] = []
         """Of what is pending, the name of the document that it opens"""
-        self._skips, self._before = False, ({}, [], 0)
+        self._skips = False
+        self._before: tuple[dict[str, int], list[int], int] = {}, [], 0
+        """Sizes of the columns, `ends` and `num_bytes` where the document that is being entered begins"""
 
     def join(self, documents: Sequence[Sample] | Documents, cache: TokenCache | None) -> None:
         """Enter all documents, plain ones first."""
-        is_large = isinstance(documents, Documents)
-        num_chars = documents.num_chars if is_large else 0
-        talks = documents.has_conversations if is_large else any(isinstance(d, Conversation) for d in documents)
+        is_large, num_chars = isinstance(documents, Documents), 0
+        if isinstance(documents, Documents):
+            num_chars, talks = documents.num_chars, documents.has_conversations
+        else:
+            talks = any(isinstance(sample, Conversation) for sample in documents)
         with reading_bar(num_chars, is_large) as bar:
             for number, size in enumerate(self._lots(documents, talks)):
                 bar.update(size)
@@ -153,9 +157,9 @@ class _Joiner:
             self._add_plain(lot)
             yield sum(len(fragment.piece.text) for fragment in lot)
         writers = writers_of(self.pair) if talks else []
-        for lot in conversations_of(documents) if talks else ():
-            self._add_conversations(lot, writers)
-            yield sum(talk.num_chars for talk in lot)
+        for some in conversations_of(documents) if talks else ():
+            self._add_conversations(some, writers)
+            yield sum(talk.num_chars for talk in some)
 
     def _add_plain(self, lot: list[Fragment]) -> None:
         """Enter a lot of plain text: all of it is to be learned, an end-of-text token after each document."""
@@ -261,7 +265,7 @@ def within(whole: list[list[Part]], tables: list[TokenTable], limits: tuple[int,
 
 def _first(parts: list[Part], num_tokens: int) -> list[Part]:
     """The first tokens of a conversation."""
-    kept = []
+    kept: list[Part] = []
     for part in parts:
         if num_tokens > 0:
             kept.append(part._replace(ids=part.ids[:num_tokens]))

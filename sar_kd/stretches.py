@@ -75,7 +75,10 @@ def cut_stretches(
 
     num_student: N; teacher_rows: int64 [N_t], the rows that predict something, of the teacher's flattened logits
     """
-    return _Cutter(alignment, num_student, teacher_rows, int(teacher_is_richer)).stretches(limit)
+    assert alignment.in_student is not None
+    assert alignment.in_teacher is not None
+    records = alignment.in_student, alignment.in_teacher
+    return _Cutter(alignment, records, num_student, teacher_rows, int(teacher_is_richer)).stretches(limit)
 
 
 _Span = tuple[int, int]
@@ -84,12 +87,19 @@ _Span = tuple[int, int]
 class _Cutter:
     """A batch's alignment with both sides' rows counted by what they predict; lists of two: student, teacher."""
 
-    def __init__(self, alignment: Alignment, num_student: int, teacher_rows: Tensor, richer: int):
+    def __init__(
+        self,
+        alignment: Alignment,
+        records: tuple[Continuations, Continuations],
+        num_student: int,
+        teacher_rows: Tensor,
+        richer: int,
+    ):
+        """records: inside the student's tokens, which is then the richer, and inside the teacher's"""
         self.alignment, self.richer, self.teacher_rows = alignment, richer, teacher_rows.numpy()
         self.sizes = [num_student, len(teacher_rows)]
         self.pairs = [alignment.student_rows.numpy(), self._place(alignment.teacher_rows)]
-        # Inside the student's tokens, which is then the richer, and inside the teacher's.
-        self.records = [alignment.in_student, alignment.in_teacher]
+        self.records = records
         self.rich = [self.records[0].rich_rows.numpy(), self._place(self.records[1].rich_rows)]
         self.poor = [self._place(self.records[0].poor_rows), self.records[1].poor_rows.numpy()]
         self.ends = [record.ends.numpy() for record in self.records]

@@ -102,6 +102,7 @@ def _teacher_config(config: Config, folder: str) -> SftConfig:
         precision=config.precision,
         guards=dataclasses.replace(config.guards, **guards),
         train=_calendar(config, folder, train_steps=config.data.task_teacher_steps, grad_accum_steps=1),
+        notices=(f"First the teacher learns --task {config.data.task}; in this part 'student' means the teacher",),
     )
 
 
@@ -118,6 +119,7 @@ def _baseline_config(config: Config, folder: str) -> SftConfig:
         memory=MemoryConfig(gradient_checkpointing=config.memory.gradient_checkpointing),
         guards=config.guards,
         train=_calendar(config, folder),
+        notices=("For comparison the student learns without a teacher, the same steps; --skip_baseline leaves it out",),
     )
 
 

@@ -263,7 +263,7 @@ def _try(models: Models, precision: Precision) -> None:
 def _line(word: str, reason: str, settings: RoutingConfig, specs: list) -> str:
     said = f"--routing {word}" if not reason else f"--routing auto: {word}, because {reason}"
     if word == "native":
-        return said
+        return said if reason else f"{said}, the teacher's own"
     count = sum(parameter.numel() for parameter in router_parameters(specs).values())
     experts = f"{len(specs)} routers of {specs[0].num_experts} experts, {specs[0].top_k} of them in its own routing"
     if word == "sar":

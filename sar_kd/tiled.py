@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,10 @@ from torch import Tensor
 from sar_kd.columns import blocks_of, column_logsumexp, finite_columns
 from sar_kd.losses import LogitClamp
 from sar_kd.readout import Gradients, Readout, Rows
+from sar_kd.top import StoredRows, Top
+
+Teacher = Readout | StoredRows
+"""What tiles of the teacher's logits, or of the likeliest of them, come from"""
 
 
 class Tile(NamedTuple):
@@ -25,23 +29,29 @@ class Tile(NamedTuple):
 
     student: Rows
     """Rows of the student's readout"""
-    teacher: Rows | None
-    """Rows of the teacher's; None where nothing is distilled"""
-    counts: Tensor | None
+    teacher: Rows = slice(0)
+    """Rows of the teacher's; none where nothing is distilled"""
+    counts: Tensor | None = None
     """float32 [n]: 1 where the row's cross-entropy counts in this tile, else 0; None if it does in all"""
-    part: object
+    part: Any = None
     """What the comparison wants to know about the rows"""
+
+
+class Single(NamedTuple):
+    """Slopes of single places of a tile."""
+
+    places: Tensor
+    """int64 [E]: in the flattened tile"""
+    values: Tensor
+    """float32 [E]"""
 
 
 class Slopes(NamedTuple):
     """d loss / d logits of a tile [V, n], in parts that add up."""
 
-    pieces: tuple[tuple[int, Tensor], ...]
+    pieces: tuple[tuple[int, Tensor], ...] = ()
     """The first column of each, and float32 [V', k] of the first V' rows"""
-    places: Tensor | None = None
-    """int64 [E]: single places in the flattened tile"""
-    values: Tensor | None = None
-    """float32 [E]: what these get"""
+    single: Single | None = None
 
     def add_to_(self, tile: Tensor, weight: Tensor, block: slice = slice(None)) -> None:
         """Add `weight` times the pieces to a block of the tile."""
@@ -49,13 +59,10 @@ class Slopes(NamedTuple):
             part = piece[block]
             tile[block][: len(part), first : first + part.shape[1]].addcmul_(part, weight)
 
-    def add_places_to_(self, tile: Tensor, weight: Tensor) -> None:
+    def add_single_to_(self, tile: Tensor, weight: Tensor) -> None:
         """Add `weight` times what single places get."""
-        if self.places is not None:
-            tile.view(-1).index_add_(0, self.places, self.values * weight)
-
-
-NOTHING = Slopes(())
+        if self.single is not None:
+            tile.view(-1).index_add_(0, self.single.places, self.single.values * weight)
 
 
 class Compared(NamedTuple):
@@ -78,7 +85,7 @@ class Loss:
     tiles: Sequence[Tile]
     targets: Tensor | None
     """int64 [N]: what the student's rows predict; None without cross-entropy"""
-    compare: Callable[[Tensor, Tensor, object, str], Compared] | None
+    compare: Callable[[Tensor, Tensor | Top, Any, str | None], Compared] | None
     """compare(student tile, teacher tile, tile.part, learner); None where nothing is distilled"""
     ce_weight: float
     kd_weight: float
@@ -88,6 +95,13 @@ class Loss:
     scale: Tensor | float = 1.0
     """What the loss will be multiplied by before its backward: gradients are rounded with it"""
     learner: str = "student"
+
+    def learns(self, student: Readout, teacher: Teacher | None) -> Readout:
+        """The learner's readout."""
+        if self.learner == "student":
+            return student
+        assert isinstance(teacher, Readout), "what is stored learns nothing"
+        return teacher
 
 
 class Sums(NamedTuple):
@@ -104,20 +118,16 @@ class Sums(NamedTuple):
     dropped: Tensor
 
 
-def tiled_loss(loss: Loss, student: Readout, teacher: Readout | None) -> Sums:
+def tiled_loss(loss: Loss, student: Readout, teacher: Teacher | None) -> Sums:
     """The sums of a batch; `minimised` has gradients for the learner's states, and for the head if it takes one."""
-    learner = student if loss.learner == "student" else teacher
-    head = learner.head
-    inputs = learner.states, head and head.weight, head and head.bias
-    return Sums(*_TiledLoss.apply(loss, student, teacher, *inputs))
+    return Sums(*_TiledLoss.apply(loss, student, teacher, *loss.learns(student, teacher).tensors))
 
 
 class _TiledLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, loss: Loss, student: Readout, teacher: Readout | None, *inputs: Tensor | None):
-        learner = student if loss.learner == "student" else teacher
+    def forward(ctx, loss: Loss, student: Readout, teacher: Teacher | None, *inputs: Tensor | None):
         wanted = [needed and (loss.ce_weight > 0 or loss.compare is not None) for needed in ctx.needs_input_grad[3:]]
-        gradients = Gradients(learner, wanted) if any(wanted) else None
+        gradients = Gradients(loss.learns(student, teacher), wanted) if any(wanted) else None
         ctx.scale = loss.scale
         sums, ctx.gradients = _sums(loss, student, teacher, gradients), gradients
         ctx.mark_non_differentiable(*sums[1:])
@@ -129,13 +139,13 @@ class _TiledLoss(torch.autograd.Function):
         return None, None, None, *((None,) * 3 if gradients is None else gradients.times(grad / ctx.scale))
 
 
-def _sums(loss: Loss, student: Readout, teacher: Readout | None, gradients: Gradients | None) -> Sums:
+def _sums(loss: Loss, student: Readout, teacher: Teacher | None, gradients: Gradients | None) -> Sums:
     zero = torch.zeros((), device=student.states.device)
     kd = raw_kd = dropped = zero
-    text = _Text(loss, zero) if loss.targets is not None else None
+    text = None if loss.targets is None else _Text(loss, loss.targets, zero)
     # A clamp's factor is that of the whole sum, which has to be known before anything is learned from a part of it.
-    reads_first = text is not None and len(loss.tiles) > 1 and loss.ce_factor is not None
-    if reads_first:
+    reads_first = len(loss.tiles) > 1 and loss.ce_factor is not None
+    if text is not None and reads_first:
         for number, tile in enumerate(loss.tiles):
             text.read(number, student.tile(tile.student))
     for number in range(len(loss.tiles)) if gradients or loss.compare or not reads_first else ():
@@ -150,7 +160,7 @@ def _learn_from(
     number: int,
     loss: Loss,
     student: Readout,
-    teacher: Readout | None,
+    teacher: Teacher | None,
     text: _Text | None,
     reads: bool,
     gradients: Gradients | None,
@@ -161,32 +171,39 @@ def _learn_from(
     reads: the text has not read it yet
     Returns: sums alone; None where nothing is compared
     """
-    tile, bound = loss.tiles[number], loss.clamp.bound if loss.clamp.style == "raw" else math.inf
+    tile, is_own = loss.tiles[number], loss.learner == "student"
     own = student.tile(tile.student)
-    others = teacher.tile(tile.teacher) if loss.compare else None
+    others = None if loss.compare is None or teacher is None else teacher.tile(tile.teacher)
     if text and reads:
         text.read(number, own)
-    of_student, of_teacher = (student, tile.student, own), (teacher, tile.teacher, others)
-    learner, rows, learned = of_student if loss.learner == "student" else of_teacher
-    chain = _chain(learner, learned, bound) if gradients else None
-    compared, slopes = None, NOTHING
-    if loss.compare:
-        plain = loss.compare(own.clone(), others.clone(), tile.part, None).raw if bound < math.inf else None
-        _clamp_(bound, own, others)
-        compared = loss.compare(own, others, tile.part, loss.learner if gradients else None)
-        slopes = compared.slopes
-        compared = compared._replace(raw=compared.raw if plain is None else plain, slopes=None)
-    else:
-        _clamp_(bound, own)
+    learned = own if is_own else others
+    assert isinstance(learned, Tensor), "what is stored learns nothing"
+    chain = gradients.readout.inner_slopes(learned, loss.clamp.raw_bound) if gradients else None
+    compared = _compared(loss, own, others, tile.part, loss.learner if gradients else None)
     if gradients is not None:
+        slopes = Slopes() if compared is None or compared.slopes is None else compared.slopes
         weight = loss.kd_weight * loss.scale * torch.ones_like(own[0, :1])
         if text and loss.ce_weight:
             text.become_slopes_(number, own, slopes, weight)
         else:
             slopes.add_to_(learned.zero_(), weight)
-        slopes.add_places_to_(learned, weight)
-        gradients.add_(rows, learned if chain is None else learned.mul_(chain))
-    return compared
+        slopes.add_single_to_(learned, weight)
+        gradients.add_(tile.student if is_own else tile.teacher, learned if chain is None else learned.mul_(chain))
+    return compared and compared._replace(slopes=None)
+
+
+def _compared(loss: Loss, own: Tensor, others: Tensor | Top | None, part: Any, learner: str | None) -> Compared | None:
+    """Both tiles, held within the clamp's bound and compared; `raw` is of the logits as they are."""
+    bound = loss.clamp.raw_bound
+    if loss.compare is None or others is None:
+        _clamp_(bound, own)
+        return None
+    if bound == math.inf:
+        return loss.compare(own, others, part, learner)
+    assert isinstance(others, Tensor), "what is stored holds no logits to clamp"
+    plain = loss.compare(own.clone(), others.clone(), part, None).raw
+    _clamp_(bound, own, others)
+    return loss.compare(own, others, part, learner)._replace(raw=plain)
 
 
 def _clamp_(bound: float, *tiles: Tensor) -> None:
@@ -195,20 +212,11 @@ def _clamp_(bound: float, *tiles: Tensor) -> None:
         tile.masked_fill_(~finite_columns(tile), math.nan).clamp_(-bound, bound)
 
 
-def _chain(readout: Readout, tile: Tensor, bound: float) -> Tensor | None:
-    """What the slopes of a tile's logits are multiplied by on their way to the head's own product; None for 1."""
-    chain = readout.inner_slopes(tile)
-    if bound < math.inf:
-        inside = tile.abs() <= bound
-        return inside if chain is None else chain.mul_(inside)
-    return chain
-
-
 class _Text:
     """The cross-entropy of a batch's text: its sums, and what its slopes need, tile by tile."""
 
-    def __init__(self, loss: Loss, zero: Tensor):
-        self.loss, self.factor = loss, zero + 1.0
+    def __init__(self, loss: Loss, targets: Tensor, zero: Tensor):
+        self.loss, self.targets, self.factor = loss, targets, zero + 1.0
         self.ce = self.raw = self.nonfinite = zero
         self._normalisers: dict[int, Tensor] = {}
 
@@ -242,50 +250,7 @@ class _Text:
         tile.scatter_add_(0, targets[None], -mine[None])
 
     def _targets(self, number: int) -> Tensor:
-        return self.loss.targets[self.loss.tiles[number].student]
-
-
-def target_log_probs(
-    readout: Readout, targets: Tensor, tile_rows: int, bound: float = math.inf
-) -> tuple[Tensor, Tensor]:
-    """log softmax(z_n)[y_n] of each row, of logits within [-bound, bound], and whether the row's logits are finite.
-
-    targets: int64 [N]
-    Returns: float32 [N], nats, with a gradient for states and head; bool [N]
-    """
-    head = readout.head
-    return _TargetLogProbs.apply(
-        readout, targets, tile_rows, bound, readout.states, head and head.weight, head and head.bias
-    )
-
-
-class _TargetLogProbs(torch.autograd.Function):
-    """d log p[y] / d z[v] = [v = y] - p[v]. What comes back is another number for each row, so tiles are made again."""
-
-    @staticmethod
-    def forward(ctx, readout: Readout, targets: Tensor, tile_rows: int, bound: float, *inputs: Tensor | None):
-        ctx.of = readout, targets, tile_rows, bound
-        found = [torch.zeros(0, device=targets.device)], [torch.zeros(0, dtype=torch.bool, device=targets.device)]
-        for rows in stretches_of(len(targets), tile_rows):
-            tile = readout.tile(rows)
-            own = tile.gather(0, targets[None, rows])[0].clamp(-bound, bound)
-            found[0].append(own - column_logsumexp(tile, bound=bound))
-            found[1].append(finite_columns(tile))
-        log_probs, finite = map(torch.cat, found)
-        ctx.mark_non_differentiable(finite)
-        return log_probs, finite
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, _):
-        readout, targets, tile_rows, bound = ctx.of
-        gradients = Gradients(readout, ctx.needs_input_grad[4:])
-        for rows in stretches_of(len(targets), tile_rows):
-            tile = readout.tile(rows)
-            chain = _chain(readout, tile, bound)
-            tile.sub_(column_logsumexp(tile.clamp_(-bound, bound))).exp_().mul_(-grad[rows])
-            tile.scatter_add_(0, targets[None, rows], grad[None, rows])
-            gradients.add_(rows, tile if chain is None else tile.mul_(chain))
-        return None, None, None, None, *gradients.times(torch.ones((), device=grad.device))
+        return self.targets[self.loss.tiles[number].student]
 
 
 def tile_rows(workspace_mb: int, *vocab_sizes: int) -> int:

@@ -128,8 +128,9 @@ def _model_of(tokenizer):
 def unnamed_end(tokenizer) -> int | None:
     """The end-of-text id that only the tiktoken encoding inside names, as in Qwen's first tokenizer; else None."""
     model = _model_of(tokenizer) if _backend_of(tokenizer) is None else None
-    is_there = END_OF_TEXT in getattr(model, "special_tokens_set", ())
-    return model.encode_single_token(END_OF_TEXT) if is_there else None
+    if model is None or END_OF_TEXT not in getattr(model, "special_tokens_set", ()):
+        return None
+    return model.encode_single_token(END_OF_TEXT)
 
 
 def read_vocabulary(tokenizer) -> Vocabulary:

@@ -87,7 +87,8 @@ class TokenCache:
 
     def require_room(self, num_bytes: int) -> None:
         """Raise UsageError unless the folder has room for so much."""
-        require_room(self.folder, num_bytes, "the text's tokens", "token_cache", "free some, or name another folder")
+        remedy = "free some, or name another folder"
+        require_room(self.folder, num_bytes, "the text's tokens", flag="token_cache", remedy=remedy)
 
     @contextmanager
     def _writable(self):

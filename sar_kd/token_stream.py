@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sar_kd.tokens import TokenTable
+from sar_kd.tokens import Ids, TokenTable
 
 GLUE, PROMPT, RESPONSE, STOP = range(4)
 """Kinds of parts; from RESPONSE on they are to be learned."""
@@ -18,14 +18,14 @@ GLUE, PROMPT, RESPONSE, STOP = range(4)
 class Part(NamedTuple):
     """A run of one model's tokens."""
 
-    ids: Sequence[int]
+    ids: Ids
     kind: int
     """GLUE: no bytes. PROMPT and RESPONSE: bytes of the text. STOP: the last token is one virtual byte."""
     has_dummy: bool = False
     """A content that begins with a space which the text does not have."""
     dummy_is_text: bool = False
     """Both models read that space, so it is text to both."""
-    ends: Sequence[int] | None = None
+    ends: Ids | None = None
     """Where each token ends in the part, in bytes, for a tokenizer whose tokens have no bytes of their own."""
 
 
@@ -46,13 +46,16 @@ class Counting(Sequence):
         return np.arange(1, len(self) + 1, dtype=dtype or np.int64)
 
 
+Ends = np.ndarray | Counting
+
+
 @dataclass(frozen=True)
 class TokenStream:
     """All documents in one tokenizer's tokens; arrays in memory, or of files."""
 
     ids: np.ndarray
     """int32 [N]"""
-    ends: np.ndarray | Counting
+    ends: Ends
     """int64 [N]: where each token ends in the joined text, in bytes, a stop token counting one and what a chat template
     adds none; in tokens where the tokenizers are equal and no bytes are needed."""
     has_dummy: np.ndarray

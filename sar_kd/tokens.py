@@ -11,7 +11,7 @@ import hashlib
 import json
 import random
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from weakref import WeakKeyDictionary
@@ -19,6 +19,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from sar_kd.token_bytes import METASPACE, STOP_TOKENS, Vocabulary, encode, read_vocabulary, unnamed_end
+
+Ids = Sequence[int] | np.ndarray
 
 CONTENT, SPECIAL, END, UNKNOWN, PADDED = range(5)
 """Kinds of ids: text, no text, ends a text, what the vocabulary lacks, a row of the head without a token."""

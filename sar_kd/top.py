@@ -96,7 +96,7 @@ class StoredRows:
         """The same; there is no graph."""
         return self
 
-    def tile(self, rows: Tensor) -> Top:
+    def tile(self, rows: slice | Tensor) -> Top:
         """The top of some rows of the flattened logits."""
         places = self.places[rows]
         peaks = self.peaks[places]

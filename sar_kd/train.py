@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     Raises: UsageError for what the user can mend, TrainingDiverged after an emergency stop
     """
-    return train(parse_args(STABLE, argv))
+    return train(parse_args(STABLE, argv, "train"))
 
 
 def train(config: Config, given: Given = NOTHING_GIVEN) -> dict:

@@ -127,7 +127,7 @@ class VocabularyMap:
                 owners.append(token)
         pieces = self._poor_table.pieces
         for token, ids in zip(owners, encode(tokenizer, texts), strict=True):
-            parts, piece = [], self._rich_table.pieces[token]
+            piece, parts = self._rich_table.pieces[token], list[int]()
             missing = len(piece)
             while ids and missing > 0:  # from the end, to leave out the anchor and the space before it
                 parts.insert(0, ids.pop())
@@ -237,9 +237,9 @@ class VocabularyMap:
         """
         taken = np.full(len(self._poor_table.pieces), -1, dtype=np.int64)
         pieces, exact = self._rich_table.pieces, self._rich.exact
-        tokens = zip(rich_tokens.tolist(), parts.tolist(), strict=True)
+        cuts = zip(rich_tokens.tolist(), parts.tolist(), strict=True)
         # Of tokens that share their bytes the ordinary one comes last, and so has its way.
-        for token, part in sorted(tokens, key=lambda item: (len(pieces[item[0]]), exact[pieces[item[0]]] == item[0])):
+        for token, part in sorted(cuts, key=lambda item: (len(pieces[item[0]]), exact[pieces[item[0]]] == item[0])):
             rest = pieces[token][len(prefix) :]
             taken[self._poor.extensions(rest)] = part
             if rest in self._poor.exact:

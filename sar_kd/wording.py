@@ -1,23 +1,15 @@
-"""What a run says at its end, and how a line fits a terminal."""
+"""What a run says at its end."""
 
 from __future__ import annotations
 
-import shutil
-import sys
-import textwrap
 from pathlib import Path
 
 from sar_kd.guards import CAUSES
 from sar_kd.report import FILE as REPORT
 from sar_kd.writing import FAULTS
 
-
-def fitted(line: str) -> list[str]:
-    """The line as a terminal shows it without breaking a word; as it is, where it goes into a file."""
-    if not sys.stdout.isatty():
-        return [line]
-    width = max(40, shutil.get_terminal_size((80, 24)).columns)
-    return textwrap.wrap(line, width, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False) or [""]
+_COLUMNS = {"perplexity": 12, "bits per byte": 15, "accuracy": 10, "answer rate": 13}
+"""What a table may have beside its names, and how wide; all of it fits into 80 columns."""
 
 
 def closing_table(summary: dict, folder: Path) -> list[str]:
@@ -28,13 +20,13 @@ def closing_table(summary: dict, folder: Path) -> list[str]:
     scores = summary.get("benchmark_result", {})
     if "cross_entropy_only" in summary:
         scores = scores | {"cross_entropy_only": summary["cross_entropy_only"]}
-    columns = ("perplexity", "bits per byte", *(("accuracy", "answer rate") if scores else ()))
+    columns = list(_COLUMNS.items())[: None if scores else 2]
     skipped = ", ".join(f"{cause} {count}" for cause in CAUSES if (count := summary["skipped"].get(cause)))
     lines = [
         "",
         f"{summary['status'].replace('_', ' ').capitalize()} after {summary['steps']} steps "
         f"in {_duration(summary['wall_seconds'])}, {summary['tokens_per_second']:,.0f} tokens/s",
-        f"  {'':<26}{columns[0]:>14}" + "".join(f"{column:>16}" for column in columns[1:]),
+        f"  {'':<28}" + "".join(f"{name:>{width}}" for name, width in columns),
         *(_row(name, figures, scores.get(key)) for name, key, figures in _rows(summary)),
         f"  applied {summary['applied']}, skipped {sum(summary['skipped'].values())}"
         + (f" ({skipped})" if skipped else "")
@@ -54,17 +46,19 @@ def _on_policy(found: dict, seconds: float) -> str:
     """What the student wrote itself, and what that took."""
     count = max(1, found["responses"])
     faults = ", ".join(f"{name} {found[name]}" for name in FAULTS if found[name])
-    shown = f" ({faults})" if faults else ""
+    shown = f" (faults: {faults})" if faults else ""
     return (
-        f"  wrote {found['responses']:,} responses of {found['tokens'] / count:.1f} tokens, "
-        f"{found['ended'] / count:.0%} ended{shown}; {found['sampling_seconds'] / max(1e-9, seconds):.0%} of the time"
+        f"  wrote {found['responses']:,} responses of {found['tokens'] / count:.1f} tokens on average, "
+        f"{found['ended'] / count:.0%} of them ended{shown}; that took "
+        f"{found['sampling_seconds'] / max(1e-9, seconds):.0%} of the time"
     )
 
 
 def _row(name: str, figures: tuple[float, float], score: dict | None) -> str:
     """score: `accuracy` and `answer_rate`, where they are known"""
-    answers = f"{score['accuracy']:>16.3f}{score['answer_rate']:>16.3f}" if score else ""
-    return f"  {name:<26}{perplexity_text(figures[0]):>14}{figures[1]:>16.4f}{answers}"
+    shown = [perplexity_text(figures[0]), f"{figures[1]:.4f}"]
+    shown += [f"{score['accuracy']:.3f}", f"{score['answer_rate']:.3f}"] if score else []
+    return f"  {name:<28}" + "".join(f"{text:>{width}}" for text, width in zip(shown, _COLUMNS.values(), strict=False))
 
 
 def perplexity_text(perplexity: float) -> str:

@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,13 @@ from sar_kd.farewell import Farewell
 from sar_kd.settings import UsageError
 
 T = TypeVar("T")
+
+
+class _Settings(Protocol):
+    def to_dict(self) -> dict: ...
+
+
+S = TypeVar("S", bound=_Settings)
 _TIMEOUT = timedelta(minutes=10)
 """The longest that one process waits for another in a collective. A process that has ended is noticed at once."""
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -75,7 +82,7 @@ class World:
         """
         return act()
 
-    def agreed(self, config: T) -> T:
+    def agreed(self, config: S) -> S:
         """Rank 0's settings, of which only the run folder may differ: its name is made of the time.
 
         Raises: UsageError if the ranks were started with others
@@ -125,9 +132,9 @@ class Ranks(World):
 
     def sum(self, values: Iterable[float]) -> list[float]:
         """See `World`."""
-        values = torch.tensor(list(values), dtype=torch.float64)
-        dist.all_reduce(values)
-        return values.tolist()
+        sums = torch.tensor(list(values), dtype=torch.float64)
+        dist.all_reduce(sums)
+        return sums.tolist()
 
     def total(self, count: int) -> int:
         """See `World`."""
@@ -152,7 +159,7 @@ class Ranks(World):
 
     def gather(self, value: T) -> list[T]:
         """See `World`."""
-        values = [None] * self.size
+        values = [value] * self.size
         dist.all_gather_object(values, value)
         return values
 
@@ -164,7 +171,8 @@ class Ranks(World):
 
     def first(self, act: Callable[[], T]) -> T | Silent:
         """See `World`."""
-        result, said = Silent(), None
+        result: T | Silent = Silent()
+        said = None
         if self.is_first:
             try:
                 result = act()
@@ -175,7 +183,7 @@ class Ranks(World):
             raise UsageError(said)
         return result
 
-    def agreed(self, config: T) -> T:
+    def agreed(self, config: S) -> S:
         """See `World`."""
         configs = self.gather(config)
         flags = [_flat(config.to_dict()) | {"output_dir": None} for config in configs]

@@ -18,6 +18,6 @@ def readout_of(logits: Tensor) -> Readout:
 
 def cross_entropy(logits: Tensor, targets: Tensor, clamp: LogitClamp = NO_CLAMP) -> tuple[Tensor, Tensor]:
     """The sum under the clamp, with a gradient, and the sum as it is."""
-    tiles = [Tile(slice(None), None, None, None)]
+    tiles = [Tile(slice(None))]
     sums = tiled_loss(Loss(tiles, targets, None, 1.0, 0.0, clamp), readout_of(logits), None)
     return sums.minimised, sums.raw_ce

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("train_sar_kd_fp16_safe", "train_sar_kd_stable")
 LEVELS = {
-    -2: {"farewell", "settings", "version"},
+    -2: {"farewell", "settings", "terminal", "version"},
     -1: {
         "routing_config",
         "on_policy_config",
@@ -49,6 +49,7 @@ LEVELS = {
         "layers",
         "training_log",
         "cache_config",
+        "fold",
     },
     2: {
         "alignment",
@@ -82,7 +83,7 @@ LEVELS = {
         "token_cache",
     },
     4: {"moments", "subject", "router_table", "router_terms", "streams", "tiled", "charts", "verdict", "card", "heard"},
-    5: {"pairing", "report", "generate", "matching", "windows"},
+    5: {"pairing", "report", "generate", "matching", "windows", "likelihood"},
     6: {"data", "wording", "teacher_cache"},
     7: {"distillation", "evaluate", "metrics", "responses", "cache_text"},
     8: {"projected", "progress", "clamps", "coverage", "forensics", "sft_log", "benchmark", "cache"},

@@ -183,7 +183,6 @@ def test_equal_tokenizers_are_aligned_row_by_row(corpora):
     batch = corpus.batch([2, 0])
     every = list(range(batch.num_target_tokens))
     a = batch.alignment
-    assert corpus.pairing.open_classes is None
     assert a.in_student is a.in_teacher is None
     assert a.ended.tolist() == [-1] * len(every)
     assert torch.equal(batch.student.input_ids, batch.teacher.input_ids)

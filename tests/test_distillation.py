@@ -19,6 +19,7 @@ from sar_kd.data import Corpus
 from sar_kd.distillation import Outputs, TokenLevel
 from sar_kd.documents import Document
 from sar_kd.embedded import STUDENT_DIR, TEACHER_DIR, split_of
+from sar_kd.fold import Fold
 from sar_kd.kinds import (
     ChunkLikelihood,
     HiddenStates,
@@ -28,7 +29,7 @@ from sar_kd.kinds import (
     build_distillation,
 )
 from sar_kd.other_ways import Ways, add_other_ways
-from sar_kd.projection import Continuations, Fold, read, rich_log_probs
+from sar_kd.projection import Continuations, read, rich_log_probs
 from sar_kd.stretches import cut_stretches
 from sar_kd.top import StoredRows
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from readouts import cross_entropy, readout_of
 from torch import Tensor
 
+from sar_kd import likelihood
 from sar_kd.divergence import Divergence
 from sar_kd.losses import (
     ABSENT,
@@ -25,7 +26,6 @@ from sar_kd.losses import (
     state_distance,
 )
 from sar_kd.projection import on_support
-from sar_kd.tiled import target_log_probs as tiled_target_log_probs
 
 N, V = 7, 11
 FORWARD, REVERSE, JSD = Divergence("forward"), Divergence("reverse"), Divergence("jsd", 0.3)
@@ -33,7 +33,7 @@ EVERY_DIVERGENCE = pytest.mark.parametrize("divergence", [FORWARD, REVERSE, JSD]
 
 
 def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
-    return tiled_target_log_probs(readout_of(logits), targets, 3)[0]
+    return likelihood.target_log_probs(readout_of(logits), targets, 3)[0]
 
 
 def _naive_softmax(row: Tensor, temperature: float = 1.0) -> Tensor:

@@ -21,6 +21,7 @@ from sar_kd.guards import StepGuard
 from sar_kd.hollow import AWAY, Ledger, hollow, imagined
 from sar_kd.layers import recompute_activations_
 from sar_kd.loading import num_rows
+from sar_kd.lora import LoraConfig
 from sar_kd.memory_config import TeacherMemoryConfig
 from sar_kd.memory_plan import MARGIN, Plan, advice, plan
 from sar_kd.models import Models
@@ -369,6 +370,23 @@ def test_a_close_plan_and_a_verb_without_force_are_warned_only(monkeypatch):
     lines, refusal = advice(plan(config, skeletons, CPU, torch.float32), config, skeletons, torch.float32)
     assert refusal is None
     assert "may not be enough" in lines[-1]
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_a_student_with_an_adapter_is_rehearsed_with_what_learns_in_float32(recomputes):
+    pytest.importorskip("peft")
+    student = _skeletons()["student"]
+    config = SftConfig(lora=LoraConfig(lora_rank=4, lora_targets=("q_proj",)))
+    memory = dataclasses.replace(config.memory, gradient_checkpointing=recomputes)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, block_size=32), memory=memory)
+    found = plan(config, {"student": student}, CPU, torch.float16)
+    assert found.rehearsed
+    projections = [module for name, module in student.named_modules() if name.endswith("q_proj")]
+    learned = sum(4 * (module.in_features + module.out_features) for module in projections)
+    weights = sum(parameter.numel() for parameter in student.parameters())
+    (update,) = (moment for moment in found.moments if moment.name == "update")
+    assert update.parts["student"] == pytest.approx(2 * weights + 4 * learned, rel=0.01)
+    assert update.parts["optimizer"] == pytest.approx(8 * learned, rel=0.05)
 
 
 def test_preflight_refuses_before_any_weight_is_read_and_shows_the_table(monkeypatch, tmp_path, capsys):

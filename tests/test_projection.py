@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from sar_kd.fold import Fold
 from sar_kd.losses import ABSENT
 from sar_kd.other_ways import Ways, add_other_ways
-from sar_kd.projection import Continuations, Fold, poor_log_probs, read, rich_log_probs
+from sar_kd.projection import Continuations, poor_log_probs, read, rich_log_probs
 
 N, V, COUNT = 5, 12, 4
 TOKENS = torch.tensor([0, 2, 3, 5, 6, 8, 9, 11])

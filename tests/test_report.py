@@ -115,6 +115,27 @@ def test_routers_that_learn_have_their_entropy_and_usage_drawn(make_run):
     assert {"Router entropy", "Expert usage"} <= set(page.texts)
 
 
+def test_a_students_own_text_is_drawn_apart_and_steps_without_a_figure_leave_no_gap(make_run):
+    own = {"responses": 4, "response_end_rate": 0.5, "response_length": 30.0, "ce_loss": None, "norm_limit": math.inf}
+    _, page = _page(make_run([_step(1, norm_limit=math.inf), _step(2, **own), _step(3, norm_limit=math.inf)]))
+    assert {"Responses that end", "Length of responses", "ce"} <= set(page.texts)
+    assert "limit" not in page.texts  # of which nothing could be drawn
+    none = [_step(step, **own) for step in (1, 2)]
+    _, page = _page(make_run(none, name="none"))
+    assert "ce" not in page.texts
+
+
+def test_gradient_norms_close_together_have_numbers_beside_them(make_run):
+    _, page = _page(make_run([_step(1, grad_norm=0.71), _step(2, grad_norm=0.93)], "--max_grad_norm", "0.8"))
+    numbers = [text for text in page.texts if re.fullmatch(r"0\.[789]\d*", text)]
+    assert len(numbers) >= 3
+
+
+def test_what_a_verdict_sets_in_backticks_is_code(make_run):
+    text, _ = _page(make_run([_step(1), _evaluation(1, 2.2), _step(2), _evaluation(2, 2.4)]))
+    assert "<code>student/</code> holds the best." in text
+
+
 def test_every_colour_is_the_pages_so_that_it_reads_on_dark_and_on_light(make_run):
     text, _ = _page(make_run(RECORDS))
     drawn = text[text.index("<svg") :]

@@ -60,6 +60,14 @@ def test_teacher_and_baseline_are_runs_of_their_own_beside_it(done):
     assert teacher["val_ppl_final"] < teacher["val_ppl_start"]
 
 
+def test_each_part_says_first_what_it_is_for(done):
+    _, out = done
+    starts = [i for i, line in enumerate(out) if line.startswith(("Supervised fine-tuning", "Mode "))]
+    assert len(starts) == 3
+    assert out[starts[0] + 1].startswith("First the teacher learns --task units")
+    assert out[starts[1] + 1].startswith("For comparison the student learns without a teacher")
+
+
 def test_the_baseline_differs_in_the_teacher_only(done):
     folder, _ = done
     run, baseline = _json(folder / "config.json"), _json(f"{folder}-cross-entropy/config.json")
@@ -84,7 +92,7 @@ def test_accuracy_and_answer_rate_stand_beside_perplexity_for_all_four(done):
     assert summary["benchmark_result"].keys() == {"student_start", "student_end", "student", "teacher"}
     assert summary["cross_entropy_only"].keys() >= {"val_ppl_best", "accuracy", "answer_rate"}
     header = max(i for i, line in enumerate(out) if "answer rate" in line and "perplexity" in line)  # the last run's
-    rows = {line[:28].strip(): line[28:].split() for line in out[header + 1 : header + 6]}
+    rows = {line[:30].strip(): line[30:].split() for line in out[header + 1 : header + 6]}
     assert {name.split(" (")[0] for name in rows} == {
         "student, start", "student, end", "student, best", "student without teacher", "teacher"
     }  # fmt: skip

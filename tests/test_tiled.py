@@ -13,10 +13,11 @@ from sar_kd.columns import column_logsumexp
 from sar_kd.config import LossConfig
 from sar_kd.distillation import TokenLevel
 from sar_kd.heads import Head
+from sar_kd.likelihood import target_log_probs
 from sar_kd.losses import LogitClamp, LossClamp
 from sar_kd.precision import Precision
 from sar_kd.readout import Readout
-from sar_kd.tiled import Loss, Tile, stretches_of, target_log_probs, tile_rows, tiled_loss
+from sar_kd.tiled import Loss, Tile, stretches_of, tile_rows, tiled_loss
 
 N, V, D, D_T = 13, 37, 5, 7
 HALF = Precision(torch.device("cpu"), torch.float16, 65536.0)
@@ -70,7 +71,7 @@ def _term(given, tile=N, **settings) -> TokenLevel:
 
 
 def _tiles(rows: int) -> list[Tile]:
-    return [Tile(part, part, None, None) for part in stretches_of(N, rows)]
+    return [Tile(part, part) for part in stretches_of(N, rows)]
 
 
 def _found(given, term, rows=N, ce=0.7, kd=0.6, precision=FLOAT32, scale=1.0, factor=None, learner="student"):
@@ -298,7 +299,7 @@ def test_float16_gradients_are_no_further_from_the_truth_than_those_of_the_usual
     naive = _naive_half(given, scale)
     leaves = [given.states.clone().requires_grad_(), given.head.weight.clone().requires_grad_()]
     readouts = Readout(leaves[0], Head(leaves[1]), HALF), Readout(given.teacher, given.teacher_head, HALF)
-    tiles = [Tile(part, part, None, None) for part in stretches_of(rows, 20)]
+    tiles = [Tile(part, part) for part in stretches_of(rows, 20)]
     term = _term(given)
     loss = Loss(tiles, None, term.compare, 0.0, 1.0, term.clamp, scale=torch.tensor(scale / rows))
     sums = tiled_loss(loss, *readouts)
@@ -323,7 +324,7 @@ def test_gradients_too_small_for_half_survive_because_the_scale_is_in_them_when_
     for scale in (1.0, 65536.0):
         leaf = given.states.clone().requires_grad_()
         readouts = Readout(leaf, given.head, HALF), Readout(given.teacher, given.teacher_head, HALF)
-        loss = Loss([Tile(slice(None), slice(None), None, None)], None, term.compare, 0.0, 1e-5, term.clamp)
+        loss = Loss([Tile(slice(None), slice(None))], None, term.compare, 0.0, 1e-5, term.clamp)
         loss = dataclasses.replace(loss, scale=torch.tensor(scale / rows))
         (tiled_loss(loss, *readouts).minimised * scale / rows).backward()
         norms.append((leaf.grad / scale).norm())

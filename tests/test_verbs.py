@@ -71,6 +71,10 @@ def test_the_usage_names_the_command_that_was_called(called, shown, monkeypatch,
         main(["report", "--help"])
     assert f"usage: {shown} RUN_DIR [RUN_DIR ...] [flags]" in capsys.readouterr().out
     assert parsers.program_name() in shown
+    for verb in VERBS:
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+        assert f"usage: {parsers.program_name()} {verb} " in capsys.readouterr().out
 
 
 def test_the_package_promises_its_types_and_installs_its_command():

@@ -27,6 +27,7 @@ from sar_kd.alignment import TokenizerPair
 from sar_kd.data import Corpus
 from sar_kd.documents import Document
 from sar_kd.evaluate import evaluate
+from sar_kd.parsers import program_name
 from sar_kd.precision import Precision
 
 TEACHER_VOCAB, STUDENT_VOCAB = 2048, 1024
@@ -208,7 +209,7 @@ anything else.
 
 def main(argv: list[str] | None = None) -> dict:
     """`python -m sar_kd embedded`"""
-    parser = argparse.ArgumentParser(prog="python -m sar_kd embedded", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog=f"{program_name()} embedded", description=__doc__.split("\n")[0])
     parser.add_argument("--output_dir", type=Path, default=Path(embedded.__file__).parent, help="default: the package")
     parser.add_argument("--teacher_steps", type=int, default=2400)
     parser.add_argument("--student_steps", type=int, default=200)
