@@ -4,25 +4,22 @@
 
 Each side in turns in one process, on the same tensors. `floor` is the four head products alone: two forward, two
 backward. `naive` is the usual code: both logits whole, log_softmax in float32, autograd. With TRL installed its chunked
-loss and its GKD loss are measured too. Memory is what a side's peak adds to what the tensors take already, on Linux.
+loss and its GKD loss are measured too. Memory is what a side's peak adds to what the tensors take already: of the
+process, on Linux, or of the allocator on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from paired import Clock, add_flags, device_of, write
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from sar_kd.config import LossConfig, PrecisionConfig
 from sar_kd.distillation import TokenLevel
@@ -37,7 +34,6 @@ try:
 except ImportError:
     GKDTrainer = None
 
-RESULT = Path(__file__).parent / "results" / "loss.json"
 SCALE = 65536.0
 
 
@@ -46,17 +42,19 @@ class Case:
 
     def __init__(self, vocab_size: int, rows: int, width: int, precision: Precision, workspace_mb: int):
         generator = torch.Generator().manual_seed(0)
-        draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+        draw = lambda *shape: torch.randn(*shape, generator=generator).to(precision.device)  # noqa: E731
         self.precision, self.rows = precision, rows
         self.weight, self.teacher_weight = (0.05 * draw(vocab_size, width) for _ in range(2))
         self.states, self.teacher = draw(rows, width), draw(rows, width)
         if precision.dtype is not torch.float32:
             self.teacher_weight = self.teacher_weight.to(precision.dtype)
         self.scale = SCALE if precision.dtype is torch.float16 else 1.0
-        sizes = SimpleNamespace(student_rows=vocab_size, teacher_rows=vocab_size)
+        sizes = SimpleNamespace(**dict.fromkeys(("student_rows", "teacher_rows", "teacher_tokens"), vocab_size))
         config = LossConfig(temperature=1.0, logit_clamp_style="off", loss_workspace_mb=workspace_mb)
         self.term = TokenLevel(config, SimpleNamespace(pair=sizes))
-        self.batch = SimpleNamespace(alignment=SimpleNamespace(teacher_rows=torch.arange(rows)))
+        self.batch = SimpleNamespace(
+            alignment=SimpleNamespace(teacher_rows=torch.arange(rows, device=precision.device))
+        )
 
     def leaves(self) -> tuple[Tensor, Tensor]:
         return self.states.detach().requires_grad_(), self.weight.detach().requires_grad_()
@@ -74,7 +72,7 @@ def ours(case: Case) -> None:
     states, weight = case.leaves()
     student = Readout(states, Head(weight), case.precision)
     teacher = Readout(case.teacher, Head(case.teacher_weight), case.precision)
-    scale = torch.tensor(case.scale / case.rows)
+    scale = torch.tensor(case.scale / case.rows, device=case.precision.device)
     loss = Loss(case.term.tiles(case.batch), None, case.term.compare, 0.0, 1.0, case.term.clamp, scale=scale)
     case.backward(tiled_loss(loss, student, teacher).minimised)
 
@@ -99,7 +97,7 @@ def floor(case: Case) -> None:
 
 def trl_chunked(case: Case) -> None:
     states, weight = case.leaves()
-    mask = torch.ones(1, case.rows, dtype=torch.int64)
+    mask = torch.ones(1, case.rows, dtype=torch.int64, device=case.precision.device)
     with case.precision.autocast():
         loss, *_ = _chunked_divergence_loss(
             states[None], case.teacher[None], weight, case.teacher_weight, mask, beta=0.0, num_items_in_batch=case.rows
@@ -116,30 +114,38 @@ def trl_gkd(case: Case) -> None:
 
 
 def memory(kind: str) -> int:
-    """Bytes of this process: 'VmRSS' now, 'VmHWM' at the peak since `forget_peak`."""
+    """Bytes of this process: 'VmRSS' now, 'VmHWM' at the peak."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(kind + ":"):
             return 1024 * int(line.split()[1])
     return 0
 
 
-def forget_peak() -> None:
+def forget_peak(device: torch.device) -> int:
+    """Let the peak be what is there now; that, bytes."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
     Path("/proc/self/clear_refs").write_text("5")
+    return memory("VmRSS")
+
+
+def peak(device: torch.device) -> int:
+    """Bytes at the peak since `forget_peak`: of the allocator on a GPU, of this process elsewhere."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory("VmHWM")
 
 
 def measure(sides: dict[str, Callable[[Case], None]], case: Case, rounds: int) -> dict[str, dict[str, float]]:
     """Median seconds and extra bytes at the peak of each side, in turns."""
+    device, clock = case.precision.device, Clock(case.precision.device)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     extra: dict[str, list[int]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():
             gc.collect()
-            before = memory("VmRSS")
-            forget_peak()
-            started = time.perf_counter()
-            side(case)
-            seconds[name].append(time.perf_counter() - started)
-            extra[name].append(memory("VmHWM") - before)
+            before = forget_peak(device)
+            seconds[name].append(clock(lambda side=side: side(case)))
+            extra[name].append(peak(device) - before)
     return {name: {"seconds": statistics.median(seconds[name]), "extra_mb": max(extra[name]) / 2**20} for name in sides}
 
 
@@ -152,7 +158,9 @@ def main() -> None:
     parser.add_argument("--loss_workspace_mb", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sides", nargs="+", default=["floor", "ours", "naive", "trl_chunked", "trl_gkd"])
+    add_flags(parser, "loss.json")
     options = parser.parse_args()
+    device_of(options)
     sides = {"floor": floor, "ours": ours, "naive": naive}
     if GKDTrainer is not None:
         sides |= {"trl_chunked": trl_chunked, "trl_gkd": trl_gkd}
@@ -163,7 +171,7 @@ def main() -> None:
     )
     print("|---|---:|---:|---:|" + "---:|" * len(sides))
     for dtype in options.model_dtype:
-        precision = setup(PrecisionConfig(model_dtype=dtype, device="cpu"), 0)
+        precision = setup(PrecisionConfig(model_dtype=dtype, device=options.device), 0)
         for vocab_size in options.vocab_size:
             for rows in options.rows:
                 case = Case(vocab_size, rows, options.width, precision, options.loss_workspace_mb)
@@ -177,8 +185,7 @@ def main() -> None:
                     for side in found.values()
                 ]
                 print(f"| {dtype} | {vocab_size} | {rows} | {head_mb:.0f} | " + " | ".join(cells) + " |", flush=True)
-    record = {"threads": torch.get_num_threads(), "torch": torch.__version__, "width": options.width}
-    RESULT.write_text(json.dumps(record | {"rounds": options.rounds, "results": results}, indent=1) + "\n")
+    write(options, {"width": options.width, "rounds": options.rounds, "results": results})
 
 
 if __name__ == "__main__":

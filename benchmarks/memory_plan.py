@@ -4,11 +4,13 @@
     python benchmarks/memory_plan.py --only llama_32000 moe
 
 What is measured, in three ways: `allocated` is the peak of the allocator, every allocation and release as
-PyTorch's profiler reports it, kernels' own included; it is what `torch.cuda.max_memory_allocated` counts on a GPU, and
-what the plan's parts predict. `ledger` counts storages while the real step runs. `resident` is the peak resident set of
-the process (Linux), against the plan with what the process held before. Off by is (plan - measured) / measured.
+PyTorch's profiler reports it, kernels' own included; it is what the plan's parts predict. `ledger` counts storages
+while the real step runs. `resident` is the peak resident set of the process (Linux), against the plan with what the
+process held before. On a GPU there is one way: `torch.cuda.max_memory_allocated`, against the plan with what libraries
+take. Off by is (plan - measured) / measured.
 
-A step is the second one, when the optimizer has its state. Two steps, then an evaluation of both models.
+A step is the second one, when the optimizer has its state. Two steps, then an evaluation of both models; with
+`on_policy_fraction` the student writes behind full prompts first.
 """
 
 from __future__ import annotations
@@ -61,21 +63,25 @@ CASES = {
     "moe_both_2048_half_accum_2": Case("moe", "moe", 2048, batch_size=4, accum=2, dtype="float16"),
     "moe_sar_2048": Case("llama", "moe", 2048, batch_size=4, flags=("routing=sar",)),
     "moe_all_2048": Case("llama", "moe", 2048, batch_size=4, flags=("routing=all",)),
+    "llama_2048_on_policy": Case(
+        vocab_size=2048, batch_size=16, block_size=128, accum=8, flags=("on_policy_fraction=1.0",)
+    ),
     "embedded": Case("embedded", "embedded", 0, batch_size=4),
     "embedded_half": Case("embedded", "embedded", 0, batch_size=4, dtype="float16"),
     "embedded_batch_16": Case("embedded", "embedded", 0, batch_size=16),
 }
 
 
-def config_of(case: Case):
+def config_of(case: Case, device: str):
     """The settings of a case."""
     from sar_kd.config import Config
     from sar_kd.presets import MODES, STABLE
 
     flags = dict(flag.partition("=")[::2] for flag in case.flags)
-    values = {name: value or True for name, value in flags.items()}
+    values: dict = {name: value or True for name, value in flags.items()}
+    values |= {name: float(value) for name, value in flags.items() if name == "on_policy_fraction"}
     values |= {"per_device_batch_size": case.batch_size, "grad_accum_steps": case.accum, "block_size": case.block_size}
-    values |= {"model_dtype": case.dtype, "device": "cpu", "skip_grad_norm": 1e9, "skip_rule": "fixed"}
+    values |= {"model_dtype": case.dtype, "device": device, "skip_grad_norm": 1e9, "skip_rule": "fixed"}
     return Config.from_flags({**MODES[STABLE["mode"]], **values}, STABLE["mode"])
 
 
@@ -99,36 +105,19 @@ def model_config(kind: str, case: Case, teacher: bool):
     return transformers.Qwen3MoeConfig(**settings, **own)
 
 
-class Meter:
-    """The allocator's peak, from the profiler's record of every allocation."""
-
-    def __enter__(self):
-        import torch
-
-        self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-        self._profile.__enter__()
-        return self
-
-    def __exit__(self, *exception):
-        self._profile.__exit__(*exception)
-        events = self._profile.profiler.kineto_results.events()
-        changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-        self.peak = live = 0
-        for _, change in changes:
-            live += change
-            self.peak = max(self.peak, live)
-
-
 def resident(kind: str) -> int:
     """Bytes of this process: 'VmRSS' now, 'VmHWM' at the peak since it was reset."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{kind}:"))
 
 
-def measure(name: str, how: str) -> dict:
-    """One case, planned and measured in this process. how: 'allocated', 'ledger' or 'resident'"""
+def measure(name: str, how: str, device_name: str, dtype_name: str) -> dict:
+    """One case, planned and measured in this process. how: 'allocated', 'ledger' or 'resident'; dtype_name: of all
+    cases if it is not empty
+    """
     import torch
     import transformers
+    from paired import peak_bytes
 
     from sar_kd.hollow import Ledger
     from sar_kd.memory_plan import plan
@@ -136,21 +125,18 @@ def measure(name: str, how: str) -> dict:
 
     transformers.utils.logging.set_verbosity_error()
     case = CASES[name]
-    config, dtype = config_of(case), getattr(torch, case.dtype)
-    device = torch.device("cpu")
+    case = dataclasses.replace(case, dtype=dtype_name or case.dtype)
+    config, dtype, device = config_of(case, device_name), getattr(torch, case.dtype), torch.device(device_name)
     run = _embedded(config) if case.student == "embedded" else _invented(case, config, dtype)
     found = plan(config, run.skeletons(), device, dtype)
-    record = {"plan": found.record(), "held": found.held}
-    Path("/proc/self/clear_refs").write_text("5")
-    precision = Precision(device, dtype, 1024.0)
+    record, precision = {"plan": found.record(), "held": found.held}, Precision(device, dtype, 1024.0)
     if how == "allocated":
-        with Meter() as meter:
-            run.go(config, precision)
-        return record | {"allocated": meter.peak}
+        return record | {"allocated": peak_bytes(device, lambda: run.go(config, precision))}
     if how == "ledger":
         with Ledger() as ledger:
             run.go(config, precision)
         return record | {"ledger": ledger.peak}
+    Path("/proc/self/clear_refs").write_text("5")
     run.go(config, precision)
     return record | {"resident": resident("VmHWM")}
 
@@ -170,8 +156,8 @@ def _invented(case: Case, config, dtype):
             return {whose: build(kind) for whose, kind in kinds.items()}
 
     def go(config, precision):
-        teacher = build(kinds["teacher"]).to(dtype).requires_grad_(False).eval()
-        student = build(kinds["student"]).train()
+        teacher = build(kinds["teacher"]).to(precision.device, dtype).requires_grad_(False).eval()
+        student = build(kinds["student"]).to(precision.device).train()
         sizes = dict.fromkeys(("student_rows", "teacher_rows", "teacher_tokens"), case.vocab_size)
         rows = SimpleNamespace(**sizes, tables=None)
         pairing = SimpleNamespace(pair=rows)
@@ -228,6 +214,8 @@ def _train(config, precision, teacher, student, pairing, batches, models=None, c
 
     if config.memory.gradient_checkpointing:
         recompute_activations_(student, same_dropout=True)
+    if config.on_policy.on_policy_fraction:
+        _write(config, precision, student)
     models = models or Models(teacher, student, None, False)
     objective = Objective(teacher, student, config.loss, pairing, precision)
     optimizer = build_optimizer(student, config.optim, objective.parameters())
@@ -242,40 +230,57 @@ def _train(config, precision, teacher, student, pairing, batches, models=None, c
             evaluate(model, [batch], 1, precision, heads=objective.heads, workspace_mb=config.loss.loss_workspace_mb)
 
 
+def _write(config, precision, student) -> None:
+    """Behind prompts that fill a block but for one token, and one that is short, so that there is room."""
+    from sar_kd.writing import write
+
+    train, most = config.train, config.data.block_size - 1
+    prompts = [[1] * most] * (train.per_device_batch_size * train.grad_accum_steps - 1) + [[1]]
+    rooms = [max(1, min(config.on_policy.max_new_tokens, most + 1 - len(prompt))) for prompt in prompts]
+    with precision.autocast():
+        write(student.eval(), prompts, stops=[0], rooms=rooms, temperature=1.0)
+    student.train()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", default=list(CASES), help="words that begin the names of cases")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--model_dtype", default="", help="of all cases; by default each has its own")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
+    where = options.device, options.model_dtype
     if options.one:
-        print(json.dumps(measure(*options.one)))
+        print(json.dumps(measure(*options.one, *where)))
         return
-    rows, worst = [], 0.0
-    print("| case | plan MB | at | allocated MB | off by | ledger MB | resident: plan MB | measured MB | off by |")
-    print("|---|---:|---|---:|---:|---:|---:|---:|---:|")
-    for name in (name for name in CASES if any(name.startswith(word) for word in options.only)):
+    on_cpu, rows, worst = options.device == "cpu", [], 0.0
+    names = [name for name in CASES if any(name.startswith(word) for word in options.only)]
+    columns = "plan MB | at | allocated MB | off by" + (
+        " | ledger MB | resident: plan MB | measured MB | off by" * on_cpu
+    )
+    print(f"| case | {columns} |\n|---|---:|---|---:|---:|" + "---:|---:|---:|---:|" * on_cpu)
+    for name in names:
         row: dict = {"case": name, **dataclasses.asdict(CASES[name])}
-        for how in ("allocated", "ledger", "resident"):
-            command = [sys.executable, __file__, "--one", name, how]
+        for how in ("allocated", "ledger", "resident") if on_cpu else ("allocated",):
+            command = [sys.executable, __file__, "--one", name, how, "--device", where[0], "--model_dtype", where[1]]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 sys.exit(f"{name}, {how}: {done.stderr}")
             row |= json.loads(done.stdout.splitlines()[-1])
         found = row["plan"]
-        planned = found["needed_bytes"] - found["held_bytes"]
+        planned = found["needed_bytes"] - (found["held_bytes"] if on_cpu else 0)
         row["off"] = planned / row["allocated"] - 1
-        row["resident_off"] = found["needed_bytes"] / row["resident"] - 1
         worst = max(worst, abs(row["off"]))
+        cells = [name, f"{planned / 1e6:.1f}", found["peak"], f"{row['allocated'] / 1e6:.1f}", f"{row['off']:+.1%}"]
+        if on_cpu:
+            row["resident_off"] = found["needed_bytes"] / row["resident"] - 1
+            cells += [f"{size / 1e6:.1f}" for size in (row["ledger"], found["needed_bytes"], row["resident"])]
+            cells.append(f"{row['resident_off']:+.1%}")
         rows.append(row)
-        sizes = [f"{size / 1e6:.1f}" for size in (planned, row["allocated"], row["ledger"], found["needed_bytes"])]
-        print(
-            f"| {name} | {sizes[0]} | {found['peak']} | {sizes[1]} | {row['off']:+.1%} | {sizes[2]} | {sizes[3]} | "
-            f"{row['resident'] / 1e6:.1f} | {row['resident_off']:+.1%} |",
-            flush=True,
-        )
+        print("| " + " | ".join(cells) + " |", flush=True)
     print(f"\nFarthest off the allocator: {worst:.1%}")
-    if options.only == list(CASES):
+    if options.output != RESULT or names == list(CASES):
         options.output.write_text(json.dumps({"worst": worst, "rows": rows}, indent=1) + "\n")
 
 

@@ -1,18 +1,17 @@
-"""What a step with a teacher cache costs, beside the student's own training step and beside a live teacher, in turns.
+"""What a teacher cache takes, how true it is, and that memory does not grow with the text: each beside a live teacher.
 
     python benchmarks/teacher_cache.py
+    python benchmarks/teacher_cache.py --sizes 3 30
 
-Four sides: cross-entropy alone, which is the student's own training step; with the cache; with the teacher there, cut
-to as many tokens; with the whole teacher. Each has a student of its own; each round takes the same batch through all
-four, in an order that moves on, and what counts is the median over rounds of the ratio to cross-entropy alone. Batches
-are made beforehand, as the prefetch thread makes them beside a step; what making one takes is a column of its own. One
-thread. Then: bytes a token, what building took, and how far the cached losses and gradients are from the live ones on
-the same batches; for the embedded pair also where the text was cut for a student with the teacher's own tokenizer, so
-that in many a block the teacher had read more than the student has. The table goes to the terminal, the figures to
-`benchmarks/results/teacher_cache.json`.
+First: bytes a token, what building took, what making a batch takes with the rows that are read, and how far the cached
+losses and gradients are from the live ones on the same batches; for the embedded pair also where the text was cut for a
+student with the teacher's own tokenizer, so that in many a block the teacher had read more than the student has. Two
+pairs: the embedded one, whose tokenizers differ; and a student of 5 M parameters with a vocabulary of 8,192 that is the
+teacher's too, made here from a seed. One thread, CPU seconds. What a step with a cache costs: `step_floor.py`.
 
-Two pairs: the embedded one, whose tokenizers differ and whose student is so small that its step is next to nothing; and
-a student of 5 M parameters with a vocabulary of 8,192 that is the teacher's too, made here from a seed.
+Then, for a text of each of --sizes MB: the peak of the anonymous memory (RssAnon, every 20 ms) of a process that builds
+the cache with a tiny teacher, and of one that trains from it, beyond what each held before. Files that are mapped do
+not count: the system takes them back. Linux.
 """
 
 from __future__ import annotations
@@ -23,172 +22,150 @@ import dataclasses
 import io
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-import transformers
+from paired import NEVER_SKIPS, Run, Shape, add_flags, device_of, make_pair, write
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+from sar_kd import cache, embedded
+from sar_kd.__main__ import main as verbs
 
-from sar_kd import cache, embedded  # noqa: E402
-from sar_kd.arguments import parse_args  # noqa: E402
-from sar_kd.data import Corpus  # noqa: E402
-from sar_kd.documents import load_documents  # noqa: E402
-from sar_kd.embedded.build import byte_level_bpe  # noqa: E402
-from sar_kd.guards import StepGuard  # noqa: E402
-from sar_kd.models import load_models  # noqa: E402
-from sar_kd.objective import Objective  # noqa: E402
-from sar_kd.optim import build_optimizer  # noqa: E402
-from sar_kd.precision import setup  # noqa: E402
-from sar_kd.presets import STABLE  # noqa: E402
-from sar_kd.step import train_step  # noqa: E402
-from sar_kd.teacher_cache import open_teacher_cache  # noqa: E402
-from sar_kd.world import ALONE  # noqa: E402
-
-SIDES = ("cross-entropy alone", "cache", "live, top k", "live, whole")
-VOCABULARY = 8192
+TOP_K = 32
+TINY, FEW_TOKENS, FEW = Shape(32, 1), 512, 4
+"""Of the large texts: both models, their vocabulary, and how many tokens of each row are kept"""
 
 
-class Side:
-    """A step with one kind of teacher, on a student of its own."""
-
-    def __init__(self, flags: list[str]):
-        config = parse_args(STABLE, flags)
-        config, stored = open_teacher_cache(config, ALONE, _Quiet())
-        self.config, self.precision = config, setup(config.precision, 0)
-        models = load_models(config, self.precision, stored.teacher)
-        limits, texts = models.block_limits(config.data.block_size), load_documents(config.data)
-        answers = stored.texts(texts, models.tokenizers.teacher)
-        self.corpus = Corpus(texts[0], models.tokenizers, *limits, stored=answers[0])
-        sides = models.teacher, models.student
-        self.objective = Objective(*sides, config.loss, self.corpus.pairing, self.precision)
-        self.optimizer, self.guard = build_optimizer(models.student, config.optim), StepGuard(config.guards)
-        self.student = models.student
-
-    def batches(self, number: int) -> list:
-        return self.corpus.micro_batches(number, self.config.train.per_device_batch_size, 1, 0)
-
-    def step(self, batches: list) -> float:
-        """CPU seconds of one update."""
-        started = time.process_time()
-        limit = self.config.guards.max_grad_norm
-        report = train_step(batches, self.objective, self.optimizer, self.guard, self.precision, limit)
-        assert report.verdict.applied
-        return time.process_time() - started
-
-    def gradient(self, batch) -> tuple[float, torch.Tensor]:
-        """The loss of a batch, nats a token, and its gradient as one vector."""
-        scale = self.precision.loss_scale / batch.num_target_tokens
-        terms = self.objective(batch, scale=scale)
-        (terms.total * scale).backward()
-        found = torch.cat([p.grad.flatten() for p in self.student.parameters()]) / self.precision.loss_scale
-        self.optimizer.zero_grad(set_to_none=True)
-        return float(terms.kd / batch.num_target_tokens), found
+def gradient(run: Run, batch) -> tuple[float, torch.Tensor]:
+    """The distillation term of a batch, nats a token, and the gradient of the whole loss as one vector."""
+    scale = run.precision.loss_scale / batch.num_target_tokens
+    terms = run.objective(batch, scale=scale)
+    (terms.total * scale).backward()
+    found = torch.cat([p.grad.flatten() for p in run.models.student.parameters()]) / run.precision.loss_scale
+    run.optimizer.zero_grad(set_to_none=True)
+    return float(terms.kd / batch.num_target_tokens), found
 
 
-class _Quiet:
-    def say(self, line: str) -> None:
-        """Nothing."""
-
-
-def make_pair(folder: Path) -> list[str]:
-    """A teacher and a student that share a vocabulary, from a seed; the flags that name them."""
-    texts = [text for split in embedded.read_text("teacher", "transfer") for text in split.values()]
-    tokenizer = byte_level_bpe(texts, VOCABULARY)
-    for name, width, layers in (("teacher", 128, 2), ("student", 256, 4)):
-        torch.manual_seed(0)
-        config = transformers.LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
-            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=True,
-            bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id, initializer_range=0.1,
-        )  # fmt: skip
-        transformers.LlamaForCausalLM(config).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    return ["--teacher_model", str(folder / "teacher"), "--student_model", str(folder / "student")]
-
-
-def build(flags: list[str], folder: Path, dtype: str) -> dict:
+def build(flags: list[str], folder: Path) -> dict:
     """Build a cache; its figures, and the CPU seconds that it took."""
     started = time.process_time()
     with contextlib.redirect_stdout(io.StringIO()):
-        found = cache.main([*flags, "--teacher_cache", str(folder), "--model_dtype", dtype])
+        found = cache.main([*flags, "--teacher_cache", str(folder)])
     return {**found, "build_seconds": time.process_time() - started}
 
 
-def measure(flags: list[str], folder: Path, dtype: str, rounds: int, warmup: int = 3) -> dict:
+def measure(flags: list[str], folder: Path) -> dict:
     """Figures of one pair in one dtype."""
-    found = build(flags, folder, dtype)
-    common = [*flags, "--model_dtype", dtype, "--mode", "balanced", "--alpha_kd", "0.5", "--alpha_ce", "0.5"]
-    common += ["--skip_rule", "adaptive", "--student_lr", "1e-4"]
-    stored, top = ["--teacher_cache", str(folder)], ["--teacher_top_k", "32"]
-    each = [["--alpha_kd", "0", "--alpha_ce", "1"], stored, top, []]
-    sides = {name: Side([*common, *more]) for name, more in zip(SIDES, each, strict=True)}
-    found |= {"difference": _difference(sides["cache"], sides["live, top k"])}
-    seconds: dict[str, list[float]] = {name: [] for name in SIDES}
-    collating = []
-    for number in range(rounds + warmup):
+    found = build(flags, folder)
+    common = [*flags, *NEVER_SKIPS, "--alpha_kd", "0.5", "--alpha_ce", "0.5"]
+    stored = Run([*common, "--teacher_cache", str(folder)])
+    live = Run([*common, "--teacher_top_k", str(TOP_K)])
+    found["off"] = difference(stored, live)
+    seconds = []
+    for number in range(10):
         started = time.process_time()
-        own = sides["cache"].batches(number)
-        collating.append(time.process_time() - started)
-        live = sides["live, top k"].batches(number)
-        order = [SIDES[(number + i) % len(SIDES)] for i in range(len(SIDES))]
-        for name in order:
-            seconds[name].append(sides[name].step(own if name == "cache" else live))
-    seconds = {name: values[warmup:] for name, values in seconds.items()}
-    base = seconds[SIDES[0]]
-    found["ms"] = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
-    found["ratio"] = {
-        name: statistics.median(a / b for a, b in zip(values, base, strict=True)) for name, values in seconds.items()
-    }
-    found["collating_ms"] = 1e3 * statistics.median(collating[warmup:])
-    if not flags:  # the embedded pair, whose tokenizers differ
+        stored.batches(number)
+        seconds.append(time.process_time() - started)
+    found["collating_ms"] = 1e3 * statistics.median(seconds)
+    if "--student_model" not in flags:  # the embedded pair, whose tokenizers differ
         elsewhere = folder.with_name(f"{folder.name}-elsewhere")
-        build(["--student_model", str(embedded.TEACHER_DIR)], elsewhere, dtype)
-        found["difference_elsewhere"] = _difference(
-            Side([*common, "--teacher_cache", str(elsewhere)]), sides["live, top k"]
-        )
+        build([*flags, "--student_model", str(embedded.TEACHER_DIR)], elsewhere)
+        found["off_elsewhere"] = difference(Run([*common, "--teacher_cache", str(elsewhere)]), live)
     return found
 
 
-def _difference(stored: Side, live: Side, batches: int = 4) -> dict:
+def difference(stored: Run, live: Run, batches: int = 4) -> dict:
     """How far the cached distillation term and the gradient of all are from the live ones; the largest of a few."""
     losses, gradients = [], []
     for number in range(batches):
         (batch,) = stored.batches(number)
-        (a, one), (b, other) = stored.gradient(batch), live.gradient(dataclasses.replace(batch, stored=None))
+        (a, one), (b, other) = gradient(stored, batch), gradient(live, dataclasses.replace(batch, stored=None))
         losses.append(abs(a - b) / abs(b))
         gradients.append(float((one - other).norm() / other.norm()))
     return {"kd_loss": max(losses), "gradient": max(gradients)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "teacher_cache.json")
-    options = parser.parse_args()
+def in_process(argv: list[str]) -> None:
+    """Run a verb in this process; print what it held at its peak beyond what it held before, MB."""
+    from input import Meter, anonymous_mb
+
     torch.set_num_threads(1)
-    results = {}
-    print(f"| step, {options.rounds} rounds, to cross-entropy alone | {' | '.join(SIDES[1:])} | collating | bytes a "
-          "token | kd off by | gradient off by |")  # fmt: skip
-    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    before, meter = anonymous_mb(), Meter()
+    with contextlib.redirect_stdout(sys.stderr):
+        code = verbs(argv)
+    print(json.dumps({"code": code, "anonymous_mb": meter.peak - before}))
+
+
+def memory(size_mb: int, folder: Path, steps: int) -> dict:
+    """What building a cache of a text, and training from it, hold beyond what the processes held before."""
+    from input import write_text
+
+    folder.mkdir()
+    text = folder / "text.txt"
+    write_text(text, size_mb * 10**6, "lines")
+    flags = make_pair(folder, TINY, TINY, FEW_TOKENS)
+    flags += [
+        "--train_file",
+        str(text),
+        "--token_cache",
+        str(folder / "tokens"),
+        "--teacher_cache",
+        str(folder / "kept"),
+    ]
+    train = ["--train_steps", str(steps), "--eval_steps", str(steps), "--output_dir", str(folder / "run")]
+    found: dict = {"text_mb": text.stat().st_size / 1e6}
+    for verb, more in (("cache", ["--teacher_top_k", str(FEW)]), ("train", train)):
+        command = [sys.executable, __file__, "--verb", verb, *flags, *more, "--device", "cpu"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        row = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"code": done.returncode}
+        if row["code"]:
+            sys.exit(f"{verb}: {done.stderr[-2000:]}")
+        found[f"{verb}_mb"] = row["anonymous_mb"]
+    found["cache_bytes"] = sum(path.stat().st_size for path in (folder / "kept").rglob("*") if path.is_file())
+    return found
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--verb"]:
+        in_process(sys.argv[2:])
+        return
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_flags(parser, "teacher_cache.json")
+    parser.add_argument("--model_dtype", nargs="*", default=["float32", "float16"])
+    parser.add_argument("--sizes", type=int, nargs="*", default=[1, 4], help="MB of text, while memory is measured")
+    parser.add_argument("--steps", type=int, default=20, help="of the run that trains from it")
+    options = parser.parse_args()
+    device_of(options)
+    torch.set_num_threads(1)
+    results: dict = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        pairs = {"embedded pair": [], "5 M student, equal tokenizers": make_pair(folder)}
-        for name, flags in pairs.items():
-            for dtype in ("float32", "float16"):
-                found = measure(flags, folder / f"{len(results)}", dtype, options.rounds)
-                results[f"{name}, {dtype}"] = found
-                ratios = " | ".join(f"{found['ratio'][side]:.3f}" for side in SIDES[1:])
-                off = found["difference"]
+        print("| pair, dtype | bytes a token | built in | collating | kd off by | gradient off by |")
+        print("|---|---:|---:|---:|---:|---:|")
+        (text,) = embedded.read_text("transfer")
+        (folder / "text.txt").write_text("\n\n".join(text.values())[:200_000], encoding="utf-8")
+        student = make_pair(folder, Shape(128, 2), Shape(256, 4), 8192)
+        for name, flags in {"embedded pair": [], "5 M student, equal tokenizers": student}.items():
+            for dtype in options.model_dtype:
+                of_dtype = [*flags, "--train_file", str(folder / "text.txt"), "--token_cache", "off"]
+                of_dtype += ["--device", options.device, "--model_dtype", dtype]
+                found = results[f"{name}, {dtype}"] = measure(of_dtype, folder / f"{len(results)}")
+                off = " | ".join(f"{value:.1e}" for value in found["off"].values())
                 print(
-                    f"| {name}, {dtype} ({found['ms'][SIDES[0]]:.0f} ms) | {ratios} | {found['collating_ms']:.0f} ms | "
-                    f"{found['bytes_per_token']:.0f} | {off['kd_loss']:.1e} | {off['gradient']:.1e} |", flush=True,
+                    f"| {name}, {dtype} | {found['bytes_per_token']:.0f} | {found['build_seconds']:.0f} s | "
+                    f"{found['collating_ms']:.0f} ms | {off} |", flush=True,
                 )  # fmt: skip
-    options.output.write_text(json.dumps(results, indent=1) + "\n")
+        print("\n| text | cache | building holds | training from it holds |\n|---:|---:|---:|---:|")
+        for size in options.sizes:
+            found = results[f"memory, {size} MB"] = memory(size, folder / f"{size}MB", options.steps)
+            print(
+                f"| {found['text_mb']:.0f} MB | {found['cache_bytes'] / 1e6:.0f} MB | {found['cache_mb']:.0f} MB | "
+                f"{found['train_mb']:.0f} MB |", flush=True,
+            )  # fmt: skip
+    write(options, results)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sar_kd.loading import num_rows
+from sar_kd.writing_memory import cache_bytes, writing_sizes
 
 PARTS = ("teacher", "student", "gradients", "optimizer", "activations", "loss")
 
@@ -49,7 +50,8 @@ def estimate(config: Any, skeletons: Mapping[str, nn.Module], dtype: torch.dtype
     saved for backward = B * T * layers * (17 * D + 5 * I) numbers of the compute dtype, I the width of what a token
     passes in a feed-forward block; without layers being kept, one of them and each layer's input
     """
-    tokens, half = config.train.per_device_batch_size * config.data.block_size, torch.finfo(dtype).bits // 8
+    train, own = config.train, getattr(config, "on_policy", None)
+    tokens, half = train.per_device_batch_size * config.data.block_size, torch.finfo(dtype).bits // 8
     weights = {whose: sum(p.numel() for p in model.parameters()) for whose, model in skeletons.items()}
     saved = {whose: _saved(model, half * tokens, config) for whose, model in skeletons.items()}
     learned, passing = weights["student"], saved.get("teacher", (0, 0))[1]
@@ -60,8 +62,15 @@ def estimate(config: Any, skeletons: Mapping[str, nn.Module], dtype: torch.dtype
         "teacher": half * weights.get("teacher", 0), "student": 4 * learned, "gradients": 0, "optimizer": 8 * learned,
         "activations": 0, "loss": 0,
     }  # fmt: skip
-    kept = {"gradients": 4 * learned} if config.train.grad_accum_steps > 1 else {}
+    kept = {"gradients": 4 * learned} if train.grad_accum_steps > 1 else {}
+    sizes = own and writing_sizes(own, train.per_device_batch_size, train.grad_accum_steps, config.data.block_size)
+    writing = []
+    if sizes:  # at its beginning all prompts pass a layer at once, at its end all keys and values are there
+        passes = saved["student"][1] * sizes.rows * sizes.prompt // tokens
+        written = max(passes, cache_bytes(skeletons["student"], sizes, half))
+        writing.append(Moment("writing", {**standing, "activations": written}))
     return [
+        *writing,
         Moment("forward", {**standing, **kept, "activations": saved["student"][0] + passing}),
         Moment("loss", {**standing, **kept, "activations": saved["student"][0], "loss": loss}),
         Moment("backward", {**standing, "activations": saved["student"][0], "gradients": 4 * learned}),

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from sar_kd.columns import few_blocks
 from sar_kd.data import Batch, TokenBatch
-from sar_kd.distillation import Distillation
 from sar_kd.evaluate import log_probs_of
 from sar_kd.heads import Heads
 from sar_kd.hollow import AWAY, Ledger, hollow, imagined, tensors_of
@@ -26,13 +25,14 @@ from sar_kd.loading import num_rows
 from sar_kd.lora import add_adapter
 from sar_kd.moments import PARTS, Moment, alike, teacher_width
 from sar_kd.objective import Objective
-from sar_kd.offload import Offload, travelling
 from sar_kd.precision import Precision
+from sar_kd.pretended import PretendedOffload, PretendedProjection
 from sar_kd.quantised import BYTES_A_WEIGHT, roundable
 from sar_kd.routers import find_routers, router_parameters
 from sar_kd.routing import Routing
 from sar_kd.settings import RunConfig
-from sar_kd.tiled import Compared, Slopes, Tile, stretches_of, tile_rows
+from sar_kd.tiled import tile_rows
+from sar_kd.writing_memory import Writing, writing_sizes
 
 
 def rehearse(
@@ -63,43 +63,6 @@ def _lora(config: Any) -> Any:
 def _adapts(config: Any) -> bool:
     lora = _lora(config)
     return lora is not None and lora.lora_rank > 0
-
-
-class _Pretended(Offload):
-    """Moves in the ledger what another moves in memory."""
-
-    def __init__(self, ledger: Ledger, teacher: nn.Module):
-        self._ledger, self._travelling = ledger, travelling(teacher)
-
-    def come(self) -> None:
-        """See `Offload`."""
-        self._ledger.enter(self._travelling, "teacher")
-
-    def leave(self) -> None:
-        """See `Offload`."""
-        self._ledger.enter(self._travelling, AWAY)
-
-
-class _Projects(Distillation):
-    """Stands in for `projected.Projected`, which wants to know the text: the same tiles, and as much beside them."""
-
-    covers_text = True
-    _BESIDE = 1.3
-    """Of a pair of tiles, what comparing them takes beside the slopes; measured (`benchmarks/memory_plan.py`)"""
-
-    def tiles(self, batch: Batch) -> list[Tile]:
-        """See `Distillation`."""
-        own, others = batch.student.rows, batch.teacher.rows
-        parts = stretches_of(len(own), self.tile_rows)
-        return [Tile(part, others[: (part.stop - part.start) * len(others) // len(own)]) for part in parts]
-
-    def compare(self, student: Tensor, teacher: Any, part: Any, learner: str | None) -> Compared:
-        """See `Distillation`."""
-        zero = student.new_zeros(())
-        beside = student.new_empty(round(self._BESIDE * (student.numel() + teacher.numel())))
-        del beside
-        slopes = torch.empty_like(teacher if learner == "teacher" else student)
-        return Compared(zero, zero, zero, Slopes(((0, slopes),)))
 
 
 class _Rehearsal:
@@ -136,11 +99,11 @@ class _Rehearsal:
         stands_in = {"auto": "auto", "projection": "auto", "hidden": "alm"}
         how = dataclasses.replace(config.loss, alignment=stands_in.get(config.loss.alignment, config.loss.alignment))
         offloads = self.teacher is not None and config.memory.offloads_from(device)
-        self.offload: Any = _Pretended(ledger, self.teacher) if offloads else None
+        self.offload: Any = PretendedOffload(ledger, self.teacher) if offloads else None
         parts = self.teacher, self.student, how, pairing, self.precision, self.offload, self.heads
         self.objective = Objective(*parts)
         if self.objective.distillation is not None and in_words and projects:
-            self.objective.distillation = _Projects(config.loss, pairing)
+            self.objective.distillation = PretendedProjection(config.loss, pairing)
         learned = [p for p in (*self.student.parameters(), *self.objective.parameters()) if p.requires_grad]
         self._optimizer = [torch.empty_like(parameter) for parameter in (*learned, *learned)]  # AdamW's two moments
         ledger.enter(self._optimizer, "optimizer")
@@ -149,6 +112,7 @@ class _Rehearsal:
         self.learned = learned
         # The loss is formed in tiles: a few show what any number of them takes.
         self._most_rows = tile_rows(config.loss.loss_workspace_mb, rows[0])
+        self._write()
         with self._routing() as routers:
             self._step(routers)
         self._evaluate()
@@ -227,6 +191,21 @@ class _Rehearsal:
         """What the student's rows beyond those in `_batch` take, in the dtype of their states if no other."""
         count = self.config.train.per_device_batch_size * (self.width - 1) - len(states)
         return states.new_empty((count, states.shape[1]), dtype=dtype)
+
+    def _write(self) -> None:
+        train = self.config.train
+        own: Any = getattr(self.config, "on_policy", None)
+        sizes = own and writing_sizes(own, train.per_device_batch_size, train.grad_accum_steps, self.width)
+        if not sizes:
+            return
+        writing = Writing(self.student.eval(), sizes, self.precision, own.sample_top_p < 1.0)
+        self.ledger.label = "activations"
+        cache = writing.full_cache()
+        with self._moment("writing", "activations"):
+            writing.end(cache)
+            del cache
+            writing.begin()
+        self.student.train()
 
     def _step(self, routers: Routing | None) -> None:
         train, teacher_learns = self.config.train, False

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+from itertools import accumulate
 from types import SimpleNamespace
 
 import pytest
@@ -37,6 +38,8 @@ from sar_kd.step import train_step
 from sar_kd.subject import Subject
 from sar_kd.teacher_routing import build_teacher_routing
 from sar_kd.world import ALONE, World
+from sar_kd.writing import write
+from sar_kd.writing_memory import Sizes, cache_bytes, writing_sizes
 
 CPU = torch.device("cpu")
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -174,16 +177,15 @@ def test_ddp_keeps_gradients_from_step_to_step():
 
 def _measured(config, kinds, dtype) -> int:
     """Bytes at the peak of two steps and an evaluation of both models, as PyTorch's profiler saw them allocated."""
-    vocab_size, train = kinds["student"].vocab_size, config.train
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        _run(config, kinds, dtype, vocab_size, train)
+    return _allocated(lambda: _run(config, kinds, dtype, kinds["student"].vocab_size, config.train))
+
+
+def _allocated(act) -> int:
+    """Bytes at the peak, beyond what there was before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        act()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 def _run(config, kinds, dtype, vocab_size, train) -> None:
@@ -238,6 +240,68 @@ def test_the_plan_is_within_15_percent_of_what_real_steps_allocate(student, teac
     measured = _measured(config, {whose: model.config for whose, model in skeletons.items()}, dtype)
     assert found.rehearsed
     assert found.peak.total == pytest.approx(measured, rel=MARGIN)
+
+
+def _peak_of_writing(kind, dtype, sizes: Sizes, top_p: float) -> int:
+    """Bytes at the peak of a real model's writing, beyond its weights."""
+    model, precision = _build(kind).eval(), Precision(CPU, dtype, 1024.0)
+    prompts = [[1] * sizes.prompt] * (sizes.rows - 1) + [[1]]
+    rooms = [1] * (sizes.rows - 1) + [sizes.total - sizes.prompt + 1]
+    with precision.autocast():
+        return _allocated(lambda: write(model, prompts, stops=[0], rooms=rooms, temperature=1.0, top_p=top_p))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "top_p", "heads"),
+    [
+        ("llama", 500, 1.0, 2),
+        ("llama", 500, 1.0, 1),
+        ("gpt2", 500, 1.0, 2),
+        ("moe", 500, 1.0, 2),
+        ("llama", 9000, 0.9, 2),
+    ],
+)
+def test_the_plan_knows_what_the_students_own_text_takes(name, vocab_size, top_p, heads, dtype):
+    kind = _kind(name, vocab_size, **({"num_key_value_heads": heads} if name != "gpt2" else {}))
+    with torch.device("meta"):
+        skeletons = {"student": _build(kind), "teacher": _build(kind)}
+    flags = {"on_policy_fraction": 0.5, "grad_accum_steps": 5, "max_new_tokens": 40, "sample_top_p": top_p}
+    found = plan(_config(**flags), skeletons, CPU, dtype)
+    assert found.rehearsed
+    (writing,) = (moment for moment in found.moments if moment.name == "writing")
+    sizes = Sizes(rows=6, prompt=63, total=102)
+    assert writing_sizes(_config(**flags).on_policy, 2, 5, 64) == sizes
+    assert writing.parts["gradients"] == 0
+    measured = _peak_of_writing(kind, dtype, sizes, top_p)
+    assert writing.parts["activations"] == pytest.approx(measured, rel=MARGIN)
+    assert writing.parts["activations"] > cache_bytes(skeletons["student"], sizes, torch.finfo(dtype).bits // 8)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "moe"])
+def test_keys_and_values_are_counted_as_the_model_keeps_them(name):
+    model, sizes = _build(_kind(name)).eval(), Sizes(rows=3, prompt=5, total=7)
+    kept = model(input_ids=torch.zeros(3, 7, dtype=torch.int64), use_cache=True).past_key_values
+    tensors = [tensor for layer in kept.layers for tensor in (layer.keys, layer.values)]
+    assert cache_bytes(model, sizes, 4) == sum(tensor.nbytes for tensor in tensors)
+
+
+def test_without_own_text_nothing_is_planned_for_it_and_one_prompt_stays_within_its_block():
+    assert "writing" not in [moment.name for moment in _plan().moments]
+    alone = _config(on_policy_fraction=1.0, max_new_tokens=500).on_policy
+    assert writing_sizes(alone, 1, 1, 64) == Sizes(rows=1, prompt=63, total=63)
+    assert writing_sizes(alone, 2, 1, 64) == Sizes(rows=2, prompt=63, total=125)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_rule_of_thumb_knows_the_students_own_text_too(dtype):
+    flags = {"on_policy_fraction": 1.0, "grad_accum_steps": 32, "max_new_tokens": 40}
+    config, skeletons = _config(**flags), _skeletons()
+    exact, rough = (
+        next(moment.parts["activations"] for moment in found if moment.name == "writing")
+        for found in (rehearse(config, skeletons, CPU, dtype), estimate(config, skeletons, dtype))
+    )
+    assert exact / 2 <= rough <= exact * 2
 
 
 def test_recomputing_and_a_smaller_batch_make_the_plan_smaller():

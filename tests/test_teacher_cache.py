@@ -5,12 +5,16 @@ import hashlib
 import importlib.util
 import io
 import json
+import os
+import random
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ranks
 import torch
 
 from sar_kd import __main__ as verbs
@@ -328,6 +332,47 @@ def test_a_build_that_was_killed_goes_on_and_ends_with_the_same_bytes(inputs, tm
         assert "is not finished" in err[0] or "holds no teacher cache" in err[0]
     _build(inputs, tmp_path / "cache", **how)
     assert _content(tmp_path / "cache") == wanted
+
+
+class _SigkilledWriting:
+    """A build that is killed in the middle of its `number`-th write, when a share of the bytes is on the disk."""
+
+    def __init__(self, inputs, folder, number, share):
+        self.inputs, self.folder, self.number, self.share = inputs, folder, number, share
+
+    def __call__(self, rank):
+        writes, fsync = [], os.fsync
+
+        def interrupted(file):
+            writes.append(file)
+            if len(writes) == self.number:
+                os.ftruncate(file, int(self.share * os.fstat(file).st_size))
+                os.kill(os.getpid(), signal.SIGKILL)
+            fsync(file)
+
+        os.fsync, cache.SHARD_ROWS = interrupted, 200
+        _build(self.inputs, self.folder, text="mixed.jsonl")
+        return 0
+
+
+def test_a_build_under_repeated_sigkill_in_the_middle_of_a_write_ends_with_the_same_bytes(
+    inputs, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(cache, "SHARD_ROWS", 200)
+    _build(inputs, tmp_path / "whole", text="mixed.jsonl")
+    wanted, folder, draw = _content(tmp_path / "whole"), tmp_path / "cache", random.Random(7)
+    num_shards = []
+    # At first a header is written, then shards and headers in turn; of these four, the first stops a shard.
+    for attempt, number in enumerate((2, 4, 3, 4)):
+        dies = _SigkilledWriting(inputs, folder, number, draw.random())
+        (ended,) = ranks.run(tmp_path / f"{attempt}", dies, size=1)
+        assert ended.code == -signal.SIGKILL, ended.err
+        assert any(name.endswith(".partial") for name in _content(folder))
+        num_shards.append(sum(name.endswith(".rows") for name in _content(folder)))
+    assert num_shards == sorted(num_shards)
+    assert 0 < num_shards[-1] < sum(name.endswith(".rows") for name in wanted)
+    _build(inputs, folder, text="mixed.jsonl")
+    assert _content(folder) == wanted
 
 
 def test_a_finished_cache_is_left_as_it_is(inputs, built):
