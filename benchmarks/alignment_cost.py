@@ -1,10 +1,10 @@
 """What alignment costs: a distillation step across tokenizers beside one with equal tokenizers of the same sizes.
 
     python benchmarks/alignment_cost.py                                   # the embedded pair's shapes
-    python benchmarks/alignment_cost.py --shape small --vocab_size 16000 --batch_size 2 --warmup 6 --steps 12
+    python benchmarks/alignment_cost.py --shape large --vocab_size 16000 --batch_size 2 --warmup 6 --steps 12
 
 Same architectures, same vocabulary sizes, same text, one process; whole steps, collation included, in turns. The
-models are fresh ones, because what a step costs does not depend on what they learned. `small` is a student of 8 layers
+models are fresh ones, because what a step costs does not depend on what they learned. `large` is a student of 8 layers
 512 wide and a teacher of 12 layers 768 wide: what is done to each logit is then less beside the products that make it.
 """
 
@@ -13,14 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
-import transformers
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
+from paired import LARGE, ROOT, make_model
 
 from sar_kd import embedded
 from sar_kd.alignment import TokenizerPair
@@ -35,22 +31,16 @@ from sar_kd.precision import setup
 from sar_kd.presets import MODES
 from sar_kd.step import train_step
 
-RESULT = Path(__file__).parent / "results" / "alignment_cost.json"
+RESULT = ROOT / "benchmarks" / "results" / "alignment_cost.json"
 BLOCK_SIZE = 256
 
 
-def llama(width: int, layers: int) -> transformers.LlamaForCausalLM:
-    """A fresh Llama with heads 64 wide."""
-    config = transformers.LlamaConfig(
-        vocab_size=256, hidden_size=width, intermediate_size=8 * width // 3 // 64 * 64, num_hidden_layers=layers,
-        num_attention_heads=width // 64, num_key_value_heads=width // 64, max_position_embeddings=BLOCK_SIZE,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)
-
-
 SHAPES = {
-    "embedded": (student_model, teacher_model),
-    "small": (lambda: llama(512, 8), lambda: llama(768, 12)),
+    "embedded": lambda tokenizers: (student_model(), teacher_model()),
+    "large": lambda tokenizers: tuple(
+        make_model(shape, len(tokenizer), tokenizer.eos_token_id)
+        for shape, tokenizer in zip(reversed(LARGE), tokenizers, strict=True)
+    ),
 }
 
 
@@ -60,7 +50,7 @@ class Run:
     def __init__(self, config: Config, texts: dict[str, str], student_tokenizer, teacher_tokenizer, options):
         self.config = config
         self.precision = setup(config.precision, config.train.seed)
-        student, teacher = (make() for make in SHAPES[options.shape])
+        student, teacher = SHAPES[options.shape]((student_tokenizer, teacher_tokenizer))
         # A text may have fewer pieces than were asked for: heads are as large all the same.
         rows = max(len(student_tokenizer), len(teacher_tokenizer))
         for model in (student, teacher):

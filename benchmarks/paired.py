@@ -93,6 +93,23 @@ class Shape(NamedTuple):
     layers: int
 
 
+LARGE = Shape(768, 12), Shape(512, 8)
+"""A teacher and a student of a size at which a model is one."""
+
+
+def make_model(shape: Shape, vocab_size: int, end: int) -> transformers.LlamaForCausalLM:
+    """A Llama from a seed, its head tied. end: the end-of-text token"""
+    torch.manual_seed(0)
+    heads = max(2, shape.width // 64)
+    config = transformers.LlamaConfig(
+        vocab_size=vocab_size, hidden_size=shape.width, intermediate_size=3 * shape.width,
+        num_hidden_layers=shape.layers, num_attention_heads=heads, num_key_value_heads=heads,
+        max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=end, eos_token_id=end,
+        initializer_range=0.1,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
 def make_pair(folder: Path, teacher: Shape, student: Shape, vocab_size: int, num_tokens: int = 8192) -> list[str]:
     """A teacher and a student with the same tokenizer, from a seed; the flags that name them.
 
@@ -102,15 +119,7 @@ def make_pair(folder: Path, teacher: Shape, student: Shape, vocab_size: int, num
     texts = [text for split in embedded.read_text("teacher", "transfer") for text in split.values()]
     tokenizer = byte_level_bpe(texts, min(num_tokens, vocab_size))
     for name, shape in (("teacher", teacher), ("student", student)):
-        torch.manual_seed(0)
-        heads = max(2, shape.width // 64)
-        config = transformers.LlamaConfig(
-            vocab_size=vocab_size, hidden_size=shape.width, intermediate_size=3 * shape.width,
-            num_hidden_layers=shape.layers, num_attention_heads=heads, num_key_value_heads=heads,
-            max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=tokenizer.eos_token_id,
-            eos_token_id=tokenizer.eos_token_id, initializer_range=0.1,
-        )  # fmt: skip
-        transformers.LlamaForCausalLM(config).save_pretrained(folder / name)
+        make_model(shape, vocab_size, tokenizer.eos_token_id).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     return ["--teacher_model", str(folder / "teacher"), "--student_model", str(folder / "student")]
 

@@ -36,10 +36,10 @@ from pathlib import Path
 
 import torch
 from paired import (
+    LARGE,
     NEVER_SKIPS,
     Clock,
     Run,
-    Shape,
     add_flags,
     device_of,
     make_pair,
@@ -53,7 +53,6 @@ from sar_kd import cache, embedded
 from sar_kd.data import Batch
 
 MODES = ("balanced", "precise")
-LARGE = Shape(768, 12), Shape(512, 8)
 LIVE, TRAINING = "floor, live", "floor, training"
 
 
