@@ -24,7 +24,7 @@ from sar_kd.embedded import TEACHER_DIR
 MODELS = Path("benchmarks/models/on_policy")  # from the repository's root, where runs are made
 FINE_TUNED = {
     "teacher": ("--student_model", str(TEACHER_DIR), "--learning_rate", "1e-3", "--train_steps", "1500"),
-    "student": ("--train_steps", "1000"),
+    "student": ("--train_steps", "2000"),
 }
 ON, HALF = ("--on_policy_fraction", "1"), ("--on_policy_fraction", "0.5")
 FORWARD, REVERSE, JSD = (("--kd_direction", direction) for direction in ("forward", "reverse", "jsd"))
@@ -60,7 +60,7 @@ def main() -> None:
         fine_tune(name)
     steps = str(options.train_steps)
     shared = ("--task", "units", "--task_teacher_steps", "0", "--skip_baseline", "--mode", "precise")
-    shared += ("--alpha_kd", "1", "--alpha_ce", "0", "--student_lr", "2e-3", "--warmup_steps", "20")
+    shared += ("--alpha_kd", "1", "--alpha_ce", "0", "--student_lr", "5e-4", "--warmup_steps", "20")
     shared += ("--teacher_model", str(MODELS / "teacher/student"), "--student_model", str(MODELS / "student/student"))
     shared += ("--train_steps", steps, "--eval_steps", steps, "--log_steps", steps, "--save_steps", steps)
     shared += ("--max_new_tokens", "48", *options.flags.split())
