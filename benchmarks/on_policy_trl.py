@@ -59,14 +59,19 @@ def run_ours(student: Path, output: Path, options: argparse.Namespace) -> Path:
     """Our own loop."""
     from sar_kd.api import distill
 
+    model = transformers.AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(student)
     distill(
-        str(MODELS / "teacher/student"), str(student), mode="precise", task="units", task_teacher_steps=0,
+        str(MODELS / "teacher/student"), (model, tokenizer), mode="precise", task="units", task_teacher_steps=0,
         skip_baseline=True, on_policy_fraction=1.0, kd_direction="reverse", alpha_kd=1.0, alpha_ce=0.0, temperature=1.0,
         per_device_batch_size=BATCH_SIZE, max_new_tokens=MAX_NEW_TOKENS, student_lr=RATE, warmup_steps=WARM_UP,
         lr_schedule="constant", model_dtype="float32", train_steps=options.train_steps, eval_steps=options.train_steps,
         save_steps=options.train_steps, seed=options.seed, output_dir=str(output),
     )  # fmt: skip
-    return output / "student"
+    # In place, to the last step; the folder keeps the one of the lowest perplexity, and TRL keeps none.
+    model.save_pretrained(output / "last")
+    tokenizer.save_pretrained(output / "last")
+    return output / "last"
 
 
 def run_trl(side: str, student: Path, output: Path, options: argparse.Namespace) -> Path:
