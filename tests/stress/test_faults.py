@@ -358,7 +358,8 @@ def test_100_mb_of_text_train(inputs, tmp_path, end):
     (tmp_path / "held_out.txt").write_bytes(line * 40)
     more = ("--train_file", tmp_path / "long.txt", "--validation_file", tmp_path / "held_out.txt")
     code, err, _ = _run(_argv(inputs, tmp_path / "run", *more, steps=2))
-    assert (code, err) == (0, "")
+    said = [line.partition(": ")[0] for line in err.splitlines()]
+    assert (code, said) == (0, ["Tokens", "Tokens"]), err  # that they are made, and where they are kept
 
 
 def test_responses_that_are_all_cut_away_are_skipped_or_refused(inputs, tmp_path):
