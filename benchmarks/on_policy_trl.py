@@ -27,8 +27,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from on_policy import MODELS, fine_tune  # noqa: E402
-from runs import spread_of  # noqa: E402
+from on_policy import MODELS, fine_tune, spread_of  # noqa: E402
 
 from sar_kd import units  # noqa: E402
 from sar_kd.alignment import TokenizerPair  # noqa: E402
