@@ -27,10 +27,21 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message.removeprefix("argument "))
 
     def parse_args(self, argv=None, namespace=None):
+        argv = sys.argv[1:] if argv is None else list(argv)
         known, unknown = self.parse_known_args(argv, namespace)
+        if unknown and not unknown[0].startswith("-"):
+            raise UsageError(self._stray(unknown[0], argv))
         if unknown:
             raise UsageError(unknown_flag(unknown[0], [o for action in self._actions for o in action.option_strings]))
         return known
+
+    def _stray(self, word: str, argv: Sequence[str]) -> str:
+        """What is said of a word that belongs to no flag; most often it stands behind one that takes no value."""
+        before = argv[argv.index(word) - 1] if argv.index(word) else ""
+        for action in self._actions:
+            if action.nargs == 0 and before in action.option_strings:
+                return f"{before}: takes no value, not {word!r}; it says: {action.help}"
+        return f"{word!r}: belongs to no flag"
 
 
 def unknown_flag(flag: str, flags: Sequence[str]) -> str:

@@ -167,6 +167,13 @@ def test_an_unknown_flag_like_no_other_is_pointed_to_the_help():
     assert _message("--zzz 1") == "--zzz: no such flag; see --help for the flags there are"
 
 
+def test_a_value_behind_a_switch_is_answered_with_what_the_switch_says():
+    assert _message("--resume runs/first") == (
+        "--resume: takes no value, not 'runs/first'; it says: continue the run in --output_dir from its checkpoint"
+    )
+    assert _message("runs/first --resume") == "'runs/first': belongs to no flag"
+
+
 def test_a_missing_value_is_refused_by_flag():
     assert _message("--train_steps").startswith("--train_steps")
 

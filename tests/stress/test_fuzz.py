@@ -376,6 +376,8 @@ def test_no_metrics_and_no_crash_page_end_in_a_traceback(share, run_folder):
 
 @pytest.mark.long
 def test_forty_runs_with_random_legal_settings_end_as_they_should(tmp_path, make_student, byte_tokenizer, corpus_texts):
+    with contextlib.suppress(ModuleNotFoundError):
+        import matplotlib.font_manager  # noqa: F401  its first import keeps a list of fonts in the user's cache
     for name in ("student", "teacher"):
         make_student(len(byte_tokenizer), num_hidden_layers=1).save_pretrained(tmp_path / name)
         byte_tokenizer.save_pretrained(tmp_path / name)
