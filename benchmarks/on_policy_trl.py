@@ -39,8 +39,8 @@ from sar_kd.evaluate import evaluate  # noqa: E402
 from sar_kd.precision import Precision  # noqa: E402
 
 STUDENTS = {
-    "equal": ("--student_model", "benchmarks/models/student_byte2048"),
-    "different": ("--student_model", "benchmarks/models/student_byte1024"),
+    "equal": ("--student_model", "benchmarks/models/student_byte2048", "--learning_rate", "2e-3"),
+    "different": ("--student_model", "benchmarks/models/student_byte1024", "--learning_rate", "2e-3"),
 }
 SIDES = {
     "equal tokenizers": ("ours_equal", "gkd_equal", "gold_equal"),

@@ -61,6 +61,7 @@ def add_adapter(student: nn.Module, config: LoraConfig) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # it asks transformers for something by its former name
+            warnings.filterwarnings("ignore", message="fan_in_fan_out")  # GPT-2's layers: it sets what it warns of
             return peft.get_peft_model(student, settings, autocast_adapter_dtype=True)
     except ValueError as error:
         names = " ".join(config.lora_targets)

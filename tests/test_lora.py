@@ -58,6 +58,16 @@ def test_named_targets_alone_get_one(make_student):
     assert adapted == {"q_proj", "v_proj"}
 
 
+def test_gpt2s_transposed_layers_get_one_without_a_warning(recwarn):
+    sizes = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=32)
+    student = _trained(add_adapter(transformers.GPT2LMHeadModel(sizes), LoraConfig(lora_rank=4)))
+    assert not [warning for warning in recwarn if "fan_in_fan_out" in str(warning.message)]
+    assert {name.split(".")[-1] for name, module in student.named_modules() if hasattr(module, "lora_A")} == {
+        "c_attn", "c_proj", "c_fc"
+    }  # fmt: skip
+    torch.testing.assert_close(_logits(merged(student).eval()), _logits(student), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("tied", [True, False])
 def test_merged_equals_unmerged_and_leaves_the_student_as_it_was(make_student, dtype, tied):
