@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sar_kd.divergence import Divergence
+from sar_kd.divergence import Divergence, exp_
 
 _BLOCK = {"cpu": 2**17, "cuda": 2**23}
 """Numbers in a block: what a CPU core's cache holds several of; enough to keep a GPU busy."""
@@ -25,6 +25,18 @@ def blocks_of(tile: Tensor) -> Iterator[slice]:
     """The tile [V, n] in stretches of its vocabulary."""
     size = max(1, _BLOCK.get(tile.device.type, _BLOCK["cuda"]) // max(1, tile.shape[1]))
     return (slice(first, first + size) for first in range(0, tile.shape[0], size)[: _MOST_BLOCKS.get()])
+
+
+def room_for(count: int) -> int:
+    """How many columns a tile has room for that is to hold so many: a multiple of 8, because products into rows of
+    another length take up to a third longer; as many as there are where the next multiple would be much more.
+    """
+    return count if count < 32 else -(-count // 8) * 8
+
+
+def flat(tile: Tensor) -> Tensor:
+    """The tile [V, n] in one row: z[v, n] is at v * tile.stride(0) + n. A tile may have room for more columns."""
+    return tile.as_strided((len(tile) * tile.stride(0),), (1,)) if tile.shape[1] else tile.flatten()
 
 
 @contextlib.contextmanager
@@ -51,7 +63,7 @@ def column_logsumexp(tile: Tensor, temperature: float = 1.0, bound: float = math
     for block in blocks_of(tile):
         part = tile[block] if bound == math.inf else tile[block].clamp(-bound, bound)
         part = part - peaks
-        totals += (part if temperature == 1.0 else part.div_(temperature)).exp_().sum(0)
+        totals += exp_(part if temperature == 1.0 else part.div_(temperature)).sum(0)
     return peaks / temperature + totals.log()
 
 
@@ -124,7 +136,7 @@ def through_softmax_(slopes: Tensor, total: Tensor, logs: Logs, factor: Tensor) 
     total: sum_v g[v, n], float32 [n]
     """
     for block in blocks_of(slopes):
-        probs = logs.at(block).exp_().mul_(total)
+        probs = exp_(logs.at(block)).mul_(total)
         torch.mul(slopes[block].sub_(probs), factor, out=slopes[block])
     return slopes
 
@@ -136,5 +148,5 @@ def softmax_slopes(tile: Tensor, total: Tensor, slope: Tensor, temperature: floa
     """
     slopes = torch.empty_like(tile)
     for block in blocks_of(tile):
-        torch.sub(tile[block], total, out=slopes[block]).div_(temperature).exp_().mul_(slope)
+        exp_(torch.sub(tile[block], total, out=slopes[block]).div_(temperature)).mul_(slope)
     return slopes

@@ -14,6 +14,7 @@ from sar_kd.columns import (
     column_logsumexp,
     diverge,
     finite_columns,
+    flat,
     normalised,
     silence_,
     softmax_slopes,
@@ -151,19 +152,20 @@ class TokenLevel(Distillation):
 
     def _compare_tops(self, student: Tensor, top: Top, learns: bool) -> Compared:
         """Over the teacher's top k and the rest."""
-        places = (top.ids * student.shape[1] + torch.arange(student.shape[1], device=student.device)).reshape(-1)
-        kept = student.view(-1).index_select(0, places)
-        student.view(-1).index_fill_(0, places, ABSENT)
+        places = (top.ids * student.stride(0) + torch.arange(student.shape[1], device=student.device)).reshape(-1)
+        line = flat(student)
+        kept = line.index_select(0, places)
+        line.index_fill_(0, places, ABSENT)
         rest = self.temperature * column_logsumexp(student, self.temperature)
         sides = torch.cat([kept.view_as(top.ids), rest[None]]), torch.cat([top.logits, top.rest[None]])
         own, other = (normalised(tile, self.temperature) for tile in sides)
         if not learns:
-            student.view(-1).index_copy_(0, places, kept)
+            line.index_copy_(0, places, kept)
             return self._diverge(own, other, top.sound, None)
         slopes = torch.empty_like(other.tile)
         compared = self._diverge(own, other, top.sound, Learner("student", slopes))
         spread = softmax_slopes(student, rest, slopes[-1], self.temperature)
-        student.view(-1).index_copy_(0, places, kept)
+        line.index_copy_(0, places, kept)
         return compared._replace(slopes=Slopes(((0, spread),), Single(places, slopes[:-1].reshape(-1))))
 
     def _diverge(self, student: Logs, teacher: Logs, keep: Tensor, learner: Learner | None) -> Compared:

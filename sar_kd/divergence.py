@@ -13,6 +13,21 @@ import torch
 from torch import Tensor
 
 
+_LEAST = -87.0
+"""exp of it is 1.646e-38, and still a normal float32."""
+
+
+def exp_(values: Tensor) -> Tensor:
+    """exp, in place, of float32 of any shape; what would be below 2e-38 is exactly 0.
+
+    On a CPU what is below the least normal number takes the library that PyTorch has for it 15 to 40 times as long as
+    the rest, so that a vocabulary of which a tenth is absent takes more than twice as long.
+    """
+    if values.device.type != "cpu":
+        return values.exp_()
+    return torch.threshold_(values.clamp_min_(_LEAST).exp_(), 2e-38, 0.0)
+
+
 class Terms(NamedTuple):
     """A divergence as sum over outcomes of weight * (log a - log b), one or two of them."""
 
@@ -63,7 +78,8 @@ class Divergence:
         """What the value is made of."""
 
         def weight(log_probs: Tensor) -> Tensor:
-            return log_probs.exp() if keep is None else log_probs.exp().mul_(keep)
+            probs = exp_(log_probs.clone())
+            return probs if keep is None else probs.mul_(keep)
 
         if self.direction == "forward":
             return Terms((weight(log_t),), ((log_t, log_p),))

@@ -7,6 +7,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from sar_kd.divergence import exp_
 from sar_kd.losses import ABSENT
 
 warnings.filterwarnings("ignore", message="index_reduce")  # "in beta" for years; its substitute is many times slower
@@ -87,7 +88,7 @@ class Fold(nn.Module):
         # By each class's own maximum: its probability may underflow beside the column's.
         peaks = shares.new_full((len(self.several), columns.shape[1]), -torch.inf)
         peaks.index_reduce_(0, self.groups, shares, "amax")
-        shares.sub_(peaks.index_select(0, self.groups)).exp_()
+        exp_(shares.sub_(peaks.index_select(0, self.groups)))
         totals = torch.zeros_like(peaks).index_add_(0, self.groups, shares)
         shares.div_(totals.index_select(0, self.groups))
         return peaks.add_(totals.log_()).mul_(temperature), shares

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sar_kd.columns import column_logsumexp, finite_columns
+from sar_kd.divergence import exp_
 from sar_kd.readout import Gradients, Readout
 from sar_kd.tiled import stretches_of
 
@@ -46,7 +47,7 @@ class _TargetLogProbs(torch.autograd.Function):
         for rows in stretches_of(len(targets), tile_rows):
             tile = readout.tile(rows)
             chain = readout.inner_slopes(tile, bound)
-            tile.sub_(column_logsumexp(tile.clamp_(-bound, bound))).exp_().mul_(-grad[rows])
+            exp_(tile.sub_(column_logsumexp(tile.clamp_(-bound, bound)))).mul_(-grad[rows])
             tile.scatter_add_(0, targets[None, rows], grad[None, rows])
             gradients.add_(rows, tile if chain is None else tile.mul_(chain))
         return None, None, None, None, *gradients.times(torch.ones((), device=grad.device))

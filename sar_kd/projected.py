@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sar_kd.columns import column_logsumexp, finite_columns, normalised, silence_, softmax_slopes
+from sar_kd.columns import column_logsumexp, finite_columns, flat, normalised, silence_, softmax_slopes
 from sar_kd.config import LossConfig
 from sar_kd.data import Batch
 from sar_kd.distillation import Distillation, Learned, Sums, whole_tile
@@ -38,7 +38,7 @@ class _Taken(NamedTuple):
     entries: Tensor
     """float32 [E]: single logits, where this side is the richer"""
     places: Tensor
-    """int64 [E]: where in the flattened tile these are"""
+    """int64 [E]: where in the tile, as `flat` lays it out, these are"""
 
 
 class Projected(Distillation):
@@ -110,11 +110,11 @@ class Projected(Distillation):
         told, inside, go_on = self._told(top, part)
         ways, counts = self._ways(told, part, top.sound)
         heard = heard_outcomes(top.columns(0, num_open), self.teacher_fold, self.temperature, ways)
-        of, width = heard.outcomes.clamp_max(len(fold.first) - 1), student.shape[1]
+        of, width = heard.outcomes.clamp_max(len(fold.first) - 1), student.stride(0)
         taken = self._taken(student, num_open, in_teacher, in_student)
         several, shares = fold.several_of(student[:, :num_open], self.temperature)
         places = fold.first[of] * width + heard.columns
-        alone = student.view(-1).index_select(0, places).div_(self.temperature)
+        alone = flat(student).index_select(0, places).div_(self.temperature)
         rest, restore = self._rest_(student, heard, of, places, num_open)
         leaves = taken.inside, taken.entries, alone, several.div_(self.temperature), rest
         if learns:
@@ -155,21 +155,21 @@ class Projected(Distillation):
         """The student's log sum exp(z / T), float32 [K], of all outcomes that are not heard; and what undoes what this
         does to its tile, in which the others are `ABSENT` until then.
         """
-        fold, width, flat = self.student_fold, student.shape[1], student.view(-1)
+        fold, width, line = self.student_fold, student.stride(0), flat(student)
         columns, silent = student[:, :num_open], torch.cat([fold.absent, fold.beyond(len(student))])
         among = torch.zeros(len(fold.several) + 1, num_open, device=student.device)
         among.index_put_((fold.place[of], heard.columns), heard.are_heard.float(), accumulate=True)
         members = fold.members[:, None] * width + torch.arange(num_open, device=student.device)
         places = torch.cat([places, members.view(-1)])
         is_out = torch.cat([heard.are_heard, (among[fold.groups] > 0).view(-1)])
-        kept, kept_rows = flat.index_select(0, places), columns.index_select(0, silent)
+        kept, kept_rows = line.index_select(0, places), columns.index_select(0, silent)
         # By the least of both: a place may stand in the list twice, and once for nothing.
-        flat.scatter_reduce_(0, places, torch.where(is_out, ABSENT, torch.inf), "amin")
+        line.scatter_reduce_(0, places, torch.where(is_out, ABSENT, torch.inf), "amin")
         columns.index_fill_(0, silent, ABSENT)
 
         def restore() -> None:
             columns.index_copy_(0, silent, kept_rows)
-            flat.index_copy_(0, places, kept)
+            line.index_copy_(0, places, kept)
 
         return column_logsumexp(columns, self.temperature), restore
 
@@ -184,9 +184,9 @@ class Projected(Distillation):
 
     def _taken(self, tile: Tensor, num_open: int, as_poor: Continuations, as_rich: Continuations) -> _Taken:
         row, token, _ = as_rich.rich_entries
-        places = token * tile.shape[1] + as_rich.rich_rows[row]
+        places = token * tile.stride(0) + as_rich.rich_rows[row]
         inside = tile[:, num_open : num_open + len(as_poor.poor_rows)]
-        entries = tile.view(-1).index_select(0, places)
+        entries = flat(tile).index_select(0, places)
         return _Taken(inside.div(self.temperature).contiguous(), entries.div_(self.temperature), places)
 
     def _opened(

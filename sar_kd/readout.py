@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from sar_kd.columns import blocks_of
+from sar_kd.columns import blocks_of, room_for
 from sar_kd.heads import Head, body_of
 from sar_kd.precision import Precision
 
@@ -56,13 +56,13 @@ class Readout:
         return replace(self, states=self.states.detach(), head=self.head and self.head.detach())
 
     def tile(self, rows: Rows) -> Tensor:
-        """The logits of some rows, float32 [V, n], as the run's dtype computes them."""
+        """The logits of some rows, float32 [V, n], as the run's dtype computes them; with room for more columns."""
         states = _taken(self.states.detach(), rows)
         if self.head is None:
             return states.T.float().contiguous()
-        head = self.head
-        tile = states.new_empty((len(head.weight), len(states)), dtype=torch.float32)
-        columns = states.T
+        head, count = self.head, len(states)
+        columns = nn.functional.pad(states, (0, 0, 0, room_for(count) - count)).T
+        tile = states.new_empty((len(head.weight), columns.shape[1]), dtype=torch.float32)
         with self.precision.products():
             for block in blocks_of(tile):
                 bias = None if head.bias is None else head.bias.detach()[block, None]
@@ -71,7 +71,7 @@ class Readout:
                     tile[block] *= head.scale
                 if head.softcap:
                     tile[block].div_(head.softcap).tanh_().mul_(head.softcap)
-        return tile
+        return tile[:, :count]
 
     def inner_slopes(self, tile: Tensor, bound: float = math.inf) -> Tensor | None:
         """d clamp(cap(x), -bound, bound) / d x where the tile's logits are cap(x); None where that is 1."""

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sar_kd.columns import blocks_of, column_logsumexp, finite_columns
+from sar_kd.columns import blocks_of, column_logsumexp, finite_columns, flat
+from sar_kd.divergence import exp_
 from sar_kd.losses import LogitClamp
 from sar_kd.readout import Gradients, Readout, Rows
 from sar_kd.top import StoredRows, Top
@@ -41,7 +42,7 @@ class Single(NamedTuple):
     """Slopes of single places of a tile."""
 
     places: Tensor
-    """int64 [E]: in the flattened tile"""
+    """int64 [E]: in the tile as `flat` lays it out"""
     values: Tensor
     """float32 [E]"""
 
@@ -62,7 +63,7 @@ class Slopes(NamedTuple):
     def add_single_to_(self, tile: Tensor, weight: Tensor) -> None:
         """Add `weight` times what single places get."""
         if self.single is not None:
-            tile.view(-1).index_add_(0, self.single.places, self.single.values * weight)
+            flat(tile).index_add_(0, self.single.places, self.single.values * weight)
 
 
 class Compared(NamedTuple):
@@ -245,7 +246,7 @@ class _Text:
         mine = mine.expand(len(targets)) if counts is None else mine * counts
         normaliser = self._normalisers[number]
         for block in blocks_of(tile):
-            tile[block].sub_(normaliser).exp_().mul_(mine)
+            exp_(tile[block].sub_(normaliser)).mul_(mine)
             slopes.add_to_(tile, weight, block)
         tile.scatter_add_(0, targets[None], -mine[None])
 
@@ -254,8 +255,13 @@ class _Text:
 
 
 def tile_rows(workspace_mb: int, *vocab_sizes: int) -> int:
-    """How many rows a tile may have for the logits of these vocabularies to fit into the workspace; at least one."""
-    return max(1, workspace_mb * 2**20 // (4 * sum(vocab_sizes)))
+    """How many rows a tile may have for the logits of these vocabularies to fit into the workspace; at least one.
+
+    A multiple of 8 (see `room_for`), also where one more is 2 % more than the workspace.
+    """
+    of_row, room = 4 * sum(vocab_sizes), workspace_mb * 2**20
+    rows = room * 51 // (50 * of_row) // 8 * 8
+    return rows if rows >= 32 else max(1, room // of_row)
 
 
 def stretches_of(count: int, size: int) -> list[slice]:

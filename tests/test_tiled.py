@@ -9,9 +9,10 @@ import torch
 from readouts import FLOAT32
 from torch import Tensor
 
-from sar_kd.columns import column_logsumexp
+from sar_kd.columns import column_logsumexp, flat, room_for
 from sar_kd.config import LossConfig
 from sar_kd.distillation import TokenLevel
+from sar_kd.divergence import exp_
 from sar_kd.heads import Head
 from sar_kd.likelihood import target_log_probs
 from sar_kd.losses import LogitClamp, LossClamp
@@ -19,7 +20,7 @@ from sar_kd.precision import Precision
 from sar_kd.readout import Readout
 from sar_kd.tiled import Loss, Tile, stretches_of, tile_rows, tiled_loss
 
-N, V, D, D_T = 13, 37, 5, 7
+N, V, D, D_T = 35, 37, 5, 7  # more rows than a tile has room for just as many (see `room_for`)
 HALF = Precision(torch.device("cpu"), torch.float16, 65536.0)
 EVERY_DIRECTION = pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
 TILE_ROWS = pytest.mark.parametrize("rows", [1, 4, N, 100])
@@ -247,7 +248,13 @@ def test_rows_that_are_not_finite_are_counted_wherever_they_are():
 
 
 def test_a_tile_fits_into_the_workspace_and_has_a_row_at_least():
-    assert tile_rows(64, 50257, 50257) * 4 * 2 * 50257 <= 64 * 2**20 < (tile_rows(64, 50257, 50257) + 1) * 4 * 2 * 50257
+    for workspace in (1, 8, 64, 256):
+        for size in (97, 2048, 2 * 50257, 2 * 151936):
+            rows, room = tile_rows(workspace, size), workspace * 2**20 / 4 / size
+            assert room_for(rows) <= max(1, 1.02 * room)
+            assert rows + 8 > room
+            assert rows == room_for(rows)
+    assert tile_rows(64, 151936, 151936) == 56
     assert tile_rows(1, 10**9) == 1
 
 
@@ -330,3 +337,23 @@ def test_gradients_too_small_for_half_survive_because_the_scale_is_in_them_when_
         norms.append((leaf.grad / scale).norm())
     assert norms[1] > 0
     assert norms[0] < 0.5 * norms[1]
+
+
+@pytest.mark.parametrize("count", [1, 31, 33, 40])
+def test_a_tile_with_room_for_more_columns_holds_the_logits_and_is_written_to_by_place(count):
+    states = torch.randn(count, 24)
+    weight, bias = torch.randn(50, states.shape[1]), torch.randn(50)
+    tile = Readout(states, Head(weight, bias), FLOAT32).tile(slice(None))
+    torch.testing.assert_close(tile, (states @ weight.T + bias).T)
+    assert tile.stride(0) == room_for(count)
+    flat(tile)[7 * tile.stride(0) + count - 1] = 5.0
+    assert tile[7, count - 1] == 5.0
+
+
+def test_exp_is_exact_zero_where_it_would_be_no_normal_number():
+    values = torch.cat([torch.linspace(-86, 80, 999), torch.tensor([-88.0, -1e30, -math.inf, math.inf, math.nan])])
+    found, expected = exp_(values.clone()), values.double().exp()
+    torch.testing.assert_close(found[:999].double(), expected[:999], rtol=1e-6, atol=0)
+    assert found[999:1002].tolist() == [0.0, 0.0, 0.0]
+    assert found[1002] == math.inf
+    assert found[1003].isnan()
