@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 _LEAST = -87.0
 """exp of it is 1.646e-38, and still a normal float32."""
 
