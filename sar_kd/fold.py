@@ -59,6 +59,7 @@ class Fold(nn.Module):
         }
         for name, part in parts.items():
             self.register_buffer(name, part, persistent=False)
+        self._room = torch.empty(0)
 
     def __len__(self) -> int:
         """Tokens up to the last that takes part."""
@@ -123,9 +124,13 @@ class Fold(nn.Module):
         """Logits of the other vocabulary's tokens as those of outcomes, in the rows of this one's first tokens.
 
         columns: float32 [V_o, K]
-        Returns: float32 [V, K]; rows without an outcome are `ABSENT`
+        Returns: float32 [V, K], good until the next call; rows without an outcome are `ABSENT`
         """
-        carried = columns.index_select(0, other.first[self.outcome])
+        size = len(self) * columns.shape[1]
+        if len(self._room) < size or self._room.device != columns.device:
+            self._room = columns.new_empty(size)  # kept: on a CPU memory that is new costs more than what is done in it
+        carried = self._room[:size].view(len(self), columns.shape[1])
+        torch.index_select(columns, 0, other.first[self.outcome], out=carried)
         values, _ = other.several_of(columns, temperature)
         carried.index_copy_(0, self.first[other.several], values)
         return carried.index_fill_(0, self.silent, ABSENT)
