@@ -32,7 +32,6 @@ from on_policy import MODELS, fine_tune, spread_of  # noqa: E402
 from sar_kd import units  # noqa: E402
 from sar_kd.alignment import TokenizerPair  # noqa: E402
 from sar_kd.benchmark import benchmark  # noqa: E402
-from sar_kd.conversation import DEFAULT_TEMPLATE  # noqa: E402
 from sar_kd.data import Corpus  # noqa: E402
 from sar_kd.documents import task_questions  # noqa: E402
 from sar_kd.evaluate import evaluate  # noqa: E402
@@ -46,10 +45,10 @@ SIDES = {
     "equal tokenizers": ("ours_equal", "gkd_equal", "gold_equal"),
     "different tokenizers": ("ours_different", "gold_different"),
 }
-# What our rendering without a chat template writes, in a form that says where the response begins and ends.
-TEMPLATE = DEFAULT_TEMPLATE + (
-    "{% if add_generation_prompt %}{{ '\\n\\nAssistant:\\n' }}{% elif messages[-1].role == 'assistant' %}"
-    "{{ eos_token }}{% endif %}"
+# The task's questions as our own loop reads them: no roles, the end token first and last.
+TEMPLATE = (
+    "{{ eos_token }}{% for message in messages %}{{ message.content }}{% endfor %}"
+    "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
 )
 BATCH_SIZE, MAX_NEW_TOKENS, WARM_UP, RATE = 16, 48, 20, 5e-4
 
@@ -106,6 +105,7 @@ def run_trl(side: str, student: Path, output: Path, options: argparse.Namespace)
     model = transformers.AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
     teacher = transformers.AutoModelForCausalLM.from_pretrained(MODELS / "teacher/student", dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(_templated(student, output), padding_side="left")
+    _check_rendering(tokenizer, rows[0]["messages"])
     trainer = Trainer(
         model=model, teacher_model=teacher.requires_grad_(False), args=Settings(**common),
         train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
@@ -124,6 +124,14 @@ def _templated(model: Path, folder: Path) -> Path:
     tokenizer.pad_token = "\u0100"  # the byte 0 in byte-level BPE
     tokenizer.save_pretrained(folder / model.parent.name)
     return folder / model.parent.name
+
+
+def _check_rendering(tokenizer, messages: list[dict]) -> None:
+    """Both sides are to read the very same tokens: what is fine-tuned on one rendering knows no other."""
+    pair = TokenizerPair(tokenizer, tokenizer, student_rows=len(tokenizer), teacher_rows=len(tokenizer))
+    (ours,) = Corpus(task_questions("train")[:1], pair, 256, 256).micro_batches(0, 1, 1, 0)
+    theirs = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert tokenizer(theirs, add_special_tokens=False)["input_ids"] == ours.student.input_ids[0].tolist()
 
 
 def asked(folder: Path) -> dict:
