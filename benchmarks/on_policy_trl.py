@@ -105,7 +105,7 @@ def run_trl(side: str, student: Path, output: Path, options: argparse.Namespace)
     model = transformers.AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
     teacher = transformers.AutoModelForCausalLM.from_pretrained(MODELS / "teacher/student", dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(_templated(student, output), padding_side="left")
-    _check_rendering(tokenizer, rows[0]["messages"])
+    _check_rendering(tokenizer, student, rows[0]["messages"])
     trainer = Trainer(
         model=model, teacher_model=teacher.requires_grad_(False), args=Settings(**common),
         train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
@@ -126,9 +126,10 @@ def _templated(model: Path, folder: Path) -> Path:
     return folder / model.parent.name
 
 
-def _check_rendering(tokenizer, messages: list[dict]) -> None:
+def _check_rendering(tokenizer, student: Path, messages: list[dict]) -> None:
     """Both sides are to read the very same tokens: what is fine-tuned on one rendering knows no other."""
-    pair = TokenizerPair(tokenizer, tokenizer, student_rows=len(tokenizer), teacher_rows=len(tokenizer))
+    own = transformers.AutoTokenizer.from_pretrained(student)
+    pair = TokenizerPair(own, own, student_rows=len(own), teacher_rows=len(own))
     (ours,) = Corpus(task_questions("train")[:1], pair, 256, 256).micro_batches(0, 1, 1, 0)
     theirs = tokenizer.apply_chat_template(messages, tokenize=False)
     assert tokenizer(theirs, add_special_tokens=False)["input_ids"] == ours.student.input_ids[0].tolist()
