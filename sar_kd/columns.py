@@ -29,7 +29,7 @@ def blocks_of(tile: Tensor) -> Iterator[slice]:
 
 def room_for(count: int) -> int:
     """How many columns a tile has room for that is to hold so many: a multiple of 8, because products into rows of
-    another length take up to a third longer; as many as there are where the next multiple would be much more.
+    another length take a third to a half longer; as many as there are where the next multiple would be much more.
     """
     return count if count < 32 else -(-count // 8) * 8
 

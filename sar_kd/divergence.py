@@ -19,12 +19,18 @@ _LEAST = -87.0
 def exp_(values: Tensor) -> Tensor:
     """exp, in place, of float32 of any shape; what would be below 2e-38 is exactly 0.
 
-    On a CPU what is below the least normal number takes the library that PyTorch has for it 15 to 40 times as long as
-    the rest, so that a vocabulary of which a tenth is absent takes more than twice as long.
+    On a CPU what is below the least normal number takes the library that PyTorch has for it 12 to 35 times as long as
+    the rest, so that a vocabulary of which a tenth is absent takes more than twice as long
+    (`benchmarks/tile_costs.py`).
     """
     if values.device.type != "cpu":
         return values.exp_()
     return torch.threshold_(values.clamp_min_(_LEAST).exp_(), 2e-38, 0.0)
+
+
+def exp(values: Tensor) -> Tensor:
+    """The same, into a tensor of its own."""
+    return exp_(values.clone()) if values.device.type == "cpu" else values.exp()
 
 
 class Terms(NamedTuple):
@@ -77,8 +83,7 @@ class Divergence:
         """What the value is made of."""
 
         def weight(log_probs: Tensor) -> Tensor:
-            probs = exp_(log_probs.clone())
-            return probs if keep is None else probs.mul_(keep)
+            return exp(log_probs) if keep is None else exp(log_probs).mul_(keep)
 
         if self.direction == "forward":
             return Terms((weight(log_t),), ((log_t, log_p),))
