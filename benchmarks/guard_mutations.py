@@ -100,7 +100,7 @@ MUTATIONS = (
     Mutation("the ceiling of the loss scale", "precision.py",
              "loss_scale if keeps or at_ceiling else None", "loss_scale if keeps else None"),
     Mutation("a bad forward leaves the loss scale", "precision.py",
-             'keeps = verdict.cause in ("forward", "no_targets")', 'keeps = verdict.cause == "no_targets"'),
+             'keeps = cause in ("forward", "no_targets")', 'keeps = cause == "no_targets"'),
     Mutation("update() after every step", "precision.py", "        self._scaler.update(fixed)", "        pass"),
     Mutation("unscaled before the norm", "step.py", "    precision.unscale_(optimizer)\n", ""),
     Mutation("clipping", "step.py",

@@ -22,7 +22,7 @@ except ImportError:  # Windows
 
 from sar_kd.config import PrecisionConfig, UsageError
 from sar_kd.environment import require_kernels
-from sar_kd.guards import MAX_LOSS_SCALE, MIN_LOSS_SCALE, Verdict
+from sar_kd.guards import MAX_LOSS_SCALE, MIN_LOSS_SCALE
 from sar_kd.world import ALONE, World
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -118,18 +118,19 @@ class Precision:
         """The current factor as a scalar on the device (no host sync); 1 without a scaler."""
         return self._scaler.scale(self._one)
 
-    def update_(self, verdict: Verdict, loss_scale: float) -> None:
+    def update_(self, cause: str | None, loss_scale: float) -> None:
         """Adapt the loss scale to a judged step, within its floor and ceiling.
 
+        cause: why the step was skipped, None where it was applied
         loss_scale: the factor that the step used, as read with the step's other figures
         """
         if not self._scaler.is_enabled():
             return
-        halves = verdict.cause in ("overflow", "gradient")
+        halves = cause in ("overflow", "gradient")
         at_floor = halves and loss_scale * self._scaler.get_backoff_factor() < MIN_LOSS_SCALE
         at_ceiling = not halves and loss_scale >= MAX_LOSS_SCALE
         # A forward that is not finite says nothing about the scale: lowering it would only hide the cause.
-        keeps = verdict.cause in ("forward", "no_targets")
+        keeps = cause in ("forward", "no_targets")
         fixed = MIN_LOSS_SCALE if at_floor else loss_scale if keeps or at_ceiling else None
         self._scaler.update(fixed)
 

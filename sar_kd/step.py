@@ -89,7 +89,7 @@ def train_step(
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
         optimizer.step()
     routers.settle_(verdict.applied)
-    precision.update_(verdict, scale)
+    precision.update_(verdict.cause, scale)
     optimizer.zero_grad(set_to_none=True)
     loss = (objective.alpha_ce * ce + objective.alpha_kd * kd) / count
     ce_loss = ce / max(1, of_text) if of_text or not of_own else None

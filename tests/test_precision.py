@@ -47,7 +47,7 @@ def _attempt(precision, verdict):
     bad = verdict.cause in ("forward", "overflow", "gradient")
     precision.backward(weight * (torch.inf if bad else 1.0))
     precision.unscale_(optimizer)
-    precision.update_(verdict, precision.loss_scale.item())
+    precision.update_(verdict.cause, precision.loss_scale.item())
     return precision.loss_scale.item()
 
 
