@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sar_kd.files import number_of
-from sar_kd.guards import CAUSES
 from sar_kd.history import History
 
 SERIES = 6
@@ -221,13 +220,14 @@ def _skips(axes, run: History) -> None:
     width = max(1, math.ceil(len(run.steps) / 60))
     base = [0] * math.ceil(len(run.steps) / width)
     places = [run.steps[i]["step"] + (width - 1) / 2 for i in range(0, len(run.steps), width)]
-    for index, cause in enumerate(CAUSES):
+    causes = dict.fromkeys(record["cause"] for record in run.steps if record.get("cause"))
+    for index, cause in enumerate(causes):
         counts = [
             sum(record.get("cause") == cause for record in run.steps[first : first + width])
             for first in range(0, len(run.steps), width)
         ]
         if any(counts):
-            axes.bar(places, counts, width=0.9 * width, bottom=base, color=_COLOURS[index], label=cause)
+            axes.bar(places, counts, width=0.9 * width, bottom=base, color=_COLOURS[index % SERIES], label=cause)
             base = [low + count for low, count in zip(base, counts, strict=True)]
     if not any(base):
         axes.text(0.5, 0.5, "no update was skipped", transform=axes.transAxes, ha="center", va="center")

@@ -193,7 +193,9 @@ class OnPolicy(Companion):
 
     def summary(self) -> dict:
         """All that was written, and how long it took."""
-        return {"on_policy": {"sampling_seconds": self.kept["sampling_seconds"], **self.kept["totals"]}}
+        totals = self.kept["totals"]
+        counts, faults = ({name: totals[name] for name in names} for names in (_COUNTS, FAULTS))
+        return {"on_policy": {"sampling_seconds": self.kept["sampling_seconds"], **counts, "faults": faults}}
 
 
 def _strikes(place: int, share: float) -> bool:

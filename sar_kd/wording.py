@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sar_kd.guards import CAUSES
 from sar_kd.report import FILE as REPORT
-from sar_kd.writing import FAULTS
 
 _COLUMNS = {"perplexity": 12, "bits per byte": 15, "accuracy": 10, "answer rate": 13}
 """What a table may have beside its names, and how wide; all of it fits into 80 columns."""
@@ -21,7 +19,7 @@ def closing_table(summary: dict, folder: Path) -> list[str]:
     if "cross_entropy_only" in summary:
         scores = scores | {"cross_entropy_only": summary["cross_entropy_only"]}
     columns = list(_COLUMNS.items())[: None if scores else 2]
-    skipped = ", ".join(f"{cause} {count}" for cause in CAUSES if (count := summary["skipped"].get(cause)))
+    skipped = ", ".join(f"{cause} {count}" for cause, count in summary["skipped"].items() if count)
     lines = [
         "",
         f"{summary['status'].replace('_', ' ').capitalize()} after {summary['steps']} steps "
@@ -45,7 +43,7 @@ def closing_table(summary: dict, folder: Path) -> list[str]:
 def _on_policy(found: dict, seconds: float) -> str:
     """What the student wrote itself, and what that took."""
     count = max(1, found["responses"])
-    faults = ", ".join(f"{name} {found[name]}" for name in FAULTS if found[name])
+    faults = ", ".join(f"{name} {count}" for name, count in found["faults"].items() if count)
     shown = f" (faults: {faults})" if faults else ""
     return (
         f"  wrote {found['responses']:,} responses of {found['tokens'] / count:.1f} tokens on average, "
