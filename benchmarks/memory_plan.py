@@ -223,7 +223,7 @@ def _train(config, precision, teacher, student, pairing, batches, models=None, c
     routing = build_teacher_routing(config, models, objective, corpus or SimpleNamespace(pairing=pairing))
     with routing:
         for step in range(2):
-            learner = routing.learner_at(step)
+            learner = routing.learner_at(step, lambda peak: peak)
             train_step(batches(step), objective, optimizer, guard, precision, 1.0, learner)
         (first, *_) = batches(0)
         for model, batch in ((student, first.student), (teacher, first.teacher)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from sar_kd.data import Corpus
@@ -21,7 +22,7 @@ class NoTeacher:
     def __exit__(self, *exception) -> None:
         """Nothing to put back."""
 
-    def learner_at(self, step: int, rate_factor: float = 1.0) -> FrozenRouters:
+    def learner_at(self, step: int, rate_at: Callable[[float], float]) -> FrozenRouters:
         """No routers, so none that learn."""
         return FROZEN_ROUTERS
 

@@ -1,4 +1,4 @@
-"""How the student and a teacher's routers move: AdamW, and a learning rate that is a function of the step alone."""
+"""How the student moves: AdamW, and a learning rate that is a function of the step alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from sar_kd.config import OptimConfig
+from sar_kd.config import AdamWConfig, OptimConfig
 
 _FINAL_SHARE = 0.1
 
@@ -27,23 +27,16 @@ def build_optimizer(student: nn.Module, config: OptimConfig, others: Sequence[nn
     return torch.optim.AdamW(groups, lr=config.student_lr, betas=(0.9, 0.95), fused=True)
 
 
-def build_router_optimizer(routers: Sequence[nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
-    """AdamW over a teacher's routers, without decay: an anchor holds them where they began, not at 0."""
-    assert all(parameter.dtype is torch.float32 for parameter in routers), "trainable weights are float32, always"
-    return torch.optim.AdamW(list(routers), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-
-
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """Every parameter that the optimizer moves: what the gradient norm is taken over, and nothing else."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def learning_rate_at(step: int, train_steps: int, config: OptimConfig, peak: float | None = None) -> float:
-    """The rate of attempt `step`, counted from 0; peak: the student's if None.
+def learning_rate_at(step: int, train_steps: int, config: AdamWConfig, peak: float) -> float:
+    """The rate of attempt `step`, counted from 0.
 
     peak * min(1, (step + 1) / warmup) * (0.1 + 0.9 * (1 + cos(pi * progress)) / 2), the last factor 1 if constant
     """
-    peak = config.student_lr if peak is None else peak
     warmup = min(config.warmup_steps, train_steps)
     if step < warmup:
         return peak * (step + 1) / warmup

@@ -22,7 +22,6 @@ from sar_kd.distillation import Outputs
 from sar_kd.kinds import build_distillation
 from sar_kd.losses import Segments
 from sar_kd.objective import Objective
-from sar_kd.optim import build_router_optimizer, parameters_of
 from sar_kd.pairing import Pairing
 from sar_kd.router_terms import RouterTerms, entropy, imbalance, relative_change, shares_of
 from sar_kd.router_update import FrozenTeacherChanged, hash_frozen, hash_routers
@@ -122,7 +121,10 @@ class RouterLearner(FrozenRouters):
         self._initial = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.frozen_sha256 = hash_frozen(objective.teacher, self.parameters)
         self.initial_sha256 = hash_routers(self._initial)
-        self.optimizer = build_router_optimizer([*self.parameters.values()], settings.router_lr)
+        # Without decay: the anchor holds them where they began, not at 0.
+        self.optimizer = torch.optim.AdamW(
+            [*self.parameters.values()], lr=settings.router_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        )
         self._begin()
 
     def _begin(self) -> None:
@@ -188,10 +190,15 @@ class RouterLearner(FrozenRouters):
         total = learned.loss + self.settings.router_beta * balance + self.settings.router_anchor * anchor
         return RouterTerms(total, learned.raw, balance, anchor, entropies)
 
+    def set_learning_rate_(self, rate: float) -> None:
+        """Let the next update use `rate`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
     def _move_(self, batches: list[Batch]) -> None:
         self.routing.forget()
         before = self._divergences(batches) if self.measures else []
-        parameters = parameters_of(self.optimizer)
+        parameters = [*self.parameters.values()]
         self.world.sum_gradients_(parameters)
         self.precision.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

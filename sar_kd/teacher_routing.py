@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from sar_kd.heads import Heads
 from sar_kd.layers import recompute_activations_
 from sar_kd.models import Models
 from sar_kd.objective import Objective
-from sar_kd.optim import learning_rate_at, set_learning_rate_
 from sar_kd.precision import Precision
 from sar_kd.router_learner import FROZEN_ROUTERS, FrozenRouters, RouterLearner
 from sar_kd.router_update import FILE, save_router_update
@@ -60,13 +60,15 @@ class TeacherRouting:
     def __exit__(self, *exception) -> None:
         self.routing.__exit__(*exception)
 
-    def learner_at(self, step: int, rate_factor: float = 1.0) -> FrozenRouters:
-        """The routers of attempt `step`, at `rate_factor` times that step's rate; they stand still once stopped."""
+    def learner_at(self, step: int, rate_at: Callable[[float], float]) -> FrozenRouters:
+        """The routers of attempt `step`; they stand still once stopped.
+
+        rate_at: the learning rate of this attempt for a given peak
+        """
         if self.stopped_at is not None or not isinstance(self.learner, RouterLearner):
             return FROZEN_ROUTERS
         config = self._config
-        rate = learning_rate_at(step, config.train.train_steps, config.optim, config.routing.router_lr)
-        set_learning_rate_(self.learner.optimizer, rate_factor * rate)
+        self.learner.set_learning_rate_(rate_at(config.routing.router_lr))
         self.learner.measures = (step + 1) % config.train.log_steps == 0
         return self.learner
 

@@ -126,8 +126,12 @@ class Trainer:
     def _attempt(self) -> tuple[StepReport, Callable[[], list[Batch]]]:
         """One step, and a way to the micro-batches that it was bad in, of whatever rank."""
         step = self.progress.step
-        rate = self.progress.rate_factor * learning_rate_at(step, self.config.train.train_steps, self.config.optim)
-        set_learning_rate_(self.optimizer, rate)
+        settings, factor = self.config, self.progress.rate_factor
+
+        def rate_at(peak: float) -> float:
+            return factor * learning_rate_at(step, settings.train.train_steps, settings.optim, peak)
+
+        set_learning_rate_(self.optimizer, rate_at(settings.optim.student_lr))
         micro_batches, window = self.feed.take(step, frozenset(self.progress.left_out))
         report = train_step(
             micro_batches,
@@ -136,7 +140,7 @@ class Trainer:
             self.guard,
             self.precision,
             self.config.guards.max_grad_norm,
-            self.routing.learner_at(step, self.progress.rate_factor),
+            self.routing.learner_at(step, rate_at),
             self.placement,
         )
         self.progress.step += 1

@@ -204,7 +204,7 @@ def _run(config, kinds, dtype, vocab_size, train) -> None:
     with routing:
         for step in range(2):
             batches = [_batch(vocab_size, config) for _ in range(train.grad_accum_steps)]
-            train_step(batches, objective, optimizer, guard, precision, 1.0, routing.learner_at(step))
+            train_step(batches, objective, optimizer, guard, precision, 1.0, routing.learner_at(step, lambda peak: peak))
         for model in (student, teacher):
             batch = _batch(vocab_size, config).student
             evaluate(model, [batch], 1, precision, heads=objective.heads, workspace_mb=config.loss.loss_workspace_mb)

@@ -582,7 +582,7 @@ def test_evaluation_leaves_mode_and_weights_as_they_were(make_run, training):
 
 def test_the_rate_rises_linearly_to_its_peak_and_falls_to_a_tenth():
     config = OptimConfig(student_lr=2e-4, warmup_steps=10)
-    rates = [learning_rate_at(step, 100, config) for step in range(100)]
+    rates = [learning_rate_at(step, 100, config, config.student_lr) for step in range(100)]
     assert rates[0] == pytest.approx(2e-5)
     assert rates[9] == rates[10] == pytest.approx(2e-4)
     assert rates[55] == pytest.approx(2e-4 * 0.55)
@@ -593,14 +593,14 @@ def test_the_rate_rises_linearly_to_its_peak_and_falls_to_a_tenth():
 
 def test_a_constant_rate_stays_at_its_peak():
     config = OptimConfig(student_lr=2e-4, warmup_steps=10, lr_schedule="constant")
-    assert learning_rate_at(0, 100, config) == pytest.approx(2e-5)
-    assert {learning_rate_at(step, 100, config) for step in range(10, 100)} == {2e-4}
+    assert learning_rate_at(0, 100, config, config.student_lr) == pytest.approx(2e-5)
+    assert {learning_rate_at(step, 100, config, config.student_lr) for step in range(10, 100)} == {2e-4}
 
 
 @pytest.mark.parametrize("warmup", [0, 3, 50])
 def test_every_length_of_run_has_a_rate(warmup):
     config = OptimConfig(student_lr=2e-4, warmup_steps=warmup)
-    rates = [learning_rate_at(step, steps, config) for steps in (1, 2, 3, 4) for step in range(steps)]
+    rates = [learning_rate_at(step, steps, config, config.student_lr) for steps in (1, 2, 3, 4) for step in range(steps)]
     assert all(0 < rate <= 2e-4 for rate in rates)
 
 
