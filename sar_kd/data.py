@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,9 +21,8 @@ from sar_kd.alignment import TokenizerPair
 from sar_kd.blocks import Block
 from sar_kd.documents import Documents, Sample
 from sar_kd.losses import IGNORE_INDEX, next_token_targets
-from sar_kd.matching import StoredText
 from sar_kd.pairing import Pairing
-from sar_kd.streams import cut, join
+from sar_kd.streams import JoinedText, cut, join
 from sar_kd.stretches import Alignment, Stretch, cut_stretches
 from sar_kd.token_cache import TokenCache
 from sar_kd.token_stream import TokenStream
@@ -89,6 +88,34 @@ def _moved(record, device: torch.device):
     return dataclasses.replace(record, **changed)
 
 
+class TeacherRecords(Protocol):
+    """A teacher's cached logits, found for the tokens of one text: `matching.Match` is what a run has."""
+
+    @property
+    def num_unknown(self) -> int:
+        """Documents without records."""
+
+    @property
+    def some_unknown(self) -> list[str]:
+        """Names of the first of them."""
+
+    def windows(self) -> np.ndarray:
+        """int64, ascending: where the teacher's blocks end, in its tokens of the plain documents."""
+
+    def rows(self, cuts: Sequence[Block], rows: Tensor, num_places: int) -> StoredRows:
+        """The records of a batch of blocks."""
+
+    def nats(self) -> tuple[float, int]:
+        """The teacher's total loss over the text, and its number of tokens."""
+
+
+class CachedText(Protocol):
+    """A cached text of `matching.StoredText`'s kind, to be held against the text of a run."""
+
+    def beside(self, text: JoinedText) -> TeacherRecords:
+        """The records that belong to the tokens of `text`."""
+
+
 class Corpus:
     """Documents as blocks of tokens, and the batches made of them."""
 
@@ -99,7 +126,7 @@ class Corpus:
         max_student: int,
         max_teacher: int,
         cache: TokenCache | None = None,
-        stored: StoredText | None = None,
+        stored: CachedText | None = None,
     ):
         """max_student, max_teacher: most tokens that a block may hold for each model, start token included
 
@@ -124,7 +151,7 @@ class Corpus:
         """The student's tokens that are predicted, each once an epoch."""
         return int(self.text.student.is_target.sum())
 
-    def documents_of(self, block: int) -> list[str]:
+    def documents_of(self, block: int) -> Sequence[str]:
         """Names of the documents that a block holds a part of."""
         start, end, *_ = self.blocks[block]
         first_byte = self.text.student.ends[start - 1] if start else 0

@@ -125,7 +125,7 @@ class Shelf:
             self.add(name, "uint8")
             self.add(_ends_of(name), "int64")
 
-    def append_strings(self, name: str, texts: list[str]) -> None:
+    def append_strings(self, name: str, texts: Sequence[str]) -> None:
         """Add texts to a pair of columns."""
         encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
         content, ends = self._columns[name], self._columns[_ends_of(name)]

@@ -34,17 +34,17 @@ class JoinedText:
 
     student: TokenStream
     teacher: TokenStream
-    names: Strings
+    names: Sequence[str]
     """Names of the documents, in order."""
     starts: np.ndarray
     """int64: where each of them starts, in the unit of `TokenStream.ends`."""
     num_bytes: int
     """Bytes of the text that is predicted."""
-    left_out: Strings
+    left_out: Sequence[str]
     """Names of the documents that are empty or that a tokenizer cannot represent, of conversations with the reason."""
     conversations: Blocks
     """The last documents: one block each."""
-    truncated: Strings
+    truncated: Sequence[str]
     """Names of the conversations that are cut short."""
     dropped_tokens: int
     """Tokens that the student would predict in what is cut off."""
