@@ -24,12 +24,12 @@ from runs import ROOT, Results, Run, add_flags, bits_of, table
 
 sys.path.insert(0, str(ROOT))
 
-from sar_kd.arguments import parse_args
-from sar_kd.coverage import measure_coverage
-from sar_kd.data import Corpus
-from sar_kd.documents import load_documents
-from sar_kd.models import load_tokenizers
-from sar_kd.presets import STABLE
+from sar_kd.config.command_line import parse_args
+from sar_kd.config.presets import STABLE
+from sar_kd.data.dataset import Corpus
+from sar_kd.data.sources import load_documents
+from sar_kd.evaluation.tokenizer_coverage import measure_coverage
+from sar_kd.models.loading import load_tokenizers
 
 MODELS = "benchmarks/models"
 EMBEDDED = "embedded"

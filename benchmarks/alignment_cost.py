@@ -19,17 +19,17 @@ import torch
 from paired import LARGE, ROOT, make_model
 
 from sar_kd import embedded
-from sar_kd.alignment import TokenizerPair
-from sar_kd.config import Config
-from sar_kd.data import Corpus
-from sar_kd.documents import Document
-from sar_kd.embedded.build import byte_level_bpe, sentencepiece_bpe, student_model, teacher_model
-from sar_kd.guards import StepGuard
-from sar_kd.objective import Objective
-from sar_kd.optim import build_optimizer
-from sar_kd.precision import setup
-from sar_kd.presets import MODES
-from sar_kd.step import train_step
+from sar_kd.commands.build_embedded import byte_level_bpe, sentencepiece_bpe, student_model, teacher_model
+from sar_kd.config.presets import MODES
+from sar_kd.config.runs import Config
+from sar_kd.data.dataset import Corpus
+from sar_kd.data.samples import Document
+from sar_kd.losses.objective import Objective
+from sar_kd.runtime.precision import setup
+from sar_kd.tokenization.tokenizer_pair import TokenizerPair
+from sar_kd.training.guards import StepGuard
+from sar_kd.training.optimizer import build_optimizer
+from sar_kd.training.step import train_step
 
 RESULT = ROOT / "benchmarks" / "results" / "alignment_cost.json"
 BLOCK_SIZE = 256

@@ -35,9 +35,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from sar_kd import embedded  # noqa: E402
-from sar_kd.embedded import build  # noqa: E402
-from sar_kd.evaluate import evaluate  # noqa: E402
-from sar_kd.precision import Precision  # noqa: E402
+from sar_kd.commands import build_embedded  # noqa: E402
+from sar_kd.evaluation.perplexity import evaluate  # noqa: E402
+from sar_kd.runtime.precision import Precision  # noqa: E402
 
 MODELS = ROOT / "benchmarks" / "models"
 TEACHER_STEPS, STUDENT_STEPS, PYTHON_STEPS = 800, 200, 400
@@ -51,12 +51,12 @@ SIZES = {"transfer": 600_000, "validation": 60_000}
 
 def space_last_bpe(texts: list[str], vocab_size: int) -> transformers.PreTrainedTokenizerFast:
     """SentencePiece's kind with the space, as U+2581, at the end of a word: its tokens straddle GPT-2's kind."""
-    return build.sentencepiece_bpe(texts, vocab_size, pre_tokenizers.Split("\u2581", "merged_with_previous"))
+    return build_embedded.sentencepiece_bpe(texts, vocab_size, pre_tokenizers.Split("\u2581", "merged_with_previous"))
 
 
 def student_model(tokenizer) -> nn.Module:
     """The embedded student's architecture, new, for this tokenizer."""
-    config = build.student_model().config
+    config = build_embedded.student_model().config
     config.vocab_size = len(tokenizer)
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     torch.manual_seed(SEED)
@@ -91,11 +91,11 @@ def make_model(name: str, folder: Path) -> None:
     if name in SOURCES:
         texts, transfer, validation = (SOURCES[name](split) for split in ("teacher", "transfer", "validation"))
     model = new_model(tokenizer)
-    build.pretrain(model, build.corpus_of(tokenizer, texts), steps, noise, SEED, name)
+    build_embedded.pretrain(model, build_embedded.corpus_of(tokenizer, texts), steps, noise, SEED, name)
     figures = {"steps": steps, "parameters": sum(parameter.numel() for parameter in model.parameters())}
     for split, held_out_texts in (("transfer", transfer), ("validation", validation)):
-        held_out = build.corpus_of(tokenizer, held_out_texts)
-        batches = held_out.token_batches("student", build.BATCH_SIZE)
+        held_out = build_embedded.corpus_of(tokenizer, held_out_texts)
+        batches = held_out.token_batches("student", build_embedded.BATCH_SIZE)
         score = evaluate(model, batches, held_out.text.num_bytes, Precision(torch.device("cpu"), torch.float32, 1.0))
         figures[f"{split}_bits_per_byte"] = score.bits_per_byte
     figures["seconds"] = time.monotonic() - started
@@ -110,13 +110,16 @@ def _teacher_tokenizer(_texts: list[str]):
 
 
 KINDS = {
-    "student_byte1024": (lambda texts: build.byte_level_bpe(texts, 1024), student_model, STUDENT_STEPS, 0.0),
+    "student_byte1024": (lambda texts: build_embedded.byte_level_bpe(texts, 1024), student_model, STUDENT_STEPS, 0.0),
     "student_byte2048": (_teacher_tokenizer, student_model, STUDENT_STEPS, 0.0),
     "student_low": (lambda texts: space_last_bpe(texts, 1024), student_model, STUDENT_STEPS, 0.0),
     "teacher_byte1024": (
-        lambda texts: build.byte_level_bpe(texts, 1024), teacher_model, TEACHER_STEPS, build.INPUT_NOISE,
+        lambda texts: build_embedded.byte_level_bpe(texts, 1024),
+        teacher_model,
+        TEACHER_STEPS,
+        build_embedded.INPUT_NOISE,
     ),
-    "teacher_python": (_teacher_tokenizer, teacher_model, PYTHON_STEPS, build.INPUT_NOISE),
+    "teacher_python": (_teacher_tokenizer, teacher_model, PYTHON_STEPS, build_embedded.INPUT_NOISE),
 }  # fmt: skip
 """How each model's tokenizer and body are made, its steps and its input noise."""
 

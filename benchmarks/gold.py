@@ -31,12 +31,12 @@ from trl.experimental.gold.gold_trainer import ULDLoss  # noqa: E402
 from trl.experimental.utils import is_byte_level_tokenizer, piece_byte_len  # noqa: E402
 
 import train_sar_kd_stable  # noqa: E402
-from sar_kd.cli import run  # noqa: E402
-from sar_kd.config import UsageError  # noqa: E402
-from sar_kd.data import Batch, TokenBatch  # noqa: E402
-from sar_kd.objective import LossTerms, Objective  # noqa: E402
-from sar_kd.readout import Readout  # noqa: E402
-from sar_kd.tiled import Loss, Tile, tiled_loss  # noqa: E402
+from sar_kd.commands.main import run  # noqa: E402
+from sar_kd.data.batch import Batch, TokenBatch  # noqa: E402
+from sar_kd.errors import UsageError  # noqa: E402
+from sar_kd.losses.objective import LossTerms, Objective  # noqa: E402
+from sar_kd.losses.tiled_loss import Loss, Tile, tiled_loss  # noqa: E402
+from sar_kd.models.lm_head import Readout  # noqa: E402
 
 
 class GoldObjective(Objective):

@@ -34,12 +34,12 @@ import torch
 from paired import NEVER_SKIPS, Clock, Run, Shape, add_flags, device_of, make_pair, peak_bytes, take_turns, write
 
 from sar_kd import embedded
-from sar_kd.config import ModelConfig
-from sar_kd.data import Batch, Corpus
-from sar_kd.documents import Document
-from sar_kd.loading import num_rows
-from sar_kd.models import load_tokenizers
-from sar_kd.optim import parameters_of
+from sar_kd.config.sections import ModelConfig
+from sar_kd.data.batch import Batch
+from sar_kd.data.dataset import Corpus
+from sar_kd.data.samples import Document
+from sar_kd.models.loading import load_tokenizers, num_rows
+from sar_kd.training.optimizer import parameters_of
 
 PARTS = ("read", "loss", "backward", "update")
 BLOCK = 256

@@ -19,8 +19,11 @@ import statistics
 import torch
 from paired import Clock, Run, add_flags, device_of, ratio_of, take_turns, write
 
-from sar_kd import columns, distillation, embedded, projected, tiled
-from sar_kd.presets import FP16_SAFE
+from sar_kd import embedded
+from sar_kd.config.presets import FP16_SAFE
+from sar_kd.losses import distillation, tiled_loss
+from sar_kd.losses.projection import loss as projection_loss
+from sar_kd.models import logit_tiles
 
 NO_CLAMPS = ["--logit_clamp_style", "off", "--loss_clamp_style", "off"]
 PAIRS = {
@@ -62,8 +65,8 @@ def _all_columns(tile):
 @contextlib.contextmanager
 def _unchecked():
     """Every row is taken to be finite."""
-    users = tiled, distillation, projected
-    former = columns.finite_columns, columns.silence_
+    users = tiled_loss, distillation, projection_loss
+    former = logit_tiles.finite_columns, logit_tiles.silence_
     for module in users:
         module.finite_columns, module.silence_ = _all_columns, lambda tile, keep: tile
     try:

@@ -18,16 +18,16 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sar_kd.arguments import parse_args  # noqa: E402
-from sar_kd.data import Corpus  # noqa: E402
-from sar_kd.documents import load_documents  # noqa: E402
-from sar_kd.guards import StepGuard  # noqa: E402
-from sar_kd.models import load_models  # noqa: E402
-from sar_kd.objective import Objective  # noqa: E402
-from sar_kd.optim import build_optimizer  # noqa: E402
-from sar_kd.precision import setup  # noqa: E402
-from sar_kd.presets import FP16_SAFE  # noqa: E402
-from sar_kd.step import train_step  # noqa: E402
+from sar_kd.config.command_line import parse_args  # noqa: E402
+from sar_kd.config.presets import FP16_SAFE  # noqa: E402
+from sar_kd.data.dataset import Corpus  # noqa: E402
+from sar_kd.data.sources import load_documents  # noqa: E402
+from sar_kd.losses.objective import Objective  # noqa: E402
+from sar_kd.models.loading import load_models  # noqa: E402
+from sar_kd.runtime.precision import setup  # noqa: E402
+from sar_kd.training.guards import StepGuard  # noqa: E402
+from sar_kd.training.optimizer import build_optimizer  # noqa: E402
+from sar_kd.training.step import train_step  # noqa: E402
 
 KINDS = {"native half": ("float16", False), "products rounded once": ("float16", True), "float32": ("float32", False)}
 

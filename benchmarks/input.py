@@ -79,11 +79,11 @@ def measure(path: str, pair_name: str, limit_mb: int) -> dict:
     import transformers
 
     from sar_kd import embedded
-    from sar_kd.alignment import TokenizerPair
-    from sar_kd.config import DataConfig
-    from sar_kd.data import Corpus
-    from sar_kd.documents import load_documents
-    from sar_kd.token_cache import TokenCache
+    from sar_kd.config.sections import DataConfig
+    from sar_kd.data.dataset import Corpus
+    from sar_kd.data.sources import load_documents
+    from sar_kd.data.token_cache import TokenCache
+    from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
     if limit_mb:
         resource.setrlimit(resource.RLIMIT_DATA, (limit_mb * 10**6, limit_mb * 10**6))

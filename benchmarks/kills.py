@@ -32,8 +32,9 @@ import transformers
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sar_kd import cli, embedded  # noqa: E402
-from sar_kd.embedded.build import byte_level_bpe  # noqa: E402
+from sar_kd import embedded  # noqa: E402
+from sar_kd.commands import main as command_line  # noqa: E402
+from sar_kd.commands.build_embedded import byte_level_bpe  # noqa: E402
 
 STEPS = 12
 _TIMING = {"tokens_per_second", "peak_memory_bytes", "wall_seconds", "seconds", "train_seconds"}
@@ -74,7 +75,7 @@ def start(argv: list[str]) -> int:
     try:
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
-        code = cli.run(script.main, argv)
+        code = command_line.run(script.main, argv)
     finally:
         os._exit(code)
 

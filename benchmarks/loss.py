@@ -21,12 +21,11 @@ import torch
 from paired import Clock, add_flags, device_of, write
 from torch import Tensor
 
-from sar_kd.config import LossConfig, PrecisionConfig
-from sar_kd.distillation import TokenLevel
-from sar_kd.heads import Head
-from sar_kd.precision import Precision, setup
-from sar_kd.readout import Readout
-from sar_kd.tiled import Loss, tiled_loss
+from sar_kd.config.sections import LossConfig, PrecisionConfig
+from sar_kd.losses.distillation import TokenLevel
+from sar_kd.losses.tiled_loss import Loss, tiled_loss
+from sar_kd.models.lm_head import Head, Readout
+from sar_kd.runtime.precision import Precision, setup
 
 try:
     from trl.experimental.gkd.gkd_trainer import GKDTrainer

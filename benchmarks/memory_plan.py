@@ -74,8 +74,8 @@ CASES = {
 
 def config_of(case: Case, device: str):
     """The settings of a case."""
-    from sar_kd.config import Config
-    from sar_kd.presets import MODES, STABLE
+    from sar_kd.config.presets import MODES, STABLE
+    from sar_kd.config.runs import Config
 
     flags = dict(flag.partition("=")[::2] for flag in case.flags)
     values: dict = {name: value or True for name, value in flags.items()}
@@ -119,9 +119,9 @@ def measure(name: str, how: str, device_name: str, dtype_name: str) -> dict:
     import transformers
     from paired import peak_bytes
 
-    from sar_kd.hollow import Ledger
-    from sar_kd.memory_plan import plan
-    from sar_kd.precision import Precision
+    from sar_kd.preflight.memory_plan import plan
+    from sar_kd.preflight.memory_tracker import Ledger
+    from sar_kd.runtime.precision import Precision
 
     transformers.utils.logging.set_verbosity_error()
     case = CASES[name]
@@ -146,7 +146,7 @@ def _invented(case: Case, config, dtype):
     import torch
     import transformers
 
-    from sar_kd.data import Batch, TokenBatch
+    from sar_kd.data.batch import Batch, TokenBatch
 
     kinds = {"teacher": model_config(case.teacher, case, True), "student": model_config(case.student, case, False)}
     build = transformers.AutoModelForCausalLM.from_config
@@ -177,10 +177,9 @@ def _invented(case: Case, config, dtype):
 
 def _embedded(config):
     """The pair that ships with the package, and its text: different tokenizers."""
-    from sar_kd.data import Corpus
-    from sar_kd.documents import load_documents
-    from sar_kd.loading import load_skeleton
-    from sar_kd.models import load_models
+    from sar_kd.data.dataset import Corpus
+    from sar_kd.data.sources import load_documents
+    from sar_kd.models.loading import load_models, load_skeleton
 
     def skeletons():
         return {
@@ -203,14 +202,14 @@ def _embedded(config):
 
 
 def _train(config, precision, teacher, student, pairing, batches, models=None, corpus=None) -> None:
-    from sar_kd.evaluate import evaluate
-    from sar_kd.guards import StepGuard
-    from sar_kd.layers import recompute_activations_
-    from sar_kd.models import Models
-    from sar_kd.objective import Objective
-    from sar_kd.optim import build_optimizer
-    from sar_kd.step import train_step
-    from sar_kd.teacher_routing import build_teacher_routing
+    from sar_kd.evaluation.perplexity import evaluate
+    from sar_kd.losses.objective import Objective
+    from sar_kd.models.loading import Models
+    from sar_kd.models.memory_saving import recompute_activations_
+    from sar_kd.teacher.live import build_teacher_routing
+    from sar_kd.training.guards import StepGuard
+    from sar_kd.training.optimizer import build_optimizer
+    from sar_kd.training.step import train_step
 
     if config.memory.gradient_checkpointing:
         recompute_activations_(student, same_dropout=True)
@@ -232,7 +231,7 @@ def _train(config, precision, teacher, student, pairing, batches, models=None, c
 
 def _write(config, precision, student) -> None:
     """Behind prompts that fill a block but for one token, and one that is short, so that there is room."""
-    from sar_kd.writing import write
+    from sar_kd.models.generation import write
 
     train, most = config.train, config.data.block_size - 1
     prompts = [[1] * most] * (train.per_device_batch_size * train.grad_accum_steps - 1) + [[1]]

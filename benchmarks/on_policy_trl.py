@@ -29,13 +29,13 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from on_policy import MODELS, fine_tune, spread_of  # noqa: E402
 
-from sar_kd import units  # noqa: E402
-from sar_kd.alignment import TokenizerPair  # noqa: E402
-from sar_kd.benchmark import benchmark  # noqa: E402
-from sar_kd.data import Corpus  # noqa: E402
-from sar_kd.documents import task_questions  # noqa: E402
-from sar_kd.evaluate import evaluate  # noqa: E402
-from sar_kd.precision import Precision  # noqa: E402
+from sar_kd.data import unit_questions  # noqa: E402
+from sar_kd.data.dataset import Corpus  # noqa: E402
+from sar_kd.data.unit_questions import task_questions  # noqa: E402
+from sar_kd.evaluation.perplexity import evaluate  # noqa: E402
+from sar_kd.evaluation.question_answering import benchmark  # noqa: E402
+from sar_kd.runtime.precision import Precision  # noqa: E402
+from sar_kd.tokenization.tokenizer_pair import TokenizerPair  # noqa: E402
 
 STUDENTS = {
     "equal": ("--student_model", "benchmarks/models/student_byte2048", "--learning_rate", "2e-3"),
@@ -142,7 +142,7 @@ def asked(folder: Path) -> dict:
     pair = TokenizerPair(tokenizer, tokenizer, student_rows=len(tokenizer), teacher_rows=len(tokenizer))
     precision = Precision(torch.device("cpu"), torch.float32, 1.0)
     corpus = Corpus(task_questions("test"), pair, 256, 256)
-    result = benchmark(model, corpus, units.questions("test", units.COUNTS["test"]), precision)
+    result = benchmark(model, corpus, unit_questions.questions("test", unit_questions.COUNTS["test"]), precision)
     bits = evaluate(model, corpus.token_batches("student", 64), corpus.text.num_bytes, precision).bits_per_byte
     return {"accuracy": result.accuracy, "answer_rate": result.answer_rate, "bits_per_byte": bits}
 

@@ -26,20 +26,25 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from sar_kd import embedded  # noqa: E402
-from sar_kd.arguments import parse_args  # noqa: E402
-from sar_kd.data import Batch, Corpus  # noqa: E402
-from sar_kd.documents import load_documents  # noqa: E402
-from sar_kd.embedded.build import byte_level_bpe  # noqa: E402
-from sar_kd.guards import StepGuard  # noqa: E402
-from sar_kd.loading import NOTHING_GIVEN, Given, quiet  # noqa: E402
-from sar_kd.models import load_models  # noqa: E402
-from sar_kd.objective import Objective  # noqa: E402
-from sar_kd.optim import build_optimizer  # noqa: E402
-from sar_kd.precision import setup  # noqa: E402
-from sar_kd.presets import STABLE  # noqa: E402
-from sar_kd.step import StepReport, train_step  # noqa: E402
-from sar_kd.teacher_cache import open_teacher_cache  # noqa: E402
-from sar_kd.world import ALONE  # noqa: E402
+from sar_kd.commands.build_embedded import byte_level_bpe  # noqa: E402
+from sar_kd.config.command_line import parse_args  # noqa: E402
+from sar_kd.config.presets import STABLE  # noqa: E402
+from sar_kd.data.batch import Batch  # noqa: E402
+from sar_kd.data.dataset import Corpus  # noqa: E402
+from sar_kd.data.sources import load_documents  # noqa: E402
+from sar_kd.losses.objective import Objective  # noqa: E402
+from sar_kd.models.loading import (  # noqa: E402
+    NOTHING_GIVEN,
+    Given,
+    load_models,
+    quiet,
+)
+from sar_kd.runtime.distributed import ALONE  # noqa: E402
+from sar_kd.runtime.precision import setup  # noqa: E402
+from sar_kd.teacher.cached import open_teacher_cache  # noqa: E402
+from sar_kd.training.guards import StepGuard  # noqa: E402
+from sar_kd.training.optimizer import build_optimizer  # noqa: E402
+from sar_kd.training.step import StepReport, train_step  # noqa: E402
 
 NEVER_SKIPS = ("--skip_rule", "fixed", "--skip_grad_norm", "1e9")
 """A step that is skipped costs less."""

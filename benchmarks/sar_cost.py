@@ -21,17 +21,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from sar_kd import embedded
-from sar_kd.config import Config
-from sar_kd.data import Batch, Corpus
-from sar_kd.documents import Document
-from sar_kd.guards import StepGuard
-from sar_kd.models import load_models
-from sar_kd.objective import Objective
-from sar_kd.optim import build_optimizer
-from sar_kd.precision import setup
-from sar_kd.presets import MODES
-from sar_kd.step import train_step
-from sar_kd.teacher_routing import build_teacher_routing
+from sar_kd.config.presets import MODES
+from sar_kd.config.runs import Config
+from sar_kd.data.batch import Batch
+from sar_kd.data.dataset import Corpus
+from sar_kd.data.samples import Document
+from sar_kd.losses.objective import Objective
+from sar_kd.models.loading import load_models
+from sar_kd.runtime.precision import setup
+from sar_kd.teacher.live import build_teacher_routing
+from sar_kd.training.guards import StepGuard
+from sar_kd.training.optimizer import build_optimizer
+from sar_kd.training.step import train_step
 
 RESULT = Path(__file__).parent / "results" / "sar_cost.json"
 SAR = {"routing": "sar", "sar_routing": "all"}

@@ -20,25 +20,25 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT)]
 
-import ranks  # noqa: E402
 import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 
-from sar_kd import trainer  # noqa: E402
-from sar_kd.arguments import parse_args  # noqa: E402
-from sar_kd.data import Corpus  # noqa: E402
-from sar_kd.documents import load_documents  # noqa: E402
-from sar_kd.guards import StepGuard  # noqa: E402
-from sar_kd.models import load_models  # noqa: E402
-from sar_kd.objective import Objective  # noqa: E402
-from sar_kd.optim import build_optimizer, parameters_of  # noqa: E402
-from sar_kd.precision import setup  # noqa: E402
-from sar_kd.presets import STABLE  # noqa: E402
-from sar_kd.several_devices import place  # noqa: E402
-from sar_kd.step import train_step  # noqa: E402
-from sar_kd.world import join_world  # noqa: E402
+from sar_kd.config.command_line import parse_args  # noqa: E402
+from sar_kd.config.presets import STABLE  # noqa: E402
+from sar_kd.data.dataset import Corpus  # noqa: E402
+from sar_kd.data.sources import load_documents  # noqa: E402
+from sar_kd.losses.objective import Objective  # noqa: E402
+from sar_kd.models.loading import load_models  # noqa: E402
+from sar_kd.runtime.distributed import join_world  # noqa: E402
+from sar_kd.runtime.precision import setup  # noqa: E402
+from sar_kd.training import trainer  # noqa: E402
+from sar_kd.training.guards import StepGuard  # noqa: E402
+from sar_kd.training.optimizer import build_optimizer, parameters_of  # noqa: E402
+from sar_kd.training.parallel import place  # noqa: E402
+from sar_kd.training.step import train_step  # noqa: E402
+from tests.helpers import ranks  # noqa: E402
 
 TOLERANCE = 1e-5
 _STEPS, _KILLED_AT = 8, 6

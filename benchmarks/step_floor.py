@@ -49,8 +49,9 @@ from paired import (
     write,
 )
 
-from sar_kd import cache, embedded
-from sar_kd.data import Batch
+from sar_kd import embedded
+from sar_kd.commands import cache
+from sar_kd.data.batch import Batch
 
 MODES = ("balanced", "precise")
 LIVE, TRAINING = "floor, live", "floor, training"

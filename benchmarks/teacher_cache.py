@@ -31,8 +31,9 @@ from pathlib import Path
 import torch
 from paired import NEVER_SKIPS, Run, Shape, add_flags, device_of, make_pair, write
 
-from sar_kd import cache, embedded
-from sar_kd.__main__ import main as verbs
+from sar_kd import embedded
+from sar_kd.commands import cache
+from sar_kd.commands.main import main as verbs
 
 TOP_K = 32
 TINY, FEW_TOKENS, FEW = Shape(32, 1), 512, 4

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from paired import ROOT  # noqa: F401  puts the package on the path
 
-from sar_kd.divergence import exp_
+from sar_kd.models.logit_tiles import exp_
 
 ROUNDS = 15
 

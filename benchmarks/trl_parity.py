@@ -20,8 +20,8 @@ import torch
 import trl
 from trl.experimental.gkd import GKDTrainer
 
-from sar_kd.divergence import Divergence
-from sar_kd.losses import IGNORE_INDEX, next_token_targets
+from sar_kd.data.batch import IGNORE_INDEX, next_token_targets
+from sar_kd.losses.divergence import Divergence
 
 TOLERANCE = 1e-5
 BATCH, LENGTH, VOCAB = 4, 64, 2048

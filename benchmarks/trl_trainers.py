@@ -31,7 +31,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 from sar_kd import embedded  # noqa: E402
-from sar_kd.embedded.build import byte_level_bpe  # noqa: E402
+from sar_kd.commands.build_embedded import byte_level_bpe  # noqa: E402
 
 SIDES = {
     "off-policy, equal tokenizers": ("ours", "gkd", "gold"),
@@ -87,8 +87,8 @@ def make_inputs(folder: Path, options: argparse.Namespace) -> None:
 
 def run_ours(folder: Path, side: str, options: argparse.Namespace) -> dict:
     """Our own loop, logging as it does."""
-    from sar_kd import trainer
     from sar_kd.api import distill
+    from sar_kd.training import trainer
 
     watch, train_step = _Watch(), trainer.train_step
 

@@ -11,15 +11,18 @@ from typing import Any
 
 from torch import nn
 
-from sar_kd.arguments import configure
-from sar_kd.config import EMBEDDED, UsageError
-from sar_kd.files import replace_text
-from sar_kd.loading import IN_MEMORY, Given, load_for_writing
-from sar_kd.presets import STABLE
-from sar_kd.train import train
+from sar_kd.commands.train import train
+from sar_kd.config.command_line import configure
+from sar_kd.config.presets import STABLE
+from sar_kd.config.sections import EMBEDDED
+from sar_kd.errors import UsageError
+from sar_kd.models.loading import IN_MEMORY, Given, load_for_writing
+from sar_kd.runtime.files import replace_text
 
 ModelLike = str | Path | nn.Module | tuple[nn.Module, Any]
+
 TextsLike = str | Path | Iterable[str | Path | Mapping[str, Any]]
+
 _NAMED = {
     "teacher_model": "teacher",
     "student_model": "student",

@@ -9,8 +9,8 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 
-from sar_kd.embedded.build import byte_level_bpe, sentencepiece_bpe
-from sar_kd.losses import IGNORE_INDEX
+from sar_kd.commands.build_embedded import byte_level_bpe, sentencepiece_bpe
+from sar_kd.data.batch import IGNORE_INDEX
 
 BYTE_VOCAB, SP_VOCAB = 600, 520
 

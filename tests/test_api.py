@@ -10,13 +10,15 @@ import torch
 import transformers
 
 import sar_kd
-from sar_kd import Distilled, distill, trainer, units
+from sar_kd import Distilled, distill
 from sar_kd.api import TextsLike
+from sar_kd.commands.train import main as train
+from sar_kd.data import unit_questions
 from sar_kd.embedded import STUDENT_DIR
-from sar_kd.interruption import Interruption
-from sar_kd.loading import IN_MEMORY
-from sar_kd.settings import UsageError
-from sar_kd.train import main as train
+from sar_kd.errors import UsageError
+from sar_kd.models.loading import IN_MEMORY
+from sar_kd.runtime.signals import Interruption
+from sar_kd.training import trainer
 
 STEPS = {"train_steps": 2, "block_size": 32, "eval_steps": 1, "log_steps": 1, "student_lr": 3e-3, "device": "cpu"}
 
@@ -132,7 +134,7 @@ def test_a_time_limit_saves_and_ends_as_an_interruption_and_the_run_goes_on_late
     pairs, corpus_texts, tmp_path, monkeypatch
 ):
     now = [0.0]
-    monkeypatch.setattr("sar_kd.metrics.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("sar_kd.reporting.run_log.time.monotonic", lambda: now[0])
     step = trainer.train_step
 
     def an_hour(*arguments):
@@ -181,7 +183,7 @@ def test_a_flag_that_has_another_name_here_is_not_passed_over(flag):
 
 
 def test_a_student_in_memory_has_a_task_without_a_baseline(tmp_path, monkeypatch):
-    monkeypatch.setattr(units, "COUNTS", {"train": 16, "validation": 4, "test": 4})
+    monkeypatch.setattr(unit_questions, "COUNTS", {"train": 16, "validation": 4, "test": 4})
     student = transformers.AutoModelForCausalLM.from_pretrained(STUDENT_DIR)
     given = {"student": (student, transformers.AutoTokenizer.from_pretrained(STUDENT_DIR)), "task": "units"}
     with pytest.raises(UsageError, match="give skip_baseline=True"):

@@ -14,7 +14,8 @@ _spec.loader.exec_module(guard_mutations)
 
 @pytest.mark.parametrize("mutation", guard_mutations.MUTATIONS, ids=lambda mutation: mutation.guard.replace(" ", "_"))
 def test_a_mutation_applies_and_leaves_python(mutation, tmp_path):
-    shutil.copy(ROOT / "sar_kd" / mutation.module, tmp_path)
+    (tmp_path / mutation.module).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / "sar_kd" / mutation.module, tmp_path / mutation.module)
     guard_mutations.mutate(tmp_path, mutation)
     changed = (tmp_path / mutation.module).read_text(encoding="utf-8")
     compile(changed, mutation.module, "exec")

@@ -13,11 +13,9 @@ from pathlib import Path
 import pytest
 
 from sar_kd import embedded
-from sar_kd.__main__ import VERBS, main
-from sar_kd.cli import run
-from sar_kd.config import SECTIONS
-from sar_kd.presets import MODES
-from sar_kd.sft_config import SftConfig
+from sar_kd.commands.main import COMMANDS, main, run
+from sar_kd.config.presets import MODES
+from sar_kd.config.runs import SECTIONS, SftConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -137,7 +135,7 @@ def test_every_flag_and_verb_that_a_page_names_exists(page):
     named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", PAGES[page]))
     assert named <= flags | of_verbs | of_others
     verbs = set(re.findall(r"(?:python -m sar_kd|`sar-kd) ([a-z]+)", PAGES[page]))
-    assert verbs <= set(VERBS)
+    assert verbs <= set(COMMANDS)
 
 
 def test_the_table_of_modes_has_the_modes_values():

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from harness import CPU, Run, build_gpt2
 
-from sar_kd.alignment import TokenizerPair
-from sar_kd.config import GuardConfig, LossConfig
-from sar_kd.data import Corpus
-from sar_kd.documents import Document
-from sar_kd.precision import Precision
+from sar_kd.config.sections import GuardConfig, LossConfig
+from sar_kd.data.dataset import Corpus
+from sar_kd.data.samples import Document
+from sar_kd.runtime.precision import Precision
+from sar_kd.tokenization.tokenizer_pair import TokenizerPair
+from tests.stress.harness import CPU, Run, build_gpt2
 
 
 @pytest.fixture(scope="session")

@@ -14,11 +14,11 @@ import math
 import torch
 import transformers
 
-from sar_kd.config import OptimConfig
-from sar_kd.guards import CAUSES, MAX_LOSS_SCALE, MIN_LOSS_SCALE, StepGuard
-from sar_kd.objective import Objective
-from sar_kd.optim import build_optimizer, learning_rate_at, parameters_of, set_learning_rate_
-from sar_kd.step import StepReport, train_step
+from sar_kd.config.sections import MAX_LOSS_SCALE, MIN_LOSS_SCALE, OptimConfig
+from sar_kd.losses.objective import Objective
+from sar_kd.training.guards import CAUSES, StepGuard
+from sar_kd.training.optimizer import build_optimizer, learning_rate_at, parameters_of, set_learning_rate_
+from sar_kd.training.step import StepReport, train_step
 
 CPU = torch.device("cpu")
 PLANNED_STEPS = 400

@@ -23,10 +23,10 @@ import safetensors.torch
 import torch
 import transformers
 
-from sar_kd import cli
-from sar_kd.checkpoint import save_student
-from sar_kd.config import UsageError
-from sar_kd.folder import FolderLock
+from sar_kd.commands import main
+from sar_kd.errors import UsageError
+from sar_kd.runtime.files import FolderLock
+from sar_kd.training.checkpoint import save_student
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -65,7 +65,7 @@ def _run(argv):
     """Exit code, and what was said on stderr."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = cli.run(SCRIPT.main, [str(word) for word in argv])
+        code = main.run(SCRIPT.main, [str(word) for word in argv])
     return code, err.getvalue(), out.getvalue()
 
 

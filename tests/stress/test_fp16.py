@@ -9,17 +9,18 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from harness import all_finite, break_forward, break_on_token, norm_of, same_bits, token_of
 from torch import nn
 
-from sar_kd.arguments import parse_args
-from sar_kd.clamps import check_clamps
-from sar_kd.config import LossConfig, OptimConfig, UsageError
-from sar_kd.evaluate import evaluate
-from sar_kd.forensics import examine
-from sar_kd.models import Models, load_models
-from sar_kd.optim import build_optimizer, parameters_of
-from sar_kd.presets import FP16_SAFE
+from sar_kd.config.command_line import parse_args
+from sar_kd.config.presets import FP16_SAFE
+from sar_kd.config.sections import LossConfig, OptimConfig
+from sar_kd.errors import UsageError
+from sar_kd.evaluation.perplexity import evaluate
+from sar_kd.models.loading import Models, load_models
+from sar_kd.preflight.clamp_checks import check_clamps
+from sar_kd.training.nan_forensics import examine
+from sar_kd.training.optimizer import build_optimizer, parameters_of
+from tests.stress.harness import all_finite, break_forward, break_on_token, norm_of, same_bits, token_of
 
 FREE = {"logit_clamp_style": "off", "loss_clamp_style": "off"}
 NO_LIMIT = {"skip_grad_norm": 1e9, "max_grad_norm": 1e9}

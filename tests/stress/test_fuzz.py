@@ -16,21 +16,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_faults import SCRIPT
 
-from sar_kd import cli
-from sar_kd.arguments import parse_args
-from sar_kd.checkpoint import load_checkpoint, save_checkpoint
-from sar_kd.config import SECTIONS, GuardConfig, OptimConfig, TrainConfig
-from sar_kd.data import Corpus
-from sar_kd.documents import load_documents
-from sar_kd.forensics import main as forensics
-from sar_kd.guards import StepGuard
-from sar_kd.metrics import open_run
-from sar_kd.optim import build_optimizer, learning_rate_at
-from sar_kd.precision import Precision
-from sar_kd.presets import FP16_SAFE
-from sar_kd.progress import Progress
+from sar_kd.commands import main
+from sar_kd.commands.forensics import main as forensics
+from sar_kd.config.command_line import parse_args
+from sar_kd.config.presets import FP16_SAFE
+from sar_kd.config.runs import SECTIONS
+from sar_kd.config.sections import GuardConfig, OptimConfig, TrainConfig
+from sar_kd.data.dataset import Corpus
+from sar_kd.data.sources import load_documents
+from sar_kd.reporting.run_log import open_run
+from sar_kd.runtime.precision import Precision
+from sar_kd.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from sar_kd.training.guards import StepGuard
+from sar_kd.training.optimizer import build_optimizer, learning_rate_at
+from tests.stress.test_faults import SCRIPT
 
 COUNTS = {"flags": 4000, "texts": 3000, "checkpoints": 2000, "configs": 600, "folders": 400}
 EVERY_SHARE = pytest.mark.parametrize("share", [0.1, pytest.param(1.0, marks=pytest.mark.long)], ids=["tenth", "all"])
@@ -81,7 +81,7 @@ def _outcome(main, argv=()):
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = cli.run(main, list(argv))
+            code = main.run(main, list(argv))
     except SystemExit as ended:  # --help
         code = ended.code
     said = err.getvalue()
@@ -405,6 +405,6 @@ def test_forty_runs_with_random_legal_settings_end_as_they_should(tmp_path, make
         argv = [word for name, value in values.items() for word in (f"--{name}", str(value))]
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), WRITES.only_in(folder):
-            code = cli.run(SCRIPT.main, argv)
+            code = main.run(SCRIPT.main, argv)
         assert code in (0, 2, 3), (code, err.getvalue())
         assert err.getvalue().count("\n") == (code != 0)

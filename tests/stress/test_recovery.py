@@ -9,26 +9,26 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from harness import break_on_token, token_of
 
-from sar_kd import trainer as trainer_module
-from sar_kd.__main__ import main as verbs
-from sar_kd.arguments import parse_args
-from sar_kd.cli import run as run_as_script
-from sar_kd.config import UsageError
-from sar_kd.data import Corpus
-from sar_kd.documents import Document
-from sar_kd.forensics import examine, page
-from sar_kd.guards import StepGuard, TrainingDiverged
-from sar_kd.metrics import open_run
-from sar_kd.models import Models
-from sar_kd.objective import Objective
-from sar_kd.optim import build_optimizer
-from sar_kd.precision import setup
-from sar_kd.presets import FP16_SAFE
-from sar_kd.recovery import left_in
-from sar_kd.teacher_routing import build_teacher_routing
-from sar_kd.trainer import Trainer
+from sar_kd.commands.main import main as verbs
+from sar_kd.commands.main import run as run_as_script
+from sar_kd.config.command_line import parse_args
+from sar_kd.config.presets import FP16_SAFE
+from sar_kd.data.dataset import Corpus
+from sar_kd.data.samples import Document
+from sar_kd.errors import TrainingDiverged, UsageError
+from sar_kd.losses.objective import Objective
+from sar_kd.models.loading import Models
+from sar_kd.reporting.run_log import open_run
+from sar_kd.runtime.precision import setup
+from sar_kd.teacher.live import build_teacher_routing
+from sar_kd.training import trainer as trainer_module
+from sar_kd.training.batch_loader import left_in
+from sar_kd.training.guards import StepGuard
+from sar_kd.training.nan_forensics import examine, page
+from sar_kd.training.optimizer import build_optimizer
+from sar_kd.training.trainer import Trainer
+from tests.stress.harness import break_on_token, token_of
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_the_first_bad_step_is_explained_while_the_run_goes_on(make_trainer, tmp
 
 
 def test_nothing_is_replayed_and_nothing_written_while_nothing_is_wrong(make_trainer, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sar_kd.recovery.examine", lambda *_: pytest.fail("replayed without a cause"))
+    monkeypatch.setattr("sar_kd.training.recovery.examine", lambda *_: pytest.fail("replayed without a cause"))
     trainer = make_trainer("--init_loss_scale", 2**24)  # with overflows, which are calibration
     summary = trainer.run()
     assert summary["skipped"]["overflow"] > 0

@@ -1,0 +1,91 @@
+"""Where two tokenizations of the same bytes meet, and what it takes to compare two tokenizers.
+
+Everything here is numpy on the host, done before the loop, from the byte at which each token ends; no loop over
+tokens. Positions come as indices of tokens; which row of the logits predicts a token is `data`'s business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Contacts:
+    """Every byte at which a token starts on either side, and the two tokens that hold it."""
+
+    student: np.ndarray
+    """int64 [K]: the student token that holds the byte, ascending"""
+    teacher: np.ndarray
+    """int64 [K]: the teacher token that holds it, ascending"""
+    student_written: np.ndarray
+    """int64 [K]: bytes of the student token before it"""
+    teacher_written: np.ndarray
+    """int64 [K]: bytes of the teacher token before it; of the two counts at least one is 0"""
+
+
+def find_contacts(student_ends: np.ndarray, teacher_ends: np.ndarray) -> Contacts:
+    """Lay two tokenizations of the same bytes over each other; tokens without bytes hold none. O((S + T) log).
+
+    student_ends, teacher_ends: int64 [S], [T], ascending; the byte at which each token ends, from a common start at
+    0 to a common end
+    """
+    student_starts, teacher_starts = _starts(student_ends), _starts(teacher_ends)
+    starts = np.union1d(student_starts, teacher_starts)
+    starts = starts[starts < student_ends[-1]] if len(student_ends) else starts
+    # The last token that starts there: tokens without bytes start where the next one does, and stand before it.
+    student = np.searchsorted(student_starts, starts, side="right") - 1
+    teacher = np.searchsorted(teacher_starts, starts, side="right") - 1
+    return Contacts(student, teacher, starts - student_starts[student], starts - teacher_starts[teacher])
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The smallest spans of bytes on whose ends both tokenizers agree."""
+
+    student: np.ndarray
+    """int64 [S]: the chunk of each student token, ascending; a token without bytes joins the one that follows"""
+    teacher: np.ndarray
+    """int64 [T]"""
+    ends: np.ndarray
+    """int64 [C]: the byte at which each chunk ends"""
+    sizes: np.ndarray
+    """int64 [2, C]: tokens with bytes of each side, student first"""
+
+    @property
+    def strict(self) -> np.ndarray:
+        """bool [C]: one token on each side, so the same bytes."""
+        return np.all(self.sizes == 1, axis=0)
+
+    @property
+    def straddled(self) -> np.ndarray:
+        """bool [C]: several tokens on both sides, so that some of them overlap."""
+        return np.all(self.sizes > 1, axis=0)
+
+
+def ends_on_both(student_ends: np.ndarray, teacher_ends: np.ndarray) -> np.ndarray:
+    """bool [len(student_ends)]: a teacher token ends there too. Arguments as for `find_contacts`."""
+    # Both are sorted, so this is their intersection, many times faster than `np.intersect1d`.
+    places = np.searchsorted(teacher_ends, student_ends)
+    return teacher_ends[np.minimum(places, len(teacher_ends) - 1)] == student_ends
+
+
+def find_chunks(student_ends: np.ndarray, teacher_ends: np.ndarray) -> Chunks:
+    """Cut the text at every byte where a token ends on both sides. Arguments as for `find_contacts`.
+
+    A token without bytes behind the last chunk belongs to none: its number is the number of chunks.
+    """
+    cuts = student_ends[ends_on_both(student_ends, teacher_ends) & (np.diff(student_ends, prepend=0) > 0)]
+    members, sizes = [], []
+    for ends in (student_ends, teacher_ends):
+        starts = _starts(ends)
+        members.append(np.searchsorted(cuts, starts, side="right"))
+        sizes.append(np.bincount(members[-1][ends > starts], minlength=len(cuts)))
+    return Chunks(members[0], members[1], cuts, np.stack(sizes))
+
+
+def _starts(ends: np.ndarray) -> np.ndarray:
+    starts = np.zeros_like(ends)
+    starts[1:] = ends[:-1]
+    return starts

@@ -1,0 +1,31 @@
+"""`sar-kd explain`: what went wrong in a log of losses and gradient norms."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sar_kd.config.command_line import parse_section
+from sar_kd.config.fields import flag
+from sar_kd.reporting.log_diagnosis import diagnose, lines_of, read_log
+from sar_kd.runtime.console import fitted
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainConfig:
+    """Explaining: what a log shows."""
+
+    log: str = flag("", "what a Trainer printed, its trainer_state.json, a metrics.jsonl, or the folder", metavar="LOG")
+
+
+def main(argv: list[str]) -> dict:
+    """Print the likely cause of a log's pattern; `--json` for programs.
+
+    Raises: UsageError if there is no log to read
+    """
+    about = "The likely cause of the losses and gradient norms in a log."
+    config, as_json = parse_section("explain", about, ExplainConfig, argv, ["log"])
+    log = read_log(Path(config.log))
+    print(json.dumps(asdict(diagnose(log)), indent=2) if as_json else fitted(*lines_of(log)))
+    return {"status": "finished"}

@@ -1,0 +1,104 @@
+"""`sar-kd COMMAND`, and `python -m sar_kd COMMAND`: the commands and the exit codes.
+
+train           distil a teacher into a student (as train_sar_kd_stable.py does)
+preflight       check a run before it starts; trains nothing
+cache           run a teacher once over a text and keep its logits
+report          report.html of a run, or of several side by side
+generate        continue a prompt with the teacher and the student, before and after
+sft             fine-tune a model on questions with answers
+explain         what went wrong in a log of losses and gradient norms
+forensics       why a step of a run was not finite, and what to try
+audit           how much of a text two tokenizers let be compared
+routers         the routers of a mixture-of-experts model
+embedded        train the embedded pair again
+
+sar-kd COMMAND --help lists the options of a command.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Callable
+
+import torch
+
+from sar_kd.errors import TrainingDiverged, UsageError
+from sar_kd.runtime.distributed import current_world
+from sar_kd.version import __version__
+
+DONE, USAGE, DIVERGED, INTERRUPTED = 0, 2, 3, 130
+
+COMMANDS = {
+    "train": "sar_kd.commands.train",
+    "preflight": "sar_kd.commands.preflight",
+    "cache": "sar_kd.commands.cache",
+    "report": "sar_kd.commands.report",
+    "generate": "sar_kd.commands.generate",
+    "sft": "sar_kd.commands.sft",
+    "explain": "sar_kd.commands.explain",
+    "forensics": "sar_kd.commands.forensics",
+    "audit": "sar_kd.commands.audit",
+    "routers": "sar_kd.commands.routers",
+    "embedded": "sar_kd.commands.build_embedded",
+}
+"""The module of each command; its `main(argv)` returns a summary."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command that `argv` begins with; 2 where there is none of that name. Exit codes as `run`."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["--version"]:
+        print(f"sar-kd {__version__}")
+        return DONE
+    if not argv or argv[0] in ("-h", "--help"):
+        print((__doc__ or "").strip())
+        return DONE
+    if argv[0] not in COMMANDS:
+        nearest = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(COMMANDS)}"
+        print(f"error: {argv[0]}: no such command; {hint}", file=sys.stderr)
+        return USAGE
+    command = importlib.import_module(COMMANDS[argv[0]])
+    return run(command.main, argv[1:], resumable=argv[0] == "train")
+
+
+def run(main: Callable[[list[str] | None], dict], argv: list[str] | None = None, resumable: bool = True) -> int:
+    """Run a command's `main` and turn its result into an exit code; of several processes one prints the line.
+
+    0 done; 2 something to mend, said in one line; 3 emergency stop; 130 interrupted
+    resumable: it leaves checkpoints from which `--resume` continues, as the command `train` alone does
+    """
+    try:
+        summary = main(argv)
+    except UsageError as error:
+        return _report(f"error: {error}", USAGE)
+    except torch.cuda.OutOfMemoryError:
+        remedy = "give --per_device_batch_size auto, or see what takes how much: python -m sar_kd preflight"
+        return _report(f"error: out of GPU memory; {remedy}", USAGE)
+    except TrainingDiverged as error:
+        return _report(str(error), DIVERGED)
+    except RuntimeError as error:
+        line = current_world().lost(error)
+        if line is None:
+            raise
+        return _report(
+            f"error: {line}; --resume continues from the last checkpoint, if there is one", USAGE, follows=True
+        )
+    except OSError as error:  # a disk that is full, a folder that went away
+        reason = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+        rest = "; what was saved before is intact, --resume continues from there" if resumable else ""
+        return _report(f"error: {reason}{rest}", USAGE)
+    except KeyboardInterrupt:
+        rest = "; --resume continues from the last checkpoint, if there is one" if resumable else ""
+        return _report(f"interrupted at once{rest}", INTERRUPTED)
+    current_world().leave()
+    return INTERRUPTED if summary["status"] == "interrupted" else DONE
+
+
+def _report(line: str, code: int, follows: bool = False) -> int:
+    """follows: another process has the reason"""
+    if current_world().is_to_say(line, follows):
+        print("\\n".join(line.splitlines()), file=sys.stderr)  # a value that was given may hold ends of lines
+    return code

@@ -1,0 +1,44 @@
+"""`sar-kd report`: report.html of a run, or of several side by side."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from sar_kd.config.command_line import parse_section
+from sar_kd.config.fields import flag
+from sar_kd.errors import UsageError
+from sar_kd.reporting.history import read_history, verdict_of
+from sar_kd.reporting.report import FILE, write_report
+from sar_kd.runtime.console import fitted
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Runs: which ones, and where the page goes."""
+
+    runs: tuple[str, ...] = flag((), "run folders; several are compared on one page", metavar="RUN_DIR")
+    output: str = flag("", "the page; by default report.html in the run folder, or here where there are several")
+
+
+def main(argv: list[str]) -> dict:
+    """Write the page about one run into its folder, or about several into the current one, and print where it is.
+
+    Raises: UsageError if a folder holds no run, or matplotlib is missing
+    """
+    config, as_json = parse_section("report", "A run in one page, or several compared.", ReportConfig, argv, ["runs"])
+    folders = [Path(run) for run in config.runs]
+    runs = [read_history(folder) for folder in folders]
+    path = Path(config.output or (folders[0] / FILE if len(folders) == 1 else FILE))
+    if not path.parent.is_dir():
+        raise UsageError(f"--output {path}: the folder {path.parent} is not there")
+    write_report(runs, path)
+    sentences = {run.name: verdict_of(run) for run in runs}
+    if as_json:
+        print(json.dumps({"report": str(path), "verdicts": sentences}, indent=2))
+        return {"status": "finished"}
+    for name, lines in sentences.items():
+        print(fitted(f"{name}:", *(f"  {line}" for line in lines)))
+    print(fitted(f"Written to {path}"))
+    return {"status": "finished"}

@@ -1,0 +1,67 @@
+"""`python -m sar_kd routers`: the routers of a mixture-of-experts model, before anything is trained."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from sar_kd.config.command_line import parse_section
+from sar_kd.config.fields import flag, require
+from sar_kd.config.runs import ROUTER_PATTERNS
+from sar_kd.config.sections import EMBEDDED
+from sar_kd.models.loading import load_skeleton
+from sar_kd.teacher.moe.discovery import describe_routers, find_routers
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterTableConfig:
+    """Model: whose routers to list."""
+
+    model: str = flag(EMBEDDED, "directory or hub id; 'embedded' is the teacher shipped with the package")
+    router_patterns: tuple[str, ...] = flag((), ROUTER_PATTERNS, metavar="REGEX")
+    trust_remote_code: bool = flag(False, "run model code that comes with a checkpoint")
+
+    def __post_init__(self):
+        require(bool(self.model), "model", "''", "give a directory or a hub id")
+
+
+def main(argv: list[str]) -> dict:
+    """Print a line for each router of `--model`; `--json` for programs. No weights are read.
+
+    Raises: UsageError for what the user can mend, a model that has no routers among it
+    """
+    config, as_json = parse_section("routers", __doc__.partition(": ")[2], RouterTableConfig, argv)
+    model = load_skeleton("model", config.model, config.trust_remote_code)
+    records = describe_routers(find_routers(model, config.router_patterns))
+    print(json.dumps(records, indent=2) if as_json else "\n".join(router_lines(records)))
+    return {"status": "finished"}
+
+
+def router_lines(records: list[dict]) -> list[str]:
+    """The records of `describe_routers` as a table for people."""
+    if not records:
+        return ["Dense: no routers"]
+    header = ("router", "class", "weights", "experts", "score", "weights add up to", "routing", "trainable", "found by")
+    rows = [header, *(_row(record) for record in records)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    total = sum(record["trainable"] for record in records)
+    silent = sum(not record["native_gradient"] for record in records)
+    lines.append(f"{len(records)} routers, {total:,} parameters that --routing sar trains")
+    if silent:
+        lines.append(f"{silent} of them have no gradient under the model's own routing (one expert, weight always 1)")
+    return lines
+
+
+def _row(record: dict) -> tuple[str, ...]:
+    return (
+        record["name"],
+        record["class"],
+        ", ".join("x".join(map(str, shape)) for shape in record["shapes"].values()),
+        f"{record['top_k']} of {record['num_experts']}",
+        record["score"],
+        f"{record['scale']:g}" if record["normalised"] else f"what they are, times {record['scale']:g}",
+        record["routing"],
+        f"{record['trainable']:,}",
+        record["found_by"],
+    )

@@ -1,0 +1,85 @@
+"""Sets of values: modes, tasks, recipes, and the defaults of the two scripts. Any flag given beside one wins."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+_CLAMPED = {
+    "logit_clamp": 5.0,
+    "logit_clamp_style": "normalized",
+    "loss_clamp": 6.0,
+    "loss_clamp_style": "scale",
+    "max_grad_norm": 0.5,
+    "skip_grad_norm": 2.0,
+    "skip_rule": "storm",
+    "skip_factor": 2.0,
+    "max_nan_batches": 10,
+}
+
+MODES = MappingProxyType(
+    {
+        "ultra-conservative": {
+            "student_lr": 5e-6, "temperature": 1.5, "alpha_kd": 0.05, "alpha_ce": 0.95, **_CLAMPED,
+        },
+        "balanced": {
+            "student_lr": 1e-5, "temperature": 2.0, "alpha_kd": 0.1, "alpha_ce": 0.9, **_CLAMPED,
+        },
+        "precise": {
+            "student_lr": 2e-5, "temperature": 1.0, "alpha_kd": 0.6, "alpha_ce": 0.4, **_CLAMPED,
+            "logit_clamp_style": "off", "loss_clamp_style": "off",
+            "max_grad_norm": 1.0, "skip_rule": "adaptive", "skip_factor": 4.0,
+        },
+    }
+)  # fmt: skip
+
+TASKS = MappingProxyType({"units": {"per_device_batch_size": 16, "train_steps": 3000, "eval_steps": 500}})
+"""What `--task` brings with it, as a mode does; any flag given beside it wins."""
+
+_PAPER = {
+    "student_lr": 1e-5, "temperature": 1.0, "alpha_kd": 1.0, "alpha_ce": 0.0, "kd_direction": "reverse",
+    "on_policy_fraction": 1.0, "sample_temperature": 1.0, "sample_top_p": 1.0, "max_new_tokens": 256, "block_size": 512,
+    "per_device_batch_size": 4, "grad_accum_steps": 4,
+    "logit_clamp_style": "off", "loss_clamp_style": "off",
+}  # fmt: skip
+
+RECIPES = MappingProxyType(
+    {
+        "sar-paper": {
+            **_PAPER, "routing": "sar", "sar_schedule": "two_stage", "sar_routing": "all", "router_lr": 1e-5,
+            "router_beta": 0.01, "router_anchor": 0.0, "router_direction": "forward",
+        },
+        "ka-paper": {**_PAPER, "routing": "ka", "ka_lambda": 0.05, "ka_passes": 2},
+    }
+)  # fmt: skip
+"""`--recipe`: Algorithms 2 and 1 of arXiv 2502.12947, with the values of its section 4 and appendix."""
+
+DEVIATIONS = MappingProxyType(
+    {
+        "sar-paper": (
+            "routers are those of the checkpoint: without the paper's noise (W_noise), with which every expert counts",
+            "the load balance is taken per block, as CV^2 of the experts' probabilities; with every expert active the "
+            "number of tokens an expert has is the same for all",
+        ),
+        "ka-paper": ("whether experts are drawn is decided per token and layer, which the paper leaves open",),
+    }
+)
+
+_COMMON_DEVIATIONS = (
+    "gradients are clipped and steps skipped as the guards' flags say; the paper names no clipping",
+    "the rate warms up and decays as --warmup_steps and --lr_schedule say; the paper names a rate alone",
+    "--train_steps instead of 10 epochs; fine-tune teacher and student before, as the paper does (`sar-kd sft`)",
+    "the best student is that of the lowest validation loss, not of the highest ROUGE-L",
+)
+
+
+def recipe_lines(recipe: str) -> tuple[str, ...]:
+    """What a recipe does not do as the paper, a line each; none without a recipe."""
+    if not recipe:
+        return ()
+    return tuple(f"Unlike the paper: {line}." for line in (*DEVIATIONS[recipe], *_COMMON_DEVIATIONS))
+
+
+# The two scripts: the same program, these defaults.
+FP16_SAFE = MappingProxyType({"name": "fp16_safe", "mode": "ultra-conservative", "model_dtype": "float16"})
+
+STABLE = MappingProxyType({"name": "stable", "mode": "balanced", "model_dtype": "auto"})

@@ -1,0 +1,117 @@
+"""Low-rank adapters (LoRA) through `peft`: a small addition to each linear layer learns, and nothing else.
+
+    y = W x + (alpha / rank) * B A x        A [rank, in], B [out, rank] in float32; W frozen
+
+Source: Hu et al., 2021 (arXiv 2106.09685), section 4.1
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from sar_kd.config.sections import ALL_LINEAR, LoraConfig
+from sar_kd.errors import UsageError
+
+
+def add_adapter(student: nn.Module, config: LoraConfig) -> nn.Module:
+    """The student with an adapter, the rest of it frozen; as it is where `--lora_rank` is 0.
+
+    Raises: UsageError where `peft` is missing or finds none of the layers
+    """
+    if not config.lora_rank:
+        return student
+    try:
+        import peft
+    except ImportError:
+        raise UsageError(f"--lora_rank {config.lora_rank}: needs `pip install peft`") from None
+    targets = ALL_LINEAR if config.lora_targets == (ALL_LINEAR,) else list(config.lora_targets)
+    settings = peft.LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # it asks transformers for something by its former name
+            warnings.filterwarnings("ignore", message="fan_in_fan_out")  # GPT-2's layers: it sets what it warns of
+            return peft.get_peft_model(student, settings, autocast_adapter_dtype=True)
+    except ValueError as error:
+        names = " ".join(config.lora_targets)
+        raise UsageError(f"--lora_targets {names}: {str(error).splitlines()[0]}") from None
+
+
+def exports(student: nn.Module) -> dict[str, nn.Module]:
+    """What a run saves of its student, by folder: `student`, whole; with an adapter, that too, as `peft` loads it."""
+    if not hasattr(student, "peft_config"):
+        return {"student": student}
+    return {"student": merged(student), "adapter": student}
+
+
+@torch.no_grad()
+def merged(student: nn.Module) -> nn.Module:
+    """The adapter multiplied out into the weights of a model without one, in float32 on the CPU.
+
+    W + (alpha / rank) * B A
+
+    The student stays as it is: adding the product and taking it away again would not give its weights back.
+    """
+    base: Any = student.get_base_model()  # type: ignore[operator]  # peft's
+    weights = {name: value.cpu().float() for name, value in base.state_dict().items() if ".lora_" not in name}
+    for name, module in base.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            for adapter in module.active_adapters:
+                delta = module.get_delta_weight(adapter).cpu().float()
+                weights[f"{name}.base_layer.weight"] = weights[f"{name}.base_layer.weight"] + delta
+    weights = {name.replace(".base_layer.", "."): value for name, value in weights.items()}
+    with torch.device("meta"):
+        whole = type(base)(copy.deepcopy(base.config))
+    whole.load_state_dict(weights, assign=True)
+    whole.tie_weights()
+    whole.generation_config = base.generation_config
+    return whole
+
+
+def save_learned(student: nn.Module, path: Path) -> None:
+    """Write the weights that learn: all of a student, or its adapter."""
+    if all(parameter.requires_grad for parameter in student.parameters()):
+        safetensors.torch.save_model(student, str(path))
+    else:
+        safetensors.torch.save_file({name: value.detach().contiguous() for name, value in _learned(student)}, str(path))
+
+
+@torch.no_grad()
+def load_learned(student: nn.Module, path: Path) -> None:
+    """Put them back.
+
+    Raises: ValueError or RuntimeError if the file holds other weights
+    """
+    if all(parameter.requires_grad for parameter in student.parameters()):
+        safetensors.torch.load_model(student, str(path))
+        return
+    saved, learned = safetensors.torch.load_file(str(path)), dict(_learned(student))
+    if saved.keys() != learned.keys():
+        raise ValueError("it holds another adapter")
+    for name, value in learned.items():
+        value.copy_(saved[name])
+
+
+def _learned(student: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, value) for name, value in student.named_parameters() if value.requires_grad]
+
+
+def describe_student(student: nn.Module) -> str:
+    """A line about what of the student learns."""
+    learned = sum(value.numel() for _, value in _learned(student))
+    total = sum(value.numel() for value in student.parameters())
+    frozen = {str(value.dtype).removeprefix("torch.") for value in student.parameters() if not value.requires_grad}
+    rest = f"; the rest is frozen, in {', '.join(sorted(frozen))}" if frozen else ""
+    return f"Learning: {learned:,} of {total:,} weights, in float32{rest}"

@@ -1,0 +1,304 @@
+"""Which modules of a mixture-of-experts model are its routers, and how each of them weighs its experts.
+
+Found by class name where transformers' class is known, else by structure, or by `--router_patterns`. Everything
+found is validated: what looks like a feed-forward gate, has another width than there are experts, or is too large
+to be a router is an error that says so, because training the wrong tensor would go unnoticed.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+from sar_kd.errors import UsageError
+
+LARGEST_SHARE = 0.01
+"""Routers of published models hold 0.002 to 0.04 % of the parameters."""
+
+# Beside a router's weights, or among them, but no part of what may learn: balancing statistics and fixed tables.
+_NEVER_TRAINED = ("e_score_correction_bias", "balancing_biases", "tid2eid", "moe_statics", "per_expert_scale")
+
+_NO_ROUTER = re.compile(r"(gate|up|down|gate_up|[qkvo])_proj|shared_(expert|experts|mlp)(_gate)?|lm_head|embed_tokens")
+
+_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How a router's logits become its experts' weights: weight = scale * score, over the chosen experts."""
+
+    score: str
+    """'softmax' or 'sigmoid'; 'unknown' for a class found by structure, until `routing.verify` has compared it"""
+    normalised: bool | str
+    """The chosen experts' weights add up to `scale`; a string names the router's attribute that says so"""
+    returns: str = "weights"
+    """weights  (logits, weights [N, k], indices [N, k]): the hook gives it other ones
+    scores   (scores [N, E], logits): every expert computes, scaled by its score
+    logits   logits alone: the block around it chooses, by its `top_k`
+    native   no routing but the model's own is possible"""
+    scale: float = 1.0
+
+
+_SOFTMAX_OF_CHOSEN = Gate("softmax", True)
+
+_SOFTMAX_BY_CONFIG = Gate("softmax", "norm_topk_prob")
+
+_SIGMOID_BY_CONFIG = Gate("sigmoid", "norm_topk_prob")
+
+_NATIVE = Gate("softmax", False, "native")
+
+REGISTRY = MappingProxyType(
+    {
+        **dict.fromkeys(
+            (
+                "MixtralTopKRouter", "MiniMaxTopKRouter", "Qwen3_5MoeTopKRouter", "Qwen3VLMoeTextTopKRouter",
+                "GptOssTopKRouter", "GraniteMoeTopKRouter", "GraniteMoeHybridTopKRouter", "GraniteMoeSharedTopKRouter",
+                "AriaTextTopKRouter", "Ernie4_5_MoeTopKRouter", "HunYuanMoEV1Gate",
+            ),
+            _SOFTMAX_OF_CHOSEN,
+        ),
+        **dict.fromkeys(
+            (
+                "Qwen2MoeTopKRouter", "Qwen3MoeTopKRouter", "Qwen3NextTopKRouter", "OlmoeTopKRouter",
+                "FlexOlmoTopKRouter",
+            ),
+            _SOFTMAX_BY_CONFIG,
+        ),
+        **dict.fromkeys(
+            ("DeepseekV3TopkRouter", "Glm4MoeTopkRouter", "Dots1TopkRouter", "ExaoneMoeTopkRouter"), _SIGMOID_BY_CONFIG
+        ),
+        "DeepseekV2TopkRouter": Gate("softmax", False),
+        "JambaTopKRouter": Gate("softmax", False),
+        # Two slots, each of them normalised by itself.
+        "PhimoeTopKRouter": Gate("softmax", True, scale=2.0),
+        "MiniMaxM2TopKRouter": Gate("sigmoid", True),
+        "Llama4Router": Gate("sigmoid", False, "scores"),
+        "DbrxRouter": Gate("softmax", True, "logits"),
+        **dict.fromkeys(("SwitchTransformersTop1Router", "NllbMoeTop2Router", "JetMoeTopKGating"), _NATIVE),
+    }
+)  # fmt: skip
+
+_FIXED_TOP_K = MappingProxyType({"SwitchTransformersTop1Router": 1, "NllbMoeTop2Router": 2, "PhimoeTopKRouter": 2})
+
+
+@dataclass(frozen=True)
+class RouterSpec:
+    """One router of a model."""
+
+    name: str
+    """Full name of the module"""
+    module: nn.Module
+    block: nn.Module
+    """The module that contains it and its experts"""
+    num_experts: int
+    top_k: int
+    gate: Gate
+    """`normalised` and `scale` as this router has them"""
+    trainable: tuple[str, ...]
+    """Full names of the parameters that make its logits"""
+    found_by: str
+    """'class', 'structure' or 'pattern'"""
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What may learn, by full name."""
+        return {name: self.module.get_parameter(name.removeprefix(f"{self.name}.")) for name in self.trainable}
+
+    @property
+    def overridable(self) -> bool:
+        """It can be given another routing than the model's own."""
+        return self.gate.returns != "native"
+
+    @property
+    def has_native_gradient(self) -> bool:
+        """Its logits have a gradient under the model's own routing: a single weight that is always 1 has none."""
+        return not (self.top_k == 1 and self.gate.normalised)
+
+
+def find_routers(model: nn.Module, patterns: tuple[str, ...] = ()) -> list[RouterSpec]:
+    """Every router of `model`, in the order of its modules, validated; empty for a dense model.
+
+    patterns: regular expressions that match the full names of the routers; by default they are found
+    Raises: UsageError naming the module and the reason, where what was found cannot be a model's routers
+    """
+    modules = dict(model.named_modules())
+    # A router may itself contain modules whose names look like one (a classifier, statistics): the outermost counts.
+    blocks = {name: module for name, module in modules.items() if _experts_of(module) is not None}
+    if patterns:
+        chosen = _matching(modules, patterns)
+    else:
+        chosen = {name: "class" for name, module in modules.items() if type(module).__name__ in REGISTRY}
+        for name, block in blocks.items():
+            if not any(_parent(router) == name for router in chosen):
+                chosen |= dict.fromkeys(_by_structure(name, block, _num_experts(model, block)), "structure")
+    specs = [_spec(model, modules, name, how) for name, how in chosen.items()]
+    specs = [spec for name in modules for spec in specs if spec.name == name]
+    _validate(model, specs, blocks)
+    return specs
+
+
+def _matching(modules: dict[str, nn.Module], patterns: tuple[str, ...]) -> dict[str, str]:
+    chosen: dict[str, str] = {}
+    for pattern in patterns:
+        try:
+            found = [name for name in modules if re.fullmatch(pattern, name)]
+        except re.error as error:
+            raise UsageError(f"--router_patterns {pattern}: is no regular expression ({error})") from None
+        if not found:
+            raise UsageError(
+                f"--router_patterns {pattern}: matches the full name of no module; "
+                "`python -m sar_kd routers --model M` lists what is found without it"
+            )
+        chosen |= dict.fromkeys(found, "pattern")
+    return chosen
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _experts_of(module: nn.Module) -> nn.Module | None:
+    """The child that holds the routed experts; shared ones are run for every token and need no router."""
+    for name, child in module.named_children():
+        if name.endswith("experts") and not name.startswith("shared") and next(child.parameters(), None) is not None:
+            return child
+    return None
+
+
+def _num_experts(model: Any, block: nn.Module) -> int | None:
+    """Experts of a block: by their own tensors or number, else by the config; None if nothing says it."""
+    experts: Any = _experts_of(block)
+    if experts is not None:
+        if isinstance(experts, (nn.ModuleList, nn.ModuleDict)):
+            return sum(next(child.parameters(), None) is not None for child in experts.children())
+        stacked = [parameter.shape[0] for parameter in experts.parameters() if parameter.ndim == 3]
+        if stacked:
+            return stacked[0]
+        if isinstance(getattr(experts, "num_experts", None), int):
+            return experts.num_experts
+    text = model.config.get_text_config()
+    counts = [getattr(text, name, None) for name in _COUNTS]
+    return next((count for count in counts if isinstance(count, int)), None)
+
+
+def _by_structure(name: str, block: nn.Module, num_experts: int | None) -> list[str]:
+    """Children of a block that hold a matrix with one row for each expert."""
+    found = []
+    for child_name, child in block.named_children():
+        if child is _experts_of(block) or _NO_ROUTER.fullmatch(child_name):
+            continue
+        if any(p.ndim == 2 and p.shape[0] == num_experts for p in child.parameters()):
+            found.append(f"{name}.{child_name}")
+    return found
+
+
+def _spec(model: nn.Module, modules: dict[str, nn.Module], name: str, found_by: str) -> RouterSpec:
+    module, block = modules[name], modules[_parent(name)]
+    kind = type(module).__name__
+    refused = [part for part in name.split(".") if _NO_ROUTER.fullmatch(part)]
+    if refused:
+        raise UsageError(
+            f"--router_patterns: {name} is no router ('{refused[0]}' names a feed-forward, attention or shared-expert "
+            "part); give patterns that match routers only"
+        )
+    own = dict(module.named_parameters())
+    trainable = tuple(f"{name}.{key}" for key in own if not any(part in _NEVER_TRAINED for part in key.split(".")))
+    num_experts = _num_experts(model, block)
+    matrices = [own[key.removeprefix(f"{name}.")] for key in trainable]
+    widths, ranks = {parameter.shape[0] for parameter in matrices}, {parameter.ndim for parameter in matrices}
+    if num_experts is None or widths != {num_experts} or max(ranks) != 2:
+        shapes = ", ".join(f"{key} {tuple(p.shape)}" for key, p in own.items()) or "no parameters"
+        raise UsageError(
+            f"--router_patterns: {name} ({shapes}) cannot be a router of {num_experts or 'no'} experts, "
+            "whose weight has one row for each; give patterns that match routers only"
+        )
+    gate = REGISTRY.get(kind, Gate("unknown", False))
+    normalised = getattr(module, gate.normalised) if isinstance(gate.normalised, str) else gate.normalised
+    if gate.returns == "logits":
+        normalised = block.moe_normalize_expert_weights is not None
+    scale = gate.scale * getattr(module, "routed_scaling_factor", 1.0)
+    gate = Gate(gate.score, bool(normalised), gate.returns, float(scale))
+    top_k = _FIXED_TOP_K.get(kind) or getattr(module, "top_k", None) or getattr(block, "top_k", None)
+    if top_k is None:
+        raise UsageError(f"--router_patterns: {name} ({kind}) does not say how many experts a token takes (top_k)")
+    return RouterSpec(name, module, block, num_experts, top_k, gate, trainable, found_by)
+
+
+def _validate(model: nn.Module, specs: list[RouterSpec], blocks: dict[str, nn.Module]) -> None:
+    covered = {_parent(spec.name) for spec in specs}
+    missed = sorted(set(blocks) - covered)
+    if missed:
+        raise UsageError(
+            f"--router_patterns: no router found for {len(missed)} of {len(blocks)} blocks of experts, the first is "
+            f"{missed[0]}; name all routers with full-name regular expressions"
+        )
+    doubled = sorted({block for block in covered if sum(_parent(spec.name) == block for spec in specs) > 1})
+    if doubled:
+        names = " and ".join(spec.name for spec in specs if _parent(spec.name) == doubled[0])
+        raise UsageError(f"--router_patterns: {names} would both route {doubled[0]}; name the one that does")
+    total = sum(parameter.numel() for parameter in model.parameters())
+    routers = sum(parameter.numel() for spec in specs for parameter in spec.parameters.values())
+    if routers > LARGEST_SHARE * total:
+        raise UsageError(
+            f"--router_patterns: the routers found hold {routers / total:.1%} of the model's parameters, more than the "
+            f"{LARGEST_SHARE:.0%} that a router can be; give patterns that match routers only"
+        )
+
+
+def require_routers(model: nn.Module, specs: list[RouterSpec], routing: str, trains_natively: bool) -> None:
+    """Refuse a routing that the routers found in `model` cannot have.
+
+    routing: 'all', 'sar' or 'ka'; trains_natively: under the model's own routing (`--sar_routing native`)
+    Raises: UsageError with the reason and the remedy
+    """
+    if not specs:
+        count = _num_experts(model, model) or 0
+        reason = (
+            f"the teacher's config names {count} experts, but none of its modules looks like a router; name them with "
+            "--router_patterns"
+            if count > 1
+            else "the teacher is dense, it has no routers; use --routing native, or a mixture-of-experts teacher"
+        )
+        raise UsageError(f"--routing {routing}: {reason}")
+    fixed = [spec for spec in specs if not spec.overridable]
+    if fixed and not trains_natively:
+        raise UsageError(
+            f"--routing {routing}: {type(fixed[0].module).__name__} ({fixed[0].name}) allows no routing but its own; "
+            "use --routing native"
+        )
+    silent = [spec for spec in specs if not spec.has_native_gradient]
+    if silent and trains_natively:
+        raise UsageError(
+            f"--sar_routing native: {silent[0].name} takes one expert and normalises its weight, which is then 1 "
+            "whatever the router says, so its gradient is identically zero; use --sar_routing all"
+        )
+
+
+def router_parameters(specs: list[RouterSpec]) -> dict[str, nn.Parameter]:
+    """What may learn in all routers, by full name."""
+    return {name: parameter for spec in specs for name, parameter in spec.parameters.items()}
+
+
+def describe_routers(specs: list[RouterSpec]) -> list[dict]:
+    """A record for each router, of plain values."""
+    return [
+        {
+            "name": spec.name,
+            "class": type(spec.module).__name__,
+            "shapes": {name: list(parameter.shape) for name, parameter in spec.parameters.items()},
+            "num_experts": spec.num_experts,
+            "top_k": spec.top_k,
+            "score": spec.gate.score,
+            "normalised": spec.gate.normalised,
+            "scale": spec.gate.scale,
+            "routing": "any" if spec.overridable else "native only",
+            "native_gradient": spec.has_native_gradient,
+            "found_by": spec.found_by,
+            "trainable": sum(parameter.numel() for parameter in spec.parameters.values()),
+        }
+        for spec in specs
+    ]

@@ -1,0 +1,243 @@
+"""How each kind of tokenizer cuts plain text, and how its ids become bytes: one reader for each way to define them.
+
+Kinds are told apart by what a tokenizer holds, so that no package need be installed: a Rust backend (byte-level or
+SentencePiece-like), a tiktoken encoding, a SentencePiece processor, mistral-common's wrapper of either, or none.
+What is read here is a claim; `tokens.build_token_table` verifies it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from itertools import accumulate
+from typing import NamedTuple
+from weakref import WeakKeyDictionary, WeakSet
+
+METASPACE = "\u2581"
+
+END_OF_TEXT = "<|endoftext|>"
+
+STOP_TOKENS = frozenset(
+    ("<|eot_id|>", "<|end_of_text|>", "<|im_end|>", END_OF_TEXT, "</s>", "<end_of_turn>", "<|end|>", "<|return|>")
+)
+"""Special tokens that are known to end a text or a turn of it."""
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class Vocabulary(NamedTuple):
+    """What a tokenizer's definition says of its ids; ids without a token are in neither dictionary."""
+
+    strings: dict[int, str]
+    """The vocabulary's own spelling."""
+    pieces: dict[int, bytes]
+    """Bytes; b"" for special tokens."""
+    metaspace: bool
+    """U+2581 stands for a space."""
+
+
+def encode(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Ids of each text: no special token added, and text that looks like a special token stays text."""
+    backend = _backend_of(tokenizer)
+    if backend is not None:
+        if type(backend.model).__name__ == "Unigram":
+            backend = _without_look_alikes(tokenizer, backend)
+        encode_batch = getattr(backend, "encode_batch_fast", backend.encode_batch)  # without offsets, twice as fast
+        return [encoding.ids for encoding in encode_batch(texts, add_special_tokens=False)]
+    inner = _mistral_common(tokenizer)
+    if inner is not None:
+        return [inner.encode(text, bos=False, eos=False) for text in texts]
+    model = _model_of(tokenizer)
+    if hasattr(model, "encode_ordinary_batch"):
+        return model.encode_ordinary_batch(texts)
+    cut = [tokenizer.tokenize(text, split_special_tokens=True) for text in texts]
+    return [tokenizer.convert_tokens_to_ids(tokens) for tokens in cut]
+
+
+def tells_characters(tokenizer) -> bool:
+    """Whether the tokenizer tells which characters each token comes from."""
+    return _backend_of(tokenizer) is not None
+
+
+def encode_by_characters(tokenizer, texts: list[str]) -> list[tuple[list[int], list[int]]]:
+    """Ids of each text, and the byte of the text at which each token ends, as the tokenizer tells it in characters.
+
+    For a tokenizer that changes text, whose bytes mean nothing: good enough to cut both sides' text at the same places.
+    The last token ends where the text does.
+    tokenizer: one that `tells_characters`
+    """
+    placed = []
+    for text, encoding in zip(texts, _backend_of(tokenizer).encode_batch(texts, add_special_tokens=False), strict=True):
+        byte_of = list(accumulate((len(character.encode()) for character in text), initial=0))
+        ends = list(accumulate((byte_of[end] for _, end in encoding.offsets), max))
+        placed.append((encoding.ids, [*ends[:-1], byte_of[-1]] if ends else []))
+    return placed
+
+
+_MARKED: WeakSet = WeakSet()
+
+
+def _backend_of(tokenizer):
+    """The Rust tokenizer, set to take all text as text, to cut nothing off and to pad nothing; None if it has none."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    if tokenizer not in _MARKED:
+        # Some definitions forget to mark a token as special (Phi-3's "</s>"); it would be found inside the text.
+        names = {*tokenizer.all_special_tokens, *STOP_TOKENS}
+        added = backend.get_added_tokens_decoder().values()
+        backend.add_special_tokens([token for token in added if not token.special and token.content in names])
+        _MARKED.add(tokenizer)
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+_COPIES: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def _without_look_alikes(tokenizer, backend):
+    """A copy that cuts "</s>" and "<0x41>" in two, because a Unigram model takes them for its pieces of that name."""
+    size, copy = _COPIES.get(tokenizer, (0, None))
+    if size != len(tokenizer):
+        special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+        heads = [f"{re.escape(string[0])}(?={re.escape(string[1:])})" for string in sorted(special) if string[1:]]
+        pattern = {"Regex": "|".join([*heads, "<(?=0x[0-9A-F]{2}>)"])}
+        split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+        definition = json.loads(backend.to_str())
+        own = [definition["pre_tokenizer"]] if definition["pre_tokenizer"] else []
+        definition["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*own, split]}
+        copy = type(backend).from_str(json.dumps(definition))
+        copy.encode_special_tokens = True
+        _COPIES[tokenizer] = len(tokenizer), copy
+    return copy
+
+
+def _mistral_common(tokenizer):
+    """mistral-common's own tokenizer, where transformers wraps one; else None."""
+    return getattr(getattr(getattr(tokenizer, "tokenizer", None), "instruct_tokenizer", None), "tokenizer", None)
+
+
+def _model_of(tokenizer):
+    """The tiktoken encoding or SentencePiece processor that a tokenizer without a Rust backend holds; else None."""
+    inner = _mistral_common(tokenizer)
+    held = vars(tokenizer).values() if inner is None else [inner._model]
+    return next((x for x in held if hasattr(x, "encode_ordinary_batch") or hasattr(x, "piece_to_id")), None)
+
+
+def unnamed_end(tokenizer) -> int | None:
+    """The end-of-text id that only the tiktoken encoding inside names, as in Qwen's first tokenizer; else None."""
+    model = _model_of(tokenizer) if _backend_of(tokenizer) is None else None
+    if model is None or END_OF_TEXT not in getattr(model, "special_tokens_set", ()):
+        return None
+    return model.encode_single_token(END_OF_TEXT)
+
+
+def read_vocabulary(tokenizer) -> Vocabulary:
+    """Spelling and bytes of every id as the tokenizer's definition gives them; special tokens have no bytes.
+
+    Raises: ValueError if the definition does not say what the bytes are
+    """
+    vocabulary = _read_model(tokenizer)
+    added = getattr(tokenizer, "added_tokens_decoder", None)
+    for index, token in added.items() if isinstance(added, dict) else ():
+        text = token.content.replace(METASPACE, " ") if vocabulary.metaspace else token.content
+        vocabulary.strings[index] = token.content
+        vocabulary.pieces[index] = b"" if token.special else text.encode()
+    special = {*tokenizer.all_special_ids, tokenizer.unk_token_id} & vocabulary.strings.keys()
+    vocabulary.pieces.update(dict.fromkeys(special, b""))
+    return vocabulary
+
+
+def _read_model(tokenizer) -> Vocabulary:
+    backend = _backend_of(tokenizer)
+    model = _model_of(tokenizer) if backend is None else None
+    if hasattr(model, "encode_ordinary_batch"):
+        return _read_tiktoken(model, tokenizer)
+    if backend is not None:
+        to_bytes, metaspace = _backend_reader(backend)
+    elif model is not None:
+        to_bytes, metaspace = _sentencepiece_reader(model), True
+    elif hasattr(tokenizer, "byte_decoder"):  # GPT-2's kind, written in Python
+        to_bytes, metaspace = _byte_level_reader(), False
+    elif hasattr(tokenizer, "_utf_vocab_size"):  # ByT5's kind: each byte is the character of its number
+        to_bytes, metaspace = lambda string: string.encode("latin-1") if len(string) == 1 else b"", False
+    else:
+        raise ValueError(f"is a {type(tokenizer).__name__} without a definition that its bytes can be read from")
+    vocab = tokenizer.get_vocab()
+    pieces = {index: to_bytes(string) for string, index in vocab.items()}
+    return Vocabulary({index: string for string, index in vocab.items()}, pieces, metaspace)
+
+
+def _read_tiktoken(encoding, tokenizer) -> Vocabulary:
+    """A tiktoken encoding's ids; a token that is not UTF-8 is spelled with escapes."""
+    inner = _mistral_common(tokenizer)
+    first = 0 if inner is None else inner.num_special_tokens  # Tekken's special tokens come before the encoding's
+    strings = dict(enumerate(tokenizer.convert_ids_to_tokens(list(range(first)))))
+    pieces = dict.fromkeys(strings, b"")
+    special = {encoding.encode_single_token(string): string for string in encoding.special_tokens_set}
+    for index in range(encoding.n_vocab):
+        try:
+            piece = encoding.decode_single_token_bytes(index)
+        except KeyError:  # a gap between the ranks and the special tokens
+            continue
+        strings[first + index] = piece.decode("utf-8", "backslashreplace")
+        pieces[first + index] = b"" if index in special else piece
+    return Vocabulary(strings, pieces, metaspace=False)
+
+
+def _backend_reader(backend) -> tuple[Callable[[str], bytes], bool]:
+    """How a vocabulary string of a Rust tokenizer becomes bytes, and whether U+2581 stands for a space."""
+    decoders = _kinds(backend.decoder)
+    if "ByteLevel" in decoders or "ByteLevel" in _kinds(backend.pre_tokenizer):
+        return _byte_level_reader(), False
+    if {"Metaspace", "ByteFallback", "Replace"} & set(decoders):
+        has_byte_tokens = "ByteFallback" in decoders or getattr(backend.model, "byte_fallback", False)
+
+        def piece(string: str) -> bytes:
+            byte = _BYTE_TOKEN.fullmatch(string) if has_byte_tokens else None
+            return bytes([int(byte[1], 16)]) if byte else string.replace(METASPACE, " ").encode("utf-8", "replace")
+
+        return piece, True
+    model = type(backend.model).__name__
+    raise ValueError(f"is a {model} tokenizer without byte-level or SentencePiece decoding, so its bytes are unknown")
+
+
+def _kinds(part) -> list[str]:
+    """The type names in one part of a Rust tokenizer, sequences flattened."""
+
+    def names(definition: dict) -> list[str]:
+        nested = next((definition[key] for key in ("pretokenizers", "decoders") if key in definition), None)
+        return [definition["type"]] if nested is None else [name for inner in nested for name in names(inner)]
+
+    return [] if part is None else names(json.loads(part.__getstate__()))
+
+
+def _byte_level_reader() -> Callable[[str], bytes]:
+    """The printable character that byte-level BPE writes for each byte, inverted.
+
+    Source: Radford et al., 2019 (GPT-2), whose published encoder defines the table
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    bytes_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+    def piece(string: str) -> bytes:
+        try:
+            return bytes([bytes_of[c] for c in string])
+        except KeyError:  # not spelled in this alphabet, so no text becomes it
+            return b""
+
+    return piece
+
+
+def _sentencepiece_reader(model) -> Callable[[str], bytes]:
+    def piece(string: str) -> bytes:
+        index = model.piece_to_id(string)
+        if model.is_control(index) or model.is_unknown(index) or model.is_unused(index):
+            return b""
+        return bytes([int(string[3:5], 16)]) if model.is_byte(index) else string.replace(METASPACE, " ").encode()
+
+    return piece

@@ -1,0 +1,52 @@
+"""How the student moves: AdamW, and a learning rate that is a function of the step alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from sar_kd.config.sections import AdamWConfig, OptimConfig
+
+_FINAL_SHARE = 0.1
+
+
+def build_optimizer(student: nn.Module, config: OptimConfig, others: Sequence[nn.Parameter] = ()) -> torch.optim.AdamW:
+    """AdamW over the student's trainable parameters and `others`; decay on matrices, none on norms and biases.
+
+    Source: Loshchilov and Hutter, 2019 (arXiv 1711.05101)
+    """
+    trainable = [parameter for parameter in (*student.parameters(), *others) if parameter.requires_grad]
+    assert all(parameter.dtype is torch.float32 for parameter in trainable), "trainable weights are float32, always"
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.student_lr, betas=(0.9, 0.95), fused=True)
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Every parameter that the optimizer moves: what the gradient norm is taken over, and nothing else."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def learning_rate_at(step: int, train_steps: int, config: AdamWConfig, peak: float) -> float:
+    """The rate of attempt `step`, counted from 0.
+
+    peak * min(1, (step + 1) / warmup) * (0.1 + 0.9 * (1 + cos(pi * progress)) / 2), the last factor 1 if constant
+    """
+    warmup = min(config.warmup_steps, train_steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if config.lr_schedule == "constant":
+        return peak
+    progress = (step - warmup) / max(1, train_steps - warmup)
+    return peak * (_FINAL_SHARE + (1 - _FINAL_SHARE) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def set_learning_rate_(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Let the next update use `rate`."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate

@@ -1,0 +1,884 @@
+"""Which teacher row speaks about which student row, reconstructed byte by byte from what the models read."""
+
+import copy
+import json
+import pickle
+from collections import defaultdict
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from torch.utils.data import DataLoader, Dataset
+
+from sar_kd.alignment.aligner import Pairing
+from sar_kd.alignment.byte_alignment import find_chunks
+from sar_kd.alignment.vocabulary_map import VocabularyMap
+from sar_kd.data.batch import Batch
+from sar_kd.data.dataset import Corpus
+from sar_kd.data.samples import Conversation, Document, Message
+from sar_kd.tokenization.tokenizer_pair import TokenizerPair
+
+KINDS = ("byte", "sp", "dummy_prefix")
+CROSS = [(student, teacher) for student in KINDS for teacher in KINDS if student != teacher]
+END = b"\xff"
+"""Stands for an end-of-text token; no text holds this byte."""
+LEAST_AGREEMENT, LEAST_AGREEMENT_INSIDE = 0.98, 0.85
+"""Share of the rows at which the two tokens of the text are one outcome: where both start one, and inside a token,
+which the text may cut where it is not cut standing alone. For vocabularies of 600 that know 60 short texts."""
+FUZZ_PIECES = (
+    "the", " token", "1969", "\n", "\r\n", " ", "   ", "\t", "\x00", "\u00e9", "e\u0301", "\u65e5\u672c", "\U0001f600",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\u05e9\u05dc\u05d5\u05dd", "\u2581", "\u0120", "\ue000", "</s>",
+)  # fmt: skip
+TEXTS = st.lists(
+    st.text(min_size=1, max_size=12)
+    | st.lists(st.sampled_from(FUZZ_PIECES), min_size=1, max_size=10).map("".join)
+    | st.sampled_from(("def f(x):\n    return x + 12345\n", "\nThe teacher speaks", " ", "\n", "x")),
+    min_size=1,
+    max_size=4,
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(byte_tokenizer, sp_tokenizer, dummy_prefix_tokenizer):
+    return dict(zip(KINDS, (byte_tokenizer, sp_tokenizer, dummy_prefix_tokenizer), strict=True))
+
+
+@pytest.fixture(scope="module")
+def pairs(tokenizers):
+    return {names: _pair(*(tokenizers[name] for name in names)) for names in CROSS}
+
+
+@pytest.fixture(scope="module")
+def documents(corpus_texts):
+    return [Document(f"text {i}", text) for i, text in enumerate(corpus_texts)]
+
+
+@pytest.fixture(scope="module")
+def corpora(pairs, documents):
+    return {names: Corpus(documents, pair, 24, 40) for names, pair in pairs.items()}
+
+
+def _pair(student, teacher, **options) -> TokenizerPair:
+    return TokenizerPair(student, teacher, student_rows=len(student), teacher_rows=len(teacher), **options)
+
+
+# What a batch says, block by block
+
+
+class Token(NamedTuple):
+    """One token of a block as it stands in the batch."""
+
+    id: int
+    first: int
+    """The byte of the block at which it starts"""
+    said: bytes
+    usable: bool
+    """It is to be predicted, and says what the text says"""
+    spoils: bool
+    """It says something that is not to be learned, or that the text does not say"""
+
+
+def _tokens(corpus: Corpus, batch: Batch, which: str, place: int) -> list[Token]:
+    """The tokens of the block at row `place` of the batch, from its inputs."""
+    side = ("student", "teacher").index(which)
+    table, end_id = corpus.pair.tables[side], getattr(corpus.pair, f"{which}_end")
+    cut, stream = corpus.blocks[batch.blocks[place]], getattr(corpus.text, which)
+    start, end = getattr(cut, f"{which}_start"), getattr(cut, f"{which}_end")
+    inputs = getattr(batch, which).input_ids[place].tolist()
+    found, first = [], 0
+    for i, token in enumerate(inputs[1 : 1 + end - start], start):
+        said = END if token == end_id else table.pieces[token][int(stream.has_dummy[i]) :]
+        if not stream.is_target[i] and stream.ends[i] == (stream.ends[i - 1] if i else 0):
+            said = b""  # a template's token, which stands for no text
+        dummy = bool(stream.has_dummy[i])
+        usable = bool(stream.is_target[i]) and not dummy
+        found.append(Token(token, first, said, usable, not usable and (dummy or bool(said))))
+        first += len(said)
+    return found
+
+
+class Spoken(NamedTuple):
+    """The alignment of one block, in indices of the block's own tokens."""
+
+    open: list[tuple[int, int, bool]]
+    """Student token, teacher token, strict"""
+    in_student: list[tuple[int, int, frozenset]]
+    """Student token that goes on, teacher token, and the outcomes: student ids, teacher ids, and is it the end"""
+    in_teacher: list[tuple[int, int, frozenset]]
+    """The same, the teacher's token being the one that goes on"""
+    ended: list[tuple[int, int, int, frozenset]]
+    """Student and teacher token of an open row, the token of the richer side that ended there and might have gone on,
+    and the outcomes of that: richer ids, and is it the end
+    """
+    other_ways: list[tuple[int, int, frozenset]]
+    """Student and teacher token of an open row, and which open outcomes are which outcomes of its continuation"""
+    chunks: list[tuple[list[int], list[int], int, int]]
+    """Student tokens and teacher tokens of each chunk, and the last of each side"""
+
+
+def _spoken(corpus: Corpus, batch: Batch) -> list[Spoken]:
+    """Each block's alignment; the token that a row of the logits predicts is the input behind it."""
+    a = batch.alignment
+    widths = batch.student.input_ids.shape[1], batch.teacher.input_ids.shape[1]
+    rows = batch.student.rows
+    found = [Spoken([], [], [], [], [], []) for _ in batch.blocks]
+
+    def place_of(student: int, teacher: int) -> tuple[int, tuple[int, int]]:
+        (place, token), (other, teacher_token) = divmod(int(rows[student]), widths[0]), divmod(teacher, widths[1])
+        assert place == other
+        return place, (token, teacher_token)
+
+    where = [place_of(*pair) for pair in zip(a.student_rows.tolist(), a.teacher_rows.tolist(), strict=True)]
+    for (place, tokens), strict in zip(where, a.strict.tolist(), strict=True):
+        found[place].open.append((*tokens, strict))
+    for side, record in enumerate((a.in_student, a.in_teacher)):
+        pairs = zip(record.rich_rows.tolist(), record.poor_rows.tolist(), strict=False)
+        for pair, outcomes in zip(pairs, _outcomes(record), strict=False):
+            place, tokens = place_of(*(pair if side == 0 else pair[::-1]))
+            sided = frozenset((poor, rich, end) if side else (rich, poor, end) for rich, poor, end in outcomes)
+            (found[place].in_student, found[place].in_teacher)[side].append((*tokens, sided))
+    rich = int(corpus.pairing.teacher_is_richer)
+    record = (a.in_student, a.in_teacher)[rich]
+    own = [list(range(first, end)) for first, end in zip([0, *(record.ends + 1)], record.ends, strict=False)]
+    other_ways, outcomes = [set() for _ in where], _outcomes(record)
+    for row, open_outcome, outcome in a.other_ways.T.tolist():
+        assert open_outcome not in dict(other_ways[row])
+        other_ways[row].add((open_outcome, own[a.ended[row]].index(outcome)))
+    for (place, tokens), continuation, ways in zip(where, a.ended.tolist(), other_ways, strict=True):
+        if continuation < 0:
+            assert not ways
+            continue
+        assert continuation >= len(record.poor_rows)  # those that go on come first
+        row = int(record.rich_rows[continuation])
+        other, held = divmod(row if rich else int(rows[row]), widths[rich])
+        assert place == other
+        found[place].ended.append((*tokens, held, frozenset((ids, end) for ids, _, end in outcomes[continuation])))
+        found[place].other_ways.append((*tokens, frozenset(ways)))
+    told = a.ended[a.ended >= 0].tolist()
+    assert len(set(told)) == len(told)
+    for place, chunk in _chunks(batch):
+        found[place].chunks.append(chunk)
+    return [Spoken(*(sorted(part, key=lambda entry: entry[:2]) for part in spoken)) for spoken in found]
+
+
+def _chunks(batch: Batch):
+    """The row of the batch that each chunk lies in, and the chunk as in `Spoken`."""
+    a = batch.alignment
+    widths = batch.student.input_ids.shape[1], batch.teacher.input_ids.shape[1]
+    members = [([], []) for _ in range(a.num_chunks)]
+    places = [set() for _ in range(a.num_chunks)]
+    sides = (batch.student.rows, a.student_chunks), (batch.teacher.rows, a.teacher_chunks)
+    for side, (own, chunks) in enumerate(sides):
+        assert len(own) == len(chunks)
+        for row, chunk in zip(own.tolist(), chunks.tolist(), strict=True):
+            if chunk >= 0:
+                place, token = divmod(row, widths[side])
+                members[chunk][side].append(token)
+                places[chunk].add(place)
+    for chunk, where in enumerate(places):
+        (place,) = where
+        ends = [divmod(int(e[chunk]), w) for e, w in zip((a.student_ends, a.teacher_ends), widths, strict=True)]
+        assert {place} == {other for other, _ in ends}
+        # A position has read its own input: the token before the one that its row predicts.
+        yield place, (*members[chunk], *(position - 1 for _, position in ends))
+
+
+def _outcomes(record) -> list[frozenset]:
+    """The outcomes of each continuation: richer ids, poorer ids, and is it the end."""
+    members = [(set(), set()) for _ in record.outcome_rows]
+    for side, entries in enumerate((record.rich_entries, record.poor_entries)):
+        for row, token, outcome in entries.T.tolist():
+            assert row == record.outcome_rows[outcome]
+            assert token not in members[outcome][side]
+            members[outcome][side].add(token)
+    rows = [set() for _ in record.rich_rows]
+    ends, going_on = set(record.ends.tolist()), len(record.poor_rows)
+    for outcome, (row, (rich, poor)) in enumerate(zip(record.outcome_rows.tolist(), members, strict=True)):
+        assert (row < going_on) == (outcome < record.num_going_on)
+        assert bool(poor) == (row < going_on and outcome not in ends)
+        rows[row].add((frozenset(rich), frozenset(poor), outcome in ends))
+    for outcomes, can_end in zip(rows, record.can_end.tolist(), strict=False):
+        assert [len(rich) for rich, _, is_end in outcomes if is_end] == [int(can_end)]
+    assert len(record.can_end) == going_on
+    return [frozenset(row) for row in rows]
+
+
+def _holders(tokens: list[Token]) -> dict[int, int]:
+    """The token that holds each byte."""
+    return {byte: i for i, token in enumerate(tokens) for byte in range(token.first, token.first + len(token.said))}
+
+
+def _by_table(pairing: Pairing, rich: int, prefix: bytes) -> frozenset | None:
+    """The outcomes that the vocabulary map gives behind `prefix`, as student ids, teacher ids, and is it the end."""
+    found = pairing._maps[rich].behind(prefix)
+    if found is None:
+        return None
+    members = [(set(), set()) for _ in range(found.count)]
+    for token, outcome in zip(found.rich_tokens.tolist(), found.rich_outcomes.tolist(), strict=True):
+        members[outcome][rich].add(token)
+    for token, outcome in zip(found.poor_tokens.tolist(), found.poor_outcomes.tolist(), strict=True):
+        members[outcome][1 - rich].add(token)
+    return frozenset((frozenset(a), frozenset(b), n == found.count - 1) for n, (a, b) in enumerate(members))
+
+
+def _expected(corpus: Corpus, batch: Batch, place: int) -> Spoken:
+    """The alignment of a block from the definitions, byte by byte."""
+    sides = [_tokens(corpus, batch, which, place) for which in ("student", "teacher")]
+    holders = [_holders(tokens) for tokens in sides]
+    richer = int(corpus.pairing.teacher_is_richer)
+    found, at_byte = Spoken([], [], [], [], [], []), {}
+    for byte in sorted(holders[0]):
+        here = holders[0][byte], holders[1][byte]
+        starts = [side[i].first == byte for side, i in zip(sides, here, strict=True)]
+        usable = [side[i].usable for side, i in zip(sides, here, strict=True)]
+        for rich in (0, 1):
+            # The other side starts a token; this one may go on: the richer always, the other inside a token.
+            if not byte or not starts[1 - rich] or (starts[rich] and rich != richer):
+                continue
+            before = holders[rich][byte - 1]
+            token = sides[rich][before]
+            prefix = corpus.pair.tables[rich].pieces[token.id][: byte - token.first]
+            outcomes = _by_table(corpus.pairing, rich, prefix) if token.usable and usable[1 - rich] else None
+            if outcomes:
+                if starts[rich]:
+                    told = frozenset((entry[rich], entry[2]) for entry in outcomes)
+                    at_byte[byte] = before, told, _other_ways(corpus.pairing, prefix)
+                else:
+                    pair = (before, here[1]) if rich == 0 else (here[0], before)
+                    (found.in_student, found.in_teacher)[rich].append((*pair, outcomes))
+        if all(starts) and all(usable):
+            student, teacher = (side[i] for side, i in zip(sides, here, strict=True))
+            found.open.append((*here, student.said == teacher.said))
+            if byte in at_byte:
+                before, told, ways = at_byte[byte]
+                found.ended.append((*here, before, told))
+                found.other_ways.append((*here, ways))
+    ends = [np.cumsum([len(token.said) for token in tokens]) for tokens in sides]
+    cut = find_chunks(*ends)
+    for chunk, end in enumerate(cut.ends.tolist()):
+        members = [np.flatnonzero(side == chunk).tolist() for side in (cut.student, cut.teacher)]
+        if not any(side[i].spoils for side, own in zip(sides, members, strict=True) for i in own):
+            lasts = [min(i for i, e in enumerate(own) if e == end) for own in ends]
+            targets = [[i for i in own if side[i].usable] for side, own in zip(sides, members, strict=True)]
+            found.chunks.append((*targets, *lasts))
+    return Spoken(*(sorted(part, key=lambda entry: entry[:2]) for part in found))
+
+
+def _other_ways(pairing: Pairing, prefix: bytes) -> frozenset:
+    """The open outcomes that are also outcomes behind `prefix` of the richer side, each with the first that it is."""
+    classes, poor = pairing.open_classes, int(not pairing.teacher_is_richer)
+    tokens = (classes.student_tokens, classes.teacher_tokens)[poor].tolist()
+    members = (classes.student_classes, classes.teacher_classes)[poor].tolist()
+    class_of, found = dict(zip(tokens, members, strict=True)), {}
+    for own, leader in enumerate(pairing._maps[1 - poor].behind(prefix).leaders.tolist()):
+        if leader in class_of:
+            found.setdefault(class_of[leader], own)
+    return frozenset(found.items())
+
+
+class Read(NamedTuple):
+    """A block as a batch has it."""
+
+    student: list[Token]
+    teacher: list[Token]
+    spoken: Spoken
+    expected: Spoken
+
+
+def _read(corpus: Corpus, batch_size: int = 7) -> list[Read]:
+    """Every block of the corpus, read in batches."""
+    found = []
+    for first in range(0, len(corpus), batch_size):
+        batch = corpus.batch(list(range(first, min(first + batch_size, len(corpus)))))
+        for place, spoken in enumerate(_spoken(corpus, batch)):
+            tokens = [_tokens(corpus, batch, which, place) for which in ("student", "teacher")]
+            found.append(Read(*tokens, spoken, _expected(corpus, batch, place)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def blocks(corpora):
+    return {names: _read(corpus) for names, corpus in corpora.items()}
+
+
+# Rows
+
+
+@pytest.mark.parametrize("names", CROSS)
+@settings(max_examples=25, deadline=None)
+@given(texts=TEXTS, limits=st.sampled_from([(16, 28), (64, 64)]))
+@example(texts=["\nIn the end", "In the end", " ", "x"], limits=(64, 64))
+def test_any_batch_is_aligned_as_the_definitions_say(pairs, names, texts, limits):
+    corpus = Corpus([Document(str(i), text) for i, text in enumerate(texts)], pairs[names], *limits)
+    batch = corpus.batch(list(range(len(corpus))))
+    found = _spoken(corpus, batch)
+    for place, spoken in enumerate(found):
+        assert spoken == _expected(corpus, batch, place)
+
+
+@pytest.mark.parametrize("names", CROSS)
+def test_rows_are_shifted_exactly_once(corpora, names):
+    corpus, count = corpora[names], 0
+    for first in range(0, len(corpus), 5):
+        batch = corpus.batch(list(range(first, min(first + 5, len(corpus)))))
+        a, sides = batch.alignment, []
+        for which, rows in (("student", batch.student.rows[a.student_rows]), ("teacher", a.teacher_rows)):
+            width, said = getattr(batch, which).input_ids.shape[1], []
+            for place, row in (divmod(row, width) for row in rows.tolist()):
+                tokens = _tokens(corpus, batch, which, place)
+                assert getattr(batch, which).input_ids[place, row + 1] == tokens[row].id
+                said.append((place, b"".join(token.said for token in tokens[:row])))
+            sides.append(said)
+        predicted = batch.student.input_ids.flatten()[batch.student.rows[a.student_rows] + 1]
+        assert torch.equal(batch.student.targets[a.student_rows], predicted)
+        assert sides[0] == sides[1]  # both have read the same bytes and no more
+        count += len(a.student_rows)
+    assert count > 500
+
+
+@pytest.mark.parametrize("names", CROSS)
+def test_every_byte_at_which_a_token_starts_is_spoken_about_or_accounted_for(corpora, blocks, names):
+    corpus, silent = corpora[names], 0
+    for student, teacher, spoken, _ in blocks[names]:
+        met = {(s, t) for s, t, _ in spoken.open}
+        begun = {t for _, t, *_ in spoken.in_student}, {s for s, *_ in spoken.in_teacher}
+        assert len(met) == len(spoken.open)
+        holders = _holders(student), _holders(teacher)
+        for byte in holders[0]:
+            s, t = holders[0][byte], holders[1][byte]
+            starts = student[s].first == byte, teacher[t].first == byte
+            if all(starts):
+                # Both say something of the text, or one of them a space that is none.
+                assert ((s, t) in met) == (student[s].usable and teacher[t].usable)
+            elif (
+                any(starts)
+                and student[s].usable
+                and teacher[t].usable
+                and (s if starts[0] else t) not in begun[starts[0]]
+            ):
+                # The cut in the text is one that the poorer tokenizer never makes of the token standing alone.
+                inside = teacher[t] if starts[0] else student[s]
+                prefix = corpus.pair.tables[starts[0]].pieces[inside.id][: byte - inside.first]
+                assert _by_table(corpus.pairing, int(starts[0]), prefix) is None
+                silent += 1
+    assert silent < 0.05 * corpus.num_tokens
+
+
+@pytest.mark.parametrize("names", CROSS)
+def test_strict_rows_are_those_at_which_both_tokens_have_the_same_bytes(blocks, names):
+    seen = set()
+    for student, teacher, spoken, _ in blocks[names]:
+        for s, t, strict in spoken.open:
+            assert strict == (student[s].said == teacher[t].said)
+            seen.add(strict)
+    assert seen == {True, False}
+
+
+@pytest.mark.parametrize("names", CROSS)
+def test_continuations_list_exactly_the_outcomes_behind_the_bytes_that_are_written(blocks, names):
+    count = 0
+    for student, teacher, spoken, expected in blocks[names]:
+        assert spoken.in_student == expected.in_student
+        assert spoken.in_teacher == expected.in_teacher
+        for rich, entries in enumerate((spoken.in_student, spoken.in_teacher)):
+            for s, t, outcomes in entries:
+                begun, held = (student[s], teacher[t]) if rich else (teacher[t], student[s])
+                assert held.first < begun.first < held.first + len(held.said)
+                # The token of the text goes on, so it is not the end.
+                assert all(held.id not in entry[rich] for entry in outcomes if entry[2])
+                count += 1
+    assert count > 50
+
+
+@pytest.mark.parametrize("names", CROSS)
+def test_an_open_row_knows_the_continuation_at_its_byte_and_the_other_ways_to_its_outcomes(corpora, blocks, names):
+    count = 0
+    for student, teacher, spoken, expected in blocks[names]:
+        assert spoken.ended == expected.ended
+        assert spoken.other_ways == expected.other_ways
+        for s, _, before, told in spoken.ended:
+            held = (student, teacher)[corpora[names].pairing.teacher_is_richer][before]
+            assert held.first + len(held.said) == student[s].first
+            # It ended there, so it is not among those that would have gone on.
+            assert [is_end for ids, is_end in told if held.id in ids] == [True]
+        count += sum(bool(outcomes) for *_, outcomes in spoken.other_ways)
+    assert count > 100
+
+
+@pytest.mark.parametrize("names", CROSS)
+def test_continuations_are_ordered_for_a_sum_by_segments(corpora, names):
+    alignment = corpora[names].batch([0, 1, 2, 3]).alignment
+    for record in (alignment.in_student, alignment.in_teacher):
+        assert torch.equal(record.outcome_rows, record.outcome_rows.sort().values)
+        assert torch.equal(record.outcome_rows.unique(), torch.arange(len(record.rich_rows)))
+        lasts = [(record.outcome_rows == row).nonzero().max() for row in range(len(record.rich_rows))]
+        assert record.ends.tolist() == lasts
+        assert record.num_going_on == (record.outcome_rows < len(record.poor_rows)).sum()
+        for entries, count in (
+            (record.rich_entries, len(record.outcome_rows)),
+            (record.poor_entries, record.num_going_on),
+        ):
+            assert torch.equal(entries[0], entries[0].sort().values)
+            assert set(entries[2].tolist()) <= set(range(count))
+            assert set(range(count)) - set(entries[2].tolist()) <= set(record.ends.tolist())
+
+
+def test_continuations_are_left_out_where_they_are_not_asked_for(corpora):
+    corpus = corpora["sp", "byte"]
+    pair = copy.copy(corpus.pair)
+    pair.projects = False
+    plain = Pairing(pair, corpus.text, corpus.blocks)
+    batch = corpus.batch([0, 1])
+    widths = batch.student.input_ids.shape[1], batch.teacher.input_ids.shape[1]
+    alignment = plain.align([corpus.blocks[0], corpus.blocks[1]], *widths)
+    assert alignment.in_student is None
+    assert alignment.in_teacher is None
+    assert alignment.other_ways.shape == (3, 0)
+    assert alignment.ended.tolist() == [-1] * len(batch.alignment.ended)
+    assert torch.equal(alignment.student_rows, batch.alignment.student_rows)
+    assert (batch.alignment.ended >= 0).any()
+
+
+# Chunks
+
+
+@pytest.mark.parametrize("names", CROSS)
+def test_chunks_are_numbered_through_the_batch_and_say_the_same_on_both_sides(corpora, blocks, names):
+    corpus = corpora[names]
+    a = corpus.batch([3, 0, len(corpus) - 1, 7]).alignment
+    assert a.num_chunks == len(a.student_ends) == len(a.teacher_ends)
+    for chunks in (a.student_chunks, a.teacher_chunks):
+        assert set(chunks[chunks >= 0].tolist()) == set(range(a.num_chunks))
+        assert (chunks >= -1).all()
+    for student, teacher, spoken, expected in blocks[names]:
+        assert spoken.chunks == expected.chunks
+        for student_tokens, teacher_tokens, last, teacher_last in spoken.chunks:
+            said = b"".join(student[i].said for i in student_tokens)
+            assert said == b"".join(teacher[i].said for i in teacher_tokens)
+            assert said
+            assert (last, teacher_last) == (student_tokens[-1], teacher_tokens[-1])
+
+
+@pytest.mark.parametrize("names", CROSS)
+def test_at_the_ends_of_chunks_both_models_have_read_the_same_bytes(corpora, names):
+    corpus = corpora[names]
+    batch = corpus.batch([2, 5, 1])
+    read = []
+    for which, ends in (("student", batch.alignment.student_ends), ("teacher", batch.alignment.teacher_ends)):
+        places = [divmod(end, getattr(batch, which).input_ids.shape[1]) for end in ends.tolist()]
+        texts = [_tokens(corpus, batch, which, place) for place in range(3)]
+        read.append([(place, b"".join(token.said for token in texts[place][:position])) for place, position in places])
+    assert read[0] == read[1]
+    assert len(set(read[0])) == len(read[0]) > 20
+
+
+# Text that is no target, and spaces that are no text
+
+
+@pytest.mark.parametrize("names", [("sp", "byte"), ("byte", "dummy_prefix")])
+def test_what_is_no_target_is_neither_a_row_nor_in_a_chunk(pairs, documents, names):
+    corpus = Corpus(documents, pairs[names], 24, 40)
+    draw, sides = np.random.default_rng(0), {}
+    for which in ("student", "teacher"):
+        stream = getattr(corpus.text, which)
+        sides[which] = replace(stream, is_target=draw.random(len(stream.ids)) < 0.8)
+    corpus.text = replace(corpus.text, **sides)
+    for student, teacher, spoken, expected in _read(corpus):
+        assert spoken == expected
+        spoken_about = (*spoken.open, *spoken.in_student, *spoken.in_teacher)
+        assert all(student[s].usable and teacher[t].usable for s, t, *_ in spoken_about)
+    assert corpus.batch([0]).num_target_tokens == corpus.text.student.is_target[: corpus.blocks[0].student_end].sum()
+
+
+@pytest.mark.parametrize("names", CROSS)
+def test_the_tokens_of_a_template_spoil_no_chunk_and_are_no_rows(pairs, names):
+    turns = [("user", "What is 1969 + 12?", False), ("assistant", "The answer: 1981.", True)]
+    messages = tuple(Message(*turn) for turn in [*turns, *turns])
+    corpus = Corpus([Conversation("talk", messages, False)] * 2, pairs[names], 256, 256)
+    reads = _read(corpus)
+    assert len(reads) == 2
+    for student, teacher, spoken, expected in reads:
+        assert spoken == expected
+        for side, tokens in enumerate((student, teacher)):
+            # The first token of a response stands behind the template's, which say nothing; its chunk counts.
+            firsts = [i for i in range(1, len(tokens)) if tokens[i].usable and not tokens[i - 1].said]
+            counted = {i for chunk in spoken.chunks for i in chunk[side]}
+            assert not {i for i, token in enumerate(tokens) if not token.said and not token.usable} & counted
+            if "dummy_prefix" not in names:
+                assert len(firsts) == 2
+                assert set(firsts) <= counted
+
+
+def _one_block(pair: TokenizerPair, *texts: str) -> tuple[Corpus, Batch, Spoken]:
+    corpus = Corpus([Document(str(i), text) for i, text in enumerate(texts)], pair, 4096, 4096)
+    batch = corpus.batch([0])
+    return corpus, batch, _spoken(corpus, batch)[0]
+
+
+@pytest.mark.parametrize("names", CROSS)
+def test_a_document_opened_by_one_dummy_space_only_is_left_out_at_its_first_token(pairs, names):
+    corpus, _, spoken = _one_block(pairs[names], "In the end", "In the end")
+    second = int(np.flatnonzero(corpus.text.student.ids == corpus.pair.student_end)[0]) + 1
+    rows = {s for s, *_ in spoken.open}
+    assert (0 in rows, second in rows) == ("dummy_prefix" not in names,) * 2
+    assert {second - 1, corpus.num_tokens - 1} <= rows  # the ends of the documents
+
+
+def test_a_document_opened_by_two_dummy_spaces_keeps_its_first_token(dummy_prefix_tokenizer):
+    _, _, spoken = _one_block(_pair(dummy_prefix_tokenizer, dummy_prefix_tokenizer, aligns=True), "In the end")
+    assert (0, 0, True) in spoken.open
+
+
+@pytest.mark.parametrize("names", [("dummy_prefix", "byte"), ("byte", "dummy_prefix")])
+def test_a_token_that_is_a_dummy_space_alone_has_no_row_and_the_next_one_does(pairs, names):
+    corpus, _, spoken = _one_block(pairs[names], "\nIn the end")
+    side = names.index("dummy_prefix")
+    assert (corpus.text.student, corpus.text.teacher)[side].ends[0] == 0
+    rows = {entry[side] for entry in spoken.open}
+    assert 0 not in rows
+    assert 1 in rows
+
+
+@pytest.mark.parametrize("names", CROSS)
+def test_end_of_text_meets_end_of_text_and_nothing_else(corpora, blocks, names):
+    corpus, ends = corpora[names], 0
+    classes = corpus.pairing.open_classes
+    outcome = [
+        dict(zip(tokens.tolist(), of.tolist(), strict=True))
+        for tokens, of in (
+            (classes.student_tokens, classes.student_classes),
+            (classes.teacher_tokens, classes.teacher_classes),
+        )
+    ]
+    assert outcome[0][corpus.pair.student_end] == outcome[1][corpus.pair.teacher_end]
+    for student, teacher, spoken, _ in blocks[names]:
+        for s, t, strict in spoken.open:
+            is_end = student[s].id == corpus.pair.student_end
+            assert is_end == (teacher[t].id == corpus.pair.teacher_end)
+            assert strict or not is_end
+            ends += is_end
+    assert ends == len(corpus.text.names)
+
+
+# Batches and blocks
+
+
+@pytest.mark.parametrize("names", CROSS)
+def test_neither_order_nor_size_of_a_batch_changes_the_alignment_of_a_block(corpora, names):
+    corpus = corpora[names]
+    blocks = [5, 0, len(corpus) - 1, 9, 1]
+    alone = {block: _spoken(corpus, corpus.batch([block]))[0] for block in blocks}
+    for batch in (blocks, blocks[::-1], blocks[1:3], [9, 9]):
+        assert _spoken(corpus, corpus.batch(batch)) == [alone[block] for block in batch]
+    assert all(spoken.open and spoken.chunks for spoken in alone.values())
+
+
+@pytest.mark.parametrize("names", CROSS)
+def test_both_sides_of_every_block_say_the_same_text(corpora, documents, blocks, names):
+    corpus, texts = corpora[names], []
+    for student, teacher, *_ in blocks[names]:
+        texts.append(b"".join(token.said for token in student))
+        assert texts[-1] == b"".join(token.said for token in teacher)
+    assert len(texts) > 20
+    assert b"".join(texts) == b"".join(corpus.pair.canonical(d.text).encode() + END for d in documents)
+
+
+# Equal tokenizers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_tokenizers_pair_every_row_with_itself_on_the_aligned_path_too(tokenizers, documents, kind):
+    tokenizer = tokenizers[kind]
+    aligned = Corpus(documents, _pair(tokenizer, tokenizer, aligns=True), 24, 24)
+    plain = Corpus(documents, _pair(tokenizer, tokenizer), 24, 24)
+    assert aligned.blocks == plain.blocks
+    for blocks in ([0, 1, 2], list(range(3, len(plain)))):
+        batch, wanted = aligned.batch(blocks), plain.batch(blocks)
+        a, b = batch.alignment, wanted.alignment
+        assert torch.equal(batch.student.input_ids, wanted.student.input_ids)
+        assert torch.equal(batch.teacher.input_ids, wanted.student.input_ids)
+        for name in ("student_rows", "teacher_rows", "strict", "student_chunks", "teacher_chunks"):
+            assert torch.equal(getattr(a, name), getattr(b, name)), name
+        assert torch.equal(a.student_ends, b.student_ends)
+        assert torch.equal(a.teacher_ends, b.teacher_ends)
+        assert a.num_chunks == b.num_chunks == batch.num_target_tokens
+        assert len(a.in_student.rich_rows) == len(a.in_teacher.rich_rows) == 0
+        assert torch.equal(a.ended, b.ended)
+        assert (a.ended == -1).all()
+        assert a.other_ways.shape == b.other_ways.shape == (3, 0)
+        assert b.in_student is b.in_teacher is None
+        assert b.strict.all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_outcomes_of_equal_tokenizers_are_their_ids(tokenizers, documents, kind):
+    tokenizer = tokenizers[kind]
+    classes = Corpus(documents, _pair(tokenizer, tokenizer, aligns=True), 24, 24).pairing.open_classes
+    every = torch.arange(len(tokenizer))
+    assert torch.equal(classes.student_tokens, every)
+    assert torch.equal(classes.teacher_tokens, every)
+    assert torch.equal(classes.student_classes, classes.teacher_classes)
+    assert len(classes.student_classes.unique()) == classes.count == len(tokenizer)
+
+
+def test_equal_tokenizers_need_no_classes(tokenizers, documents):
+    pairing = Corpus(documents, _pair(tokenizers["sp"], tokenizers["sp"]), 24, 24).pairing
+    for name in ("open_classes", "same_token"):
+        with pytest.raises(AssertionError):
+            getattr(pairing, name)
+
+
+def _permuted(tokenizer):
+    """The tokenizer with its ids shuffled, and the new id of each old one."""
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    new_ids = np.random.default_rng(0).permutation(len(tokenizer))
+    vocab = definition["model"]["vocab"]
+    definition["model"]["vocab"] = {string: int(new_ids[i]) for string, i in vocab.items()}
+    for token in definition["added_tokens"]:
+        token["id"] = int(new_ids[token["id"]])
+    special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token")}
+    shuffled = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(definition)), clean_up_tokenization_spaces=False, **special
+    )
+    return shuffled, new_ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outcomes_undo_a_permutation_of_the_ids(tokenizers, documents, kind):
+    shuffled, new_ids = _permuted(tokenizers[kind])
+    corpus = Corpus(documents, _pair(shuffled, tokenizers[kind]), 24, 24)
+    assert not corpus.pair.equal
+    classes = corpus.pairing.open_classes
+    student = dict(zip(classes.student_classes.tolist(), classes.student_tokens.tolist(), strict=True))
+    teacher = dict(zip(classes.teacher_classes.tolist(), classes.teacher_tokens.tolist(), strict=True))
+    assert len(student) == len(teacher) == classes.count == len(new_ids)
+    assert all(student[outcome] == new_ids[token] for outcome, token in teacher.items())
+    alignment = corpus.batch([0]).alignment
+    assert len(alignment.in_student.rich_rows) == len(alignment.in_teacher.rich_rows) == 0
+
+
+@pytest.mark.parametrize("names", [("sp", "byte"), ("byte", "sp")])
+def test_a_permutation_of_the_students_ids_changes_no_row(tokenizers, documents, corpora, names):
+    shuffled, new_ids = _permuted(tokenizers[names[0]])
+    corpus, plain = Corpus(documents, _pair(shuffled, tokenizers[names[1]]), 24, 40), corpora[names]
+    assert corpus.blocks == plain.blocks
+
+    def renamed(entry):
+        *rest, outcomes = entry
+        return (*rest, frozenset((frozenset(int(new_ids[i]) for i in student), b, end) for student, b, end in outcomes))
+
+    for found, spoken in zip(
+        _spoken(corpus, corpus.batch([0, 4, 8])), _spoken(plain, plain.batch([0, 4, 8])), strict=True
+    ):
+        assert found.open == spoken.open
+        assert found.chunks == spoken.chunks
+        assert found.in_student == [renamed(entry) for entry in spoken.in_student]
+        assert found.in_teacher == [renamed(entry) for entry in spoken.in_teacher]
+        assert [entry[:3] for entry in found.ended] == [entry[:3] for entry in spoken.ended]
+        assert [(s, t, len(ways)) for s, t, ways in found.other_ways] == [
+            (s, t, len(ways)) for s, t, ways in spoken.other_ways
+        ]
+
+
+# The truth is possible
+
+
+def _outcome_of(tokens, classes, size: int) -> np.ndarray:
+    found = np.full(size, -1)
+    found[tokens] = classes
+    return found
+
+
+def _agreement(corpus: Corpus) -> tuple[float, int]:
+    """Share of the open rows at which the two tokens of the text are one outcome, and how many rows there are."""
+    pair = copy.copy(corpus.pair)
+    pair.projects = False  # what is inside takes longer
+    corpus.pairing = Pairing(pair, corpus.text, corpus.blocks)
+    classes, agree = corpus.pairing.open_classes, []
+    sizes = [len(table.pieces) for table in corpus.pair.tables]
+    student = _outcome_of(classes.student_tokens, classes.student_classes, sizes[0])
+    teacher = _outcome_of(classes.teacher_tokens, classes.teacher_classes, sizes[1])
+    for first in range(0, len(corpus), 16):
+        batch = corpus.batch(list(range(first, min(first + 16, len(corpus)))))
+        said = student[batch.student.targets[batch.alignment.student_rows]]
+        told = teacher[batch.teacher.labels.flatten()[batch.alignment.teacher_rows + 1]]
+        agree.append((said == told) & (said >= 0))
+    return float(np.concatenate(agree).mean()), sum(map(len, agree))
+
+
+@pytest.mark.parametrize("names", CROSS)
+def test_the_tokens_of_the_text_are_one_outcome_where_both_start_one(pairs, documents, names):
+    agree, count = _agreement(Corpus(documents, pairs[names], 24, 40))
+    print(f"{' <- '.join(names)}: {1 - agree:.2%} of {count} open rows mismatch")
+    assert count > 1000
+    assert agree > LEAST_AGREEMENT
+
+
+@pytest.mark.parametrize("names", [("sp", "byte"), ("byte", "dummy_prefix")])
+def test_learning_from_the_text_removes_most_of_the_mismatches(pairs, names, monkeypatch):
+    topics = pytest.importorskip("pydoc_data.topics").topics
+    documents = [Document(name, topics[name]) for name in ("assignment", "calls", "class", "formatstrings", "try")]
+    taught, count = _agreement(Corpus(documents, pairs[names], 512, 512))
+    monkeypatch.setattr(VocabularyMap, "learn", lambda *_: None)
+    untaught, _ = _agreement(Corpus(documents, pairs[names], 512, 512))
+    print(f"{' <- '.join(names)}: {1 - untaught:.2%}, taught {1 - taught:.2%} of {count} open rows mismatch")
+    assert 1 - taught < 0.5 * (1 - untaught)
+    assert taught > LEAST_AGREEMENT
+
+
+@pytest.mark.parametrize("names", CROSS)
+def test_the_tokens_of_the_text_are_one_outcome_inside_a_token_too(blocks, names):
+    agree = []
+    for student, teacher, spoken, _ in blocks[names]:
+        for s, t, outcomes in (*spoken.in_student, *spoken.in_teacher):
+            agree.append(any(student[s].id in a and teacher[t].id in b for a, b, _ in outcomes))
+    print(f"{' <- '.join(names)}: {1 - np.mean(agree):.2%} of {len(agree)} rows inside a token mismatch")
+    assert np.mean(agree) > LEAST_AGREEMENT_INSIDE
+
+
+# The same token
+
+
+@pytest.mark.parametrize("names", CROSS)
+def test_the_same_token_has_exactly_the_same_bytes(corpora, names):
+    pairing = corpora[names].pairing
+    student, teacher = pairing.pair.tables
+    same = pairing.same_token.tolist()
+    assert len(same) == len(teacher.pieces)
+    assert same[teacher.end_id] == student.end_id
+    ordinary = defaultdict(list)
+    for i, piece in enumerate(student.pieces):
+        ordinary[piece].append(i)
+    taken = set()
+    for token in sorted(range(len(same)), key=lambda i: teacher.strings[i].startswith("<0x")):
+        piece = teacher.pieces[token]
+        if not piece or piece in taken:
+            assert same[token] == (student.end_id if token == teacher.end_id else -1)
+            continue
+        taken.add(piece)
+        choices = sorted(ordinary[piece], key=lambda i: student.strings[i].startswith("<0x"))
+        assert same[token] == (choices[0] if choices else -1)
+    met = [partner for partner in same if partner >= 0]
+    assert len(set(met)) == len(met) > 100
+
+
+@pytest.mark.parametrize("names", [("sp", "byte"), ("sp", "dummy_prefix"), ("dummy_prefix", "sp")])
+def test_an_ordinary_piece_is_preferred_to_the_byte_token_of_its_byte(corpora, names):
+    pairing = corpora[names].pairing
+    student, teacher = pairing.pair.tables
+    assert student.pieces[student.strings.index("<0x61>")] == student.pieces[student.strings.index("a")] == b"a"
+    assert pairing.same_token[teacher.strings.index("a")] == student.strings.index("a")
+    only_as_byte = teacher.pieces.index(b"\xe6")
+    assert pairing.same_token[only_as_byte] == student.strings.index("<0xE6>")
+
+
+@pytest.mark.parametrize("names", CROSS)
+def test_strict_rows_speak_about_the_same_token(corpora, names):
+    corpus = corpora[names]
+    batch = corpus.batch(list(range(len(corpus))))
+    a = batch.alignment
+    told = corpus.pairing.same_token[batch.teacher.labels.flatten()[a.teacher_rows[a.strict] + 1]]
+    assert torch.equal(told, batch.student.targets[a.student_rows[a.strict]])
+
+
+# Workers
+
+
+class _Batches(Dataset):
+    """Batches of a corpus by number, as a loader with workers asks for them."""
+
+    def __init__(self, corpus: Corpus):
+        self.corpus = corpus
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return self.corpus.batch([2 * index, 2 * index + 1])
+
+
+def _tensors(batch: Batch) -> list[torch.Tensor]:
+    a = batch.alignment
+    records = (batch.student, batch.teacher, a, a.in_student, a.in_teacher)
+    return [value for record in records for value in vars(record).values() if isinstance(value, torch.Tensor)]
+
+
+def _same_batches(some, others) -> bool:
+    return all(
+        one.blocks == other.blocks and all(map(torch.equal, _tensors(one), _tensors(other)))
+        for one, other in zip(some, others, strict=True)
+    )
+
+
+@pytest.mark.parametrize("names", [("sp", "byte"), ("byte", "dummy_prefix")])
+def test_batches_do_not_depend_on_the_number_of_workers(pairs, documents, names, monkeypatch, capfd):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    batches = _Batches(Corpus(documents, pairs[names], 24, 40))
+    loaded = [list(DataLoader(batches, batch_size=None, num_workers=workers)) for workers in (2, 0)]
+    assert _same_batches(*loaded)
+    assert len(_tensors(loaded[0][0])) > 15
+    assert "forked" not in capfd.readouterr().err  # the warning of the tokenizers library
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_corpus_survives_pickling(pairs, documents, used):
+    corpus = Corpus(documents, pairs["sp", "byte"], 24, 40)
+    before = corpus.batch([0, 1]) if used else None
+    copy = pickle.loads(pickle.dumps(corpus))
+    assert _same_batches([copy.batch([0, 1]), copy.batch([2])], [before or corpus.batch([0, 1]), corpus.batch([2])])
+    assert copy.pair.tables == corpus.pair.tables
+
+
+# Learning
+
+
+@pytest.mark.parametrize("names", CROSS)
+def test_the_maps_learn_from_the_text_which_way_each_is_read(pairs, documents, names, monkeypatch):
+    lessons = []
+    monkeypatch.setattr(VocabularyMap, "learn", lambda self, *columns: lessons.append((self, columns)))
+    corpus = Corpus(documents, pairs[names], 24, 40)
+    maps, tables = corpus.pairing._maps, corpus.pair.tables
+    assert {id(taught) for taught, _ in lessons} == set(map(id, maps))
+    for taught, (rich, written, poor) in lessons:
+        side = maps.index(taught)
+        # What is left of the one token and what the other says begin alike, so no dummy space is among them.
+        ends = corpus.pair.teacher_end if side else corpus.pair.student_end
+        for r, w, u in zip(rich.tolist(), written.tolist(), poor.tolist(), strict=True):
+            rest, said = tables[side].pieces[r][w:], tables[1 - side].pieces[u]
+            assert rest.startswith(said) or said.startswith(rest)
+            assert bool(rest) == bool(said) == (r != ends)
+        assert (written > 0).any()
+        if "dummy_prefix" not in names:
+            stream = (corpus.text.student, corpus.text.teacher)[1 - side]
+            assert poor.tolist() == stream.ids.tolist()  # every token of the text, once
+
+
+@pytest.mark.parametrize("names", CROSS)
+def test_the_side_that_says_the_text_in_fewer_tokens_is_carried_onto_the_other(corpora, names):
+    pairing, text = corpora[names].pairing, corpora[names].text
+    assert pairing.teacher_is_richer == (len(text.teacher.ids) < len(text.student.ids))
+    classes, sides = pairing.open_classes, pairing.pair.tables
+    richer = classes.teacher_tokens if pairing.teacher_is_richer else classes.student_tokens
+    content = {i for i, piece in enumerate(sides[pairing.teacher_is_richer].pieces) if piece}
+    assert content <= set(richer.tolist())
+    poorer = classes.student_tokens if pairing.teacher_is_richer else classes.teacher_tokens
+    members = classes.student_classes if pairing.teacher_is_richer else classes.teacher_classes
+    assert len(poorer) == len(members) >= classes.count
+
+
+@pytest.mark.parametrize("names", CROSS)
+def test_no_token_of_the_text_is_without_an_outcome(pairs, names):
+    text = "x = [\n" + "".join(f"        {i} + {i},\n" for i in range(100, 130)) + "]\n\n\n\t\t# na\u00efve\n"
+    corpus = Corpus([Document("code", text)], pairs[names], 64, 64)
+    classes, batch = corpus.pairing.open_classes, corpus.batch(list(range(len(corpus))))
+    said = batch.student.targets[batch.alignment.student_rows]
+    told = batch.teacher.labels.flatten()[batch.alignment.teacher_rows + 1]
+    assert set(said.tolist()) <= set(classes.student_tokens.tolist())
+    assert set(told.tolist()) <= set(classes.teacher_tokens.tolist())
+    assert len(set(said.tolist())) > 10

@@ -1,0 +1,151 @@
+"""The installed command, and what `generate` shows."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+
+from sar_kd.commands import generate
+from sar_kd.commands.generate import side_by_side
+from sar_kd.commands.main import COMMANDS, main
+from sar_kd.commands.train import main as train
+from sar_kd.config import fields
+from sar_kd.version import __version__
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, corpus_texts):
+    """A short run of the embedded pair."""
+    folder = tmp_path_factory.mktemp("verbs")
+    (folder / "text.txt").write_text("\n".join(corpus_texts), encoding="utf-8")
+    flags = [
+        "--train_file",
+        folder / "text.txt",
+        "--block_size",
+        64,
+        "--train_steps",
+        2,
+        "--output_dir",
+        folder / "run",
+    ]
+    train([str(word) for word in flags])
+    return folder / "run"
+
+
+def test_every_verb_is_told_of(capsys):
+    assert main([]) == 0
+    told = capsys.readouterr().out
+    assert all(f"\n{verb} " in told for verb in COMMANDS)
+
+
+@pytest.mark.parametrize("verb", sorted(COMMANDS))
+def test_every_verb_answers_to_help_with_its_flags(verb, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([verb, "--help"])
+    assert ended.value.code == 0
+    assert "usage: " in capsys.readouterr().out
+
+
+def test_a_misspelt_verb_is_answered_with_the_nearest(capsys):
+    assert main(["preflihgt"]) == 2
+    assert capsys.readouterr().err == "error: preflihgt: no such verb; did you mean preflight?\n"
+    assert main(["zzz"]) == 2
+    assert "there are train, preflight" in capsys.readouterr().err
+
+
+def test_the_version_is_told(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"sar-kd {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("called", "shown"), [("/usr/bin/sar-kd", "sar-kd report"), ("x/__main__.py", "python -m sar_kd report")]
+)
+def test_the_usage_names_the_command_that_was_called(called, shown, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [called])
+    with pytest.raises(SystemExit):
+        main(["report", "--help"])
+    assert f"usage: {shown} RUN_DIR [RUN_DIR ...] [flags]" in capsys.readouterr().out
+    assert fields.program_name() in shown
+    for verb in COMMANDS:
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+        assert f"usage: {fields.program_name()} {verb} " in capsys.readouterr().out
+
+
+def test_the_package_promises_its_types_and_installs_its_command():
+    project = (ROOT / "pyproject.toml").read_text()
+    assert (ROOT / "sar_kd" / "py.typed").is_file()
+    assert 'sar-kd = "sar_kd.commands.main:main"' in project
+    for extra in ("hub", "report", "tensorboard", "wandb", "bench", "dev"):
+        assert f"\n{extra} = [" in project
+
+
+def test_importing_the_package_and_parsing_load_no_torch():
+    code = "import sys, sar_kd, sar_kd.arguments; print(sar_kd.__version__, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [__version__, "False"]
+
+
+def test_generate_shows_the_three_models_beside_one_another(run, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["generate", str(run), "The default value", "--max_new_tokens", "12"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Prompt: The default value"
+    assert lines[2].split("   ")[0].strip() == "teacher"
+    assert lines[2].index("student, before") < lines[2].index("student, after")
+    assert all(len(line) <= 120 for line in lines)
+
+
+def test_what_generate_shows_of_the_student_is_what_the_saved_student_writes(run, capsys):
+    assert main(["generate", str(run), "The default value", "--max_new_tokens", "12", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    pipe = transformers.pipeline("text-generation", model=str(run / "student"))
+    (written,) = pipe("The default value", max_new_tokens=12, do_sample=False)
+    assert written["generated_text"] == "The default value" + shown["student, after"]
+    assert shown.keys() == {"prompt", "teacher", "student, before", "student, after"}
+
+
+def test_the_same_seed_draws_the_same_text_and_another_draws_another(run, capsys):
+    texts = []
+    for seed in ("1", "1", "2"):
+        words = ["--sample_temperature", "1.5", "--seed", seed, "--max_new_tokens", "20", "--json"]
+        main(["generate", str(run), "The", *words])
+        texts.append(json.loads(capsys.readouterr().out)["student, after"])
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["nowhere", "x"], "nowhere: holds no run"),
+        (["{run}"], "PROMPT: not given"),
+        (["{run}", ""], "the prompt is empty"),
+        (["{run}", "x", "--max_new_tokens", "0"], "--max_new_tokens 0"),
+        (["{run}", "x", "--chat"], "has no chat template"),
+        (["{run}", "x", "--device", "cuda:9"], "--device cuda:9"),
+    ],
+)
+def test_what_generate_cannot_do_is_one_line(run, words, expected, capsys):
+    assert main(["generate", *(word.format(run=run) for word in words)]) == 2
+    assert expected in capsys.readouterr().err.splitlines()[0]
+
+
+def test_columns_become_blocks_where_the_terminal_is_narrow():
+    texts = {"teacher": "one two three four " * 4, "student, before": "five", "student, after": ""}
+    wide = side_by_side(texts, {"teacher": "1.7 bits per byte"}, 110)
+    assert wide[0].split() == ["teacher", "student,", "before", "student,", "after"]
+    assert "(nothing)" in wide[3]
+    narrow = side_by_side(texts, {"teacher": "1.7 bits per byte"}, 80)
+    assert narrow[0] == "-- teacher (1.7 bits per byte)"
+    assert "-- student, after (not measured)" in narrow
+    assert all(len(line) <= 80 for line in [*narrow])
+
+
+def test_what_is_generated_ends_no_line_with_spaces():
+    assert generate._wrap("a\n   \nb   ", 40) == ["a", "", "b"]

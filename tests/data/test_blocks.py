@@ -1,0 +1,93 @@
+"""Blocks are cut window by window as they would be cut from the whole."""
+
+import numpy as np
+import pytest
+
+from sar_kd.data import blocks
+from sar_kd.data.blocks import cut_blocks
+from sar_kd.errors import UsageError
+from sar_kd.tokenization.token_stream import Block, Blocks, Counting
+
+
+def _cut_by_definition(student, teacher, max_student, max_teacher) -> list[tuple]:
+    """Each block ends at the last byte within both limits where a token ends on both sides."""
+    found, at, reached = [], (0, 0), 0
+    while at[0] < len(student):
+        latest = min(student[at[0] : at[0] + max_student][-1], teacher[at[1] : at[1] + max_teacher][-1])
+        reached = max(byte for byte in set(student) & set(teacher) if reached < byte <= latest)
+        ends = student.index(reached) + 1, teacher.index(reached) + 1
+        found.append((at[0], ends[0], at[1], ends[1]))
+        at = ends
+    return found
+
+
+def _two_streams(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    draw = np.random.default_rng(seed)
+    size = int(draw.integers(60, 400))
+    cuts = [np.unique(np.append(draw.integers(1, size, size // 2), [size, *range(7, size, 7)])) for _ in range(2)]
+    # Tokens without bytes end where the one before them does.
+    return tuple(np.sort(np.append(ends, draw.choice(ends, 5))) for ends in cuts)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("window", [1, 20, 2**18])
+@pytest.mark.parametrize("limits", [(20, 20), (20, 60), (60, 25)])
+def test_windows_do_not_show(seed, window, limits, monkeypatch):
+    monkeypatch.setattr(blocks, "CHUNK_TOKENS", window)
+    student, teacher = _two_streams(seed)
+    wanted = _cut_by_definition(student.tolist(), teacher.tolist(), *limits)
+    # What has no bytes at the very end of the text is no block's.
+    assert [tuple(block) for block in _until_error(cut_blocks(student, teacher, *limits))][: len(wanted)] == wanted
+
+
+def _until_error(found):
+    try:
+        yield from found
+    except UsageError:
+        return
+
+
+@pytest.mark.parametrize("window", [1, 10, 2**18])
+@pytest.mark.parametrize("size", [1, 9, 10, 11, 95])
+def test_tokens_that_count_one_each_fill_blocks(window, size, monkeypatch):
+    monkeypatch.setattr(blocks, "CHUNK_TOKENS", window)
+    ends = Counting(size)
+    found = list(cut_blocks(ends, ends, 10, 10))
+    assert found == [(i, min(i + 10, size)) * 2 for i in range(0, size, 10)]
+    assert found == list(cut_blocks(np.arange(1, size + 1), np.arange(1, size + 1), 10, 10))
+
+
+def test_only_so_many_tokens_are_cut_as_are_asked_for():
+    ends = Counting(100)
+    assert list(cut_blocks(ends, ends, 30, 30, (70, 70))) == [(0, 30, 0, 30), (30, 60, 30, 60), (60, 70, 60, 70)]
+
+
+@pytest.mark.parametrize("window", [1, 2**18])
+def test_a_stretch_without_a_common_end_is_an_error_at_its_byte(window, monkeypatch):
+    monkeypatch.setattr(blocks, "CHUNK_TOKENS", window)
+    student, teacher = np.arange(1, 40) * 2, np.append(np.arange(1, 10) * 2, np.arange(10, 40) * 2 + 1)
+    found = cut_blocks(student, teacher, 8, 8)
+    assert next(found) == (0, 8, 0, 8)
+    assert next(found) == (8, 9, 8, 9)
+    with pytest.raises(UsageError, match="--block_size 9: a stretch of text from byte 18 on"):
+        next(found)
+
+
+def test_many_blocks_are_a_sequence_of_blocks():
+    listed = [Block(i, i + 2, 3 * i, 3 * i + 6) for i in range(0, 20, 2)]
+    found = Blocks.of(iter(listed))
+    assert found == listed
+    assert (len(found), found[3], found[-1], found[2:4]) == (10, listed[3], listed[-1], listed[2:4])
+    assert list(found) == listed
+    assert {type(value) for block in found for value in block} == {int}
+    assert found != listed[:-1]
+    assert not len(Blocks.of([]))
+
+
+def test_counting_is_an_array_that_is_not_there():
+    ends, array = Counting(9), np.arange(1, 10)
+    assert (len(ends), ends[0], ends[-1]) == (9, 1, 9)
+    for part in (slice(None), slice(2, 5), slice(7, 20), slice(4, 4), slice(None, None, 3)):
+        assert np.array_equal(ends[part], array[part])
+        assert ends[part].dtype == array.dtype
+    assert np.array_equal(np.asarray(ends), array)

@@ -1,0 +1,800 @@
+"""Conversations: read from lines, written by each model's own chat template, learned in their responses only."""
+
+import copy
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from sar_kd.config.sections import DataConfig
+from sar_kd.data.batch import IGNORE_INDEX
+from sar_kd.data.chat import render
+from sar_kd.data.dataset import Corpus
+from sar_kd.data.samples import Conversation, Document, Message
+from sar_kd.data.sources import load_documents
+from sar_kd.data.tokenized_text import join
+from sar_kd.errors import UsageError
+from sar_kd.evaluation.perplexity import evaluate
+from sar_kd.runtime.precision import Precision
+from sar_kd.tokenization.backends import encode
+from sar_kd.tokenization.token_stream import GLUE, PROMPT, RESPONSE, STOP
+from sar_kd.tokenization.token_table import build_token_table
+from sar_kd.tokenization.tokenizer_pair import TokenizerPair
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+)
+LLAMA3 = (
+    "{% for m in messages %}{{ bos_token if loop.first }}"
+    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' }}"
+    "{{ m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+)
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set turns = messages[1:] %}"
+    "{% set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}"
+    "{% else %}{% set turns = messages %}{% set system = '' %}{% endif %}"
+    "{% for m in turns %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "{% set content = system + m['content'] if loop.first else m['content'] %}"
+    "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+GEMMA = (
+    "{{ bos_token }}"
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\\n'"
+    " + m['content'] | trim + '<end_of_turn>\\n' }}{% endfor %}"
+)
+ZEPHYR = "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + eos_token + '\\n' }}{% endfor %}"
+DIALOGPT = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+TURNS = "{% for m in messages %}{{ '<turn>' + m['content'] + eos_token }}{% endfor %}"
+COLONS = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
+    "{{ eos_token + 'and then ' if m['role'] == 'assistant' else 'nd so ' }}{% endfor %}"
+)
+STYLES = {
+    "chatml": ("byte_tokenizer", ["<|im_start|>", "<|im_end|>"], CHATML, "<|im_end|>"),
+    "llama3": ("byte_tokenizer", ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], LLAMA3, "<|eot_id|>"),
+    "gemma": ("sp_tokenizer", ["<start_of_turn>", "<end_of_turn>"], GEMMA, "<end_of_turn>"),
+    "llama2": ("dummy_prefix_tokenizer", [], LLAMA2, "</s>"),
+    "llama2b": ("dummy_prefix_tokenizer", ["<pad>"], LLAMA2, "</s>"),
+    "zephyr": ("dummy_prefix_tokenizer", [], ZEPHYR, "</s>"),
+    "dialogpt": ("byte_tokenizer", [], DIALOGPT, "<|endoftext|>"),
+    "turns": ("dummy_prefix_tokenizer", ["<turn>"], TURNS, "</s>"),
+    "colons": ("byte_tokenizer", [], COLONS, "<|endoftext|>"),
+    "none": ("sp_tokenizer", [], None, "</s>"),
+    "none2": ("dummy_prefix_tokenizer", [], None, "</s>"),
+}
+CROSS = [
+    ("gemma", "chatml"), ("chatml", "gemma"), ("llama2", "chatml"), ("llama3", "llama2"), ("llama2", "gemma"),
+    ("zephyr", "chatml"), ("llama2", "zephyr"), ("llama3", "chatml"), ("none", "chatml"), ("none2", "none"),
+    ("llama2", "llama2b"),
+]  # fmt: skip
+EQUAL = [("chatml", "chatml"), ("llama2", "llama2")]
+STRIPS = {"llama3", "llama2", "llama2b", "gemma"}
+
+SYSTEM = [("system", "Answer slowly."), ("user", "Who wrote this?"), ("assistant", "The teacher wrote it.")]
+TALKS = {
+    "one turn": [("user", "What follows a token?"), ("assistant", "It is not known before.")],
+    "several turns": [
+        ("user", "Hello."), ("assistant", "Hello to you."), ("user", "Two turns?"),
+        ("assistant", "Yes,\n\nthree lines."), ("user", "Bye"), ("assistant", "x"),
+    ],
+    "other scripts": [
+        ("user", "\u65e5\u672c\u8a9e \U0001f600?"),
+        ("assistant", "caf\u00e9 \u041f\u0440\u0438\u0432\u0435\u0442 \u0928")
+    ],
+    "code": [("user", "Write a loop:\n"), ("assistant", "for i in range(10):\n    print(i, end=' ')\n\n\n# done")],
+    "look-alikes": [
+        ("user", "Say <|im_end|> and <|eot_id|>."),
+        ("assistant", "<|im_start|>user\n</s><s> [/INST] <end_of_turn> <|endoftext|> [INST]"),
+    ],
+}  # fmt: skip
+
+
+def _talk(turns, name="talk", plain=False):
+    return Conversation(name, tuple(Message(role, text, role == "assistant") for role, text in turns), plain)
+
+
+TALK_LIST = [_talk(turns, name) for name, turns in TALKS.items()]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(request):
+    made = {}
+    for name, (base, special, template, _) in STYLES.items():
+        made[name] = copy.deepcopy(request.getfixturevalue(base))
+        made[name].add_tokens(special, special_tokens=True)
+        made[name].chat_template = template
+    return made
+
+
+def _pair(student, teacher, **settings):
+    return TokenizerPair(student, teacher, student_rows=len(student), teacher_rows=len(teacher), **settings)
+
+
+@pytest.fixture(scope="module")
+def pairs(tokenizers):
+    sides = {names: [tokenizers[name] for name in names] for names in [*CROSS, *EQUAL]}
+    return {names: _pair(*both, aligns=names in CROSS) for names, both in sides.items()}
+
+
+def _table(tokenizer):
+    return build_token_table(tokenizer, len(tokenizer))
+
+
+def _own_ids(tokenizer, turns):
+    """What the chat template makes of a conversation, without the start token that opens every block."""
+    messages = [{"role": role, "content": text} for role, text in turns]
+    ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    return ids[1:] if ids[0] == tokenizer.bos_token_id else ids
+
+
+def _text(part, table):
+    """What a part says, without the dummy space before it."""
+    said = b"".join(table.pieces[i] for i in part.ids).decode()
+    return said[1:] if part.has_dummy else said
+
+
+def _place(part, whole):
+    """Where a list stands in another; -1 if it does not."""
+    return next((i for i in range(len(whole)) if whole[i : i + len(part)] == part), -1)
+
+
+# Reading
+
+HELLO = {"role": "user", "content": "Hello"}
+ANSWER = {"role": "assistant", "content": "Hi."}
+
+
+def _load(tmp_path, *rows, name="a.jsonl", **settings):
+    path = tmp_path / name
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return load_documents(DataConfig(train_file=(str(path),), **({"validation_file": (str(path),)} | settings)))[0]
+
+
+ASKED, ANSWERED = ("user", "Hello", False), ("assistant", "Hi.", True)
+SHAPES = {
+    "messages": ({"messages": [HELLO, ANSWER]}, [ASKED, ANSWERED], False),
+    "several answers": ({"messages": [HELLO, ANSWER, HELLO, ANSWER], "id": 3}, [ASKED, ANSWERED] * 2, False),
+    "a last word of the user": ({"messages": [HELLO, ANSWER, HELLO]}, [ASKED, ANSWERED], False),
+    "two texts": ({"prompt": "1 +", "completion": " 2"}, [("user", "1 +", False), ("assistant", " 2", True)], True),
+    "a question": ({"question": "Hello", "answer": "Hi."}, [ASKED, ANSWERED], True),
+    "two lists": (
+        {"prompt": [HELLO, ANSWER, HELLO], "completion": [ANSWER]},
+        [ASKED, ("assistant", "Hi.", False), ASKED, ANSWERED],
+        False,
+    ),
+    "a list and a text": ({"prompt": [HELLO], "completion": "Hi."}, [ASKED, ANSWERED], False),
+    "an empty prompt": ({"prompt": "", "completion": "Hi."}, [("user", "", False), ANSWERED], True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_line_in_each_shape_becomes_a_conversation(tmp_path, shape):
+    row, messages, plain = SHAPES[shape]
+    wanted = tuple(Message(*message) for message in messages)
+    assert _load(tmp_path, row) == [Conversation("a.jsonl:1", wanted, plain)]
+
+
+def test_documents_and_conversations_may_share_a_file(tmp_path):
+    rows = [{"text": "plain"}, {"messages": [HELLO, ANSWER]}, {"prompt": "a", "completion": "b"}, {"text": "more"}]
+    kinds = [type(sample) for sample in _load(tmp_path, *rows)]
+    assert kinds == [Document, Conversation, Conversation, Document]
+
+
+def test_the_text_field_wins(tmp_path):
+    row = {"text": "plain", "messages": [HELLO, ANSWER], "prompt": "a", "completion": "b"}
+    assert _load(tmp_path, row) == [Document("a.jsonl:1", "plain")]
+    assert _load(tmp_path, row, text_field="prompt") == [Document("a.jsonl:1", "a")]
+    assert isinstance(_load(tmp_path, row, text_field="body")[0], Conversation)
+
+
+BAD_ROWS = {
+    "no field": ({"body": "x"}, r"--text_field text: line 2 of {path} has no such text, nor messages.*it has: body"),
+    "messages in one text": ({"messages": "Hello"}, "line 2: 'messages' is text; expected a list of messages"),
+    "no list": ({"messages": None}, "line 2: 'messages' is null; expected a list of messages"),
+    "a bare text": ({"messages": ["Hello"]}, "line 2: message 1 of 'messages' is text; expected {{'role'"),
+    "no role": ({"messages": [HELLO, {"content": "x"}]}, "line 2: message 2 of 'messages' has no 'role'; expected"),
+    "no content": ({"messages": [{"role": "user"}]}, "line 2: message 1 of 'messages' has no 'content'; expected"),
+    "content null": (
+        {"messages": [HELLO, {"role": "assistant", "content": None}]},
+        "line 2: message 2 of 'messages' has null as 'content'; expected",
+    ),
+    "content in parts": (
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+        "line 2: message 1 of 'messages' has a list as 'content'; expected",
+    ),
+    "role a number": ({"messages": [{"role": 1, "content": "x"}]}, "message 1 of 'messages' has a number as 'role'"),
+    "no assistant": (
+        {"messages": [HELLO, HELLO]},
+        "line 2: 'messages' holds nothing to learn; expected an assistant's message with text",
+    ),
+    "no messages": ({"messages": []}, "line 2: 'messages' holds nothing to learn; expected an assistant's message"),
+    "empty completion": ({"prompt": "a", "completion": " "}, "line 2: 'completion' holds nothing to learn; expected t"),
+    "no completion": ({"prompt": "a"}, "line 2 has no 'completion'; expected 'prompt' with 'completion'"),
+    "no question": ({"answer": "a"}, "line 2 has no 'question'; expected 'question' with 'answer'"),
+    "completion a number": ({"prompt": "a", "completion": 4}, "'completion' is a number; expected text or a list of m"),
+    "a user's completion": ({"prompt": "a", "completion": [HELLO]}, "'completion' holds nothing to learn"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+@pytest.mark.parametrize("flag", ["train_file", "validation_file"])
+def test_a_line_of_a_bad_shape_is_named_with_what_was_expected(tmp_path, case, flag):
+    row, message = BAD_ROWS[case]
+    (tmp_path / "good.jsonl").write_text(json.dumps(SHAPES["messages"][0]))
+    path = tmp_path / "bad.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in ({"text": "fine"}, row)))
+    files = {"train_file": (str(tmp_path / "good.jsonl"),), flag: (str(path),)}
+    begins = "" if message.startswith("--") else f"^--{flag} {path}: .*"
+    with pytest.raises(UsageError, match=begins + message.format(path=path)) as error:
+        load_documents(DataConfig(**files))
+    assert "\n" not in str(error.value)
+
+
+class _Split(list):
+    """Rows as the `datasets` package gives them."""
+
+    @property
+    def column_names(self):
+        return list(self[0])
+
+    def __getitem__(self, key):
+        return [row[key] for row in self] if isinstance(key, str) else super().__getitem__(key)
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    def install(**splits):
+        package = SimpleNamespace(load_dataset=lambda name, configuration: splits)
+        monkeypatch.setitem(sys.modules, "datasets", package)
+
+    return install
+
+
+def test_rows_of_a_dataset_become_conversations(serve):
+    rows = _Split([{"question": "Why?", "answer": "So."}, {"question": "How?", "answer": "Thus."}])
+    serve(train=rows, validation=_Split([{"messages": [HELLO, ANSWER]}]))
+    train, validation = load_documents(DataConfig(dataset_name="x"))
+    assert train == [
+        _talk([("user", "Why?"), ("assistant", "So.")], "train:0", plain=True),
+        _talk([("user", "How?"), ("assistant", "Thus.")], "train:1", plain=True),
+    ]
+    assert validation == [_talk([("user", "Hello"), ("assistant", "Hi.")], "validation:0")]
+
+
+def test_the_text_column_of_a_dataset_wins(serve):
+    rows = _Split([{"text": "plain", "messages": [HELLO, ANSWER]}])
+    serve(train=rows, validation=rows)
+    assert load_documents(DataConfig(dataset_name="x")) == (
+        [Document("train:0", "plain")],
+        [Document("validation:0", "plain")],
+    )
+
+
+def test_a_bad_row_of_a_dataset_is_named(serve):
+    serve(train=_Split([{"messages": [HELLO, ANSWER]}, {"messages": [HELLO]}]))
+    with pytest.raises(UsageError, match="--dataset_name x: train row 1: 'messages' holds nothing to learn"):
+        load_documents(DataConfig(dataset_name="x"))
+
+
+# Held-out conversations
+
+
+@pytest.mark.parametrize("count", [2, 5, 60, 200])
+def test_whole_conversations_are_held_out(tmp_path, count):
+    rows = [
+        {"messages": [HELLO | {"content": f"Number {n:03}?"}, ANSWER | {"content": "Yes. " * 9}]} for n in range(count)
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    everything = _load(tmp_path, *rows)
+    train, validation = load_documents(DataConfig(train_file=(str(tmp_path / "a.jsonl"),)))
+    assert train + validation == everything
+    assert len(validation) == max(1, count // 20)
+
+
+def test_a_document_before_held_out_conversations_stays_whole(tmp_path):
+    rows = [{"text": "word " * 2000}, *[{"messages": [HELLO, ANSWER]}] * 3]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    _, validation = load_documents(DataConfig(train_file=(str(path),)))
+    held_out = sum(len(sample.text) for sample in validation)
+    assert [type(sample) for sample in validation[-3:]] == [Conversation] * 3
+    assert 0.02 < held_out / (10_000 + 3 * len("HelloHi.")) < 0.12
+
+
+def test_one_conversation_alone_is_not_split(tmp_path):
+    with pytest.raises(UsageError, match=r"--validation_file: needed, because .* one conversation"):
+        _load(tmp_path, SHAPES["messages"][0], validation_file=())
+
+
+# Each model's own tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "talk"),
+    [
+        (name, talk)
+        for name in ("chatml", "llama3", "gemma", "llama2", "zephyr", "dialogpt", "turns")
+        for talk in ("one turn", "several turns", "other scripts", "code", "system")
+        if (name, talk) != ("gemma", "system")  # which it refuses
+    ],
+)
+def test_a_conversation_has_the_tokens_that_its_chat_template_gives_it(tokenizers, name, talk):
+    tokenizer = tokenizers[name]
+    turns = [(role, text.strip()) for role, text in (SYSTEM if talk == "system" else TALKS[talk])]
+    stream = join([_talk(turns)], _pair(tokenizer, tokenizer)).student
+    assert stream.ids.tolist() == _own_ids(tokenizer, turns)
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "dialogpt", "colons"])
+@pytest.mark.parametrize("talk", TALKS)
+def test_a_conversation_reads_as_its_chat_template_writes_it(tokenizers, name, talk):
+    tokenizer, turns = tokenizers[name], [(role, text.strip()) for role, text in TALKS[talk]]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    written = tokenizer.apply_chat_template(messages, tokenize=False)
+    stream = join([_talk(turns)], _pair(tokenizer, tokenizer)).student
+    opening = tokenizer.bos_token if written.startswith(tokenizer.bos_token) else ""
+    assert opening + tokenizer.decode(stream.ids.tolist()) == written
+
+
+def test_of_several_templates_the_default_one_is_taken(tokenizers):
+    tokenizer = copy.deepcopy(tokenizers["chatml"])
+    tokenizer.chat_template = {"tool_use": GEMMA, "default": CHATML}
+    stream = join([_talk(SYSTEM)], _pair(tokenizer, tokenizer)).student
+    assert stream.ids.tolist() == _own_ids(tokenizers["chatml"], SYSTEM)
+
+
+@pytest.mark.parametrize("names", CROSS + EQUAL)
+def test_contents_are_exactly_the_same_text_on_both_sides(pairs, names):
+    rendered = render(TALK_LIST, pairs[names])
+    assert rendered.names == list(TALKS)
+    assert rendered.left_out == []
+    for side, table in zip(rendered.sides, rendered.tables, strict=True):
+        for parts, talk in zip(side, TALK_LIST, strict=True):
+            texts = [m.content.strip() if STRIPS & {*names} else m.content for m in talk.messages]
+            kinds = [RESPONSE if m.is_target else PROMPT for m in talk.messages]
+            contents = [part for part in parts if part.kind in (PROMPT, RESPONSE)]
+            assert [_text(part, table) for part in contents] == texts
+            assert [part.kind for part in contents] == kinds
+
+
+@pytest.mark.parametrize("names", CROSS + EQUAL)
+def test_a_stop_token_follows_each_response_and_nothing_else(pairs, names):
+    rendered = render(TALK_LIST, pairs[names])
+    for name, side, table in zip(names, rendered.sides, rendered.tables, strict=False):
+        stop = STYLES[name][3]
+        for parts, talk in zip(side, TALK_LIST, strict=True):
+            kinds = [part.kind for part in parts]
+            assert [i + 1 for i, kind in enumerate(kinds) if kind == RESPONSE] == [
+                i for i, kind in enumerate(kinds) if kind == STOP
+            ]
+            assert kinds.count(STOP) == sum(message.is_target for message in talk.messages)
+            assert {table.strings[part.ids[-1]] for part in parts if part.kind == STOP} == {stop}
+
+
+def test_an_assistant_s_message_in_the_prompt_is_read_and_not_learned(pairs):
+    turns = [("user", "a"), ("assistant", "for example"), ("user", "b"), ("assistant", "now")]
+    example = [Message(role, text, role == "assistant" and text == "now") for role, text in turns]
+    rendered = render([Conversation("few shots", tuple(example), plain=False)], pairs["llama2", "chatml"])
+    for name, side, table in zip(("llama2", "chatml"), rendered.sides, rendered.tables, strict=True):
+        said = [(part.kind, _text(part, table)) for part in side[0] if part.kind not in (GLUE, STOP)]
+        assert said == [(PROMPT, "a"), (PROMPT, "for example"), (PROMPT, "b"), (RESPONSE, "now")]
+        assert [part.kind for part in side[0]].count(STOP) == 1
+        behind = side[0][1 + [part.kind for part in side[0]].index(PROMPT, 2)]
+        assert behind.kind == GLUE
+        assert table.strings.index(STYLES[name][3]) in behind.ids
+
+
+@pytest.mark.parametrize("names", CROSS + EQUAL)
+def test_text_that_looks_like_a_special_token_stays_text(pairs, names):
+    rendered = render([_talk(TALKS["look-alikes"])], pairs[names])
+    for side, table in zip(rendered.sides, rendered.tables, strict=True):
+        special = {i for i, string in enumerate(table.strings) if string and not table.pieces[i]}
+        contents = {i for part in side[0] if part.kind in (PROMPT, RESPONSE) for i in part.ids}
+        assert len(special) >= 3
+        assert not contents & special
+
+
+@pytest.mark.parametrize("opening", ["", " ", "\n", "\n\n\n", "aa"])
+def test_without_a_space_before_it_a_content_has_no_dummy_space(tokenizers, opening):
+    tokenizer = tokenizers["zephyr"]
+    turns = [("user", opening + "What follows?"), ("assistant", opening + "The token.")]
+    rendered = render([_talk(turns)], _pair(tokenizer, tokenizer))
+    contents = [part for part in rendered.sides[0][0] if part.kind in (PROMPT, RESPONSE)]
+    assert not any(part.has_dummy for part in contents)
+    assert [_text(part, rendered.tables[0]) for part in contents] == [text for _, text in turns]
+
+
+def test_the_space_before_a_content_is_the_dummy_space(tokenizers):
+    tokenizer = tokenizers["llama2"]
+    rendered = render([_talk(TALKS["one turn"])], _pair(tokenizer, tokenizer))
+    glue = [part for part in rendered.sides[0][0] if part.kind == GLUE]
+    contents = [part for part in rendered.sides[0][0] if part.kind in (PROMPT, RESPONSE)]
+    assert all(part.has_dummy for part in contents)
+    assert not any(_text(part, rendered.tables[0]).endswith(" ") for part in glue)
+
+
+def test_the_space_before_llama_2_s_stop_token_is_learned_with_it(tokenizers):
+    tokenizer = tokenizers["llama2"]
+    rendered = render([_talk(TALKS["one turn"])], _pair(tokenizer, tokenizer))
+    stop = rendered.sides[0][0][-1]
+    assert tokenizer.convert_ids_to_tokens(stop.ids) == ["\u2581", "</s>"]
+    assert stop.kind == STOP
+
+
+def test_a_template_without_a_stop_token_gets_the_end_of_text_token(tokenizers):
+    tokenizer = copy.deepcopy(tokenizers["chatml"])
+    tokenizer.chat_template = "{% for m in messages %}{{ '\\n### ' + m['role'] + '\\n' + m['content'] }}{% endfor %}"
+    rendered = render([_talk(TALKS["several turns"])], _pair(tokenizer, tokenizer))
+    assert [part.ids for part in rendered.sides[0][0] if part.kind == STOP] == [[tokenizer.eos_token_id]] * 3
+
+
+def test_a_stop_token_behind_other_words_is_not_the_responses(tokenizers):
+    tokenizer = copy.deepcopy(tokenizers["chatml"])
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' (' + m['role'] + ')<|im_end|>' }}{% endfor %}"
+    ((*_, stop, glue),) = render([_talk(TALKS["one turn"])], _pair(tokenizer, tokenizer)).sides[0]
+    assert (stop.kind, stop.ids) == (STOP, [tokenizer.eos_token_id])
+    assert tokenizer.decode(glue.ids) == " (assistant)<|im_end|>"
+
+
+def test_an_empty_message_keeps_the_glue_around_it(tokenizers):
+    for name in ("llama2", "chatml"):
+        turns = [("user", ""), ("assistant", "x"), ("user", "y"), ("assistant", ""), ("user", "z"), ("assistant", "w")]
+        stream = join([_talk(turns)], _pair(tokenizers[name], tokenizers[name])).student
+        assert tokenizers[name].decode(stream.ids.tolist()) == tokenizers[name].decode(
+            _own_ids(tokenizers[name], turns)
+        )
+
+
+# Without a chat template
+
+
+def test_two_plain_texts_follow_one_another(tokenizers):
+    for name in ("none", "none2"):
+        tokenizer = tokenizers[name]
+        talk = _talk([("user", "Two tokenizers cut"), ("assistant", " the same text")], plain=True)
+        text = join([talk], _pair(tokenizer, tokenizer))
+        assert text.without_template == ()
+        assert tokenizer.decode(text.student.ids[:-1].tolist()) == "Two tokenizers cut the same text"
+        assert text.student.ids[-1] == tokenizer.eos_token_id
+
+
+def test_a_completion_without_a_space_gets_none(tokenizers):
+    tokenizer = tokenizers["none2"]
+    text = join([_talk([("user", "1969"), ("assistant", "12.5")], plain=True)], _pair(tokenizer, tokenizer))
+    assert tokenizer.decode(text.student.ids[:-1].tolist()) == "196912.5"
+
+
+def test_two_plain_texts_are_turns_to_a_model_with_a_template(pairs, tokenizers):
+    turns = [("user", "Two tokenizers cut"), ("assistant", " the same text")]
+    text = join([_talk(turns, plain=True)], pairs["none", "chatml"])
+    assert text.teacher.ids.tolist() == _own_ids(tokenizers["chatml"], turns)
+    assert tokenizers["none"].decode(text.student.ids[:-1].tolist()) == "Two tokenizers cut the same text"
+
+
+def test_messages_take_a_neutral_template_and_the_text_says_for_which_model(pairs, tokenizers):
+    text = join([_talk(SYSTEM + TALKS["one turn"])], pairs["none", "chatml"])
+    assert text.without_template == ("student",)
+    shown = [i for i in text.student.ids.tolist() if i != tokenizers["none"].eos_token_id]
+    assert tokenizers["none"].decode(shown) == (
+        "System:\nAnswer slowly.\n\nUser:\nWho wrote this?\n\nAssistant:\nThe teacher wrote it.\n\n"
+        "User:\nWhat follows a token?\n\nAssistant:\nIt is not known before."
+    )
+    assert text.student.ids.tolist().count(tokenizers["none"].eos_token_id) == 2
+    assert join([_talk(SYSTEM)], _pair(tokenizers["chatml"], tokenizers["none"])).without_template == ("teacher",)
+    alone = _pair(tokenizers["none"], tokenizers["none"])
+    assert join([_talk(SYSTEM)], alone).without_template == ("student", "teacher")
+    assert join([_talk(SYSTEM)], pairs["llama2", "chatml"]).without_template == ()
+
+
+# Templates that cannot be used
+
+BROKEN = {
+    "drops": "{{ messages[-1]['content'] }}",
+    "repeats": "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ messages[0]['content'] }}",
+    "reorders": "{% for m in messages | reverse %}{{ m['content'] }}\n{% endfor %}",
+    "refuses it: no such turns": "{{ raise_exception('no such turns') }}",
+    "refuses it: Expected an expression": "{% for m in %}",
+    "refuses it: ": "{{ messages[0]['parts'][0]['text'] + 1 }}",
+    "changes the text": "{% for m in messages %}{{ m['content'] | replace('e', 'u') }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_a_template_that_does_not_keep_the_messages_is_refused_with_the_reason(tokenizers, fault, whose):
+    broken = copy.deepcopy(tokenizers["chatml"])
+    broken.chat_template = BROKEN[fault].replace("\n", "\\n")
+    sides = (broken, tokenizers["gemma"]) if whose == "student" else (tokenizers["gemma"], broken)
+    with pytest.raises(UsageError, match=rf"talk \(the {whose}'s chat template {fault}"):
+        join([_talk(TALKS["one turn"])], _pair(*sides))
+
+
+def test_a_conversation_that_one_template_refuses_is_left_out_by_name(pairs):
+    talks = [_talk(SYSTEM, "with"), _talk(TALKS["one turn"], "without")]
+    corpus = Corpus(talks, pairs["gemma", "chatml"], 400, 400)
+    assert corpus.text.names == ["without"]
+    assert corpus.text.left_out == ["with (the student's chat template refuses it: System role not supported)"]
+
+
+def test_a_text_that_a_template_strips_is_stripped_for_both(pairs):
+    turns = [("user", "\n Hello \n"), ("assistant", "  Hi.  ")]
+    for names, wanted in ((("gemma", "chatml"), ["Hello", "Hi."]), (("zephyr", "chatml"), ["\n Hello \n", "  Hi.  "])):
+        rendered = render([_talk(turns)], pairs[names])
+        for side, table in zip(rendered.sides, rendered.tables, strict=True):
+            assert [_text(part, table) for part in side[0] if part.kind in (PROMPT, RESPONSE)] == wanted
+
+
+def test_a_template_whose_glue_depends_on_the_text_is_seen(tokenizers):
+    tokenizer = copy.deepcopy(tokenizers["chatml"])
+    tokenizer.chat_template = CHATML.replace("m['content']", "(m['content'].split('</think>') | last)")
+    talks = [_talk([("user", "a"), ("assistant", "<think>b</think>c")], "thinks"), _talk(TALKS["one turn"])]
+    text = join(talks, _pair(tokenizer, tokenizer))
+    assert text.names == ["talk"]
+    assert text.left_out == ["thinks (the student's chat template changes the text of a message)"]
+
+
+@pytest.mark.parametrize("bad", ["\ud800", "\u2581"])
+@pytest.mark.parametrize("names", [("gemma", "chatml"), ("chatml", "chatml")])
+def test_text_that_is_hard_to_hold_is_canonical_or_left_out(pairs, names, bad):
+    talks = [_talk([("user", "a"), ("assistant", f"b{bad}c")], "bad"), _talk(TALKS["one turn"])]
+    rendered = render(talks, pairs[names])
+    if bad == "\ud800":
+        assert rendered.left_out == ["bad (is no Unicode text)"]
+        return
+    wanted = "b c" if "gemma" in names else "b\u2581c"
+    for side, table in zip(rendered.sides, rendered.tables, strict=True):
+        assert _text(next(part for part in side[0] if part.kind == RESPONSE), table) == wanted
+
+
+def test_a_conversation_that_a_tokenizer_cannot_represent_is_left_out_by_name(tokenizers):
+    lacking = copy.deepcopy(tokenizers["chatml"])
+    pair = _pair(lacking, tokenizers["gemma"])
+    table = pair.tables[0]
+    table.pieces[encode(lacking, ["\u20ac"])[0][0]] = b"?!"  # as if the bytes were other ones
+    table.__dict__.pop("lengths", None)
+    talks = [_talk([("user", "a"), ("assistant", "\u20ac")], "bad"), _talk(TALKS["one turn"])]
+    assert render(talks, pair).left_out == ["bad (the student's tokenizer cannot represent it)"]
+
+
+def test_equal_tokenizers_with_different_templates_name_the_remedy(tokenizers):
+    other = copy.deepcopy(tokenizers["chatml"])
+    other.chat_template = None
+    with pytest.raises(UsageError, match=r"--alignment auto: .*chat templates differ.*use --alignment projection"):
+        join([_talk(TALKS["one turn"])], _pair(tokenizers["chatml"], other))
+    pair = _pair(tokenizers["chatml"], other, aligns=True)
+    text = join([_talk(TALKS["one turn"])], pair)
+    assert text.student.ids.tolist() == _own_ids(tokenizers["chatml"], TALKS["one turn"])
+    assert text.teacher.ids.tolist() != text.student.ids.tolist()
+
+
+# Streams and batches
+
+
+@pytest.mark.parametrize("names", CROSS)
+def test_glue_has_no_width_and_stops_are_one_byte_on_both_sides(pairs, names):
+    rendered = render(TALK_LIST, pairs[names])
+    text = join(TALK_LIST, pairs[names])
+    for parts, table, stream in zip(rendered.sides, rendered.tables, (text.student, text.teacher), strict=True):
+        widths, at = np.diff(stream.ends, prepend=0), 0
+        for part in (part for talk in parts for part in talk):
+            here = slice(at, at + len(part.ids))
+            at = here.stop
+            assert stream.ids[here].tolist() == part.ids
+            assert stream.is_target[here].tolist() == [part.kind in (RESPONSE, STOP)] * len(part.ids)
+            size = len(_text(part, table).encode()) + part.dummy_is_text
+            assert widths[here].sum() == {GLUE: 0, STOP: 1}.get(part.kind, size)
+            alone = part.has_dummy and not part.dummy_is_text
+            assert stream.has_dummy[here].tolist() == [alone, *[False] * (len(part.ids) - 1)]
+        assert at == len(stream.ids)
+    assert text.student.ends[-1] == text.teacher.ends[-1]
+
+
+@pytest.mark.parametrize("names", CROSS + EQUAL)
+def test_the_bytes_of_a_text_are_those_of_its_responses(pairs, names):
+    text = join([Document("d", "caf\u00e9"), *TALK_LIST], pairs[names])
+    strip = str.strip if STRIPS & {*names} else str
+    responses = [strip(m.content) for talk in TALK_LIST for m in talk.messages if m.is_target]
+    assert text.num_bytes == len("caf\u00e9".encode()) + sum(len(response.encode()) for response in responses)
+
+
+@pytest.mark.parametrize("names", CROSS + EQUAL)
+def test_every_response_and_its_stop_token_is_predicted_once_and_nothing_else(pairs, names):
+    rendered = render(TALK_LIST, pairs[names])
+    corpus = Corpus(TALK_LIST, pairs[names], 400, 400)
+    for which, side in zip(("student", "teacher"), (rendered.sides[0], rendered.sides[-1]), strict=True):
+        wanted = [i for parts in side for part in parts if part.kind in (RESPONSE, STOP) for i in part.ids]
+        batches = list(corpus.token_batches(which, 2))
+        assert torch.cat([batch.targets for batch in batches]).tolist() == wanted
+        labels = torch.cat([batch.labels.flatten() for batch in batches])
+        assert labels[labels != IGNORE_INDEX].tolist() == wanted
+        for batch in batches:
+            read = batch.labels != IGNORE_INDEX
+            assert torch.equal(batch.labels[read], batch.input_ids[read])
+        if which == "student":
+            assert corpus.num_tokens == len(wanted)
+
+
+@pytest.mark.parametrize("names", CROSS + EQUAL)
+def test_a_conversation_has_a_block_of_its_own(pairs, names):
+    documents = [Document("first", "word " * 300), *TALK_LIST, Document("last", "word " * 300)]
+    corpus = Corpus(documents, pairs[names], 400, 400)
+    named = [corpus.documents_of(block) for block in range(len(corpus))]
+    assert named[-len(TALKS) :] == [[name] for name in TALKS]
+    assert {name for names in named[: -len(TALKS)] for name in names} == {"first", "last"}
+    plain = Corpus([documents[0], documents[-1]], pairs[names], 400, 400)
+    assert corpus.blocks[: len(plain)] == plain.blocks
+    for both in ("student", "teacher"):
+        size = len(getattr(plain.text, both).ids)
+        assert np.array_equal(getattr(corpus.text, both).ids[:size], getattr(plain.text, both).ids)
+        assert np.array_equal(getattr(corpus.text, both).ends[:size], getattr(plain.text, both).ends)
+
+
+# Conversations that exceed a block
+
+LONG = [
+    ("user", "How long?"),
+    ("assistant", "Words, words, words; " * 20),
+    ("user", "Again"),
+    ("assistant", "word " * 9),
+]
+
+
+@pytest.mark.parametrize("names", CROSS + EQUAL)
+@pytest.mark.parametrize("limits", [(60, 1000), (1000, 60), (90, 90)])
+def test_a_long_conversation_is_cut_to_the_same_text_on_both_sides(pairs, names, limits):
+    pair = pairs[names]
+    whole, corpus = join([_talk(LONG)], pair), Corpus([_talk(LONG)], pair, *limits)
+    ((student_start, student_end, teacher_start, teacher_end),) = corpus.blocks
+    assert (student_start, teacher_start) == (0, 0)
+    assert student_end < limits[0]
+    assert teacher_end < limits[1]
+    text = corpus.text
+    for part, full in ((text.student, whole.student), (text.teacher, whole.teacher)):
+        assert np.array_equal(part.ids, full.ids[: len(part.ids)])
+        assert np.array_equal(part.is_target, full.is_target[: len(part.ids)])
+    assert text.student.ends[-1] == text.teacher.ends[-1] == whole.student.ends[student_end - 1]
+    assert text.truncated == ["talk"]
+    assert text.dropped_tokens == whole.student.is_target.sum() - text.student.is_target.sum()
+    stops = {STYLES[name][3] for name in names}
+    assert not {pair.student.convert_ids_to_tokens(int(text.student.ids[-1]))} & stops
+    if pair.tables is not None:
+        # As late as both limits allow: one common boundary more would exceed one of them.
+        common = np.intersect1d(whole.student.ends, whole.teacher.ends)
+        following = common[common > text.student.ends[-1]][0]
+        sizes = [np.searchsorted(full.ends, following) + 1 for full in (whole.student, whole.teacher)]
+        assert sizes[0] > limits[0] - 1 or sizes[1] > limits[1] - 1
+
+
+@pytest.mark.parametrize("names", CROSS + EQUAL)
+def test_the_bytes_of_a_cut_conversation_are_those_that_are_left(pairs, names):
+    pair = pairs[names]
+    for limit in range(30, 120, 7):
+        talk = _talk([("user", "a"), ("assistant", "caf\u00e9 \u65e5\u672c " * 20)])
+        text = Corpus([talk], pair, limit, 4 * limit).text
+        table = _table(pair.student)
+        said = b"".join(table.pieces[i] for i in text.student.ids[text.student.is_target])
+        response = talk.messages[1].content.encode()
+        assert response.startswith(said.removeprefix(b" "))
+        assert text.num_bytes == len(said.removeprefix(b" "))
+
+
+@pytest.mark.parametrize("names", CROSS + EQUAL)
+def test_a_conversation_without_room_for_a_response_is_left_out_by_name(pairs, names):
+    late = [("user", "Words, words, words; " * 20), ("assistant", "word")]
+    for limits in ((60, 1000), (1000, 60), (2, 2)):
+        talks = [_talk(late, "late"), Document("plain", "word word")]
+        corpus = Corpus(talks, pairs[names], *limits)
+        assert corpus.text.names == ["plain"]
+        assert corpus.text.left_out == ["late (no response begins within a block)"]
+    with pytest.raises(UsageError, match=r"no document holds text .*late \(no response begins within a block\)"):
+        Corpus([_talk(late, "late")], pairs[names], 60, 60)
+
+
+def test_a_conversation_that_just_fits_is_whole(pairs):
+    pair = pairs["gemma", "chatml"]
+    whole = join([_talk(LONG)], pair)
+    limits = [len(stream.ids) + 1 for stream in (whole.student, whole.teacher)]
+    corpus = Corpus([_talk(LONG)], pair, *limits)
+    assert corpus.text.truncated == []
+    assert corpus.blocks == [(0, limits[0] - 1, 0, limits[1] - 1)]
+    assert Corpus([_talk(LONG)], pair, limits[0] - 4, limits[1]).text.truncated == ["talk"]
+
+
+# The comparison of two models
+
+
+@pytest.mark.parametrize("names", CROSS)
+def test_only_tokens_of_responses_are_compared_and_pairs_say_the_same(pairs, names):
+    corpus = Corpus([*TALK_LIST, _talk(LONG, "long")], pairs[names], 90, 200)
+    blocks = list(range(len(corpus)))
+    batch = corpus.batch(blocks)
+    a = batch.alignment
+    student_table, teacher_table = corpus.pair.tables
+    teacher_next = torch.nn.functional.pad(batch.teacher.labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+    teacher_tokens = teacher_next[a.teacher_rows]
+    assert len(a.student_rows) > 30
+    assert (teacher_tokens != IGNORE_INDEX).all()
+    student_tokens = batch.student.targets[a.student_rows]
+    student_ends, teacher_ends = set(student_table.end_ids), set(teacher_table.end_ids)
+    stops = 0
+    for token, other, strict in zip(student_tokens.tolist(), teacher_tokens.tolist(), a.strict.tolist(), strict=True):
+        assert (token in student_ends) == (other in teacher_ends)
+        stops += token in student_ends
+        if strict:
+            assert student_table.pieces[token] == teacher_table.pieces[other]
+        else:
+            mine, theirs = student_table.pieces[token], teacher_table.pieces[other]
+            assert mine != theirs
+    assert stops == sum(token in student_ends for token in batch.student.targets.tolist()) >= len(TALKS)
+    assert stops == sum(token in teacher_ends for token in batch.teacher.targets.tolist())
+    for row, teacher_row in zip(batch.student.rows[a.student_rows].tolist(), a.teacher_rows.tolist(), strict=True):
+        assert row // batch.student.input_ids.shape[1] == teacher_row // batch.teacher.input_ids.shape[1]
+
+
+@pytest.mark.parametrize("names", [names for names in CROSS if not {"llama2", "none2"} & {*names}])
+def test_every_token_of_a_response_is_in_a_chunk_that_says_the_same(pairs, names):
+    corpus = Corpus(TALK_LIST, pairs[names], 400, 400)
+    batch = corpus.batch(list(range(len(corpus))))
+    said = []
+    for one, chunks, table in (
+        (batch.student, batch.alignment.student_chunks, corpus.pair.tables[0]),
+        (batch.teacher, batch.alignment.teacher_chunks, corpus.pair.tables[1]),
+    ):
+        ends = set(table.end_ids)
+        pieces = [b"\xff" if i in ends else table.pieces[i] for i in one.targets.tolist()]
+        assert chunks.min() == 0
+        numbers = chunks.tolist()
+        said.append([b"".join(p for p, c in zip(pieces, numbers, strict=True) if c == n) for n in sorted(set(numbers))])
+    assert said[0] == said[1]
+    assert len(said[0]) == batch.alignment.num_chunks
+
+
+def test_equal_tokenizers_compare_every_token_of_the_responses(pairs):
+    corpus = Corpus(TALK_LIST, pairs["chatml", "chatml"], 400, 400)
+    batch = corpus.batch([0, 2, 4])
+    assert torch.equal(batch.alignment.teacher_rows, batch.student.rows)
+    assert len(batch.student.rows) == int((batch.student.labels != IGNORE_INDEX).sum())
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize(("name", "batch_size"), [("chatml", 1), ("chatml", 3), ("llama3", 2)])
+def test_perplexity_is_that_of_a_plain_loop_over_the_responses(tokenizers, make_student, name, batch_size):
+    tokenizer = tokenizers[name]
+    headers = {
+        "chatml": ("<|im_start|>{}\n", "<|im_end|>", "\n"),
+        "llama3": ("<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>", ""),
+    }
+    header, stop, after = headers[name]
+    talks = [_talk([(role, text.strip()) for role, text in turns]) for turns in TALKS.values()]
+    model = make_student(len(tokenizer), max_position_embeddings=512).eval()
+    nats, count = 0.0, 0
+    for talk in talks:
+        ids, learned = [tokenizer.bos_token_id], [False]
+        for message in talk.messages:
+            opening = tokenizer(header.format(message.role) + "a")["input_ids"][:-1]  # line ends as before a word
+            content = encode(tokenizer, [message.content])[0] + tokenizer(stop)["input_ids"]
+            closing = tokenizer(after)["input_ids"]
+            ids += opening + content + closing
+            learned += [False] * len(opening) + [message.role == "assistant"] * len(content) + [False] * len(closing)
+        with torch.no_grad():
+            log_probs = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        for position in range(1, len(ids)):
+            if learned[position]:
+                nats -= log_probs[position - 1, ids[position]].item()
+                count += 1
+    corpus = Corpus(talks, _pair(tokenizer, tokenizer), 400, 400)
+    precision = Precision(torch.device("cpu"), torch.float32, 1.0)
+    found = evaluate(model, corpus.token_batches("student", batch_size), corpus.text.num_bytes, precision)
+    assert found.num_tokens == count == corpus.num_tokens
+    assert found.perplexity == pytest.approx(math.exp(nats / count), rel=1e-5)
+    size = sum(len(m.content.encode()) for talk in talks for m in talk.messages if m.is_target)
+    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=1e-5)

@@ -1,0 +1,575 @@
+"""Text to documents to blocks to batches: nothing lost, nothing read twice, and one clear line for every bad file."""
+
+import dataclasses
+import gzip
+import json
+import sys
+import types
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer
+
+from sar_kd import embedded
+from sar_kd.config.sections import DataConfig
+from sar_kd.data.batch import IGNORE_INDEX
+from sar_kd.data.dataset import Corpus
+from sar_kd.data.samples import Document
+from sar_kd.data.sources import load_documents
+from sar_kd.errors import UsageError
+from sar_kd.tokenization.backends import encode
+from sar_kd.tokenization.token_table import build_token_table
+from sar_kd.tokenization.tokenizer_pair import TokenizerPair
+
+KINDS = ("byte", "sp", "dummy_prefix")
+PAIRS = [(student, teacher) for student in KINDS for teacher in KINDS]
+CROSS = [names for names in PAIRS if names[0] != names[1]]
+END = b"\xff"  # stands for an end-of-text token; no text holds this byte
+STUDENT_LIMIT, TEACHER_LIMIT = 24, 40
+
+
+@pytest.fixture(scope="module")
+def tokenizers(byte_tokenizer, sp_tokenizer, dummy_prefix_tokenizer):
+    return dict(zip(KINDS, (byte_tokenizer, sp_tokenizer, dummy_prefix_tokenizer), strict=True))
+
+
+@pytest.fixture(scope="module")
+def pairs(tokenizers):
+    return {(s, t): _pair(tokenizers[s], tokenizers[t]) for s, t in PAIRS}
+
+
+@pytest.fixture(scope="module")
+def documents(corpus_texts):
+    return [Document(f"text {i}", text) for i, text in enumerate(corpus_texts)]
+
+
+@pytest.fixture(scope="module")
+def corpora(pairs, documents):
+    return {names: Corpus(documents, pair, STUDENT_LIMIT, TEACHER_LIMIT) for names, pair in pairs.items()}
+
+
+def _pair(student, teacher) -> TokenizerPair:
+    return TokenizerPair(student, teacher, student_rows=len(student), teacher_rows=len(teacher))
+
+
+def _side(corpus: Corpus, which: str):
+    """Tokenizer, stream, end token and block ranges of one model."""
+    pair = corpus.pair
+    ranges = [(getattr(b, f"{which}_start"), getattr(b, f"{which}_end")) for b in corpus.blocks]
+    return getattr(pair, which), getattr(corpus.text, which), getattr(pair, f"{which}_end"), ranges
+
+
+def _text_of_blocks(corpus: Corpus, which: str) -> list[bytes]:
+    """What each block says in the tokens of one model, without the spaces that tokenizers put before a text."""
+    tokenizer, stream, end_id, ranges = _side(corpus, which)
+    pieces = build_token_table(tokenizer, len(tokenizer)).pieces
+    dummy = stream.has_dummy
+
+    def said(i):
+        return END if stream.ids[i] == end_id else pieces[stream.ids[i]][int(dummy[i]) :]
+
+    return [b"".join(said(i) for i in range(start, end)) for start, end in ranges]
+
+
+# Streams and blocks
+
+
+@pytest.mark.parametrize("names", PAIRS)
+@pytest.mark.parametrize("which", ["student", "teacher"])
+@pytest.mark.parametrize("batch_size", [1, 3, 1000])
+def test_an_epoch_predicts_every_token_of_every_document_once(corpora, documents, names, which, batch_size):
+    corpus = corpora[names]
+    tokenizer, _, end_id, _ = _side(corpus, which)
+    texts = [corpus.pair.canonical(document.text) for document in documents]
+    wanted = [token for ids in encode(tokenizer, texts) for token in (*ids, end_id)]
+    predicted = torch.cat([batch.targets for batch in corpus.token_batches(which, batch_size)])
+    assert predicted.tolist() == wanted
+
+
+def test_the_number_of_tokens_is_the_students_and_the_number_of_bytes_the_texts(corpora, documents):
+    corpus = corpora["sp", "byte"]
+    predicted = sum(len(batch.targets) for batch in corpus.token_batches("student", 4))
+    assert corpus.num_tokens == predicted
+    assert corpus.text.num_bytes == sum(len(corpus.pair.canonical(d.text).encode()) for d in documents)
+
+
+@pytest.mark.parametrize("names", CROSS)
+def test_both_models_read_the_same_bytes_in_every_block(corpora, documents, names):
+    corpus = corpora[names]
+    student, teacher = _text_of_blocks(corpus, "student"), _text_of_blocks(corpus, "teacher")
+    assert len(corpus) > 20
+    assert student == teacher
+    whole = b"".join(corpus.pair.canonical(document.text).encode() + END for document in documents)
+    assert b"".join(student) == whole
+
+
+@pytest.mark.parametrize("names", PAIRS)
+@pytest.mark.parametrize("opening", ["", "\n", "\u65e5"])
+def test_no_block_is_longer_than_its_limits(pairs, names, opening):
+    documents = [Document(str(n), opening + "ab" * n) for n in range(1, 40)]
+    corpus = Corpus(documents, pairs[names], STUDENT_LIMIT, TEACHER_LIMIT)
+    for which, limit in (("student", STUDENT_LIMIT), ("teacher", TEACHER_LIMIT)):
+        if which == "student" or corpus.pair.tables is not None:
+            assert max(batch.input_ids.shape[1] for batch in corpus.token_batches(which, 1)) <= limit
+
+
+def test_blocks_are_filled(corpora):
+    lengths = [end - start for start, end in _side(corpora["byte", "byte"], "student")[3]]
+    assert set(lengths[:-1]) == {STUDENT_LIMIT - 1}
+
+
+@pytest.mark.parametrize("names", PAIRS)
+def test_a_block_names_the_documents_that_it_holds_a_part_of(corpora, documents, names):
+    corpus = corpora[names]
+    tokenizer, _, _, ranges = _side(corpus, "student")
+    owners = []
+    for document in documents:
+        (ids,) = encode(tokenizer, [corpus.pair.canonical(document.text)])
+        owners += [document.name] * (len(ids) + 1)
+    for block, (start, end) in enumerate(ranges):
+        assert corpus.documents_of(block) == list(dict.fromkeys(owners[start:end]))
+
+
+def test_text_without_a_common_boundary_names_the_block_size(crossed_pair):
+    with pytest.raises(UsageError, match=r"--block_size 8: .*raise it"):
+        Corpus([Document("ab", "ab" * 50)], crossed_pair, 8, 64)
+
+
+def test_text_whose_common_boundary_is_within_the_block_is_read(crossed_pair):
+    corpus = Corpus([Document("ab", "ababab c " * 5)], crossed_pair, 8, 64)
+    assert _text_of_blocks(corpus, "student") == _text_of_blocks(corpus, "teacher")
+
+
+@pytest.fixture(scope="module")
+def crossed_pair(byte_tokenizer):
+    """ababab is cut into ab|ab|ab by the student and into a|ba|ba|b by the teacher."""
+
+    def merging(pair):
+        definition = json.loads(byte_tokenizer.backend_tokenizer.to_str())
+        vocab = {token: i for token, i in definition["model"]["vocab"].items() if len(token) == 1 or "|" in token}
+        vocab = {token: i for i, token in enumerate([*sorted(vocab, key=vocab.get), "".join(pair)])}
+        definition["model"] |= {"vocab": vocab, "merges": [list(pair)]}
+        tokenizer = Tokenizer.from_str(json.dumps(definition))
+        return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+    return _pair(merging(("a", "b")), merging(("b", "a")))
+
+
+# Batches
+
+
+def test_a_batch_opens_with_the_start_token_and_has_unshifted_labels(corpora):
+    corpus = corpora["sp", "byte"]
+    (batch,) = [batch for i, batch in enumerate(corpus.token_batches("student", 3)) if i == 1]
+    ranges = _side(corpus, "student")[3][3:6]
+    for row, (start, end) in enumerate(ranges):
+        size, ids = end - start, corpus.text.student.ids[start:end].tolist()
+        padding = batch.input_ids.shape[1] - 1 - size
+        assert batch.input_ids[row].tolist() == [1, *ids, *[1] * padding]
+        assert batch.labels[row].tolist() == [IGNORE_INDEX, *ids, *[IGNORE_INDEX] * padding]
+
+
+@pytest.mark.parametrize("names", [("sp", "byte"), ("byte", "byte")])
+def test_rows_and_targets_are_the_shifted_labels(corpora, names):
+    batch = corpora[names].batch([0, 3, 1])
+    for one in (batch.student, batch.teacher):
+        shifted = torch.cat([one.labels[:, 1:], torch.full((3, 1), IGNORE_INDEX)], dim=1).flatten()
+        assert torch.equal(one.rows, (shifted != IGNORE_INDEX).nonzero().squeeze(1))
+        assert torch.equal(one.targets, shifted[one.rows])
+    assert batch.num_target_tokens == len(batch.student.targets)
+
+
+def test_equal_tokenizers_are_aligned_row_by_row(corpora):
+    corpus = corpora["byte", "byte"]
+    batch = corpus.batch([2, 0])
+    every = list(range(batch.num_target_tokens))
+    a = batch.alignment
+    assert a.in_student is a.in_teacher is None
+    assert a.ended.tolist() == [-1] * len(every)
+    assert torch.equal(batch.student.input_ids, batch.teacher.input_ids)
+    assert a.student_rows.tolist() == a.student_chunks.tolist() == a.teacher_chunks.tolist() == every
+    assert torch.equal(a.teacher_rows, batch.student.rows)
+    assert a.strict.all()
+    assert a.num_chunks == len(every)
+    # The position that has read a token is the one behind the row that predicts it.
+    assert torch.equal(a.student_ends, batch.student.rows + 1)
+    assert torch.equal(a.teacher_ends, batch.student.rows + 1)
+
+
+@pytest.mark.parametrize("names", PAIRS)
+def test_every_target_row_is_indexed_within_its_batch(corpora, names):
+    corpus = corpora[names]
+    batch = corpus.batch([5, 0, len(corpus) - 1])
+    a = batch.alignment
+    assert 0 < len(a.student_rows) <= batch.num_target_tokens
+    assert a.student_rows.max() < batch.num_target_tokens
+    assert len(a.student_chunks) == batch.num_target_tokens
+    assert len(a.teacher_chunks) == len(batch.teacher.targets)
+    assert set(a.teacher_rows.tolist()) <= set(batch.teacher.rows.tolist())
+    assert a.student_ends.max() < batch.student.input_ids.numel()
+    assert a.teacher_ends.max() < batch.teacher.input_ids.numel()
+
+
+@pytest.mark.parametrize("names", [("sp", "byte"), ("byte", "byte")])
+def test_moving_a_batch_moves_every_tensor_in_it(corpora, names):
+    batch = corpora[names].batch([0, 1])
+    moved = batch.to(torch.device("meta"))
+
+    def tensors(record):
+        values = vars(record).values()
+        inner = [tensor for value in values if dataclasses.is_dataclass(value) for tensor in tensors(value)]
+        return [value for value in values if isinstance(value, torch.Tensor)] + inner
+
+    assert len(tensors(moved)) == len(tensors(batch)) > 10
+    assert {tensor.device.type for tensor in tensors(moved)} == {"meta"}
+    assert moved.blocks == batch.blocks == (0, 1)
+
+
+# Order
+
+
+def _order(corpus: Corpus, steps, batch_size=1, accum_steps=1, seed=0) -> list[int]:
+    windows = [corpus.micro_batches(step, batch_size, accum_steps, seed) for step in steps]
+    return [block for window in windows for batch in window for block in batch.blocks]
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_every_epoch_is_a_permutation_of_the_blocks(corpora, epoch):
+    corpus = corpora["sp", "byte"]
+    size = len(corpus)
+    assert sorted(_order(corpus, range(epoch * size, (epoch + 1) * size))) == list(range(size))
+
+
+def test_epochs_and_seeds_are_ordered_differently(corpora):
+    corpus = corpora["sp", "byte"]
+    size = len(corpus)
+    orders = [_order(corpus, range(size)), _order(corpus, range(size, 2 * size)), _order(corpus, range(size), seed=1)]
+    assert len({tuple(order) for order in orders}) == 3
+
+
+def test_the_blocks_of_a_step_do_not_depend_on_the_steps_before_it(pairs, documents, corpora):
+    fresh = Corpus(documents, pairs["sp", "byte"], STUDENT_LIMIT, TEACHER_LIMIT)
+    in_order = _order(corpora["sp", "byte"], range(60), batch_size=2)
+    backwards = [_order(fresh, [step], batch_size=2) for step in reversed(range(60))]
+    assert [block for blocks in reversed(backwards) for block in blocks] == in_order
+
+
+@pytest.mark.parametrize(("batch_size", "accum_steps"), [(4, 1), (2, 2), (1, 4)])
+def test_the_blocks_of_a_step_do_not_depend_on_how_its_window_is_split(corpora, batch_size, accum_steps):
+    corpus = corpora["sp", "byte"]
+    wanted = _order(corpus, range(4 * 30))
+    assert _order(corpus, range(30), batch_size, accum_steps) == wanted
+    assert len(corpus.micro_batches(0, batch_size, accum_steps, 0)) == accum_steps
+
+
+# Documents that are not like the others
+
+
+@pytest.mark.parametrize("names", CROSS)
+@pytest.mark.parametrize("text", ["x", " ", "\n", "\U0001f600", "\U0001f600\U0001f468\u200d\U0001f469", "\u65e5"])
+def test_the_smallest_documents_are_read(pairs, names, text):
+    corpus = Corpus([Document("small", text)], pairs[names], 24, 40)
+    assert corpus.text.left_out == []
+    assert _text_of_blocks(corpus, "student") == [text.encode() + END]
+    assert len(corpus.batch([0]).student.targets) == corpus.num_tokens
+
+
+@pytest.mark.parametrize("names", PAIRS)
+@pytest.mark.parametrize("bad", ["", "half a pair: \ud83d"])
+def test_a_document_that_no_tokenizer_can_hold_is_left_out_by_name(pairs, names, bad):
+    corpus = Corpus([Document("a", "first"), Document("bad", bad), Document("b", "last")], pairs[names], 24, 40)
+    assert corpus.text.left_out == ["bad"]
+    assert corpus.text.names == ["a", "b"]
+    assert corpus.documents_of(0) == ["a", "b"]
+    assert corpus.text.num_bytes == len("firstlast")
+
+
+def test_a_document_that_one_tokenizer_changes_is_left_out_by_name(byte_tokenizer, sp_tokenizer):
+    definition = json.loads(byte_tokenizer.backend_tokenizer.to_str())
+    definition["normalizer"] = {"type": "Replace", "pattern": {"String": "colour"}, "content": "color"}
+    american = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(definition)), eos_token="<|endoftext|>"
+    )
+    documents = [Document("uk", "the colour of"), Document("us", "the color of")]
+    corpus = Corpus(documents, _pair(sp_tokenizer, american), 24, 40)
+    assert corpus.text.left_out == ["uk"]
+    assert corpus.text.num_bytes == len("the color of")
+
+
+@pytest.mark.parametrize("names", [("sp", "byte"), ("byte", "sp")])
+def test_both_models_read_the_canonical_text(pairs, names):
+    corpus = Corpus([Document("a", "one\u2581two")], pairs[names], 24, 40)
+    assert corpus.text.left_out == []
+    assert _text_of_blocks(corpus, "student") == _text_of_blocks(corpus, "teacher") == [b"one two" + END]
+
+
+@pytest.mark.parametrize("names", PAIRS)
+def test_a_corpus_without_a_document_that_can_be_read_is_a_usage_error(pairs, names):
+    with pytest.raises(UsageError, match=r"no document holds text.*\(a, b\)"):
+        Corpus([Document("a", ""), Document("b", "\ud800")], pairs[names], 24, 40)
+
+
+# Files
+
+
+def _load(*paths, **settings) -> tuple[list[Document], list[Document]]:
+    return load_documents(DataConfig(train_file=tuple(map(str, paths)), **settings))
+
+
+LINES = [{"text": f"line {n}\nof text", "body": f"body {n}"} for n in range(40)]
+
+
+@pytest.fixture
+def files(tmp_path):
+    rows = "\n".join(json.dumps(row) for row in LINES)
+    (tmp_path / "a.txt").write_text("caf\u00e9\n" * 100, encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text(rows + "\n\n", encoding="utf-8")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
+    return tmp_path
+
+
+def test_a_text_file_is_one_document(files):
+    train, validation = _load(files / "a.txt", validation_file=(str(files / "a.txt"),))
+    assert train == validation == [Document("a.txt", "caf\u00e9\n" * 100)]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("text_field", ["text", "body"])
+def test_every_line_of_a_jsonl_file_is_a_document(files, name, text_field):
+    train, _ = _load(files / name, validation_file=(str(files / "a.txt"),), text_field=text_field)
+    assert train == [Document(f"{name}:{n}", row[text_field]) for n, row in enumerate(LINES, 1)]
+
+
+def test_several_files_are_read_in_the_order_given(files):
+    train, _ = _load(files / "a.jsonl", files / "a.txt", validation_file=(str(files / "a.txt"),))
+    assert [train[0].name, train[-1].name] == ["a.jsonl:1", "a.txt"]
+
+
+def test_lines_without_content_are_no_documents(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n\n{"text": " \\n"}\n{"text": ""}\n{"text": "five"}\n')
+    train, _ = _load(path, validation_file=(str(path),))
+    assert [document.name for document in train] == ["a.jsonl:1", "a.jsonl:5"]
+
+
+ROW = json.dumps({"text": "a" * 90}).encode() + b"\n"
+TORN = gzip.compress(ROW * 50)
+BAD_FILES = {
+    "missing": ("a.txt", None, "--train_file {path}: cannot be read .*No such file"),
+    "wrong extension": ("a.csv", b"a,b", r"--train_file {path}: must be a .txt, .jsonl or .jsonl.gz file"),
+    "compressed text": ("a.txt.gz", b"", r"--train_file {path}: must be a .txt, .jsonl or .jsonl.gz file"),
+    "no extension": ("text", b"words", r"--train_file {path}: must be a .txt, .jsonl or .jsonl.gz file"),
+    "not UTF-8": ("a.txt", b"caf\xe9", r"--train_file {path}: is not UTF-8 text \(byte 3\); convert it first"),
+    "not UTF-8 late": (
+        "a.jsonl",
+        ROW * 200 + b"\xe9\n",
+        rf"--train_file {{path}}: is not UTF-8 .*\b(line 201|{200 * len(ROW)})\b",
+    ),
+    "not JSON": ("a.jsonl", ROW + b"{'text': 1}\n", "--train_file {path}: line 2 is not JSON"),
+    "no such field": ("a.jsonl", b'{"body": "b", "id": 3}', r"--text_field text: line 1 of {path} .*has: body, id"),
+    "no text": ("a.jsonl", b'{"text": 3}', "--text_field text: line 1 of {path} has no such text"),
+    "a list": ("a.jsonl", b"[1]", "--text_field text: line 1 of {path} .*has: list"),
+    "empty": ("a.txt", b"", "--train_file {path}: holds no text"),
+    "only spaces": ("a.txt", b" \n\n", "--train_file {path}: holds no text"),
+    "empty lines": ("a.jsonl", b"\n\n", "--train_file {path}: holds no text"),
+    "not gzip": ("a.jsonl.gz", ROW, "--train_file {path}: cannot be read .*gzip"),
+    "cut short": ("a.jsonl.gz", TORN[: len(TORN) // 2], "--train_file {path}: .*before the end-of-stream"),
+    "damaged": ("a.jsonl.gz", TORN[:20] + b"\xff" * 20 + TORN[40:], "--train_file {path}: "),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_file_that_cannot_be_read_is_one_clear_line(tmp_path, case):
+    name, content, message = BAD_FILES[case]
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UsageError, match=message.format(path=path)) as error:
+        _load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_bad_validation_file_is_named_by_its_own_flag(files):
+    missing = files / "b.txt"
+    with pytest.raises(UsageError, match=f"--validation_file {missing}: cannot be read"):
+        _load(files / "a.txt", validation_file=(str(missing),))
+
+
+# Held-out text
+
+SOURCES = {
+    "one file of lines": ["word word\n" * 500],
+    "one line": ["word " * 1000],
+    "a title and one line": ["Title\n" + "word " * 1000],
+    "many documents": ["word word\n" * 20] * 60,
+    "a few documents": ["word word\n" * 100] * 3,
+    "a small document last": ["word\n" * 2000, "end of it"],
+    "a large document last": ["word\n" * 20] * 5 + ["word\n" * 4000],
+    "a large document before small ones": ["word\n" * 4000, *["word\n"] * 4],
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_about_a_twentieth_of_the_text_is_held_out(tmp_path, source):
+    texts = SOURCES[source]
+    if len(texts) == 1:
+        path = tmp_path / "a.txt"
+        path.write_text(texts[0])
+    else:
+        path = tmp_path / "a.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    train, validation = _load(path)
+    held_out = sum(len(document.text) for document in validation)
+    assert 0.02 < held_out / sum(map(len, texts)) < 0.12
+    assert "".join(document.text for document in train + validation) == "".join(texts)
+    assert all(document.text for document in train + validation)
+
+
+def test_held_out_and_training_documents_have_different_names(files):
+    for name in ("a.txt", "a.jsonl"):
+        train, validation = _load(files / name)
+        assert not {document.name for document in train} & {document.name for document in validation}
+
+
+def test_text_of_a_few_characters_is_still_split(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("tiny text")
+    train, validation = _load(path)
+    assert train[0].text
+    assert validation[0].text
+
+
+# The datasets package
+
+
+def test_a_dataset_without_the_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UsageError, match="--dataset_name wikitext: needs `pip install datasets`"):
+        load_documents(DataConfig(dataset_name="wikitext"))
+
+
+class _Split(dict):
+    @property
+    def column_names(self):
+        return list(self)
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """serve(answer): make `datasets.load_dataset` give that, or raise it."""
+
+    def install(answer):
+        def load_dataset(name, configuration):
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+
+    return install
+
+
+def test_a_dataset_gives_its_own_splits(serve):
+    serve({"train": _Split(text=["a", "", None, " ", "b"]), "validation": _Split(text=["c"])})
+    train, validation = load_documents(DataConfig(dataset_name="x"))
+    assert train == [Document("train:0", "a"), Document("train:4", "b")]
+    assert validation == [Document("validation:0", "c")]
+
+
+def test_a_dataset_without_a_validation_split_has_text_held_out(serve):
+    serve({"train": _Split(text=["word word\n" * 20] * 60)})
+    train, validation = load_documents(DataConfig(dataset_name="x"))
+    assert len(train) + len(validation) == 60
+    assert len(validation) == 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (FileNotFoundError("no\nsuch"), r"--dataset_name x: cannot be loaded \(no\)"),
+        (ValueError("unknown configuration"), r"--dataset_name x: cannot be loaded \(unknown configuration\)"),
+        ({"test": _Split(text=["a"])}, "--dataset_name x: has no 'train' split .*test"),
+        ({"train": _Split(body=["a"])}, "--text_field text: .*body"),
+    ],
+)
+def test_a_dataset_that_cannot_be_used_is_one_clear_line(serve, answer, message):
+    serve(answer)
+    with pytest.raises(UsageError, match=message):
+        load_documents(DataConfig(dataset_name="x"))
+
+
+# The embedded text
+
+
+@pytest.fixture(scope="module")
+def embedded_text():
+    return dict(zip(embedded.SPLITS, embedded.read_text(*embedded.SPLITS), strict=True))
+
+
+def test_every_embedded_document_stands_in_the_split_of_its_name(embedded_text):
+    for split, texts in embedded_text.items():
+        assert {embedded.split_of(name) for name in texts} == {split}
+
+
+def test_no_embedded_text_stands_in_two_splits(embedded_text):
+    splits = [set(texts.values()) for texts in embedded_text.values()]
+    assert len(set.union(*splits)) == sum(map(len, splits))
+
+
+def test_the_split_of_a_name_never_changes():
+    names = {"topic:class": "teacher", "topic:if": "transfer", "topic:lambda": "validation", "argparse.py": "transfer"}
+    assert {name: embedded.split_of(name) for name in names} == names
+
+
+def test_splits_have_the_shares_that_are_promised(embedded_text):
+    count = sum(map(len, embedded_text.values()))
+    ends = [0.0, *embedded.SPLITS.values()]
+    for texts, low, high in zip(embedded_text.values(), ends, ends[1:], strict=False):
+        assert len(texts) / count == pytest.approx(high - low, abs=0.02)
+        assert sum(len(text.encode()) for text in texts.values()) > 40_000
+
+
+def test_the_embedded_text_is_what_a_run_without_text_reads(embedded_text, monkeypatch):
+    everything = [item for texts in embedded_text.values() for item in texts.items()]
+    monkeypatch.setattr(embedded, "_documents", lambda: iter(everything))
+    train, validation = load_documents(DataConfig())
+    assert dict(train) == embedded_text["transfer"]
+    assert dict(validation) == embedded_text["validation"]
+
+
+def test_an_interpreter_without_topics_still_has_text(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    assert list(embedded._topics()) == []
+
+
+@pytest.mark.parametrize("line", ['{"text": "a", "n": ' + "9" * 5000 + "}", "[" * 100_000])
+def test_json_beyond_what_python_reads_is_one_clear_line(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_text(line)
+    with pytest.raises(UsageError, match=r"line 1 is not JSON \(") as error:
+        _load(path)
+    assert "\n" not in str(error.value)
+
+
+class _FakeDatasets(types.ModuleType):
+    def __init__(self, rows):
+        super().__init__("datasets")
+        self.rows = rows
+
+    def load_dataset(self, name, configuration):
+        return {"train": _FakeSplit({"text": self.rows})}
+
+
+class _FakeSplit(dict):
+    @property
+    def column_names(self):
+        return list(self)
+
+
+@pytest.mark.parametrize(("rows", "message"), [(["", None, " "], "holds no text"), ([1, 2], "holds no text")])
+def test_a_dataset_without_text_is_one_clear_line(monkeypatch, rows, message):
+    monkeypatch.setitem(sys.modules, "datasets", _FakeDatasets(rows))
+    with pytest.raises(UsageError, match=message):
+        load_documents(DataConfig(dataset_name="d"))

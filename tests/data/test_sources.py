@@ -1,0 +1,172 @@
+"""Large text is read as small text is: the same documents, the same part held out, each read when it is its turn."""
+
+import gzip
+import json
+import os
+
+import pytest
+
+from sar_kd.config.sections import DataConfig
+from sar_kd.data import samples, sources
+from sar_kd.data.samples import Document, LongDocument
+from sar_kd.data.sources import Documents, load_documents
+from sar_kd.errors import UsageError
+
+ROWS = [{"text": f"line {n}\nof text \U0001f600 {'word ' * (n % 7)}"} for n in range(300)]
+TALKS = [{"prompt": f"question {n}", "completion": "an answer " * (1 + n % 3)} for n in range(80)]
+
+
+@pytest.fixture
+def files(tmp_path):
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS)
+    (tmp_path / "rows.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in TALKS), encoding="utf-8")
+    (tmp_path / "lines.txt").write_bytes("\ufeffcaf\u00e9 and tea\r\nsecond \u65e5\u672c line\r\r\n".encode() * 400)
+    (tmp_path / "line.txt").write_text("na\u00efve words, one after the other " * 300, encoding="utf-8")
+    return tmp_path
+
+
+def _load(*paths, **settings):
+    return load_documents(DataConfig(train_file=tuple(map(str, paths)), **settings))
+
+
+def _texts(samples) -> list[tuple[str, str]]:
+    return [(s.name, s.text if hasattr(s, "text") else "".join(s.chunks())) for s in samples]
+
+
+@pytest.fixture
+def small_is_large(monkeypatch):
+    """Let the limits be so low that every file here is large."""
+    monkeypatch.setattr(sources, "LARGE", 500)
+    monkeypatch.setattr(samples, "LONG", 500)
+    monkeypatch.setattr(samples, "CHUNK", 333)
+
+
+SOURCES = [
+    ("rows.jsonl",), ("rows.jsonl.gz",), ("talks.jsonl",), ("lines.txt",), ("line.txt",),
+    ("line.txt", "rows.jsonl"), ("rows.jsonl", "lines.txt"), ("rows.jsonl", "talks.jsonl"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("names", SOURCES)
+@pytest.mark.parametrize("validates", [False, True])
+def test_a_large_text_is_the_same_documents_as_a_small_one(files, names, validates, monkeypatch, request):
+    more = {"validation_file": (str(files / "line.txt"),)} if validates else {}
+    small = _load(*(files / name for name in names), **more)
+    request.getfixturevalue("small_is_large")
+    large = _load(*(files / name for name in names), **more)
+    assert isinstance(large[0], Documents)
+    assert [_texts(part) for part in large] == [_texts(part) for part in small]
+    assert [_texts(part) for part in large] == [_texts(part) for part in small]  # read once more
+    assert large[0].num_chars == sum(len(text) for _, text in _texts(small[0]))
+    assert large[0].has_conversations == ("talks.jsonl" in names)
+
+
+def test_what_is_large_is_not_held(files, small_is_large):
+    train, _ = _load(files / "lines.txt")
+    (document,) = train
+    assert isinstance(document, LongDocument)
+    assert max(map(len, document.chunks())) <= 333 + 1
+    assert not any(isinstance(value, list | str) and len(value) > 100 for value in vars(train).values())
+
+
+@pytest.mark.parametrize("start", [0, 1, 332, 333, 334, 1000])
+@pytest.mark.parametrize("size", [1, 333, 700])
+def test_a_part_of_a_long_document_is_that_part(files, small_is_large, start, size):
+    (whole,) = samples.read_file("train_file", files / "lines.txt", "text")
+    text = "".join(whole.chunks())
+    assert text == (files / "lines.txt").read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    part = whole.part(start, start + size, "part")
+    assert "".join(part.chunks()) == text[start : start + size]
+    assert "".join(part.part(1, size, "its own").chunks()) == text[start + 1 : start + size]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 1000])
+def test_characters_and_line_ends_survive_any_cut_between_reads(tmp_path, monkeypatch, size):
+    text = "\ufeff\r\n a\u00e9\u65e5\U0001f600\r\r\n\r" * 20
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    monkeypatch.setattr(samples, "CHUNK", max(size, 3))  # a byte order mark comes in one
+    monkeypatch.setattr(samples, "LONG", 1)
+    (document,) = samples.read_file("train_file", tmp_path / "a.txt", "text")
+    assert "".join(document.chunks()) == text[1:].replace("\r\n", "\n")
+
+
+@pytest.mark.parametrize("at", [0, 1, 332, 333, 700, 998])
+@pytest.mark.parametrize("long", [False, True])
+def test_the_byte_that_is_not_utf8_is_named(tmp_path, monkeypatch, at, long):
+    (tmp_path / "a.txt").write_bytes(b"x" * at + b"\xe9" + b"y" * (1000 - at))
+    monkeypatch.setattr(samples, "CHUNK", 333)
+    monkeypatch.setattr(samples, "LONG", 1 if long else 10**6)
+    with pytest.raises(UsageError, match=rf"is not UTF-8 text \(byte {at}\); convert it first"):
+        _load(tmp_path / "a.txt")
+
+
+def test_a_character_cut_off_at_the_end_is_not_utf8(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_bytes(b"x" * 998 + "\u65e5".encode()[:2])
+    monkeypatch.setattr(samples, "CHUNK", 333)
+    with pytest.raises(UsageError, match=r"is not UTF-8 text \(byte 998\)"):
+        _load(tmp_path / "a.txt")
+
+
+def test_a_long_file_of_blanks_holds_no_text(tmp_path, small_is_large):
+    (tmp_path / "a.txt").write_text(" \n\t" * 1000)
+    with pytest.raises(UsageError, match="holds no text"):
+        _load(tmp_path / "a.txt")
+
+
+def test_a_line_beyond_measure_is_refused_by_its_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(samples, "_LONGEST_LINE", 2**20)
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + json.dumps({"text": "b" * 2**20}))
+    with pytest.raises(UsageError, match=r"a.jsonl: line 2 exceeds 1 MB; give it as a .txt file of its own"):
+        _load(tmp_path / "a.jsonl")
+
+
+def test_no_more_is_held_out_than_can_be_measured_often(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_MOST_HELD_OUT", 1000)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{n:09} " * 10}) + "\n" for n in range(5000)))
+    train, validation = _load(tmp_path / "a.jsonl")
+    assert sum(len(document.text) for document in validation) == 1000
+    assert len(train) + len(validation) == 5000
+
+
+@pytest.mark.parametrize("change", ["longer", "same size", "gone"])
+def test_a_file_that_changes_while_it_is_read_is_named(files, small_is_large, change):
+    train, _ = _load(files / "rows.jsonl", files / "line.txt")
+    content = (files / "rows.jsonl").read_bytes()
+    if change == "gone":
+        (files / "rows.jsonl").unlink()
+    else:
+        (files / "rows.jsonl").write_bytes(content * 2 if change == "longer" else content.replace(b"of", b"to"))
+        os.utime(files / "rows.jsonl", ns=(1, 1))
+    with pytest.raises(UsageError, match=r"rows.jsonl: (was changed while it was read; start again|cannot be read)"):
+        list(train)
+
+
+def test_the_digest_of_a_large_text_depends_on_every_text_name_and_part(files, small_is_large):
+    (files / "copy.jsonl").write_bytes((files / "rows.jsonl").read_bytes())
+    (files / "other.jsonl").write_bytes((files / "rows.jsonl").read_bytes().replace(b"of", b"to", 1))
+    held_out = {"validation_file": (str(files / "line.txt"),)}
+    found = [_load(files / name)[0].digest for name in ("rows.jsonl", "copy.jsonl", "other.jsonl", "talks.jsonl")]
+    found += [_load(files / "rows.jsonl", **held_out)[0].digest, _load(files / "lines.txt")[0].digest]
+    assert len(set(found)) == len(found)
+    assert _load(files / "rows.jsonl")[0].digest == found[0]
+
+
+def test_a_dataset_is_read_row_by_row(monkeypatch, small_is_large):
+    import sys
+    from types import SimpleNamespace
+
+    class Rows:
+        column_names = ("text",)
+        most = 0
+
+        def __getitem__(self, name):
+            return (f"row {n} " * 30 for n in range(200))
+
+    rows = Rows()
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *_: {"train": rows}))
+    train, validation = load_documents(DataConfig(dataset_name="x"))
+    assert isinstance(train, Documents)
+    assert len(list(train)) + len(validation) in (200, 201)
+    assert next(iter(train)) == Document("train:0", "row 0 " * 30)

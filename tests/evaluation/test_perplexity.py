@@ -1,0 +1,162 @@
+"""Perplexity read tile by tile: the figure of whole logits in float64, without whole logits."""
+
+import math
+
+import pytest
+import torch
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sar_kd.config.sections import LossConfig
+from sar_kd.data.batch import IGNORE_INDEX, TokenBatch, next_token_targets
+from sar_kd.evaluation.perplexity import evaluate
+from sar_kd.models.lm_head import Heads
+from sar_kd.models.loading import Models
+from sar_kd.preflight.clamp_checks import _saturated_share
+from sar_kd.runtime.precision import Precision
+
+CPU = torch.device("cpu")
+VOCAB, WIDTH = 6000, 16
+ONE_MB = {"workspace_mb": 1}  # tiles of 43 rows
+
+
+def _batch(shape=(4, 33), ragged=True) -> TokenBatch:
+    input_ids = torch.randint(0, VOCAB, shape)
+    labels = input_ids.clone()
+    labels[:, 0] = IGNORE_INDEX
+    if ragged:
+        for row in range(len(labels)):
+            labels[row, 5 + 7 * row :] = IGNORE_INDEX
+    return TokenBatch(input_ids, labels, *next_token_targets(labels))
+
+
+def _llama(**overrides):
+    settings = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24} | overrides
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=VOCAB, hidden_size=WIDTH, tie_word_embeddings=False, **settings)
+    )
+    model.lm_head.weight.data.mul_(30.0)  # logits of a size that a softmax shows
+    return model
+
+
+class _OwnHead(torch.nn.Linear):
+    """Logits in another way than a product."""
+
+    def forward(self, states):
+        return torch.nn.functional.linear(states, self.weight).sin()
+
+
+def _with_own_head():
+    model, head = _llama(), _OwnHead(WIDTH, VOCAB, bias=False)
+    head.weight.data.normal_()
+    model.set_output_embeddings(head)
+    return model
+
+
+MODELS = {
+    "llama": _llama,
+    "tied": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=VOCAB, n_embd=WIDTH, n_layer=1, n_head=2)
+    ),
+    "capped": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(
+            vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=2, head_dim=8,
+            num_key_value_heads=1, intermediate_size=24, final_logit_softcapping=3.0,
+        )
+    ),
+    "own head": _with_own_head,
+}  # fmt: skip
+
+
+@torch.no_grad()
+def _nats(model, batches) -> float:
+    """From the definition, in float64, from whole logits."""
+    nats = 0.0
+    for batch in batches:
+        log_probs = model.double().eval()(input_ids=batch.input_ids, use_cache=False).logits.log_softmax(-1)
+        for row, labels in enumerate(batch.labels):
+            for place in range(1, len(labels)):
+                if labels[place] != IGNORE_INDEX:
+                    nats -= log_probs[row, place - 1, labels[place]].item()
+    return nats
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_nats_of_tiles_are_those_of_whole_logits_in_float64(name):
+    model, batches = MODELS[name](), [_batch(), _batch((2, 60), ragged=False)]
+    found = evaluate(model, batches, 100, Precision(CPU, torch.float32, 1.0), **ONE_MB)
+    assert found.num_tokens == sum(len(batch.targets) for batch in batches)
+    assert found.nats == pytest.approx(_nats(model, batches), rel=2e-6)
+
+
+def test_a_half_teacher_is_read_as_its_own_logits_would_be():
+    model, batch = _llama().half(), _batch()
+    precision = Precision(CPU, torch.float16, 1.0)
+    found = evaluate(model, [batch], 100, precision, **ONE_MB)
+    with torch.no_grad(), precision.autocast():
+        logits = model(input_ids=batch.input_ids, use_cache=False).logits
+    wanted = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1)[batch.rows].double(), batch.targets, reduction="sum"
+    )
+    assert logits.dtype is torch.float16
+    assert found.nats == pytest.approx(wanted.item(), rel=1e-6)
+
+
+class _Largest(TorchDispatchMode):
+    """The most numbers that any tensor had."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.count = max([self.count, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("workspace_mb", [1, 2])
+def test_no_tensor_of_an_evaluation_exceeds_the_workspace_or_the_head(workspace_mb):
+    model, batch, precision = _llama(), _batch((8, 64), ragged=False), Precision(CPU, torch.float32, 1.0)
+    heads = Heads(precision)
+    heads.of(model)
+    with _Largest() as largest:
+        evaluate(model, [batch], 100, precision, heads=heads, workspace_mb=workspace_mb)
+    assert largest.count <= 1.02 * workspace_mb * 2**20 / 4 < len(batch.rows) * VOCAB / 5  # see `tile_rows`
+
+
+def test_a_head_that_is_waited_for_is_called():
+    model, seen = _llama(), []
+    model.lm_head.register_forward_hook(lambda *_: seen.append(1))
+    evaluate(model, [_batch()], 100, Precision(CPU, torch.float32, 1.0))
+    assert len(seen) == 2  # it is tried once
+
+
+def test_a_batch_without_targets_adds_nothing():
+    model, batch = _llama(), _batch()
+    none = TokenBatch(batch.input_ids, batch.labels, batch.rows[:0], batch.targets[:0])
+    precision = Precision(CPU, torch.float32, 1.0)
+    both, one = (evaluate(model, batches, 100, precision).nats for batches in ([batch, none], [batch]))
+    assert both == one
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_one_logit_that_is_not_finite_makes_the_perplexity_nan(value):
+    model = _llama()
+    model.lm_head.weight.data[17] = value
+    assert math.isnan(evaluate(model, [_batch()], 100, Precision(CPU, torch.float32, 1.0), **ONE_MB).perplexity)
+
+
+def test_the_share_of_saturated_logits_is_that_of_whole_logits():
+    model, batch, precision = _llama(), _batch((1, 40)), Precision(CPU, torch.float32, 1.0)
+
+    class Held:
+        def token_batches(self, which, batch_size):
+            yield batch
+
+    loss = LossConfig(logit_clamp=0.7, loss_workspace_mb=1)
+    models = Models(None, model, None, False)
+    with torch.no_grad():
+        logits = model(input_ids=batch.input_ids, use_cache=False).logits
+    wanted = (logits.abs() > 0.7).double().mean().item()
+    assert 0.01 < wanted < 0.99
+    assert _saturated_share(models, Held(), precision, loss, None) == pytest.approx(wanted, abs=1e-4)

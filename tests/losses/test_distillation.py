@@ -1,0 +1,1312 @@
+"""Every kind of distillation on real batches, against the definition written out row by row in float64."""
+
+import dataclasses
+import itertools
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from sar_kd.alignment.batch_alignment import Continuations
+from sar_kd.alignment.segments import cut_stretches
+from sar_kd.config.sections import LossConfig
+from sar_kd.data.batch import StoredRows
+from sar_kd.data.dataset import Corpus
+from sar_kd.data.samples import Document
+from sar_kd.embedded import STUDENT_DIR, TEACHER_DIR, split_of
+from sar_kd.losses.baselines import ChunkLikelihood, HiddenStates, SortedProbabilities, Strict
+from sar_kd.losses.distillation import Outputs, TokenLevel
+from sar_kd.losses.objective import build_distillation
+from sar_kd.losses.projection.joint import Ways, add_other_ways
+from sar_kd.losses.projection.loss import Projected
+from sar_kd.losses.projection.marginals import Fold, read, rich_log_probs
+from sar_kd.tokenization.tokenizer_pair import TokenizerPair
+from tests.helpers.lm_heads import readout_of
+
+DIFFERENT = ["sp_from_byte", "byte_from_sp", "dummy_from_byte", "byte_from_dummy"]
+EQUAL = ["byte_from_byte", "sp_from_sp"]
+EVERY_PAIR = pytest.mark.parametrize("name", DIFFERENT)
+EVERY_DIRECTION = pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
+KINDS = {"projection": Projected, "strict": Strict, "alm": ChunkLikelihood, "uld": SortedProbabilities}
+EVERY_KIND = pytest.mark.parametrize("alignment", [*KINDS, "hidden"])
+EVERY_PAIR_OF_TWO = pytest.mark.parametrize("name", ["sp_from_byte", "byte_from_sp"])
+EVERY_TERM = pytest.mark.parametrize(
+    ("alignment", "direction", "top_k"),
+    [(kind, d, k) for kind in ("projection", "strict") for d in ("forward", "reverse", "jsd") for k in (0, 8)]
+    + [("alm", "forward", 0), ("uld", "forward", 0), ("uld", "forward", 8), ("hidden", "forward", 0)],
+)
+"""What knows neither a direction nor a cut comes once."""
+FIRST_BLOCKS = (0, 17, 33, 48, 60)
+STUDENT_WIDTH, TEACHER_WIDTH = 6, 9
+
+
+@pytest.fixture(scope="module")
+def corpora(byte_tokenizer, sp_tokenizer, dummy_prefix_tokenizer, corpus_texts):
+    """Corpora by "student_from_teacher"; equal tokenizers are aligned all the same."""
+    tokenizers = {"byte": byte_tokenizer, "sp": sp_tokenizer, "dummy": dummy_prefix_tokenizer}
+    documents = [Document(str(number), text) for number, text in enumerate(corpus_texts)]
+    return {name: _corpus(documents, *map(tokenizers.get, name.split("_from_"))) for name in DIFFERENT + EQUAL}
+
+
+def _corpus(documents, student, teacher, aligns=True) -> Corpus:
+    pair = TokenizerPair(student, teacher, student_rows=len(student), teacher_rows=len(teacher), aligns=aligns)
+    return Corpus(documents, pair, 24, 60)
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What both models make of a batch, as logits."""
+
+    student_logits: Tensor
+    teacher_logits: Tensor
+    student_states: Tensor | None = None
+    teacher_states: Tensor | None = None
+
+    def outputs(self) -> Outputs:
+        readouts = map(readout_of, (self.student_logits, self.teacher_logits))
+        return Outputs(*readouts, self.student_states, self.teacher_states)
+
+
+@pytest.fixture(scope="module")
+def make_case(corpora):
+    """make_case(name, ...): a batch with outputs of either model, the same for the same arguments."""
+
+    def make(name, blocks=FIRST_BLOCKS, seed=0, spread=2.0, corpus=None):
+        corpus = corpus or corpora[name]
+        batch = corpus.batch(list(blocks))
+        generator = torch.Generator().manual_seed(seed)
+        sizes = [len(tokenizer) for tokenizer in (corpus.pair.student, corpus.pair.teacher)]
+        places = [ids.numel() for ids in (batch.student.input_ids, batch.teacher.input_ids)]
+        logits = [
+            torch.randn(rows, size, generator=generator) * spread
+            for rows, size in zip((batch.num_target_tokens, places[1]), sizes, strict=True)
+        ]
+        states = [
+            torch.randn(rows, width, generator=generator)
+            for rows, width in zip(places, (STUDENT_WIDTH, TEACHER_WIDTH), strict=True)
+        ]
+        return SimpleNamespace(corpus=corpus, pairing=corpus.pairing, batch=batch, outputs=Given(*logits, *states))
+
+    return make
+
+
+def _cut(case, alignment, limit=10**9):
+    """The case's batch with this alignment, in stretches of at most so many rows."""
+    batch, pairing = case.batch, case.pairing
+    richer = pairing.teacher_is_richer
+    stretches = cut_stretches(alignment, batch.num_target_tokens, batch.teacher.rows, richer, limit)
+    return dataclasses.replace(batch, alignment=alignment, stretches=stretches)
+
+
+def _build(case, alignment, **settings):
+    config = LossConfig(**({"temperature": 1.0, "logit_clamp_style": "off"} | settings))
+    if alignment == "token":
+        return TokenLevel(config, case.pairing)
+    if alignment != "hidden":
+        return KINDS[alignment](config, case.pairing)
+    torch.manual_seed(5)
+    return HiddenStates(config, case.pairing, STUDENT_WIDTH, TEACHER_WIDTH)
+
+
+def _learned(case, alignment, **settings):
+    """What is learned, and the gradient on the student's logits, or on its states."""
+    return _learned_by(_build(case, alignment, **settings), case)
+
+
+def _learned_by(term, case):
+    logits, states = (x.clone().requires_grad_() for x in (case.outputs.student_logits, case.outputs.student_states))
+    given = dataclasses.replace(case.outputs, student_logits=logits, student_states=states)
+    learned = term(case.batch, given.outputs())
+    if learned.loss.requires_grad:
+        learned.loss.backward()
+    leaf = states if term.needs_states else logits
+    return learned, torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
+def _assert_matches(case, alignment, naive, **settings):
+    learned, grad = _learned(case, alignment, **settings)
+    leaf = case.outputs.student_logits.double().requires_grad_()
+    wanted = naive(leaf)
+    wanted.backward()
+    assert wanted > 0.1
+    torch.testing.assert_close(learned.loss.double(), wanted.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(learned.raw.double(), wanted.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad.double(), leaf.grad, rtol=1e-4, atol=1e-5)
+    assert not learned.raw.requires_grad
+
+
+# The definitions
+
+
+def _divergence(p: Tensor, t: Tensor, direction: str, beta: float = 0.5, floor: float = -math.inf) -> Tensor:
+    """Of two rows of probabilities."""
+
+    def kl(a, b):
+        a, b = a[a > 0], b[a > 0]
+        return (a * (a.log().clamp_min(floor) - b.log().clamp_min(floor))).sum()
+
+    if direction == "jsd":
+        m = beta * t + (1 - beta) * p
+        return beta * kl(t, m) + (1 - beta) * kl(p, m)
+    return kl(t, p) if direction == "forward" else kl(p, t)
+
+
+def _weights(row: Tensor, temperature: float) -> Tensor:
+    """Unnormalised probabilities."""
+    return ((row - row.detach().max()) / temperature).exp()
+
+
+def _told(row: Tensor, top_k: int) -> Tensor:
+    """Which tokens of the teacher's row take part."""
+    told = torch.zeros(len(row), dtype=torch.bool)
+    told[row.topk(top_k or len(row)).indices] = True
+    return told
+
+
+def _sums(weights: Tensor, tokens: Tensor, outcomes: Tensor, count: int) -> Tensor:
+    return weights.new_zeros(count).index_add(0, outcomes, weights[tokens])
+
+
+def _naive_projected(case, student: Tensor, temperature=1.0, top_k=0, **kind) -> Tensor:
+    """What the richer side goes on with where the poorer starts a token; and what both start, by all ways to it.
+
+    Of a teacher cut to its top k the others are one outcome more, or what ends a token. How it would go on is told by
+    a row of which it says at least as much as it leaves unsaid.
+    """
+    alignment, classes, is_richer = case.batch.alignment, case.pairing.open_classes, case.pairing.teacher_is_richer
+    total, going_on, is_cut = student.new_zeros(()), {}, 0 < top_k < case.outputs.teacher_logits.shape[1]
+    whole = [_weights(row, temperature) for row in case.outputs.teacher_logits.double()]
+    teacher = [row * _told(row, top_k) for row in whole]
+    rests = [(row - told).sum() if is_cut else row.new_zeros(()) for row, told in zip(whole, teacher, strict=True)]
+    student = [_weights(row, temperature) for row in student]
+    sound = case.outputs.teacher_logits.isfinite().all(1).tolist()
+
+    def compared(p, t, counts):
+        if is_cut and kind["direction"] == "reverse":
+            p = torch.where(t > 0, p, 0.0)
+        counts = counts and p.sum() > 0 and t.sum() > 0
+        return _divergence(p / p.sum(), t / t.sum(), **kind) if counts else 0.0
+
+    for rows, teacher_is_rich in ((alignment.in_student, False), (alignment.in_teacher, True)):
+        rich_side, poor_side = (teacher, student) if teacher_is_rich else (student, teacher)
+        can_end, num_going_on = _can_end(rows), len(rows.poor_rows)
+        for row, rich_row in enumerate(rows.rich_rows.tolist()):
+            (own,) = (rows.outcome_rows == row).nonzero(as_tuple=True)
+            first, count = own.min(), len(own)
+            _, tokens, outcomes = rows.rich_entries[:, rows.rich_entries[0] == row]
+            rich = _sums(rich_side[rich_row], tokens, outcomes - first, count)
+            says_little = teacher_is_rich and (rich.sum() < rests[rich_row] or rich.sum() == 0)
+            if says_little:  # as if it ended
+                rich = torch.arange(count).eq(count - 1).to(rich)
+            rich = rich / rich.sum()
+            if teacher_is_rich == is_richer:
+                going_on |= dict(zip(own.tolist(), rich, strict=True))
+            if row < num_going_on:
+                poor_row = rows.poor_rows[row].item()
+                _, tokens, outcomes = rows.poor_entries[:, rows.poor_entries[0] == row]
+                poor = _sums(poor_side[poor_row], tokens, outcomes - first, count)
+                if can_end[row] or (teacher_is_rich and kind["direction"] != "reverse"):
+                    ended = poor_side[poor_row].clone()
+                    ended[tokens] = 0.0
+                    others = ended.sum() + (0.0 if teacher_is_rich else rests[poor_row])
+                    poor = torch.where(torch.arange(count) < count - 1, poor, others)
+                poor = poor / poor.sum() if poor.sum() > 0 else poor
+                p, t = (poor, rich) if teacher_is_rich else (rich, poor)
+                total = total + compared(p, t, sound[rich_row if teacher_is_rich else poor_row] and not says_little)
+    richer = alignment.in_teacher if is_richer else alignment.in_student
+    for place, (k, r) in enumerate(zip(alignment.student_rows.tolist(), alignment.teacher_rows.tolist(), strict=True)):
+        ended = alignment.ended[place].item()
+        counts = sound[r] and not (is_richer and ended >= 0 and not sound[richer.rich_rows[ended]])
+        if counts:
+            t = _sums(teacher[r], classes.teacher_tokens, classes.teacher_classes, classes.count)
+            p = _sums(student[k], classes.student_tokens, classes.student_classes, classes.count)
+            rest, sides, rich = rests[r], [p / p.sum(), t / (t.sum() + rests[r])], int(is_richer)
+            rest = rest / (t.sum() + rest)
+            if ended >= 0:
+                end = going_on[richer.ends[ended].item()]
+                sides[rich], rest = sides[rich] * end, rest * end if is_richer else rest
+                _, outcomes, ways = alignment.other_ways[:, alignment.other_ways[0] == place]
+                more = torch.stack([going_on[way] for way in ways.tolist()]) if len(ways) else sides[rich][:0]
+                sides[rich] = sides[rich].index_add(0, outcomes, more)
+            if is_cut:
+                p, t = sides
+                p, t = (torch.cat([x * (t > 0), y[None]]) for x, y in ((p, p[t == 0].sum()), (t, rest)))
+                sides = [p / p.sum(), t / t.sum()]
+            total = total + _divergence(*sides, **kind)
+    return total * temperature**2
+
+
+def _can_end(rows) -> list[bool]:
+    """Of every row, whether the richer side has a token that ends there."""
+    return torch.isin(rows.ends, rows.rich_entries[2]).tolist()
+
+
+def _partners(case) -> dict[int, int]:
+    """Student token by teacher token of the same bytes; of several the one that text becomes, and the ends."""
+    found = []
+    for table in case.pairing.pair.tables:
+        by_bytes = {}
+        for index, piece in enumerate(table.pieces):
+            if piece and (piece not in by_bytes or table.strings[by_bytes[piece]].startswith("<0x")):
+                by_bytes[piece] = index
+        found.append(by_bytes)
+    student, teacher = found
+    ends = [table.end_id for table in case.pairing.pair.tables]
+    return {v: student[piece] for piece, v in teacher.items() if piece in student} | {ends[1]: ends[0]}
+
+
+def _naive_strict(case, student: Tensor, temperature=1.0, top_k=0, **kind) -> Tensor:
+    """Where both write the same token: both softmaxes over the shared tokens among the teacher's top k."""
+    alignment, partners = case.batch.alignment, _partners(case)
+    total = student.new_zeros(())
+    for k, r, strict in zip(alignment.student_rows, alignment.teacher_rows, alignment.strict.tolist(), strict=True):
+        row = case.outputs.teacher_logits[r].double()
+        if strict and row.isfinite().all():
+            weights = _weights(row, temperature) * _told(row, top_k)
+            told = [v for v in _told(row, top_k).nonzero().squeeze(1).tolist() if v in partners]
+            if weights[told].sum() >= 0.1 * weights.sum():
+                p = _weights(student[k], temperature)[[partners[v] for v in told]]
+                total = total + _divergence(p / p.sum(), weights[told] / weights[told].sum(), **kind)
+    return total * temperature**2
+
+
+def _naive_alm(case, student: Tensor, tau=5.0, floor=-math.inf) -> Tensor:
+    """tau * the KL of the two verdicts on each chunk."""
+    alignment, batch = case.batch.alignment, case.batch
+    teacher = case.outputs.teacher_logits[batch.teacher.rows].double()
+    teacher = torch.where(teacher.isfinite().all(1, keepdim=True), teacher, math.nan)
+    sides = [
+        [logits.log_softmax(-1)[row, y] for row, y in enumerate(tokens.targets.tolist())]
+        for logits, tokens in ((student, batch.student), (teacher, batch.teacher))
+    ]
+    total = student.new_zeros(())
+    for chunk in range(alignment.num_chunks):
+        said = sum(sides[0][i].clamp_min(floor) for i in (alignment.student_chunks == chunk).nonzero())
+        told = sum(sides[1][i] for i in (alignment.teacher_chunks == chunk).nonzero())
+        if told.isfinite():
+            a, b = told / tau - 1e-6, said / tau - 1e-6
+            p, q = a.exp(), b.exp()
+            total = total + tau * (p * (a - b) + (1 - p) * ((1 - p).log() - (1 - q).log()))
+    return total
+
+
+@EVERY_DIRECTION
+@pytest.mark.parametrize(("name", "temperature"), [(name, 2.0) for name in DIFFERENT] + [("sp_from_byte", 1.0)])
+def test_the_projection_matches_its_definition(make_case, name, direction, temperature):
+    case = make_case(name)
+    assert len(case.batch.alignment.student_rows) > 30
+    assert min(len(rows.ends) for rows in (case.batch.alignment.in_teacher, case.batch.alignment.in_student)) > 1
+    assert min(case.batch.alignment.other_ways.shape[1], int((case.batch.alignment.ended >= 0).sum())) > 10
+    settings = {"temperature": temperature, "kd_direction": direction}
+    _assert_matches(
+        case, "projection", lambda z: _naive_projected(case, z, temperature, direction=direction), **settings
+    )
+
+
+@EVERY_PAIR_OF_TWO
+@EVERY_DIRECTION
+@pytest.mark.parametrize("top_k", [0, 8])
+def test_strict_matches_its_definition(make_case, name, direction, top_k):
+    case, settings = make_case(name), {"temperature": 2.0, "kd_direction": direction, "teacher_top_k": top_k}
+    assert 10 < case.batch.alignment.strict.sum() < len(case.batch.alignment.strict)
+    _assert_matches(case, "strict", lambda z: _naive_strict(case, z, 2.0, top_k, direction=direction), **settings)
+
+
+@pytest.mark.parametrize(("name", "tau"), [(name, 5.0) for name in DIFFERENT] + [("sp_from_byte", 1.0)])
+def test_chunk_likelihood_matches_its_definition(make_case, name, tau):
+    case = make_case(name)
+    assert case.batch.alignment.num_chunks < len(case.batch.alignment.student_chunks)
+    _assert_matches(case, "alm", lambda z: _naive_alm(case, z, tau), alm_tau=tau)
+
+
+@EVERY_DIRECTION
+@pytest.mark.parametrize(("name", "top_k"), [("byte_from_byte", 0), ("byte_from_byte", 8), ("sp_from_sp", 0)])
+def test_the_token_level_divergence_matches_its_definition(make_case, name, direction, top_k):
+    case = make_case(name)
+
+    def naive(student):
+        total = student.new_zeros(())
+        for z, y in zip(student, case.outputs.teacher_logits[case.batch.teacher.rows].double(), strict=True):
+            told = _told(y, top_k)
+            sides = [(x / 2.0).softmax(-1) for x in (z, y)]
+            total = total + _divergence(*(torch.cat([x[told], x[~told].sum()[None]]) for x in sides), direction)
+        return 4.0 * total
+
+    _assert_matches(case, "token", naive, temperature=2.0, kd_direction=direction, teacher_top_k=top_k)
+
+
+@EVERY_PAIR
+def test_sorted_probabilities_match_their_definition_where_both_start_a_token(make_case, name):
+    case = make_case(name)
+    alignment, teacher = case.batch.alignment, case.outputs.teacher_logits.double()
+
+    def naive(student):
+        total = student.new_zeros(())
+        for k, r in zip(alignment.student_rows, alignment.teacher_rows, strict=True):
+            p, t = ((row / 2.0).softmax(-1).sort(descending=True).values[:200] for row in (student[k], teacher[r]))
+            total = total + (p - t).abs().sum()
+        return total
+
+    _assert_matches(case, "uld", naive, temperature=2.0)
+
+
+@EVERY_PAIR
+def test_hidden_states_match_their_definition_at_the_ends_of_chunks(make_case, name):
+    case = make_case(name)
+    learned, grad = _learned(case, "hidden")
+    weight = _build(case, "hidden").projection.weight.detach().double()
+    alignment, outputs = case.batch.alignment, case.outputs
+    states = outputs.student_states.double().requires_grad_()
+    total = states.new_zeros(())
+    for s, t in zip(alignment.student_ends, alignment.teacher_ends, strict=True):
+        wanted = outputs.teacher_states[t].double()
+        total = total + ((weight @ states[s] - wanted) ** 2).sum() / (wanted**2).sum()
+    total.backward()
+    torch.testing.assert_close(learned.loss.double(), total.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad.double(), states.grad, rtol=1e-4, atol=1e-5)
+
+
+# What takes part, by the bytes of the text
+
+
+def _starts(case, side: str) -> list[tuple[int, int, int]]:
+    """Block, first byte and id of each token that a side predicts, in the order of its rows."""
+    tokens, table = getattr(case.batch, side), case.pairing.pair.tables[side == "teacher"]
+    found, at, block = [], 0, -1
+    for row, y in zip(tokens.rows.tolist(), tokens.targets.tolist(), strict=True):
+        at, block = (at, block) if row // tokens.input_ids.shape[1] == block else (0, row // tokens.input_ids.shape[1])
+        found.append((block, at, y))
+        at += max(1, len(table.pieces[y]))
+    return found
+
+
+@EVERY_PAIR_OF_TWO
+def test_an_open_row_is_where_both_start_a_token_and_the_rows_predict_those_tokens(make_case, name):
+    case = make_case(name)
+    student, teacher = _starts(case, "student"), _starts(case, "teacher")
+    place_of = {r: i for i, r in enumerate(case.batch.teacher.rows.tolist())}
+    met = {place[:2] for place in student} & {place[:2] for place in teacher}
+    alignment = case.batch.alignment
+    pairs = list(zip(alignment.student_rows.tolist(), alignment.teacher_rows.tolist(), strict=True))
+    assert {student[k][:2] for k, _ in pairs} == met
+    assert all(student[k][:2] == teacher[place_of[r]][:2] for k, r in pairs)
+
+
+def _rows_that_ended(case, rich: int, first: int) -> list[int]:
+    """The poorer side's row of each continuation that does not go on, one for an open row; the richer side's only."""
+    found = case.batch.alignment
+    if case.pairing.teacher_is_richer != rich:
+        return []
+    places = (found.ended >= 0).nonzero().squeeze(1)
+    assert found.ended[places].sort().values.tolist() == list(range(first, first + len(places)))
+    rows = found.student_rows if rich else found.teacher_rows
+    return rows[places[found.ended[places].argsort()]].tolist()
+
+
+@EVERY_PAIR_OF_TWO
+@pytest.mark.parametrize("rich", [0, 1], ids=["in_student", "in_teacher"])
+def test_a_continuation_is_conditioned_on_exactly_the_bytes_that_are_written(make_case, name, rich):
+    case = make_case(name)
+    sides, tables = (_starts(case, "student"), _starts(case, "teacher")), case.pairing.pair.tables
+    place_of = {r: i for i, r in enumerate(case.batch.teacher.rows.tolist())}
+    rows = (case.batch.alignment.in_student, case.batch.alignment.in_teacher)[rich]
+    assert len(rows.ends) > 1
+    num_going_on, can_end = len(rows.poor_rows), _can_end(rows)
+    assert can_end[:num_going_on] == rows.can_end.tolist()
+    assert (rows.outcome_rows < num_going_on).sum() == rows.num_going_on
+    poor_rows = rows.poor_rows.tolist() + _rows_that_ended(case, rich, num_going_on)
+    for row, pair in enumerate(zip(rows.rich_rows.tolist(), poor_rows, strict=True)):
+        own, begun = (
+            sides[side][k if side == 0 else place_of[k]] for side, k in zip((rich, 1 - rich), pair, strict=True)
+        )
+        prefix = tables[rich].pieces[own[2]][: begun[1] - own[1]]
+        assert own[0] == begun[0]
+        last_byte = own[1] + len(tables[rich].pieces[own[2]])
+        assert own[1] < begun[1] < last_byte if row < num_going_on else begun[1] == last_byte
+        _, tokens, outcomes = rows.rich_entries[:, rows.rich_entries[0] == row]
+        last = outcomes == rows.ends[row]
+        assert all(tables[rich].pieces[v] == prefix for v in tokens[last].tolist())
+        going_on = [tables[rich].pieces[v] for v in tokens[~last].tolist()]
+        assert all(piece.startswith(prefix) and len(piece) > len(prefix) for piece in going_on)
+        assert can_end[row] == last.any() == (prefix in tables[rich].pieces)
+        assert own[2] in tokens or case.pairing.teacher_is_richer != rich or begun[1] > own[1]
+
+
+# Equal tokenizers
+
+
+def _silenced(case, *partnerless: list[int]):
+    """The case in which either side gives some of its tokens no probability."""
+    outputs = case.outputs
+    student, teacher = outputs.student_logits.clone(), outputs.teacher_logits.clone()
+    for logits, tokens in zip((student, teacher), partnerless, strict=True):
+        logits[:, tokens] = -1e4
+    outputs = dataclasses.replace(outputs, student_logits=student, teacher_logits=teacher)
+    return SimpleNamespace(**{**vars(case), "outputs": outputs})
+
+
+def _assert_same(case, alignment, other, order=None, rows=slice(None), **settings):
+    """Two terms teach the same, to 1e-6 of a nat for each token."""
+    count = case.batch.num_target_tokens
+    learned, grad = _learned(case, alignment, **settings)
+    wanted, wanted_grad = _learned(other, "token", **settings)
+    assert wanted.loss > 0.1
+    torch.testing.assert_close(learned.loss / count, wanted.loss / count, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(learned.raw / count, wanted.raw / count, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(grad, wanted_grad if order is None else wanted_grad[:, order], rtol=1e-5, atol=1e-6)
+
+
+@EVERY_DIRECTION
+@pytest.mark.parametrize(
+    ("name", "style"), [(EQUAL[0], "off"), (EQUAL[1], "off"), (EQUAL[0], "normalized"), (EQUAL[1], "raw")]
+)
+def test_with_equal_tokenizers_the_projection_is_the_token_level_divergence(make_case, name, direction, style):
+    case = make_case(name)
+    settings = {"temperature": 2.0, "kd_direction": direction, "logit_clamp_style": style, "logit_clamp": 3.0}
+    _assert_same(case, "projection", case, **settings)
+
+
+@EVERY_DIRECTION
+@pytest.mark.parametrize("name", EQUAL)
+def test_with_equal_tokenizers_strict_is_the_token_level_divergence(make_case, name, direction):
+    case = make_case(name)
+    (partnerless,) = (case.pairing.same_token < 0).nonzero(as_tuple=True)
+    case = _silenced(case, partnerless.tolist(), partnerless.tolist())
+    _assert_same(case, "strict", case, temperature=2.0, kd_direction=direction)
+
+
+@pytest.fixture(scope="module")
+def permuted(byte_tokenizer, corpus_texts):
+    """A student whose tokenizer is the teacher's with other ids, and the id that each of the teacher's has there."""
+    size = len(byte_tokenizer)
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(3)).tolist()
+    definition = json.loads(byte_tokenizer.backend_tokenizer.to_str())
+    vocab = definition["model"]["vocab"]
+    definition["model"]["vocab"] = {token: order[index] for token, index in vocab.items()}
+    for token in definition["added_tokens"]:
+        token["id"] = order[token["id"]]
+    ends = {"bos_token": byte_tokenizer.bos_token, "eos_token": byte_tokenizer.eos_token}
+    student = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(definition)), clean_up_tokenization_spaces=False, **ends
+    )
+    documents = [Document(str(number), text) for number, text in enumerate(corpus_texts)]
+    return _corpus(documents, student, byte_tokenizer, aligns=False), order
+
+
+@EVERY_DIRECTION
+@pytest.mark.parametrize("alignment", ["projection", "strict"])
+def test_a_student_with_permuted_ids_learns_the_same(make_case, permuted, alignment, direction):
+    corpus, order = permuted
+    assert not corpus.pair.equal
+    case = make_case(None, corpus=corpus)
+    plain = make_case("byte_from_byte")
+    settings = {"temperature": 2.0, "kd_direction": direction}
+    outputs = dataclasses.replace(case.outputs, student_logits=case.outputs.student_logits[:, order])
+    same = SimpleNamespace(batch=plain.batch, outputs=outputs, pairing=plain.pairing)
+    back = torch.tensor(order).argsort()
+    _assert_same(case, alignment, same, order=back, **settings)
+
+
+# The chain rule
+
+
+def _implied(case) -> Tensor:
+    """What the teacher says of each of the student's tokens, by the projection; NaN where it says nothing of it."""
+    found, classes, outputs = case.batch.alignment, case.pairing.open_classes, case.outputs
+    rows, targets = found.in_teacher, case.batch.student.targets
+    fold = Fold(classes.teacher_tokens, classes.teacher_classes, classes.count)
+    (whole,) = _cut(case, found).stretches
+    tile, inside = outputs.teacher_logits[whole.teacher_rows].T.contiguous(), len(whole.in_student.poor_rows)
+    told = read(tile, fold, whole.num_open, inside, whole.in_teacher, 1.0)
+    going_on = rich_log_probs(told.entries, rows)
+    ways = Ways(going_on, going_on[rows.ends], found.ended, found.other_ways)
+    both = add_other_ways(told.open.log_softmax(0), ways).T
+    class_of = torch.full((len(case.pairing.pair.student),), -1)
+    class_of[classes.student_tokens] = classes.student_classes
+    own = class_of[targets[found.student_rows]]
+    said = torch.full((len(targets),), math.nan, dtype=torch.float64)
+    said[found.student_rows] = torch.where(own < 0, math.nan, both[torch.arange(len(own)), own].double())
+    row, token, outcome = rows.poor_entries
+    written = token == targets[rows.poor_rows[row]]
+    assert said[rows.poor_rows].isnan().all()  # a token is either open or inside one of the teacher's
+    said[rows.poor_rows[row[written]]] = going_on[outcome[written]].double()
+    return said
+
+
+def _own(case) -> Tensor:
+    """What the teacher says of each of its own tokens."""
+    tokens = case.batch.teacher
+    rows = case.outputs.teacher_logits[tokens.rows].double().log_softmax(-1)
+    return rows.gather(1, tokens.targets[:, None]).squeeze(1)
+
+
+@pytest.fixture(scope="module")
+def embedded_case():
+    """A few blocks of the embedded text, with what the embedded teacher makes of them."""
+    tokenizers = [transformers.AutoTokenizer.from_pretrained(path) for path in (STUDENT_DIR, TEACHER_DIR)]
+    teacher = transformers.AutoModelForCausalLM.from_pretrained(TEACHER_DIR, dtype=torch.float32).eval()
+    # The first of `read_text("transfer")`, without parsing the standard library.
+    topics = sorted(pytest.importorskip("pydoc_data.topics").topics.items())
+    documents = [Document(name, text) for name, text in topics if split_of(f"topic:{name}") == "transfer"][:20]
+    pair = TokenizerPair(*tokenizers, student_rows=len(tokenizers[0]), teacher_rows=len(tokenizers[1]))
+    corpus = Corpus(documents, pair, 256, 1024)
+    batch = corpus.batch([0, 1, 2, 3, *range(100, 104)])
+    with torch.no_grad():
+        logits = teacher(input_ids=batch.teacher.input_ids).logits.flatten(0, 1)
+    return SimpleNamespace(pairing=corpus.pairing, batch=batch, outputs=Given(None, logits))
+
+
+def test_the_teachers_likelihood_of_the_text_in_the_students_tokens_is_its_own(embedded_case):
+    """Summed over the batch, so over the same bytes. A token of which nothing is said counts for a uniform guess."""
+    assert embedded_case.pairing.teacher_is_richer
+    said, own = _implied(embedded_case), _own(embedded_case).sum()
+    unsaid = said.isnan()
+    guess = math.log(len(embedded_case.pairing.pair.teacher))
+    assert len(embedded_case.batch.alignment.in_teacher.poor_rows) > 0.15 * len(said)
+    assert unsaid.float().mean() < 0.005
+    assert own > 0.6 * -guess * len(_own(embedded_case))  # the teacher is far from uniform
+    assert (said[~unsaid].sum() - guess * unsaid.sum()).item() == pytest.approx(own.item(), rel=0.03)
+    assert said[~unsaid].max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_with_equal_tokenizers_the_implied_likelihood_is_the_teachers_own_token_by_token(make_case, name):
+    case = make_case(name)
+    torch.testing.assert_close(_implied(case), _own(case), rtol=1e-5, atol=1e-5)
+
+
+# Stretches
+
+
+@EVERY_PAIR
+@pytest.mark.parametrize("limit", [1, 7, 30, 77])
+def test_stretches_hold_every_row_once_and_ask_for_one_row_of_the_former(make_case, name, limit):
+    case = make_case(name)
+    stretches = _cut(case, case.batch.alignment, limit).stretches
+    assert len(stretches) > 1
+    owned = torch.cat([part.student_rows[part.counts > 0] for part in stretches])
+    assert torch.equal(owned.sort().values, torch.arange(case.batch.num_target_tokens))
+    assert [int((part.counts == 0).sum()) <= 1 for part in stretches] == [True] * len(stretches)
+    pairs = torch.cat([part.student_rows[: part.num_open] for part in stretches])
+    assert torch.equal(pairs, case.batch.alignment.student_rows)
+    if limit >= 30:
+        assert max(len(part.student_rows) for part in stretches) <= limit
+        assert max(len(part.teacher_rows) for part in stretches) <= limit
+
+
+@EVERY_PAIR
+@EVERY_DIRECTION
+@pytest.mark.parametrize("limit", [1, 7, 30])
+@pytest.mark.parametrize("top_k", [0, 8])
+def test_a_batch_teaches_the_same_in_stretches_of_any_length(make_case, name, direction, limit, top_k):
+    case, settings = make_case(name), {"temperature": 2.0, "kd_direction": direction, "teacher_top_k": top_k}
+    whole, whole_grad = _learned(case, "projection", **settings)
+    case.batch = _cut(case, case.batch.alignment, limit)
+    learned, grad = _learned(case, "projection", **settings)
+    torch.testing.assert_close(learned.loss, whole.loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(learned.raw, whole.raw, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad, whole_grad, rtol=1e-4, atol=1e-5)
+
+
+# Batches
+
+
+def _joined(cases, batch) -> Given:
+    """The outputs of several batches as those of one, NaN wherever that one is padded."""
+
+    def padded(name, side):
+        rows = []
+        for case in cases:
+            part, width = getattr(case.outputs, name), getattr(batch, side).input_ids.shape[1]
+            rows += [part, part.new_full((width - len(part), part.shape[1]), math.nan)]
+        return torch.cat(rows)
+
+    student = torch.cat([case.outputs.student_logits for case in cases])
+    return Given(
+        student,
+        padded("teacher_logits", "teacher"),
+        padded("student_states", "student"),
+        padded("teacher_states", "teacher"),
+    )
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("name", ["sp_from_byte", "byte_from_dummy"])
+def test_a_batch_teaches_what_its_blocks_teach_alone_and_never_reads_padding(make_case, corpora, alignment, name):
+    blocks = (*FIRST_BLOCKS, len(corpora[name]) - 1)  # the last one is shorter
+    cases = [make_case(name, (block,), seed=block) for block in blocks]
+    joined = make_case(name, blocks)
+    joined.outputs = _joined(cases, joined.batch)
+    assert joined.outputs.teacher_logits.isnan().any()
+    learned, grad = _learned(joined, alignment, temperature=2.0)
+    alone = [_learned(case, alignment, temperature=2.0) for case in cases]
+    assert learned.dropped == 0
+    torch.testing.assert_close(learned.loss, sum(single.loss for single, _ in alone), rtol=1e-6, atol=1e-6)
+    grads = [single for _, single in alone]
+    if alignment == "hidden":
+        width = joined.batch.student.input_ids.shape[1]
+        grads = [torch.nn.functional.pad(single, (0, 0, 0, width - len(single))) for single in grads]
+    torch.testing.assert_close(grad, torch.cat(grads), rtol=1e-5, atol=1e-6)
+
+
+# The shift
+
+
+def _oracle(case, ahead=0):
+    """Both models put p = 1 on the token of the text, or on the one `ahead` of it."""
+    for side, logits in (("student", case.outputs.student_logits), ("teacher", case.outputs.teacher_logits)):
+        tokens = getattr(case.batch, side)
+        rows = torch.arange(len(tokens.targets)) if side == "student" else tokens.rows
+        logits.zero_()
+        logits[rows, tokens.targets.roll(-ahead if side == "teacher" else 0)] = 40.0
+    return case
+
+
+@EVERY_PAIR
+def test_models_certain_of_the_text_have_a_chunk_likelihood_loss_of_exactly_zero(make_case, name):
+    learned, grad = _learned(_oracle(make_case(name)), "alm")
+    assert learned.loss == learned.raw == 0.0
+    assert grad.abs().max() < 1e-6
+
+
+@EVERY_PAIR_OF_TWO
+@pytest.mark.parametrize("alignment", ["projection", "strict", "alm"])
+@pytest.mark.parametrize("ahead", [1, -1])
+def test_only_a_teacher_wired_to_the_token_that_follows_agrees_with_such_a_student(make_case, name, alignment, ahead):
+    agreed = _learned(_oracle(make_case(name)), alignment)[0].loss
+    assert agreed < 0.1 * _learned(_oracle(make_case(name), ahead), alignment)[0].loss
+
+
+def _shared_open_terms(case) -> set[tuple[int, int]]:
+    """Student rows whose open term also reads what the student could have gone on with, and the row of the latter."""
+    found = case.batch.alignment
+    if case.pairing.teacher_is_richer:
+        return set()
+    there = found.ended >= 0
+    before = found.in_student.rich_rows[found.ended[there]]
+    return set(zip(found.student_rows[there].tolist(), before.tolist(), strict=True))
+
+
+def _changed(before: Tensor, after: Tensor) -> set[int]:
+    return set((before != after).any(1).nonzero().squeeze(1).tolist())
+
+
+def _spoken_about(case, alignment, teacher_row: int) -> set[int]:
+    """Student rows about which a teacher row speaks."""
+    found, chunks = case.batch.alignment, case.batch.alignment.teacher_chunks
+    if alignment == "alm":
+        chunk = chunks[case.batch.teacher.rows == teacher_row].item()
+        return set() if chunk < 0 else set((found.student_chunks == chunk).nonzero().squeeze(1).tolist())
+    rows = found.student_rows[found.teacher_rows == teacher_row].tolist()
+    if alignment == "strict":
+        return set(found.student_rows[(found.teacher_rows == teacher_row) & found.strict].tolist())
+    rows += [before for row, before in _shared_open_terms(case) if row in rows]
+    for teacher_is_rich, record in ((True, found.in_teacher), (False, found.in_student)):
+        size = len(record.poor_rows)
+        can_be = record.outcome_rows.bincount(minlength=len(record.ends)) - (~torch.tensor(_can_end(record))).long()
+        told = can_be > 1  # of one outcome nothing is to be said
+        here = (
+            told & (record.rich_rows == teacher_row)
+            if teacher_is_rich
+            else told[:size] & (record.poor_rows == teacher_row)
+        )
+        rows += (record.poor_rows if teacher_is_rich else record.rich_rows[:size])[here[:size]].tolist()
+        if teacher_is_rich and case.pairing.teacher_is_richer:  # what else it could have written there
+            rows += found.student_rows[torch.isin(found.ended, here.nonzero().squeeze(1))].tolist()
+    return set(rows)
+
+
+def _student_rows_going_on(case) -> set[int]:
+    """Student rows that a continuation reads, or whose open row is weighted by one."""
+    found = case.batch.alignment
+    weighted = found.student_rows[found.ended >= 0].tolist()
+    return {*found.in_teacher.poor_rows.tolist(), *found.in_student.rich_rows.tolist(), *weighted}
+
+
+@EVERY_PAIR_OF_TWO
+@pytest.mark.parametrize("alignment", ["projection", "strict", "alm"])
+def test_a_teacher_row_changes_only_what_is_learned_where_it_speaks(make_case, name, alignment):
+    case, settings = make_case(name), {"temperature": 2.0}
+    _, before = _learned(case, alignment, **settings)
+    teacher, found = case.outputs.teacher_logits, []
+    for row in case.batch.teacher.rows[::8].tolist():
+        kept = teacher[row].clone()
+        teacher[row] = kept.roll(1)
+        found.append((_changed(before, _learned(case, alignment, **settings)[1]), _spoken_about(case, alignment, row)))
+        teacher[row] = kept
+    assert [changed for changed, _ in found] == [wanted for _, wanted in found]
+    assert sum(bool(wanted) for _, wanted in found) > 3
+
+
+@EVERY_PAIR_OF_TWO
+@pytest.mark.parametrize("alignment", ["projection", "strict", "alm"])
+def test_a_student_row_changes_only_the_terms_of_the_token_it_predicts(make_case, name, alignment):
+    case, chunks = make_case(name), make_case(name).batch.alignment.student_chunks
+    before_loss, before = _learned(case, alignment)
+    student = case.outputs.student_logits
+    for row in range(0, len(student), 9):
+        kept = student[row].clone()
+        student[row] = kept.roll(1)
+        changed = _changed(before, _learned(case, alignment)[1])
+        student[row] = kept
+        terms = {row}.union(*(pair for pair in _shared_open_terms(case) if row in pair))
+        if alignment == "alm":
+            terms = set((chunks == chunks[row]).nonzero().squeeze(1).tolist()) if chunks[row] >= 0 else set()
+        assert changed <= terms
+        assert changed or not before[row].any()
+    assert before_loss.loss > 0
+
+
+# Nothing is pushed down for want of a word
+
+
+def _only_the_student_has(case) -> list[int]:
+    """Student tokens of several bytes that the teacher's vocabulary lacks."""
+    student, teacher = (table.pieces for table in case.pairing.pair.tables)
+    return [u for u, piece in enumerate(student) if len(piece) > 1 and piece not in set(teacher)]
+
+
+@EVERY_PAIR_OF_TWO
+@pytest.mark.parametrize(("direction", "top_k"), [("forward", 0), ("reverse", 8), ("jsd", 8)])
+def test_a_step_of_strict_leaves_the_logit_of_a_token_that_only_the_student_has(make_case, name, direction, top_k):
+    case = make_case(name)
+    lacking = _only_the_student_has(case)
+    case.outputs.student_logits[:, lacking[7]] += 9.0  # the student's favourite everywhere
+    _, grad = _learned(case, "strict", temperature=2.0, kd_direction=direction, teacher_top_k=top_k)
+    assert len(lacking) > 20
+    assert torch.equal((case.outputs.student_logits - 0.1 * grad)[:, lacking], case.outputs.student_logits[:, lacking])
+    assert grad.abs().max() > 0.01
+
+
+@EVERY_PAIR_OF_TWO
+@pytest.mark.parametrize("top_k", [0, 8])
+def test_the_gradient_of_strict_is_zero_outside_its_support_and_sums_to_zero_inside(make_case, name, top_k):
+    case = make_case(name)
+    _, grad = _learned(case, "strict", teacher_top_k=top_k)
+    alignment, partners = case.batch.alignment, _partners(case)
+    support = torch.zeros_like(grad, dtype=torch.bool)
+    for k, r, strict in zip(alignment.student_rows, alignment.teacher_rows, alignment.strict.tolist(), strict=True):
+        told = _told(case.outputs.teacher_logits[r], top_k).nonzero().squeeze(1).tolist()
+        support[k, [partners[v] for v in told if strict and v in partners]] = True
+    assert torch.equal(grad[~support], torch.zeros(int((~support).sum())))
+    assert grad.sum(1).abs().max() < 1e-5
+
+
+@EVERY_PAIR_OF_TWO
+def test_the_projection_lowers_a_token_only_where_the_teacher_gives_its_outcome_less(make_case, name):
+    case = make_case(name)
+    lacking, classes, alignment = _only_the_student_has(case), case.pairing.open_classes, case.batch.alignment
+    class_of = dict(zip(classes.student_tokens.tolist(), classes.student_classes.tolist(), strict=True))
+    _, grad = _learned(case, "projection")
+    with_class = [u for u in lacking if u in class_of]
+    assert len(with_class) > 20
+    inside = _student_rows_going_on(case)
+    raised = lowered = 0
+    for k, r in zip(alignment.student_rows.tolist(), alignment.teacher_rows.tolist(), strict=True):
+        if k in inside:
+            continue
+        own, other = case.outputs.student_logits[k].double().exp(), case.outputs.teacher_logits[r].double().exp()
+        p = _sums(own, classes.student_tokens, classes.student_classes, classes.count)
+        t = _sums(other, classes.teacher_tokens, classes.teacher_classes, classes.count)
+        excess = (p / p.sum() - t / t.sum())[[class_of[u] for u in with_class]]
+        share = own[with_class] / p[[class_of[u] for u in with_class]]
+        torch.testing.assert_close(grad[k, with_class].double(), share * excess, rtol=1e-3, atol=1e-6)
+        raised += int((excess < 0).sum())
+        lowered += int((excess > 0).sum())
+        assert not grad[k, [u for u in lacking if u not in class_of]].any()
+    assert min(raised, lowered) > 100
+
+
+@EVERY_PAIR
+def test_a_step_of_the_projection_does_not_lower_a_favourite_whose_outcome_the_teacher_favours_more(make_case, name):
+    case = make_case(name)
+    classes, alignment = case.pairing.open_classes, case.batch.alignment
+    class_of = dict(zip(classes.student_tokens.tolist(), classes.student_classes.tolist(), strict=True))
+    favourite = [u for u in _only_the_student_has(case) if u in class_of][5]
+    members = classes.teacher_tokens[classes.teacher_classes == class_of[favourite]]
+    case.outputs.student_logits[:, favourite] = 8.0
+    case.outputs.teacher_logits[:, members[0]] = 20.0
+    _, grad = _learned(case, "projection")
+    rows = sorted(set(alignment.student_rows.tolist()) - _student_rows_going_on(case))
+    assert len(rows) > 5
+    after = case.outputs.student_logits - 0.1 * grad
+    assert (after[rows, favourite] >= case.outputs.student_logits[rows, favourite]).all()
+    assert (grad[rows] != 0).any(1).all()
+
+
+def test_a_strict_row_does_not_count_where_the_shared_tokens_hold_little_of_the_teacher(make_case):
+    case = make_case("sp_from_byte")
+    alignment = case.batch.alignment
+    row = alignment.strict.nonzero()[4].item()
+    lacking = next(v for v in range(len(case.pairing.same_token)) if case.pairing.same_token[v] < 0)
+    _, before = _learned(case, "strict")
+    weights = case.outputs.teacher_logits[alignment.teacher_rows[row]]
+    for share, counts in ((0.85, True), (0.95, False)):
+        weights[lacking] = -math.inf
+        weights[lacking] = weights.logsumexp(0) + math.log(share / (1 - share))
+        _, after = _learned(case, "strict")
+        assert after[alignment.student_rows[row]].any() == counts
+    assert before[alignment.student_rows[row]].any()
+
+
+# float16, and what is not finite
+
+
+@EVERY_TERM
+@pytest.mark.parametrize("name", ["sp_from_byte", "byte_from_dummy"])
+def test_the_largest_float16_logits_give_finite_losses_and_gradients(make_case, alignment, direction, top_k, name):
+    case = make_case(name, spread=1.0)
+    outputs = {key: (3e4 * value).clamp(-6e4, 6e4).half() for key, value in vars(case.outputs).items()}
+    case.outputs = Given(**outputs)
+    for temperature in (0.5, 2.0):
+        settings = {"temperature": temperature, "kd_direction": direction, "teacher_top_k": top_k}
+        learned, grad = _learned(case, alignment, **settings)
+        assert learned.loss.dtype is torch.float32
+        assert learned.loss.isfinite()
+        assert learned.raw.isfinite()
+        assert learned.dropped == 0
+        assert grad.dtype is torch.float16
+        assert grad.isfinite().all()
+        assert grad.any() or direction != "forward"  # by the others a student that is certain learns nothing
+
+
+def _dropped_rows(case, alignment) -> Tensor:
+    """Every teacher row that a kind reads, as often as it does."""
+    found = case.batch.alignment
+    return {
+        "projection": lambda: torch.cat(
+            [
+                found.teacher_rows,
+                found.in_teacher.rich_rows[: len(found.in_teacher.poor_rows)],
+                found.in_student.poor_rows,
+            ]
+        ),
+        "alm": lambda: case.batch.teacher.rows,
+        "hidden": lambda: found.teacher_ends,
+    }.get(alignment, lambda: found.teacher_rows)()
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("name", ["sp_from_byte", "byte_from_dummy"])
+@pytest.mark.parametrize("style", ["off", "raw"])
+def test_teacher_rows_that_are_not_finite_are_counted_and_teach_nothing(make_case, alignment, name, style):
+    case = make_case(name)
+    settings = {"temperature": 2.0, "kd_direction": "jsd", "logit_clamp_style": style, "logit_clamp": 30.0}
+    whole, whole_grad = _learned(case, alignment, **settings)
+    bad = case.batch.teacher.rows[2::7]
+    outputs = case.outputs.teacher_states if alignment == "hidden" else case.outputs.teacher_logits
+    outputs[bad, torch.arange(len(bad)) % 5] = torch.tensor([math.inf, -math.inf, math.nan]).repeat(99)[: len(bad)]
+    learned, grad = _learned(case, alignment, **settings)
+    assert learned.dropped == torch.isin(_dropped_rows(case, alignment), bad).sum() > 3
+    assert 0 < learned.loss < whole.loss
+    assert grad.isfinite().all()
+    silent = (whole_grad != 0).any(1) & (grad == 0).all(1)
+    naive = {
+        "projection": lambda z: _naive_projected(case, z, 2.0, direction="jsd"),
+        "strict": lambda z: _naive_strict(case, z, 2.0, direction="jsd"),
+        "alm": lambda z: _naive_alm(case, z),
+    }
+    if alignment in naive:
+        _assert_matches(case, alignment, naive[alignment], **settings)
+    else:
+        heard = ~silent & (whole_grad != 0).any(1)
+        assert torch.equal(grad[heard], whole_grad[heard])
+        assert silent.sum() == learned.dropped
+
+
+@EVERY_DIRECTION
+def test_an_open_row_is_left_out_where_it_is_not_known_whether_the_teacher_was_done(make_case, direction):
+    case = make_case("sp_from_byte")
+    found = case.batch.alignment
+    place = int((found.ended >= 0).nonzero()[3])
+    row, before = found.student_rows[place], found.in_teacher.rich_rows[found.ended[place]]
+    whole, whole_grad = _learned(case, "projection", kd_direction=direction)
+    case.outputs.teacher_logits[before, 0] = math.nan
+    learned, grad = _learned(case, "projection", kd_direction=direction)
+    assert whole_grad[row].any()
+    assert not grad[row].any()
+    assert 0 < learned.loss < whole.loss
+    # It counts by the rows that are not finite themselves, and this one's own row is finite.
+    assert found.teacher_rows[place] != before
+    assert learned.dropped == (_dropped_rows(case, "projection") == before).sum() > 0
+
+
+@EVERY_KIND
+def test_a_teacher_that_is_nowhere_finite_teaches_nothing(make_case, alignment):
+    case = make_case("sp_from_byte")
+    case.outputs.teacher_logits[:, 3] = case.outputs.teacher_states[:, 3] = math.nan
+    learned, grad = _learned(case, alignment)
+    assert learned.loss == learned.raw == 0.0
+    assert not grad.any()
+    assert learned.dropped == len(_dropped_rows(case, alignment))
+
+
+def _without_rows(case, *fields: str):
+    """The case in which a part of the alignment is empty."""
+    alignment = case.batch.alignment
+    none = {}
+    for side in ("in_teacher", "in_student"):
+        arrays = {k: v[..., :0] for k, v in vars(getattr(alignment, side)).items() if k != "num_going_on"}
+        none[side] = Continuations(**arrays, num_going_on=0)
+    rows = {name: getattr(alignment, name)[:0] for name in ("student_rows", "teacher_rows", "strict", "ended")}
+    no_ways = {"other_ways": alignment.other_ways[:, :0]}
+    empty = {
+        "in_student": {"in_student": none["in_student"]},
+        "in_teacher": {"in_teacher": none["in_teacher"], "ended": torch.full_like(alignment.ended, -1), **no_ways},
+        "going_on": {**none, "ended": torch.full_like(alignment.ended, -1), **no_ways},
+        "open": {**rows, **no_ways},
+        "chunks": {
+            "student_chunks": torch.full_like(alignment.student_chunks, -1),
+            "teacher_chunks": torch.full_like(alignment.teacher_chunks, -1),
+            "num_chunks": 0,
+            "student_ends": alignment.student_ends[:0],
+            "teacher_ends": alignment.teacher_ends[:0],
+        },
+    }
+    # "open" comes behind "in_teacher", whose rows it has none of.
+    changes = {key: value for name in sorted(fields) for key, value in empty[name].items()}
+    batch = _cut(case, dataclasses.replace(alignment, **changes))
+    return SimpleNamespace(**{**vars(case), "batch": batch})
+
+
+@EVERY_TERM
+def test_an_empty_alignment_teaches_nothing(make_case, alignment, direction, top_k):
+    case = _without_rows(make_case("sp_from_byte"), "going_on", "open", "chunks")
+    learned, grad = _learned(case, alignment, kd_direction=direction, teacher_top_k=top_k)
+    assert learned.loss == learned.raw == learned.dropped == 0
+    assert not grad.any()
+
+
+@EVERY_PAIR_OF_TWO
+@pytest.mark.parametrize("missing", ["open", "going_on"])
+def test_the_projection_of_a_batch_without_one_kind_of_row_is_that_of_the_other(make_case, missing, name):
+    part = _without_rows(make_case(name), missing)
+    _assert_matches(part, "projection", lambda z: _naive_projected(part, z, direction="forward"))
+
+
+# The top of the teacher's probabilities
+
+
+@EVERY_PAIR_OF_TWO
+@EVERY_DIRECTION
+@pytest.mark.parametrize("top_k", [1, 50])
+def test_a_projected_teacher_cut_to_its_top_gives_losses_and_gradients_of_their_usual_size(
+    make_case, name, direction, top_k
+):
+    case, settings = make_case(name), {"kd_direction": direction, "temperature": 2.0}
+    _, whole = _learned(case, "projection", **settings)
+    learned, grad = _learned(case, "projection", **settings, teacher_top_k=top_k)
+    assert 0 <= learned.loss < 50 * case.batch.num_target_tokens
+    assert grad.abs().max() < 20 * whole.abs().max()
+
+
+@EVERY_DIRECTION
+@pytest.mark.parametrize(
+    ("name", "top_k"),
+    [("sp_from_byte", 2), ("sp_from_byte", 8), ("byte_from_sp", 2), ("byte_from_sp", 8), ("byte_from_dummy", 50)],
+)
+def test_the_projection_of_a_cut_teacher_matches_its_definition(make_case, name, direction, top_k):
+    """Both sides are restricted to what the teacher says, and renormalised."""
+    case, settings = make_case(name), {"kd_direction": direction, "temperature": 2.0, "teacher_top_k": top_k}
+    _assert_matches(
+        case, "projection", lambda z: _naive_projected(case, z, 2.0, top_k=top_k, direction=direction), **settings
+    )
+
+
+@EVERY_PAIR_OF_TWO
+@EVERY_DIRECTION
+@pytest.mark.parametrize("alignment", ["projection", "token"])
+def test_a_cut_teacher_is_never_further_from_the_student_than_the_whole_one(make_case, name, direction, alignment):
+    """Where outcomes are joined a divergence can but fall; and the more are told apart, the nearer it is."""
+    case = make_case(name if alignment == "projection" else "byte_from_byte")
+    case = case if alignment == "token" else _without_rows(case, "going_on")
+    found = [_learned(case, alignment, kd_direction=direction, teacher_top_k=k)[0].loss for k in (1, 4, 32, 256, 0)]
+    assert found[0] > 0.0
+    if alignment == "token":
+        assert all(a <= b + 1e-3 for a, b in itertools.pairwise(found))
+
+
+@EVERY_DIRECTION
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("sp_from_byte", "in_teacher"), ("byte_from_sp", "in_teacher"), ("byte_from_sp", "open"),
+        ("byte_from_sp", "in_student"),
+    ],
+)  # fmt: skip
+def test_a_row_of_which_the_teachers_top_tells_nothing_teaches_nothing(make_case, name, kept, direction):
+    case = make_case(name)
+    case = _without_rows(case, *({"in_teacher", "in_student", "open"} - {kept}))
+    rows = getattr(case.batch.alignment, kept, None)
+    told = {
+        "in_teacher": lambda: rows.rich_entries[1],
+        "in_student": lambda: rows.poor_entries[1],
+        "open": lambda: case.pairing.open_classes.teacher_tokens,
+    }[kept]()
+    silent = next(v for v in range(case.outputs.teacher_logits.shape[1]) if v not in told)
+    case.outputs.teacher_logits[:, silent] = 50.0
+    _, whole_grad = _learned(case, "projection", kd_direction="jsd")
+    if kept == "in_student":  # by every other token the teacher tells that the student's token ends, where one can
+        assert not rows.can_end.all()
+        case.outputs.teacher_logits[rows.poor_rows[rows.can_end]] = math.nan
+    learned, grad = _learned(case, "projection", kd_direction=direction, teacher_top_k=1)
+    assert whole_grad.any()
+    assert abs(learned.loss) == abs(learned.raw) < 1e-6
+    assert grad.abs().max() < 1e-6
+
+
+@EVERY_DIRECTION
+@pytest.mark.parametrize("alignment", ["projection", "strict", "uld"])
+@pytest.mark.parametrize("name", ["sp_from_byte", "byte_from_sp"])
+def test_the_top_of_the_whole_vocabulary_is_no_cut(make_case, alignment, direction, name):
+    case = make_case(name)
+    size = case.outputs.teacher_logits.shape[1]
+    whole, grad = _learned(case, alignment, kd_direction=direction)
+    for top_k in (size, 10 * size):
+        cut, cut_grad = _learned(case, alignment, kd_direction=direction, teacher_top_k=top_k)
+        torch.testing.assert_close(cut.loss, whole.loss)
+        torch.testing.assert_close(cut_grad, grad, rtol=1e-4, atol=1e-6)
+
+
+@EVERY_DIRECTION
+@pytest.mark.parametrize("alignment", ["projection", "strict", "token"])
+def test_with_equal_tokenizers_the_teachers_rest_moves_all_other_tokens_alike(make_case, alignment, direction):
+    """In proportion to what the student gives them; strict, which knows no rest, leaves them."""
+    case = make_case("byte_from_byte")
+    _, grad = _learned(case, alignment, kd_direction=direction, teacher_top_k=3)
+    best = case.outputs.teacher_logits[case.batch.teacher.rows].topk(3).indices
+    told = torch.zeros_like(grad, dtype=torch.bool).scatter_(1, best, True)
+    assert (grad[told] != 0).float().mean() > 0.99
+    if alignment == "strict":
+        assert not grad[~told].any()
+        return
+    ratio = (grad / case.outputs.student_logits.softmax(-1)).masked_fill(told | (grad == 0), math.nan)
+    middle = ratio.nanmedian(1, keepdim=True).values
+    assert ((ratio - middle).abs() <= 1e-3 * middle.abs() + 1e-4)[~ratio.isnan()].all()
+
+
+# Rows that were stored before
+
+
+def _stored(case, k: int, temperature: float) -> StoredRows:
+    """What a cache keeps of the case's teacher, made from its logits in float64."""
+    tokens, logits = case.batch.teacher, case.outputs.teacher_logits.double()
+    log_probs = logits[tokens.rows].log_softmax(-1)
+    best = log_probs.topk(k)
+    places = torch.zeros(len(logits), dtype=torch.int64)
+    places[tokens.rows] = torch.arange(len(tokens.rows))
+    peaks, own = best.values[:, 0], log_probs.gather(1, tokens.targets[:, None])[:, 0]
+    gaps = (best.values - peaks[:, None]).half()
+    others = log_probs.scatter(1, best.indices, -math.inf)
+    rests = (others / temperature).logsumexp(1) - (best.values / temperature).logsumexp(1)
+    return StoredRows(places, best.indices.int(), peaks.float(), gaps, own.float(), rests.half(), temperature)
+
+
+def _learned_from_stored(case, alignment, k, **settings):
+    term, logits = _build(case, alignment, **settings), case.outputs.student_logits.clone().requires_grad_()
+    learned = term(case.batch, Outputs(readout_of(logits), _stored(case, k, term.temperature)))
+    learned.loss.backward()
+    return learned, logits.grad
+
+
+STORED = {
+    "token": _naive_projected,  # of equal vocabularies every class is a token
+    "projection": _naive_projected,
+    "strict": _naive_strict,
+}
+
+
+@EVERY_DIRECTION
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize(
+    ("name", "alignment"),
+    [("byte_from_byte", "token"), ("sp_from_byte", "projection"), ("byte_from_sp", "projection"),
+     ("byte_from_dummy", "projection"), ("sp_from_byte", "strict")],
+)  # fmt: skip
+def test_stored_rows_teach_what_the_definition_says_to_1e_3(make_case, name, alignment, direction, temperature):
+    case, settings = make_case(name), {"temperature": temperature, "kd_direction": direction, "teacher_top_k": 8}
+    learned, grad = _learned_from_stored(case, alignment, 32, **settings)
+    leaf = case.outputs.student_logits.double().requires_grad_()
+    wanted = STORED[alignment](case, leaf, temperature, top_k=8, direction=direction)
+    wanted.backward()
+    assert wanted > 0.1
+    torch.testing.assert_close(learned.loss.double(), wanted.detach(), rtol=1e-3, atol=0.0)
+    torch.testing.assert_close(learned.raw.double(), wanted.detach(), rtol=1e-3, atol=0.0)
+    assert (grad - leaf.grad).norm() < 1e-3 * leaf.grad.norm()
+
+
+@EVERY_PAIR_OF_TWO
+@pytest.mark.parametrize(("alignment", "k"), [("alm", 1), ("uld", 8)])
+def test_stored_rows_serve_the_terms_that_compare_no_tokens(make_case, name, alignment, k):
+    case, settings = make_case(name), {"temperature": 2.0, "teacher_top_k": k}
+    live, live_grad = _learned(case, alignment, **settings)
+    learned, grad = _learned_from_stored(case, alignment, k, **settings)
+    assert live.loss > 0.1
+    torch.testing.assert_close(learned.loss, live.loss, rtol=1e-3, atol=0.0)
+    assert (grad - live_grad).norm() < 1e-3 * live_grad.norm()
+
+
+@EVERY_PAIR_OF_TWO
+@pytest.mark.parametrize("alignment", ["projection", "strict", "alm", "uld"])
+def test_a_stored_row_that_was_not_finite_is_dropped_and_counted_as_a_live_one(make_case, name, alignment):
+    case, settings = make_case(name), {"temperature": 2.0, "teacher_top_k": 8}
+    bad = case.batch.alignment.teacher_rows[::3]
+    case.outputs.teacher_logits[bad, 5] = math.nan
+    live, live_grad = _learned(case, alignment, **settings)
+    learned, grad = _learned_from_stored(case, alignment, 8, **settings)
+    assert learned.dropped == live.dropped > 0
+    torch.testing.assert_close(learned.loss, live.loss, rtol=1e-3, atol=0.0)
+    assert (grad - live_grad).norm() < 1e-3 * live_grad.norm()
+
+
+@EVERY_DIRECTION
+def test_the_floor_of_the_normalized_clamp_counts_for_stored_rows_too(make_case, direction):
+    case = make_case("sp_from_byte", spread=8.0)
+    settings = {"temperature": 2.0, "kd_direction": direction, "teacher_top_k": 8, "logit_clamp": 2.0}
+    free, _ = _learned_from_stored(case, "projection", 8, **settings)
+    learned, grad = _learned_from_stored(case, "projection", 8, **settings, logit_clamp_style="normalized")
+    live, live_grad = _learned(case, "projection", **settings, logit_clamp_style="normalized")
+    assert abs(learned.loss - free.loss) > 0.01
+    torch.testing.assert_close(learned.loss, live.loss, rtol=1e-3, atol=0.0)
+    assert (grad - live_grad).norm() < 1e-3 * live_grad.norm()
+
+
+# The clamps
+
+
+@EVERY_PAIR_OF_TWO
+@EVERY_DIRECTION
+@pytest.mark.parametrize("alignment", ["projection", "strict"])
+def test_the_normalized_clamp_floors_the_value_and_leaves_the_gradient(make_case, name, direction, alignment):
+    case, naive = make_case(name, spread=8.0), _naive_projected if alignment == "projection" else _naive_strict
+    settings = {"temperature": 2.0, "kd_direction": direction, "logit_clamp": 2.0}
+    free, free_grad = _learned(case, alignment, **settings)
+    floored, grad = _learned(case, alignment, **settings, logit_clamp_style="normalized")
+    wanted = naive(case, case.outputs.student_logits.double(), 2.0, direction=direction, floor=-4.0)
+    torch.testing.assert_close(floored.loss.double(), wanted, rtol=1e-5, atol=1e-4)
+    assert abs(floored.loss - free.loss) > 0.1
+    assert torch.equal(floored.raw, free.raw)
+    assert torch.equal(grad, free_grad)
+
+
+@EVERY_PAIR_OF_TWO
+def test_the_normalized_clamp_floors_what_the_student_says_of_each_token_of_a_chunk(make_case, name):
+    case, settings = make_case(name, spread=6.0), {"logit_clamp": 5.0}
+    free, _ = _learned(case, "alm", **settings)
+    floored, grad = _learned(case, "alm", **settings, logit_clamp_style="normalized")
+    wanted = _naive_alm(case, case.outputs.student_logits.double(), floor=-10.0)
+    torch.testing.assert_close(floored.loss.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert abs(floored.loss - free.loss) > 0.1
+    assert torch.equal(floored.raw, free.raw)
+    assert grad.isfinite().all()
+    assert (grad != 0).any(1).all()
+
+
+@pytest.mark.parametrize(
+    ("alignment", "direction", "top_k"),
+    [(kind, d, 8) for kind in ("projection", "token") for d in ("forward", "reverse", "jsd")]
+    + [("projection", "forward", 0), ("strict", "forward", 8), ("alm", "forward", 0), ("uld", "forward", 0)],
+)
+def test_the_raw_clamp_is_no_clamp_of_the_clamped_logits_of_both(make_case, alignment, direction, top_k):
+    case = make_case("byte_from_byte" if alignment == "token" else "sp_from_byte", spread=4.0)
+    settings = {"temperature": 2.0, "kd_direction": direction, "teacher_top_k": top_k, "logit_clamp": 10.0}
+    learned, grad = _learned(case, alignment, **settings, logit_clamp_style="raw")
+    student, teacher = (x.clamp(-10.0, 10.0) for x in (case.outputs.student_logits, case.outputs.teacher_logits))
+    clamped = SimpleNamespace(**{**vars(case), "outputs": Given(student, teacher, *[case.outputs.student_states] * 2)})
+    wanted, wanted_grad = _learned(clamped, alignment, **settings)
+    outside = case.outputs.student_logits.abs() > 10.0
+    free, _ = _learned(case, alignment, **settings)
+    torch.testing.assert_close(learned.loss, wanted.loss)
+    torch.testing.assert_close(learned.raw, free.raw)
+    torch.testing.assert_close(grad, wanted_grad.masked_fill(outside, 0.0))
+    assert abs(free.raw - wanted.raw) > 1e-3
+    assert outside.any()
+    assert wanted.loss > 0.1
+
+
+# Properties of the single kinds
+
+
+@EVERY_PAIR_OF_TWO
+@EVERY_TERM
+def test_no_term_is_ever_negative(make_case, name, direction, alignment, top_k):
+    for seed in range(2):
+        case = make_case(name, seed=seed, spread=8.0 * seed + 0.1)
+        settings = {"kd_direction": direction, "teacher_top_k": top_k, "temperature": 1.5}
+        assert _learned(case, alignment, **settings)[0].loss >= -1e-4
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(make_case):
+    for alignment in [*KINDS, "token"]:
+        case = make_case("byte_from_byte")
+        case.outputs.student_logits.copy_(case.outputs.teacher_logits[case.batch.teacher.rows])
+        learned, grad = _learned(case, alignment, temperature=2.0)
+        assert abs(learned.loss) < 1e-4
+        assert grad.abs().max() < 1e-5
+
+
+def test_the_temperature_keeps_the_size_of_the_gradient(make_case):
+    case = make_case("byte_from_byte", spread=0.01)
+    norms = [_learned(case, "projection", temperature=t, kd_direction="reverse")[1].norm() for t in (1.0, 2.0, 4.0)]
+    torch.testing.assert_close(norms[1] / norms[0], torch.tensor(1.0), rtol=0.05, atol=0.0)
+    torch.testing.assert_close(norms[2] / norms[0], torch.tensor(1.0), rtol=0.05, atol=0.0)
+
+
+def test_the_share_of_the_mixture_reaches_the_divergence(make_case):
+    case = make_case("sp_from_byte")
+    _assert_matches(
+        case,
+        "projection",
+        lambda z: _naive_projected(case, z, direction="jsd", beta=0.1),
+        kd_direction="jsd",
+        jsd_beta=0.1,
+    )
+
+
+def test_hidden_states_take_no_notice_of_logits(make_case):
+    case = make_case("sp_from_byte")
+    first = _learned(case, "hidden")[0].loss
+    case.outputs.student_logits.mul_(3.0)
+    assert torch.equal(_learned(case, "hidden")[0].loss, first)
+
+
+# Which kind is built
+
+
+@pytest.mark.parametrize(
+    ("alignment", "name", "kind"),
+    [
+        ("auto", "sp_from_byte", Projected),
+        ("projection", "sp_from_byte", Projected),
+        ("projection", "byte_from_byte", Projected),
+        ("strict", "byte_from_byte", Strict),
+        ("strict", "sp_from_byte", Strict),
+        ("alm", "sp_from_byte", ChunkLikelihood),
+        ("uld", "byte_from_byte", SortedProbabilities),
+        ("hidden", "sp_from_byte", HiddenStates),
+    ],
+)
+def test_the_flag_names_the_kind(corpora, make_student, alignment, name, kind):
+    student, teacher = make_student(64, hidden_size=16, num_hidden_layers=1), make_student(64, num_hidden_layers=1)
+    term = build_distillation(LossConfig(alignment=alignment), corpora[name].pairing, student, teacher)
+    assert type(term) is kind
+    assert [tuple(p.shape) for p in term.parameters()] == ([(32, 16)] if kind is HiddenStates else [])
+
+
+def test_equal_tokenizers_are_compared_token_by_token(corpora, make_student, byte_tokenizer, corpus_texts):
+    corpus = _corpus([Document("0", corpus_texts[0])], byte_tokenizer, byte_tokenizer, aligns=False)
+    student = make_student(64, num_hidden_layers=1)
+    assert type(build_distillation(LossConfig(), corpus.pairing, student, student)) is TokenLevel
+
+
+@pytest.mark.parametrize("name", ["sp_from_byte", "byte_from_byte"])
+def test_only_different_tokenizers_have_continuations(make_case, corpora, name):
+    case = make_case(name)
+    alignment = case.batch.alignment
+    numbers = [len(record.ends) for record in (alignment.in_teacher, alignment.in_student)]
+    assert numbers == [0, 0] if corpora[name].pair.equal else min(numbers) > 1

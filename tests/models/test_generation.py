@@ -1,0 +1,107 @@
+"""What a model writes: against token-by-token references without cache or padding."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from sar_kd.models.generation import Written, write
+
+PROMPTS = [[1, 5, 9, 30], [1, 7], [1, 8, 8, 8, 40, 41, 3]]
+STOPS = [2, 4]
+
+
+@pytest.fixture
+def model(make_student):
+    """A tiny Llama whose head is loud enough for its likeliest tokens to differ."""
+    made = make_student(60).eval().requires_grad_(False)
+    made.lm_head.weight.data.mul_(30.0)
+    return made
+
+
+def _greedy(model, prompt, room):
+    """The definition: the whole text is read anew for every token."""
+    ids = list(prompt)
+    for _ in range(room):
+        token = int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+        if token in STOPS:
+            return Written(ids[len(prompt) :], token)
+        ids.append(token)
+    return Written(ids[len(prompt) :], None)
+
+
+@pytest.mark.parametrize("rooms", [[20, 20, 20], [3, 11, 20]])
+def test_greedy_text_is_that_of_one_prompt_at_a_time_without_a_cache(model, rooms):
+    written = write(model, PROMPTS, stops=STOPS, rooms=rooms)
+    assert written == [_greedy(model, prompt, room) for prompt, room in zip(PROMPTS, rooms, strict=True)]
+    assert len({tuple(each.ids) for each in written}) == 3
+
+
+def test_a_stop_ends_a_text_and_is_no_part_of_it(model):
+    free = _greedy(model, PROMPTS[0], 20).ids
+    stop = free[5]
+    (written,) = write(model, PROMPTS[:1], stops=[stop], rooms=[20])
+    assert written == Written(free[: free.index(stop)], stop)
+
+
+def test_a_stop_just_beyond_the_room_is_not_read(model):
+    free = _greedy(model, PROMPTS[0], 20).ids
+    first = free.index(free[5])
+    (written, _) = write(model, PROMPTS[:2], stops=[free[5]], rooms=[first, 20])
+    assert written == Written(free[:first], None)
+
+
+def test_nothing_that_the_models_own_config_asks_for_takes_part(model):
+    plain = write(model, PROMPTS, stops=STOPS, rooms=[20] * 3)
+    model.generation_config.update(repetition_penalty=5.0, top_k=1, min_length=19, no_repeat_ngram_size=1)
+    config = model.generation_config
+    assert write(model, PROMPTS, stops=STOPS, rooms=[20] * 3) == plain
+    assert model.generation_config is config
+    model.generation_config.update(eos_token_id=plain[0].ids[0])
+    assert write(model, PROMPTS, stops=STOPS, rooms=[20] * 3) == plain
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.6)])
+def test_tokens_are_drawn_from_the_tempered_distribution(model, temperature, top_p):
+    count, prompt = 4000, PROMPTS[1]
+    model.lm_head.weight.data.div_(8.0)
+    scores = model(input_ids=torch.tensor([prompt])).logits[0, -1].double() / temperature
+    expected = scores.softmax(0)
+    if top_p < 1.0:  # the fewest tokens that together reach it
+        best = expected.sort(descending=True)
+        kept = best.indices[: int((best.values.cumsum(0) < top_p).sum()) + 1]
+        mask = torch.zeros_like(expected)
+        mask[kept] = 1.0
+        expected = expected * mask / (expected * mask).sum()
+    written = write(model, [prompt] * count, stops=[59], rooms=[1] * count, temperature=temperature, top_p=top_p)
+    drawn = Counter(each.stop if each.stop is not None else each.ids[0] for each in written)
+    distance = sum(abs(drawn[token] / count - float(p)) for token, p in enumerate(expected)) / 2
+    spread = sum(math.sqrt(float(p) * (1 - float(p)) / count) for p in expected) * math.sqrt(2 / math.pi) / 2
+    assert distance < 1.5 * spread
+    assert all(float(expected[token]) > 0 for token in drawn)
+
+
+def test_a_row_whose_logits_are_not_finite_is_broken_off_there_and_the_others_go_on(model):
+    plain = [_greedy(model, prompt, 12) for prompt in PROMPTS]
+    assert plain[0].ids[4] not in plain[1].ids + plain[2].ids
+    # Reading this token makes the row's logits NaN from there on.
+    model.model.embed_tokens.weight.data[plain[0].ids[4]] = math.nan
+    broken, *others = write(model, PROMPTS, stops=[58], rooms=[12] * 3)
+    assert broken == Written(plain[0].ids[:5], None, False)
+    assert others == plain[1:]
+
+
+def test_a_prompt_that_is_not_finite_gives_nothing(model):
+    model.model.embed_tokens.weight.data[9] = math.nan
+    assert write(model, PROMPTS[:1], stops=STOPS, rooms=[5]) == [Written([], None, False)]
+
+
+def test_no_graph_is_kept(model):
+    model.requires_grad_(True)
+    seen = []
+    handle = model.lm_head.register_forward_hook(lambda *args: seen.append(args[-1]))
+    write(model, PROMPTS, stops=STOPS, rooms=[3] * 3)
+    handle.remove()
+    assert seen
+    assert not any(out.requires_grad for out in seen)

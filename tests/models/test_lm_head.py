@@ -1,0 +1,144 @@
+"""Heads found by trying them: what is known of a model's logits, and what is left alone."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from sar_kd.models.lm_head import Heads, Readout, body_of
+from tests.helpers.lm_heads import FLOAT32
+
+SMALL = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+MODELS = {
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=60, n_embd=16, n_layer=1, n_head=2)
+    ),
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, intermediate_size=24)),
+    "tied": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**SMALL, intermediate_size=24, tie_word_embeddings=True)
+    ),
+    "phi": lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**SMALL, intermediate_size=24)),
+    "opt": lambda: transformers.OPTForCausalLM(
+        transformers.OPTConfig(**SMALL, ffn_dim=24, word_embed_proj_dim=8, max_position_embeddings=32)
+    ),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(
+            **SMALL, intermediate_size=24, head_dim=8, num_key_value_heads=1, final_logit_softcapping=3.0
+        )
+    ),
+    "granite": lambda: transformers.GraniteForCausalLM(
+        transformers.GraniteConfig(**SMALL, intermediate_size=24, logits_scaling=8.0)
+    ),
+    "cohere": lambda: transformers.CohereForCausalLM(
+        transformers.CohereConfig(**SMALL, intermediate_size=24, logit_scale=0.0625)
+    ),
+    "qwen3_moe": lambda: transformers.Qwen3MoeForCausalLM(
+        transformers.Qwen3MoeConfig(
+            **SMALL, intermediate_size=24, moe_intermediate_size=8, head_dim=8, num_key_value_heads=2, num_experts=4,
+            num_experts_per_tok=2,
+        )
+    ),
+}  # fmt: skip
+INPUT_IDS = torch.arange(30).view(2, 15)
+
+
+def _model(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)  # logits that a cap or a scale is seen in
+        head = model.get_output_embeddings()
+        if getattr(head, "bias", None) is not None:
+            head.bias.normal_()
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_the_tile_of_a_models_states_is_its_logits(name):
+    model = _model(name)
+    head = Heads(FLOAT32).of(model)
+    assert head is not None
+    wanted = model(input_ids=INPUT_IDS, use_cache=False).logits.flatten(0, 1)
+    states = body_of(model)(input_ids=INPUT_IDS, use_cache=False).last_hidden_state.flatten(0, 1)
+    readout = Readout(states, head, FLOAT32)
+    torch.testing.assert_close(readout.tile(slice(None)).T, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(readout.logits(), wanted, rtol=1e-5, atol=1e-5)
+    assert readout.vocab_size == wanted.shape[1]
+
+
+def test_what_a_configuration_says_of_its_head_is_found():
+    found = {name: Heads(FLOAT32).of(_model(name)) for name in ("llama", "gemma2", "granite", "cohere", "phi")}
+    assert {name: head.scale for name, head in found.items() if head.scale != 1.0} == {
+        "granite": 0.125,
+        "cohere": 0.0625,
+    }
+    assert {name: head.softcap for name, head in found.items() if head.softcap} == {"gemma2": 3.0}
+    assert [name for name, head in found.items() if head.bias is not None] == ["phi"]
+
+
+def test_a_tied_head_is_the_embedding_itself():
+    model = _model("tied")
+    assert Heads(FLOAT32).of(model).weight is model.get_input_embeddings().weight
+
+
+def test_a_head_that_someone_listens_to_is_left_alone_while_they_do():
+    model, heads = _model("llama"), Heads(FLOAT32)
+    assert heads.of(model) is not None
+    handle = model.lm_head.register_forward_hook(lambda module, args, out: out)
+    assert heads.of(model) is None
+    handle.remove()
+    assert heads.of(model) is not None
+
+
+class _Adapted(nn.Module):
+    """A head with a low-rank part beside its weight, which is zero at first."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base, self.down, self.up = base, nn.Linear(16, 2, bias=False), nn.Linear(2, 60, bias=False)
+        self.up.weight.data.zero_()
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+    def forward(self, states):
+        return self.base(states) + self.up(self.down(states))
+
+
+def test_a_head_with_more_than_a_weight_and_a_bias_is_left_alone():
+    model = _model("llama")
+    model.lm_head = _Adapted(model.lm_head)
+    assert Heads(FLOAT32).of(model) is None
+
+
+@pytest.mark.parametrize(
+    "change", [lambda z: z * 1.5, lambda z: z.roll(1, -1), lambda z: z + 0.5], ids=["x", "roll", "+"]
+)
+def test_logits_that_come_about_in_another_way_are_left_alone(change):
+    model = _model("llama")
+    forward = model.forward
+
+    def changed(**inputs):
+        out = forward(**inputs)
+        out.logits = change(out.logits)
+        return out
+
+    model.forward = changed
+    assert Heads(FLOAT32).of(model) is None
+
+
+def test_states_that_are_changed_before_the_head_are_noticed():
+    model = _model("llama")
+    model.lm_head.register_forward_pre_hook(lambda module, args: (args[0] * 2.0,))
+    assert Heads(FLOAT32).of(model) is None
+
+
+def test_trying_a_head_draws_no_random_number_and_leaves_the_mode():
+    model = _model("gpt2").train()
+    state = torch.get_rng_state()
+    assert Heads(FLOAT32).of(model) is not None
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training

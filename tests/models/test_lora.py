@@ -1,0 +1,175 @@
+"""LoRA: what learns, what is saved, and that merged and unmerged are one model."""
+
+import sys
+
+import peft
+import pytest
+import torch
+import transformers
+
+from sar_kd.config.sections import LoraConfig
+from sar_kd.errors import UsageError
+from sar_kd.models.lora import add_adapter, describe_student, exports, load_learned, merged, save_learned
+from sar_kd.models.memory_saving import recompute_activations_
+from sar_kd.training import checkpoint
+
+TOKENS = torch.arange(24)[None] % 20 + 1
+
+
+def _student(make_student, dtype=torch.float32, tied=False, **settings):
+    student = make_student(64, tie_word_embeddings=tied)
+    for value in student.parameters():
+        value.data = value.data.to(dtype)  # as loaded in `dtype`: the buffers of rotary positions stay float32
+    return add_adapter(student, LoraConfig(lora_rank=4, **settings))
+
+
+@torch.no_grad()
+def _trained(student):
+    """The adapter as it might be after training: its B is 0 when it begins."""
+    torch.manual_seed(3)
+    for name, value in student.named_parameters():
+        if "lora_" in name:
+            value.copy_(0.3 * torch.randn_like(value))
+    return student.eval()
+
+
+@torch.no_grad()
+def _logits(model):
+    return model.float()(input_ids=TOKENS).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_only_the_adapter_learns_and_it_is_float32_whatever_the_rest_is(make_student, dtype):
+    student = _student(make_student, dtype)
+    learned = {name: value.dtype for name, value in student.named_parameters() if value.requires_grad}
+    assert set(learned.values()) == {torch.float32}
+    assert all("lora_" in name for name in learned)
+    assert student.get_input_embeddings().weight.dtype is dtype
+
+
+def test_every_linear_layer_but_the_head_gets_one(make_student):
+    student = _student(make_student)
+    adapted = {name.split(".")[-1] for name, module in student.named_modules() if hasattr(module, "lora_A")}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_named_targets_alone_get_one(make_student):
+    student = _student(make_student, lora_targets=("q_proj", "v_proj"))
+    adapted = {name.split(".")[-1] for name, module in student.named_modules() if hasattr(module, "lora_A")}
+    assert adapted == {"q_proj", "v_proj"}
+
+
+def test_gpt2s_transposed_layers_get_one_without_a_warning(recwarn):
+    sizes = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=32)
+    student = _trained(add_adapter(transformers.GPT2LMHeadModel(sizes), LoraConfig(lora_rank=4)))
+    assert not [warning for warning in recwarn if "fan_in_fan_out" in str(warning.message)]
+    assert {name.split(".")[-1] for name, module in student.named_modules() if hasattr(module, "lora_A")} == {
+        "c_attn", "c_proj", "c_fc"
+    }  # fmt: skip
+    torch.testing.assert_close(_logits(merged(student).eval()), _logits(student), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_merged_equals_unmerged_and_leaves_the_student_as_it_was(make_student, dtype, tied):
+    student = _trained(_student(make_student, dtype, tied))
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    whole = merged(student).eval()
+    assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
+    assert {value.dtype for value in whole.parameters()} == {torch.float32}
+    difference = (_logits(reloaded(whole)) - _logits(student)).abs().max()
+    assert difference < 1e-4
+    assert (_logits(reloaded(whole)) - _logits(make_student(64, tie_word_embeddings=tied))).abs().max() > 0.1
+
+
+def reloaded(model):
+    """The model with its buffers, which merging leaves to whoever loads the weights."""
+    fresh = type(model)(model.config)
+    fresh.load_state_dict(model.state_dict())
+    return fresh.eval()
+
+
+def test_transformers_loads_the_whole_and_peft_the_adapter(make_student, sp_tokenizer, tmp_path):
+    student = _trained(add_adapter(make_student(len(sp_tokenizer)), LoraConfig(lora_rank=4, lora_alpha=8)))
+    for name, model in exports(student).items():
+        checkpoint.save_student(model, sp_tokenizer, tmp_path / name)
+    whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "student").eval()
+    base = make_student(len(sp_tokenizer))
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert (_logits(whole) - _logits(student)).abs().max() < 1e-4
+    assert torch.equal(_logits(adapted), _logits(student))
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+
+
+def test_a_whole_student_is_exported_as_it_is(make_student):
+    student = make_student(64)
+    assert exports(student) == {"student": student}
+
+
+def test_what_learned_is_saved_and_put_back_bit_for_bit(make_student, tmp_path):
+    student = _trained(_student(make_student))
+    save_learned(student, tmp_path / "learned.safetensors")
+    other = _student(make_student)
+    load_learned(other, tmp_path / "learned.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), other.parameters(), strict=True))
+    whole = sum(value.numel() for value in student.parameters()) * 4
+    assert (tmp_path / "learned.safetensors").stat().st_size < whole / 2
+
+
+def test_another_adapter_is_not_put_back(make_student, tmp_path):
+    save_learned(_student(make_student), tmp_path / "learned.safetensors")
+    other = _student(make_student, lora_targets=("q_proj",))
+    with pytest.raises(ValueError, match="another adapter"):
+        load_learned(other, tmp_path / "learned.safetensors")
+
+
+def test_the_run_says_what_learns(make_student):
+    line = describe_student(_student(make_student, torch.float16))
+    assert line.startswith("Learning: ")
+    assert line.endswith("in float32; the rest is frozen, in float16")
+    assert describe_student(make_student(64)).endswith("weights, in float32")
+
+
+def test_without_peft_there_is_one_line(make_student, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UsageError, match=r"--lora_rank 4: needs `pip install peft`"):
+        _student(make_student)
+
+
+def test_layers_that_are_not_there_are_named(make_student):
+    with pytest.raises(UsageError, match=r"--lora_targets nowhere: Target modules"):
+        _student(make_student, lora_targets=("nowhere",))
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"lora_rank": -1}, "--lora_rank -1"),
+        ({"lora_alpha": 0.0}, "--lora_alpha 0"),
+        ({"lora_dropout": 1.0}, "--lora_dropout 1.0"),
+    ],
+)
+def test_settings_out_of_range_are_named(settings, line):
+    with pytest.raises(UsageError, match=line):
+        LoraConfig(**settings)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_checkpointed_gradients_equal_plain_ones_with_dropout_too(make_student, rank):
+    def gradients(checkpoints):
+        student = make_student(64, attention_dropout=0.2)
+        if checkpoints:
+            assert recompute_activations_(student, same_dropout=True) == 2
+            student.enable_input_require_grads()
+        student = add_adapter(student.train(), LoraConfig(lora_rank=rank, lora_dropout=0.2)).train()
+        torch.manual_seed(5)
+        student(input_ids=TOKENS, labels=TOKENS, use_cache=False).loss.backward()
+        return {name: value.grad for name, value in student.named_parameters() if value.requires_grad}
+
+    torch.manual_seed(1)
+    plain = gradients(False)
+    torch.manual_seed(1)
+    again = gradients(True)
+    assert plain.keys() == again.keys()
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+    assert any(value.abs().max() > 0 for value in plain.values())

@@ -1,0 +1,247 @@
+"""A teacher that lies elsewhere while the student learns, one of 4 bits, and a student that computes twice."""
+
+import copy
+
+import pytest
+import torch
+
+from sar_kd.commands.train import main as train
+from sar_kd.config.command_line import parse_args
+from sar_kd.config.presets import STABLE
+from sar_kd.config.sections import GuardConfig, LossConfig, OptimConfig, TeacherMemoryConfig
+from sar_kd.data.dataset import Corpus
+from sar_kd.data.samples import Document
+from sar_kd.errors import UsageError
+from sar_kd.evaluation.perplexity import evaluate
+from sar_kd.losses.objective import Objective
+from sar_kd.models.lm_head import body_of
+from sar_kd.models.loading import Given, load_models
+from sar_kd.models.memory_saving import Offload, layers_of, quantised, recompute_activations_, travelling
+from sar_kd.runtime.environment import is_installed
+from sar_kd.runtime.precision import Precision, setup
+from sar_kd.tokenization.tokenizer_pair import TokenizerPair
+from sar_kd.training.guards import StepGuard
+from sar_kd.training.optimizer import build_optimizer
+from sar_kd.training.step import train_step
+
+CPU = torch.device("cpu")
+KINDS = pytest.mark.parametrize("alignment", ["auto", "strict", "alm", "uld", "hidden"])
+
+
+@pytest.fixture(scope="module")
+def corpora(byte_tokenizer, sp_tokenizer, corpus_texts):
+    documents = [Document(str(i), text) for i, text in enumerate(corpus_texts)]
+
+    def corpus(teacher, **how):
+        pair = TokenizerPair(sp_tokenizer, teacher, student_rows=len(sp_tokenizer), teacher_rows=len(teacher), **how)
+        return Corpus(documents, pair, 24, 60)
+
+    return {
+        "auto": corpus(byte_tokenizer, projects=True),
+        **{kind: corpus(byte_tokenizer, aligns=True) for kind in ("strict", "alm", "uld", "hidden")},
+    }
+
+
+def _run(corpora, make_student, alignment="auto", dtype=torch.float32, offloads=False, dropout=0.0, recomputes=False):
+    """The parts of a step, the same for the same arguments."""
+    corpus = corpora[alignment]
+    student = make_student(len(corpus.pair.student), attention_dropout=dropout).train()
+    teacher = make_student(len(corpus.pair.teacher), num_hidden_layers=1, hidden_size=16, intermediate_size=32)
+    for model in (student, teacher):
+        model.lm_head.weight.data.mul_(20.0)
+    teacher = teacher.requires_grad_(False).eval().to(dtype)
+    if recomputes:
+        recompute_activations_(student, same_dropout=True)
+    precision = Precision(CPU, dtype, 1024.0)
+    offload = Offload(teacher, body_of(teacher), CPU) if offloads else None
+    torch.manual_seed(3)
+    settings = LossConfig(alpha_kd=0.5, alpha_ce=0.5, alignment=alignment)
+    objective = Objective(teacher, student, settings, corpus.pairing, precision, offload)
+    optimizer = build_optimizer(student, OptimConfig(student_lr=1e-3), objective.parameters())
+    guard = StepGuard(GuardConfig(skip_grad_norm=1e9, skip_rule="fixed"))
+    gradients = []
+    optimizer.register_step_pre_hook(
+        lambda *_: gradients.append([p.grad.clone() for p in student.parameters() if p.grad is not None])
+    )
+
+    def step(number):
+        return train_step(corpus.micro_batches(number, 2, 3, 0), objective, optimizer, guard, precision, 1.0)
+
+    return step, student, teacher, offload, gradients, objective, precision, corpus
+
+
+# A teacher that leaves
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_teacher_that_leaves_gives_the_same_losses_and_weights(corpora, make_student, alignment, dtype):
+    runs = [_run(corpora, make_student, alignment, dtype, offloads) for offloads in (False, True)]
+    for number in range(2):
+        stays, leaves = (run[0](number) for run in runs)
+        assert stays == leaves
+        assert stays.verdict.applied
+        assert stays.kd_loss > 0
+    for a, b in zip(runs[0][1].parameters(), runs[1][1].parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert runs[1][3].visits == 1  # it was there for the first step
+
+
+def test_the_teacher_is_there_while_it_reads_and_nowhere_while_the_student_learns(corpora, make_student):
+    step, student, teacher, offload, *_ = _run(corpora, make_student, offloads=True)
+    offload.leave()
+    home = {parameter: parameter.data_ptr() for parameter in travelling(teacher)}
+    seen = []
+
+    def away():
+        return all(parameter.data_ptr() == place for parameter, place in home.items())
+
+    teacher.model.layers[0].register_forward_pre_hook(lambda *_: seen.append(("teacher reads", not away())))
+    student.model.layers[0].register_forward_pre_hook(lambda *_: seen.append(("student reads", away())))
+    student.model.layers[0].register_full_backward_hook(lambda *_: seen.append(("student learns", away())))
+    step(0)
+    assert [what for what, _ in seen] == ["teacher reads"] * 3 + ["student reads", "student learns"] * 3
+    assert all(there for _, there in seen)
+    assert away()
+
+
+def test_what_travels_is_all_but_the_head_and_comes_back_as_it_was(make_student):
+    for tied in (False, True):
+        teacher = make_student(tie_word_embeddings=tied).requires_grad_(False).eval()
+        before = {name: value.clone() for name, value in teacher.state_dict().items()}
+        names = {name for name, value in teacher.named_parameters() if any(value is t for t in travelling(teacher))}
+        kept = {"model.embed_tokens.weight"} if tied else {"lm_head.weight"}
+        assert {name for name, _ in teacher.named_parameters()} - names == kept
+        offload = Offload(teacher, body_of(teacher), CPU)
+        assert offload.num_bytes == sum(parameter.nbytes for parameter in travelling(teacher))
+        for _ in range(2):
+            offload.leave()
+            assert not offload.is_here
+            teacher(input_ids=torch.arange(5)[None])  # whoever runs it finds it there
+            assert offload.is_here
+        assert offload.visits == 2
+        assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_a_batch_that_nobody_listened_to_is_read_all_the_same(corpora, make_student):
+    *_, offload, _, objective, _, corpus = _run(corpora, make_student, offloads=True)
+    batch = corpus.batch([0, 1])
+    plain = objective(batch).kd.item()
+    objective.listen([batch])
+    assert not offload.is_here
+    heard = objective(batch).kd.item()
+    again = objective(corpus.batch([0, 1])).kd.item()
+    assert plain == heard == again
+    assert offload.is_here
+
+
+def test_an_evaluation_of_an_absent_teacher_brings_it_in(corpora, make_student):
+    step, _, teacher, offload, _, objective, precision, corpus = _run(corpora, make_student, offloads=True)
+    batches = list(corpus.token_batches("teacher", 3))
+    before = evaluate(teacher, batches, 100, precision, heads=objective.heads).nats
+    step(0)
+    assert not offload.is_here
+    assert evaluate(teacher, batches, 100, precision, heads=objective.heads).nats == before
+
+
+def test_a_whole_run_with_a_teacher_that_leaves_is_the_run_without(tmp_path, monkeypatch, corpus_texts):
+    """On a machine with one memory the teacher travels within it."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(corpus_texts), encoding="utf-8")
+    flags = ["--train_file", str(text), "--block_size", "64", "--train_steps", "3", "--eval_steps", "2"]
+    flags += ["--model_dtype", "float16", "--device", "cpu"]
+    summaries = [train([*flags, "--output_dir", str(tmp_path / "stays")])]
+    monkeypatch.setattr(TeacherMemoryConfig, "offloads_from", lambda self, device: self.offload_teacher_to_cpu)
+    summaries.append(train([*flags, "--output_dir", str(tmp_path / "leaves"), "--offload_teacher_to_cpu"]))
+    for name in ("val_loss_final", "val_ppl_start", "teacher_val_ppl", "loss_scale_final"):
+        assert summaries[0][name] == summaries[1][name]
+
+
+# A student that computes twice
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_recomputing_gives_the_same_gradients(corpora, make_student, dtype, dropout):
+    found = []
+    for recomputes in (False, True):
+        step, *_, gradients, _, _, _ = _run(corpora, make_student, dtype=dtype, dropout=dropout, recomputes=recomputes)
+        torch.manual_seed(7)
+        report = step(0)
+        found.append((report.loss, report.grad_norm, gradients[0]))
+    assert found[0][:2] == found[1][:2]
+    assert len(found[0][2]) == len(found[1][2]) > 0
+    assert all(torch.equal(a, b) for a, b in zip(found[0][2], found[1][2], strict=True))
+
+
+def test_recomputing_twice_as_asked_is_recomputing_once(make_student):
+    student = make_student()
+    calls = []
+    recompute_activations_(student)
+    recompute_activations_(student)
+    student.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    student(input_ids=torch.arange(5)[None]).logits.sum().backward()
+    assert len(calls) == 2
+
+
+def test_the_flag_makes_every_layer_of_the_student_recompute():
+    config = parse_args(STABLE, ["--gradient_checkpointing", "--device", "cpu"])
+    models = load_models(config, setup(config.precision, 0))
+    calls = []
+    for layer in layers_of(models.student):
+        layer.self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+    models.student(input_ids=torch.arange(9)[None]).logits.sum().backward()
+    assert len(calls) == 2 * len(layers_of(models.student))
+    assert models.offload is None
+
+
+def test_a_run_that_was_short_of_memory_may_go_on_with_less(tmp_path, corpus_texts):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(corpus_texts), encoding="utf-8")
+    begun = ["--train_file", str(text), "--block_size", "64", "--train_steps", "1", "--device", "cpu"]
+    train([*begun, "--output_dir", str(tmp_path / "run")])
+    again = ["--resume", "--output_dir", str(tmp_path / "run")]
+    memory = parse_args(STABLE, [*again, "--gradient_checkpointing", "--offload_teacher_to_cpu"]).memory
+    assert (memory.gradient_checkpointing, memory.offload_teacher_to_cpu) == (True, True)
+    with pytest.raises(UsageError, match="--teacher_quantization nf4: the run to resume has 'off'"):
+        parse_args(STABLE, [*again, "--teacher_quantization", "nf4"])
+
+
+# A teacher of 4 bits
+
+
+def test_rounding_needs_its_package(monkeypatch):
+    monkeypatch.setattr("sar_kd.models.memory_saving.is_installed", lambda package: package != "bitsandbytes")
+    with pytest.raises(UsageError, match="--teacher_quantization nf4: needs `pip install bitsandbytes accelerate`"):
+        quantised("nf4", Precision(CPU, torch.float16, 1.0))
+    assert quantised("off", Precision(CPU, torch.float16, 1.0)) == {}
+
+
+def test_a_teacher_in_memory_is_not_rounded(make_student, sp_tokenizer):
+    teacher = make_student(len(sp_tokenizer))
+    config = parse_args(STABLE, ["--teacher_quantization", "nf4", "--device", "cpu"])
+    given = Given({"teacher_model": (copy.deepcopy(teacher), sp_tokenizer), "student_model": (teacher, sp_tokenizer)})
+    with pytest.raises(UsageError, match="--teacher_quantization nf4: the teacher is in memory already"):
+        load_models(config, setup(config.precision, 0), given=given)
+
+
+@pytest.mark.skipif(not is_installed("bitsandbytes"), reason="bitsandbytes is an extra")
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_rounded_teacher_is_near_the_teacher_and_teaches(tmp_path, make_student, sp_tokenizer, corpus_texts, dtype):
+    teacher, text = make_student(len(sp_tokenizer), hidden_size=128, intermediate_size=256), tmp_path / "text.txt"
+    text.write_text("\n".join(corpus_texts), encoding="utf-8")
+    for name, model in (("teacher", teacher), ("student", make_student(len(sp_tokenizer)))):
+        model.save_pretrained(tmp_path / name)
+        sp_tokenizer.save_pretrained(tmp_path / name)
+    flags = ["--teacher_model", str(tmp_path / "teacher"), "--student_model", str(tmp_path / "student")]
+    flags += ["--train_file", str(text), "--block_size", "32", "--model_dtype", dtype, "--device", "cpu"]
+    config = parse_args(STABLE, [*flags, "--teacher_quantization", "nf4"])
+    rounded = load_models(config, setup(config.precision, 0)).teacher
+    sizes = {name: value.dtype for name, value in rounded.named_parameters()}
+    assert sizes["model.layers.0.mlp.up_proj.weight"] is torch.uint8
+    assert sizes["lm_head.weight"] is getattr(torch, dtype)
+    flags += ["--train_steps", "2", "--eval_steps", "2", "--output_dir"]
+    whole = train([*flags, str(tmp_path / "whole")])
+    nf4 = train([*flags, str(tmp_path / "nf4"), "--teacher_quantization", "nf4"])
+    assert nf4["applied"] == 2
+    assert whole["teacher_val_ppl"] != nf4["teacher_val_ppl"] == pytest.approx(whole["teacher_val_ppl"], rel=0.05)

@@ -1,0 +1,146 @@
+"""`sar-kd preflight` and the start of a run: what is looked at before anything heavy, and what is refused."""
+
+import json
+import re
+from collections import namedtuple
+
+import pytest
+import torch
+
+from sar_kd.commands.main import main, run
+from sar_kd.commands.train import main as train
+from sar_kd.config.command_line import parse_args
+from sar_kd.config.presets import FP16_SAFE
+from sar_kd.errors import UsageError
+from sar_kd.models import loading
+from sar_kd.preflight import checks
+from sar_kd.runtime import files
+from sar_kd.training import trainer
+
+SECTIONS = {"ok", "versions", "device", "hub", "models", "clamps", "disk", "memory", "alignment", "teacher_cache"}
+
+
+@pytest.fixture
+def text(tmp_path, corpus_texts):
+    """A text file of little more than nothing."""
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(corpus_texts), encoding="utf-8")
+    return path
+
+
+def _preflight(capsys, *words):
+    """Exit code, stdout and stderr."""
+    code = main(["preflight", *map(str, words)])
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_preflight_says_what_a_run_would_find_and_trains_nothing(text, tmp_path, capsys):
+    flags = ("--train_file", text, "--output_dir", tmp_path / "run", "--block_size", 64, "--mode", "ultra-conservative")
+    code, out, err = _preflight(capsys, *flags)
+    assert (code, err) == (0, "")
+    assert f"PyTorch {torch.__version__}" in out
+    assert "Teacher: Qwen3MoeForCausalLM, 4.53 M parameters, vocabulary 2,048" in out
+    assert "perplexity 1.05 or more, teacher at most p = 0.28" in out  # 1 + 1023 e^-10; 1 / (1 + 2047 e^(-10/1.5))
+    assert "same token on both sides" in out
+    assert out.endswith("Ready: nothing stands in the way of this run\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_preflight_in_json_is_one_object_with_every_section(text, tmp_path, capsys):
+    code, out, _ = _preflight(capsys, "--train_file", text, "--output_dir", tmp_path / "run", "--json")
+    record = json.loads(out)
+    assert code == 0
+    assert record.keys() == SECTIONS
+    assert record["ok"] is True
+    assert record["models"]["student"] == {"class": "LlamaForCausalLM", "parameters": 430752, "vocabulary": 1024}
+    assert record["hub"]["models"] == {"teacher": "shipped with the package", "student": "shipped with the package"}
+    assert record["alignment"]["equal"] is False
+    assert record["clamps"]["raw_perplexity_floor"] == pytest.approx(1 + 1023 * 2.718281828**-10, rel=1e-6)
+
+
+def test_a_refusal_is_exit_code_2_with_one_line_and_an_object_that_says_so(capsys):
+    code, out, err = _preflight(capsys, "--teacher_model", "./nowhere", "--json")
+    assert code == 2
+    assert err == "error: --teacher_model ./nowhere: no such directory\n"
+    record = json.loads(out)
+    assert record["ok"] is False
+    assert record["error"] == "--teacher_model ./nowhere: no such directory"
+    assert record["device"]["device"]
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_a_disk_without_room_for_what_the_run_writes_is_refused_before_anything_is_loaded(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 10**6, 10**6))
+    monkeypatch.setattr(loading, "_load_model", lambda *a: pytest.fail("weights were read"))
+    assert run(train, ["--output_dir", str(tmp_path / "run")]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: --output_dir {tmp_path / 'run'}: no room for what the run writes (")
+    assert line.endswith("; free some, or lower --keep_checkpoints\n")
+
+
+def test_the_room_that_is_asked_for_is_the_room_that_a_run_takes(text, tmp_path):
+    """Two checkpoints and a student on the disk; one more of each while they are replaced."""
+    flags = ["--train_file", str(text), "--block_size", "64", "--train_steps", "2", "--save_steps", "1"]
+    config = parse_args(FP16_SAFE, [*flags, "--output_dir", str(tmp_path / "run")])
+    finding = checks._check_disk(checks.Subject(config))
+    train([*flags, "--output_dir", str(tmp_path / "run"), "--eval_steps", "2"])
+    taken = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*.safetensors"))
+    taken += sum(path.stat().st_size for path in (tmp_path / "run").rglob("state.pt"))
+    student = 4 * 430752
+    at_most = taken + student + 3 * student
+    assert finding.record["needed_bytes"] == pytest.approx(at_most, rel=0.05)
+
+
+def test_a_run_begins_with_the_same_lines(text, tmp_path, capsys):
+    flags = [
+        "--train_file",
+        str(text),
+        "--block_size",
+        "64",
+        "--train_steps",
+        "1",
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    config = parse_args(FP16_SAFE, flags)
+    expected: list[str] = []
+    checks.preflight(config, expected.append)
+    train([*flags, "--mode", "ultra-conservative", "--model_dtype", "float16"])
+    # What the process holds already, and what is free, changes from one moment to the next.
+    expected = [re.sub(r"[\d,.]+ [GM]B", "...", line) for line in expected]
+    shown = [re.sub(r"[\d,.]+ [GM]B", "...", line) for line in capsys.readouterr().out.splitlines()]
+    assert len(expected) >= 5
+    assert [line for line in shown if line in expected] == expected
+
+
+def test_a_raw_clamp_that_leaves_nothing_to_learn_is_refused_before_anything_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(loading, "_load_model", lambda *a: pytest.fail("weights were read"))
+    flags = ["--logit_clamp_style", "raw", "--temperature", "4", "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(UsageError, match="use --logit_clamp_style normalized, or --force"):
+        train(flags)
+
+
+def test_two_ctrl_c_end_a_run_at_once_with_130(text, tmp_path, monkeypatch, capsys):
+    import signal
+
+    def interrupted(*_):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(trainer, "train_step", interrupted)
+    flags = ["--train_file", str(text), "--block_size", "64"]
+    for way, start in enumerate((lambda words: run(train, words), lambda words: main(["train", *words]))):
+        assert start([*flags, "--output_dir", str(tmp_path / str(way))]) == 130
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("interrupted at once; --resume continues")
+
+
+def test_a_wrong_text_field_is_one_line_with_the_fields_there_are(tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"body": "some text", "id": 1}\n')
+    assert main(["preflight", "--train_file", str(tmp_path / "rows.jsonl")]) == 2
+    assert "it has: body, id" in capsys.readouterr().err

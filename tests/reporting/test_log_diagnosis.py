@@ -1,0 +1,139 @@
+"""`explain`: each pattern of losses and gradient norms is told from each kind of log, with its known cause."""
+
+import json
+import math
+
+import pytest
+
+from sar_kd.commands.main import main
+from sar_kd.errors import UsageError
+from sar_kd.reporting.log_diagnosis import DIAGNOSES, diagnose, lines_of, read_log
+
+NAN, INF = math.nan, math.inf
+GOOD = [(2.9, 1.8), (2.5, 1.5), (2.27, 1.55), (2.1, 1.3), (1.9, 1.2), (1.8, 1.1)]
+PATTERNS = {
+    "forward overflow": [(0.0, NAN)] * 6,
+    "weights became nan": [(2.9, 1.8), *[(0.0, NAN)] * 5],
+    "exploding": [(2.9, 1.8), (2.5, 2.5), (4.0, 30.0), (9.0, 400.0), *[(0.0, NAN)] * 3],
+    "backward overflow": [(loss, NAN) for loss, _ in GOOD],
+    "calibration": [(2.9, INF), (2.9, NAN), *GOOD[1:], *GOOD[3:]],
+    "no labels": [(0.0, 0.0)] * 6,
+    "some labels missing": [*GOOD[:2], (0.0, NAN), *GOOD[2:4], (0.0, 0.0), *GOOD[4:]],
+    "loss lost": [(2.9, 1.8), *[(0.0, 1.732)] * 5],
+    "no gradient": [(loss, 0.0) for loss, _ in GOOD],
+    "no movement": [(2.9, 1.1)] * 6,
+    "healthy": GOOD,
+}
+
+
+def _printed(pairs) -> str:
+    return "\n".join(
+        f"{i}%|##   | {{'loss': {loss}, 'grad_norm': {norm}, 'learning_rate': 0.0002, 'epoch': {i / 10}}}"
+        for i, (loss, norm) in enumerate(pairs)
+    )
+
+
+def _quoted(pairs) -> str:
+    """As transformers 5 prints them."""
+    return "\n".join(f"{{'loss': '{loss}', 'grad_norm': '{norm}', 'learning_rate': '2e-04'}}" for loss, norm in pairs)
+
+
+def _state(pairs) -> str:
+    history = [{"loss": loss, "grad_norm": norm, "step": i} for i, (loss, norm) in enumerate(pairs)]
+    return json.dumps({"epoch": 1.0, "log_history": [*history, {"eval_loss": 1.0, "step": 9}]})
+
+
+def _read(tmp_path, text, name="train.log"):
+    (tmp_path / name).write_text(text)
+    return read_log(tmp_path / name)
+
+
+@pytest.mark.parametrize("written", [_printed, _quoted, _state])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_each_pattern_is_told_from_each_kind_of_log(tmp_path, name, written):
+    assert diagnose(_read(tmp_path, written(PATTERNS[name]))).name == name
+
+
+def test_every_diagnosis_is_reached_by_a_test():
+    ours = {"norm skips", "half weights", "no answers", "wrong answers"}
+    assert set(PATTERNS) | ours == set(DIAGNOSES)
+
+
+def _ours(pairs, causes) -> str:
+    records = [{"event": "evaluation", "step": 0, "val_loss": 3.0}]
+    for i, ((loss, norm), cause) in enumerate(zip(pairs, causes, strict=True), 1):
+        figures = {"loss": loss, "grad_norm": norm}
+        figures = {name: value if math.isfinite(value) else str(value) for name, value in figures.items()}
+        records.append({"event": "step", "step": i, **figures, "applied": cause is None, "cause": cause})
+    return "\n".join(map(json.dumps, records))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "causes", "name"),
+    [
+        (GOOD, [None] * 6, "healthy"),
+        ([(2.9, 9.0)] * 6, ["norm"] * 6, "norm skips"),
+        ([(NAN, NAN)] * 6, ["forward"] * 6, "forward overflow"),
+        ([(2.9, 8.0), *[(NAN, NAN)] * 5], [None, *["forward"] * 5], "exploding"),
+        ([(0.0, 0.0)] * 6, ["no_targets"] * 6, "no labels"),
+        ([(2.9, INF), *GOOD[1:]], ["overflow", *[None] * 5], "calibration"),
+        ([(loss, NAN) for loss, _ in GOOD], ["gradient"] * 6, "backward overflow"),
+    ],
+)
+def test_a_runs_own_metrics_are_read_with_their_causes(tmp_path, pairs, causes, name):
+    assert diagnose(_read(tmp_path, _ours(pairs, causes), "metrics.jsonl")).name == name
+    assert diagnose(read_log(tmp_path)).name == name  # the folder that holds it
+
+
+def test_half_weights_are_told_by_what_pytorch_says(tmp_path):
+    text = _printed(GOOD[:1]) + "\nValueError: Attempting to unscale FP16 gradients.\n"
+    assert diagnose(_read(tmp_path, text)).name == "half weights"
+
+
+@pytest.mark.parametrize(("rate", "name"), [("0.0", "no answers"), ("0.99", "wrong answers")])
+def test_scores_of_zero_after_a_healthy_loss_are_explained(tmp_path, rate, name):
+    before = "benchmark_result.accuracy=0.0  benchmark_result.answer_rate=0.0\n"
+    after = f"\nbenchmark_result.accuracy=0.0  benchmark_result.answer_rate={rate}\n"
+    assert diagnose(_read(tmp_path, before + _printed(GOOD) + after)).name == name
+    good = "\nbenchmark_result.accuracy=0.6  benchmark_result.answer_rate=1.0\n"
+    assert diagnose(_read(tmp_path, before + _printed(GOOD) + good)).name == "healthy"
+
+
+def test_the_answer_names_pattern_cause_remedy_and_where_it_was_seen(tmp_path):
+    lines = lines_of(_read(tmp_path, _printed(PATTERNS["forward overflow"])))
+    assert lines[0].endswith("6 lines with a loss, from 0 to 0 (6 of them 0)")
+    assert [line.split(":")[0] for line in lines[1:]] == ["Pattern", "Likely cause", "What to try", "Seen"]
+    assert "prints 0.0" in lines[2]
+
+
+def test_the_command_prints_it_and_ends_with_0(tmp_path, capsys):
+    (tmp_path / "trainer_state.json").write_text(_state(PATTERNS["no labels"]))
+    assert main(["explain", str(tmp_path)]) == 0
+    assert "every label is masked" in capsys.readouterr().out
+    assert main(["explain", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == "no labels"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (None, "no such log"),
+        ("nothing of the kind", "names no loss"),
+        ('{"log_history": [{"eval_loss": 1.0}]}', "names no loss"),
+        ("{'loss': 'high'}", "names no loss"),
+    ],
+)
+def test_what_is_no_log_is_one_line(tmp_path, text, line):
+    if text is not None:
+        (tmp_path / "x.log").write_text(text)
+    with pytest.raises(UsageError, match=line):
+        read_log(tmp_path / "x.log")
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [([], "LOG: not given"), (["a", "b"], "'b': belongs to no flag"), (["a", "--loud"], "--loud: no such flag")],
+)
+def test_the_command_wants_one_log(argv, line, capsys):
+    assert main(["explain", *argv]) == 2
+    assert line in capsys.readouterr().err

@@ -1,0 +1,400 @@
+"""The report, the verdict and the model card, from runs whose figures are written by hand; and what they cost a run."""
+
+import json
+import math
+import re
+import sys
+import types
+from html.parser import HTMLParser
+
+import pytest
+
+from sar_kd.commands.main import run as exit_code
+from sar_kd.config.command_line import parse_args
+from sar_kd.config.presets import STABLE
+from sar_kd.errors import UsageError
+from sar_kd.reporting import report, trackers
+from sar_kd.reporting.history import read_history, verdict_of
+from sar_kd.reporting.model_card import card_of
+from sar_kd.reporting.run_log import RunLog, open_run
+from sar_kd.runtime.files import plain
+
+START = {"val_ppl": 71.0, "val_loss": 4.26, "val_bits_per_byte": 2.5, "teacher_val_ppl": 41.0}
+START |= {"teacher_val_bits_per_byte": 1.75}
+
+
+def _step(step, cause=None, **figures):
+    known = {"loss": 4.0 - step / 100, "ce_loss": 4.2, "kd_loss": 2.5, "grad_norm": 0.7, "loss_scale": 16384.0}
+    told = {"applied": cause is None, "cause": cause, "norm_limit": 2.0, "learning_rate": 1e-3, "num_target_tokens": 9}
+    return {"event": "step", "step": step, **known, **told, **figures}
+
+
+def _evaluation(step, bits, **more):
+    ppl = math.exp(bits * 1.7) if math.isfinite(bits) else bits
+    loss = bits * 1.7
+    return {"event": "evaluation", "step": step, "val_ppl": ppl, "val_loss": loss, "val_bits_per_byte": bits, **more}
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """make_run(records, name=..., summary=..., *flags): a run folder as a run would have left it."""
+
+    def make(records, *flags, name="run", summary=None, start=START):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = parse_args(STABLE, [*flags, "--output_dir", str(folder)])
+        (folder / "config.json").write_text(json.dumps(config.to_dict()))
+        lines = [{"event": "start", "step": 0, **start}, *records] if start else records
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(plain(line)) + "\n" for line in lines))
+        if summary:
+            (folder / "summary.json").write_text(json.dumps(plain(summary)))
+        return folder
+
+    return make
+
+
+class _Page(HTMLParser):
+    """Checks that every tag is closed, and collects text and references to anything outside the file."""
+
+    VOID = frozenset({"meta", "br", "img", "path", "use", "line"})
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.texts, self.references = [], [], []
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.references += [value for name, value in attributes if name in ("src", "href", "xlink:href", "srcset")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.references += [value for name, value in attributes if name in ("src", "href", "xlink:href", "srcset")]
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data.strip())
+
+
+def _page(folder, *others):
+    pytest.importorskip("matplotlib")
+    path = folder.parent / "page.html"
+    report.write_report([read_history(f) for f in (folder, *others)], path)
+    text = path.read_text(encoding="utf-8")
+    return text, _Page(text)
+
+
+RECORDS = [_step(1), _step(2, "norm", grad_norm=5.0), _evaluation(2, 2.4), _step(3), _step(4), _evaluation(4, 2.2)]
+
+
+def test_the_report_is_one_file_that_needs_nothing_else(make_run):
+    text, page = _page(make_run(RECORDS))
+    assert all(reference.startswith(("#", "data:")) for reference in page.references)
+    assert "url(http" not in text
+    assert "<script" not in text
+    assert "@import" not in text
+
+
+def test_the_report_shows_every_chart_and_the_teachers_line(make_run):
+    _, page = _page(make_run(RECORDS))
+    for title in ("Loss = 0.9 ce + 0.1 kd", "Bits per byte", "Perplexity", "Gradient norm", "Loss scale"):
+        assert title in page.texts
+    assert page.texts.count("teacher") == 2  # of bits per byte and of perplexity
+    assert {"limit", "clip", "skipped", "norm"} <= set(page.texts)
+    assert "Router entropy" not in page.texts
+
+
+def test_routers_that_learn_have_their_entropy_and_usage_drawn(make_run):
+    usage = {"router_entropy": 0.8, "router_usage": {"layers.0.gate": [0.5, 0.25, 0.25], "layers.1.gate": [0.2, 0.8]}}
+    _, page = _page(make_run([_step(1), _evaluation(1, 2.4, **usage)]))
+    assert {"Router entropy", "Expert usage"} <= set(page.texts)
+
+
+def test_a_students_own_text_is_drawn_apart_and_steps_without_a_figure_leave_no_gap(make_run):
+    own = {"responses": 4, "response_end_rate": 0.5, "response_length": 30.0, "ce_loss": None, "norm_limit": math.inf}
+    _, page = _page(make_run([_step(1, norm_limit=math.inf), _step(2, **own), _step(3, norm_limit=math.inf)]))
+    assert {"Responses that end", "Length of responses", "ce"} <= set(page.texts)
+    assert "limit" not in page.texts  # of which nothing could be drawn
+    none = [_step(step, **own) for step in (1, 2)]
+    _, page = _page(make_run(none, name="none"))
+    assert "ce" not in page.texts
+
+
+def test_gradient_norms_close_together_have_numbers_beside_them(make_run):
+    _, page = _page(make_run([_step(1, grad_norm=0.71), _step(2, grad_norm=0.93)], "--max_grad_norm", "0.8"))
+    numbers = [text for text in page.texts if re.fullmatch(r"0\.[789]\d*", text)]
+    assert len(numbers) >= 3
+
+
+def test_what_a_verdict_sets_in_backticks_is_code(make_run):
+    text, _ = _page(make_run([_step(1), _evaluation(1, 2.2), _step(2), _evaluation(2, 2.4)]))
+    assert "<code>student/</code> holds the best." in text
+
+
+def test_every_colour_is_the_pages_so_that_it_reads_on_dark_and_on_light(make_run):
+    text, _ = _page(make_run(RECORDS))
+    drawn = text[text.index("<svg") :]
+    assert not re.findall(r"(?:fill|stroke): (?:#|black|white|rgb)", drawn)
+    assert "prefers-color-scheme: dark" in text
+    used = set(re.findall(r"var\((--\w+)\)", text))
+    light, dark = re.findall(r":root \{(.*?)\}", text, flags=re.DOTALL)
+    assert all(f"{name}:" in light and f"{name}:" in dark for name in used)
+
+
+def test_what_a_run_is_called_is_text_and_never_markup(make_run):
+    text, page = _page(make_run(RECORDS, "--teacher_model", "<b>evil</b>", name="a<i>b"))
+    assert "<b>evil" not in text
+    assert any("<b>evil</b>" in part for part in page.texts)
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [],
+        [_step(1)],
+        [_step(1, "forward", loss=math.nan, ce_loss=math.nan, kd_loss=math.nan, grad_norm=math.nan)],
+        [_step(1, "overflow", grad_norm=math.inf), _evaluation(1, math.nan)],
+        [_step(1, grad_norm=0.0, norm_limit=math.inf), _evaluation(1, 2.5)],
+    ],
+    ids=["nothing yet", "one step", "only nan", "infinite", "no gradient"],
+)
+@pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning")
+def test_a_run_with_little_to_show_is_still_drawn(make_run, records):
+    for start in (START, None):
+        folder = make_run(records, name=f"run{bool(start)}", start=start)
+        _page(folder)
+
+
+def test_a_long_run_is_drawn_in_bins_and_stays_small(make_run):
+    records = [_step(step, loss=math.sin(step)) for step in range(1, 20_001)]
+    text, _ = _page(make_run(records))
+    assert len(text) < 400_000
+
+
+def test_several_runs_are_compared_in_a_table_with_the_settings_that_differ(make_run):
+    first = make_run(RECORDS, "--student_lr", "1e-3", name="first")
+    second = make_run([*RECORDS, _evaluation(6, 2.1)], "--student_lr", "2e-3", "--seed", "5", name="second")
+    text, page = _page(first, second)
+    rows = re.findall(r"<tr><td>(.*?)</td></tr>", text)
+    assert rows[0].startswith("first</td><td>under way")
+    assert "2.2000" in rows[0]
+    assert "2.1000" in rows[1]
+    assert rows[2:] == ["student_lr</td><td>0.001</td><td>0.002", "seed</td><td>0</td><td>5"]
+    assert page.texts.count("second") >= 4
+
+
+# In words
+
+
+def test_a_finished_run_is_told_with_its_way_to_the_teacher(make_run):
+    folder = make_run(RECORDS, "--train_steps", "4", summary={"status": "finished", "steps": 4})
+    lines = verdict_of(read_history(folder))
+    assert lines[0] == "Finished: 4 steps."
+    assert (
+        lines[1] == "Bits per byte on held-out text fell from 2.5000 to 2.2000, 40% of the way to the teacher's 1.7500."
+    )
+    assert lines[2] == "3 of 4 updates were applied; skipped: norm 1."
+    assert "Skipped for norm in 25% of the steps" in lines[3]
+
+
+@pytest.mark.parametrize(
+    ("bits", "expected"),
+    [
+        ((2.4, 2.2, 2.3), "Best at step 2 (2.2000); the later steps made it worse."),
+        ((2.4, 2.3, 2.2), "It was still falling at the last validation"),
+        ((2.4, 2.3, math.nan), "The last validation is not finite."),
+    ],
+)
+def test_the_course_of_the_validations_is_told(make_run, bits, expected):
+    records = [record for i, value in enumerate(bits, 1) for record in (_step(i), _evaluation(i, value))]
+    assert any(line.startswith(expected) for line in verdict_of(read_history(make_run(records))))
+
+
+def test_a_flat_end_is_not_called_falling(make_run):
+    records = [record for i, value in enumerate((2.1, 2.001, 2.0), 1) for record in (_step(i), _evaluation(i, value))]
+    assert not any("falling" in line for line in verdict_of(read_history(make_run(records))))
+
+
+def test_a_teacher_that_is_no_better_than_the_student_was_is_told(make_run):
+    folder = make_run(RECORDS, start=START | {"teacher_val_bits_per_byte": 2.6})
+    assert any("little to teach" in line for line in verdict_of(read_history(folder)))
+
+
+def test_a_summary_of_an_earlier_part_is_not_taken_for_the_end(make_run):
+    folder = make_run(RECORDS, summary={"status": "interrupted", "steps": 2})
+    assert verdict_of(read_history(folder))[0] == "Under way: 4 of 500 steps."
+
+
+def test_a_line_that_a_kill_cut_short_is_left_out(make_run):
+    folder = make_run(RECORDS)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"event": "step", "st')
+    assert [record["step"] for record in read_history(folder).steps] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("content", ["no json\n", '{"event": "step"}\n', '{"event": "step", "step": "x"}\n', "[1]\n"])
+def test_figures_that_no_run_wrote_are_one_line(make_run, content):
+    folder = make_run(RECORDS)
+    (folder / "metrics.jsonl").write_text(content)
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_history(folder)
+
+
+# The verb
+
+
+def test_the_verb_writes_the_page_and_prints_the_verdict(make_run, capsys):
+    pytest.importorskip("matplotlib")
+    folder = make_run(RECORDS)
+    assert exit_code(report.main, [str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "40% of the way" in out
+    assert out.endswith(f"Written to {folder / 'report.html'}\n")
+    assert (folder / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [(["nowhere"], "nowhere: holds no run"), ([], "RUN_DIR"), (["a", "--runs"], "--runs: no such flag")],
+)
+def test_a_report_on_nothing_is_one_line(words, expected, capsys):
+    assert exit_code(report.main, words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert expected in line
+
+
+def test_a_report_without_matplotlib_is_one_line_with_the_command(make_run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert exit_code(report.main, [str(make_run(RECORDS))]) == 2
+    assert "`pip install matplotlib`" in capsys.readouterr().err
+
+
+# During a run
+
+
+def test_a_run_without_matplotlib_says_once_how_to_get_the_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "is_installed", lambda package: False)
+    open_run(parse_args(STABLE, ["--output_dir", str(tmp_path / "run")])).close()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "report.html" in line]
+    assert lines == [
+        f"No report.html without matplotlib: `pip install matplotlib`, then `sar-kd report {tmp_path}/run` at any time"
+    ]
+
+
+def test_a_writer_writes_at_validations_and_at_the_end_but_never_for_more_than_its_share(monkeypatch, tmp_path):
+    clock, written = [100.0], []
+
+    def write(*_):
+        written.append(clock[0])
+        clock[0] += 1.0  # what one page costs
+
+    monkeypatch.setattr(report.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(report, "write_report", write)
+    monkeypatch.setattr(report, "read_history", lambda folder: None)
+    writer = report.ReportWriter(tmp_path)
+    for seconds, event in ((0, "step"), (1, "evaluation"), (10, "evaluation"), (45, "evaluation"), (1, "evaluation")):
+        clock[0] += seconds
+        writer.record({"event": event})
+    writer.finish({})
+    assert written == [101.0, 157.0, 159.0]  # 10 s after a page of 1 s is too soon, 55 s is not; the end always
+
+
+def test_an_observer_is_told_everything_that_is_written_and_when_it_is_over(tmp_path):
+    seen = []
+    observer = types.SimpleNamespace(
+        record=lambda record: seen.append(record["event"]),
+        finish=lambda summary: seen.append("finish"),
+        close=lambda: seen.append("close"),
+    )
+    config = parse_args(STABLE, ["--output_dir", str(tmp_path)])
+    log = RunLog(config, [observer])
+    log.start(0, config.train)
+    log.begin({"val_ppl": 3.0}, {"val_ppl": 2.0})
+    log.step(_step(1), 1.0, 1.0)
+    log.close()
+    assert seen == ["start", "step", "close"]
+    start = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert start == {"event": "start", "step": 0, "val_ppl": 3.0, "teacher_val_ppl": 2.0}
+
+
+def test_figures_go_to_weights_and_biases_when_asked(tmp_path, monkeypatch):
+    sent, opened = [], []
+    target = types.SimpleNamespace(
+        log=lambda figures, step: sent.append((step, figures)), finish=lambda: sent.append("end")
+    )
+    fake = types.SimpleNamespace(init=lambda **how: opened.append(how) or target, __spec__=object())
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    (tracker,) = trackers.find_trackers(parse_args(STABLE, ["--wandb", "--output_dir", str(tmp_path / "a run")]))
+    tracker.record(_step(1, "overflow", grad_norm=math.inf))
+    tracker.record(_evaluation(2, 2.5))
+    tracker.finish({"status": "finished", "steps": 2, "val_ppl_final": 70.0})
+    tracker.close()
+    assert opened[0]["config"]["train"]["wandb"] is True
+    assert (opened[0]["project"], opened[0]["name"], opened[0]["id"]) == ("sar-kd", "a run", "a-run")
+    assert sent[0][1]["train/loss"] == 3.99
+    assert "train/grad_norm" not in sent[0][1]  # infinite
+    assert sent[1] == (2, {f"validation/val_{k}": v for k, v in _values(2.5).items()})
+    assert sent[2][1]["summary/val_ppl_final"] == 70.0
+    assert sent[3] == "end"
+
+
+def _values(bits):
+    return {"ppl": math.exp(bits * 1.7), "loss": bits * 1.7, "bits_per_byte": bits}
+
+
+def test_figures_go_to_tensorboard_when_asked(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (tracker,) = trackers.find_trackers(parse_args(STABLE, ["--tensorboard", "--output_dir", str(tmp_path)]))
+    for step in (1, 2):
+        tracker.record(_step(step))
+    tracker.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, round(event.value, 4)) for event in events.Scalars("train/loss")] == [(1, 3.99), (2, 3.98)]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_is_one_line_before_the_run(tmp_path, monkeypatch, name, capsys):
+    monkeypatch.setattr(trackers, "is_installed", lambda package: False)
+    code = exit_code(
+        lambda argv: open_run(parse_args(STABLE, argv)), [f"--{name}", "--output_dir", str(tmp_path / "run")]
+    )
+    assert code == 2
+    assert capsys.readouterr().err == f"error: --{name}: needs `pip install {name}`\n"
+
+
+def test_nothing_is_sent_anywhere_unless_asked():
+    assert trackers.find_trackers(parse_args(STABLE, [])) == []
+
+
+# The model card
+
+
+def test_the_card_tells_of_the_best_student_and_where_it_came_from(make_run):
+    folder = make_run(
+        [_step(1), _evaluation(1, 2.2), _step(2), _evaluation(2, 2.3)],
+        "--teacher_model", "someone/teacher", "--student_model", "someone/student",
+        "--dataset_name", "wikitext", "--dataset_config_name", "wikitext-2-raw-v1",
+    )  # fmt: skip
+    card = card_of(read_history(folder))
+    head = card.split("---")[1]
+    assert 'base_model: "someone/student"' in head
+    assert 'datasets: ["wikitext"]' in head
+    assert "| student, before | 71.00 | 2.5000 |" in card
+    assert f"| student, this one (step 1) | {math.exp(2.2 * 1.7):.2f} | 2.2000 |" in card
+    assert "| teacher | 41.00 | 1.7500 |" in card
+    assert "- Text: wikitext wikitext-2-raw-v1" in card
+    assert "- temperature: 2.0" in card
+
+
+def test_the_card_names_no_folder_of_the_machine_that_it_was_made_on(make_run, tmp_path):
+    folder = make_run(RECORDS, "--teacher_model", str(tmp_path / "big"), "--train_file", str(tmp_path / "text.txt"))
+    card = card_of(read_history(folder))
+    assert str(tmp_path) not in card
+    assert "- Teacher: big" in card
+    assert "- Text: text.txt" in card

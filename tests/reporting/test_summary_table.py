@@ -1,0 +1,69 @@
+"""What a run says at its end, and what its plan of memory looks like: columns in line, on 80 columns."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sar_kd.preflight.memory_estimate import PARTS, Moment
+from sar_kd.preflight.memory_plan import Plan
+from sar_kd.reporting.summary_table import closing_table
+from sar_kd.runtime.console import fitted
+
+SCORE = {"accuracy": 0.125, "answer_rate": 1.0}
+SUMMARY = {
+    "status": "finished", "steps": 12345, "wall_seconds": 75.0, "tokens_per_second": 12345.6, "skipped": {"norm": 2},
+    "applied": 12343, "success_rate": 0.99, "loss_scale_final": 16384.0, "best_step": 12000, "experts": "all",
+    **{f"val_ppl_{when}": value for when, value in (("start", 1234567.0), ("final", 71.5), ("best", math.nan))},
+    **{f"val_bits_per_byte_{when}": 12.5 for when in ("start", "final", "best")},
+    "teacher_val_ppl": 41.2, "teacher_val_bits_per_byte": 1.7,
+    "router_final": {
+        f"teacher_val_{figure}_{how}": 1.5 for figure in ("ppl", "bits_per_byte") for how in ("native", "routed")
+    },
+}  # fmt: skip
+TASK = {
+    "benchmark_result": dict.fromkeys(("student_start", "student_end", "student", "teacher"), SCORE),
+    "cross_entropy_only": {"val_ppl_best": 2.5, "val_bits_per_byte_best": 1.5, **SCORE},
+}
+
+
+def _rows(summary):
+    lines = closing_table(summary, Path("runs/a"))
+    return lines[2 : next(i for i, line in enumerate(lines) if line.startswith("  applied"))]
+
+
+@pytest.mark.parametrize("extra", [{}, TASK], ids=["a_text", "a_task"])
+def test_every_row_of_the_closing_table_ends_where_its_header_does(extra):
+    header, *rows = _rows(SUMMARY | extra)
+    ends = {len(row) for row in rows if extra == {} or row.split()[-1] == "1.000"}
+    assert ends == {len(header)}
+    assert len(header) <= 80
+    assert any(row.startswith("  teacher, every expert, end ") for row in rows)
+
+
+def test_scores_stand_under_their_names():
+    header, first, *_ = _rows(SUMMARY | TASK)
+    for name, shown in (("perplexity", "1.23e+06"), ("bits per byte", "12.5000"), ("accuracy", "0.125")):
+        assert header.index(name) + len(name) == first.index(shown) + len(shown)
+
+
+@pytest.mark.parametrize("size", [1, 10**6, 10**11], ids=["bytes", "megabytes", "hundreds_of_gigabytes"])
+def test_a_memory_table_fits_into_80_columns_with_its_figures_apart(size):
+    moments = [Moment(name, dict.fromkeys(PARTS, size)) for name in ("start", "evaluation")]
+    header, *rows = Plan(moments, torch.device("cpu"), 0, None, True).table()
+    assert {len(row) for row in (header, *rows)} == {len(header)}
+    assert len(header) + 2 <= 80
+    assert all(len(row.split()) == 2 + len(PARTS) for row in rows)
+
+
+def test_a_line_on_a_terminal_keeps_its_words_and_its_figures_with_their_units_whole(monkeypatch):
+    line = "At the peak (loss): teacher 18 MB, student 2 MB, optimizer 3 MB, activations 27 MB, loss 28 MB"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = fitted(line).splitlines()
+    assert [part.strip() for part in lines] == [line[: line.index("27 MB") - 1], line[line.index("27 MB") :]]
+    assert max(map(len, lines)) <= 80
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
+    assert fitted(line, "and more") == f"{line}\nand more"

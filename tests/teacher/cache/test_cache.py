@@ -1,0 +1,603 @@
+"""The teacher cache: as a run without it to 1e-3, the same bytes after a kill, and refused where it is not sound."""
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sar_kd.commands import cache, main
+from sar_kd.config.command_line import parse_args
+from sar_kd.config.presets import STABLE
+from sar_kd.data.blocks import cut_at
+from sar_kd.data.dataset import Corpus
+from sar_kd.data.samples import Document
+from sar_kd.data.sources import load_documents
+from sar_kd.errors import UsageError
+from sar_kd.losses.objective import Objective
+from sar_kd.models.loading import load_models
+from sar_kd.runtime.distributed import ALONE
+from sar_kd.runtime.precision import setup
+from sar_kd.teacher.cache import builder, format
+from sar_kd.teacher.cache.format import TEXTS
+from sar_kd.teacher.cache.lookup import Index, Match
+from sar_kd.teacher.cached import open_teacher_cache
+from sar_kd.tokenization.token_stream import Blocks
+from sar_kd.tokenization.tokenizer_pair import TokenizerPair
+from tests.helpers import ranks
+
+ROOT = Path(__file__).parents[3]
+K = 16
+CLAMPS = ("--logit_clamp_style", "normalized", "--loss_clamp_style", "scale")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory, make_student, make_teacher, sp_tokenizer, byte_tokenizer, corpus_texts):
+    """Saved models with two tokenizers, plain text, and the same with conversations between."""
+    folder = tmp_path_factory.mktemp("inputs")
+    for name, model, tokenizer in (
+        ("student", make_student(len(sp_tokenizer), num_hidden_layers=1), sp_tokenizer),
+        ("equal_student", make_student(len(byte_tokenizer), num_hidden_layers=1), byte_tokenizer),
+        ("teacher", make_teacher(len(byte_tokenizer), num_hidden_layers=1, initializer_range=0.3), byte_tokenizer),
+        ("dense", make_student(len(byte_tokenizer), num_hidden_layers=1, hidden_size=16), byte_tokenizer),
+    ):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    (folder / "text.txt").write_text("\n".join(corpus_texts), encoding="utf-8")
+    rows = [{"text": "\n".join(corpus_texts[i : i + 6])} for i in range(0, len(corpus_texts), 6)]
+    for number in range(6):
+        question, answer = corpus_texts[2 * number : 2 * number + 2]
+        rows.insert(3 * number, {"prompt": question, "completion": answer})
+    (folder / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def _text(inputs, text="text.txt", block_size=48):
+    return ["--train_file", str(inputs / text), "--block_size", str(block_size)]
+
+
+def _model_flags(inputs, student="student", teacher="teacher"):
+    return ["--teacher_model", str(inputs / teacher), "--student_model", str(inputs / student)]
+
+
+def _build(inputs, folder, *more, student="student", text="text.txt", dtype="float32"):
+    """Build a cache; what it printed."""
+    out = io.StringIO()
+    argv = [*_model_flags(inputs, student), *_text(inputs, text), "--model_dtype", dtype, "--device", "cpu"]
+    argv += ["--teacher_cache", str(folder), "--teacher_top_k", str(K), "--per_device_batch_size", "3"]
+    with contextlib.redirect_stdout(out):
+        cache.main([*argv, *map(str, more)])
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def built(inputs, tmp_path_factory):
+    """built(**how): the folder of a cache, built once for the same arguments."""
+    made = {}
+
+    def get(**how) -> Path:
+        key = tuple(sorted(how.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("cache") / "cache"
+            _build(inputs, made[key], **how)
+        return made[key]
+
+    return get
+
+
+class _Log:
+    def say(self, line):
+        """Nothing."""
+
+
+class _Side:
+    """A run up to its first step."""
+
+    def __init__(self, flags):
+        config, stored = open_teacher_cache(parse_args(STABLE, flags), ALONE, _Log())
+        self.config, self.precision = config, setup(config.precision, 0)
+        self.models = load_models(config, self.precision, stored.teacher)
+        limits, texts = self.models.block_limits(config.data.block_size), load_documents(config.data)
+        answers = stored.texts(texts, self.models.tokenizers.teacher)
+        both = zip(texts, answers, strict=True)
+        self.corpus, self.validation = (Corpus(t, self.models.tokenizers, *limits, stored=a) for t, a in both)
+        sides = self.models.teacher, self.models.student
+        self.objective = Objective(*sides, config.loss, self.corpus.pairing, self.precision)
+
+    def learned(self, blocks):
+        """The terms of a batch, and the gradient of its total, unscaled."""
+        self.models.student.zero_grad()
+        batch = self.corpus.batch(blocks)
+        scale = self.precision.loss_scale / batch.num_target_tokens
+        terms = self.objective(batch, scale=scale)
+        (terms.total * scale).backward()
+        grads = [p.grad.flatten() for p in self.models.student.parameters() if p.grad is not None]
+        return terms, torch.cat(grads) / self.precision.loss_scale
+
+
+def _sides(inputs, folder, *more, student="student", text="text.txt", dtype="float32"):
+    common = [*_model_flags(inputs, student), *_text(inputs, text), "--model_dtype", dtype, "--device", "cpu"]
+    common += ["--alpha_kd", "0.6", "--alpha_ce", "0.4", "--output_dir", "none", *map(str, more)]
+    return _Side([*common, "--teacher_cache", str(folder)]), _Side([*common, "--teacher_top_k", str(K)])
+
+
+def _assert_same(cached, live):
+    assert [tuple(block) for block in cached.corpus.blocks] == [tuple(block) for block in live.corpus.blocks]
+    for blocks in ([0, 1, 2], [len(live.corpus) - 2, len(live.corpus) - 1]):
+        (own, own_grad), (terms, grad) = cached.learned(blocks), live.learned(blocks)
+        assert terms.kd > 0.1
+        for name in ("total", "ce", "kd"):
+            torch.testing.assert_close(getattr(own, name), getattr(terms, name), rtol=1e-3, atol=0.0)
+        assert (own_grad - grad).norm() < 1e-3 * grad.norm()
+
+
+# The same losses
+
+
+@pytest.mark.parametrize("student", ["equal_student", "student"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_losses_and_gradients_are_those_of_a_live_teacher(inputs, built, student, temperature):
+    _assert_same(*_sides(inputs, built(student=student), *CLAMPS, "--temperature", temperature, student=student))
+
+
+@pytest.mark.parametrize("student", ["equal_student", "student"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_they_are_with_conversations_and_in_true_float16_too(inputs, built, student, dtype):
+    how = {"student": student, "text": "mixed.jsonl", "dtype": dtype}
+    _assert_same(*_sides(inputs, built(**how), *CLAMPS, "--temperature", 2.0, **how))
+
+
+@pytest.mark.parametrize("alignment", ["strict", "alm", "uld", "projection"])
+@pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
+def test_every_alignment_and_direction_is_served(inputs, built, alignment, direction):
+    more = ("--alignment", alignment, "--kd_direction", direction, "--temperature", 1.5)
+    _assert_same(*_sides(inputs, built(student="student"), *more))
+
+
+def test_fewer_tokens_than_are_kept_are_those_of_a_live_teacher_cut_to_as_many(inputs, built):
+    common = [*_model_flags(inputs), *_text(inputs), "--device", "cpu", "--output_dir", "none", "--teacher_top_k", "4"]
+    cached, live = _Side([*common, "--teacher_cache", str(built(student="student"))]), _Side(common)
+    assert cached.objective.distillation.top_k == 4
+    _assert_same(cached, live)
+
+
+@pytest.mark.parametrize("student", ["equal_student", "student"])
+def test_another_temperature_is_served_by_a_cache_that_was_made_for_it(inputs, tmp_path, student):
+    _build(inputs, tmp_path / "cache", "--temperatures", "3", "0.5", student=student)
+    for temperature in (3.0, 0.5):
+        _assert_same(*_sides(inputs, tmp_path / "cache", "--temperature", temperature, student=student))
+
+
+def test_the_rows_keep_what_the_teacher_says(inputs, built):
+    """Every record against a teacher run block by block, in float64 from its logits."""
+    folder = built(student="equal_student")
+    live = _sides(inputs, folder, student="equal_student")[1]
+    rows = format.Shards(folder, format.read_header(folder), "train").take(np.arange(live.corpus.num_tokens))
+    first = 0
+    for block in range(len(live.corpus)):
+        batch = live.corpus.batch([block]).teacher
+        with torch.no_grad():
+            logits = live.models.teacher(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.rows].double()
+        log_probs, own = logits.log_softmax(-1), rows[first : first + len(batch.rows)]
+        first += len(batch.rows)
+        said = log_probs.gather(1, batch.targets[:, None])[:, 0]
+        assert np.allclose(own["log_prob"], said, atol=1e-5)
+        ids = torch.from_numpy(own["ids"].astype(np.int64))
+        kept = torch.from_numpy(own["peak"][:, None].astype(np.float64) + own["gaps"])
+        assert torch.allclose(log_probs.gather(1, ids), kept, atol=1e-5, rtol=1e-3)
+        assert torch.equal(log_probs.topk(K).indices[:, 0], ids[:, 0])
+        for place, temperature in enumerate((1.0, 1.5, 2.0)):
+            shares = (logits / temperature).softmax(-1)
+            told = shares.gather(1, ids).sum(1)
+            assert torch.allclose(
+                ((1 - told) / told).log(), torch.from_numpy(own["rests"][:, place]).double(), atol=2e-3
+            )
+    assert first == live.corpus.num_tokens
+
+
+# Runs
+
+
+def _argv(inputs, out, *more, student="student", text="text.txt", steps=3):
+    argv = [*_model_flags(inputs, student), *_text(inputs, text), "--device", "cpu", "--model_dtype", "float32"]
+    argv += ["--train_steps", str(steps), "--eval_steps", "2", "--log_steps", "1", "--per_device_batch_size", "2"]
+    argv += ["--warmup_steps", "1", "--student_lr", "1e-3", "--alpha_kd", "0.5", "--alpha_ce", "0.5"]
+    return [*argv, "--output_dir", str(out), *map(str, more)]
+
+
+def _script():
+    spec = importlib.util.spec_from_file_location("script", ROOT / "train_sar_kd_stable.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _run(argv):
+    """Exit code, stdout, stderr's lines."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main.run(_script().main, argv)
+    return code, out.getvalue(), err.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("student", ["equal_student", "student"])
+def test_a_run_with_the_cache_has_the_figures_of_one_with_the_teacher(inputs, built, tmp_path, student):
+    folder = built(student=student, text="mixed.jsonl")
+    summaries = []
+    for name, more in (("cached", ["--teacher_cache", folder]), ("live", ["--teacher_top_k", K])):
+        argv = _argv(inputs, tmp_path / name, *more, student=student, text="mixed.jsonl")
+        assert _run(argv)[0] == 0
+        steps = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses = [[s["loss"], s["kd_loss"], s["ce_loss"], s["grad_norm"]] for s in steps if s["event"] == "step"]
+        summaries.append((json.loads((tmp_path / name / "summary.json").read_text()), losses))
+    (cached, cached_losses), (live, losses) = summaries
+    assert np.allclose(cached_losses, losses, rtol=1e-3)
+    for name in ("val_ppl_final", "teacher_val_ppl", "teacher_val_bits_per_byte", "val_bits_per_byte_final"):
+        assert cached[name] == pytest.approx(live[name], rel=1e-4)
+    assert (cached["tokens"], cached["applied"]) == (live["tokens"], live["applied"])
+
+
+def test_one_cache_serves_students_with_other_tokenizers(inputs, built, tmp_path):
+    folder = built(student="equal_student", text="mixed.jsonl")
+    for student in ("equal_student", "student"):
+        code, out, _ = _run(_argv(inputs, tmp_path / student, "--teacher_cache", folder, student=student,
+                                  text="mixed.jsonl"))  # fmt: skip
+        assert code == 0
+        summary = json.loads((tmp_path / student / "summary.json").read_text())
+        assert summary["teacher_val_ppl"] > 1.0
+        assert summary["skipped"]["forward"] == 0
+    assert "stretches of plain text, which take" in out
+
+
+def test_the_weights_of_the_teacher_are_never_loaded(inputs, built, tmp_path):
+    shutil.copytree(inputs / "teacher", tmp_path / "teacher")
+    (tmp_path / "teacher" / "model.safetensors").unlink()
+    argv = _argv(inputs, tmp_path / "run", "--teacher_cache", built(student="student"))
+    argv[1] = str(tmp_path / "teacher")
+    code, out, _ = _run(argv)
+    assert code == 0
+    assert "its weights are not here to compare" in out
+
+
+def test_a_run_resumes_with_its_cache(inputs, built, tmp_path):
+    folder = built(student="student")
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    more = ("--teacher_cache", folder, "--lr_schedule", "constant")
+    assert _run(_argv(inputs, whole, *more, steps=4))[0] == 0
+    assert _run(_argv(inputs, halves, *more, steps=2))[0] == 0
+    assert _run(["--resume", "--output_dir", str(halves), "--train_steps", "4"])[0] == 0
+    both = [(path / "student" / "model.safetensors").read_bytes() for path in (whole, halves)]
+    assert both[0] == both[1]
+
+
+# Building
+
+
+def _content(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+class _Killed(BaseException):
+    """A kill: nothing catches it."""
+
+
+@pytest.mark.parametrize("moment", ["index", "write_shard", "rename", "header"])
+@pytest.mark.parametrize("after", [1, 3])
+def test_a_build_that_was_killed_goes_on_and_ends_with_the_same_bytes(inputs, tmp_path, monkeypatch, moment, after):
+    monkeypatch.setattr(cache, "SHARD_ROWS", 500)
+    how = {"student": "student", "text": "mixed.jsonl"}
+    _build(inputs, tmp_path / "whole", **how)
+    wanted = _content(tmp_path / "whole")
+    assert sum(name.endswith(".rows") for name in wanted) >= 4
+    calls = []
+
+    def dies(function, before):
+        def call(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == after and before:
+                raise _Killed
+            result = function(*args, **kwargs)
+            if len(calls) == after:
+                raise _Killed
+            return result
+
+        return call
+
+    with monkeypatch.context() as patch:
+        if moment == "index":
+            patch.setattr(builder.CacheText, "write_index", dies(builder.CacheText.write_index, before=after == 3))
+        elif moment == "write_shard":  # the shard is whole, the header does not name it
+            patch.setattr(builder, "write_shard", dies(builder.write_shard, before=False))
+        elif moment == "rename":  # the shard is written, not yet under its name
+            patch.setattr(format.os, "replace", dies(format.os.replace, before=True))
+        else:
+            patch.setattr(builder, "write_header", dies(builder.write_header, before=False))
+        with contextlib.suppress(_Killed):
+            _build(inputs, tmp_path / "cache", **how)
+    if calls and len(calls) >= after:
+        partial = tmp_path / "cache"
+        code, _, err = _run(_argv(inputs, tmp_path / "run", "--teacher_cache", partial, text="mixed.jsonl"))
+        assert (code, len(err)) == (2, 1)
+        assert "is not finished" in err[0] or "holds no teacher cache" in err[0]
+    _build(inputs, tmp_path / "cache", **how)
+    assert _content(tmp_path / "cache") == wanted
+
+
+class _SigkilledWriting:
+    """A build that is killed in the middle of its `number`-th write, when a share of the bytes is on the disk."""
+
+    def __init__(self, inputs, folder, number, share):
+        self.inputs, self.folder, self.number, self.share = inputs, folder, number, share
+
+    def __call__(self, rank):
+        writes, fsync = [], os.fsync
+
+        def interrupted(file):
+            writes.append(file)
+            if len(writes) == self.number:
+                os.ftruncate(file, int(self.share * os.fstat(file).st_size))
+                os.kill(os.getpid(), signal.SIGKILL)
+            fsync(file)
+
+        os.fsync, cache.SHARD_ROWS = interrupted, 200
+        _build(self.inputs, self.folder, text="mixed.jsonl")
+        return 0
+
+
+def test_a_build_under_repeated_sigkill_in_the_middle_of_a_write_ends_with_the_same_bytes(
+    inputs, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(cache, "SHARD_ROWS", 200)
+    _build(inputs, tmp_path / "whole", text="mixed.jsonl")
+    wanted, folder, draw = _content(tmp_path / "whole"), tmp_path / "cache", random.Random(7)
+    num_shards = []
+    # At first a header is written, then shards and headers in turn; of these four, the first stops a shard.
+    for attempt, number in enumerate((2, 4, 3, 4)):
+        dies = _SigkilledWriting(inputs, folder, number, draw.random())
+        (ended,) = ranks.run(tmp_path / f"{attempt}", dies, size=1)
+        assert ended.code == -signal.SIGKILL, ended.err
+        assert any(name.endswith(".partial") for name in _content(folder))
+        num_shards.append(sum(name.endswith(".rows") for name in _content(folder)))
+    assert num_shards == sorted(num_shards)
+    assert 0 < num_shards[-1] < sum(name.endswith(".rows") for name in wanted)
+    _build(inputs, folder, text="mixed.jsonl")
+    assert _content(folder) == wanted
+
+
+def test_a_finished_cache_is_left_as_it_is(inputs, built):
+    folder = built(student="student")
+    before = _content(folder)
+    out = _build(inputs, folder, student="student")
+    assert "Going on:" in out
+    assert _content(folder) == before
+
+
+def test_the_size_is_said_before_and_is_the_size_that_is_written(inputs, tmp_path):
+    out = _build(inputs, tmp_path / "cache").splitlines()
+    said = re.search(r"(\d+) bytes a token, ([\d,]+) tokens", out[0])
+    rows = sum(p.stat().st_size for p in (tmp_path / "cache").rglob("*.rows"))
+    index = sum((tmp_path / "cache" / text / "index" / name).stat().st_size for text in TEXTS for name in
+                ("tokens", "ends"))  # fmt: skip
+    assert int(said[1]) * int(said[2].replace(",", "")) == rows + index
+
+
+def test_a_disk_without_room_is_one_line(inputs, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("sar_kd.runtime.files.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(UsageError, match=r"--teacher_cache .*no room for what the teacher says.*--teacher_top_k"):
+        _build(inputs, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (["--teacher_top_k", 8], r"another --teacher_top_k \(16, not 8\); name another folder, or --overwrite"),
+        (["--block_size", 32], r"another --block_size \(48, not 32\)"),
+        (["--per_device_batch_size", 2], r"another --per_device_batch_size"),
+        (["--model_dtype", "float16"], r"another --model_dtype \(float32, not float16\)"),
+        (["--teacher_top_k", 600], "the teacher has 600 tokens; keep fewer"),
+        (["--temperatures", 1, 3], "other --temperatures"),
+        (["--temperatures", 1, "warm"], "--temperatures 1 warm: must be numbers above 0"),
+    ],
+)
+def test_a_cache_is_not_gone_on_with_under_other_settings(inputs, built, more, reason):
+    folder = built(student="student")
+    before = _content(folder)
+    with pytest.raises(UsageError, match=reason):
+        _build(inputs, folder, *more, student="student")
+    assert _content(folder) == before
+
+
+def test_another_text_or_teacher_is_not_gone_on_with_and_overwrite_begins_anew(inputs, tmp_path):
+    folder = tmp_path / "cache"
+    _build(inputs, folder)
+    for flags, reason in (
+        (["--train_file", inputs / "mixed.jsonl"], "another text"),
+        (["--teacher_model", inputs / "dense"], "another teacher"),
+        (["--student_model", inputs / "equal_student"], "another student's tokenizer"),
+    ):
+        with pytest.raises(UsageError, match=reason):
+            _build(inputs, folder, *flags)
+    _build(inputs, folder, "--train_file", inputs / "mixed.jsonl", "--overwrite")
+    assert _content(folder).keys() >= {"header.json", "train/00000.rows", "validation/index/header.json"}
+
+
+def test_a_folder_of_something_else_is_not_touched(inputs, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="holds something else; name another folder"):
+        _build(inputs, tmp_path, "--overwrite")
+    assert _content(tmp_path) == {"notes.txt": b"mine"}
+
+
+# Refusals
+
+
+def test_a_flipped_byte_is_refused_wherever_it_is(inputs, built, tmp_path):
+    folder = tmp_path / "cache"
+    shutil.copytree(built(student="student"), folder)
+    argv = _argv(inputs, tmp_path / "run", "--teacher_cache", folder)
+    for name, content in _content(folder).items():
+        if not content:
+            continue
+        at = int(hashlib.sha256(name.encode()).hexdigest(), 16) % len(content)
+        changed = bytearray(content)
+        changed[at] ^= 1
+        (folder / name).write_bytes(bytes(changed))
+        code, _, err = _run(argv)
+        assert (code, len(err)) == (2, 1), name
+        assert f"--teacher_cache {folder}: " in err[0]
+        (folder / name).write_bytes(content[: len(content) // 2])
+        assert _run(argv)[0] == 2, name
+        (folder / name).write_bytes(content)
+    assert _run(argv)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (["--routing", "sar"], "its routers learn; leave the cache out, or --routing native"),
+        (["--routing", "all"], "--routing all asks other experts"),
+        (["--routing", "ka"], "--routing ka asks other experts"),
+        (["--alignment", "hidden"], "holds no hidden states"),
+        (["--on_policy_fraction", 0.5], "holds a fixed text"),
+        (["--logit_clamp_style", "raw", "--force"], "holds no logits"),
+        (["--alpha_kd", 0], "no teacher is heard"),
+        (["--temperature", 3], "serves --temperature 1, 1.5, 2, not 3; make it with --temperatures"),
+        (["--teacher_top_k", 17], "holds 16 tokens of each row, fewer than --teacher_top_k 17"),
+        (["--block_size", 32], r"another --block_size (48, not 32)"),
+        (["--teacher_model", "dense"], "another teacher"),
+        (["--teacher_model", "retrained"], "another teacher"),
+        (["--teacher_model", "student"], "another teacher"),
+        (["--train_file", "mixed.jsonl"], "another text"),
+        (["--teacher_cache", "nowhere"], "no such folder"),
+        (["--teacher_cache", "."], "holds no teacher cache"),
+    ],
+)
+def test_a_run_that_the_cache_cannot_serve_is_refused_in_one_line(inputs, built, tmp_path, more, reason, monkeypatch):
+    monkeypatch.chdir(inputs)
+    if not (inputs / "retrained").exists():
+        shutil.copytree(inputs / "teacher", inputs / "retrained")
+        path = inputs / "retrained" / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    code, _, err = _run(_argv(inputs, tmp_path / "run", "--teacher_cache", built(student="student"), *more))
+    assert (code, len(err)) == (2, 1)
+    assert err[0].startswith("error: --teacher_cache ")
+    assert reason in err[0]
+
+
+def test_a_task_that_fine_tunes_its_teacher_first_has_no_cache_of_it(built, tmp_path):
+    argv = ["--task", "units", "--teacher_cache", built(student="student"), "--output_dir", tmp_path / "run"]
+    code, _, err = _run([str(word) for word in argv])
+    assert (code, len(err)) == (2, 1)
+    assert "--task fine-tunes the embedded teacher first" in err[0]
+
+
+def test_another_tokenizer_of_the_teachers_is_refused(inputs, built, tmp_path):
+    shutil.copytree(inputs / "teacher", tmp_path / "teacher")
+    path = tmp_path / "teacher" / "tokenizer.json"
+    path.write_text(path.read_text().replace('"ignore_merges": false', '"ignore_merges": true'))
+    argv = _argv(inputs, tmp_path / "run", "--teacher_cache", built(student="student"))
+    argv[1] = str(tmp_path / "teacher")
+    code, _, err = _run(argv)
+    assert (code, len(err)) == (2, 1)
+    assert "another tokenizer of the teacher's" in err[0]
+
+
+def test_the_verb_says_a_wrong_flag_in_one_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for argv, said in (
+        (["--teacher_topk", "8"], "did you mean --teacher_top_k?"),
+        (["--teacher_top_k", "0"], "--teacher_top_k 0: must be a number of at least 1"),
+        (["--teacher_model", "./nowhere"], "no such directory"),
+    ):
+        assert main.main(["cache", *argv]) == 2
+        assert said in capsys.readouterr().err
+
+
+# Documents and windows
+
+
+def _corpus(documents, student, teacher, **how):
+    sizes = {"student_rows": len(student), "teacher_rows": len(teacher)}
+    return Corpus(documents, TokenizerPair(student, teacher, **sizes, aligns=True), 24, 60, **how)
+
+
+def _index(corpus, windows):
+    text = corpus.text
+    starts = np.searchsorted(text.teacher.ends, text.starts, side="right")
+    return Index(text.teacher.ids, text.teacher.ends, np.append(starts, len(text.teacher.ids)), list(text.names),
+                 np.array(windows), 0)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def documents(corpus_texts):
+    return [Document(str(number), text) for number, text in enumerate(corpus_texts)]
+
+
+def test_rows_are_found_by_document_where_a_run_leaves_some_out(documents, sp_tokenizer, byte_tokenizer):
+    whole = _corpus(documents, byte_tokenizer, byte_tokenizer)
+    index = _index(whole, [len(whole.text.teacher.ids)])
+    kept = [d for number, d in enumerate(documents) if number % 3 != 1]
+    part = _corpus(kept, sp_tokenizer, byte_tokenizer)
+    match = Match(part.text, index)
+    assert match.num_unknown == 0
+    rows = match.rows_of(0, len(part.text.teacher.ids))
+    assert np.array_equal(index.tokens[rows], part.text.teacher.ids)
+    assert len(np.unique(rows)) == len(rows) < len(index.tokens)
+
+
+def test_a_document_that_is_read_otherwise_has_no_rows(documents, sp_tokenizer, byte_tokenizer):
+    whole = _corpus(documents, byte_tokenizer, byte_tokenizer)
+    changed = [d._replace(text=d.text + "!") if d.name == "3" else d for d in documents]
+    changed = [d._replace(text=d.text[:-1] + "#") if d.name == "7" else d for d in changed]
+    part = _corpus([*changed, Document("new", "Not there before.")], sp_tokenizer, byte_tokenizer)
+    match = Match(part.text, _index(whole, [len(whole.text.teacher.ids)]))
+    assert match.some_unknown == ["3", "7", "new"]
+    starts = np.append(match.starts, 0)
+    assert np.all(match.rows_of(int(starts[3]), int(starts[4])) == -1)
+    assert np.all(match.rows_of(int(starts[4]), int(starts[5])) >= 0)
+
+
+@pytest.mark.parametrize("size", [7, 24, 59])
+@pytest.mark.parametrize("pair", ["sp_from_byte", "byte_from_sp", "byte_from_byte"])
+def test_blocks_cover_all_text_and_end_where_windows_do(documents, sp_tokenizer, byte_tokenizer, size, pair):
+    tokenizers = {"sp": sp_tokenizer, "byte": byte_tokenizer}
+    student, teacher = map(tokenizers.get, pair.split("_from_"))
+    text = _corpus(documents, student, teacher).text
+    last = len(text.teacher.ids)
+    ends = np.append(np.arange(size, last, size), last)
+    blocks = cut_at(text, ends, 20, 40).ranges
+    assert np.array_equal(blocks[1:, [0, 2]], blocks[:-1, [1, 3]])
+    assert blocks[0, [0, 2]].tolist() == [0, 0]
+    assert blocks[-1, [1, 3]].tolist() == [len(text.student.ids), last]
+    assert (blocks[:, 1] - blocks[:, 0]).max() <= 20
+    assert (blocks[:, 3] - blocks[:, 2]).max() <= 40
+    student_ends, teacher_ends = (text.student.ends[blocks[:, 1] - 1], text.teacher.ends[blocks[:, 3] - 1])
+    assert np.array_equal(student_ends, teacher_ends)
+    common = np.intersect1d(text.student.ends, text.teacher.ends)
+    for end in text.teacher.ends[ends - 1]:
+        assert common[common <= end].max(initial=0) in [0, *student_ends]
+
+
+def test_windows_that_fit_are_the_blocks(documents, sp_tokenizer, byte_tokenizer):
+    plain = _corpus(documents, sp_tokenizer, byte_tokenizer)
+    again = cut_at(plain.text, plain.blocks.ranges[:, 3], 23, 59)
+    assert again == Blocks(plain.blocks.ranges)
+
+
+def test_a_teacher_that_is_in_memory_is_no_stored_one(make_teacher, byte_tokenizer, built, inputs):
+    from sar_kd.api import distill
+
+    teacher = make_teacher(len(byte_tokenizer)), byte_tokenizer
+    with pytest.raises(UsageError, match=r"--teacher_cache .*not one in memory"):
+        distill(teacher, str(inputs / "student"), teacher_cache=str(built(student="student")))

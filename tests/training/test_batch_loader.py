@@ -1,0 +1,91 @@
+"""Batches are made a step ahead, and are those that would be made in time."""
+
+import threading
+
+import pytest
+
+from sar_kd.training import batch_loader
+from sar_kd.training.batch_loader import Prefetch
+
+
+@pytest.fixture
+def made():
+    return []
+
+
+@pytest.fixture
+def prefetch(made):
+    def make(key):
+        made.append(key)
+        if key == "bad":
+            raise ValueError("it is bad")
+        return f"batch {key}"
+
+    found = Prefetch(make)
+    yield found
+    found.close()
+
+
+def test_what_is_taken_is_what_was_asked_for(prefetch, made):
+    assert [prefetch.take(n, n + 1 if n < 5 else None) for n in range(6)] == [f"batch {n}" for n in range(6)]
+    assert made == list(range(6))
+
+
+def test_what_was_not_foreseen_is_made_when_it_is_asked_for(prefetch):
+    assert prefetch.take(0, 1) == "batch 0"
+    assert prefetch.take(7, 8) == "batch 7"
+    assert prefetch.take(1, None) == "batch 1"
+    assert prefetch.take(1, None) == "batch 1"
+
+
+def test_an_error_is_raised_where_its_batch_is_taken(prefetch):
+    assert prefetch.take(0, "bad") == "batch 0"
+    with pytest.raises(ValueError, match="it is bad"):
+        prefetch.take("bad", 2)
+    assert prefetch.take(2, None) == "batch 2"
+
+
+def test_the_next_is_made_while_nobody_waits_for_it():
+    begun = threading.Event()
+    prefetch = Prefetch(lambda key: begun.set() if key == 1 else None)
+    prefetch.take(0, 1)
+    assert begun.wait(timeout=30)
+    prefetch.close()
+
+
+def test_all_are_made_in_one_other_thread():
+    prefetch = Prefetch(lambda key: threading.current_thread().name)
+    names = {prefetch.take(n, n + 1) for n in range(5)}
+    prefetch.close()
+    assert len(names) == 1
+    assert threading.current_thread().name not in names
+    assert not [thread for thread in threading.enumerate() if thread.name in names]
+
+
+class _InTime:
+    """What a run would do without a thread."""
+
+    def __init__(self, make):
+        self.take = lambda key, following: make(key)
+
+    def close(self):
+        pass
+
+
+def test_a_run_that_makes_batches_ahead_is_the_run_that_does_not(tmp_path, monkeypatch, byte_tokenizer, make_student):
+    from sar_kd.commands.main import run
+    from train_sar_kd_stable import main
+
+    for name, layers in (("teacher", 3), ("student", 2)):
+        make_student(len(byte_tokenizer), num_hidden_layers=layers).save_pretrained(tmp_path / name)
+        byte_tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "text.txt").write_text("One rule has one home, and one home has one rule.\n" * 60)
+    flags = ["--teacher_model", tmp_path / "teacher", "--student_model", tmp_path / "student", "--train_file"]
+    flags += [tmp_path / "text.txt", "--block_size", 16, "--train_steps", 9, "--eval_steps", 4, "--routing", "native"]
+    students = []
+    for way in (Prefetch, _InTime):
+        monkeypatch.setattr(batch_loader, "Prefetch", way)
+        assert run(main, [*map(str, flags), "--output_dir", str(tmp_path / way.__name__)]) == 0
+        students.append((tmp_path / way.__name__ / "student" / "model.safetensors").read_bytes())
+    assert students[0] == students[1]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]

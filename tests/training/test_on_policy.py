@@ -1,0 +1,512 @@
+"""On-policy distillation: what stands in an on-policy micro-batch, what it teaches, and whole runs with it."""
+
+import dataclasses
+import itertools
+import json
+import math
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from sar_kd.config.runs import Config, OnPolicyConfig
+from sar_kd.config.sections import LossConfig, OptimConfig
+from sar_kd.data.dataset import Corpus
+from sar_kd.data.samples import Conversation, Document, Message
+from sar_kd.errors import UsageError
+from sar_kd.losses.objective import Objective
+from sar_kd.models.generation import Written
+from sar_kd.runtime.precision import Precision
+from sar_kd.tokenization.tokenizer_pair import TokenizerPair
+from sar_kd.training import on_policy, trainer
+from sar_kd.training.guards import StepGuard
+from sar_kd.training.on_policy import OnPolicy, build_on_policy
+from sar_kd.training.optimizer import build_optimizer
+from sar_kd.training.rollouts import Prompt, Responses
+from sar_kd.training.step import train_step
+from tests.helpers.runs import (
+    argv_of,
+    assert_equal_runs,
+    assert_refused,
+    inputs,
+    interrupting,
+    read_json,
+    read_metrics,
+    run_script,
+)
+
+__all__ = ["inputs"]  # a fixture
+CPU = torch.device("cpu")
+KINDS = ("equal", "different")
+LIMITS = (48, 48)
+ON = ("--on_policy_fraction", 1, "--max_new_tokens", 12, "--model_dtype", "float32")
+
+
+def _talk(name, question, answer):
+    return Conversation(name, (Message("user", question, False), Message("assistant", answer, True)), True)
+
+
+@pytest.fixture
+def make_corpus(byte_tokenizer, sp_tokenizer, corpus_texts):
+    """make_corpus(kind, documents): documents, by default the corpus' own, for a pair of tokenizers."""
+
+    def make(kind="different", documents=None, limits=LIMITS):
+        student = sp_tokenizer
+        teacher = byte_tokenizer if kind == "different" else sp_tokenizer
+        pair = TokenizerPair(student, teacher, student_rows=len(student), teacher_rows=len(teacher))
+        documents = documents or [Document(f"d{i}", text) for i, text in enumerate(corpus_texts[:40])]
+        return Corpus(documents, pair, *limits)
+
+    return make
+
+
+@pytest.fixture
+def make_models(make_student, byte_tokenizer, sp_tokenizer):
+    """make_models(kind): a loud student and a loud teacher."""
+
+    def make(kind="different"):
+        student = make_student(len(sp_tokenizer), num_hidden_layers=1)
+        student.lm_head.weight.data.mul_(20.0)
+        rows = len(byte_tokenizer if kind == "different" else sp_tokenizer)
+        teacher = make_student(rows, num_hidden_layers=1, hidden_size=16, intermediate_size=32)
+        teacher.lm_head.weight.data.mul_(20.0)
+        return SimpleNamespace(student=student, teacher=teacher.requires_grad_(False).eval())
+
+    return make
+
+
+def _on_policy(models, corpus, precision=None, seed=0, **settings):
+    precision = precision or Precision(CPU, torch.float32, 1.0)
+    settings = {"on_policy_fraction": 1.0, "max_new_tokens": 12} | settings
+    return OnPolicy(OnPolicyConfig(**settings), models, corpus, LIMITS, precision, seed)
+
+
+def _gradients(models, corpus, batch, **loss):
+    settings = LossConfig(**{"alpha_kd": 1.0, "alpha_ce": 0.0, "temperature": 1.5} | loss)
+    precision = Precision(CPU, torch.float32, 1.0)
+    terms = Objective(models.teacher, models.student, settings, corpus.pairing, precision)(batch)
+    models.student.zero_grad()
+    terms.total.backward()
+    return terms, [p.grad.clone() for p in models.student.parameters()]
+
+
+def _overfit(student, batch, steps=150):
+    """Teach a student by heart what a batch says."""
+    optimizer = torch.optim.Adam(student.parameters(), lr=1e-2)
+    for _ in range(steps):
+        logits = student(input_ids=batch.student.input_ids).logits.flatten(0, 1)[batch.student.rows]
+        torch.nn.functional.cross_entropy(logits, batch.student.targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _spelt(corpus, batch, side):
+    """The bytes that each row of a batch predicts, its stop token left out."""
+    tokens = batch.teacher if side else batch.student
+    return [corpus.pair.tables[side].spell(labels[labels >= 0].tolist()) for labels in tokens.labels]
+
+
+# Batches
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", ["talks", "plain"])
+@pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
+def test_a_greedy_students_gradients_are_those_of_the_same_text_off_policy(
+    kind, text, direction, make_corpus, make_models
+):
+    talks = [_talk(f"q{i}", f"Question {i}?", f" The answer: {i * i}.") for i in range(4)]
+    plain = [Document("d", "The story number 4 is told.")]
+    corpus, models = make_corpus(kind, talks if text == "talks" else plain, limits=(24, 48)), make_models(kind)
+    blocks = list(range(len(corpus)))
+    given = corpus.batch(blocks)
+    _overfit(models.student, given)
+    writer = _on_policy(models, corpus, sample_temperature=0.0, max_new_tokens=40)
+    writer.responses.prompt_of = _whole_prompt(writer.responses) if text == "plain" else writer.responses.prompt_of
+    (sampled,) = writer.micro_batches(0, [blocks])
+    for side in ("student", "teacher"):
+        assert torch.equal(getattr(sampled, side).input_ids, getattr(given, side).input_ids)
+        assert torch.equal(getattr(sampled, side).labels, getattr(given, side).labels)
+    a, ours = _gradients(models, corpus, sampled, kd_direction=direction)
+    b, theirs = _gradients(models, corpus, given, kd_direction=direction)
+    assert a.total.item() == pytest.approx(b.total.item(), rel=1e-6)
+    largest = max(float(g.abs().max()) for g in theirs)
+    assert largest > 1e-3
+    assert max(float((x - y).abs().max()) for x, y in zip(ours, theirs, strict=True)) < 1e-6 * largest
+
+
+def _whole_prompt(responses):
+    """A prompt without a token: the student writes the whole block."""
+    return lambda block, random: Prompt(block, 0, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_own_text_teaches_the_student_no_cross_entropy(kind, make_corpus, make_models):
+    corpus, models = make_corpus(kind), make_models(kind)
+    _overfit(models.student, corpus.batch([0, 1, 2, 3]), 40)
+    (batch,) = _on_policy(models, corpus).micro_batches(0, [[0, 1]])
+    with_ce, a = _gradients(models, corpus, batch, alpha_ce=0.5, kd_direction="reverse")
+    without, b = _gradients(models, corpus, batch, alpha_ce=0.0, kd_direction="reverse")
+    assert with_ce.ce.item() == 0.0
+    assert with_ce.total.item() == without.total.item() > 0
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    text = dataclasses.replace(batch, is_sampled=False)
+    assert _gradients(models, corpus, text, alpha_ce=0.5)[0].ce.item() > 0
+
+
+def test_only_the_response_is_predicted_and_both_models_read_its_very_bytes(make_corpus, make_models):
+    corpus, models = make_corpus(), make_models()
+    blocks = list(range(8))
+    _overfit(models.student, corpus.batch(blocks), 40)
+    writer = _on_policy(models, corpus, max_new_tokens=20)
+    (batch,) = writer.micro_batches(0, [blocks])
+    rows = writer.kept["own"]["0"]
+    assert batch.blocks == tuple(row[0][0] for row in rows)
+    student, teacher = _spelt(corpus, batch, 0), _spelt(corpus, batch, 1)
+    assert student == teacher
+    assert student == [corpus.pair.tables[0].spell(row[1]) for row in rows]
+    for number, (block, of_student, of_teacher) in enumerate(row[0] for row in rows):
+        cut = corpus.blocks[block]
+        for tokens, start, size in (
+            (batch.student, cut.student_start, of_student), (batch.teacher, cut.teacher_start, of_teacher)
+        ):  # fmt: skip
+            stream = corpus.text.student if tokens is batch.student else corpus.text.teacher
+            assert tokens.input_ids[number, 1 : 1 + size].tolist() == stream.ids[start : start + size].tolist()
+            assert (tokens.labels[number, : 1 + size] < 0).all()
+            assert (tokens.labels[number, 1 + size :] >= 0).any()
+
+
+def test_a_plain_block_is_cut_at_every_place_where_both_end_a_token_equally_often(make_corpus):
+    responses = Responses(make_corpus(), *LIMITS)
+    sides = [responses._part(responses.train.blocks[0], side) for side in range(2)]
+    common = sorted(set(sides[0].ends[:-1].tolist()) & set(sides[1].ends[:-1].tolist()))
+    found = Counter()
+    for seed in range(3000):
+        prompt = responses.prompt_of(0, np.random.default_rng(seed))
+        assert sides[0].ends[prompt.student - 1] == sides[1].ends[prompt.teacher - 1]
+        found[int(sides[0].ends[prompt.student - 1])] += 1
+    assert sorted(found) == common
+    assert max(found.values()) < 2 * 3000 / len(common)
+
+
+def test_a_conversation_is_answered_at_its_last_response(make_corpus):
+    messages = [("user", "One?"), ("assistant", "First."), ("user", "Two?"), ("assistant", "Second.")]
+    talk = Conversation("t", tuple(Message(role, text, role == "assistant") for role, text in messages), False)
+    corpus = make_corpus("different", [talk], limits=(96, 96))
+    prompt = Responses(corpus, 96, 96).prompt_of(0, np.random.default_rng(0))
+    for side, (stream, size) in enumerate(
+        ((corpus.text.student, prompt.student), (corpus.text.teacher, prompt.teacher))
+    ):
+        spell = corpus.pair.tables[side].spell
+        assert spell(stream.ids[:size].tolist()).decode().endswith("Two?\n\nAssistant:\n")
+        assert spell(stream.ids[size:].tolist()) == b"Second."
+
+
+# What may be wrong with a response
+
+
+def _ids(corpus, text):
+    return corpus.pair.student(text, add_special_tokens=False)["input_ids"]
+
+
+def _byte(corpus, byte):
+    (token,) = (i for i, string in enumerate(corpus.pair.tables[0].strings) if string == f"<0x{byte:02X}>")
+    return token
+
+
+def _usable(corpus, ids, stop=None, finite=True, limits=LIMITS):
+    responses = Responses(corpus, *limits)
+    kept, faults = responses.usable([(Prompt(0, 1, 1), Written(ids, stop, finite))])
+    return responses, kept, {fault: count for fault, count in faults.items() if count}
+
+
+def test_half_a_character_at_the_end_is_cut_off_and_counted(make_corpus):
+    corpus = make_corpus()
+    whole, euro = _ids(corpus, "It costs"), "\u20ac".encode()
+    responses, kept, faults = _usable(corpus, [*whole, *(_byte(corpus, byte) for byte in euro[:2])])
+    assert (kept[0].ids, faults) == (whole, {"broken_utf8": 1})
+    assert _spelt(corpus, responses.batch(kept), 1) == [b"It costs"]
+    _, kept, faults = _usable(corpus, [*whole, *(_byte(corpus, byte) for byte in euro)])
+    assert (len(kept[0].ids), faults) == (len(whole) + 3, {})
+
+
+def test_what_follows_a_byte_that_is_no_text_is_cut_off_with_the_stop_token(make_corpus):
+    corpus = make_corpus()
+    whole = _ids(corpus, "It costs")
+    broken = [*whole, _byte(corpus, 0xFF), *_ids(corpus, " more")]
+    _, kept, faults = _usable(corpus, broken, stop=corpus.pair.student_end)
+    assert (kept[0].ids, kept[0].stop, faults) == (whole, None, {"broken_utf8": 1})
+
+
+def test_a_special_token_in_the_middle_ends_the_response_and_is_counted(make_corpus):
+    corpus = make_corpus()
+    whole = _ids(corpus, "It costs")
+    _, kept, faults = _usable(corpus, [*whole, corpus.pair.student_start, *whole], stop=corpus.pair.student_end)
+    assert (kept[0].ids, kept[0].stop, faults) == (whole, None, {"special": 1})
+
+
+def test_an_empty_response_is_its_stop_token_to_both(make_corpus):
+    corpus = make_corpus()
+    responses, kept, faults = _usable(corpus, [], stop=corpus.pair.student_end)
+    batch = responses.batch(kept)
+    assert faults == {}
+    assert batch.student.targets.tolist() == [corpus.pair.student_end]
+    assert batch.teacher.targets.tolist() == [corpus.pair.teacher_end]
+    assert len(batch.alignment.student_rows) == 1
+
+
+@pytest.mark.parametrize("finite", [True, False])
+def test_nothing_at_all_is_left_out_and_counted(finite, make_corpus):
+    _, kept, faults = _usable(make_corpus(), [], finite=finite)
+    assert (kept, faults) == ([], {"nothing": 1} | ({} if finite else {"nonfinite": 1}))
+
+
+def test_a_response_that_the_teacher_cannot_hold_is_cut_where_both_end_a_token(make_corpus):
+    corpus = make_corpus()
+    ids = _ids(corpus, "Words, words, words; commas, colons: and (parentheses) [brackets] {braces}.")
+    responses, kept, faults = _usable(corpus, ids, corpus.pair.student_end, limits=(200, 20))
+    batch = responses.batch(kept)
+    assert faults == {"too_long": 1}
+    assert kept[0].stop is None
+    assert 5 < batch.teacher.input_ids.shape[1] <= 20
+    assert _spelt(corpus, batch, 0) == _spelt(corpus, batch, 1)
+    assert corpus.pair.tables[0].spell(ids).startswith(_spelt(corpus, batch, 0)[0])
+
+
+def test_a_response_that_the_teachers_tokenizer_would_change_is_left_out_and_counted(make_corpus, monkeypatch):
+    corpus = make_corpus()
+    monkeypatch.setattr("sar_kd.training.rollouts.encode_inside", lambda *_: None)
+    _, kept, faults = _usable(corpus, _ids(corpus, "It costs"))
+    assert (kept, faults) == ([], {"unrepresentable": 1})
+
+
+def test_a_teacher_that_puts_a_space_before_its_text_puts_none_before_a_response(
+    sp_tokenizer, dummy_prefix_tokenizer, corpus_texts
+):
+    sizes = {"student_rows": len(sp_tokenizer), "teacher_rows": len(dummy_prefix_tokenizer)}
+    pair = TokenizerPair(sp_tokenizer, dummy_prefix_tokenizer, **sizes)
+    corpus = Corpus([Document("d", " ".join(corpus_texts[:5]))], pair, *LIMITS)
+    for text in ("costs", " costs", "  two", "\n"):
+        responses, kept, faults = _usable(corpus, _ids(corpus, text))
+        assert faults == {}
+        assert _spelt(corpus, responses.batch(kept), 1) == [text.encode()]
+
+
+# Which micro-batches, and what is kept
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25, 1 / 3, 0.5, 0.7, 1.0])
+def test_the_share_of_on_policy_micro_batches_is_exact_and_evenly_spread(fraction, make_corpus, make_models):
+    writer = _on_policy(make_models(), make_corpus(), on_policy_fraction=fraction)
+    marks = [writer.is_on_policy(place) for place in range(1000)]
+    for size in (10, 100, 1000):
+        assert abs(sum(marks[:size]) - fraction * size) <= 1
+
+
+def test_without_a_share_nothing_is_built(make_corpus, make_models):
+    config = Config(on_policy=OnPolicyConfig())
+    assert (
+        build_on_policy(config, make_models(), make_corpus(), LIMITS, Precision(CPU, torch.float32, 1.0), None) is None
+    )
+
+
+def test_responses_depend_on_the_seed_and_the_step_and_on_no_other_random_number(make_corpus, make_models):
+    corpus, models = make_corpus(), make_models()
+
+    def ids(step, seed=0, before=0):
+        torch.manual_seed(before)
+        state = torch.get_rng_state()
+        writer = _on_policy(models, corpus, seed=seed)
+        writer.micro_batches(step, [[0, 1], [2, 3]])
+        assert torch.equal(torch.get_rng_state(), state)
+        return writer.kept["own"]
+
+    assert ids(0) == ids(0, before=7)
+    assert ids(0) != ids(1)
+    assert ids(0) != ids(0, seed=1)
+
+
+def test_several_attempts_on_the_same_text_read_the_same_responses(make_corpus, make_models):
+    models = make_models()
+    writer = _on_policy(models, make_corpus())
+    (first,) = writer.micro_batches(3, [[0, 1]])
+    models.student.lm_head.weight.data.neg_()
+    (again,) = writer.micro_batches(3, [[0, 1]])
+    (later,) = writer.micro_batches(4, [[0, 1]])
+    assert torch.equal(first.student.input_ids, again.student.input_ids)
+    assert not torch.equal(first.student.input_ids, later.student.input_ids)
+
+
+def test_responses_that_are_kept_stand_for_writing_in_their_share(make_corpus, make_models, monkeypatch):
+    corpus, models = make_corpus(), make_models()
+    _overfit(models.student, corpus.batch([0, 1, 2, 3]), 40)
+    writer = _on_policy(models, corpus, replay_size=6, replay_fraction=0.75)
+    calls = []
+    monkeypatch.setattr(on_policy, "write", lambda *a, **k: calls.append(1) or _WRITE(*a, **k))
+    seen = []
+    for step in range(20):
+        writer.micro_batches(step, [[step, step + 1]])
+        assert len(writer.kept["replay"]) <= 6
+        seen.append(json.dumps(writer.kept["own"]["0"]))
+    assert len(calls) == 5
+    assert sum(seen.count(each) > 1 for each in set(seen)) > 0
+    assert writer.kept["totals"]["responses"] == 10
+
+
+_WRITE = on_policy.write
+
+
+def test_a_student_that_comes_to_repeat_itself_is_told_of_once(make_corpus, make_models):
+    writer = _on_policy(make_models(), make_corpus())
+    varied, stuck = [Written(list(range(20)), None)] * 4, [Written([7] * 20, None)] * 4
+    said = []
+    for step, found in enumerate([*[varied] * 15, *[stuck] * 15]):
+        writer._count(found, Counter())
+        said += writer.note(step, None, [])[0]
+    assert len(said) == 1
+    assert "repeats itself" in said[0]
+
+
+def test_where_every_response_is_lost_the_text_itself_stands(make_corpus, make_models):
+    models, corpus = make_models(), make_corpus()
+    models.student.lm_head.weight.data.fill_(math.nan)
+    writer = _on_policy(models, corpus)
+    (batch,) = writer.micro_batches(0, [[0, 1]])
+    assert not batch.is_sampled
+    assert torch.equal(batch.student.input_ids, corpus.batch([0, 1]).student.input_ids)
+    assert writer.kept["totals"]["nonfinite"] == writer.kept["totals"]["nothing"] == 2
+
+
+def test_several_processes_are_refused_in_one_line(make_corpus, make_models):
+    config = Config(on_policy=OnPolicyConfig(on_policy_fraction=0.5))
+    with pytest.raises(UsageError, match=r"--on_policy_fraction 0.5: takes one process, and 2 are running"):
+        build_on_policy(config, make_models(), make_corpus(), LIMITS, None, SimpleNamespace(size=2))
+
+
+def test_a_tokenizer_whose_bytes_are_not_known_is_refused(make_corpus, make_models):
+    corpus = make_corpus()
+    corpus.pair = SimpleNamespace(tables=(None, None), is_exact=False)
+    with pytest.raises(UsageError, match="changes text"):
+        _on_policy(make_models(), corpus)
+
+
+# A step
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_one_denominator_over_its_own_text_and_the_text_that_is_given(dtype, make_corpus, make_models):
+    corpus, models = make_corpus(), make_models()
+    _overfit(models.student, corpus.batch([0, 1, 2, 3]), 40)
+    precision = Precision(CPU, dtype, 1024.0 if dtype is torch.float16 else 1.0)
+    writer = _on_policy(models, corpus, precision)
+    own, given = writer.micro_batches(0, [[0, 1], corpus.batch([2, 3])])
+    config = LossConfig(alpha_ce=0.4, alpha_kd=0.6, temperature=1.5, logit_clamp_style="off", loss_clamp_style="off")
+    objective = Objective(models.teacher, models.student, config, corpus.pairing, precision)
+    terms = [objective(batch) for batch in (own, given)]
+    optimizer = build_optimizer(models.student, OptimConfig(), [])
+    report = train_step([own, given], objective, optimizer, StepGuard(Config().guards), precision, 0.5)
+    counts = [batch.num_target_tokens for batch in (own, given)]
+    assert report.num_target_tokens == sum(counts)
+    assert report.ce_loss == pytest.approx(terms[1].ce.item() / counts[1], rel=1e-5)
+    assert report.kd_loss == pytest.approx(sum(t.kd.item() for t in terms) / sum(counts), rel=1e-5)
+    assert report.loss == pytest.approx(sum(t.total.item() for t in terms) / sum(counts), rel=1e-4)
+
+
+# Whole runs
+
+
+def test_without_a_share_a_run_is_what_it_was(inputs, tmp_path):
+    """Bit for bit the same, whatever the other on-policy flags say."""
+    for name, more in (("a", ()), ("b", ("--sample_temperature", 0.3, "--replay_size", 9, "--max_new_tokens", 3))):
+        assert run_script(argv_of(inputs, tmp_path / name, *more))[0] == 0
+    a, b = ((tmp_path / name / "metrics.jsonl").read_text() for name in "ab")
+    assert a == b
+    assert "on_policy" not in read_json(tmp_path / "a" / "summary.json")
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("on_policy") / "run"
+    code, out, err = run_script(argv_of(inputs, folder, *ON, "--kd_direction", "reverse", "--alpha_ce", 0, steps=4))
+    assert (code, err) == (0, [])
+    return folder, out
+
+
+def test_a_run_on_its_own_text_says_what_was_written_and_prints_no_cross_entropy(finished):
+    folder, out = finished
+    steps = [line for line in out if line.startswith("Step") and "avg_loss" in line]
+    assert len(steps) == 4
+    assert not any("ce=" in line for line in steps)
+    assert [record["ce_loss"] for record in read_metrics(folder, "step")] == [None] * 4
+    (line,) = (line for line in out if line.startswith("  wrote "))
+    assert line.startswith("  wrote 16 responses of ")
+    found = read_json(folder / "summary.json")["on_policy"]
+    assert found["responses"] == 16
+    assert 0 < found["tokens"] <= 16 * 12
+    assert found["ended"] + found["cut_off"] == 16
+    assert found["sampling_seconds"] > 0
+    record = read_metrics(folder, "step")[0]
+    assert 0 < record["response_distinct_tokens"] <= 1
+    assert 0 <= record["response_end_rate"] <= 1
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--on_policy_fraction", 0.5, "--replay_size", 8),
+        ("--on_policy_fraction", 1, "--routing", "ka", "--ka_passes", 2),
+        ("--on_policy_fraction", 1, "--model_dtype", "float16"),
+    ],
+    ids=["replay", "ka", "float16"],
+)
+def test_an_interrupted_run_goes_on_bit_for_bit(inputs, tmp_path, monkeypatch, more):
+    more = ("--max_new_tokens", 8, *more)
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert run_script(argv_of(inputs, whole, *more, steps=6))[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train_step", interrupting(train_step, after=3))
+        assert run_script(argv_of(inputs, halves, *more, steps=6))[0] == 130
+    assert run_script(["--resume", "--output_dir", str(halves)])[0] == 0
+    assert_equal_runs(whole, halves)
+
+
+@pytest.mark.parametrize("recipe", ["sar-paper", "ka-paper"])
+def test_a_recipe_runs_the_papers_algorithm_and_says_what_differs(recipe, inputs, tmp_path, monkeypatch):
+    order = []
+    for name in ("write", "train_step"):
+        module = on_policy if name == "write" else trainer
+        monkeypatch.setattr(module, name, _noting(order, name, getattr(module, name)))
+    argv = argv_of(inputs, tmp_path / "run", "--recipe", recipe, "--max_new_tokens", 6, steps=4)
+    argv = [word for i, word in enumerate(argv) if "--routing" not in argv[max(0, i - 1) : i + 1]]
+    code, out, err = run_script(argv)
+    assert (code, err) == (0, [])
+    assert sum(line.startswith("Unlike the paper: ") for line in out) >= 5
+    config = read_json(tmp_path / "run" / "config.json")
+    assert (config["loss"]["kd_direction"], config["loss"]["alpha_ce"]) == ("reverse", 0.0)
+    assert config["routing"]["routing"] == recipe.removesuffix("-paper")
+    steps = ["write", "train_step"] if recipe == "sar-paper" else ["write", "train_step", "train_step"]
+    assert order == list(itertools.islice(itertools.cycle(steps), len(order)))
+    assert order.count("train_step") == 4
+
+
+def _noting(order, name, function):
+    def noting(*args, **kwargs):
+        order.append(name)
+        return function(*args, **kwargs)
+
+    return noting
+
+
+def test_nothing_to_be_taught_by_is_refused(inputs, tmp_path):
+    assert_refused(argv_of(inputs, tmp_path / "run", *ON, "--alpha_kd", 0), "--on_policy_fraction 1", "--alpha_kd")
+
+
+def test_a_run_whose_student_is_not_finite_stops_and_names_the_module(inputs, tmp_path):
+    code, _, err = run_script(
+        argv_of(inputs, tmp_path / "run", "--on_policy_fraction", 1, "--max_new_tokens", 4, student="loud", steps=12)
+    )
+    assert code == 3
+    assert "down_proj" in " ".join(err)
+    assert read_json(tmp_path / "run" / "summary.json")["on_policy"]["faults"]["nonfinite"] > 0

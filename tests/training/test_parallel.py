@@ -1,0 +1,410 @@
+"""Steps of two processes on a CPU beside one process with the joined batch: gradients, verdicts, and who takes part."""
+
+import copy
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from sar_kd.config.sections import GuardConfig, LossConfig, OptimConfig, TrainConfig
+from sar_kd.data.batch import IGNORE_INDEX, Batch, TokenBatch, next_token_targets
+from sar_kd.data.dataset import Corpus
+from sar_kd.data.samples import Document
+from sar_kd.errors import UsageError
+from sar_kd.evaluation.perplexity import share
+from sar_kd.losses.objective import Objective
+from sar_kd.runtime.distributed import ALONE, join_world, joined
+from sar_kd.runtime.precision import Precision
+from sar_kd.tokenization.tokenizer_pair import TokenizerPair
+from sar_kd.training.guards import StepGuard
+from sar_kd.training.optimizer import build_optimizer, parameters_of
+from sar_kd.training.parallel import WHOLE, Placement, place
+from sar_kd.training.step import train_step
+from tests.helpers import ranks
+
+CPU = torch.device("cpu")
+FLOAT, HALF = torch.float32, torch.float16
+TOLERANCE = {FLOAT: 1e-6, HALF: 1e-5}
+
+
+def build(world, corpus, student, teacher, dtype=FLOAT, parallel="ddp", scale=1024.0, **loss):
+    """The parts of a step, from the same models and text on every rank."""
+    run = SimpleNamespace(corpus=corpus, student=_made_anew(student), precision=Precision(CPU, dtype, scale))
+    teacher = _made_anew(teacher).requires_grad_(False).eval().to(dtype)
+    off = {"logit_clamp_style": "off", "loss_clamp_style": "off"}
+    settings = LossConfig(**({"alpha_kd": 0.5, "alpha_ce": 0.5} | off | loss))
+    torch.manual_seed(2)
+    run.objective = Objective(teacher, run.student, settings, corpus.pairing, run.precision)
+    run.placement = place(run.objective, TrainConfig(parallel=parallel), world)
+    run.optimizer = build_optimizer(run.student, OptimConfig(student_lr=1e-3), run.objective.parameters())
+    run.guard = StepGuard(GuardConfig(skip_grad_norm=1e9, skip_rule="fixed"))
+    run.gradients = []
+    run.optimizer.register_step_pre_hook(lambda *_: run.gradients.append(_gradients(run)))
+    run.step = lambda batches, clip=1e9: train_step(
+        batches, run.objective, run.optimizer, run.guard, run.precision, clip, placement=run.placement
+    )
+    return run
+
+
+def _made_anew(model):
+    """A copy; transformers does not know a model that came to this process in a pickle."""
+    made = type(model)(model.config)
+    for name, part in model.named_modules():
+        if isinstance(part, _Experts):
+            made.set_submodule(name, copy.deepcopy(part))
+    made.load_state_dict(model.state_dict())
+    return made
+
+
+def _gradients(run):
+    """Whole gradients; None stays None."""
+    return [None if p.grad is None else _full(p.grad) for p in parameters_of(run.optimizer)]
+
+
+def _full(tensor):
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+def _weights(run):
+    return [_full(parameter) for parameter in parameters_of(run.optimizer)]
+
+
+def _state(run):
+    return [_full(value) for slots in run.optimizer.state.values() for value in slots.values()]
+
+
+def _figures(report):
+    figures = dataclasses.asdict(report)
+    return {**figures, "verdict": report.verdict}
+
+
+def without_targets(batch):
+    none = torch.zeros(0, dtype=torch.int64)
+    student = dataclasses.replace(
+        batch.student, labels=torch.full_like(batch.student.labels, IGNORE_INDEX), rows=none, targets=none
+    )
+    return dataclasses.replace(batch, student=student)
+
+
+def ragged(corpus, blocks, rank):
+    """A batch in which only some of the targets count, another share of them on every rank."""
+    batch = corpus.batch(blocks)
+    labels = batch.student.labels.clone()
+    for row in range(len(labels)):
+        labels[row, 1 + row + 3 * rank :: 2 + rank] = IGNORE_INDEX
+    student = TokenBatch(batch.student.input_ids, labels, *next_token_targets(labels))
+    return Batch(student, student, corpus.pairing.align_equal(student.rows), batch.blocks)
+
+
+@pytest.fixture(scope="module")
+def parts(byte_tokenizer, corpus_texts, make_student):
+    """Text, student and teacher; equal tokenizers."""
+    size = len(byte_tokenizer)
+    pair = TokenizerPair(byte_tokenizer, byte_tokenizer, student_rows=size, teacher_rows=size, aligns=False)
+    corpus = Corpus([Document(str(i), text) for i, text in enumerate(corpus_texts)], pair, 24, 60)
+    student = make_student(size, num_hidden_layers=2)
+    teacher = make_student(size, num_hidden_layers=1, hidden_size=16, intermediate_size=32)
+    for model in (student, teacher):
+        model.lm_head.weight.data.mul_(20.0)
+    return corpus, student, teacher.requires_grad_(False).eval()
+
+
+def window(corpus, rank, count=2):
+    """Ragged micro-batches of one rank."""
+    return [ragged(corpus, [4 * micro + 2 * rank, 4 * micro + 2 * rank + 1], rank) for micro in range(count)]
+
+
+# What happens in the two processes: one pair of them for all the claims below
+
+
+def _scenarios(rank, corpus, student, teacher):
+    world, found = join_world(), {"world": _world(join_world())}
+    parts = corpus, student, teacher
+    for parallel in ("ddp", "fsdp"):
+        for dtype in (FLOAT, HALF):
+            key = f"{parallel} {dtype}"
+            run = build(world, *parts, dtype, parallel)
+            report = run.step(window(corpus, rank))
+            found[f"plain {key}"] = (
+                _figures(report),
+                run.gradients[:1],
+                _weights(run),
+                run.precision.state_dict()["scaler"],
+            )
+            found[f"nan {key}"] = _one_sided_nan(run, rank)
+            found[f"overflow {key}"] = _one_sided_overflow(run, rank)
+            for name, batches in _with_less(corpus, rank).items():
+                run = build(world, *parts, dtype, parallel)
+                report = run.step(batches)
+                found[f"{name} {key}"] = _figures(report), run.gradients[:1], _weights(run)
+        for alignment in ("hidden", "uld"):
+            run = build(world, *parts, FLOAT, parallel, alignment=alignment)
+            run.step(window(corpus, rank))
+            found[f"{alignment} {parallel}"] = run.gradients[0]
+        run = build(world, *parts, FLOAT, parallel)
+        run.step(window(corpus, rank), clip=0.01)
+        found[f"clipped {parallel}"] = run.gradients[0]
+    run = build(world, corpus, _with_experts(student), teacher)
+    run.step(window(corpus, rank))
+    found["experts"] = run.gradients[0]
+    with pytest.raises(UsageError, match="--parallel ddp"):
+        build(world, corpus, _with_experts(student), teacher, parallel="fsdp")
+    return found
+
+
+def _with_less(corpus, rank):
+    """Windows in which rank 1 has no target in one micro-batch, or in none, or nobody has any."""
+    mine = window(corpus, rank)
+    nothing = list(map(without_targets, mine))
+    less = [mine[0], nothing[1]]
+    return {"less": less if rank else mine, "idle": nothing if rank else mine, "none": nothing}
+
+
+def _one_sided_nan(run, rank):
+    """A step in which a token that only rank 1 reads has a NaN for an embedding."""
+    own, other = (
+        set(batch.student.input_ids.flatten().tolist()) for batch in (run.corpus.batch([9]), run.corpus.batch([8]))
+    )
+    token, before, state = min(own - other), _weights(run), _state(run)
+    scale = run.precision.loss_scale.item()
+    handle = run.student.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: torch.where((inputs[0] == token)[..., None], math.nan, output)
+    )
+    report = run.step([run.corpus.batch([8 + rank])])
+    handle.remove()
+    same = all(map(torch.equal, before, _weights(run))) and all(map(torch.equal, state, _state(run)))
+    return _figures(report), same, run.precision.loss_scale.item() == scale
+
+
+def _one_sided_overflow(run, rank):
+    """A step in which a gradient of rank 1 alone is infinite."""
+
+    def overflow(module, inputs, output):
+        output.register_hook(lambda grad: grad * math.inf)
+
+    before, scale = _weights(run), run.precision.loss_scale.item()
+    handle = run.student.model.norm.register_forward_hook(overflow) if rank else None
+    report = run.step(window(run.corpus, rank))
+    if handle is not None:
+        handle.remove()
+    is_unchanged, after = all(map(torch.equal, before, _weights(run))), run.precision.loss_scale.item()
+    good = run.step(window(run.corpus, rank))
+    return _figures(report), is_unchanged, scale, after, _figures(good)
+
+
+class _Experts(nn.Module):
+    """One of three experts for a whole batch, by its first token; the third for none."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, states):
+        return self.experts[int(states.detach().sum() > 0)](states)
+
+
+def _with_experts(student):
+    student = copy.deepcopy(student)
+    torch.manual_seed(5)
+    student.model.layers[1].mlp = _Experts(student.config.hidden_size)
+    return student
+
+
+def _world(world):
+    first = world.first(lambda: [world.rank])
+    try:
+        world.first(_refuse)
+    except UsageError as error:
+        refused = str(error)
+    return {
+        "sum": world.sum([world.rank + 1, 0.1]),
+        "any": [world.any(False), world.any(world.rank == 1), world.any(True)],
+        "rows": world.rows(torch.tensor([float(world.rank), 2.0])).tolist(),
+        "gather": world.gather(f"rank {world.rank}"),
+        "shared": world.shared(world.rank),
+        "first": first if world.rank == 0 else first.anything(1, b=2),
+        "refused": refused,
+        "seed": world.seed(7),
+    }
+
+
+def _refuse():
+    raise UsageError("--flag: no")
+
+
+@pytest.fixture(scope="module")
+def both(parts, tmp_path_factory):
+    """What `_scenarios` found on rank 0 and on rank 1."""
+    ended = ranks.run(tmp_path_factory.mktemp("scenarios"), _scenarios, *parts)
+    assert [end.code for end in ended] == [0, 0], "\n".join(ended[1].err)
+    return [end.result for end in ended]
+
+
+EVERY = pytest.mark.parametrize(
+    ("parallel", "dtype"), [(p, d) for p in ("ddp", "fsdp") for d in (FLOAT, HALF)], ids=lambda v: str(v)
+)
+
+
+def _assert_close(gradients, reference, tolerance):
+    assert len(gradients) == len(reference)
+    for own, alone in zip(gradients, reference, strict=True):
+        assert (own is None) == (alone is None)
+        if own is not None:
+            assert (own - alone).abs().max().item() <= tolerance
+    assert max(gradient.abs().max().item() for gradient in reference if gradient is not None) > 10 * tolerance
+
+
+def _joined_window(corpus):
+    return [batch for rank in range(2) for batch in window(corpus, rank)]
+
+
+@EVERY
+def test_the_gradient_is_that_of_one_process_with_the_joined_batch(parts, both, parallel, dtype):
+    alone = build(ALONE, *parts, dtype)
+    expected = alone.step(_joined_window(parts[0]))
+    for own, gradients, weights, _ in (end[f"plain {parallel} {dtype}"] for end in both):
+        _assert_close(gradients[0], alone.gradients[0], TOLERANCE[dtype])
+        assert own["num_target_tokens"] == expected.num_target_tokens
+        for name in ("loss", "ce_loss", "kd_loss", "grad_norm"):
+            assert own[name] == pytest.approx(getattr(expected, name), rel=TOLERANCE[dtype])
+        if dtype is FLOAT:
+            differences = [(a - b).abs().max().item() for a, b in zip(weights, _weights(alone), strict=True)]
+            assert max(differences) <= 1e-5
+
+
+def test_the_two_ranks_have_a_different_number_of_targets(parts):
+    counts = [sum(batch.num_target_tokens for batch in window(parts[0], rank)) for rank in range(2)]
+    assert 0 < counts[0] != counts[1] > 0
+
+
+@EVERY
+def test_both_ranks_have_the_same_weights_and_loss_scale_bit_for_bit(both, parallel, dtype):
+    first, second = (end[f"plain {parallel} {dtype}"] for end in both)
+    assert all(map(torch.equal, first[2], second[2]))
+    assert first[0] == second[0]
+    assert first[3] == second[3]
+
+
+@EVERY
+@pytest.mark.parametrize("less", ["less", "idle"])
+def test_a_rank_without_targets_adds_nothing_and_hangs_nobody(parts, both, parallel, dtype, less):
+    alone = build(ALONE, *parts, dtype)
+    expected = alone.step([batch for rank in range(2) for batch in _with_less(parts[0], rank)[less]])
+    for own, gradients, _ in (end[f"{less} {parallel} {dtype}"] for end in both):
+        _assert_close(gradients[0], alone.gradients[0], TOLERANCE[dtype])
+        assert own["num_target_tokens"] == expected.num_target_tokens
+        assert own["loss"] == pytest.approx(expected.loss, rel=TOLERANCE[dtype])
+    assert all(map(torch.equal, *(end[f"{less} {parallel} {dtype}"][2] for end in both)))
+
+
+@EVERY
+def test_a_window_in_which_no_rank_has_a_target_is_skipped_as_such_by_all(parts, both, parallel, dtype):
+    for own, gradients, weights in (end[f"none {parallel} {dtype}"] for end in both):
+        assert own["verdict"].cause == "no_targets"
+        assert gradients == []
+        assert all(map(torch.equal, weights, _weights(build(ALONE, *parts, dtype))))
+
+
+@EVERY
+def test_a_nan_on_one_rank_is_skipped_by_both_for_the_same_cause_and_changes_no_bit(both, parallel, dtype):
+    for report, is_unchanged, keeps_scale in (end[f"nan {parallel} {dtype}"] for end in both):
+        assert report["verdict"].cause == "forward"
+        assert report["rank"] == 1
+        assert is_unchanged
+        assert keeps_scale
+
+
+@EVERY
+def test_an_infinite_gradient_on_one_rank_is_skipped_by_both_and_lowers_both_loss_scales(both, parallel, dtype):
+    for report, is_unchanged, before, after, next_report in (end[f"overflow {parallel} {dtype}"] for end in both):
+        assert report["verdict"].cause == ("overflow" if dtype is HALF else "gradient")
+        assert is_unchanged
+        assert after == (before / 2 if dtype is HALF else 1.0)
+        assert next_report["verdict"].applied
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("alignment", ["hidden", "uld"])
+def test_every_alignment_has_the_joined_gradient_the_projection_of_hidden_states_too(parts, both, alignment, parallel):
+    alone = build(ALONE, *parts, FLOAT, alignment=alignment)
+    alone.step(_joined_window(parts[0]))
+    assert len(alone.gradients[0]) == len(list(parts[1].parameters())) + (alignment == "hidden")
+    for end in both:
+        _assert_close(end[f"{alignment} {parallel}"], alone.gradients[0], 1e-5)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_the_joined_gradient_is_what_is_clipped(both, parallel):
+    for end in both:
+        norm = torch.stack([gradient.norm() for gradient in end[f"clipped {parallel}"]]).norm().item()
+        assert norm == pytest.approx(0.01, rel=1e-4)
+
+
+def test_an_expert_that_one_rank_uses_has_its_gradient_and_one_that_none_uses_has_none(parts, both):
+    alone = build(ALONE, parts[0], _with_experts(parts[1]), parts[2])
+    alone.step(_joined_window(parts[0]))
+    for end in both:
+        _assert_close(end["experts"], alone.gradients[0], 1e-5)
+    names = [name for name, _ in alone.student.named_parameters()]
+    by_optimizer = {id(p): g for p, g in zip(parameters_of(alone.optimizer), alone.gradients[0], strict=True)}
+    used = {name for name, p in alone.student.named_parameters() if by_optimizer[id(p)] is not None}
+    assert {name for name in names if "experts.2" in name} == set(names) - used
+
+
+def test_what_a_world_agrees_on_is_the_same_on_every_rank(both):
+    worlds = [end["world"] for end in both]
+    assert [w["first"] for w in worlds] == [[0], None]
+    assert {w["refused"] for w in worlds} == {"--flag: no"}
+    for w in worlds:
+        assert w["sum"] == [3.0, 0.2]
+        assert w["any"] == [False, True, True]
+        assert w["rows"] == [[0.0, 2.0], [1.0, 2.0]]
+        assert w["gather"] == ["rank 0", "rank 1"]
+        assert w["shared"] == 0
+    assert worlds[0]["seed"] == 7 != worlds[1]["seed"]
+
+
+def test_rows_are_added_up_or_their_worst_is_taken():
+    rows = [[1.0, 2.0, 5.0, 3.0], [0.5, math.nan, 7.0, math.inf]]
+    sums, largest = joined(rows, 2)
+    assert sums[0] == 1.5
+    assert math.isnan(sums[1])
+    assert largest == [7.0, math.inf]
+    assert joined([[-0.0, 4.0]], 1) == ([-0.0], [4.0])
+    assert math.isnan(joined([[1.0], [math.nan]], 0)[1][0])
+
+
+@pytest.mark.parametrize("step", [0, 1, 5])
+def test_two_ranks_read_the_blocks_of_one_process_with_twice_the_batch(parts, step):
+    corpus = parts[0]
+    alone = [batch.blocks for batch in corpus.micro_batches(step, 4, 3, seed=1)]
+    by_rank = [[b.blocks for b in corpus.micro_batches(step, 2, 3, seed=1, rank=r, ranks=2)] for r in range(2)]
+    assert [first + second for first, second in zip(*by_rank, strict=True)] == alone
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_shares_of_an_evaluation_are_equally_many_and_count_every_batch_once(parts, size):
+    batches = list(parts[0].token_batches("student", 5))
+    worlds = [SimpleNamespace(rank=rank, size=size) for rank in range(size)]
+    shares = [list(share(iter(batches), world)) for world in worlds]
+    assert {len(part) for part in shares} == {math.ceil(len(batches) / size)}
+    targets = sorted(tuple(batch.targets.tolist()) for part in shares for batch in part if len(batch.targets))
+    assert targets == sorted(tuple(batch.targets.tolist()) for batch in batches)
+    assert all(len(batch.input_ids) for part in shares for batch in part)
+
+
+def test_one_process_has_a_world_and_a_placement_that_do_nothing(parts, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert join_world() is ALONE
+    assert build(ALONE, *parts).placement is WHOLE
+    placement = build(ALONE, *parts, parallel="fsdp").placement
+    assert type(placement) is Placement
+    assert "no effect" in placement.lines[0]
+    figures = torch.ones(3)
+    assert ALONE.rows(figures).data_ptr() == figures.data_ptr()
+    batches = window(parts[0], 0)
+    assert list(WHOLE.window(batches)) == batches
