@@ -2,7 +2,7 @@
 
     python benchmarks/alignment_models.py             # once: the models and texts below benchmarks/models
     python benchmarks/alignment.py                    # the tables of the README
-    python benchmarks/alignment.py --groups richer poorer --variants ce auto --seeds 0
+    python benchmarks/alignment.py --groups coarser finer --variants ce auto --seeds 0
 
 A group is a teacher, a student and a text; `ceiling_*` are pairs with equal tokenizers, whose gain over cross-entropy
 alone is what the other groups' gains are measured by. Cross-entropy alone is run for each group, because the blocks
@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from sar_kd.config.command_line import parse_args
 from sar_kd.config.presets import STABLE
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.data.sources import load_documents
 from sar_kd.evaluation.tokenizer_coverage import measure_coverage
 from sar_kd.models.loading import load_tokenizers
@@ -71,12 +71,12 @@ class Group(NamedTuple):
 
 
 GROUPS = {
-    "richer": Group(EMBEDDED, "student_byte1024", (*LOSSES, *GOLDS), "ceiling_richer"),
-    "poorer": Group("teacher_byte1024", "student_byte2048", (*LOSSES, *GOLDS), "ceiling_poorer"),
-    "ceiling_richer": Group(EMBEDDED, "student_byte2048", ("ce", "kd")),
-    "ceiling_poorer": Group("teacher_byte1024", "student_byte1024", ("ce", "kd")),
-    "low": Group(EMBEDDED, "student_low", LOSSES, "ceiling_richer"),
-    "sentencepiece": Group(EMBEDDED, EMBEDDED, LOSSES, "ceiling_richer"),
+    "coarser": Group(EMBEDDED, "student_byte1024", (*LOSSES, *GOLDS), "ceiling_coarser"),
+    "finer": Group("teacher_byte1024", "student_byte2048", (*LOSSES, *GOLDS), "ceiling_finer"),
+    "ceiling_coarser": Group(EMBEDDED, "student_byte2048", ("ce", "kd")),
+    "ceiling_finer": Group("teacher_byte1024", "student_byte1024", ("ce", "kd")),
+    "low": Group(EMBEDDED, "student_low", LOSSES, "ceiling_coarser"),
+    "sentencepiece": Group(EMBEDDED, EMBEDDED, LOSSES, "ceiling_coarser"),
     "english": Group(EMBEDDED, "student_byte1024", ("ce", "auto"), text="english"),
     "python_other_teacher": Group(EMBEDDED, "student_byte1024", ("ce", "auto"), text="python"),
     "english_sentencepiece": Group(EMBEDDED, EMBEDDED, ("ce", "auto"), text="english"),
@@ -104,7 +104,7 @@ def strict_coverage(group: Group) -> float:
     config = parse_args(STABLE, [*flags, "--output_dir", "unused"])
     size = config.data.block_size
     return measure_coverage(
-        Corpus(load_documents(config.data)[0], load_tokenizers(config.models), size, 8 * size)
+        Dataset(load_documents(config.data)[0], load_tokenizers(config.models), size, 8 * size)
     ).strict
 
 

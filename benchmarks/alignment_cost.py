@@ -22,7 +22,7 @@ from sar_kd import embedded
 from sar_kd.commands.build_embedded import byte_level_bpe, sentencepiece_bpe, student_model, teacher_model
 from sar_kd.config.presets import MODES
 from sar_kd.config.runs import Config
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.data.samples import Document
 from sar_kd.losses.objective import Objective
 from sar_kd.runtime.precision import setup
@@ -57,8 +57,8 @@ class Run:
             model.resize_token_embeddings(rows)
         teacher.requires_grad_(False).eval()
         pair = TokenizerPair(student_tokenizer, teacher_tokenizer, student_rows=rows, teacher_rows=rows)
-        self.corpus = Corpus([Document(*item) for item in texts.items()], pair, BLOCK_SIZE, 8 * BLOCK_SIZE)
-        self.objective = Objective(teacher, student, config.loss, self.corpus.pairing, self.precision)
+        self.corpus = Dataset([Document(*item) for item in texts.items()], pair, BLOCK_SIZE, 8 * BLOCK_SIZE)
+        self.objective = Objective(teacher, student, config.loss, self.corpus.aligner, self.precision)
         self.optimizer = build_optimizer(student, config.optim, self.objective.parameters())
         self.guard = StepGuard(config.guards)
         self.step = 0

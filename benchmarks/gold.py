@@ -36,7 +36,7 @@ from sar_kd.data.batch import Batch, TokenBatch  # noqa: E402
 from sar_kd.errors import UsageError  # noqa: E402
 from sar_kd.losses.objective import LossTerms, Objective  # noqa: E402
 from sar_kd.losses.tiled_loss import Loss, Tile, tiled_loss  # noqa: E402
-from sar_kd.models.lm_head import Readout  # noqa: E402
+from sar_kd.models.lm_head import LazyLogits  # noqa: E402
 
 
 class GoldObjective(Objective):
@@ -57,7 +57,7 @@ class GoldObjective(Objective):
                 teacher_logits = self.teacher(input_ids=batch.teacher.input_ids, use_cache=False).logits
         predicting = logits.flatten(0, 1)[batch.student.rows]
         text = Loss([Tile(slice(None))], batch.student.targets, None, 1.0, 0.0, self.logit_clamp)
-        text = tiled_loss(text, Readout(predicting, None, self.precision), None)
+        text = tiled_loss(text, LazyLogits(predicting, None, self.precision), None)
         gold = self.gold(
             logits.float(),
             teacher_logits.float(),

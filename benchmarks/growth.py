@@ -36,12 +36,12 @@ from paired import NEVER_SKIPS, Clock, Run, Shape, add_flags, device_of, make_pa
 from sar_kd import embedded
 from sar_kd.config.sections import ModelConfig
 from sar_kd.data.batch import Batch
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.data.samples import Document
 from sar_kd.models.loading import load_tokenizers, num_rows
 from sar_kd.training.optimizer import parameters_of
 
-PARTS = ("read", "loss", "backward", "update")
+CATEGORIES = ("read", "loss", "backward", "update")
 BLOCK = 256
 TEACHER, STUDENT = Shape(256, 4), Shape(128, 4)
 
@@ -94,7 +94,7 @@ def measure(runs: dict[int, Run], rounds: int, of_cpu: bool) -> list[dict]:
         (batch,), student = run.batches(0), run.models.student
         row = {"tokens": batch.student.input_ids.numel(), "columns": num_rows(student), "bytes": bytes_of[size]}
         row["parameters"] = sum(parameter.numel() for parameter in student.parameters())
-        rows.append(row | {part: statistics.median(each[part] for each in found[size][1:]) for part in PARTS})
+        rows.append(row | {part: statistics.median(each[part] for each in found[size][1:]) for part in CATEGORIES})
     return rows
 
 
@@ -117,10 +117,10 @@ def grow_tokens(folder: Path, options: argparse.Namespace, dtype: str) -> dict:
         runs[tokens] = _run([*flags, *sizes], options, dtype, runs)
     rows = measure(runs, options.rounds, options.cpu_time)
     for row in rows:
-        for part in PARTS[:3]:
+        for part in CATEGORIES[:3]:
             row[f"{part}_us_a_token"] = 1e6 * row[part] / row["tokens"]
         row["read_bytes_a_token"] = row["bytes"]["read"] / row["tokens"]
-    names = [*(f"{part}_us_a_token" for part in PARTS[:3]), "read_bytes_a_token"]
+    names = [*(f"{part}_us_a_token" for part in CATEGORIES[:3]), "read_bytes_a_token"]
     flat = {name: spread([row[name] for row in rows]) for name in names}
     heading(
         f"{dtype}, {options.columns} columns: tokens a step",
@@ -128,7 +128,7 @@ def grow_tokens(folder: Path, options: argparse.Namespace, dtype: str) -> dict:
         *("loss, MB", "step, MB"),
     )
     for row in rows:
-        each = " | ".join(f"{row[f'{part}_us_a_token']:.1f}" for part in PARTS[:3])
+        each = " | ".join(f"{row[f'{part}_us_a_token']:.1f}" for part in CATEGORIES[:3])
         sizes = f"{row['bytes']['loss'] / 1e6:.0f} | {row['bytes']['step'] / 1e6:.0f}"
         print(f"| {row['tokens']:,} | {each} | {1e3 * row['update']:.1f} | {row[names[3]]:,.0f} | {sizes} |")
     shown = " | ".join(f"{flat[name]:.1%}" for name in names[:3])
@@ -183,7 +183,7 @@ def grow_text(options: argparse.Namespace) -> dict:
         documents = [Document(f"{copy} {i}", text) for copy in range(times) for i, text in enumerate(whole)]
         num_bytes = sum(len(document.text.encode()) for document in documents)
         marks = [time.process_time()]
-        corpus = Corpus(documents, pair, BLOCK, 8 * BLOCK)
+        corpus = Dataset(documents, pair, BLOCK, 8 * BLOCK)
         marks.append(time.process_time())
         corpus.batch([0])  # the first makes the maps of the whole text
         marks.append(time.process_time())

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from sar_kd.config.command_line import parse_args  # noqa: E402
 from sar_kd.config.presets import FP16_SAFE  # noqa: E402
-from sar_kd.data.dataset import Corpus  # noqa: E402
+from sar_kd.data.dataset import Dataset  # noqa: E402
 from sar_kd.data.sources import load_documents  # noqa: E402
 from sar_kd.losses.objective import Objective  # noqa: E402
 from sar_kd.models.loading import load_models  # noqa: E402
@@ -41,9 +41,9 @@ class Side:
         self.precision.emulates = emulates
         self.models = load_models(self.config, self.precision)
         limits = self.models.block_limits(self.config.data.block_size)
-        self.corpus = Corpus(load_documents(self.config.data)[0], self.models.tokenizers, *limits)
+        self.corpus = Dataset(load_documents(self.config.data)[0], self.models.tokenizers, *limits)
         pair = (self.models.teacher, self.models.student)
-        self.objective = Objective(*pair, self.config.loss, self.corpus.pairing, self.precision)
+        self.objective = Objective(*pair, self.config.loss, self.corpus.aligner, self.precision)
         self.optimizer = build_optimizer(self.models.student, self.config.optim, self.objective.parameters())
         self.guard = StepGuard(self.config.guards)
 

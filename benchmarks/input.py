@@ -80,7 +80,7 @@ def measure(path: str, pair_name: str, limit_mb: int) -> dict:
 
     from sar_kd import embedded
     from sar_kd.config.sections import DataConfig
-    from sar_kd.data.dataset import Corpus
+    from sar_kd.data.dataset import Dataset
     from sar_kd.data.sources import load_documents
     from sar_kd.data.token_cache import TokenCache
     from sar_kd.tokenization.tokenizer_pair import TokenizerPair
@@ -105,8 +105,8 @@ def measure(path: str, pair_name: str, limit_mb: int) -> dict:
         with stage("load"):
             train, held_out = load_documents(DataConfig(train_file=(path,)))
         with stage("tokens"):
-            corpus = Corpus(train, pair, BLOCK_SIZE, 8 * BLOCK_SIZE, cache)
-        Corpus(held_out, pair, BLOCK_SIZE, 8 * BLOCK_SIZE, cache)
+            corpus = Dataset(train, pair, BLOCK_SIZE, 8 * BLOCK_SIZE, cache)
+        Dataset(held_out, pair, BLOCK_SIZE, 8 * BLOCK_SIZE, cache)
         with stage("maps"):
             corpus.micro_batches(0, BATCH_SIZE, 1, 0)
         with stage("batches"):
@@ -114,7 +114,7 @@ def measure(path: str, pair_name: str, limit_mb: int) -> dict:
                 corpus.micro_batches(step, BATCH_SIZE, 1, 0)
         row["disk_mb"] = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()) / 1e6
         with stage("again"):
-            Corpus(train, pair, BLOCK_SIZE, 8 * BLOCK_SIZE, cache)
+            Dataset(train, pair, BLOCK_SIZE, 8 * BLOCK_SIZE, cache)
     row |= {"tokens": corpus.num_tokens, "blocks": len(corpus), "documents": len(corpus.text.names)}
     row |= {"anon_mb": meter.peak, "rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}
     return row

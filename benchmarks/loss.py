@@ -24,7 +24,7 @@ from torch import Tensor
 from sar_kd.config.sections import LossConfig, PrecisionConfig
 from sar_kd.losses.distillation import TokenLevel
 from sar_kd.losses.tiled_loss import Loss, tiled_loss
-from sar_kd.models.lm_head import Head, Readout
+from sar_kd.models.lm_head import LazyLogits, LMHead
 from sar_kd.runtime.precision import Precision, setup
 
 try:
@@ -69,8 +69,8 @@ class Case:
 
 def ours(case: Case) -> None:
     states, weight = case.leaves()
-    student = Readout(states, Head(weight), case.precision)
-    teacher = Readout(case.teacher, Head(case.teacher_weight), case.precision)
+    student = LazyLogits(states, LMHead(weight), case.precision)
+    teacher = LazyLogits(case.teacher, LMHead(case.teacher_weight), case.precision)
     scale = torch.tensor(case.scale / case.rows, device=case.precision.device)
     loss = Loss(case.term.tiles(case.batch), None, case.term.compare, 0.0, 1.0, case.term.clamp, scale=scale)
     case.backward(tiled_loss(loss, student, teacher).minimised)

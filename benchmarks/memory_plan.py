@@ -120,7 +120,7 @@ def measure(name: str, how: str, device_name: str, dtype_name: str) -> dict:
     from paired import peak_bytes
 
     from sar_kd.preflight.memory_plan import plan
-    from sar_kd.preflight.memory_tracker import Ledger
+    from sar_kd.preflight.memory_tracker import MemoryTracker
     from sar_kd.runtime.precision import Precision
 
     transformers.utils.logging.set_verbosity_error()
@@ -133,7 +133,7 @@ def measure(name: str, how: str, device_name: str, dtype_name: str) -> dict:
     if how == "allocated":
         return record | {"allocated": peak_bytes(device, lambda: run.go(config, precision))}
     if how == "ledger":
-        with Ledger() as ledger:
+        with MemoryTracker() as ledger:
             run.go(config, precision)
         return record | {"ledger": ledger.peak}
     Path("/proc/self/clear_refs").write_text("5")
@@ -160,7 +160,7 @@ def _invented(case: Case, config, dtype):
         student = build(kinds["student"]).to(precision.device).train()
         sizes = dict.fromkeys(("student_rows", "teacher_rows", "teacher_tokens"), case.vocab_size)
         rows = SimpleNamespace(**sizes, tables=None)
-        pairing = SimpleNamespace(pair=rows)
+        aligner = SimpleNamespace(pair=rows)
 
         def batch():
             input_ids = torch.randint(0, case.vocab_size, (case.batch_size, case.block_size))
@@ -170,38 +170,38 @@ def _invented(case: Case, config, dtype):
             side = TokenBatch(input_ids, labels, places, input_ids[:, 1:].flatten())
             return Batch(side, side, SimpleNamespace(teacher_rows=places), ())
 
-        _train(config, precision, teacher, student, pairing, lambda step: [batch() for _ in range(case.accum)])
+        _train(config, precision, teacher, student, aligner, lambda step: [batch() for _ in range(case.accum)])
 
     return SimpleNamespace(skeletons=skeletons, go=go)
 
 
 def _embedded(config):
     """The pair that ships with the package, and its text: different tokenizers."""
-    from sar_kd.data.dataset import Corpus
+    from sar_kd.data.dataset import Dataset
     from sar_kd.data.sources import load_documents
-    from sar_kd.models.loading import load_models, load_skeleton
+    from sar_kd.models.loading import load_meta_model, load_models
 
     def skeletons():
         return {
-            whose: load_skeleton(f"{whose}_model", "embedded", trust_remote_code=False)
+            whose: load_meta_model(f"{whose}_model", "embedded", trust_remote_code=False)
             for whose in ("teacher", "student")
         }
 
     def go(config, precision):
         models = load_models(config, precision)
         texts = load_documents(config.data)
-        corpus = Corpus(texts[0], models.tokenizers, *models.block_limits(config.data.block_size))
+        corpus = Dataset(texts[0], models.tokenizers, *models.block_limits(config.data.block_size))
         train = config.train
 
         def batches(step):
             return corpus.micro_batches(step, train.per_device_batch_size, train.grad_accum_steps, 0)
 
-        _train(config, precision, models.teacher, models.student, corpus.pairing, batches, models, corpus)
+        _train(config, precision, models.teacher, models.student, corpus.aligner, batches, models, corpus)
 
     return SimpleNamespace(skeletons=skeletons, go=go)
 
 
-def _train(config, precision, teacher, student, pairing, batches, models=None, corpus=None) -> None:
+def _train(config, precision, teacher, student, aligner, batches, models=None, corpus=None) -> None:
     from sar_kd.evaluation.perplexity import evaluate
     from sar_kd.losses.objective import Objective
     from sar_kd.models.loading import Models
@@ -216,10 +216,10 @@ def _train(config, precision, teacher, student, pairing, batches, models=None, c
     if config.on_policy.on_policy_fraction:
         _write(config, precision, student)
     models = models or Models(teacher, student, None, False)
-    objective = Objective(teacher, student, config.loss, pairing, precision)
+    objective = Objective(teacher, student, config.loss, aligner, precision)
     optimizer = build_optimizer(student, config.optim, objective.parameters())
     guard = StepGuard(config.guards)
-    routing = build_teacher_routing(config, models, objective, corpus or SimpleNamespace(pairing=pairing))
+    routing = build_teacher_routing(config, models, objective, corpus or SimpleNamespace(aligner=aligner))
     with routing:
         for step in range(2):
             learner = routing.learner_at(step, lambda peak: peak)

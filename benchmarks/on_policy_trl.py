@@ -30,10 +30,10 @@ import transformers  # noqa: E402
 from on_policy import MODELS, fine_tune, spread_of  # noqa: E402
 
 from sar_kd.data import unit_questions  # noqa: E402
-from sar_kd.data.dataset import Corpus  # noqa: E402
+from sar_kd.data.dataset import Dataset  # noqa: E402
 from sar_kd.data.unit_questions import task_questions  # noqa: E402
 from sar_kd.evaluation.perplexity import evaluate  # noqa: E402
-from sar_kd.evaluation.question_answering import benchmark  # noqa: E402
+from sar_kd.evaluation.question_answering import answer_questions  # noqa: E402
 from sar_kd.runtime.precision import Precision  # noqa: E402
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair  # noqa: E402
 
@@ -130,7 +130,7 @@ def _check_rendering(tokenizer, student: Path, messages: list[dict]) -> None:
     """Both sides are to read the very same tokens: what is fine-tuned on one rendering knows no other."""
     own = transformers.AutoTokenizer.from_pretrained(student)
     pair = TokenizerPair(own, own, student_rows=len(own), teacher_rows=len(own))
-    (ours,) = Corpus(task_questions("train")[:1], pair, 256, 256).micro_batches(0, 1, 1, 0)
+    (ours,) = Dataset(task_questions("train")[:1], pair, 256, 256).micro_batches(0, 1, 1, 0)
     theirs = tokenizer.apply_chat_template(messages, tokenize=False)
     assert tokenizer(theirs, add_special_tokens=False)["input_ids"] == ours.student.input_ids[0].tolist()
 
@@ -141,8 +141,8 @@ def asked(folder: Path) -> dict:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     pair = TokenizerPair(tokenizer, tokenizer, student_rows=len(tokenizer), teacher_rows=len(tokenizer))
     precision = Precision(torch.device("cpu"), torch.float32, 1.0)
-    corpus = Corpus(task_questions("test"), pair, 256, 256)
-    result = benchmark(model, corpus, unit_questions.questions("test", unit_questions.COUNTS["test"]), precision)
+    corpus = Dataset(task_questions("test"), pair, 256, 256)
+    result = answer_questions(model, corpus, unit_questions.questions("test", unit_questions.COUNTS["test"]), precision)
     bits = evaluate(model, corpus.token_batches("student", 64), corpus.text.num_bytes, precision).bits_per_byte
     return {"accuracy": result.accuracy, "answer_rate": result.answer_rate, "bits_per_byte": bits}
 

@@ -30,16 +30,16 @@ from sar_kd.commands.build_embedded import byte_level_bpe  # noqa: E402
 from sar_kd.config.command_line import parse_args  # noqa: E402
 from sar_kd.config.presets import STABLE  # noqa: E402
 from sar_kd.data.batch import Batch  # noqa: E402
-from sar_kd.data.dataset import Corpus  # noqa: E402
+from sar_kd.data.dataset import Dataset  # noqa: E402
 from sar_kd.data.sources import load_documents  # noqa: E402
 from sar_kd.losses.objective import Objective  # noqa: E402
 from sar_kd.models.loading import (  # noqa: E402
-    NOTHING_GIVEN,
-    Given,
+    NO_LOADED_MODELS,
+    LoadedModels,
     load_models,
     quiet,
 )
-from sar_kd.runtime.distributed import ALONE  # noqa: E402
+from sar_kd.runtime.distributed import SINGLE_PROCESS  # noqa: E402
 from sar_kd.runtime.precision import setup  # noqa: E402
 from sar_kd.teacher.cached import open_teacher_cache  # noqa: E402
 from sar_kd.training.guards import StepGuard  # noqa: E402
@@ -53,25 +53,27 @@ NEVER_SKIPS = ("--skip_rule", "fixed", "--skip_grad_norm", "1e9")
 class Run:
     """What a script has when its first step begins."""
 
-    def __init__(self, flags: Sequence[str], script: Mapping[str, str] = STABLE, given: Given = NOTHING_GIVEN):
+    def __init__(
+        self, flags: Sequence[str], script: Mapping[str, str] = STABLE, given: LoadedModels = NO_LOADED_MODELS
+    ):
         """given: models that are in memory already, of another run"""
-        config, stored = open_teacher_cache(parse_args(script, list(flags)), ALONE, _Quiet())
+        config, stored = open_teacher_cache(parse_args(script, list(flags)), SINGLE_PROCESS, _Quiet())
         self.config, self.precision = config, setup(config.precision, 0)
         self.models = models = load_models(config, self.precision, stored.teacher, given)
         limits, texts = models.block_limits(config.data.block_size), load_documents(config.data)
         answers = stored.texts(texts, models.tokenizers.teacher)
-        self.corpus = Corpus(texts[0], models.tokenizers, *limits, stored=answers[0])
+        self.corpus = Dataset(texts[0], models.tokenizers, *limits, stored=answers[0])
         sides = models.teacher, models.student
-        self.objective = Objective(*sides, config.loss, self.corpus.pairing, self.precision)
+        self.objective = Objective(*sides, config.loss, self.corpus.aligner, self.precision)
         self.optimizer = build_optimizer(models.student, config.optim, self.objective.parameters())
         self.guard = StepGuard(config.guards)
 
     @property
-    def given(self) -> Given:
+    def given(self) -> LoadedModels:
         """Its models, for another run."""
         both, tokenizers = self.models, self.models.tokenizers
         pairs = {"student_model": (both.student, tokenizers.student)}
-        return Given(pairs | {"teacher_model": (both.teacher, tokenizers.teacher)})
+        return LoadedModels(pairs | {"teacher_model": (both.teacher, tokenizers.teacher)})
 
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of a step."""

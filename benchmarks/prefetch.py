@@ -20,7 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -28,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 from sar_kd.config.command_line import parse_args  # noqa: E402
 from sar_kd.config.presets import STABLE  # noqa: E402
 from sar_kd.data.batch import Batch  # noqa: E402
-from sar_kd.data.dataset import Corpus  # noqa: E402
+from sar_kd.data.dataset import Dataset  # noqa: E402
 from sar_kd.data.sources import load_documents  # noqa: E402
 from sar_kd.losses.objective import Objective  # noqa: E402
 from sar_kd.models.loading import load_models  # noqa: E402
@@ -42,10 +43,10 @@ RESULT = ROOT / "benchmarks" / "results" / "prefetch.json"
 WAYS = ("off", "thread", "process")
 
 
-class Steps(Dataset):
+class Steps(TorchDataset):
     """A step's micro-batches by number."""
 
-    def __init__(self, corpus: Corpus, config):
+    def __init__(self, corpus: Dataset, config):
         self.corpus, self.train = corpus, config.train
 
     def __len__(self) -> int:
@@ -79,8 +80,8 @@ def main() -> None:
     precision = setup(config.precision, 0)
     models = load_models(config, precision)
     limits = models.block_limits(config.data.block_size)
-    corpus = Corpus(load_documents(config.data)[0], models.tokenizers, *limits)
-    objective = Objective(models.teacher, models.student, config.loss, corpus.pairing, precision)
+    corpus = Dataset(load_documents(config.data)[0], models.tokenizers, *limits)
+    objective = Objective(models.teacher, models.student, config.loss, corpus.aligner, precision)
     optimizer, guard = build_optimizer(models.student, config.optim, objective.parameters()), StepGuard(config.guards)
     steps = Steps(corpus, config)
 

@@ -24,7 +24,7 @@ from sar_kd import embedded
 from sar_kd.config.presets import MODES
 from sar_kd.config.runs import Config
 from sar_kd.data.batch import Batch
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.data.samples import Document
 from sar_kd.losses.objective import Objective
 from sar_kd.models.loading import load_models
@@ -56,9 +56,9 @@ class Run:
         self.precision = setup(self.config.precision, 0)
         self.models = load_models(self.config, self.precision)
         limits = block_size, 8 * block_size
-        corpus = Corpus([Document(*item) for item in texts.items()], self.models.tokenizers, *limits)
+        corpus = Dataset([Document(*item) for item in texts.items()], self.models.tokenizers, *limits)
         loss = self.config.loss
-        self.objective = Objective(self.models.teacher, self.models.student, loss, corpus.pairing, self.precision)
+        self.objective = Objective(self.models.teacher, self.models.student, loss, corpus.aligner, self.precision)
         self.optimizer = build_optimizer(self.models.student, self.config.optim)
         self.guard = StepGuard(self.config.guards)
         self.routing = build_teacher_routing(self.config, self.models, self.objective, corpus)

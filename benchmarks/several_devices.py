@@ -27,16 +27,16 @@ import torch  # noqa: E402
 
 from sar_kd.config.command_line import parse_args  # noqa: E402
 from sar_kd.config.presets import STABLE  # noqa: E402
-from sar_kd.data.dataset import Corpus  # noqa: E402
+from sar_kd.data.dataset import Dataset  # noqa: E402
 from sar_kd.data.sources import load_documents  # noqa: E402
 from sar_kd.losses.objective import Objective  # noqa: E402
 from sar_kd.models.loading import load_models  # noqa: E402
-from sar_kd.runtime.distributed import join_world  # noqa: E402
+from sar_kd.runtime.distributed import join_process_group  # noqa: E402
 from sar_kd.runtime.precision import setup  # noqa: E402
 from sar_kd.training import trainer  # noqa: E402
 from sar_kd.training.guards import StepGuard  # noqa: E402
 from sar_kd.training.optimizer import build_optimizer, parameters_of  # noqa: E402
-from sar_kd.training.parallel import place  # noqa: E402
+from sar_kd.training.parallel import build_strategy  # noqa: E402
 from sar_kd.training.step import train_step  # noqa: E402
 from tests.helpers import ranks  # noqa: E402
 
@@ -49,22 +49,22 @@ def step(dtype: str, parallel: str, batch_size: int, bad_rank: int | None = None
 
     shares: of a process that is alone, the ranks whose micro-batches it reads, one after the other
     """
-    world = join_world()
+    process_group = join_process_group()
     flags = ["--device", "cpu", "--model_dtype", dtype, "--parallel", parallel, "--block_size", "64"]
     config = parse_args(STABLE, [*flags, "--mode", "precise", "--skip_rule", "fixed", "--skip_grad_norm", "1e9"])
-    precision = setup(config.precision, 0, world)
+    precision = setup(config.precision, 0, process_group)
     models = load_models(config, precision)
-    corpus = Corpus(load_documents(config.data)[1], models.tokenizers, *models.block_limits(64))
-    objective = Objective(models.teacher, models.student, config.loss, corpus.pairing, precision)
-    placement = place(objective, config.train, world)
+    corpus = Dataset(load_documents(config.data)[1], models.tokenizers, *models.block_limits(64))
+    objective = Objective(models.teacher, models.student, config.loss, corpus.aligner, precision)
+    placement = build_strategy(objective, config.train, process_group)
     optimizer = build_optimizer(models.student, config.optim, objective.parameters())
     gradients = []
     optimizer.register_step_pre_hook(lambda *_: gradients.extend(_whole(p.grad) for p in parameters_of(optimizer)))
     before = [_whole(parameter) for parameter in parameters_of(optimizer)]
-    if world.rank == bad_rank:
+    if process_group.rank == bad_rank:
         models.student.get_input_embeddings().register_forward_hook(lambda module, ids, output: output * math.nan)
-    parts = range(shares) if world.size == 1 else [world.rank]
-    among = max(shares, world.size)
+    parts = range(shares) if process_group.size == 1 else [process_group.rank]
+    among = max(shares, process_group.size)
     batches = [batch for part in parts for batch in corpus.micro_batches(0, batch_size, 2, 0, part, among)]
     guard = StepGuard(config.guards)
     report = train_step(batches, objective, optimizer, guard, precision, 1e9, placement=placement)

@@ -28,7 +28,7 @@ them in float32; the program asks for float32 by itself, so it behaves alike on 
 """
 
 
-class Rows:
+class PositionIndex:
     """A pytest plugin that keeps what each scenario says of itself."""
 
     def __init__(self):
@@ -51,7 +51,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "stress.md")
     options = parser.parse_args()
-    rows, started = Rows(), time.monotonic()
+    rows, started = PositionIndex(), time.monotonic()
     failed = pytest.main(["-q", str(SUITE), "-p", "no:cacheprovider"], plugins=[rows])
     if failed:
         return 1

@@ -16,7 +16,7 @@ from sar_kd.config.command_line import configure
 from sar_kd.config.presets import STABLE
 from sar_kd.config.sections import EMBEDDED
 from sar_kd.errors import UsageError
-from sar_kd.models.loading import IN_MEMORY, Given, load_for_writing
+from sar_kd.models.loading import IN_MEMORY, LoadedModels, load_for_generation
 from sar_kd.runtime.files import replace_text
 
 ModelLike = str | Path | nn.Module | tuple[nn.Module, Any]
@@ -98,8 +98,10 @@ def distill(
     for flag, given in (("train_file", texts), ("validation_file", validation_texts)):
         if given is not None:
             values[flag] = _files_of(flag, given, folder, values.get("text_field", "text"))
-    summary = train(configure(STABLE, values), Given(pairs))
-    best, tokenizer = load_for_writing("student_model", str(folder / "student"), values.get("trust_remote_code", False))
+    summary = train(configure(STABLE, values), LoadedModels(pairs))
+    best, tokenizer = load_for_generation(
+        "student_model", str(folder / "student"), values.get("trust_remote_code", False)
+    )
     return Distilled(best, tokenizer, summary, folder)
 
 

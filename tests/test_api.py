@@ -17,7 +17,7 @@ from sar_kd.data import unit_questions
 from sar_kd.embedded import STUDENT_DIR
 from sar_kd.errors import UsageError
 from sar_kd.models.loading import IN_MEMORY
-from sar_kd.runtime.signals import Interruption
+from sar_kd.runtime.signals import StopRequest
 from sar_kd.training import trainer
 
 STEPS = {"train_steps": 2, "block_size": 32, "eval_steps": 1, "log_steps": 1, "student_lr": 3e-3, "device": "cpu"}
@@ -153,7 +153,7 @@ def test_a_time_limit_saves_and_ends_as_an_interruption_and_the_run_goes_on_late
 def test_a_request_that_comes_between_two_looks_ends_no_run_unsaved(pairs, corpus_texts, tmp_path, monkeypatch):
     """The loop reads `requested` once a step; here it becomes true with every second reading."""
     readings = iter([False, True] + [True] * 9)
-    monkeypatch.setattr(Interruption, "requested", property(lambda self: next(readings)))
+    monkeypatch.setattr(StopRequest, "requested", property(lambda self: next(readings)))
     summary = distill(*pairs, corpus_texts, output_dir=tmp_path / "run", **{**STEPS, "train_steps": 5}).summary
     assert summary["steps"] == 2
     assert (tmp_path / "run" / "checkpoint" / "step-00000002").is_dir()
@@ -163,9 +163,9 @@ def test_outside_the_main_thread_the_deadline_alone_counts():
     found = []
 
     def work():
-        with Interruption(deadline=0.0) as interruption:
+        with StopRequest(deadline=0.0) as interruption:
             found.append(interruption.requested)
-        with Interruption() as interruption:
+        with StopRequest() as interruption:
             found.append(interruption.requested)
 
     before = signal.getsignal(signal.SIGINT)

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sar_kd.alignment.batch_alignment import Alignment, Continuations, OpenClasses
-from sar_kd.alignment.byte_alignment import Contacts, find_chunks, find_contacts
-from sar_kd.alignment.vocabulary_map import Outcomes, VocabularyMap, same_token_map
-from sar_kd.tokenization.token_stream import Block, JoinedText, TokenStream
+from sar_kd.alignment.batch_alignment import Alignment, Continuations, SharedClasses
+from sar_kd.alignment.byte_alignment import Boundaries, find_boundaries, find_chunks
+from sar_kd.alignment.vocabulary_map import ClassTable, VocabularyMap, same_token_map
+from sar_kd.tokenization.token_stream import Block, TokenizedText, TokenStream
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
 _LEARN_FROM = 2**20
@@ -32,7 +32,7 @@ class _Piece:
     """One block's part of an alignment, in numpy, before the batch is put together."""
 
     open: np.ndarray
-    """int64 [4, K]: student row, teacher row, strict, and the position among all starts of the poorer side"""
+    """int64 [4, K]: student row, teacher row, strict, and the position among all starts of the finer side"""
     in_teacher: np.ndarray
     """int64 [5, K']: student row, teacher row, whether the teacher's token goes on, that token, its written bytes"""
     in_student: np.ndarray
@@ -49,24 +49,24 @@ class _GoingOn(NamedTuple):
     record: Continuations
     places: np.ndarray
     """int64: where in the record each of the rows is that were asked for, -1 where it cannot go on"""
-    outcomes: list[Outcomes]
+    outcomes: list[ClassTable]
     outcome_of: np.ndarray
     """int64 [K]: which of the outcomes each row of the record has"""
 
 
-class Pairing:
+class Aligner:
     """A text in two tokenizations, and the comparisons that it allows."""
 
-    def __init__(self, pair: TokenizerPair, text: JoinedText, blocks: Sequence[Block]):
+    def __init__(self, pair: TokenizerPair, text: TokenizedText, blocks: Sequence[Block]):
         """blocks: the blocks of `text`, of which the first teach the vocabulary maps"""
         self.pair, self._text = pair, text
-        self.teacher_is_richer = len(text.teacher.ids) <= len(text.student.ids)
+        self.teacher_is_coarser = len(text.teacher.ids) <= len(text.student.ids)
         self._blocks = blocks
-        self.stretch_rows = sys.maxsize
+        self.segment_positions = sys.maxsize
         """Most rows that a batch's stretches are to have, as whoever computes with them asks"""
         self._open_of: dict[bytes, np.ndarray] = {}
 
-    def over(self, text: JoinedText) -> Pairing:
+    def over(self, text: TokenizedText) -> Aligner:
         """The same comparisons on another text; what the vocabularies share stays as the first text has it."""
         if self.pair.projects and self.pair.is_exact:
             _ = self._open, self._open_class
@@ -81,26 +81,26 @@ class Pairing:
         maps = VocabularyMap(student, teacher, self.pair.teacher), VocabularyMap(teacher, student, self.pair.student)
         last = next((block for block in self._blocks if block.student_end >= _LEARN_FROM), self._blocks[-1])
         streams = self._text.student, self._text.teacher
-        found = find_contacts(streams[0].ends[: last.student_end], streams[1].ends[: last.teacher_end])
+        found = find_boundaries(streams[0].ends[: last.student_end], streams[1].ends[: last.teacher_end])
         ids = streams[0].ids[found.student], streams[1].ids[found.teacher]
         written = found.student_written, found.teacher_written
         plain = ~(streams[0].has_dummy[found.student] | streams[1].has_dummy[found.teacher])
-        for rich, vocabulary_map in enumerate(maps):
-            begins = plain & (written[1 - rich] == 0)
-            vocabulary_map.learn(ids[rich][begins], written[rich][begins], ids[1 - rich][begins])
+        for coarse, vocabulary_map in enumerate(maps):
+            begins = plain & (written[1 - coarse] == 0)
+            vocabulary_map.learn(ids[coarse][begins], written[coarse][begins], ids[1 - coarse][begins])
         return maps
 
     @cached_property
-    def _open(self) -> Outcomes:
-        return self._maps[self.teacher_is_richer].open()
+    def _open(self) -> ClassTable:
+        return self._maps[self.teacher_is_coarser].open()
 
     @cached_property
-    def open_classes(self) -> OpenClasses:
+    def open_classes(self) -> SharedClasses:
         """Outcomes where both start a token, of tokenizers that have exact tables."""
-        rich = self._open.rich_tokens, self._open.rich_outcomes
-        poor = self._open.poor_tokens, self._open.poor_outcomes
-        student, teacher = (poor, rich) if self.teacher_is_richer else (rich, poor)
-        return OpenClasses(self._open.count, *map(torch.from_numpy, (*student, *teacher)))
+        coarse = self._open.coarse_tokens, self._open.coarse_outcomes
+        fine = self._open.fine_tokens, self._open.fine_outcomes
+        student, teacher = (fine, coarse) if self.teacher_is_coarser else (coarse, fine)
+        return SharedClasses(self._open.count, *map(torch.from_numpy, (*student, *teacher)))
 
     @cached_property
     def same_token(self) -> Tensor:
@@ -109,10 +109,10 @@ class Pairing:
 
     @cached_property
     def _open_class(self) -> np.ndarray:
-        """int64 [V]: the open outcome of each token of the poorer side, -1 for none."""
+        """int64 [V]: the open outcome of each token of the finer side, -1 for none."""
         outcomes = self._open
-        found = np.full(len(self.pair.exact_tables[not self.teacher_is_richer].pieces), -1, dtype=np.int64)
-        found[outcomes.poor_tokens] = outcomes.poor_outcomes
+        found = np.full(len(self.pair.exact_tables[not self.teacher_is_coarser].pieces), -1, dtype=np.int64)
+        found[outcomes.fine_tokens] = outcomes.fine_outcomes
         return found
 
     def align_equal(self, rows: Tensor) -> Alignment:
@@ -123,15 +123,15 @@ class Pairing:
 
     def align(self, cuts: Sequence[Block], student_width: int, teacher_width: int) -> Alignment:
         """The alignment of a batch of blocks, each one row of inputs of these widths, start token first."""
-        pieces, num_student, num_richer, num_chunks = [], 0, 0, 0
+        pieces, num_student, num_coarser, num_chunks = [], 0, 0, 0
         for number, cut in enumerate(cuts):
             piece = self._align_block(cut)
-            richer = piece.in_teacher if self.teacher_is_richer else piece.in_student
+            coarser = piece.in_teacher if self.teacher_is_coarser else piece.in_student
             for rows in (piece.open, piece.in_teacher, piece.in_student):
                 rows[0] += num_student
                 rows[1] += number * teacher_width
             for numbers, first in (
-                (piece.open[3], num_richer),
+                (piece.open[3], num_coarser),
                 (piece.student_chunks, num_chunks),
                 (piece.teacher_chunks, num_chunks),
             ):
@@ -139,7 +139,7 @@ class Pairing:
             piece.ends[0] += number * student_width
             piece.ends[1] += number * teacher_width
             num_student += len(piece.student_chunks)
-            num_richer += richer.shape[1]
+            num_coarser += coarser.shape[1]
             num_chunks += piece.ends.shape[1]
             pieces.append(vars(piece).values())
         joined = [np.concatenate(parts, axis=-1) for parts in zip(*pieces, strict=True)]
@@ -149,9 +149,9 @@ class Pairing:
         if self.pair.projects:
             found = self._continuations(in_student, 0), self._continuations(in_teacher, 1)
             inside_student, inside_teacher = found[0].record, found[1].record
-            rich = found[self.teacher_is_richer]
-            ended = np.where(open_rows[3] >= 0, rich.places[open_rows[3]], -1) if len(rich.places) else ended
-            other_ways = self._other_ways(ended, rich)
+            coarse = found[self.teacher_is_coarser]
+            ended = np.where(open_rows[3] >= 0, coarse.places[open_rows[3]], -1) if len(coarse.places) else ended
+            other_ways = self._other_ways(ended, coarse)
         return Alignment(
             student_rows=torch.from_numpy(open_rows[0].copy()),
             teacher_rows=torch.from_numpy(open_rows[1].copy()),
@@ -179,10 +179,10 @@ class Pairing:
         number_of = np.append(np.where(sound, np.cumsum(sound) - 1, -1), -1)
         lasts = np.stack([np.searchsorted(side.ends, chunks.ends[sound]) for side in sides])
 
-        found = find_contacts(sides[0].ends, sides[1].ends)
+        found = find_boundaries(sides[0].ends, sides[1].ends)
         in_student, slots_student = self._behind(found, 0, sides, row_of)
         in_teacher, slots_teacher = self._behind(found, 1, sides, row_of)
-        slots = slots_teacher if self.teacher_is_richer else slots_student
+        slots = slots_teacher if self.teacher_is_coarser else slots_student
         both = (found.student_written == 0) & (found.teacher_written == 0)
         both &= sides[0].usable[found.student] & sides[1].usable[found.teacher]
         strict = chunks.strict[chunks.student[found.student[both]]]
@@ -196,33 +196,33 @@ class Pairing:
         )
 
     def _behind(
-        self, found: Contacts, rich: int, sides: list[_Side], row_of: np.ndarray
+        self, found: Boundaries, coarse: int, sides: list[_Side], row_of: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Where the other side starts a token behind bytes with which `rich` (0 student, 1 teacher) may not be done.
+        """Where the other side starts a token behind bytes with which `coarse` (0 student, 1 teacher) may not be done.
 
-        Everywhere for the richer side; for the other one only inside its tokens, where it certainly is not.
+        Everywhere for the coarser side; for the other one only inside its tokens, where it certainly is not.
 
         Returns: int64 [5, K]: student row, teacher row, whether the token does go on, the token, its written bytes; and
         for each contact its place among them, -1 for none
         """
         tokens, written = (found.student, found.teacher), (found.student_written, found.teacher_written)
-        at = sides[rich].starts[tokens[rich]] + written[rich]
-        before = np.searchsorted(sides[rich].starts, at, side="left") - 1  # holds the byte before
-        wanted = (written[1 - rich] == 0) & (at > 0) & ((written[rich] > 0) | (rich == self.teacher_is_richer))
-        wanted &= sides[1 - rich].usable[tokens[1 - rich]] & sides[rich].usable[before]
+        at = sides[coarse].starts[tokens[coarse]] + written[coarse]
+        before = np.searchsorted(sides[coarse].starts, at, side="left") - 1  # holds the byte before
+        wanted = (written[1 - coarse] == 0) & (at > 0) & ((written[coarse] > 0) | (coarse == self.teacher_is_coarser))
+        wanted &= sides[1 - coarse].usable[tokens[1 - coarse]] & sides[coarse].usable[before]
         before = before[wanted]
-        rows = (row_of[before], tokens[1][wanted]) if rich == 0 else (row_of[tokens[0][wanted]], before)
-        lengths = at[wanted] - sides[rich].starts[before]
+        rows = (row_of[before], tokens[1][wanted]) if coarse == 0 else (row_of[tokens[0][wanted]], before)
+        lengths = at[wanted] - sides[coarse].starts[before]
         places = np.where(wanted, np.cumsum(wanted) - 1, -1)
-        goes_on, ids = written[rich][wanted] > 0, sides[rich].ids[before].astype(np.int64)
+        goes_on, ids = written[coarse][wanted] > 0, sides[coarse].ids[before].astype(np.int64)
         return np.stack([*rows, goes_on, ids, lengths]), places
 
-    def _continuations(self, rows: np.ndarray, rich: int) -> _GoingOn:
-        """The continuations of some `_Piece.in_student` (rich 0) or `in_teacher` (1)."""
-        pieces, width = self.pair.exact_tables[rich].pieces, rows[4].max(initial=0) + 1
+    def _continuations(self, rows: np.ndarray, coarse: int) -> _GoingOn:
+        """The continuations of some `_Piece.in_student` (coarse 0) or `in_teacher` (1)."""
+        pieces, width = self.pair.exact_tables[coarse].pieces, rows[4].max(initial=0) + 1
         keys, inverse = np.unique(rows[3] * width + rows[4], return_inverse=True)
         prefixes = [pieces[key // width][: key % width] for key in keys.tolist()]
-        behind = [self._maps[rich].behind(prefix) for prefix in prefixes]
+        behind = [self._maps[coarse].behind(prefix) for prefix in prefixes]
         known = np.array([outcomes is not None for outcomes in behind], dtype=bool)[inverse]
         # Those that do go on come first.
         order = np.argsort(~rows[2].astype(bool), kind="stable")
@@ -234,14 +234,14 @@ class Pairing:
         found = [outcomes for i in used if (outcomes := behind[i]) is not None]
         counts = np.array([outcomes.count for outcomes in found], dtype=np.int64)[inverse]
         firsts = np.cumsum(counts) - counts
-        rich_lists = [(outcomes.rich_tokens, outcomes.rich_outcomes) for outcomes in found]
-        poor_lists = [(outcomes.poor_tokens, outcomes.poor_outcomes) for outcomes in found]
+        coarse_lists = [(outcomes.coarse_tokens, outcomes.coarse_outcomes) for outcomes in found]
+        fine_lists = [(outcomes.fine_tokens, outcomes.fine_outcomes) for outcomes in found]
         can_end = np.array([outcomes.can_end for outcomes in found], dtype=bool)[inverse[:size]]
         record = Continuations(
-            torch.from_numpy(rows[rich].copy()),
-            torch.from_numpy(rows[1 - rich, :size].copy()),
-            torch.from_numpy(_entries(rich_lists, inverse, firsts)),
-            torch.from_numpy(_entries(poor_lists, inverse[:size], firsts[:size])),
+            torch.from_numpy(rows[coarse].copy()),
+            torch.from_numpy(rows[1 - coarse, :size].copy()),
+            torch.from_numpy(_entries(coarse_lists, inverse, firsts)),
+            torch.from_numpy(_entries(fine_lists, inverse[:size], firsts[:size])),
             torch.from_numpy(np.repeat(np.arange(len(inverse)), counts)),
             torch.from_numpy(firsts + counts - 1),
             torch.from_numpy(can_end),
@@ -249,16 +249,16 @@ class Pairing:
         )
         return _GoingOn(record, places, found, inverse)
 
-    def _other_ways(self, ended: np.ndarray, rich: _GoingOn) -> np.ndarray:
-        """`Alignment.other_ways`: what the richer side could have written by going on instead of ending."""
+    def _other_ways(self, ended: np.ndarray, coarse: _GoingOn) -> np.ndarray:
+        """`Alignment.other_ways`: what the coarser side could have written by going on instead of ending."""
         (places,) = (ended >= 0).nonzero()
-        firsts = np.append(0, rich.record.ends.numpy() + 1)[ended[places]]
-        lists = [(same[0], same[1]) for same in map(self._same_open, rich.outcomes)]
-        ways = _entries(lists, rich.outcome_of[ended[places]], firsts)
+        firsts = np.append(0, coarse.record.ends.numpy() + 1)[ended[places]]
+        lists = [(same[0], same[1]) for same in map(self._same_open, coarse.outcomes)]
+        ways = _entries(lists, coarse.outcome_of[ended[places]], firsts)
         ways[0] = places[ways[0]]
         return ways
 
-    def _same_open(self, outcomes: Outcomes) -> np.ndarray:
+    def _same_open(self, outcomes: ClassTable) -> np.ndarray:
         """int64 [2, X]: the open outcomes that are also outcomes of a continuation, and which; each once."""
         if outcomes.prefix not in self._open_of:
             classes, own = np.unique(self._open_class[outcomes.leaders], return_index=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class OpenClasses:
+class SharedClasses:
     """The classes where both tokenizers start a token: the same for every such row."""
 
     count: int
@@ -24,30 +24,30 @@ class OpenClasses:
 
 @dataclass(frozen=True)
 class Continuations:
-    """Rows where one tokenizer starts a token behind bytes with which the other, the richer, may not be done.
+    """Rows where one tokenizer starts a token behind bytes with which the other, the coarser, may not be done.
 
-    The row of the richer side is the one that predicted the token to which those bytes belong, and is conditioned on
+    The row of the coarser side is the one that predicted the token to which those bytes belong, and is conditioned on
     them: it goes on with one of the tokens that extend them, or ends there. Each row has its own outcomes, numbered
     through all rows; the last of a row is that the token ends.
 
-    In the first K_1 of the K rows it goes on in the text, and only the poorer side starts a token. In the others both
-    do, and the row only tells what the richer side might have written instead.
+    In the first K_1 of the K rows it goes on in the text, and only the finer side starts a token. In the others both
+    do, and the row only tells what the coarser side might have written instead.
     """
 
-    rich_rows: Tensor
+    coarse_rows: Tensor
     """int64 [K]"""
-    poor_rows: Tensor
+    fine_rows: Tensor
     """int64 [K_1]: both count the student's N rows, or the rows of the teacher's flattened logits"""
-    rich_entries: Tensor
+    coarse_entries: Tensor
     """int64 [3, E]: row, id, outcome"""
-    poor_entries: Tensor
+    fine_entries: Tensor
     """int64 [3, E']: the same of the first K_1 rows; no token stands for the end, which is whatever else may begin"""
     outcome_rows: Tensor
     """int64 [O]: the row of each outcome, ascending"""
     ends: Tensor
     """int64 [K]: the last outcome of each row"""
     can_end: Tensor
-    """bool [K_1]: the richer vocabulary has a token that ends there"""
+    """bool [K_1]: the coarser vocabulary has a token that ends there"""
     num_going_on: int
     """O_1: outcomes of the first K_1 rows"""
 
@@ -67,7 +67,7 @@ class Alignment:
     in_student: Continuations | None
     """The same with the sides exchanged"""
     ended: Tensor
-    """int64 [K]: for each of `student_rows` the continuation of the richer side that ended there, or -1"""
+    """int64 [K]: for each of `student_rows` the continuation of the coarser side that ended there, or -1"""
     other_ways: Tensor
     """int64 [3, X]: one of `student_rows`, an open outcome, and the outcome of that continuation which is the same"""
     student_chunks: Tensor

@@ -12,7 +12,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Contacts:
+class Boundaries:
     """Every byte at which a token starts on either side, and the two tokens that hold it."""
 
     student: np.ndarray
@@ -25,7 +25,7 @@ class Contacts:
     """int64 [K]: bytes of the teacher token before it; of the two counts at least one is 0"""
 
 
-def find_contacts(student_ends: np.ndarray, teacher_ends: np.ndarray) -> Contacts:
+def find_boundaries(student_ends: np.ndarray, teacher_ends: np.ndarray) -> Boundaries:
     """Lay two tokenizations of the same bytes over each other; tokens without bytes hold none. O((S + T) log).
 
     student_ends, teacher_ends: int64 [S], [T], ascending; the byte at which each token ends, from a common start at
@@ -37,7 +37,7 @@ def find_contacts(student_ends: np.ndarray, teacher_ends: np.ndarray) -> Contact
     # The last token that starts there: tokens without bytes start where the next one does, and stand before it.
     student = np.searchsorted(student_starts, starts, side="right") - 1
     teacher = np.searchsorted(teacher_starts, starts, side="right") - 1
-    return Contacts(student, teacher, starts - student_starts[student], starts - teacher_starts[teacher])
+    return Boundaries(student, teacher, starts - student_starts[student], starts - teacher_starts[teacher])
 
 
 @dataclass(frozen=True)
@@ -59,20 +59,20 @@ class Chunks:
         return np.all(self.sizes == 1, axis=0)
 
     @property
-    def straddled(self) -> np.ndarray:
+    def overlapping(self) -> np.ndarray:
         """bool [C]: several tokens on both sides, so that some of them overlap."""
         return np.all(self.sizes > 1, axis=0)
 
 
 def ends_on_both(student_ends: np.ndarray, teacher_ends: np.ndarray) -> np.ndarray:
-    """bool [len(student_ends)]: a teacher token ends there too. Arguments as for `find_contacts`."""
+    """bool [len(student_ends)]: a teacher token ends there too. Arguments as for `find_boundaries`."""
     # Both are sorted, so this is their intersection, many times faster than `np.intersect1d`.
     places = np.searchsorted(teacher_ends, student_ends)
     return teacher_ends[np.minimum(places, len(teacher_ends) - 1)] == student_ends
 
 
 def find_chunks(student_ends: np.ndarray, teacher_ends: np.ndarray) -> Chunks:
-    """Cut the text at every byte where a token ends on both sides. Arguments as for `find_contacts`.
+    """Cut the text at every byte where a token ends on both sides. Arguments as for `find_boundaries`.
 
     A token without bytes behind the last chunk belongs to none: its number is the number of chunks.
     """

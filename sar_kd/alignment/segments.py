@@ -17,7 +17,7 @@ from sar_kd.alignment.batch_alignment import Alignment, Continuations
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Segment:
     """Rows of both models, in an order of their own: first those at whose byte both start a token, in pairs; then those
     where one side starts a token inside a token of the other; then the rest.
     """
@@ -30,18 +30,18 @@ class Stretch:
     """float32 [n]: 1 for the student's rows that belong to this stretch, 0 for one that it shares with the former"""
     num_open: int
     in_teacher: Continuations
-    """Its rows are places among `teacher_rows` (rich) and `student_rows` (poor)"""
+    """Its rows are places among `teacher_rows` (coarse) and `student_rows` (fine)"""
     in_student: Continuations
     """The same with the sides exchanged"""
     ended: Tensor
-    """int64 [num_open]: for each pair the continuation of the richer side that ended there, or -1"""
+    """int64 [num_open]: for each pair the continuation of the coarser side that ended there, or -1"""
     other_ways: Tensor
     """int64 [3, X]: a pair, an open outcome, and the outcome of that continuation which is the same"""
 
 
-def cut_stretches(
-    alignment: Alignment, num_student: int, teacher_rows: Tensor, teacher_is_richer: bool, limit: int
-) -> tuple[Stretch, ...]:
+def cut_segments(
+    alignment: Alignment, num_student: int, teacher_rows: Tensor, teacher_is_coarser: bool, limit: int
+) -> tuple[Segment, ...]:
     """Cut a batch into stretches of at most `limit` rows of either side, where the text allows it.
 
     num_student: N; teacher_rows: int64 [N_t], the rows that predict something, of the teacher's flattened logits
@@ -49,7 +49,7 @@ def cut_stretches(
     assert alignment.in_student is not None
     assert alignment.in_teacher is not None
     records = alignment.in_student, alignment.in_teacher
-    return _Cutter(alignment, records, num_student, teacher_rows, int(teacher_is_richer)).stretches(limit)
+    return _Cutter(alignment, records, num_student, teacher_rows, int(teacher_is_coarser)).segments(limit)
 
 
 _Span = tuple[int, int]
@@ -64,23 +64,23 @@ class _Cutter:
         records: tuple[Continuations, Continuations],
         num_student: int,
         teacher_rows: Tensor,
-        richer: int,
+        coarser: int,
     ):
-        """records: inside the student's tokens, which is then the richer, and inside the teacher's"""
-        self.alignment, self.richer, self.teacher_rows = alignment, richer, teacher_rows.numpy()
+        """records: inside the student's tokens, which is then the coarser, and inside the teacher's"""
+        self.alignment, self.coarser, self.teacher_rows = alignment, coarser, teacher_rows.numpy()
         self.sizes = [num_student, len(teacher_rows)]
         self.pairs = [alignment.student_rows.numpy(), self._place(alignment.teacher_rows)]
         self.records = records
-        self.rich = [self.records[0].rich_rows.numpy(), self._place(self.records[1].rich_rows)]
-        self.poor = [self._place(self.records[0].poor_rows), self.records[1].poor_rows.numpy()]
+        self.coarse = [self.records[0].coarse_rows.numpy(), self._place(self.records[1].coarse_rows)]
+        self.fine = [self._place(self.records[0].fine_rows), self.records[1].fine_rows.numpy()]
         self.ends = [record.ends.numpy() for record in self.records]
-        self.rich_entries = [record.rich_entries.numpy() for record in self.records]
-        self.poor_entries = [record.poor_entries.numpy() for record in self.records]
+        self.coarse_entries = [record.coarse_entries.numpy() for record in self.records]
+        self.fine_entries = [record.fine_entries.numpy() for record in self.records]
 
     def _place(self, teacher_rows: Tensor) -> np.ndarray:
         return np.searchsorted(self.teacher_rows, teacher_rows.numpy())
 
-    def stretches(self, limit: int) -> tuple[Stretch, ...]:
+    def segments(self, limit: int) -> tuple[Segment, ...]:
         bounds = [-1]
         while bounds[-1] < len(self.pairs[0]):
             bounds.append(self._next(bounds[-1], limit))
@@ -99,7 +99,7 @@ class _Cutter:
         ends = [np.searchsorted(rows, low + limit) - 1 for rows, low in zip(self.pairs, lows, strict=True)]
         return max(min(map(int, ends)), start + 1)
 
-    def _stretch(self, start: int, end: int) -> Stretch:
+    def _stretch(self, start: int, end: int) -> Segment:
         first, last = start + 1, min(end + 1, len(self.pairs[0]))
         lows = self._lows(start)
         highs = [
@@ -107,21 +107,21 @@ class _Cutter:
             for size, rows in zip(self.sizes, self.pairs, strict=True)
         ]
         runs = [self._runs(i, max(0, lows[i]), highs[i]) for i in range(2)]
-        asked = [np.concatenate([self.rich[i][slice(*run)] for run in runs[i]]) for i in range(2)]
+        asked = [np.concatenate([self.coarse[i][slice(*run)] for run in runs[i]]) for i in range(2)]
         own = np.arange(lows[0] + 1, min(highs[0] + 1, self.sizes[0]))
-        orders, rich = [], []
+        orders, coarse = [], []
         for i in range(2):
-            ahead = np.concatenate([self.pairs[i][first:last], self.poor[1 - i][slice(*runs[1 - i][0])]])
+            ahead = np.concatenate([self.pairs[i][first:last], self.fine[1 - i][slice(*runs[1 - i][0])]])
             rest = np.setdiff1d(np.concatenate([asked[i], own]) if i == 0 else asked[i], ahead)
             order = np.concatenate([ahead, rest])
             places = np.zeros(highs[i] - lows[i] + 1, dtype=np.int64)
             places[order - lows[i]] = np.arange(len(order))
             orders.append(order)
-            rich.append(places[asked[i] - lows[i]])
+            coarse.append(places[asked[i] - lows[i]])
         num_open = last - first
-        parts = [self._part(i, runs[i], rich[i], num_open) for i in range(2)]
-        ended, ways = self._ways(first, last, runs[self.richer])
-        return Stretch(
+        parts = [self._part(i, runs[i], coarse[i], num_open) for i in range(2)]
+        ended, ways = self._ways(first, last, runs[self.coarser])
+        return Segment(
             torch.from_numpy(orders[0]),
             torch.from_numpy(self.teacher_rows[orders[1]]),
             torch.from_numpy((orders[0] > lows[0]).astype(np.float32)),
@@ -133,8 +133,8 @@ class _Cutter:
         )
 
     def _runs(self, i: int, low: int, high: int) -> tuple[_Span, _Span]:
-        """The continuations of one kind whose rich rows are within [low, high): those that go on, those that ended."""
-        rows, size = self.rich[i], len(self.poor[i])
+        """The continuations of one kind whose coarse rows are within [low, high): those that go on, those that ended."""
+        rows, size = self.coarse[i], len(self.fine[i])
         going_on = np.searchsorted(rows[:size], [low, high])
         return tuple(going_on.tolist()), tuple((size + np.searchsorted(rows[size:], [low, high])).tolist())
 
@@ -143,7 +143,7 @@ class _Cutter:
         firsts = np.append(0, self.ends[i] + 1)
         return int(firsts[run[0]]), int(firsts[run[1]])
 
-    def _part(self, i: int, runs: tuple[_Span, _Span], rich_rows: np.ndarray, num_open: int) -> Continuations:
+    def _part(self, i: int, runs: tuple[_Span, _Span], coarse_rows: np.ndarray, num_open: int) -> Continuations:
         """Some continuations, with rows, outcomes and entries counted from 0."""
         (a, b), (c, d) = runs
         of_first, of_second = (self._outcomes(i, run) for run in runs)
@@ -154,17 +154,17 @@ class _Cutter:
             found = found[:, slice(*np.searchsorted(found[0], span))]
             return found - np.array([[rows], [0], [outcomes]])
 
-        rich = [
-            entries(self.rich_entries[i], (a, b), a, of_first[0]),
-            entries(self.rich_entries[i], (c, d), c - (b - a), shift),
+        coarse = [
+            entries(self.coarse_entries[i], (a, b), a, of_first[0]),
+            entries(self.coarse_entries[i], (c, d), c - (b - a), shift),
         ]
         ends = np.concatenate([self.ends[i][a:b] - of_first[0], self.ends[i][c:d] - shift])
         counts = np.diff(ends, prepend=-1)
         return Continuations(
-            torch.from_numpy(rich_rows),
+            torch.from_numpy(coarse_rows),
             torch.arange(num_open, num_open + b - a),
-            torch.from_numpy(np.concatenate(rich, axis=1)),
-            torch.from_numpy(entries(self.poor_entries[i], (a, b), a, of_first[0])),
+            torch.from_numpy(np.concatenate(coarse, axis=1)),
+            torch.from_numpy(entries(self.fine_entries[i], (a, b), a, of_first[0])),
             torch.from_numpy(np.repeat(np.arange(len(ends)), counts)),
             torch.from_numpy(ends),
             record.can_end[a:b],
@@ -173,7 +173,7 @@ class _Cutter:
 
     def _ways(self, first: int, last: int, runs: tuple[_Span, _Span]) -> tuple[np.ndarray, np.ndarray]:
         (a, b), (c, _) = runs
-        of_first, of_second = (self._outcomes(self.richer, run) for run in runs)
+        of_first, of_second = (self._outcomes(self.coarser, run) for run in runs)
         ended = self.alignment.ended.numpy()[first:last]
         ways = self.alignment.other_ways.numpy()
         ways = ways[:, slice(*np.searchsorted(ways[0], [first, last]))]

@@ -1,14 +1,14 @@
 """The outcomes that two vocabularies share: which tokens of the one begin as which token of the other.
 
-The richer vocabulary is carried onto the poorer. Where both start a token, all tokens of the richer side that the
-poorer would begin with the same token are one outcome. Where the poorer side starts a token and the richer has just
-written the bytes p, the richer token may go on: every token that extends p, and that the poorer side would cut after
-p, is part of the outcome of the token with which the poorer side goes on; that the richer token is p itself is one
+The coarser vocabulary is carried onto the finer. Where both start a token, all tokens of the coarser side that the
+finer would begin with the same token are one outcome. Where the finer side starts a token and the coarser has just
+written the bytes p, the coarser token may go on: every token that extends p, and that the finer side would cut after
+p, is part of the outcome of the token with which the finer side goes on; that the coarser token is p itself is one
 outcome more.
 
-Source: byte-prefix marginalisation (arXiv 2607.22334), here with the poorer tokenizer's own cuts instead of a residual
-bucket, with the end of the richer token as an outcome, corrected by the text, and never without a place for a token
-that only the poorer side has.
+Source: byte-prefix marginalisation (arXiv 2607.22334), here with the finer tokenizer's own cuts instead of a residual
+bucket, with the end of the coarser token as an outcome, corrected by the text, and never without a place for a token
+that only the finer side has.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ _MAJORITY, _FEWEST = 0.5, 3
 
 
 @dataclass(frozen=True)
-class Outcomes:
+class ClassTable:
     """Tokens of both vocabularies by outcome; tokens without one take no part."""
 
     count: int
-    rich_tokens: np.ndarray
+    coarse_tokens: np.ndarray
     """int64 [M]"""
-    rich_outcomes: np.ndarray
+    coarse_outcomes: np.ndarray
     """int64 [M]: in [0, count); each outcome occurs, but for the end where `can_end` is not set"""
-    poor_tokens: np.ndarray
+    fine_tokens: np.ndarray
     """int64 [M']"""
-    poor_outcomes: np.ndarray
-    """int64 [M']: in [0, count); each outcome occurs, but for the last one behind a prefix: the richer token ends"""
+    fine_outcomes: np.ndarray
+    """int64 [M']: in [0, count); each outcome occurs, but for the last one behind a prefix: the coarser token ends"""
     leaders: np.ndarray
-    """int64 [count], one less behind a prefix: a poorer token that stands for the outcome"""
+    """int64 [count], one less behind a prefix: a finer token that stands for the outcome"""
     prefix: bytes = b""
     """The bytes behind which these outcomes are; empty where both start a token"""
     can_end: bool = False
-    """Behind a prefix: the richer side has a token that is the prefix itself"""
+    """Behind a prefix: the coarser side has a token that is the prefix itself"""
 
 
 class _Sorted:
@@ -89,66 +89,66 @@ def _after(prefix: bytes) -> bytes:
 
 
 class VocabularyMap:
-    """The outcomes of a richer and a poorer vocabulary, where both start a token and behind what a richer one began.
+    """The outcomes of a coarser and a finer vocabulary, where both start a token and behind what a coarser one began.
 
-    A richer token is cut as the poorer tokenizer cuts its bytes: into one token where it has them as one, else as it
+    A coarser token is cut as the finer tokenizer cuts its bytes: into one token where it has them as one, else as it
     cuts them standing alone, else always the longest that fits. What follows in the text can change a cut: three spaces
     before a word are a token for one tokenizer and the beginning of a token of four for another; so the text corrects
     the cuts (`learn`).
     """
 
-    def __init__(self, rich: TokenTable, poor: TokenTable, poor_tokenizer):
-        self._rich_table, self._poor_table = rich, poor
-        self._rich, self._poor = _Sorted(rich), _Sorted(poor)
-        self._leader = np.arange(len(poor.pieces))
-        self._outcomes: dict[bytes, Outcomes | None] = {}
-        self._cut_behind: dict[bytes, list[int]] = {}  # the richer tokens that are cut behind these bytes
-        self._goes_on: dict[tuple[int, int], int] = {}  # by richer token and position of a cut: what starts there
-        for token, parts in self._cut_all(poor_tokenizer):
-            piece, position = rich.pieces[token], 0
+    def __init__(self, coarse: TokenTable, fine: TokenTable, fine_tokenizer):
+        self._coarse_table, self._fine_table = coarse, fine
+        self._coarse, self._fine = _Sorted(coarse), _Sorted(fine)
+        self._leader = np.arange(len(fine.pieces))
+        self._outcomes: dict[bytes, ClassTable | None] = {}
+        self._cut_behind: dict[bytes, list[int]] = {}  # the coarser tokens that are cut behind these bytes
+        self._goes_on: dict[tuple[int, int], int] = {}  # by coarser token and position of a cut: what starts there
+        for token, parts in self._cut_all(fine_tokenizer):
+            piece, position = coarse.pieces[token], 0
             for part in parts:
                 self._cut_behind.setdefault(piece[:position], []).append(token)
                 self._goes_on[token, position] = part
-                position += len(poor.pieces[part])
+                position += len(fine.pieces[part])
 
     def _cut_all(self, tokenizer) -> Iterator[tuple[int, list[int]]]:
-        """Every richer token that spells something, with the poorer tokens that its bytes are cut into."""
+        """Every coarser token that spells something, with the finer tokens that its bytes are cut into."""
         # Llama-type tokenizers put a space before the first word, so the bytes are read behind a line end.
-        anchor = b"\n" if self._poor_table.dummy_prefix else b""
+        anchor = b"\n" if self._fine_table.dummy_prefix else b""
         texts, owners = [], []
-        for token in self._rich.ids.tolist():
-            piece = self._rich_table.pieces[token]
+        for token in self._coarse.ids.tolist():
+            piece = self._coarse_table.pieces[token]
             text = (anchor + piece).decode("utf-8", "replace")
-            if piece in self._poor.exact:
-                yield token, [self._poor.exact[piece]]
-            elif "\ufffd" in text or self._poor_table.canonical(text) != text:
-                yield token, self._poor.cut(piece)
+            if piece in self._fine.exact:
+                yield token, [self._fine.exact[piece]]
+            elif "\ufffd" in text or self._fine_table.canonical(text) != text:
+                yield token, self._fine.cut(piece)
             else:
                 texts.append(text)
                 owners.append(token)
-        pieces = self._poor_table.pieces
+        pieces = self._fine_table.pieces
         for token, ids in zip(owners, encode(tokenizer, texts), strict=True):
-            piece, parts = self._rich_table.pieces[token], list[int]()
+            piece, parts = self._coarse_table.pieces[token], list[int]()
             missing = len(piece)
             while ids and missing > 0:  # from the end, to leave out the anchor and the space before it
                 parts.insert(0, ids.pop())
                 missing -= len(pieces[parts[0]])
             parts = [part for part in parts if pieces[part]]
-            yield token, parts if b"".join(pieces[part] for part in parts) == piece else self._poor.cut(piece)
+            yield token, parts if b"".join(pieces[part] for part in parts) == piece else self._fine.cut(piece)
 
-    def learn(self, rich: np.ndarray, written: np.ndarray, poor: np.ndarray) -> None:
+    def learn(self, coarse: np.ndarray, written: np.ndarray, fine: np.ndarray) -> None:
         """Let the text correct the cuts.
 
-        With what a richer token mostly goes on in the text, it goes on. A poorer token that even so mostly stands where
+        With what a coarser token mostly goes on in the text, it goes on. A finer token that even so mostly stands where
         another one is expected shares that one's outcome: else the student would be taught that it is rare.
 
-        rich, written, poor: int64 [N]; a richer token, how many of its bytes are written, and the poorer token that
+        coarse, written, fine: int64 [N]; a coarser token, how many of its bytes are written, and the finer token that
         starts there in the text
         """
-        keys, counts = np.unique(np.stack([rich, written, poor]), axis=1, return_counts=True)
+        keys, counts = np.unique(np.stack([coarse, written, fine]), axis=1, return_counts=True)
         found: dict[tuple[int, int], dict[int, int]] = {}
         for token, position, part, count in zip(*keys.tolist(), counts.tolist(), strict=True):
-            if (token, position) in self._goes_on and self._poor_table.pieces[part]:
+            if (token, position) in self._goes_on and self._fine_table.pieces[part]:
                 found.setdefault((token, position), {})[part] = count
         expected: dict[int, dict[int, int]] = {}
         for place, seen in found.items():
@@ -163,88 +163,88 @@ class VocabularyMap:
             if other != part and seen[other] >= max(_FEWEST, _MAJORITY * sum(seen.values())):
                 self._leader[self._leader == self._leader[part]] = self._leader[other]
 
-    def open(self) -> Outcomes:
+    def open(self) -> ClassTable:
         """The outcomes where both start a token, the zero-width tokens that both have among them."""
-        rich, poor = self._rich_table, self._poor_table
-        by_string = {string: i for i, string in enumerate(poor.strings) if string and not poor.pieces[i]}
-        same = {i: by_string[s] for i, s in enumerate(rich.strings) if s in by_string and not rich.pieces[i]}
-        same |= {rich.start_id: poor.start_id, rich.end_id: poor.end_id}
+        coarse, fine = self._coarse_table, self._fine_table
+        by_string = {string: i for i, string in enumerate(fine.strings) if string and not fine.pieces[i]}
+        same = {i: by_string[s] for i, s in enumerate(coarse.strings) if s in by_string and not coarse.pieces[i]}
+        same |= {coarse.start_id: fine.start_id, coarse.end_id: fine.end_id}
         special = set(same.values())
-        if not same.keys() >= set(rich.end_ids):
+        if not same.keys() >= set(coarse.end_ids):
             # Where the ways to end a text do not correspond one to one, that it ends is one outcome.
-            same |= dict.fromkeys(rich.end_ids, poor.end_id)
-            special |= set(poor.end_ids)
-            self._leader[list(poor.end_ids)] = poor.end_id
+            same |= dict.fromkeys(coarse.end_ids, fine.end_id)
+            special |= set(fine.end_ids)
+            self._leader[list(fine.end_ids)] = fine.end_id
         return self._gather(b"", same, sorted(special))
 
-    def behind(self, prefix: bytes) -> Outcomes | None:
-        """The ways to go on behind a richer token, or a part of one, that spells `prefix`; None if it cannot."""
+    def behind(self, prefix: bytes) -> ClassTable | None:
+        """The ways to go on behind a coarser token, or a part of one, that spells `prefix`; None if it cannot."""
         if prefix not in self._outcomes:
             known = prefix and prefix in self._cut_behind
             self._outcomes[prefix] = self._with_end(prefix, self._gather(prefix, {}, [])) if known else None
         return self._outcomes[prefix]
 
-    def _with_end(self, prefix: bytes, going_on: Outcomes) -> Outcomes:
-        end = np.array([self._rich.exact[prefix]] if prefix in self._rich.exact else [], dtype=np.int64)
-        return Outcomes(
+    def _with_end(self, prefix: bytes, going_on: ClassTable) -> ClassTable:
+        end = np.array([self._coarse.exact[prefix]] if prefix in self._coarse.exact else [], dtype=np.int64)
+        return ClassTable(
             going_on.count + 1,
-            np.concatenate([going_on.rich_tokens, end]),
-            np.concatenate([going_on.rich_outcomes, np.full(len(end), going_on.count)]),
-            going_on.poor_tokens,
-            going_on.poor_outcomes,
+            np.concatenate([going_on.coarse_tokens, end]),
+            np.concatenate([going_on.coarse_outcomes, np.full(len(end), going_on.count)]),
+            going_on.fine_tokens,
+            going_on.fine_outcomes,
             going_on.leaders,
             prefix,
             can_end=len(end) > 0,
         )
 
-    def _gather(self, prefix: bytes, same: dict[int, int], special: list[int]) -> Outcomes:
-        """`same`: the poorer token of each richer one without bytes; `special`: all such poorer ones that take part."""
-        rich_tokens = np.array(self._cut_behind.get(prefix, []), dtype=np.int64)
-        parts = np.array([self._goes_on[token, len(prefix)] for token in rich_tokens.tolist()], dtype=np.int64)
+    def _gather(self, prefix: bytes, same: dict[int, int], special: list[int]) -> ClassTable:
+        """`same`: the finer token of each coarser one without bytes; `special`: all such finer ones that take part."""
+        coarse_tokens = np.array(self._cut_behind.get(prefix, []), dtype=np.int64)
+        parts = np.array([self._goes_on[token, len(prefix)] for token in coarse_tokens.tolist()], dtype=np.int64)
         if not prefix:
-            parts = self._told_apart(rich_tokens, parts)
-        poor_tokens, poor_parts = self._sharers(prefix, rich_tokens, parts)
+            parts = self._told_apart(coarse_tokens, parts)
+        fine_tokens, fine_parts = self._sharers(prefix, coarse_tokens, parts)
         extra = np.array(list(same.items()), dtype=np.int64).reshape(-1, 2)
-        rich_tokens, parts = np.concatenate([rich_tokens, extra[:, 0]]), np.concatenate([parts, extra[:, 1]])
+        coarse_tokens, parts = np.concatenate([coarse_tokens, extra[:, 0]]), np.concatenate([parts, extra[:, 1]])
         bare = np.array(special, dtype=np.int64)
-        poor_tokens, poor_parts = np.concatenate([poor_tokens, bare]), np.concatenate([poor_parts, bare])
+        fine_tokens, fine_parts = np.concatenate([fine_tokens, bare]), np.concatenate([fine_parts, bare])
         image, outcomes = np.unique(self._leader[parts], return_inverse=True)
-        order, poor_order = np.argsort(rich_tokens, kind="stable"), np.argsort(poor_tokens, kind="stable")
-        return Outcomes(
+        order, fine_order = np.argsort(coarse_tokens, kind="stable"), np.argsort(fine_tokens, kind="stable")
+        return ClassTable(
             len(image),
-            rich_tokens[order],
+            coarse_tokens[order],
             outcomes.reshape(-1)[order],
-            poor_tokens[poor_order],
-            np.searchsorted(image, self._leader[poor_parts])[poor_order],
+            fine_tokens[fine_order],
+            np.searchsorted(image, self._leader[fine_parts])[fine_order],
             image,
         )
 
     def _told_apart(self, tokens: np.ndarray, parts: np.ndarray) -> np.ndarray:
         """Tokens that share bytes are told apart by their spelling, so that equal tokenizers give the identity."""
-        poor, parts = self._poor_table, parts.copy()
-        by_string = {string: i for i, string in enumerate(poor.strings) if string}
+        fine, parts = self._fine_table, parts.copy()
+        by_string = {string: i for i, string in enumerate(fine.strings) if string}
         for position, token in enumerate(tokens.tolist()):
-            twin = by_string.get(self._rich_table.strings[token])
-            piece = self._rich_table.pieces[token]
-            if twin is not None and poor.pieces[twin] == piece == poor.pieces[parts[position]]:
+            twin = by_string.get(self._coarse_table.strings[token])
+            piece = self._coarse_table.pieces[token]
+            if twin is not None and fine.pieces[twin] == piece == fine.pieces[parts[position]]:
                 parts[position] = twin
         return parts
 
-    def _sharers(self, prefix: bytes, rich_tokens: np.ndarray, parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The poorer tokens that take part, each with the one whose outcome it shares.
+    def _sharers(self, prefix: bytes, coarse_tokens: np.ndarray, parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The finer tokens that take part, each with the one whose outcome it shares.
 
-        Those that go on behind `prefix` stand for themselves. One that only starts with the rest of a richer token goes
-        with the longest such rest: the richer side would write that first, and then what is left of the token.
+        Those that go on behind `prefix` stand for themselves. One that only starts with the rest of a coarser token goes
+        with the longest such rest: the coarser side would write that first, and then what is left of the token.
         """
-        taken = np.full(len(self._poor_table.pieces), -1, dtype=np.int64)
-        pieces, exact = self._rich_table.pieces, self._rich.exact
-        cuts = zip(rich_tokens.tolist(), parts.tolist(), strict=True)
+        taken = np.full(len(self._fine_table.pieces), -1, dtype=np.int64)
+        pieces, exact = self._coarse_table.pieces, self._coarse.exact
+        cuts = zip(coarse_tokens.tolist(), parts.tolist(), strict=True)
         # Of tokens that share their bytes the ordinary one comes last, and so has its way.
         for token, part in sorted(cuts, key=lambda item: (len(pieces[item[0]]), exact[pieces[item[0]]] == item[0])):
             rest = pieces[token][len(prefix) :]
-            taken[self._poor.extensions(rest)] = part
-            if rest in self._poor.exact:
-                taken[self._poor.exact[rest]] = part
+            taken[self._fine.extensions(rest)] = part
+            if rest in self._fine.exact:
+                taken[self._fine.exact[rest]] = part
         image = np.unique(parts)
         taken[image] = image
         shares = np.bincount(self._leader)[self._leader] > 1

@@ -6,12 +6,12 @@ import dataclasses
 import json
 
 from sar_kd.config.command_line import parse_verb
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.data.sources import load_documents
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.evaluation.tokenizer_coverage import measure_coverage, name_left_out
 from sar_kd.models.loading import load_tokenizers
-from sar_kd.runtime.console import fitted
+from sar_kd.runtime.console import wrap_lines
 from sar_kd.runtime.files import plain
 
 
@@ -24,10 +24,12 @@ def main(argv: list[str]) -> dict:
     pair = load_tokenizers(config.models)
     texts, _ = load_documents(config.data)
     cache = TokenCache(config.data.token_cache)
-    corpus = Corpus(texts, pair, config.data.block_size, 8 * config.data.block_size, cache)
+    corpus = Dataset(texts, pair, config.data.block_size, 8 * config.data.block_size, cache)
     coverage = measure_coverage(corpus)
     record = {**dataclasses.asdict(coverage), "mix": coverage.mix}
     print(
-        json.dumps(plain(record), indent=2) if as_json else fitted(*coverage.lines(), *name_left_out(coverage.left_out))
+        json.dumps(plain(record), indent=2)
+        if as_json
+        else wrap_lines(*coverage.lines(), *name_left_out(coverage.left_out))
     )
     return {"status": "finished"}

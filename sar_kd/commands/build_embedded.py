@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from sar_kd import embedded
 from sar_kd.config.fields import program_name
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.data.samples import Document
 from sar_kd.evaluation.perplexity import evaluate
 from sar_kd.runtime.precision import Precision
@@ -128,7 +128,7 @@ def student_model() -> nn.Module:
     return transformers.LlamaForCausalLM(config)
 
 
-def pretrain(model: Any, text: Corpus, steps: int, noise: float, seed: int, label: str) -> None:
+def pretrain(model: Any, text: Dataset, steps: int, noise: float, seed: int, label: str) -> None:
     """Train on `text` by cross-entropy: linear warm-up, constant, linear decay over the last 40 % of the steps."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "gate.weight" not in n]
     chosen = {id(p) for p in matrices}
@@ -179,10 +179,10 @@ def build(output: Path, teacher_steps: int, student_steps: int, seed: int) -> No
         print(f"{name}: bits per byte: {bits}; {time.monotonic() - started:.0f} s")
 
 
-def corpus_of(tokenizer, texts: dict[str, str]) -> Corpus:
+def corpus_of(tokenizer, texts: dict[str, str]) -> Dataset:
     """Texts as blocks of one tokenizer's tokens."""
     pair = TokenizerPair(tokenizer, tokenizer, student_rows=len(tokenizer), teacher_rows=len(tokenizer))
-    return Corpus([Document(*item) for item in texts.items()], pair, BLOCK_SIZE, BLOCK_SIZE)
+    return Dataset([Document(*item) for item in texts.items()], pair, BLOCK_SIZE, BLOCK_SIZE)
 
 
 def _save(folder: Path, name: str, model: Any, tokenizer, scores, steps: int, noise: float, seed: int) -> None:

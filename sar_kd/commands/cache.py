@@ -22,9 +22,9 @@ from sar_kd.config.runs import CachingConfig
 from sar_kd.data.sources import digest_of, load_documents
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.errors import UsageError
-from sar_kd.models.loading import StoredTeacher, load_teacher, load_tokenizers
-from sar_kd.runtime.console import fitted
-from sar_kd.runtime.distributed import join_world
+from sar_kd.models.loading import TeacherInfo, load_teacher, load_tokenizers
+from sar_kd.runtime.console import wrap_lines
+from sar_kd.runtime.distributed import join_process_group
 from sar_kd.runtime.files import LOCK, FolderLock, plain, require_room
 from sar_kd.runtime.precision import setup
 from sar_kd.teacher.cache.builder import SHARD_ROWS, CacheBuilder, CacheText
@@ -33,14 +33,14 @@ from sar_kd.teacher.cache.format import (
     HEADER,
     TEXTS,
     Shards,
-    differences,
-    fault,
+    cache_error,
+    check_compatible,
     read_header,
     record_of_facts,
     remove_unnamed,
     write_header,
 )
-from sar_kd.teacher.cached import identity_of
+from sar_kd.teacher.cached import model_fingerprint
 from sar_kd.tokenization.token_table import fingerprint
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair, UnfitTokenizer
 
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> dict:
     config, as_json = parse_kind(
         "cache", "Keep what the teacher says of a text, for runs without it.", CachingConfig, argv
     )
-    if join_world().size > 1:
+    if join_process_group().size > 1:
         raise UsageError("cache: one process builds it; start it without torchrun")
     folder = Path(config.cache.teacher_cache)
     lock = FolderLock(folder, "teacher_cache")
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> dict:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except OSError as error:
-        raise fault(folder, f"cannot be written ({error.strerror}); name another folder") from None
+        raise cache_error(folder, f"cannot be written ({error.strerror}); name another folder") from None
     try:
         return _build(config, folder, as_json)
     finally:
@@ -86,7 +86,7 @@ def _build(config: CachingConfig, folder: Path, as_json: bool) -> dict:
     facts = {
         "text": [digest_of(text) for text in documents],
         "tokenizer": fingerprint(tokenizer),
-        "teacher": identity_of(settings.teacher_model, settings.trust_remote_code),
+        "teacher": model_fingerprint(settings.teacher_model, settings.trust_remote_code),
         "teacher_rows": about.num_rows,
         "num_tokens": own.teacher_tokens,
         "stop_ids": list(about.stop_ids),
@@ -127,7 +127,7 @@ def _require_own(folder: Path, overwrite: bool) -> None:
     """Make sure that the folder is a cache's, or empty; empty it if it is to be overwritten."""
     own = {LOCK, HEADER, f".{HEADER}.partial", *TEXTS}
     if any(path.name not in own for path in folder.iterdir()):
-        raise fault(folder, "holds something else; name another folder")
+        raise cache_error(folder, "holds something else; name another folder")
     if overwrite:
         with suppress(FileNotFoundError):
             (folder / HEADER).unlink()  # first, so that no header names what is not there
@@ -135,7 +135,7 @@ def _require_own(folder: Path, overwrite: bool) -> None:
             shutil.rmtree(folder / text, ignore_errors=True)
 
 
-def _pairs(config: CachingConfig, tokenizer: Any, about: StoredTeacher) -> tuple[TokenizerPair, TokenizerPair | None]:
+def _pairs(config: CachingConfig, tokenizer: Any, about: TeacherInfo) -> tuple[TokenizerPair, TokenizerPair | None]:
     """The teacher's tokenizer with itself, by bytes if it keeps them; and with that of the student that cuts the text,
     if one is named that reads otherwise.
     """
@@ -166,7 +166,7 @@ def _header(folder: Path, facts: dict) -> dict:
         return header
     header = read_header(folder)
     try:
-        differences(folder, header, facts)
+        check_compatible(folder, header, facts)
     except UsageError as error:
         raise UsageError(f"{error}; name another folder, or --overwrite") from None
     for text in TEXTS:
@@ -189,7 +189,7 @@ def _announce(teacher: str, folder: Path, header: dict, texts: list[CacheText]) 
     ]
     if kept:
         said.append(f"Going on: {kept:,} of {total:,} tokens are there")
-    print(fitted(*said))
+    print(wrap_lines(*said))
     remedy = "free some, lower --teacher_top_k, or name another folder"
     require_room(folder, (total - kept) * size, "what the teacher says", flag="teacher_cache", remedy=remedy)
     return kept
@@ -207,5 +207,5 @@ def _report(folder: Path, header: dict, texts: list[CacheText], as_json: bool) -
     else:
         heard = f"the teacher's PPL on held-out text is {np.exp(nats):.2f}"
         how_much = f"{rows:,} tokens, {num_bytes / 1e6:,.1f} MB, {num_bytes / rows:.0f} bytes a token"
-        print(fitted(f"Kept: {how_much}; {heard}", f"Use it: give a run --teacher_cache {folder}"))
+        print(wrap_lines(f"Kept: {how_much}; {heard}", f"Use it: give a run --teacher_cache {folder}"))
     return {"status": "finished", **figures}

@@ -9,7 +9,7 @@ from pathlib import Path
 from sar_kd.config.command_line import parse_section
 from sar_kd.config.fields import flag
 from sar_kd.reporting.log_diagnosis import diagnose, lines_of, read_log
-from sar_kd.runtime.console import fitted
+from sar_kd.runtime.console import wrap_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,5 +27,5 @@ def main(argv: list[str]) -> dict:
     about = "The likely cause of the losses and gradient norms in a log."
     config, as_json = parse_section("explain", about, ExplainConfig, argv, ["log"])
     log = read_log(Path(config.log))
-    print(json.dumps(asdict(diagnose(log)), indent=2) if as_json else fitted(*lines_of(log)))
+    print(json.dumps(asdict(diagnose(log)), indent=2) if as_json else wrap_lines(*lines_of(log)))
     return {"status": "finished"}

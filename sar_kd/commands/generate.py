@@ -16,7 +16,7 @@ from sar_kd.config.fields import flag, require_at_least
 from sar_kd.config.sections import PrecisionConfig
 from sar_kd.errors import UsageError
 from sar_kd.models.generation import write
-from sar_kd.models.loading import load_for_writing
+from sar_kd.models.loading import load_for_generation
 from sar_kd.reporting.history import History, read_history
 from sar_kd.runtime.files import number_of
 from sar_kd.runtime.precision import Precision, setup
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> dict:
 
 def _write(flag_: str, name: str, trusted: bool, config: GenerateConfig, precision: Precision) -> str:
     """One model's text, the prompt left out; the model is gone again afterwards."""
-    model, tokenizer = load_for_writing(flag_, name, trusted, precision.dtype)
+    model, tokenizer = load_for_generation(flag_, name, trusted, precision.dtype)
     model.to(precision.device)
     if config.chat:
         if not tokenizer.chat_template:

@@ -25,7 +25,7 @@ from collections.abc import Callable
 import torch
 
 from sar_kd.errors import TrainingDiverged, UsageError
-from sar_kd.runtime.distributed import current_world
+from sar_kd.runtime.distributed import current_process_group
 from sar_kd.version import __version__
 
 DONE, USAGE, DIVERGED, INTERRUPTED = 0, 2, 3, 130
@@ -80,7 +80,7 @@ def run(main: Callable[[list[str] | None], dict], argv: list[str] | None = None,
     except TrainingDiverged as error:
         return _report(str(error), DIVERGED)
     except RuntimeError as error:
-        line = current_world().lost(error)
+        line = current_process_group().explain_lost_rank(error)
         if line is None:
             raise
         return _report(
@@ -93,12 +93,12 @@ def run(main: Callable[[list[str] | None], dict], argv: list[str] | None = None,
     except KeyboardInterrupt:
         rest = "; --resume continues from the last checkpoint, if there is one" if resumable else ""
         return _report(f"interrupted at once{rest}", INTERRUPTED)
-    current_world().leave()
+    current_process_group().destroy()
     return INTERRUPTED if summary["status"] == "interrupted" else DONE
 
 
 def _report(line: str, code: int, follows: bool = False) -> int:
     """follows: another process has the reason"""
-    if current_world().is_to_say(line, follows):
+    if current_process_group().should_report(line, follows):
         print("\\n".join(line.splitlines()), file=sys.stderr)  # a value that was given may hold ends of lines
     return code

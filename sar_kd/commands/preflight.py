@@ -6,11 +6,11 @@ import json
 
 from sar_kd.config.command_line import parse_run
 from sar_kd.errors import UsageError
-from sar_kd.models.loading import Subject
+from sar_kd.models.loading import MetaModels
 from sar_kd.preflight.checks import ALL_CHECKS, run_checks
 from sar_kd.preflight.memory_plan import fit_batch_size
-from sar_kd.runtime.console import fitted
-from sar_kd.runtime.distributed import ALONE
+from sar_kd.runtime.console import wrap_lines
+from sar_kd.runtime.distributed import SINGLE_PROCESS
 from sar_kd.runtime.files import plain
 
 
@@ -22,20 +22,20 @@ def main(argv: list[str]) -> dict:
     config, as_json = parse_run("preflight", "What a run with these flags would find. Nothing is trained.", argv)
     record: dict = {"ok": True}
     try:
-        found = fit_batch_size(config, ALONE)
+        found = fit_batch_size(config, SINGLE_PROCESS)
         if found is not config:
             train = found.train
             record["batch_size"] = {
                 name: getattr(train, name) for name in ("per_device_batch_size", "grad_accum_steps")
             }
             if not as_json:
-                print(fitted(found.notices[-1]))
+                print(wrap_lines(found.notices[-1]))
         config = found
-        for finding in run_checks(ALL_CHECKS, Subject(config)):
+        for finding in run_checks(ALL_CHECKS, MetaModels(config)):
             record[finding.name] = finding.record
             if not as_json:
                 for line in (*finding.lines, *(f"  {line}" for line in finding.table)):
-                    print(fitted(line))
+                    print(wrap_lines(line))
             if finding.refusal:
                 raise finding.refusal
     except UsageError as error:

@@ -11,7 +11,7 @@ from sar_kd.config.fields import flag
 from sar_kd.errors import UsageError
 from sar_kd.reporting.history import read_history, verdict_of
 from sar_kd.reporting.report import FILE, write_report
-from sar_kd.runtime.console import fitted
+from sar_kd.runtime.console import wrap_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,6 @@ def main(argv: list[str]) -> dict:
         print(json.dumps({"report": str(path), "verdicts": sentences}, indent=2))
         return {"status": "finished"}
     for name, lines in sentences.items():
-        print(fitted(f"{name}:", *(f"  {line}" for line in lines)))
-    print(fitted(f"Written to {path}"))
+        print(wrap_lines(f"{name}:", *(f"  {line}" for line in lines)))
+    print(wrap_lines(f"Written to {path}"))
     return {"status": "finished"}

@@ -9,7 +9,7 @@ from sar_kd.config.command_line import parse_section
 from sar_kd.config.fields import flag, require
 from sar_kd.config.runs import ROUTER_PATTERNS
 from sar_kd.config.sections import EMBEDDED
-from sar_kd.models.loading import load_skeleton
+from sar_kd.models.loading import load_meta_model
 from sar_kd.teacher.moe.discovery import describe_routers, find_routers
 
 
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> dict:
     Raises: UsageError for what the user can mend, a model that has no routers among it
     """
     config, as_json = parse_section("routers", __doc__.partition(": ")[2], RouterTableConfig, argv)
-    model = load_skeleton("model", config.model, config.trust_remote_code)
+    model = load_meta_model("model", config.model, config.trust_remote_code)
     records = describe_routers(find_routers(model, config.router_patterns))
     print(json.dumps(records, indent=2) if as_json else "\n".join(router_lines(records)))
     return {"status": "finished"}

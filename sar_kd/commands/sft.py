@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from sar_kd.config.command_line import Verb, parse_training
+from sar_kd.config.command_line import TrainingCommand, parse_training
 from sar_kd.config.presets import TASKS
 from sar_kd.config.runs import EMBEDDED_LR_FACTOR, SftConfig
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.data.sources import load_documents
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.errors import UsageError
@@ -21,13 +21,13 @@ from sar_kd.models.memory_saving import recompute_activations_
 from sar_kd.preflight.checks import preflight
 from sar_kd.preflight.memory_plan import fit_batch_size
 from sar_kd.reporting.run_log import SftLog, open_run
-from sar_kd.runtime.distributed import join_world
+from sar_kd.runtime.distributed import join_process_group
 from sar_kd.runtime.precision import Precision, setup
 from sar_kd.teacher.base import NoTeacher
-from sar_kd.training.callbacks import Companion, Exam, Vitals, check_targets
+from sar_kd.training.callbacks import Callback, TargetChecks, TaskEvaluation, check_targets
 from sar_kd.training.guards import StepGuard
 from sar_kd.training.optimizer import build_optimizer
-from sar_kd.training.parallel import place
+from sar_kd.training.parallel import build_strategy
 from sar_kd.training.trainer import Trainer
 
 _QUICK_QUESTIONS = 50
@@ -44,13 +44,13 @@ def main(argv: list[str]) -> dict:
 
 def fine_tune(config: SftConfig) -> dict:
     """One run, from a model and examples to a saved model; its summary. Raises: as `main`"""
-    world = join_world()
-    if world.size > 1:
+    process_group = join_process_group()
+    if process_group.size > 1:
         raise UsageError(
-            f"fine-tuning takes one process, and {world.size} are running: start it without torchrun; likewise --task, "
+            f"fine-tuning takes one process, and {process_group.size} are running: start it without torchrun; likewise --task, "
             "which fine-tunes first"
         )
-    config = fit_batch_size(config, world)  # how much at once, where that is to be found
+    config = fit_batch_size(config, process_group)  # how much at once, where that is to be found
     log = open_run(config, SftLog)  # where to
     preflight(config, log.say)  # can it be done here?
     precision = setup(config.precision, config.train.seed)  # on which device, in which dtype
@@ -64,27 +64,27 @@ def fine_tune(config: SftConfig) -> dict:
     limits = models.block_limits(config.data.block_size)
     texts = load_documents(config.data)  # training and held-out examples
     cache = TokenCache(config.data.token_cache)
-    train, validation = (Corpus(text, models.tokenizers, *limits, cache) for text in texts)
+    train, validation = (Dataset(text, models.tokenizers, *limits, cache) for text in texts)
     config = config.over(len(train))  # epochs to steps
     for line in (describe_student(models.student), *check_targets(train, config.data)):
         log.say(line)
-    objective = Objective(None, models.student, config.loss, train.pairing, precision)  # one term
-    placement = place(objective, config.train, world)
+    objective = Objective(None, models.student, config.loss, train.aligner, precision)  # one term
+    placement = build_strategy(objective, config.train, process_group)
     optimizer = build_optimizer(models.student, config.optim)  # type: ignore[arg-type]  # a rate of another name
     guard = StepGuard(config.guards)
-    companions = [Vitals(train), *_exams(config, models, limits, precision)]
+    companions = [TargetChecks(train), *_exams(config, models, limits, precision)]
     parts = models, train, validation, objective, optimizer, guard, precision, log, NoTeacher(), placement
     return Trainer(config, *parts, companions).run()
 
 
-def _exams(config: SftConfig, models: Models, limits: tuple[int, int], precision: Precision) -> list[Companion]:
+def _exams(config: SftConfig, models: Models, limits: tuple[int, int], precision: Precision) -> list[Callback]:
     if not config.data.task:
         return []
     most = _QUICK_QUESTIONS if config.train.max_steps else None
-    return [Exam(models, limits, precision, config.models.trust_remote_code, most)]
+    return [TaskEvaluation(models, limits, precision, config.models.trust_remote_code, most)]
 
 
-SFT = Verb(
+SFT = TrainingCommand(
     name="sft",
     description="Fine-tune a causal language model on questions with answers, in fp16, without NaN.",
     kind=SftConfig,

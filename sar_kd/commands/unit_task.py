@@ -21,7 +21,7 @@ from sar_kd.config.sections import EMBEDDED, MemoryConfig
 from sar_kd.errors import UsageError
 from sar_kd.models.loading import Models
 from sar_kd.runtime.precision import Precision
-from sar_kd.training.callbacks import Companion, Exam
+from sar_kd.training.callbacks import Callback, TaskEvaluation
 
 R = TypeVar("R", Config, SftConfig)
 
@@ -36,16 +36,16 @@ class Task:
         """config: of the distillation run, its teacher ready; baseline: the summary of cross-entropy alone, if any"""
         self.config, self._baseline = config, baseline
 
-    def companions(self, models: Models, limits: tuple[int, int], precision: Precision) -> list[Companion]:
+    def companions(self, models: Models, limits: tuple[int, int], precision: Precision) -> list[Callback]:
         """The exam, and what the result is compared with."""
         if not self.config.data.task:
             return []
         trust = self.config.models.trust_remote_code
-        found: list[Companion] = [Exam(models, limits, precision, trust)]
+        found: list[Callback] = [TaskEvaluation(models, limits, precision, trust)]
         return [*found, Baseline(self._baseline)] if self._baseline else found
 
 
-class Baseline(Companion):
+class Baseline(Callback):
     """Cross-entropy alone, for the closing table and `summary.json`."""
 
     def __init__(self, summary: dict):

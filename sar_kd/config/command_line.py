@@ -112,7 +112,7 @@ def _configure(script: Mapping[str, str], given: dict[str, Any]) -> Config:
 
 
 @dataclass(frozen=True)
-class Verb:
+class TrainingCommand:
     """A verb that trains: its flags, and what they are where none is given."""
 
     name: str
@@ -126,7 +126,7 @@ class Verb:
     """On the learning rate of the embedded student"""
 
 
-def parse_training(verb: Verb, argv: list[str]) -> Any:
+def parse_training(verb: TrainingCommand, argv: list[str]) -> Any:
     """The configuration that the command line of a verb that trains asks for.
 
     Precedence as in `parse_args`, with `--task` in the place of the mode.

@@ -202,7 +202,7 @@ class SftConfig(RunConfig):
         """The same with its calendar in steps, for so many training examples."""
         return dataclasses.replace(self, train=self.train.over(num_examples))
 
-    def headline(self) -> list[str]:
+    def summary_lines(self) -> list[str]:
         """What the run is, for its first lines."""
         rank = self.lora.lora_rank
         how = f"LoRA of rank {rank}" if rank else "every weight learns"
@@ -286,7 +286,7 @@ class Config(RunConfig):
         taught = self.loss.alpha_kd > 0 or not fraction
         require(taught, "on_policy_fraction", fraction, "its own text teaches the student by --alpha_kd, which is 0")
 
-    def headline(self) -> list[str]:
+    def summary_lines(self) -> list[str]:
         """What the run is, for its first lines."""
         models, loss = self.models, self.loss
         return [

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sar_kd.alignment.batch_alignment import Alignment
-from sar_kd.alignment.segments import Stretch
+from sar_kd.alignment.segments import Segment
 from sar_kd.tokenization.token_stream import TokenStream
 
 
@@ -44,11 +44,11 @@ class Batch:
     alignment: Alignment
     blocks: tuple[int, ...]
     """Which blocks these are, for naming the documents of a bad batch."""
-    stretches: tuple[Stretch, ...] = ()
+    segments: tuple[Segment, ...] = ()
     """The alignment in parts that can be compared alone, where distributions are carried over."""
-    is_sampled: bool = False
+    is_on_policy: bool = False
     """What is predicted is the student's own text: it is compared with the teacher, and learned from no further."""
-    stored: StoredRows | None = None
+    stored: CachedTopK | None = None
     """What the teacher said of its rows, where that is kept; then nobody asks it."""
 
     @property
@@ -105,11 +105,11 @@ def next_token_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
     return rows, targets[rows]
 
 
-ABSENT = -1e30
+MASKED_LOGIT = -1e30
 """The logit of an outcome that takes no part: finite, so that 0 * ABSENT is 0, and its probability is exactly 0."""
 
 
-class Top(NamedTuple):
+class TopKLogits(NamedTuple):
     """The k likeliest tokens of n teacher rows, a column each."""
 
     ids: Tensor
@@ -121,7 +121,7 @@ class Top(NamedTuple):
     sound: Tensor
     """bool [n]: the row's logits are finite, every one"""
 
-    def first(self, k: int, temperature: float) -> Top:
+    def first(self, k: int, temperature: float) -> TopKLogits:
         """The k likeliest of these; the others are of the rest."""
         if k >= len(self.ids):
             return self
@@ -129,12 +129,12 @@ class Top(NamedTuple):
         rest = temperature * others.logsumexp(0)
         return self._replace(ids=self.ids[:k], logits=self.logits[:k], rest=rest)
 
-    def columns(self, first: int, stop: int) -> Top:
+    def columns(self, first: int, stop: int) -> TopKLogits:
         """Some of the columns."""
-        return Top(*(part[..., first:stop] for part in self))
+        return TopKLogits(*(part[..., first:stop] for part in self))
 
     def logits_of(self, tokens: Tensor, columns: Tensor, size: int) -> Tensor:
-        """Logits of single tokens, `ABSENT` for one that is not among the likeliest of its column.
+        """Logits of single tokens, `MASKED_LOGIT` for one that is not among the likeliest of its column.
 
         tokens, columns: int64 [E]; size: more than any token
         Returns: float32 [E]
@@ -144,16 +144,16 @@ class Top(NamedTuple):
         wanted = size * columns + tokens
         at = torch.searchsorted(keys, wanted).clamp_max(max(0, len(keys) - 1))
         found = self.logits.T.gather(1, order).reshape(-1)[at]
-        return torch.where(keys[at] == wanted, found, ABSENT)
+        return torch.where(keys[at] == wanted, found, MASKED_LOGIT)
 
     def spread(self, num_rows: int) -> Tensor:
-        """A tile of logits, float32 [num_rows, n], in which every other token is `ABSENT`."""
-        tile = self.logits.new_full((num_rows, self.logits.shape[1]), ABSENT)
+        """A tile of logits, float32 [num_rows, n], in which every other token is `MASKED_LOGIT`."""
+        tile = self.logits.new_full((num_rows, self.logits.shape[1]), MASKED_LOGIT)
         return tile.scatter_(0, self.ids, self.logits)
 
 
 @dataclass(frozen=True)
-class StoredRows:
+class CachedTopK:
     """What a teacher once said where a batch's rows predict something; stands for its readout."""
 
     places: Tensor
@@ -173,18 +173,18 @@ class StoredRows:
 
     learns = False
 
-    def detach(self) -> StoredRows:
+    def detach(self) -> CachedTopK:
         """The same; there is no graph."""
         return self
 
-    def tile(self, rows: slice | Tensor) -> Top:
+    def tile(self, rows: slice | Tensor) -> TopKLogits:
         """The top of some rows of the flattened logits."""
         places = self.places[rows]
         peaks = self.peaks[places]
         sound = peaks.isfinite()
         logits = (self.gaps[places].float() + peaks[:, None]).where(sound[:, None], 0.0).T.contiguous()
         rest = self.rests[places].float().where(sound, 0.0) + (logits / self.temperature).logsumexp(0)
-        return Top(self.ids[places].T.long(), logits, rest * self.temperature, sound)
+        return TopKLogits(self.ids[places].T.long(), logits, rest * self.temperature, sound)
 
     def target_log_probs(self) -> tuple[Tensor, Tensor]:
         """log p of what each row predicts, float32 [N], and whether the row was finite, bool [N]."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from sar_kd.alignment.byte_alignment import ends_on_both
 from sar_kd.errors import UsageError
-from sar_kd.tokenization.token_stream import CHUNK_TOKENS, Block, Blocks, Ends, JoinedText, TokenStream
+from sar_kd.tokenization.token_stream import CHUNK_TOKENS, Block, Blocks, Ends, TokenizedText, TokenStream
 
 
 def cut_blocks(
@@ -62,7 +62,7 @@ _SLACK = 8
 """Tokens by which the teacher's part of a window may exceed an even one: the student's decides."""
 
 
-def cut_at(text: JoinedText, ends: np.ndarray, max_student: int, max_teacher: int) -> Blocks:
+def cut_at(text: TokenizedText, ends: np.ndarray, max_student: int, max_teacher: int) -> Blocks:
     """All blocks of a text: its windows; those that exceed a limit in parts of about one size; its conversations.
 
     Where the two sides have no common end at a window's end, the block ends at the last one before it.
@@ -82,7 +82,7 @@ def cut_at(text: JoinedText, ends: np.ndarray, max_student: int, max_teacher: in
     return Blocks(np.concatenate([*pieces, bounds[done:], text.conversations.ranges]))
 
 
-def _common(text: JoinedText, ends: np.ndarray) -> tuple[np.ndarray, ...]:
+def _common(text: TokenizedText, ends: np.ndarray) -> tuple[np.ndarray, ...]:
     """Both sides' tokens up to each of these ends, or up to the last common end before it; from 0, ascending."""
     if text.student is text.teacher:
         cuts = np.append(0, ends)
@@ -103,7 +103,7 @@ def _common(text: JoinedText, ends: np.ndarray) -> tuple[np.ndarray, ...]:
     return tuple(np.append(0, np.searchsorted(side, places) + 1) for side in (student_ends, teacher_ends))
 
 
-def _parts(text: JoinedText, block: Block, max_student: int, max_teacher: int) -> list[Block]:
+def _parts(text: TokenizedText, block: Block, max_student: int, max_teacher: int) -> list[Block]:
     """A stretch of text in parts within the limits, of about one size."""
     student = _ends_within(text.student, block.student_start, block.student_end)
     is_same = text.student is text.teacher
@@ -123,7 +123,7 @@ def _ends_within(stream: TokenStream, start: int, end: int) -> np.ndarray:
     return np.asarray(stream.ends[start:end]) - (stream.ends[start - 1] if start else 0)
 
 
-def cut(text: JoinedText, max_student: int, max_teacher: int) -> Blocks:
+def cut(text: TokenizedText, max_student: int, max_teacher: int) -> Blocks:
     """All blocks of a text: plain documents packed as by `cut_blocks`, then the conversations, one block each.
 
     Raises: UsageError as `cut_blocks`

@@ -17,7 +17,7 @@ from sar_kd.data.samples import Conversation
 from sar_kd.errors import UsageError
 from sar_kd.tokenization.backends import encode
 from sar_kd.tokenization.long_text import ANCHORS, encode_behind, encode_texts
-from sar_kd.tokenization.token_stream import GLUE, PROMPT, RESPONSE, STOP, Part
+from sar_kd.tokenization.token_stream import PROMPT, RESPONSE, STOP, TEMPLATE, Part
 from sar_kd.tokenization.token_table import Ids, TokenTable, build_token_table
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
@@ -233,7 +233,7 @@ class _Writer:
                 parts.append(Part(ids[:stop] if stop else [self.table.end_id], STOP))
                 ids = ids[stop:]
             if ids:
-                parts.append(Part(ids, GLUE))
+                parts.append(Part(ids, TEMPLATE))
             if place < len(contents):
                 kind = RESPONSE if messages[place].is_target else PROMPT
                 parts.append(Part(contents[place].ids, kind, contents[place].has_dummy, is_text[place]))

@@ -104,7 +104,7 @@ def _ends_of(name: str) -> str:
     return f"{name}_ends"
 
 
-class Shelf:
+class ColumnStore:
     """Named columns, and facts that go with them."""
 
     def __init__(self, folder: Path | None = None):
@@ -166,11 +166,11 @@ class Shelf:
         (self.folder / _HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
 
 
-class DamagedShelf(ValueError):
+class DamagedStore(ValueError):
     """A folder that does not hold what its name says; the text is the reason."""
 
 
-def open_shelf(folder: Path, key: str) -> tuple[dict[str, np.ndarray], dict]:
+def open_column_store(folder: Path, key: str) -> tuple[dict[str, np.ndarray], dict]:
     """The columns and facts of a sealed folder, every byte of it compared with its digest.
 
     Raises: DamagedShelf, FileNotFoundError if there is none
@@ -178,24 +178,24 @@ def open_shelf(folder: Path, key: str) -> tuple[dict[str, np.ndarray], dict]:
     try:
         header = json.loads((folder / _HEADER).read_bytes())
         if (header["format"], header["key"]) != (_FORMAT, key):
-            raise DamagedShelf("it holds something else")
+            raise DamagedStore("it holds something else")
         arrays = {}
         for name, column in header["columns"].items():
             kind, width, size = column["kind"], column["width"], column["size"]
             path = folder / name
             if kind not in _KINDS or path.parent != folder or path.is_symlink():
-                raise DamagedShelf(f"{name!r} is no column")
+                raise DamagedStore(f"{name!r} is no column")
             if path.stat().st_size != size * max(1, width) * np.dtype(kind).itemsize:
-                raise DamagedShelf(f"{name} has another size")
+                raise DamagedStore(f"{name} has another size")
             if file_digest(path) != column["sha256"]:
-                raise DamagedShelf(f"{name} has another digest")
+                raise DamagedStore(f"{name} has another digest")
             arrays[name] = _mapped(path, kind, width, size)
         return arrays, header["facts"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, DamagedShelf):
+        if isinstance(error, DamagedStore):
             raise
-        raise DamagedShelf(f"its header cannot be read ({error})") from None
+        raise DamagedStore(f"its header cannot be read ({error})") from None
     except OSError as error:
         if not folder.exists():
             raise
-        raise DamagedShelf(f"{error.filename} cannot be read ({error.strerror})") from None
+        raise DamagedStore(f"{error.filename} cannot be read ({error.strerror})") from None

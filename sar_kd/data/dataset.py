@@ -14,20 +14,20 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from sar_kd.alignment.aligner import Pairing
-from sar_kd.alignment.segments import Stretch, cut_stretches
-from sar_kd.data.batch import Batch, StoredRows, TokenBatch, token_batch
+from sar_kd.alignment.aligner import Aligner
+from sar_kd.alignment.segments import Segment, cut_segments
+from sar_kd.data.batch import Batch, CachedTopK, TokenBatch, token_batch
 from sar_kd.data.blocks import cut, cut_at
 from sar_kd.data.samples import Sample
-from sar_kd.data.sources import Documents
+from sar_kd.data.sources import StreamedDocuments
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.data.tokenized_text import join
-from sar_kd.tokenization.token_stream import Block, JoinedText
+from sar_kd.tokenization.token_stream import Block, TokenizedText
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
 
 class TeacherRecords(Protocol):
-    """A teacher's cached logits, found for the tokens of one text: `matching.Match` is what a run has."""
+    """A teacher's cached logits, found for the tokens of one text: `matching.CacheLookup` is what a run has."""
 
     @property
     def num_unknown(self) -> int:
@@ -40,31 +40,31 @@ class TeacherRecords(Protocol):
     def windows(self) -> np.ndarray:
         """int64, ascending: where the teacher's blocks end, in its tokens of the plain documents."""
 
-    def rows(self, cuts: Sequence[Block], rows: Tensor, num_places: int) -> StoredRows:
+    def rows(self, cuts: Sequence[Block], rows: Tensor, num_places: int) -> CachedTopK:
         """The records of a batch of blocks."""
 
     def nats(self) -> tuple[float, int]:
         """The teacher's total loss over the text, and its number of tokens."""
 
 
-class CachedText(Protocol):
-    """A cached text of `matching.StoredText`'s kind, to be held against the text of a run."""
+class CachedLogits(Protocol):
+    """A cached text of `matching.CachedText`'s kind, to be held against the text of a run."""
 
-    def beside(self, text: JoinedText) -> TeacherRecords:
+    def beside(self, text: TokenizedText) -> TeacherRecords:
         """The records that belong to the tokens of `text`."""
 
 
-class Corpus:
+class Dataset:
     """Documents as blocks of tokens, and the batches made of them."""
 
     def __init__(
         self,
-        documents: Sequence[Sample] | Documents,
+        documents: Sequence[Sample] | StreamedDocuments,
         pair: TokenizerPair,
         max_student: int,
         max_teacher: int,
         cache: TokenCache | None = None,
-        stored: CachedText | None = None,
+        stored: CachedLogits | None = None,
     ):
         """max_student, max_teacher: most tokens that a block may hold for each model, start token included
 
@@ -104,26 +104,26 @@ class Corpus:
             self.text.student, [(c.student_start, c.student_end) for c in cuts], self.pair.student_start
         )
         if self.pair.tables is None:
-            alignment = self.pairing.align_equal(student.rows)
+            alignment = self.aligner.align_equal(student.rows)
             return Batch(student, student, alignment, tuple(blocks), stored=self._stored(cuts, student))
         teacher = token_batch(
             self.text.teacher, [(c.teacher_start, c.teacher_end) for c in cuts], self.pair.teacher_start
         )
         widths = student.input_ids.shape[1], teacher.input_ids.shape[1]
-        alignment = self.pairing.align(cuts, *widths)
-        stretches: tuple[Stretch, ...] = ()
+        alignment = self.aligner.align(cuts, *widths)
+        segments: tuple[Segment, ...] = ()
         if alignment.in_teacher is not None:
-            richer, limit = self.pairing.teacher_is_richer, self.pairing.stretch_rows
-            stretches = cut_stretches(alignment, len(student.rows), teacher.rows, richer, limit)
-        return Batch(student, teacher, alignment, tuple(blocks), stretches, stored=self._stored(cuts, teacher))
+            coarser, limit = self.aligner.teacher_is_coarser, self.aligner.segment_positions
+            segments = cut_segments(alignment, len(student.rows), teacher.rows, coarser, limit)
+        return Batch(student, teacher, alignment, tuple(blocks), segments, stored=self._stored(cuts, teacher))
 
-    def _stored(self, cuts: list[Block], teacher: TokenBatch) -> StoredRows | None:
+    def _stored(self, cuts: list[Block], teacher: TokenBatch) -> CachedTopK | None:
         return None if self.stored is None else self.stored.rows(cuts, teacher.rows, teacher.input_ids.numel())
 
     @cached_property
-    def pairing(self) -> Pairing:
+    def aligner(self) -> Aligner:
         """What connects the two tokenizations; made when the first batch asks for it."""
-        return Pairing(self.pair, self.text, self.blocks)
+        return Aligner(self.pair, self.text, self.blocks)
 
     def token_batches(self, which: str, batch_size: int) -> Iterator[TokenBatch]:
         """Every block once, as one of the models ('student' or 'teacher') reads it; for evaluation."""

@@ -40,26 +40,28 @@ class _Source(NamedTuple):
     """Raises UsageError if it is not what it was"""
 
 
-class Documents:
+class StreamedDocuments:
     """Documents of a large text, each read when it is its turn."""
 
     def __init__(self, source: _Source, num_chars: int, digest: str, has_conversations: bool):
         """source: all documents, from the first; num_chars: of their text; digest: of names and text"""
         self._source, self.num_chars, self.digest, self.has_conversations = source, num_chars, digest, has_conversations
 
-    def until(self, stop: int, behind: list[Sample], num_chars: int) -> Documents:
+    def until(self, stop: int, behind: list[Sample], num_chars: int) -> StreamedDocuments:
         """So many documents, and `behind` them others; num_chars: of all these."""
         what = f"{self.digest} {stop} {[(sample.name, sample.num_chars) for sample in behind]}"
         digest = hashlib.sha256(what.encode("utf-8", "surrogatepass")).hexdigest()
         source = self._source._replace(read=lambda: chain(islice(self._source.read(), stop), behind))
-        return Documents(source, num_chars, digest, self.has_conversations)
+        return StreamedDocuments(source, num_chars, digest, self.has_conversations)
 
     def __iter__(self) -> Iterator[Sample]:
         yield from self._source.read()
         self._source.check()
 
 
-def load_documents(config: DataConfig) -> tuple[Sequence[Sample] | Documents, Sequence[Sample] | Documents]:
+def load_documents(
+    config: DataConfig,
+) -> tuple[Sequence[Sample] | StreamedDocuments, Sequence[Sample] | StreamedDocuments]:
     """Training and validation documents; without a validation source, 5 % of the training text is held out.
 
     Of a large text no more is held out than takes a few seconds to measure (1 MB).
@@ -88,17 +90,19 @@ def load_documents(config: DataConfig) -> tuple[Sequence[Sample] | Documents, Se
 class _Gathered:
     """Documents gone through once."""
 
-    all: Sequence[Sample] | Documents
+    all: Sequence[Sample] | StreamedDocuments
     """In memory, unless they are a large text"""
     tail: Sequence[Sample]
     """The last documents, more than are held out"""
     count: int = 0
     num_chars: int = 0
 
-    def until(self, stop: int, last: Document | LongDocument | None, num_chars: int) -> list[Sample] | Documents:
+    def until(
+        self, stop: int, last: Document | LongDocument | None, num_chars: int
+    ) -> list[Sample] | StreamedDocuments:
         """So many documents, and behind them `last`, which is the next one's beginning, if any; their characters."""
         behind: list[Sample] = [] if last is None else [last]
-        if isinstance(self.all, Documents):
+        if isinstance(self.all, StreamedDocuments):
             return self.all.until(stop, behind, num_chars)
         return [*self.all[:stop], *behind]
 
@@ -120,7 +124,7 @@ def _gathered(source: _Source) -> _Gathered:
             for part in held or (sample,):
                 _enter(part, digest)
             held = None
-    found = Documents(source, num_chars, digest.hexdigest(), talks) if held is None else held
+    found = StreamedDocuments(source, num_chars, digest.hexdigest(), talks) if held is None else held
     return _Gathered(found, tail, count, num_chars)
 
 
@@ -133,9 +137,9 @@ def _enter(sample: Sample, digest) -> None:
         start = ""
 
 
-def digest_of(documents: Sequence[Sample] | Documents) -> str:
+def digest_of(documents: Sequence[Sample] | StreamedDocuments) -> str:
     """A digest of names and text, for telling one text from another."""
-    if isinstance(documents, Documents):
+    if isinstance(documents, StreamedDocuments):
         return documents.digest
     digest = hashlib.sha256()
     for sample in documents:
@@ -222,7 +226,7 @@ def _import_load_dataset(where: str):
     return datasets.load_dataset
 
 
-def _hold_out(text: _Gathered) -> tuple[Sequence[Sample] | Documents, Sequence[Sample] | Documents]:
+def _hold_out(text: _Gathered) -> tuple[Sequence[Sample] | StreamedDocuments, Sequence[Sample] | StreamedDocuments]:
     """Hold out about 5 % of the text: whole samples from the end while they fit, then the end of the next document.
 
     A conversation is never split.

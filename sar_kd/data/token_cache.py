@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sar_kd.data.column_store import DamagedShelf, Shelf, open_shelf
+from sar_kd.data.column_store import ColumnStore, DamagedStore, open_column_store
 from sar_kd.errors import UsageError
 from sar_kd.runtime.console import say
 from sar_kd.runtime.files import LOCK, FolderLock, require_room
@@ -44,7 +44,7 @@ class TokenCache:
         self.keeps, self.say = setting != OFF, say
         self.folder = Path(setting or _own_folder()) if self.keeps else Path(tempfile.gettempdir())
 
-    def get(self, what: dict, build: Callable[[Shelf], None], num_chars: int) -> Contents:
+    def get(self, what: dict, build: Callable[[ColumnStore], None], num_chars: int) -> Contents:
         """The contents that `what` describes: those kept, if they are sound, else what `build` puts on a new shelf.
 
         what: everything that the contents depend on; num_chars: of the text that they are made of
@@ -54,12 +54,12 @@ class TokenCache:
         path = self.folder / key[:32]
         if self.keeps:
             try:
-                found = open_shelf(path, key)
+                found = open_column_store(path, key)
                 self.say(f"Tokens: taken from {path}")
                 return found
             except OSError:  # there is none, or what keeps us from reading it will keep us from writing, and be named
                 pass
-            except DamagedShelf as damage:
+            except DamagedStore as damage:
                 self.say(f"Tokens: {path} is not trusted ({damage}); it is made anew")
         self.say(f"Tokens: {num_chars / 1e6:,.0f} million characters are tokenised{', once' if self.keeps else ''}")
         with self._writable():
@@ -67,7 +67,7 @@ class TokenCache:
             self._sweep()
             partial = Path(tempfile.mkdtemp(prefix=f"{key[:32]}-", suffix=_PARTIAL, dir=self.folder))
         columns_in = partial / "columns"
-        shelf, lock = Shelf(columns_in), FolderLock(partial)
+        shelf, lock = ColumnStore(columns_in), FolderLock(partial)
         try:
             with self._writable():
                 columns_in.mkdir()

@@ -18,15 +18,25 @@ import numpy as np
 
 from sar_kd.data.blocks import cut_blocks
 from sar_kd.data.chat import render, writers_of
-from sar_kd.data.column_store import Shelf, strings_of
+from sar_kd.data.column_store import ColumnStore, strings_of
 from sar_kd.data.samples import Conversation, Sample
-from sar_kd.data.sources import Documents
+from sar_kd.data.sources import StreamedDocuments
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.errors import UsageError
-from sar_kd.runtime.console import reading_bar
+from sar_kd.runtime.console import tokenizing_bar
 from sar_kd.tokenization.backends import encode
 from sar_kd.tokenization.long_text import Piece, encode_pieces, pieces_of, place_pieces
-from sar_kd.tokenization.token_stream import RESPONSE, STOP, Block, Blocks, Counting, JoinedText, Part, TokenStream, lay
+from sar_kd.tokenization.token_stream import (
+    RESPONSE,
+    STOP,
+    Block,
+    Blocks,
+    Counting,
+    Part,
+    TokenizedText,
+    TokenStream,
+    concatenate_spans,
+)
 from sar_kd.tokenization.token_table import TokenTable, fingerprint
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
@@ -34,11 +44,11 @@ _SIDES = ("student", "teacher")
 
 
 def join(
-    documents: Sequence[Sample] | Documents,
+    documents: Sequence[Sample] | StreamedDocuments,
     pair: TokenizerPair,
     limits: tuple[int, int] | None = None,
     cache: TokenCache | None = None,
-) -> JoinedText:
+) -> TokenizedText:
     """Tokenize every document on both sides and join them, plain documents before conversations.
 
     limits: most tokens of a conversation for the student and the teacher, start token excluded; None for no limit
@@ -46,13 +56,13 @@ def join(
     Raises: UsageError if none of them can be represented
     """
 
-    def build(shelf: Shelf) -> None:
+    def build(shelf: ColumnStore) -> None:
         _Joiner(pair, limits, shelf).join(documents, cache)
 
-    if cache is not None and isinstance(documents, Documents):
+    if cache is not None and isinstance(documents, StreamedDocuments):
         columns, facts = cache.get(_what(documents, pair, limits), build, documents.num_chars)
     else:
-        shelf = Shelf()
+        shelf = ColumnStore()
         build(shelf)
         columns, facts = shelf.finish(), shelf.facts
     streams = [_stream(columns, side, pair) for side in _SIDES[: facts["sides"]]]
@@ -61,7 +71,7 @@ def join(
         shown = ", ".join(left_out[:3])
         remedy = "; raise --block_size" if any("within a block" in name for name in left_out) else ""
         raise UsageError(f"--train_file: no document holds text that both tokenizers can represent ({shown}){remedy}")
-    return JoinedText(
+    return TokenizedText(
         student=streams[0],
         teacher=streams[-1],
         names=names,
@@ -81,7 +91,7 @@ def _stream(columns: dict[str, np.ndarray], side: str, pair: TokenizerPair) -> T
     return TokenStream(ids, ends, columns[f"{side}_has_dummy"], columns[f"{side}_is_target"])
 
 
-def _what(documents: Documents, pair: TokenizerPair, limits: tuple[int, int] | None) -> dict:
+def _what(documents: StreamedDocuments, pair: TokenizerPair, limits: tuple[int, int] | None) -> dict:
     """All that the streams depend on."""
     tables = [table and [*table.end_ids, table.dummy_prefix, table.nfc] for table in pair.tables or ()]
     return {
@@ -94,9 +104,9 @@ def _what(documents: Documents, pair: TokenizerPair, limits: tuple[int, int] | N
 
 
 class _Joiner:
-    """Writes the columns of a `JoinedText`."""
+    """Writes the columns of a `TokenizedText`."""
 
-    def __init__(self, pair: TokenizerPair, limits: tuple[int, int] | None, shelf: Shelf):
+    def __init__(self, pair: TokenizerPair, limits: tuple[int, int] | None, shelf: ColumnStore):
         self.pair, self.limits, self.shelf = pair, limits, shelf
         self.ends = [0] if pair.tables is None else [0, 0]
         """By side, where its last token ends"""
@@ -118,21 +128,21 @@ class _Joiner:
         self._before: tuple[dict[str, int], list[int], int] = {}, [], 0
         """Sizes of the columns, `ends` and `num_bytes` where the document that is being entered begins"""
 
-    def join(self, documents: Sequence[Sample] | Documents, cache: TokenCache | None) -> None:
+    def join(self, documents: Sequence[Sample] | StreamedDocuments, cache: TokenCache | None) -> None:
         """Enter all documents, plain ones first."""
-        is_large, num_chars = isinstance(documents, Documents), 0
-        if isinstance(documents, Documents):
+        is_large, num_chars = isinstance(documents, StreamedDocuments), 0
+        if isinstance(documents, StreamedDocuments):
             num_chars, talks = documents.num_chars, documents.has_conversations
         else:
             talks = any(isinstance(sample, Conversation) for sample in documents)
-        with reading_bar(num_chars, is_large) as bar:
+        with tokenizing_bar(num_chars, is_large) as bar:
             for number, size in enumerate(self._lots(documents, talks)):
                 bar.update(size)
                 if not number and cache is not None and is_large:
                     cache.require_room(self.shelf.num_bytes() * (num_chars - size) // max(1, size))
         self.shelf.facts["num_bytes"] = self.num_bytes
 
-    def _lots(self, documents: Sequence[Sample] | Documents, talks: bool) -> Iterator[int]:
+    def _lots(self, documents: Sequence[Sample] | StreamedDocuments, talks: bool) -> Iterator[int]:
         """Enter the documents lot by lot; the characters of each lot, once it is entered."""
         for lot in lots_of(documents, self.pair):
             self._add_plain(lot)
@@ -188,7 +198,7 @@ class _Joiner:
         """Append documents, or stretches of them, of which some open one; by side int64, where their tokens begin."""
         bounds = []
         for side, (documents, table) in enumerate(zip(sides, tables, strict=True)):
-            stream, found = lay(documents, table)
+            stream, found = concatenate_spans(documents, table)
             first, ends = self.shelf.sizes()[f"{_SIDES[side]}_ids"], self.ends[side] + np.asarray(stream.ends)
             if not side:
                 at = found[:-1][opens]
@@ -235,7 +245,7 @@ def within(whole: list[list[Part]], tables: list[TokenTable], limits: tuple[int,
     """
     if _num_tokens(whole[0]) <= limits[0] and _num_tokens(whole[-1]) <= limits[1]:
         return whole
-    ends = [lay([parts], table)[0].ends for parts, table in zip(whole, tables, strict=True)]
+    ends = [concatenate_spans([parts], table)[0].ends for parts, table in zip(whole, tables, strict=True)]
     try:
         block: Block = next(cut_blocks(ends[0], ends[-1], *limits))
     except UsageError:

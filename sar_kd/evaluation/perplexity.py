@@ -13,8 +13,8 @@ from torch import nn
 
 from sar_kd.data.batch import TokenBatch
 from sar_kd.losses.tiled_loss import target_log_probs, tile_rows
-from sar_kd.models.lm_head import Heads, read_out
-from sar_kd.runtime.distributed import ALONE, World
+from sar_kd.models.lm_head import LMHeads, forward_to_lm_head
+from sar_kd.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from sar_kd.runtime.precision import Precision
 
 
@@ -42,19 +42,23 @@ class Evaluation:
         return self.nats / math.log(2) / self.num_bytes
 
 
-def share(batches: Iterable[TokenBatch], world: World) -> Iterator[TokenBatch]:
+def shard_batches(batches: Iterable[TokenBatch], process_group: ProcessGroup) -> Iterator[TokenBatch]:
     """This rank's part of the batches. Every rank runs its model equally often: what is missing at the end is made up
     for by a batch in which nothing counts.
     """
     group = []
     for batch in batches:
         group.append(batch)
-        if len(group) == world.size:
-            yield group[world.rank]
+        if len(group) == process_group.size:
+            yield group[process_group.rank]
             group = []
     if group:
         first, none = group[0], group[0].rows[:0]
-        yield group[world.rank] if world.rank < len(group) else dataclasses.replace(first, rows=none, targets=none)
+        yield (
+            group[process_group.rank]
+            if process_group.rank < len(group)
+            else dataclasses.replace(first, rows=none, targets=none)
+        )
 
 
 @contextlib.contextmanager
@@ -76,9 +80,9 @@ def evaluate(
     batches: Iterable[TokenBatch],
     num_bytes: int,
     precision: Precision,
-    world: World = ALONE,
+    process_group: ProcessGroup = SINGLE_PROCESS,
     *,
-    heads: Heads | None = None,
+    heads: LMHeads | None = None,
     workspace_mb: int = 64,
 ) -> Evaluation:
     """Total nats of all ranks' `batches` under `model`, as `reading` computes.
@@ -88,23 +92,23 @@ def evaluate(
     heads: of models that have been tried already
     workspace_mb: memory for logits, MiB; the whole batch's are never there at once
     """
-    heads = Heads(precision) if heads is None else heads
+    heads = LMHeads(precision) if heads is None else heads
     nats = torch.zeros((), dtype=torch.float64, device=precision.device)
     num_tokens = 0
     for batch in batches:
         nats -= log_probs_of(model, batch.to(precision.device), precision, heads, workspace_mb).double().sum()
         num_tokens += len(batch.targets)
-    total, count = world.sum([nats.item(), num_tokens])
+    total, count = process_group.all_reduce_sum([nats.item(), num_tokens])
     return Evaluation(total, int(count), num_bytes)
 
 
 def log_probs_of(
-    model: nn.Module, batch: TokenBatch, precision: Precision, heads: Heads, workspace_mb: int
+    model: nn.Module, batch: TokenBatch, precision: Precision, heads: LMHeads, workspace_mb: int
 ) -> torch.Tensor:
     """log p of each target of a batch, nats, float32 [N]; nan where the row's logits are not finite. See `evaluate`."""
     head = heads.of(model)
     with reading(model, precision) as used:
-        readout, _ = read_out(model, head, batch.input_ids, used)
+        readout, _ = forward_to_lm_head(model, head, batch.input_ids, used)
         rows = tile_rows(workspace_mb, readout.vocab_size)
         return target_log_probs(readout.at(batch.rows), batch.targets, rows)[0]
 

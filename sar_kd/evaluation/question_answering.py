@@ -10,7 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from sar_kd.data.batch import IGNORE_INDEX
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.data.unit_questions import Question, parse_answer
 from sar_kd.evaluation.perplexity import reading
 from sar_kd.models.generation import write
@@ -23,7 +23,7 @@ _ROOM = 16
 
 
 @dataclass(frozen=True)
-class BenchmarkResult:
+class AnswerScores:
     """What a model makes of questions that it has not seen."""
 
     num_right: int
@@ -48,10 +48,10 @@ class BenchmarkResult:
         )
 
 
-def benchmark(
-    model: nn.Module, corpus: Corpus, questions: list[Question], precision: Precision, *, which: str = "student",
+def answer_questions(
+    model: nn.Module, corpus: Dataset, questions: list[Question], precision: Precision, *, which: str = "student",
     label: str = "Benchmark",
-) -> BenchmarkResult:  # fmt: skip
+) -> AnswerScores:  # fmt: skip
     """Let `model` answer every question, in eval mode, in which it is not left.
 
     corpus: the questions as conversations under their own text's name, as training reads them; a question that it
@@ -67,10 +67,10 @@ def benchmark(
             bar.update(len(answers))
     numbers = [parse_answer(answer) for answer in given]
     right = sum(question.is_right(number) for question, number in zip(asked, numbers, strict=True))
-    return BenchmarkResult(right, sum(number is not None for number in numbers), len(questions))
+    return AnswerScores(right, sum(number is not None for number in numbers), len(questions))
 
 
-def _answers(model: nn.Module, corpus: Corpus, precision: Precision, which: str) -> Iterator[list[str]]:
+def _answers(model: nn.Module, corpus: Dataset, precision: Precision, which: str) -> Iterator[list[str]]:
     """What the model writes behind each question, a batch at a time."""
     tokenizer, end = getattr(corpus.pair, which), getattr(corpus.pair, f"{which}_end")
     for batch in corpus.token_batches(which, _BATCH_SIZE):

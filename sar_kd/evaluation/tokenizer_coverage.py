@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sar_kd.alignment.byte_alignment import find_chunks, find_contacts
-from sar_kd.data.dataset import Corpus
-from sar_kd.runtime.console import few
+from sar_kd.alignment.byte_alignment import find_boundaries, find_chunks
+from sar_kd.data.dataset import Dataset
+from sar_kd.runtime.console import first_few
 from sar_kd.tokenization.token_table import TokenTable
 
 _MOST_TOKENS = 2**18
@@ -37,7 +37,7 @@ class Coverage:
     """Positions at which the student starts a token inside one of the teacher's, per student token"""
     inside_student: float
     """Positions at which the teacher starts a token inside one of the student's, per student token"""
-    richer: str
+    coarser: str
     """'teacher' or 'student': whose tokens are the longer ones"""
     shared_tokens: int
     """Tokens of exactly the same bytes in both vocabularies"""
@@ -52,8 +52,8 @@ class Coverage:
         """What `--alignment auto` makes of it, in words."""
         if self.equal:
             return "token by token, the tokenizers are equal"
-        poorer = "student" if self.richer == "teacher" else "teacher"
-        return f"projection of the {self.richer}'s tokens onto the {poorer}'s, at every byte where either starts one"
+        finer = "student" if self.coarser == "teacher" else "teacher"
+        return f"projection of the {self.coarser}'s tokens onto the {finer}'s, at every byte where either starts one"
 
     def lines(self) -> list[str]:
         """All of it for a person to read."""
@@ -66,7 +66,7 @@ class Coverage:
         ]
         lines = [
             f"Vocabularies: teacher {self.teacher_tokens:,}, student {self.student_tokens:,}, "
-            f"{self.shared_tokens:,} tokens of the same bytes; the {self.richer}'s tokens are the longer ones",
+            f"{self.shared_tokens:,} tokens of the same bytes; the {self.coarser}'s tokens are the longer ones",
             f"Of {self.num_tokens:,} student tokens:",
             *(f"  {name:<36}{share:>8.1%}" if share == share else f"  {name:<36}{'none':>8}" for name, share in shares),
             f"Common spans: {self.chunks_per_token:.3f} per student token; "
@@ -79,10 +79,10 @@ class Coverage:
 def name_left_out(documents: Sequence[str]) -> list[str]:
     """A line about documents that are empty or that a tokenizer cannot represent; none where there are none."""
     reason = "that are empty or that a tokenizer cannot represent"
-    return [f"Left out {len(documents)} documents {reason}: {few(documents)}"] if documents else []
+    return [f"Left out {len(documents)} documents {reason}: {first_few(documents)}"] if documents else []
 
 
-def measure_coverage(corpus: Corpus) -> Coverage:
+def measure_coverage(corpus: Dataset) -> Coverage:
     """Lay the two tokenizations of a text over each other and count.
 
     corpus: with tables of exact bytes for both tokenizers (`TokenizerPair.is_exact`)
@@ -99,7 +99,7 @@ def measure_coverage(corpus: Corpus) -> Coverage:
     # Of a conversation only what is learned counts.
     spans = np.unique(chunks.student[learned])
     spans = spans[spans < len(chunks.ends)]
-    found = find_contacts(student_ends, teacher_ends)
+    found = find_boundaries(student_ends, teacher_ends)
     counts = learned[found.student]
     in_teacher, in_student = found.teacher_written > 0, found.student_written > 0
     student_table, teacher_table = pair.exact_tables
@@ -113,11 +113,11 @@ def measure_coverage(corpus: Corpus) -> Coverage:
             name: strict[members].mean() if members.any() else np.nan for name, members in classes.items()
         },
         chunks_per_token=len(spans) / num_tokens,
-        straddling=chunks.straddled[spans].mean(),
+        straddling=chunks.overlapping[spans].mean(),
         both_start=(counts & ~in_teacher & ~in_student).sum() / num_tokens,
         inside_teacher=(counts & in_teacher).sum() / num_tokens,
         inside_student=(counts & in_student).sum() / num_tokens,
-        richer="teacher" if corpus.pairing.teacher_is_richer else "student",
+        coarser="teacher" if corpus.aligner.teacher_is_coarser else "student",
         shared_tokens=len(shared),
         student_tokens=len(pair.student),
         teacher_tokens=len(pair.teacher),

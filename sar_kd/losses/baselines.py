@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sar_kd.alignment.aligner import Pairing
+from sar_kd.alignment.aligner import Aligner
 from sar_kd.alignment.batch_alignment import Alignment
 from sar_kd.config.sections import LossConfig
-from sar_kd.data.batch import ABSENT, Batch, StoredRows, Top
+from sar_kd.data.batch import MASKED_LOGIT, Batch, CachedTopK, TopKLogits
 from sar_kd.losses.distillation import Distillation, Learned, Outputs, whole_tile
-from sar_kd.losses.functional import Segments, chunk_likelihood, finite_rows, sorted_distance, state_distance
+from sar_kd.losses.functional import GroupSums, chunk_likelihood, finite_rows, sorted_distance, state_distance
 from sar_kd.losses.projection.marginals import on_support
 from sar_kd.losses.tiled_loss import target_log_probs
 from sar_kd.models.logit_tiles import finite_columns
@@ -26,13 +26,13 @@ class Strict(Distillation):
     """A row counts if the tokens that both have hold this share of the teacher's probability, as it is cut."""
 
     same_token: Tensor
-    """See `Pairing`"""
+    """See `Aligner`"""
 
-    def __init__(self, config: LossConfig, pairing: Pairing):
-        super().__init__(config, pairing)
-        self.register_buffer("same_token", pairing.same_token, persistent=False)
+    def __init__(self, config: LossConfig, aligner: Aligner):
+        super().__init__(config, aligner)
+        self.register_buffer("same_token", aligner.same_token, persistent=False)
 
-    def between(self, student: Tensor, teacher: Tensor | Top, part: Any) -> Learned:
+    def between(self, student: Tensor, teacher: Tensor | TopKLogits, part: Any) -> Learned:
         """part: bool [n], which pairs predict the same bytes"""
         size, student = len(self.same_token), student / self.temperature
         if self.top_k:
@@ -44,7 +44,7 @@ class Strict(Distillation):
             keep = finite_columns(whole.detach())
             heard = whole.masked_fill(~keep, 0.0) / self.temperature
             shared, student = heard[:size], student.index_select(0, self.same_token.clamp_min(0))
-        shared = torch.where(partners >= 0, shared, ABSENT)
+        shared = torch.where(partners >= 0, shared, MASKED_LOGIT)
         held = (shared.logsumexp(0) - heard.logsumexp(0)).exp()
         counts = keep & part & (held >= self._LEAST_MASS)
         student = on_support(student, shared)
@@ -56,8 +56,8 @@ class Strict(Distillation):
 class ChunkLikelihood(Distillation):
     """tau * KL between the two models' verdicts on each chunk; needs nothing but the probability of the text."""
 
-    def __init__(self, config: LossConfig, pairing: Pairing):
-        super().__init__(config, pairing)
+    def __init__(self, config: LossConfig, aligner: Aligner):
+        super().__init__(config, aligner)
         self.tau = config.alm_tau
 
     def forward(self, batch: Batch, outputs: Outputs) -> Learned:
@@ -77,7 +77,7 @@ class ChunkLikelihood(Distillation):
     def _heard(self, batch: Batch, outputs: Outputs, bound: float = math.inf) -> tuple[Tensor, Tensor]:
         teacher = outputs.teacher
         assert teacher is not None, "asked only where something is distilled"
-        if isinstance(teacher, StoredRows):
+        if isinstance(teacher, CachedTopK):
             return teacher.target_log_probs()
         return target_log_probs(teacher.at(batch.teacher.rows), batch.teacher.targets, self.tile_rows, bound)
 
@@ -93,13 +93,13 @@ class ChunkLikelihood(Distillation):
 
 def _chunk_sums(values: Tensor, chunks: Tensor, count: int) -> Tensor:
     """float [count]; what belongs to no chunk (-1) goes to one behind the last."""
-    return Segments(torch.where(chunks < 0, count, chunks), count + 1).sum(values)[:count]
+    return GroupSums(torch.where(chunks < 0, count, chunks), count + 1).sum(values)[:count]
 
 
 class SortedProbabilities(Distillation):
     """L1 between sorted probabilities where both start a token: ULD, a baseline. Neither T^2 nor a floor."""
 
-    def between(self, student: Tensor, teacher: Tensor | Top, part: Any) -> Learned:
+    def between(self, student: Tensor, teacher: Tensor | TopKLogits, part: Any) -> Learned:
         """part: of no concern here"""
         if self.top_k:
             top = self._top(teacher)
@@ -120,8 +120,8 @@ class HiddenStates(Distillation):
 
     needs_states = True
 
-    def __init__(self, config: LossConfig, pairing: Pairing, student_width: int, teacher_width: int):
-        super().__init__(config, pairing)
+    def __init__(self, config: LossConfig, aligner: Aligner, student_width: int, teacher_width: int):
+        super().__init__(config, aligner)
         self.projection = nn.Linear(student_width, teacher_width, bias=False)
 
     def forward(self, batch: Batch, outputs: Outputs) -> Learned:

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sar_kd.alignment.aligner import Pairing
+from sar_kd.alignment.aligner import Aligner
 from sar_kd.config.sections import LossConfig
-from sar_kd.data.batch import ABSENT, Batch, Top
+from sar_kd.data.batch import MASKED_LOGIT, Batch, TopKLogits
 from sar_kd.losses.divergence import Divergence, Learner, diverge, softmax_slopes, through_softmax_
 from sar_kd.losses.functional import LogitClamp
 from sar_kd.losses.tiled_loss import Compared, Loss, Single, Slopes, Teacher, Tile, stretches_of, tile_rows, tiled_loss
-from sar_kd.models.lm_head import Readout
+from sar_kd.models.lm_head import LazyLogits
 from sar_kd.models.logit_tiles import Logs, column_logsumexp, finite_columns, flat, normalised, silence_
 
 
@@ -29,7 +29,7 @@ from sar_kd.models.logit_tiles import Logs, column_logsumexp, finite_columns, fl
 class Outputs:
     """What both models make of a batch."""
 
-    student: Readout
+    student: LazyLogits
     """[N, ...]: the rows that predict a target"""
     teacher: Teacher | None
     """[B * T_t, ...]: every row; None where nothing is distilled"""
@@ -61,16 +61,16 @@ class Distillation(nn.Module):
     covers_text = False
     """Its tiles hold every row that the student predicts something in, each once"""
 
-    def __init__(self, config: LossConfig, pairing: Pairing):
+    def __init__(self, config: LossConfig, aligner: Aligner):
         super().__init__()
         self.temperature = config.temperature
         # 0: the whole vocabulary.
-        self.top_k = config.teacher_top_k if config.teacher_top_k < pairing.pair.teacher_rows else 0
-        self.teacher_rows, self.teacher_tokens = pairing.pair.teacher_rows, pairing.pair.teacher_tokens
+        self.top_k = config.teacher_top_k if config.teacher_top_k < aligner.pair.teacher_rows else 0
+        self.teacher_rows, self.teacher_tokens = aligner.pair.teacher_rows, aligner.pair.teacher_tokens
         self.clamp = LogitClamp(config.logit_clamp_style, config.logit_clamp)
         floor = -2.0 * self.clamp.bound if self.clamp.style == "normalized" else -torch.inf
         self.divergence = Divergence(config.kd_direction, config.jsd_beta, floor)
-        self.tile_rows = tile_rows(config.loss_workspace_mb, pairing.pair.student_rows, pairing.pair.teacher_rows)
+        self.tile_rows = tile_rows(config.loss_workspace_mb, aligner.pair.student_rows, aligner.pair.teacher_rows)
 
     def forward(self, batch: Batch, outputs: Outputs) -> Learned:
         """The term of a batch, with a gradient for the teacher if its states have a graph, else for the student."""
@@ -85,7 +85,7 @@ class Distillation(nn.Module):
         parts = stretches_of(len(pairs.strict), self.tile_rows)
         return [Tile(pairs.student_rows[p], pairs.teacher_rows[p], part=pairs.strict[p]) for p in parts]
 
-    def compare(self, student: Tensor, teacher: Tensor | Top, part: Any, learner: str | None) -> Compared:
+    def compare(self, student: Tensor, teacher: Tensor | TopKLogits, part: Any, learner: str | None) -> Compared:
         """Two tiles of logits, float32 [V_s, n] and [V_t, m], or what is stored of the teacher's. See `Compared`.
 
         part: what `tiles` put beside them
@@ -100,18 +100,18 @@ class Distillation(nn.Module):
         (slopes,) = torch.autograd.grad(loss, leaf)
         return Compared(loss.detach(), raw.detach(), dropped.detach(), Slopes(((0, slopes),)))
 
-    def between(self, student: Tensor, teacher: Tensor | Top, part: Any) -> Learned:
+    def between(self, student: Tensor, teacher: Tensor | TopKLogits, part: Any) -> Learned:
         """The term of two tiles, as `compare` has them, with a graph; for kinds whose slopes autograd finds."""
         raise NotImplementedError
 
-    def _top(self, teacher: Tensor | Top, size: int | None = None) -> Top:
+    def _top(self, teacher: Tensor | TopKLogits, size: int | None = None) -> TopKLogits:
         """The teacher's top k, of the first `size` tokens if it is given."""
-        if isinstance(teacher, Top):
+        if isinstance(teacher, TopKLogits):
             return teacher.first(self.top_k, self.temperature)
         return top_of(teacher, self.top_k, min(self.teacher_tokens, size or self.teacher_tokens), self.temperature)
 
 
-def whole_tile(teacher: Tensor | Top) -> Tensor:
+def whole_tile(teacher: Tensor | TopKLogits) -> Tensor:
     """A teacher's tile where none is cut: what is stored always is."""
     assert isinstance(teacher, Tensor)
     return teacher
@@ -127,7 +127,7 @@ class TokenLevel(Distillation):
         rows = batch.alignment.teacher_rows
         return [Tile(part, rows[part]) for part in stretches_of(len(rows), self.tile_rows)]
 
-    def compare(self, student: Tensor, teacher: Tensor | Top, part: Any, learner: str | None) -> Compared:
+    def compare(self, student: Tensor, teacher: Tensor | TopKLogits, part: Any, learner: str | None) -> Compared:
         """Two tiles of logits; leaves the slopes in the place of the other side's. See `Compared`."""
         if self.top_k:
             assert learner != "teacher"
@@ -145,12 +145,12 @@ class TokenLevel(Distillation):
         compared = self._diverge(own, other, keep, Learner(learner, slopes))
         return compared._replace(slopes=Slopes(((0, slopes),)))
 
-    def _compare_tops(self, student: Tensor, top: Top, learns: bool) -> Compared:
+    def _compare_tops(self, student: Tensor, top: TopKLogits, learns: bool) -> Compared:
         """Over the teacher's top k and the rest."""
         places = (top.ids * student.stride(0) + torch.arange(student.shape[1], device=student.device)).reshape(-1)
         line = flat(student)
         kept = line.index_select(0, places)
-        line.index_fill_(0, places, ABSENT)
+        line.index_fill_(0, places, MASKED_LOGIT)
         rest = self.temperature * column_logsumexp(student, self.temperature)
         sides = torch.cat([kept.view_as(top.ids), rest[None]]), torch.cat([top.logits, top.rest[None]])
         own, other = (normalised(tile, self.temperature) for tile in sides)
@@ -174,12 +174,12 @@ class TokenLevel(Distillation):
         return Compared((loss * counts).sum(), (raw * counts).sum(), (~keep).sum(), None)
 
 
-def top_of(tile: Tensor, k: int, num_tokens: int, temperature: float) -> Top:
+def top_of(tile: Tensor, k: int, num_tokens: int, temperature: float) -> TopKLogits:
     """The k likeliest of a vocabulary's tokens, and the rest.
 
     tile: float32 [V, n], logits; num_tokens: rows of it that stand for tokens, the others are a head's padding
     """
     sound = finite_columns(tile)
     best = tile[:num_tokens].topk(min(k, num_tokens), dim=0)
-    rest = temperature * column_logsumexp(tile.scatter(0, best.indices, ABSENT), temperature)
-    return Top(best.indices, best.values.where(sound, 0.0), rest.where(sound, 0.0), sound)
+    rest = temperature * column_logsumexp(tile.scatter(0, best.indices, MASKED_LOGIT), temperature)
+    return TopKLogits(best.indices, best.values.where(sound, 0.0), rest.where(sound, 0.0), sound)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sar_kd.data.batch import ABSENT
+from sar_kd.data.batch import MASKED_LOGIT
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def finite_rows(logits: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Segments:
+class GroupSums:
     """Which of `count` segments each element of a flat array belongs to."""
 
     index: Tensor
@@ -116,8 +116,8 @@ class Segments:
         return values.new_zeros(self.count).index_add_(0, self.index, values)
 
     def logsumexp(self, values: Tensor) -> Tensor:
-        """log sum exp of each segment, by its own maximum: float [count]; `ABSENT` for one without elements."""
-        peaks = values.detach().new_full((self.count,), ABSENT)
+        """log sum exp of each segment, by its own maximum: float [count]; `MASKED_LOGIT` for one without elements."""
+        peaks = values.detach().new_full((self.count,), MASKED_LOGIT)
         peaks = peaks.scatter_reduce_(0, self.index, values.detach(), "amax")
         totals = self.sum((values - peaks[self.index]).exp())
         return peaks + torch.where(totals > 0, totals, 1.0).log()

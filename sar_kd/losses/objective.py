@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sar_kd.alignment.aligner import Pairing
+from sar_kd.alignment.aligner import Aligner
 from sar_kd.config.sections import LossConfig
 from sar_kd.data.batch import Batch
 from sar_kd.losses.baselines import ChunkLikelihood, HiddenStates, SortedProbabilities, Strict
@@ -18,7 +18,7 @@ from sar_kd.losses.distillation import Distillation, Learned, Outputs, TokenLeve
 from sar_kd.losses.functional import LogitClamp, LossClamp, Sums
 from sar_kd.losses.projection.loss import Projected
 from sar_kd.losses.tiled_loss import Loss, Tile, stretches_of, tile_rows, tiled_loss
-from sar_kd.models.lm_head import Heads, read_out, text_config_of
+from sar_kd.models.lm_head import LMHeads, forward_to_lm_head, text_config_of
 from sar_kd.models.memory_saving import Offload
 from sar_kd.runtime.precision import Precision
 
@@ -52,24 +52,24 @@ class Objective:
         teacher: Any,
         student: nn.Module,
         config: LossConfig,
-        pairing: Pairing,
+        aligner: Aligner,
         precision: Precision,
         offload: Offload | None = None,
-        heads: Heads | None = None,
+        heads: LMHeads | None = None,
     ):
         """offload: of a teacher that is there only while it reads; heads: of models that have been tried already"""
         self.teacher, self.student, self.precision = teacher, student, precision
         self.alpha_ce, self.alpha_kd = config.alpha_ce, config.alpha_kd
         self.logit_clamp = LogitClamp(config.logit_clamp_style, config.logit_clamp)
         self.loss_clamp = LossClamp(config.loss_clamp_style, config.loss_clamp)
-        self.heads, self._offload = heads or Heads(precision), offload
+        self.heads, self._offload = heads or LMHeads(precision), offload
         self._heard: dict[int, tuple] = {}
         for model in (student, teacher) if self.alpha_kd > 0 and teacher is not None else (student,):
             self.heads.of(model)  # now, as it reads the device
-        self._tile_rows = tile_rows(config.loss_workspace_mb, pairing.pair.student_rows)
+        self._tile_rows = tile_rows(config.loss_workspace_mb, aligner.pair.student_rows)
         self.distillation = None
         if self.alpha_kd > 0:
-            self.distillation = build_distillation(config, pairing, student, teacher).to(precision.device)
+            self.distillation = build_distillation(config, aligner, student, teacher).to(precision.device)
 
     def parameters(self) -> list[nn.Parameter]:
         """What is learned beside the student's own weights: the projection of hidden states, where there is one."""
@@ -93,7 +93,7 @@ class Objective:
         outputs = self.read(batch) if outputs is None else outputs
         outputs = dataclasses.replace(outputs, teacher=outputs.teacher and outputs.teacher.detach())
         count, targets = batch.num_target_tokens, batch.student.targets
-        alpha_ce = 0.0 if batch.is_sampled else self.alpha_ce  # its own text teaches the student nothing
+        alpha_ce = 0.0 if batch.is_on_policy else self.alpha_ce  # its own text teaches the student nothing
         factor = None
         if self.loss_clamp.style != "off" and alpha_ce > 0:
             factor = lambda ce: self.loss_clamp.factor(ce / count)  # noqa: E731
@@ -111,7 +111,7 @@ class Objective:
         mean = alpha_ce * self.loss_clamp(sums.ce / count) + self.alpha_kd * kd.loss / count
         # Its value has the clamps; its slope, which knows their factors, comes from what was minimised.
         mean = mean + (sums.minimised - sums.minimised.detach()) / count
-        raw_ce = torch.zeros_like(sums.raw_ce) if batch.is_sampled else sums.raw_ce
+        raw_ce = torch.zeros_like(sums.raw_ce) if batch.is_on_policy else sums.raw_ce
         return LossTerms(self.loss_clamp(mean) * count, raw_ce, kd.raw, sums.nonfinite, kd.dropped)
 
     def read(self, batch: Batch, *, student_learns: bool = True, teacher_learns: bool = False) -> Outputs:
@@ -140,7 +140,7 @@ class Objective:
 
     def _read(self, model: nn.Module, input_ids: Tensor, needs_states: bool, learns: bool):
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-            return read_out(model, self.heads.of(model), input_ids, self.precision, needs_states)
+            return forward_to_lm_head(model, self.heads.of(model), input_ids, self.precision, needs_states)
 
 
 _KINDS: dict[str, type[Distillation]] = {
@@ -152,7 +152,7 @@ _KINDS: dict[str, type[Distillation]] = {
 
 
 def build_distillation(
-    config: LossConfig, pairing: Pairing, student: nn.Module, teacher: nn.Module | None
+    config: LossConfig, aligner: Aligner, student: nn.Module, teacher: nn.Module | None
 ) -> Distillation:
     """The term that `--alignment` names. auto: token by token for equal tokenizers, else the projection.
 
@@ -160,11 +160,11 @@ def build_distillation(
     """
     if config.alignment == "hidden":
         widths = (text_config_of(model).hidden_size for model in (student, teacher))
-        return HiddenStates(config, pairing, *widths)
-    kind: type[Distillation] = TokenLevel if pairing.pair.tables is None else Projected
-    term = (kind if config.alignment == "auto" else _KINDS[config.alignment])(config, pairing)
-    takes_top = isinstance(term, TokenLevel) or (isinstance(term, Projected) and pairing.teacher_is_richer)
+        return HiddenStates(config, aligner, *widths)
+    kind: type[Distillation] = TokenLevel if aligner.pair.tables is None else Projected
+    term = (kind if config.alignment == "auto" else _KINDS[config.alignment])(config, aligner)
+    takes_top = isinstance(term, TokenLevel) or (isinstance(term, Projected) and aligner.teacher_is_coarser)
     if teacher is None and takes_top:
         # Nobody makes tiles of its logits, so the student's may take all the room.
-        pairing.stretch_rows = term.tile_rows = tile_rows(config.loss_workspace_mb, pairing.pair.student_rows)
+        aligner.segment_positions = term.tile_rows = tile_rows(config.loss_workspace_mb, aligner.pair.student_rows)
     return term

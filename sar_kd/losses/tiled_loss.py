@@ -17,21 +17,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sar_kd.data.batch import StoredRows, Top
+from sar_kd.data.batch import CachedTopK, TopKLogits
 from sar_kd.losses.functional import LogitClamp
-from sar_kd.models.lm_head import Gradients, Readout, Rows
+from sar_kd.models.lm_head import Gradients, LazyLogits, PositionIndex
 from sar_kd.models.logit_tiles import blocks_of, column_logsumexp, exp_, finite_columns, flat
 
-Teacher = Readout | StoredRows
+Teacher = LazyLogits | CachedTopK
 """What tiles of the teacher's logits, or of the likeliest of them, come from"""
 
 
 class Tile(NamedTuple):
     """Rows of both models that are compared together."""
 
-    student: Rows
+    student: PositionIndex
     """Rows of the student's readout"""
-    teacher: Rows = slice(0)
+    teacher: PositionIndex = slice(0)
     """Rows of the teacher's; none where nothing is distilled"""
     counts: Tensor | None = None
     """float32 [n]: 1 where the row's cross-entropy counts in this tile, else 0; None if it does in all"""
@@ -87,7 +87,7 @@ class Loss:
     tiles: Sequence[Tile]
     targets: Tensor | None
     """int64 [N]: what the student's rows predict; None without cross-entropy"""
-    compare: Callable[[Tensor, Tensor | Top, Any, str | None], Compared] | None
+    compare: Callable[[Tensor, Tensor | TopKLogits, Any, str | None], Compared] | None
     """compare(student tile, teacher tile, tile.part, learner); None where nothing is distilled"""
     ce_weight: float
     kd_weight: float
@@ -98,11 +98,11 @@ class Loss:
     """What the loss will be multiplied by before its backward: gradients are rounded with it"""
     learner: str = "student"
 
-    def learns(self, student: Readout, teacher: Teacher | None) -> Readout:
+    def learns(self, student: LazyLogits, teacher: Teacher | None) -> LazyLogits:
         """The learner's readout."""
         if self.learner == "student":
             return student
-        assert isinstance(teacher, Readout), "what is stored learns nothing"
+        assert isinstance(teacher, LazyLogits), "what is stored learns nothing"
         return teacher
 
 
@@ -120,14 +120,14 @@ class Sums(NamedTuple):
     dropped: Tensor
 
 
-def tiled_loss(loss: Loss, student: Readout, teacher: Teacher | None) -> Sums:
+def tiled_loss(loss: Loss, student: LazyLogits, teacher: Teacher | None) -> Sums:
     """The sums of a batch; `minimised` has gradients for the learner's states, and for the head if it takes one."""
     return Sums(*_TiledLoss.apply(loss, student, teacher, *loss.learns(student, teacher).tensors))
 
 
 class _TiledLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, loss: Loss, student: Readout, teacher: Teacher | None, *inputs: Tensor | None):
+    def forward(ctx, loss: Loss, student: LazyLogits, teacher: Teacher | None, *inputs: Tensor | None):
         wanted = [needed and (loss.ce_weight > 0 or loss.compare is not None) for needed in ctx.needs_input_grad[3:]]
         gradients = Gradients(loss.learns(student, teacher), wanted) if any(wanted) else None
         ctx.scale = loss.scale
@@ -141,7 +141,7 @@ class _TiledLoss(torch.autograd.Function):
         return None, None, None, *((None,) * 3 if gradients is None else gradients.times(grad / ctx.scale))
 
 
-def _sums(loss: Loss, student: Readout, teacher: Teacher | None, gradients: Gradients | None) -> Sums:
+def _sums(loss: Loss, student: LazyLogits, teacher: Teacher | None, gradients: Gradients | None) -> Sums:
     zero = torch.zeros((), device=student.states.device)
     kd = raw_kd = dropped = zero
     text = None if loss.targets is None else _Text(loss, loss.targets, zero)
@@ -161,7 +161,7 @@ def _sums(loss: Loss, student: Readout, teacher: Teacher | None, gradients: Grad
 def _learn_from(
     number: int,
     loss: Loss,
-    student: Readout,
+    student: LazyLogits,
     teacher: Teacher | None,
     text: _Text | None,
     reads: bool,
@@ -180,7 +180,7 @@ def _learn_from(
         text.read(number, own)
     learned = own if is_own else others
     assert isinstance(learned, Tensor), "what is stored learns nothing"
-    chain = gradients.readout.inner_slopes(learned, loss.clamp.raw_bound) if gradients else None
+    chain = gradients.readout.logit_transform_grad(learned, loss.clamp.raw_bound) if gradients else None
     compared = _compared(loss, own, others, tile.part, loss.learner if gradients else None)
     if gradients is not None:
         slopes = Slopes() if compared is None or compared.slopes is None else compared.slopes
@@ -194,7 +194,9 @@ def _learn_from(
     return compared and compared._replace(slopes=None)
 
 
-def _compared(loss: Loss, own: Tensor, others: Tensor | Top | None, part: Any, learner: str | None) -> Compared | None:
+def _compared(
+    loss: Loss, own: Tensor, others: Tensor | TopKLogits | None, part: Any, learner: str | None
+) -> Compared | None:
     """Both tiles, held within the clamp's bound and compared; `raw` is of the logits as they are."""
     bound = loss.clamp.raw_bound
     if loss.compare is None or others is None:
@@ -266,12 +268,12 @@ def tile_rows(workspace_mb: int, *vocab_sizes: int) -> int:
 
 
 def stretches_of(count: int, size: int) -> list[slice]:
-    """`count` rows in stretches of at most `size`."""
+    """`count` rows in segments of at most `size`."""
     return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 def target_log_probs(
-    readout: Readout, targets: Tensor, tile_rows: int, bound: float = math.inf
+    readout: LazyLogits, targets: Tensor, tile_rows: int, bound: float = math.inf
 ) -> tuple[Tensor, Tensor]:
     """log softmax(z_n)[y_n] of each row, of logits within [-bound, bound], and whether the row's logits are finite.
 
@@ -285,7 +287,7 @@ class _TargetLogProbs(torch.autograd.Function):
     """d log p[y] / d z[v] = [v = y] - p[v]. What comes back is another number for each row, so tiles are made again."""
 
     @staticmethod
-    def forward(ctx, readout: Readout, targets: Tensor, tile_rows: int, bound: float, *inputs: Tensor | None):
+    def forward(ctx, readout: LazyLogits, targets: Tensor, tile_rows: int, bound: float, *inputs: Tensor | None):
         ctx.of = readout, targets, tile_rows, bound
         found = [torch.zeros(0, device=targets.device)], [torch.zeros(0, dtype=torch.bool, device=targets.device)]
         for rows in stretches_of(len(targets), tile_rows):
@@ -303,7 +305,7 @@ class _TargetLogProbs(torch.autograd.Function):
         gradients = Gradients(readout, ctx.needs_input_grad[4:])
         for rows in stretches_of(len(targets), tile_rows):
             tile = readout.tile(rows)
-            chain = readout.inner_slopes(tile, bound)
+            chain = readout.logit_transform_grad(tile, bound)
             exp_(tile.sub_(column_logsumexp(tile.clamp_(-bound, bound)))).mul_(-grad[rows])
             tile.scatter_add_(0, targets[None, rows], grad[None, rows])
             gradients.add_(rows, tile if chain is None else tile.mul_(chain))

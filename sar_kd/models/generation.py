@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-FAULTS = ("nonfinite", "broken_utf8", "special", "unrepresentable", "too_long", "nothing")
+ISSUES = ("nonfinite", "broken_utf8", "special", "unrepresentable", "too_long", "nothing")
 """What may be wrong with what a student wrote. nonfinite: the logits were, while it was written; broken_utf8: bytes
 that are no text, most often half a character at the end; special: a token without text in the middle; unrepresentable:
 the teacher's tokenizer does not keep the text; too_long: for the teacher's block; nothing: no token is left of it."""
 
 
-class Written(NamedTuple):
+class Generation(NamedTuple):
     """What a model wrote behind one prompt."""
 
     ids: list[int]
@@ -34,7 +34,7 @@ def write(
     rooms: Sequence[int],
     temperature: float = 0.0,
     top_p: float = 1.0,
-) -> list[Written]:
+) -> list[Generation]:
     """Go on from every prompt until one of `stops`, or until there is no room left for it.
 
     A token is drawn from softmax(z / temperature), of the fewest tokens that together have the probability `top_p`; at
@@ -72,12 +72,12 @@ def write(
     return [_read(row, set(stops), room, at) for row, room, at in zip(found, rooms, broken, strict=True)]
 
 
-def _read(ids: list[int], stops: set[int], room: int, broken: int) -> Written:
+def _read(ids: list[int], stops: set[int], room: int, broken: int) -> Generation:
     """broken: the place at which the logits were not finite, -1 for none"""
     at = next((i for i, token in enumerate(ids) if token in stops), len(ids))
     if 0 <= broken <= min(at, room - 1):
-        return Written(ids[:broken], None, False)
-    return Written(ids[: min(at, room)], ids[at] if at < min(room, len(ids)) else None)
+        return Generation(ids[:broken], None, False)
+    return Generation(ids[: min(at, room)], ids[at] if at < min(room, len(ids)) else None)
 
 
 class _Watch:

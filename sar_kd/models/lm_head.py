@@ -26,7 +26,7 @@ _SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
 
 
 @dataclass(frozen=True)
-class Head:
+class LMHead:
     """Logits from hidden states: z = cap(scale * (h W^T + b)), with cap(x) = softcap * tanh(x / softcap), if any."""
 
     weight: Tensor
@@ -36,7 +36,7 @@ class Head:
     scale: float = 1.0
     softcap: float = 0.0
 
-    def detach(self) -> Head:
+    def detach(self) -> LMHead:
         """The same without a graph."""
         return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
@@ -46,7 +46,7 @@ class Head:
         return self.softcap * (logits / self.softcap).tanh() if self.softcap else logits
 
 
-def body_of(model: Any) -> nn.Module:
+def backbone_of(model: Any) -> nn.Module:
     """The model without its head, which gives hidden states."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # adapters around a model
     return getattr(inner, "base_model", inner)
@@ -62,25 +62,25 @@ def _output_module(model: Any) -> nn.Module:
 
 
 class _Form(NamedTuple):
-    """How logits come from a head's products. See `Head`."""
+    """How logits come from a head's products. See `LMHead`."""
 
     scale: float
     softcap: float
 
-    def head(self, module: nn.Module) -> Head:
+    def head(self, module: nn.Module) -> LMHead:
         """A module of this form, with the weights that it has now."""
         parameters = dict(module.named_parameters())
-        return Head(parameters["weight"], parameters.get("bias"), self.scale, self.softcap)
+        return LMHead(parameters["weight"], parameters.get("bias"), self.scale, self.softcap)
 
 
-class Heads:
+class LMHeads:
     """The heads of models, each tried once."""
 
     def __init__(self, precision: Precision):
         self.precision = precision
         self._forms: WeakKeyDictionary[nn.Module, _Form | None] = WeakKeyDictionary()
 
-    def of(self, model: nn.Module) -> Head | None:
+    def of(self, model: nn.Module) -> LMHead | None:
         """The head of a model as it computes now; None if its logits come about in another way.
 
         The first call for a head runs the model and reads the device.
@@ -101,7 +101,7 @@ class Heads:
 
 def _may_be_plain(model: nn.Module, module: nn.Module) -> bool:
     names = {name for name, _ in module.named_parameters()}
-    return body_of(model) is not model and names in ({"weight"}, {"weight", "bias"})
+    return backbone_of(model) is not model and names in ({"weight"}, {"weight", "bias"})
 
 
 @torch.no_grad()
@@ -113,7 +113,7 @@ def _find_form(model: nn.Module, module: nn.Module, precision: Precision) -> _Fo
     """
     if not _may_be_plain(model, module):
         return None
-    body = body_of(model)
+    body = backbone_of(model)
     seen: list[tuple[Tensor, Tensor]] = []
     hook = module.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
     was_training = model.training
@@ -144,7 +144,7 @@ def _candidates(model: nn.Module) -> list[_Form]:
     return [_Form(scale, cap) for cap in caps for scale in (*scales, 1.0)]
 
 
-def _product(states: Tensor, head: Head, precision: Precision) -> Tensor:
+def _product(states: Tensor, head: LMHead, precision: Precision) -> Tensor:
     with precision.autocast():
         return nn.functional.linear(states, head.weight, head.bias)
 
@@ -155,17 +155,17 @@ def _close(found: Tensor, wanted: Tensor) -> bool:
     return torch.allclose(*both, rtol=4 * torch.finfo(wanted.dtype).eps, atol=1e-6 * wanted.float().abs().max().item())
 
 
-Rows = slice | Tensor
+PositionIndex = slice | Tensor
 """Rows of a readout: a stretch, or int64 indices"""
 
 
 @dataclass(frozen=True)
-class Readout:
+class LazyLogits:
     """Rows of hidden states, and the head that reads logits out of them."""
 
     states: Tensor
     """float [N, D]; float [N, V], the logits themselves, without a head"""
-    head: Head | None
+    head: LMHead | None
     precision: Precision
 
     @property
@@ -185,15 +185,15 @@ class Readout:
     def __len__(self) -> int:
         return len(self.states)
 
-    def at(self, rows: Tensor) -> Readout:
+    def at(self, rows: Tensor) -> LazyLogits:
         """These rows alone, with the graph that there is."""
         return replace(self, states=self.states.index_select(0, rows))
 
-    def detach(self) -> Readout:
+    def detach(self) -> LazyLogits:
         """The same without a graph."""
         return replace(self, states=self.states.detach(), head=self.head and self.head.detach())
 
-    def tile(self, rows: Rows) -> Tensor:
+    def tile(self, rows: PositionIndex) -> Tensor:
         """The logits of some rows, float32 [V, n], as the run's dtype computes them; with room for more columns."""
         states = _taken(self.states.detach(), rows)
         if self.head is None:
@@ -211,7 +211,7 @@ class Readout:
                     tile[block].div_(head.softcap).tanh_().mul_(head.softcap)
         return tile[:, :count]
 
-    def inner_slopes(self, tile: Tensor, bound: float = math.inf) -> Tensor | None:
+    def logit_transform_grad(self, tile: Tensor, bound: float = math.inf) -> Tensor | None:
         """d clamp(cap(x), -bound, bound) / d x where the tile's logits are cap(x); None where that is 1."""
         softcap = 0.0 if self.head is None else self.head.softcap
         slopes = 1.0 - (tile / softcap).square_() if softcap else None
@@ -238,39 +238,39 @@ class Readout:
             torch.addmm(bias, a, b, out=out)
 
 
-def read_out(
-    model: nn.Module, head: Head | None, input_ids: Tensor, precision: Precision, needs_states: bool = False
-) -> tuple[Readout, Tensor | None]:
+def forward_to_lm_head(
+    model: nn.Module, head: LMHead | None, input_ids: Tensor, precision: Precision, needs_states: bool = False
+) -> tuple[LazyLogits, Tensor | None]:
     """Run a model: a readout of every row, [B * T, ...], and the last hidden states if they are asked for.
 
-    head: the model's, as `Heads.of` gives it; None where its logits are to come from the model itself
+    head: the model's, as `LMHeads.of` gives it; None where its logits are to come from the model itself
     input_ids: int64 [B, T]
     """
     with precision.autocast():
         if head is None:
             out = model(input_ids=input_ids, use_cache=False, output_hidden_states=needs_states)
             states = out.hidden_states[-1].flatten(0, 1) if needs_states else None
-            return Readout(out.logits.flatten(0, 1), None, precision), states
-        states = body_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
-    return Readout(states, head, precision), states
+            return LazyLogits(out.logits.flatten(0, 1), None, precision), states
+        states = backbone_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    return LazyLogits(states, head, precision), states
 
 
-def _taken(states: Tensor, rows: Rows) -> Tensor:
+def _taken(states: Tensor, rows: PositionIndex) -> Tensor:
     return states[rows] if isinstance(rows, slice) else states.index_select(0, rows)
 
 
 class Gradients:
     """What a readout's states and head get back, collected tile by tile in float32."""
 
-    def __init__(self, readout: Readout, wanted: Sequence[bool]):
-        """wanted: of each of `Readout.tensors`"""
+    def __init__(self, readout: LazyLogits, wanted: Sequence[bool]):
+        """wanted: of each of `LazyLogits.tensors`"""
         self.readout = readout
         self.states, self.weight, self.bias = (
             torch.zeros_like(tensor, dtype=torch.float32) if tensor is not None and needed else None
             for tensor, needed in zip(readout.tensors, wanted, strict=True)
         )
 
-    def add_(self, rows: Rows, slopes: Tensor) -> None:
+    def add_(self, rows: PositionIndex, slopes: Tensor) -> None:
         """Carry the slopes of a tile's logits, float32 [V, n], times any loss scale, back to states and head."""
         readout, head = self.readout, self.readout.head
         if head is None:
@@ -293,7 +293,7 @@ class Gradients:
                     self.weight[block].add_(part @ states) if narrow else self.weight[block].addmm_(part, states)
         self._add_states_(rows, back)
 
-    def _add_states_(self, rows: Rows, back: Tensor) -> None:
+    def _add_states_(self, rows: PositionIndex, back: Tensor) -> None:
         if self.states is None:
             return
         if isinstance(rows, slice):

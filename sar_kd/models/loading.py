@@ -31,7 +31,7 @@ from sar_kd.config.fields import RunConfig
 from sar_kd.config.runs import Config
 from sar_kd.config.sections import EMBEDDED, ModelConfig
 from sar_kd.errors import UsageError
-from sar_kd.models.lm_head import body_of
+from sar_kd.models.lm_head import backbone_of
 from sar_kd.models.memory_saving import Offload, quantised, recompute_activations_
 from sar_kd.runtime.hub import reason_of
 from sar_kd.runtime.precision import Precision
@@ -54,7 +54,7 @@ _EMBEDDED_DIRS = {
 
 
 @dataclass(frozen=True)
-class Given:
+class LoadedModels:
     """Models that are in memory already, each with its tokenizer, by flag; they are not read from anywhere."""
 
     pairs: Mapping[str, tuple[nn.Module, Any]]
@@ -64,10 +64,10 @@ class Given:
         return self.pairs[flag][0] if flag in self.pairs else None
 
 
-NOTHING_GIVEN = Given(MappingProxyType({}))
+NO_LOADED_MODELS = LoadedModels(MappingProxyType({}))
 
 
-def load_skeleton(flag: str, name: str, trust_remote_code: bool) -> nn.Module:
+def load_meta_model(flag: str, name: str, trust_remote_code: bool) -> nn.Module:
     """The model without its weights, on the meta device: names and shapes as in `load_models`, whatever its size.
 
     Raises: UsageError as `load_models`
@@ -136,7 +136,7 @@ def _load_model(flag: str, name: str, dtype: torch.dtype, trust_remote_code: boo
     return model
 
 
-def model_of(flag: str, names: ModelConfig, dtype: torch.dtype, given: Given, **how) -> nn.Module:
+def model_of(flag: str, names: ModelConfig, dtype: torch.dtype, given: LoadedModels, **how) -> nn.Module:
     """The model of a flag, given or loaded (`how`: with what else), found fit to compute in `dtype`."""
     name, model = getattr(names, flag), given.model(flag)
     model = _load_model(flag, name, dtype, names.trust_remote_code, **how) if model is None else model.to(dtype)
@@ -151,7 +151,7 @@ def model_of(flag: str, names: ModelConfig, dtype: torch.dtype, given: Given, **
     return model
 
 
-def load_for_writing(flag: str, name: str, trust_remote_code: bool, dtype: torch.dtype = torch.float32):
+def load_for_generation(flag: str, name: str, trust_remote_code: bool, dtype: torch.dtype = torch.float32):
     """A model in eval mode, and its tokenizer.
 
     Raises: UsageError as `load_models`
@@ -167,7 +167,7 @@ def _load_tokenizer(flag: str, name: str, trust_remote_code: bool):
     return _read(flag, name, lambda: load(location, trust_remote_code=trust_remote_code))
 
 
-def tokenizer_of(flag: str, names: ModelConfig, rows: int, given: Given):
+def tokenizer_of(flag: str, names: ModelConfig, rows: int, given: LoadedModels):
     """The tokenizer of a flag's model, given or loaded, found fit for a model with so many rows."""
     name, pair = getattr(names, flag), given.pairs.get(flag)
     tokenizer = _load_tokenizer(flag, name, names.trust_remote_code) if pair is None else pair[1]
@@ -220,7 +220,7 @@ class Models:
 
 
 def load_models(
-    config: Config, precision: Precision, stored: StoredTeacher | None = None, given: Given = NOTHING_GIVEN
+    config: Config, precision: Precision, stored: TeacherInfo | None = None, given: LoadedModels = NO_LOADED_MODELS
 ) -> Models:
     """Load what `--teacher_model` and `--student_model` name, but for what is given.
 
@@ -235,7 +235,7 @@ def load_models(
         raise UsageError(f"--teacher_quantization {rounding}: the teacher is in memory already; leave the flag out")
     small = quantised(rounding, precision)
     teacher = None if stored else model_of("teacher_model", names, precision.dtype, given, **small)
-    found = stored or StoredTeacher(num_rows(teacher), stop_ids_of(teacher), 0)
+    found = stored or TeacherInfo(num_rows(teacher), stop_ids_of(teacher), 0)
     rows = {"student_model": num_rows(student), "teacher_model": found.num_rows}
     stops = stop_ids_of(student), found.stop_ids
     tokenizers = _pair_tokenizers(
@@ -251,7 +251,7 @@ def load_models(
     if teacher is not None:
         teacher.requires_grad_(False).eval().to(precision.device)
         if config.memory.offloads_from(precision.device):
-            offload = Offload(teacher, body_of(teacher), precision.device)
+            offload = Offload(teacher, backbone_of(teacher), precision.device)
     student.train()
     if config.memory.gradient_checkpointing:
         recompute_activations_(student, same_dropout=True)
@@ -261,15 +261,15 @@ def load_models(
     return Models(teacher, student, tokenizers, both == (EMBEDDED, EMBEDDED), found.limit or None, offload)
 
 
-def load_teacher(names: Any, precision: Precision) -> tuple[nn.Module, Any, StoredTeacher]:
+def load_teacher(names: Any, precision: Precision) -> tuple[nn.Module, Any, TeacherInfo]:
     """What `--teacher_model` names, frozen, its tokenizer, and what is to be known of it; no student.
 
     Raises: UsageError as `load_models`
     """
     quiet()
-    teacher = model_of("teacher_model", names, precision.dtype, NOTHING_GIVEN)
-    tokenizer = tokenizer_of("teacher_model", names, num_rows(teacher), NOTHING_GIVEN)
-    about = StoredTeacher(num_rows(teacher), stop_ids_of(teacher), context_of(teacher) or 0)
+    teacher = model_of("teacher_model", names, precision.dtype, NO_LOADED_MODELS)
+    tokenizer = tokenizer_of("teacher_model", names, num_rows(teacher), NO_LOADED_MODELS)
+    about = TeacherInfo(num_rows(teacher), stop_ids_of(teacher), context_of(teacher) or 0)
     return teacher.requires_grad_(False).eval().to(precision.device), tokenizer, about
 
 
@@ -280,9 +280,9 @@ def load_student(names: Any, dtype: torch.dtype, precision: Precision) -> Models
     Raises: UsageError as `load_models`
     """
     quiet()
-    student = model_of("student_model", names, dtype, NOTHING_GIVEN)
+    student = model_of("student_model", names, dtype, NO_LOADED_MODELS)
     rows = num_rows(student)
-    tokenizer = tokenizer_of("student_model", names, rows, NOTHING_GIVEN)
+    tokenizer = tokenizer_of("student_model", names, rows, NO_LOADED_MODELS)
     both = {"student_model": tokenizer, "teacher_model": tokenizer}
     pair = _pair(names, both, dict.fromkeys(both, rows), projects=False, stop_ids=(stop_ids_of(student),) * 2)
     return Models(None, student.train().to(precision.device), pair, names.student_model == EMBEDDED)
@@ -301,7 +301,9 @@ def load_tokenizers(names: Any, aligns: bool = True) -> TokenizerPair:
     return _pair_tokenizers(names, rows, aligns=aligns)
 
 
-def _pair_tokenizers(names: ModelConfig, rows: dict[str, int], given: Given = NOTHING_GIVEN, **how) -> TokenizerPair:
+def _pair_tokenizers(
+    names: ModelConfig, rows: dict[str, int], given: LoadedModels = NO_LOADED_MODELS, **how
+) -> TokenizerPair:
     """`how`: as `TokenizerPair`"""
     loaded = {flag: tokenizer_of(flag, names, rows[flag], given) for flag in rows}
     return _pair(names, loaded, rows, **how)
@@ -322,10 +324,10 @@ def _pair(names: ModelConfig, loaded: dict[str, Any], rows: dict[str, int], **ho
         raise UsageError(f"--{flag} {getattr(names, flag)}: its tokenizer {error.reason}; {remedy}") from None
 
 
-class Subject:
+class MetaModels:
     """What the checks look at: the settings, and the models without their weights, built when first asked for."""
 
-    def __init__(self, config: RunConfig, given: Given = NOTHING_GIVEN):
+    def __init__(self, config: RunConfig, given: LoadedModels = NO_LOADED_MODELS):
         self.config, self.given = config, given
         self.sides = [whose for whose in ("teacher", "student") if hasattr(config.models, f"{whose}_model")]
 
@@ -336,12 +338,12 @@ class Subject:
         for whose in self.sides:
             flag = f"{whose}_model"
             model = self.given.model(flag)
-            found[whose] = model or load_skeleton(flag, getattr(names, flag), names.trust_remote_code)
+            found[whose] = model or load_meta_model(flag, getattr(names, flag), names.trust_remote_code)
         return found
 
 
 @dataclass(frozen=True)
-class StoredTeacher:
+class TeacherInfo:
     """What must be known of a teacher whose answers are stored, and which is not loaded."""
 
     num_rows: int

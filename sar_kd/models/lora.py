@@ -80,7 +80,7 @@ def merged(student: nn.Module) -> nn.Module:
     return whole
 
 
-def save_learned(student: nn.Module, path: Path) -> None:
+def save_trainable(student: nn.Module, path: Path) -> None:
     """Write the weights that learn: all of a student, or its adapter."""
     if all(parameter.requires_grad for parameter in student.parameters()):
         safetensors.torch.save_model(student, str(path))
@@ -89,7 +89,7 @@ def save_learned(student: nn.Module, path: Path) -> None:
 
 
 @torch.no_grad()
-def load_learned(student: nn.Module, path: Path) -> None:
+def load_trainable(student: nn.Module, path: Path) -> None:
     """Put them back.
 
     Raises: ValueError or RuntimeError if the file holds other weights

@@ -17,17 +17,17 @@ import torch
 
 from sar_kd.config.fields import RunConfig
 from sar_kd.config.sections import EMBEDDED
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.data.samples import Sample
 from sar_kd.data.sources import load_documents
 from sar_kd.errors import UsageError
 from sar_kd.evaluation.tokenizer_coverage import measure_coverage, name_left_out
-from sar_kd.models.loading import NOTHING_GIVEN, Given, Subject, load_tokenizers, num_rows
+from sar_kd.models.loading import NO_LOADED_MODELS, LoadedModels, MetaModels, load_tokenizers, num_rows
 from sar_kd.models.memory_saving import require_quantisation, roundable
 from sar_kd.preflight.clamp_checks import clamp_lines, reasons_not_to_learn
 from sar_kd.preflight.memory_plan import advice, plan
 from sar_kd.runtime import environment, hub
-from sar_kd.runtime.console import few
+from sar_kd.runtime.console import first_few
 from sar_kd.runtime.files import require_room
 from sar_kd.runtime.precision import choose
 from sar_kd.teacher.cached import check_settings
@@ -47,32 +47,32 @@ class Finding(NamedTuple):
     """What is raised once the lines are shown"""
 
 
-def preflight(config: RunConfig, say: Callable[[str], None], given: Given = NOTHING_GIVEN) -> None:
+def preflight(config: RunConfig, say: Callable[[str], None], given: LoadedModels = NO_LOADED_MODELS) -> None:
     """Look at everything that a run's success depends on and that costs next to nothing to look at.
 
     Raises: UsageError with cause and remedy, at the first thing that cannot go well
     """
-    for finding in run_checks(_AT_START, Subject(config, given)):
+    for finding in run_checks(_AT_START, MetaModels(config, given)):
         for line in finding.lines:
             say(line)
         if finding.refusal:
             raise finding.refusal
 
 
-def run_checks(checks: tuple[Callable[[Subject], Finding], ...], subject: Subject) -> Iterator[Finding]:
+def run_checks(checks: tuple[Callable[[MetaModels], Finding], ...], subject: MetaModels) -> Iterator[Finding]:
     """The findings of these checks, in order."""
     for check in checks:
         yield check(subject)
 
 
-def _check_versions(subject: Subject) -> Finding:
+def _check_versions(subject: MetaModels) -> Finding:
     found = environment.versions()
     names = {"python": "Python", "torch": "PyTorch"}
     shown = [f"{names.get(name, name)} {found[name]}" for name in ("python", "torch", "transformers")]
     return Finding("versions", [", ".join(shown), *environment.require_versions(found)], found)
 
 
-def _check_device(subject: Subject) -> Finding:
+def _check_device(subject: MetaModels) -> Finding:
     cards, archs = environment.find_cards(), torch.cuda.get_arch_list()
     lines = []
     for card in cards:
@@ -93,7 +93,7 @@ def _check_device(subject: Subject) -> Finding:
     return Finding("device", lines, {**record, "why": why, "threads": torch.get_num_threads()})
 
 
-def _check_hub(subject: Subject) -> Finding:
+def _check_hub(subject: MetaModels) -> Finding:
     offline, where = hub.offline_by(), {}
     for whose in subject.sides:
         flag = f"{whose}_model"
@@ -113,7 +113,7 @@ def _check_hub(subject: Subject) -> Finding:
     return Finding("hub", [line], {"needed": True, "offline": bool(offline), "models": where})
 
 
-def _check_models(subject: Subject) -> Finding:
+def _check_models(subject: MetaModels) -> Finding:
     lines, record = [], {}
     for whose, model in subject.models.items():
         count, rows = sum(parameter.numel() for parameter in model.parameters()), num_rows(model)
@@ -122,7 +122,7 @@ def _check_models(subject: Subject) -> Finding:
     return Finding("models", lines, record)
 
 
-def _check_clamps(subject: Subject) -> Finding:
+def _check_clamps(subject: MetaModels) -> Finding:
     # Where there is no teacher, the student's vocabulary stands for its own.
     loss, (teacher, student) = subject.config.loss, (num_rows(subject.models[w]) for w in (subject.sides[0], "student"))
     lines, record = clamp_lines(loss, student, teacher)
@@ -141,7 +141,7 @@ def _check_clamps(subject: Subject) -> Finding:
     return Finding("clamps", lines, record)
 
 
-def _check_disk(subject: Subject) -> Finding:
+def _check_disk(subject: MetaModels) -> Finding:
     """`student/` twice while it is replaced; `--keep_checkpoints` checkpoints and the one that is being written."""
     train = subject.config.train
     student = 4 * sum(parameter.numel() for parameter in subject.models["student"].parameters())
@@ -153,7 +153,7 @@ def _check_disk(subject: Subject) -> Finding:
     return Finding("disk", [line], {"needed_bytes": needed, "free_bytes": free, "output_dir": train.output_dir})
 
 
-def _check_memory(subject: Subject) -> Finding:
+def _check_memory(subject: MetaModels) -> Finding:
     config, models = subject.config, subject.models
     device, dtype, _ = choose(config.precision)
     lines = _notes_on_the_teacher(config, models, device) if "teacher" in models else []
@@ -178,7 +178,7 @@ def _notes_on_the_teacher(config: RunConfig, models: dict, device: torch.device)
     return lines
 
 
-def _check_alignment(subject: Subject) -> Finding:
+def _check_alignment(subject: MetaModels) -> Finding:
     config = subject.config
     if config.loss.alpha_kd == 0 or config.loss.alignment == "uld":
         reason = "no teacher is heard" if config.loss.alpha_kd == 0 else "--alignment uld compares by rank alone"
@@ -190,14 +190,14 @@ def _check_alignment(subject: Subject) -> Finding:
         size += document.num_chars
         if size >= _SAMPLE_CHARACTERS:
             break
-    corpus = Corpus(sample, load_tokenizers(config.models), config.data.block_size, 8 * config.data.block_size)
+    corpus = Dataset(sample, load_tokenizers(config.models), config.data.block_size, 8 * config.data.block_size)
     coverage = measure_coverage(corpus)
     lines = [f"Alignment, on the first {size / 1e3:,.0f} thousand characters of the text:", *coverage.lines()]
     record = {"audited": True, **dataclasses.asdict(coverage), "mix": coverage.mix}
     return Finding("alignment", [*lines, *name_left_out(coverage.left_out)], record)
 
 
-def _check_teacher_cache(subject: Subject) -> Finding:
+def _check_teacher_cache(subject: MetaModels) -> Finding:
     folder = subject.config.models.teacher_cache
     if not folder:
         return Finding("teacher_cache", [], {"used": False})
@@ -212,7 +212,7 @@ _AT_START = (_check_versions, _check_device, _check_hub, _check_models, _check_c
 ALL_CHECKS = (*_AT_START, _check_teacher_cache, _check_alignment)
 
 
-def describe(train: Corpus, validation: Corpus) -> list[str]:
+def describe(train: Dataset, validation: Dataset) -> list[str]:
     """The text once it has been read: how much, how the tokenizers meet on it, what had to be left out."""
     lines = [
         f"Text: {_size(train.text.num_bytes)}, {train.num_tokens:,} tokens in {len(train):,} blocks; "
@@ -229,7 +229,7 @@ def describe(train: Corpus, validation: Corpus) -> list[str]:
     if truncated:
         lost = train.text.dropped_tokens + validation.text.dropped_tokens
         lines.append(
-            f"Cut short {len(truncated)} conversations that exceed a block, by {lost:,} tokens: {few(truncated)}"
+            f"Cut short {len(truncated)} conversations that exceed a block, by {lost:,} tokens: {first_few(truncated)}"
         )
     return lines + name_left_out([*train.text.left_out, *validation.text.left_out])
 

@@ -7,10 +7,10 @@ import math
 import torch
 
 from sar_kd.config.sections import LossConfig
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.errors import UsageError
 from sar_kd.losses.tiled_loss import stretches_of, tile_rows
-from sar_kd.models.lm_head import Heads, read_out
+from sar_kd.models.lm_head import LMHeads, forward_to_lm_head
 from sar_kd.models.loading import Models, num_rows
 from sar_kd.runtime.precision import Precision
 
@@ -38,10 +38,10 @@ def clamp_lines(loss: LossConfig, student_vocab: int, teacher_vocab: int) -> tup
 def check_clamps(
     loss: LossConfig,
     models: Models,
-    validation: Corpus,
+    validation: Dataset,
     precision: Precision,
     start_loss: float,
-    heads: Heads | None = None,
+    heads: LMHeads | None = None,
 ) -> list[str]:
     """Lines to show about clamps taken to the letter; none for the default styles.
 
@@ -123,11 +123,11 @@ def reasons_not_to_learn(
 
 @torch.no_grad()
 def _saturated_share(
-    models: Models, validation: Corpus, precision: Precision, loss: LossConfig, heads: Heads | None
+    models: Models, validation: Dataset, precision: Precision, loss: LossConfig, heads: LMHeads | None
 ) -> float:
     batch = next(validation.token_batches("student", 1)).to(precision.device)
-    head = (heads or Heads(precision)).of(models.student)
-    readout, _ = read_out(models.student, head, batch.input_ids, precision)
+    head = (heads or LMHeads(precision)).of(models.student)
+    readout, _ = forward_to_lm_head(models.student, head, batch.input_ids, precision)
     outside = torch.zeros((), dtype=torch.int64, device=precision.device)
     for rows in stretches_of(len(readout), tile_rows(loss.loss_workspace_mb, readout.vocab_size)):
         outside += (readout.tile(rows).abs() > loss.logit_clamp).sum()

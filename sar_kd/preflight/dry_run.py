@@ -23,7 +23,7 @@ from sar_kd.evaluation.perplexity import log_probs_of
 from sar_kd.losses.distillation import Distillation
 from sar_kd.losses.objective import Objective
 from sar_kd.losses.tiled_loss import Compared, Slopes, Tile, stretches_of, tile_rows
-from sar_kd.models.lm_head import Heads
+from sar_kd.models.lm_head import LMHeads
 from sar_kd.models.loading import num_rows
 from sar_kd.models.logit_tiles import few_blocks
 from sar_kd.models.lora import add_adapter
@@ -35,20 +35,20 @@ from sar_kd.models.memory_saving import (
     roundable,
     travelling,
 )
-from sar_kd.preflight.memory_estimate import PARTS, Moment, Writing, alike, teacher_width, writing_sizes
-from sar_kd.preflight.memory_tracker import AWAY, Ledger, hollow, imagined, tensors_of
+from sar_kd.preflight.memory_estimate import CATEGORIES, Phase, Writing, alike, teacher_width, writing_sizes
+from sar_kd.preflight.memory_tracker import OFF_DEVICE, MemoryTracker, hollow, imagined, tensors_of
 from sar_kd.runtime.precision import Precision
 from sar_kd.teacher.moe.discovery import find_routers, router_parameters
 from sar_kd.teacher.moe.routing_hooks import Routing
 
 
-def rehearse(
+def dry_run(
     config: RunConfig,
     skeletons: Mapping[str, nn.Module],
     device: torch.device,
     dtype: torch.dtype,
     keeps_gradients: bool = False,
-) -> list[Moment]:
+) -> list[Phase]:
     """The moments of a step of this run on this device.
 
     skeletons: 'student', and 'teacher' if there is one; on the meta device, or real; without adapters
@@ -81,17 +81,17 @@ class _Rehearsal:
         skeletons: Mapping[str, nn.Module],
         device: torch.device,
         dtype: torch.dtype,
-        ledger: Ledger,
+        ledger: MemoryTracker,
         keeps_gradients: bool,
     ):
         self.config, self.ledger, self.device, self.keeps_gradients = config, ledger, device, keeps_gradients
-        self.moments: list[Moment] = []
+        self.moments: list[Phase] = []
         self.precision = Precision(device, dtype, 1.0)
         self.student = self._student(skeletons["student"])
         self.teacher: Any = None
         if "teacher" in skeletons:
             self.teacher = self._teacher(skeletons["teacher"], dtype)
-        self.heads = Heads(self.precision)
+        self.heads = LMHeads(self.precision)
         for model in filter(None, (self.student, self.teacher)):
             self.heads.assume(model)
         rows = [num_rows(model or self.student) for model in (self.student, self.teacher)]
@@ -99,18 +99,18 @@ class _Rehearsal:
         self.widths = self.width, teacher_width(self.width, *rows)
         same_token = torch.zeros(rows[1], dtype=torch.int64, device=device)
         pair = SimpleNamespace(student_rows=rows[0], teacher_rows=rows[1], teacher_tokens=rows[1], tables=None)
-        pairing: Any = SimpleNamespace(pair=pair, same_token=same_token)
+        aligner: Any = SimpleNamespace(pair=pair, same_token=same_token)
         projects = config.loss.alignment == "projection" or not alike(*rows)
         in_words = config.loss.alignment in ("auto", "projection")
         # Hidden states are compared in less than likelihoods are.
         stands_in = {"auto": "auto", "projection": "auto", "hidden": "alm"}
         how = dataclasses.replace(config.loss, alignment=stands_in.get(config.loss.alignment, config.loss.alignment))
         offloads = self.teacher is not None and config.memory.offloads_from(device)
-        self.offload: Any = PretendedOffload(ledger, self.teacher) if offloads else None
-        parts = self.teacher, self.student, how, pairing, self.precision, self.offload, self.heads
+        self.offload: Any = StubOffload(ledger, self.teacher) if offloads else None
+        parts = self.teacher, self.student, how, aligner, self.precision, self.offload, self.heads
         self.objective = Objective(*parts)
         if self.objective.distillation is not None and in_words and projects:
-            self.objective.distillation = PretendedProjection(config.loss, pairing)
+            self.objective.distillation = StubProjection(config.loss, aligner)
         learned = [p for p in (*self.student.parameters(), *self.objective.parameters()) if p.requires_grad]
         self._optimizer = [torch.empty_like(parameter) for parameter in (*learned, *learned)]  # AdamW's two moments
         ledger.enter(self._optimizer, "optimizer")
@@ -143,7 +143,7 @@ class _Rehearsal:
             size = round(BYTES_A_WEIGHT * sum(weight.numel() for weight in rounded))
             self._rounded = torch.empty(size, dtype=torch.uint8, device=self.device)
             self.ledger.enter([self._rounded], "teacher")
-            self.ledger.enter(rounded, AWAY)
+            self.ledger.enter(rounded, OFF_DEVICE)
             for layer in roundable(teacher):  # each is put together while it computes
                 layer.register_forward_pre_hook(lambda layer, _: (torch.empty_like(layer.weight), None)[1])
         return teacher
@@ -172,7 +172,7 @@ class _Rehearsal:
         self.ledger.label = label
         self.ledger.forget_peak()
         yield
-        self.moments.append(Moment(name, {part: self.ledger.at_peak.get(part, 0) for part in PARTS}))
+        self.moments.append(Phase(name, {part: self.ledger.at_peak.get(part, 0) for part in CATEGORIES}))
 
     def _batch(self) -> Batch:
         """Full blocks, every token of which is a target but the first. Of the targets there are as many as show what
@@ -282,10 +282,10 @@ class _Rehearsal:
         log_probs_of(model, batch, self.precision, self.heads, self.config.loss.loss_workspace_mb)
 
 
-class PretendedOffload(Offload):
+class StubOffload(Offload):
     """Moves in the ledger what another moves in memory."""
 
-    def __init__(self, ledger: Ledger, teacher: nn.Module):
+    def __init__(self, ledger: MemoryTracker, teacher: nn.Module):
         self._ledger, self._travelling = ledger, travelling(teacher)
 
     def come(self) -> None:
@@ -294,10 +294,10 @@ class PretendedOffload(Offload):
 
     def leave(self) -> None:
         """See `Offload`."""
-        self._ledger.enter(self._travelling, AWAY)
+        self._ledger.enter(self._travelling, OFF_DEVICE)
 
 
-class PretendedProjection(Distillation):
+class StubProjection(Distillation):
     """Stands in for `projected.Projected`, which wants to know the text: the same tiles, and as much beside them."""
 
     covers_text = True

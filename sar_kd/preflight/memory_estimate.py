@@ -14,20 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from sar_kd.config.runs import OnPolicyConfig
-from sar_kd.models.lm_head import body_of
+from sar_kd.models.lm_head import backbone_of
 from sar_kd.models.loading import num_rows
 from sar_kd.runtime.precision import Precision
 
-PARTS = ("teacher", "student", "gradients", "optimizer", "activations", "loss")
+CATEGORIES = ("teacher", "student", "gradients", "optimizer", "activations", "loss")
 
 
 @dataclass(frozen=True)
-class Moment:
+class Phase:
     """A stretch of a step, and what is alive when most is."""
 
     name: str
     parts: Mapping[str, int]
-    """Bytes, by the words in `PARTS`"""
+    """Bytes, by the words in `CATEGORIES`"""
 
     @property
     def total(self) -> int:
@@ -49,7 +49,7 @@ def alike(student_rows: int, teacher_rows: int) -> bool:
     return max(student_rows, teacher_rows) <= 1.02 * min(student_rows, teacher_rows)
 
 
-def estimate(config: Any, skeletons: Mapping[str, nn.Module], dtype: torch.dtype) -> list[Moment]:
+def estimate(config: Any, skeletons: Mapping[str, nn.Module], dtype: torch.dtype) -> list[Phase]:
     """The moments of a step by a rule of thumb, for models that do not run without numbers.
 
     saved for backward = B * T * layers * (17 * D + 5 * I) numbers of the compute dtype, I the width of what a token
@@ -73,14 +73,14 @@ def estimate(config: Any, skeletons: Mapping[str, nn.Module], dtype: torch.dtype
     if sizes:  # at its beginning all prompts pass a layer at once, at its end all keys and values are there
         passes = saved["student"][1] * sizes.rows * sizes.prompt // tokens
         written = max(passes, cache_bytes(skeletons["student"], sizes, half))
-        writing.append(Moment("writing", {**standing, "activations": written}))
+        writing.append(Phase("writing", {**standing, "activations": written}))
     return [
         *writing,
-        Moment("forward", {**standing, **kept, "activations": saved["student"][0] + passing}),
-        Moment("loss", {**standing, **kept, "activations": saved["student"][0], "loss": loss}),
-        Moment("backward", {**standing, "activations": saved["student"][0], "gradients": 4 * learned}),
-        Moment("update", {**standing, "gradients": 4 * learned}),
-        Moment("evaluation", {**standing, "activations": max(saved["student"][1], passing)}),
+        Phase("forward", {**standing, **kept, "activations": saved["student"][0] + passing}),
+        Phase("loss", {**standing, **kept, "activations": saved["student"][0], "loss": loss}),
+        Phase("backward", {**standing, "activations": saved["student"][0], "gradients": 4 * learned}),
+        Phase("update", {**standing, "gradients": 4 * learned}),
+        Phase("evaluation", {**standing, "activations": max(saved["student"][1], passing)}),
     ]
 
 
@@ -175,7 +175,7 @@ class Writing:
         how = {"past_key_values": cache} if cache is not None else {}
         with self._precision.autocast():
             input_ids = self._empty(torch.int64, width)
-            out = body_of(self._model)(input_ids=input_ids, attention_mask=mask, use_cache=True, **how)
+            out = backbone_of(self._model)(input_ids=input_ids, attention_mask=mask, use_cache=True, **how)
             self._model.get_output_embeddings()(out.last_hidden_state[:, -1:])  # type: ignore[operator]
         return out.past_key_values
 

@@ -21,13 +21,13 @@ from torch import nn
 from sar_kd.config.command_line import default_batch_size
 from sar_kd.config.fields import Auto, RunConfig
 from sar_kd.errors import UsageError
-from sar_kd.models.loading import NOTHING_GIVEN, Given, Subject
+from sar_kd.models.loading import NO_LOADED_MODELS, LoadedModels, MetaModels
 from sar_kd.models.memory_saving import layers_of, roundable
-from sar_kd.preflight.dry_run import rehearse
-from sar_kd.preflight.memory_estimate import PARTS, Moment, estimate
+from sar_kd.preflight.dry_run import dry_run
+from sar_kd.preflight.memory_estimate import CATEGORIES, Phase, estimate
 from sar_kd.runtime import environment
 from sar_kd.runtime.console import gigabytes
-from sar_kd.runtime.distributed import World, current_world
+from sar_kd.runtime.distributed import ProcessGroup, current_process_group
 from sar_kd.runtime.precision import choose
 
 MARGIN = 0.15
@@ -45,7 +45,7 @@ _UNRUNNABLE = (RuntimeError, TypeError, ValueError, AttributeError, LookupError,
 class Plan:
     """The moments of a step, and the memory that there is for them."""
 
-    moments: Sequence[Moment]
+    moments: Sequence[Phase]
     device: torch.device
     held: int
     """Bytes that the process takes beside the parts: what libraries keep, and on a CPU what it holds already"""
@@ -55,7 +55,7 @@ class Plan:
     """By a step without numbers; else by a formula"""
 
     @property
-    def peak(self) -> Moment:
+    def peak(self) -> Phase:
         """The moment at which most is alive."""
         return max(self.moments, key=lambda moment: moment.total)
 
@@ -92,7 +92,7 @@ class Plan:
     def table(self) -> list[str]:
         """For people: every part at every moment, MB; it fits into 78 columns."""
         width, decimals = max(len(moment.name) for moment in self.moments), 1 if self.peak.total < 1e9 else 0
-        columns = {part: max(9, len(part) + 1) for part in (*PARTS, "in all")}
+        columns = {part: max(9, len(part) + 1) for part in (*CATEGORIES, "in all")}
         rows = [f"{'MB':{width}}" + "".join(f"{part:>{room}}" for part, room in columns.items())]
         for moment in self.moments:
             sizes = {**moment.parts, "in all": moment.total}
@@ -118,25 +118,25 @@ def plan(
     skeletons: Mapping[str, nn.Module],
     device: torch.device,
     dtype: torch.dtype,
-    world: World | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Plan:
-    """The plan of a run on this device. skeletons: as `rehearse` takes them."""
+    """The plan of a run on this device. skeletons: as `dry_run` takes them."""
     config, skeletons = _as_run(config, skeletons)
-    world = world or current_world()
-    in_shards = world.size > 1 and config.train.parallel == "fsdp"
+    process_group = process_group or current_process_group()
+    in_shards = process_group.size > 1 and config.train.parallel == "fsdp"
     what = config, skeletons, device, dtype
     try:
-        moments, rehearsed = rehearse(*what, keeps_gradients=world.size > 1 and not in_shards), True
+        moments, rehearsed = dry_run(*what, keeps_gradients=process_group.size > 1 and not in_shards), True
     except _UNRUNNABLE:
         moments, rehearsed = estimate(config, skeletons, dtype), False
     if in_shards:
-        moments = [_in_shards(moment, skeletons["student"], world.size) for moment in moments]
+        moments = [_in_shards(moment, skeletons["student"], process_group.size) for moment in moments]
     free, held = environment.free_memory(device), _LIBRARIES[device.type]
     if device.type == "cpu":
         # Models that are in memory already are among the parts.
         real = [p for model in skeletons.values() for p in model.parameters() if p.device.type == "cpu"]
         held += max(0, environment.held_memory() - sum(parameter.nbytes for parameter in real))
-        free = free and free // world.size  # of one machine's memory each process has its part
+        free = free and free // process_group.size  # of one machine's memory each process has its part
     elif free is not None:
         free += torch.cuda.memory_allocated(device)
     return Plan(moments, device, held, free, rehearsed)
@@ -151,7 +151,7 @@ def _as_run(config: Any, skeletons: Mapping[str, nn.Module]) -> tuple[Any, Mappi
     return dataclasses.replace(config, loss=text, on_policy=given), {"student": skeletons["student"]}
 
 
-def _in_shards(moment: Moment, student: nn.Module, ranks: int) -> Moment:
+def _in_shards(moment: Phase, student: nn.Module, ranks: int) -> Phase:
     """The same with the student in shards: a part of everything that learns, and whole what computes just now, that is
     what no layer holds, and two layers.
     """
@@ -161,7 +161,7 @@ def _in_shards(moment: Moment, student: nn.Module, ranks: int) -> Moment:
     for part in ("student", "gradients", "optimizer"):
         parts[part] //= ranks
     parts["student"] += whole
-    return Moment(moment.name, parts)
+    return Phase(moment.name, parts)
 
 
 def remedies(
@@ -179,7 +179,7 @@ def remedies(
             with_all = smaller(with_all)
             together.append((" ".join(flags for flags, _ in alone[:number]), with_all))
         fitting = _fitting(together[1:], found, skeletons, dtype)[:1]
-    if cards > 1 and current_world().size == 1:
+    if cards > 1 and current_process_group().size == 1:
         fitting.append(f"torchrun --nproc_per_node {cards} with --parallel fsdp")
     return fitting
 
@@ -247,7 +247,7 @@ MOST_TOKENS_ON_A_CPU = 4096
 """More at once do not make a CPU faster (the embedded pair: 1,000 tokens are as fast as 8,000), only fuller."""
 
 
-def fit_batch_size(config: R, world: World, given: Given = NOTHING_GIVEN) -> R:
+def fit_batch_size(config: R, process_group: ProcessGroup, given: LoadedModels = NO_LOADED_MODELS) -> R:
     """The settings with a number in the place of `auto`, and a line about it; of several processes all get rank 0's.
 
     Raises: UsageError where the models or the device are not there
@@ -255,12 +255,12 @@ def fit_batch_size(config: R, world: World, given: Given = NOTHING_GIVEN) -> R:
     if not isinstance(config.train.per_device_batch_size, Auto):
         return config
     found: list[R] = []
-    world.first(lambda: found.append(_fit(config, given)))
-    return world.shared(found[0] if found else config)
+    process_group.on_rank_zero(lambda: found.append(_fit(config, given)))
+    return process_group.broadcast(found[0] if found else config)
 
 
-def _fit(config: R, given: Given) -> R:
-    subject, (device, dtype, _) = Subject(config, given), choose(config.precision)
+def _fit(config: R, given: LoadedModels) -> R:
+    subject, (device, dtype, _) = MetaModels(config, given), choose(config.precision)
     blocks = default_batch_size(type(config.train), config.data.task) * config.train.grad_accum_steps
     sizes = [size for size in range(blocks, 0, -1) if blocks % size == 0]
     if device.type == "cpu":

@@ -2,7 +2,7 @@
 
 What PyTorch calls fake tensors have a device, a dtype and strides, but no storage. A forward and a backward on them run
 the very operations of a real one, autocast, recomputation and what autograd saves included, at no cost in memory. Every
-storage that comes to life and goes is entered in a `Ledger`, as an allocator would see it. What an operation needs
+storage that comes to life and goes is entered in a `MemoryTracker`, as an allocator would see it. What an operation needs
 inside its own kernel, nobody sees.
 """
 
@@ -24,11 +24,11 @@ from torch.utils._pytree import tree_leaves
 
 M = TypeVar("M", bound=nn.Module)
 
-AWAY = "away"
+OFF_DEVICE = "away"
 """The label of what is in another memory: it is not counted."""
 
 
-class Ledger(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Bytes of all storages that are alive, by label; a context. What is born while it is open gets `label`.
 
     Also of use with real tensors, whose allocator's figure it gives but for what kernels allocate inside.
@@ -47,7 +47,7 @@ class Ledger(TorchDispatchMode):
         self._note_peak()
 
     def _note_peak(self) -> None:
-        total = sum(self.live.values()) - self.live[AWAY]
+        total = sum(self.live.values()) - self.live[OFF_DEVICE]
         if total >= self.peak:
             self.peak, self.at_peak = total, dict(self.live)
 
@@ -88,11 +88,11 @@ class Ledger(TorchDispatchMode):
         self.live[label] -= size
 
 
-class _Imagined(Ledger):
+class _Imagined(MemoryTracker):
     """The ledger of fake tensors, which also knows the shapes of operations that PyTorch's own rules refuse."""
 
     def run(self, func, args: tuple, kwargs: dict):
-        """See `Ledger`."""
+        """See `MemoryTracker`."""
         if func.name() != "aten::_grouped_mm":
             return super().run(func, args, kwargs)
         # Its rule for fake tensors takes bfloat16 alone; the kernels take more.
@@ -105,7 +105,7 @@ class _Imagined(Ledger):
 
 
 @contextlib.contextmanager
-def imagined() -> Iterator[Ledger]:
+def imagined() -> Iterator[MemoryTracker]:
     """Everything made inside takes no memory and is counted."""
     with FakeTensorMode(allow_non_fake_inputs=True), _Imagined() as ledger:
         yield ledger

@@ -27,7 +27,7 @@ from sar_kd.reporting.model_card import CardWriter
 from sar_kd.reporting.report import find_report_writer
 from sar_kd.reporting.summary_table import closing_table
 from sar_kd.reporting.trackers import find_trackers
-from sar_kd.runtime.console import few, fitted, perplexity_text
+from sar_kd.runtime.console import first_few, perplexity_text, wrap_lines
 from sar_kd.runtime.files import (
     FolderLock,
     check_contained,
@@ -71,7 +71,7 @@ class RunLog:
 
     def say(self, line: str) -> None:
         """Print one line, above the bar if there is one."""
-        tqdm.write(fitted(line), file=sys.stdout)
+        tqdm.write(wrap_lines(line), file=sys.stdout)
         sys.stdout.flush()
 
     def start(self, first_step: int, calendar: TrainConfig) -> None:
@@ -113,7 +113,7 @@ class RunLog:
         self._window.clear()
         self._bar.reset()
         self._bar.update(record["step"])
-        left_out = f"{len(record['left_out'])} of {num_blocks} blocks ({few(record['documents'])})"
+        left_out = f"{len(record['left_out'])} of {num_blocks} blocks ({first_few(record['documents'])})"
         self.say(
             f"Step {record['rewound_from']}: diverged. Back to step {record['step']}, once, at half the learning rate, "
             f"without {left_out}. See {self.folder / 'crash'}"
@@ -224,7 +224,7 @@ def open_run(config: RunConfig, kind: type[RunLog] = RunLog) -> RunLog:
         raise UsageError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
     writers, lines = find_report_writer(folder)
     log = kind(config, [CardWriter(folder), *writers, *find_trackers(config)])
-    for line in (*config.headline(), *config.notices, *lines):
+    for line in (*config.summary_lines(), *config.notices, *lines):
         log.say(line)
     return log
 

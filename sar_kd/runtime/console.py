@@ -17,7 +17,7 @@ from tqdm import tqdm
 _UNIT = re.compile(r"(?<=\d) (?=(?:[kMGT]?B|[kM]|min|s|tokens/s)\b)")
 
 
-def fitted(*lines: str) -> str:
+def wrap_lines(*lines: str) -> str:
     """The lines as a terminal shows them without breaking a word; as they are, where they go into a file."""
     return "\n".join(part for line in lines for part in (_wrapped(line) if sys.stdout.isatty() else [line]))
 
@@ -35,7 +35,7 @@ def say(line: str) -> None:
 
 
 @contextmanager
-def reading_bar(num_chars: int, is_shown: bool) -> Iterator[tqdm]:
+def tokenizing_bar(num_chars: int, is_shown: bool) -> Iterator[tqdm]:
     """A bar over so many characters of text; `update` tells how many more are done; in a terminal."""
     with tqdm(
         total=num_chars, unit="char", unit_scale=True, desc="Tokenising", disable=not (is_shown and sys.stderr.isatty())
@@ -48,7 +48,7 @@ def gigabytes(size: int) -> str:
     return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
 
 
-def few(names: Sequence[str]) -> str:
+def first_few(names: Sequence[str]) -> str:
     """The first names of a list that may be long."""
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 

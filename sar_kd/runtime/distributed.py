@@ -1,6 +1,6 @@
 """The processes of a run: one, or as many as torchrun started, each with a device of its own.
 
-Whatever they have to agree on before any of them acts goes through a `World`. A run of one process agrees with itself
+Whatever they have to agree on before any of them acts goes through a `ProcessGroup`. A run of one process agrees with itself
 at no cost: no collective, no copy, no branch.
 
 What the processes of a run tell each other at their end, so that the user reads one line, and the right one.
@@ -45,52 +45,52 @@ _TIMEOUT = timedelta(minutes=10)
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-class World:
-    """A run of one process. `Ranks` is the same for several, so that no other code asks how many there are."""
+class ProcessGroup:
+    """A run of one process. `TorchrunGroup` is the same for several, so that no other code asks how many there are."""
 
     rank = 0
     size = 1
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Does this process write and tell for all?"""
         return self.rank == 0
 
-    def sum(self, values: Iterable[float]) -> list[float]:
+    def all_reduce_sum(self, values: Iterable[float]) -> list[float]:
         """Each value, added up over all ranks in float64; no device is read or waited for."""
         return list(values)
 
-    def total(self, count: int) -> int:
+    def all_reduce_total(self, count: int) -> int:
         """The count, added up over all ranks."""
         return count
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """Is the flag up on any rank?"""
         return flag
 
-    def rows(self, figures: Tensor) -> Tensor:
+    def all_gather(self, figures: Tensor) -> Tensor:
         """Figures on the device, float [n], of every rank: float [ranks, n]; no host read."""
         return figures[None]
 
     def sum_gradients_(self, parameters: Iterable[Tensor]) -> None:
         """Add up the gradients of parameters that every rank has whole; None counts as 0."""
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """The value of every rank, by rank."""
         return [value]
 
-    def shared(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Rank 0's value."""
         return value
 
-    def first(self, act: Callable[[], T]) -> T | Silent:
+    def on_rank_zero(self, act: Callable[[], T]) -> T | SilentLog:
         """What `act` returns, done on rank 0 alone, while the others wait; there something that does nothing.
 
         Raises: on every rank the UsageError that it raised
         """
         return act()
 
-    def agreed(self, config: S) -> S:
+    def check_same_config(self, config: S) -> S:
         """Rank 0's settings, of which only the run folder may differ: its name is made of the time.
 
         Raises: UsageError if the ranks were started with others
@@ -108,92 +108,92 @@ class World:
         """
         return named
 
-    def is_to_say(self, line: str, follows: bool = False) -> bool:
+    def should_report(self, line: str, follows: bool = False) -> bool:
         """Is it this rank that prints its last line? follows: another rank's end is the reason for this one's."""
         return True
 
-    def lost(self, error: RuntimeError) -> str | None:
+    def explain_lost_rank(self, error: RuntimeError) -> str | None:
         """The line about a collective that failed because another process is gone; None if it is another error."""
         return None
 
-    def leave(self) -> None:
+    def destroy(self) -> None:
         """Part, once all is done."""
 
 
-class Silent:
+class SilentLog:
     """What stands elsewhere for what only rank 0 has, such as the log: takes every call and does nothing."""
 
     def __getattr__(self, name: str) -> Callable:
         return lambda *args, **kwargs: None
 
 
-ALONE = World()
+SINGLE_PROCESS = ProcessGroup()
 
 
-class Ranks(World):
+class TorchrunGroup(ProcessGroup):
     """Several processes, joined in PyTorch's default process group: gloo between hosts, NCCL between GPUs."""
 
     def __init__(self, store: dist.Store, rank: int, size: int):
         self.rank, self.size = rank, size
         self._local_rank = int(os.environ.get("LOCAL_RANK", rank))
-        self._farewell = Farewell(store, rank, size)
+        self._farewell = ExitAgreement(store, rank, size)
 
-    def sum(self, values: Iterable[float]) -> list[float]:
-        """See `World`."""
+    def all_reduce_sum(self, values: Iterable[float]) -> list[float]:
+        """See `ProcessGroup`."""
         sums = torch.tensor(list(values), dtype=torch.float64)
         dist.all_reduce(sums)
         return sums.tolist()
 
-    def total(self, count: int) -> int:
-        """See `World`."""
-        return int(self.sum([count])[0])
+    def all_reduce_total(self, count: int) -> int:
+        """See `ProcessGroup`."""
+        return int(self.all_reduce_sum([count])[0])
 
-    def any(self, flag: bool) -> bool:
-        """See `World`."""
-        return self.sum([float(flag)])[0] > 0
+    def any_rank(self, flag: bool) -> bool:
+        """See `ProcessGroup`."""
+        return self.all_reduce_sum([float(flag)])[0] > 0
 
-    def rows(self, figures: Tensor) -> Tensor:
-        """See `World`."""
+    def all_gather(self, figures: Tensor) -> Tensor:
+        """See `ProcessGroup`."""
         rows = [torch.empty_like(figures) for _ in range(self.size)]
         dist.all_gather(rows, figures)
         return torch.stack(rows)
 
     def sum_gradients_(self, parameters: Iterable[Tensor]) -> None:
-        """See `World`."""
+        """See `ProcessGroup`."""
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)
 
-    def gather(self, value: T) -> list[T]:
-        """See `World`."""
+    def all_gather_object(self, value: T) -> list[T]:
+        """See `ProcessGroup`."""
         values = [value] * self.size
         dist.all_gather_object(values, value)
         return values
 
-    def shared(self, value: T) -> T:
-        """See `World`."""
+    def broadcast(self, value: T) -> T:
+        """See `ProcessGroup`."""
         values = [value]
         dist.broadcast_object_list(values)
         return values[0]
 
-    def first(self, act: Callable[[], T]) -> T | Silent:
-        """See `World`."""
-        result: T | Silent = Silent()
+    def on_rank_zero(self, act: Callable[[], T]) -> T | SilentLog:
+        """See `ProcessGroup`."""
+        result: T | SilentLog = SilentLog()
         said = None
-        if self.is_first:
+        if self.is_rank_zero:
             try:
                 result = act()
             except UsageError as error:
                 said = str(error)
-        said = self.shared(said)
+        said = self.broadcast(said)
         if said is not None:
             raise UsageError(said)
         return result
 
-    def agreed(self, config: S) -> S:
-        """See `World`."""
-        configs = self.gather(config)
+    def check_same_config(self, config: S) -> S:
+        """See `ProcessGroup`."""
+        configs = self.all_gather_object(config)
         flags = [_flat(config.to_dict()) | {"output_dir": None} for config in configs]
         for rank, own in enumerate(flags):
             for name, value in own.items():
@@ -203,13 +203,13 @@ class Ranks(World):
         return configs[0]
 
     def seed(self, seed: int) -> int:
-        """See `World`."""
-        if self.is_first:
+        """See `ProcessGroup`."""
+        if self.is_rank_zero:
             return seed
         return int(np.random.SeedSequence([seed, self.rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
     def device(self, named: torch.device) -> torch.device:
-        """See `World`."""
+        """See `ProcessGroup`."""
         if named.type != "cuda":
             return named
         if named.index is not None:
@@ -224,16 +224,16 @@ class Ranks(World):
         torch.cuda.set_device(self._local_rank)  # what NCCL and FSDP go by
         return torch.device("cuda", self._local_rank)
 
-    def is_to_say(self, line: str, follows: bool = False) -> bool:
-        """See `World`."""
-        return self._farewell.is_to_say(line, follows)
+    def should_report(self, line: str, follows: bool = False) -> bool:
+        """See `ProcessGroup`."""
+        return self._farewell.should_report(line, follows)
 
-    def lost(self, error: RuntimeError) -> str | None:
-        """See `World`."""
-        return self._farewell.lost(error)
+    def explain_lost_rank(self, error: RuntimeError) -> str | None:
+        """See `ProcessGroup`."""
+        return self._farewell.explain_lost_rank(error)
 
-    def leave(self) -> None:
-        """See `World`."""
+    def destroy(self) -> None:
+        """See `ProcessGroup`."""
         dist.destroy_process_group()
 
 
@@ -247,31 +247,31 @@ def joined(rows: list[list[float]], num_sums: int) -> tuple[list[float], list[fl
     """One row for all ranks: the first `num_sums` figures added up, and of each other one the largest, where what is
     not finite is larger than any number.
 
-    rows: as read from `World.rows`
+    rows: as read from `ProcessGroup.rows`
     """
     columns = list(zip(*rows, strict=True))
     sums = [functools.reduce(operator.add, column) for column in columns[:num_sums]]
     return sums, [next((v for v in column if not math.isfinite(v)), max(column)) for column in columns[num_sums:]]
 
 
-_joined = ALONE
+_joined = SINGLE_PROCESS
 
 
-def current_world() -> World:
+def current_process_group() -> ProcessGroup:
     """The processes that this one has joined."""
     return _joined
 
 
-def join_world() -> World:
+def join_process_group() -> ProcessGroup:
     """Join the other processes of this run, if torchrun's environment says that there are any.
 
     Raises: UsageError if they cannot be reached
     """
     global _joined
-    if _joined is not ALONE:
+    if _joined is not SINGLE_PROCESS:
         return _joined
     if not all(name in os.environ for name in _ENVIRONMENT) or int(os.environ["WORLD_SIZE"]) == 1:
-        return ALONE
+        return SINGLE_PROCESS
     gpus = torch.cuda.is_available() and dist.is_nccl_available()
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
@@ -286,21 +286,21 @@ def join_world() -> World:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # torchrun's, when another process has ended
     if rank:  # rank 0 tells for all: --help, bars
         sys.stdout = open(os.devnull, "w")
-    _joined = Ranks(store, rank, size)
+    _joined = TorchrunGroup(store, rank, size)
     return _joined
 
 
 _SECONDS = 5.0
 
 
-class Farewell:
+class ExitAgreement:
     """The last words of one of `size` processes. store: outlives the process (torchrun's own does)."""
 
     def __init__(self, store: dist.Store, rank: int, size: int):
         self.rank, self.size, self._store = rank, size, dist.PrefixStore("farewell", store)
         self._awaited = set(range(size))
 
-    def is_to_say(self, line: str, follows: bool = False) -> bool:
+    def should_report(self, line: str, follows: bool = False) -> bool:
         """The lowest of the ranks that end with the same line; of lines with a reason elsewhere only if there is none.
 
         Waits for the others, but not long: torchrun ends them all as soon as one has ended.
@@ -311,7 +311,7 @@ class Farewell:
         lines = reasons or {rank: text for rank, (text, _) in said.items()}
         return self.rank == min((rank for rank, text in lines.items() if text == line), default=None)
 
-    def lost(self, error: RuntimeError) -> str | None:
+    def explain_lost_rank(self, error: RuntimeError) -> str | None:
         """The line about a collective that failed because another process is gone; None if it is another error."""
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             return None

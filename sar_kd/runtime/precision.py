@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sar_kd.config.sections import MAX_LOSS_SCALE, MIN_LOSS_SCALE, PrecisionConfig
 from sar_kd.errors import UsageError
-from sar_kd.runtime.distributed import ALONE, World
+from sar_kd.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from sar_kd.runtime.environment import require_kernels
 
 try:
@@ -144,24 +144,26 @@ class Precision:
         _set_random_state(state["rng"], self.device)
 
 
-def setup(config: PrecisionConfig, seed: int, world: World = ALONE) -> Precision:
+def setup(config: PrecisionConfig, seed: int, process_group: ProcessGroup = SINGLE_PROCESS) -> Precision:
     """Choose device and dtype, and seed every generator; of several processes each has its own.
 
     Raises: UsageError if the device is not there, or cannot compute in the dtype asked for
     """
-    seed = world.seed(seed)
+    seed = process_group.seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    return Precision(*choose(config, world)[:2], config.init_loss_scale)
+    return Precision(*choose(config, process_group)[:2], config.init_loss_scale)
 
 
-def choose(config: PrecisionConfig, world: World = ALONE) -> tuple[torch.device, torch.dtype, str]:
+def choose(
+    config: PrecisionConfig, process_group: ProcessGroup = SINGLE_PROCESS
+) -> tuple[torch.device, torch.dtype, str]:
     """The device, the compute dtype, and why it is that one. A GPU is tried with one kernel.
 
     Raises: UsageError as `setup`
     """
-    device = _device(config.device, world)
+    device = _device(config.device, process_group)
     dtype = _dtype(config.model_dtype, device)
     if config.model_dtype != "auto":
         return device, dtype, f"--model_dtype {config.model_dtype}"
@@ -171,10 +173,10 @@ def choose(config: PrecisionConfig, world: World = ALONE) -> tuple[torch.device,
     return device, dtype, f"{torch.cuda.get_device_name(device)} {units} bfloat16 units"
 
 
-def _device(name: str, world: World) -> torch.device:
+def _device(name: str, process_group: ProcessGroup) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = world.device(torch.device(name))
+    device = process_group.device(torch.device(name))
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:

@@ -8,7 +8,7 @@ import threading
 import time
 
 
-class Interruption:
+class StopRequest:
     """Turns the first SIGINT or SIGTERM into `requested`; the second raises KeyboardInterrupt at once.
 
     So does the moment `deadline`, in seconds of `time.monotonic`. Signals reach the main thread only; in another one
@@ -19,7 +19,7 @@ class Interruption:
         self._deadline, self._signalled = deadline, False
         self._former: dict = {}
 
-    def __enter__(self) -> Interruption:
+    def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             self._former = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.runtime.precision import Precision
 from sar_kd.teacher.moe.router_training import FROZEN_ROUTERS, FrozenRouters
 
@@ -26,7 +26,7 @@ class NoTeacher:
         """No routers, so none that learn."""
         return FROZEN_ROUTERS
 
-    def begin(self, validation: Corpus, precision: Precision) -> list[str]:
+    def begin(self, validation: Dataset, precision: Precision) -> list[str]:
         """Nothing to measure."""
         return []
 
@@ -34,7 +34,7 @@ class NoTeacher:
         """Nothing was measured."""
         return {}
 
-    def watch(self, step: int, validation: Corpus, precision: Precision) -> tuple[dict, list[str]]:
+    def watch(self, step: int, validation: Dataset, precision: Precision) -> tuple[dict, list[str]]:
         """Nothing to watch."""
         return {}, []
 

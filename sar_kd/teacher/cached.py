@@ -17,28 +17,28 @@ from sar_kd import embedded
 from sar_kd.config.fields import RunConfig
 from sar_kd.config.runs import Config
 from sar_kd.config.sections import EMBEDDED
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.data.sources import digest_of
 from sar_kd.errors import UsageError
 from sar_kd.evaluation.perplexity import Evaluation, figures_of
-from sar_kd.models.loading import StoredTeacher, load_skeleton
-from sar_kd.runtime.distributed import World
+from sar_kd.models.loading import TeacherInfo, load_meta_model
+from sar_kd.runtime.distributed import ProcessGroup
 from sar_kd.runtime.files import file_digest
 from sar_kd.runtime.precision import Precision
 from sar_kd.teacher.base import NoTeacher
-from sar_kd.teacher.cache.format import TEXTS, differences, fault, read_header
-from sar_kd.teacher.cache.lookup import StoredText
+from sar_kd.teacher.cache.format import TEXTS, cache_error, check_compatible, read_header
+from sar_kd.teacher.cache.lookup import CachedText
 from sar_kd.tokenization.token_table import fingerprint
 
 
-class StoredTeaching(NoTeacher):
+class CachedTeacher(NoTeacher):
     """What a run asks of a teacher that is not there any more, in its own routing."""
 
-    def __init__(self, config: Config, train: Corpus):
+    def __init__(self, config: Config, train: Dataset):
         self._config, self.lines = config, _lines(config, train)
         self._figures: dict = {}
 
-    def begin(self, validation: Corpus, precision: Precision) -> list[str]:
+    def begin(self, validation: Dataset, precision: Precision) -> list[str]:
         """Add up what it made of the held-out text; lines to show."""
         assert validation.stored is not None
         nats, num_tokens = validation.stored.nats()
@@ -56,7 +56,7 @@ class StoredTeaching(NoTeacher):
         return {"teacher_cache": self._config.models.teacher_cache, "teacher_top_k": loss.teacher_top_k}
 
 
-def _lines(config: Config, train: Corpus) -> tuple[str, ...]:
+def _lines(config: Config, train: Dataset) -> tuple[str, ...]:
     """How the blocks of a run lie beside what the teacher read."""
     match = train.stored
     assert match is not None
@@ -83,24 +83,24 @@ Texts = tuple[Any, Any]
 _WEIGHTS = ("*.safetensors", "*.bin")
 
 
-class TeacherCache:
+class CacheReader:
     """A finished cache in a run; `NO_CACHE` where the teacher itself is asked."""
 
     def __init__(self, folder: Path, header: dict, temperature: float):
         self.folder, self._header, self.facts = folder, header, header["facts"]
-        self.teacher: StoredTeacher | None = StoredTeacher(
+        self.teacher: TeacherInfo | None = TeacherInfo(
             self.facts["teacher_rows"], tuple(self.facts["stop_ids"]), self.facts["teacher_limit"]
         )
-        self._texts = [StoredText(folder, header, text, temperature) for text in TEXTS]
+        self._texts = [CachedText(folder, header, text, temperature) for text in TEXTS]
 
-    def texts(self, texts: Texts, tokenizer) -> list[StoredText | None]:
+    def texts(self, texts: Texts, tokenizer) -> list[CachedText | None]:
         """What is stored of training and held-out text.
 
         tokenizer: the teacher's, as the run has loaded it
         Raises: UsageError if these are not the text and the tokenizer that the cache was made with
         """
         facts = {"text": [digest_of(text) for text in texts], "tokenizer": fingerprint(tokenizer)}
-        differences(self.folder, self._header, facts)
+        check_compatible(self.folder, self._header, facts)
         return list(self._texts)
 
     def check(self, config: Config, say: Callable[[str], None]) -> None:
@@ -116,7 +116,7 @@ class TeacherCache:
             for stored in self._texts:
                 for number in range(len(stored.shards.digests)):
                     bar.update(stored.shards.check(number))
-        found = identity_of(config.models.teacher_model, config.models.trust_remote_code)
+        found = model_fingerprint(config.models.teacher_model, config.models.trust_remote_code)
         compared = _require_same(self.folder, self.facts["teacher"], found)
         k, dtype = self.facts["teacher_top_k"], self.facts["dtype"]
         say(
@@ -130,7 +130,7 @@ class _NoCache:
 
     teacher = None
 
-    def texts(self, texts: Texts, tokenizer) -> list[StoredText | None]:
+    def texts(self, texts: Texts, tokenizer) -> list[CachedText | None]:
         """Nothing is stored."""
         return [None] * len(texts)
 
@@ -138,7 +138,7 @@ class _NoCache:
 NO_CACHE = _NoCache()
 
 
-def open_teacher_cache(config: Config, world: World, log: Any) -> tuple[Config, TeacherCache | _NoCache]:
+def open_teacher_cache(config: Config, process_group: ProcessGroup, log: Any) -> tuple[Config, CacheReader | _NoCache]:
     """The cache that `--teacher_cache` names, checked, and the settings of a run with it.
 
     Raises: UsageError if it is unfinished, damaged, or not what this run asks for
@@ -147,8 +147,8 @@ def open_teacher_cache(config: Config, world: World, log: Any) -> tuple[Config, 
         return config, NO_CACHE
     folder = Path(config.models.teacher_cache)
     header = check_settings(config)
-    cache = TeacherCache(folder, header, config.loss.temperature)
-    world.first(lambda: cache.check(config, log.say))
+    cache = CacheReader(folder, header, config.loss.temperature)
+    process_group.on_rank_zero(lambda: cache.check(config, log.say))
     top_k = config.loss.teacher_top_k or header["facts"]["teacher_top_k"]
     return dataclasses.replace(config, loss=dataclasses.replace(config.loss, teacher_top_k=top_k)), cache
 
@@ -160,44 +160,48 @@ def check_settings(config: RunConfig) -> dict:
     """
     folder, loss, routing = Path(config.models.teacher_cache), config.loss, config.routing.routing
     if loss.alpha_kd == 0:
-        raise fault(folder, "--alpha_kd is 0, so no teacher is heard; leave the cache out")
+        raise cache_error(folder, "--alpha_kd is 0, so no teacher is heard; leave the cache out")
     if routing not in ("native", "auto"):
         what = "its routers learn" if routing == "sar" else f"--routing {routing} asks other experts"
-        raise fault(
+        raise cache_error(
             folder, f"holds the teacher in its own routing, and {what}; leave the cache out, or --routing native"
         )
     if config.on_policy.on_policy_fraction:
-        raise fault(folder, "holds a fixed text, and --on_policy_fraction asks about another; leave one of them out")
+        raise cache_error(
+            folder, "holds a fixed text, and --on_policy_fraction asks about another; leave one of them out"
+        )
     if config.memory.offload_teacher_to_cpu or config.memory.teacher_quantization != "off":
-        raise fault(
+        raise cache_error(
             folder, "stands for the teacher, which is not loaded; leave out --offload_teacher_to_cpu and "
             "--teacher_quantization"
         )  # fmt: skip
     if loss.alignment == "hidden":
-        raise fault(folder, "holds no hidden states, which --alignment hidden compares; leave the cache out")
+        raise cache_error(folder, "holds no hidden states, which --alignment hidden compares; leave the cache out")
     if loss.logit_clamp_style == "raw":
-        raise fault(
+        raise cache_error(
             folder, "holds no logits, which --logit_clamp_style raw clamps; use normalized, or leave the cache out"
         )
     header = read_header(folder)
     if not header["complete"]:
-        raise fault(folder, "is not finished; `python -m sar_kd cache` with its flags goes on")
-    differences(folder, header, {"block_size": config.data.block_size})
+        raise cache_error(folder, "is not finished; `python -m sar_kd cache` with its flags goes on")
+    check_compatible(folder, header, {"block_size": config.data.block_size})
     k = header["facts"]["teacher_top_k"]
     if loss.teacher_top_k > k:
-        raise fault(folder, f"holds {k} tokens of each row, fewer than --teacher_top_k {loss.teacher_top_k}")
+        raise cache_error(folder, f"holds {k} tokens of each row, fewer than --teacher_top_k {loss.teacher_top_k}")
     known = header["facts"]["temperatures"]
     if loss.alignment in ("auto", "projection") and loss.temperature not in known:
         shown = ", ".join(f"{value:g}" for value in known)
-        raise fault(folder, f"serves --temperature {shown}, not {loss.temperature:g}; make it with --temperatures")
+        raise cache_error(
+            folder, f"serves --temperature {shown}, not {loss.temperature:g}; make it with --temperatures"
+        )
     return header
 
 
-def identity_of(name: str, trust_remote_code: bool) -> dict[str, str]:
+def model_fingerprint(name: str, trust_remote_code: bool) -> dict[str, str]:
     """What tells a teacher from another: digests of its files, or its commit on the hub; no weights are loaded."""
     folder = embedded.TEACHER_DIR if name == EMBEDDED else Path(name).expanduser()
     if not folder.is_dir():
-        commit = getattr(load_skeleton("teacher_model", name, trust_remote_code).config, "_commit_hash", None)
+        commit = getattr(load_meta_model("teacher_model", name, trust_remote_code).config, "_commit_hash", None)
         return {"commit": commit or name}
     weights = sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern))
     found = {path.name: file_digest(path) for path in weights}
@@ -213,5 +217,5 @@ def _require_same(folder: Path, stored: dict[str, str], found: dict[str, str]) -
     weights = common - {"config.json"}
     is_other = any(stored[name] != found[name] for name in common)
     if is_other or (not weights and len(found) > 1 and len(stored) > 1):
-        raise fault(folder, "was made with another teacher (its files have other digests)")
+        raise cache_error(folder, "was made with another teacher (its files have other digests)")
     return bool(weights)

@@ -9,26 +9,26 @@ from typing import Any
 import torch
 
 from sar_kd.config.runs import Config, RoutingConfig
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.errors import UsageError
-from sar_kd.evaluation.perplexity import Evaluation, evaluate, share
+from sar_kd.evaluation.perplexity import Evaluation, evaluate, shard_batches
 from sar_kd.losses.objective import Objective
-from sar_kd.models.lm_head import Heads
+from sar_kd.models.lm_head import LMHeads
 from sar_kd.models.loading import Models
 from sar_kd.models.memory_saving import recompute_activations_
-from sar_kd.runtime.distributed import ALONE, World
+from sar_kd.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from sar_kd.runtime.precision import Precision
 from sar_kd.teacher.moe.discovery import describe_routers, find_routers, require_routers, router_parameters
 from sar_kd.teacher.moe.router_checkpoint import FILE, save_router_update
 from sar_kd.teacher.moe.router_metrics import Shares, alarms_of, figures_of
-from sar_kd.teacher.moe.router_training import FROZEN_ROUTERS, FrozenRouters, RouterLearner
+from sar_kd.teacher.moe.router_training import FROZEN_ROUTERS, FrozenRouters, RouterTrainer
 from sar_kd.teacher.moe.routing_hooks import Routing, verify
 
 LARGEST_LOSS = 0.05
 """A routing in which the teacher's perplexity is worse by a larger share than this is not chosen unasked."""
 
 
-class TeacherRouting:
+class LiveTeacher:
     """How the teacher routes in a run, and what becomes of its routers. Use as a context around the run."""
 
     def __init__(
@@ -39,13 +39,13 @@ class TeacherRouting:
         lines: list[str],
         config: Config,
         models: Models,
-        world: World = ALONE,
-        heads: Heads | None = None,
+        process_group: ProcessGroup = SINGLE_PROCESS,
+        heads: LMHeads | None = None,
     ):
         """word: 'native', 'all', 'ka' or 'sar'; lines: what to say at the start; heads: of models tried already"""
         self.word, self.routing, self.lines = word, routing, lines
         self.learner: Any = learner  # what a RouterLearner has beyond FrozenRouters is asked of one that learns only
-        self._config, self._models, self._world, self._heads = config, models, world, heads
+        self._config, self._models, self._process_group, self._heads = config, models, process_group, heads
         self.passes = config.routing.ka_passes if word == "ka" else 1
         """Steps in a row on the same text"""
         self.start: dict = {}
@@ -53,7 +53,7 @@ class TeacherRouting:
         self.alarms: list[str] = []
         self.stopped_at: int | None = None
 
-    def __enter__(self) -> TeacherRouting:
+    def __enter__(self) -> LiveTeacher:
         self.routing.__enter__()
         return self
 
@@ -65,14 +65,14 @@ class TeacherRouting:
 
         rate_at: the learning rate of this attempt for a given peak
         """
-        if self.stopped_at is not None or not isinstance(self.learner, RouterLearner):
+        if self.stopped_at is not None or not isinstance(self.learner, RouterTrainer):
             return FROZEN_ROUTERS
         config = self._config
         self.learner.set_learning_rate_(rate_at(config.routing.router_lr))
         self.learner.measures = (step + 1) % config.train.log_steps == 0
         return self.learner
 
-    def begin(self, validation: Corpus, precision: Precision) -> list[str]:
+    def begin(self, validation: Dataset, precision: Precision) -> list[str]:
         """Measure the teacher before the first step, choose the experts of `--sar_routing auto`; lines to show.
 
         Every expert active is what no mixture of experts was trained for, and some are useless that way.
@@ -99,7 +99,7 @@ class TeacherRouting:
         """The teacher as it was before the first step, in its own routing."""
         return {name: self.start[f"teacher_{name}_native"] for name in ("val_ppl", "val_bits_per_byte")}
 
-    def measure(self, validation: Corpus, precision: Precision) -> dict:
+    def measure(self, validation: Dataset, precision: Precision) -> dict:
         """The teacher on held-out text in its own routing and in the run's, and its routers' entropy and usage."""
         with self.routing.using("native"):
             native, found = self._evaluate(validation, precision)
@@ -112,14 +112,16 @@ class TeacherRouting:
                 routed, own = self._evaluate(validation, precision)
         return figures_of(native, "native") | figures_of(routed, "routed") | own
 
-    def _evaluate(self, validation: Corpus, precision: Precision) -> tuple[Evaluation, dict]:
-        shares, world = Shares(self.routing, self._world), self._world
-        batches = share(validation.token_batches("teacher", self._config.train.per_device_batch_size), world)
-        what = self._models.teacher, shares.watch(batches), validation.text.num_bytes, precision, world
+    def _evaluate(self, validation: Dataset, precision: Precision) -> tuple[Evaluation, dict]:
+        shares, process_group = Shares(self.routing, self._process_group), self._process_group
+        batches = shard_batches(
+            validation.token_batches("teacher", self._config.train.per_device_batch_size), process_group
+        )
+        what = self._models.teacher, shares.watch(batches), validation.text.num_bytes, precision, process_group
         read = evaluate(*what, heads=self._heads, workspace_mb=self._config.loss.loss_workspace_mb)
         return read, shares.figures()
 
-    def watch(self, step: int, validation: Corpus, precision: Precision) -> tuple[dict, list[str]]:
+    def watch(self, step: int, validation: Dataset, precision: Precision) -> tuple[dict, list[str]]:
         """Measure routers that learn; the figures, and lines about what is alarming for the first time."""
         if not self.learner.learns:
             return {}, []
@@ -139,7 +141,7 @@ class TeacherRouting:
         if not self.learner.learns:
             return
         self.learner.check_frozen()
-        self._world.first(lambda: self._write(folder, step))
+        self._process_group.on_rank_zero(lambda: self._write(folder, step))
 
     def _write(self, folder: Path, step: int) -> None:
         routing, teacher = self._config.routing, self._models.teacher
@@ -168,7 +170,7 @@ class TeacherRouting:
         """Routers, their optimizer, the draws, and what was measured."""
         learned = self.learner.state_dict() if self.learner.learns else {}
         told = {"start": self.start, "last": self.last, "alarms": self.alarms, "stopped_at": self.stopped_at}
-        draws, *others = self._world.gather(self.routing.state_dict())
+        draws, *others = self._process_group.all_gather_object(self.routing.state_dict())
         return {"routing": draws, "others": others, "rule": self.routing.rule, "learner": learned, **told}
 
     def load_state_dict(self, state: dict) -> None:
@@ -178,35 +180,37 @@ class TeacherRouting:
         """
         if self.learner.learns:
             self.learner.load_state_dict(state["learner"])
-        self.routing.load_state_dict([state["routing"], *state["others"]][self._world.rank])
+        self.routing.load_state_dict([state["routing"], *state["others"]][self._process_group.rank])
         self.routing.use(state["rule"])
         self.start, self.last = state["start"], state["last"]
         self.alarms, self.stopped_at = list(state["alarms"]), state["stopped_at"]
 
 
 def build_teacher_routing(
-    config: Config, models: Models, objective: Objective, train: Corpus, world: World = ALONE
-) -> TeacherRouting:
+    config: Config, models: Models, objective: Objective, train: Dataset, process_group: ProcessGroup = SINGLE_PROCESS
+) -> LiveTeacher:
     """What `--routing` asks for; auto is sar for a mixture of experts and native for a dense teacher.
 
     Raises: UsageError with the reason, where the teacher cannot have the routing asked for
     """
     settings, teacher, precision = config.routing, models.teacher, objective.precision
-    word, specs, reason = _resolve(config, models, objective, world.size > 1 and config.train.parallel == "fsdp")
+    word, specs, reason = _resolve(
+        config, models, objective, process_group.size > 1 and config.train.parallel == "fsdp"
+    )
     natively = word == "sar" and settings.sar_routing == "native"
     if word != "native":
         require_routers(teacher, specs, word, natively)
         specs = verify(teacher, specs, lambda: _try(models, precision))
     rule = "native" if natively else "all" if word == "sar" else word
-    seed = world.seed(config.train.seed)  # every rank draws for its own tokens
+    seed = process_group.seed(config.train.seed)  # every rank draws for its own tokens
     routing = Routing(teacher, specs if word != "native" else [], rule, settings.ka_lambda, seed)
     learner = FROZEN_ROUTERS
     if word == "sar":
-        learner = RouterLearner(objective, routing, settings, config.loss, train.pairing, world)
+        learner = RouterTrainer(objective, routing, settings, config.loss, train.aligner, process_group)
         if settings.activation_checkpointing:
             recompute_activations_(teacher)
     lines = [_line(word, reason, settings, specs)]
-    return TeacherRouting(word, routing, learner, lines, config, models, world, objective.heads)
+    return LiveTeacher(word, routing, learner, lines, config, models, process_group, objective.heads)
 
 
 def _resolve(config: Config, models: Models, objective: Objective, in_shards: bool) -> tuple[str, list, str]:

@@ -67,7 +67,10 @@ def _place(buffer: str, first: int, encoders: Sequence[Encoder], canonical) -> t
     low, high = first + PIECE // 2, first + PIECE
     fallback = None
     for place in _candidates(buffer, low, high):
-        left, right = buffer[place - _AROUND : place], buffer[place : place + _AROUND]
+        left, right = (
+            buffer[place - _AROUND : place],
+            buffer[place : place + _AROUND],
+        )
         whole, left, right = map(canonical, (left + right, left, right))
         if left and right and left + right == whole:
             fallback = fallback or (place, left, right)

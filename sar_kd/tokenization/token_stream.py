@@ -11,7 +11,7 @@ import numpy as np
 
 from sar_kd.tokenization.token_table import Ids, TokenTable
 
-GLUE, PROMPT, RESPONSE, STOP = range(4)
+TEMPLATE, PROMPT, RESPONSE, STOP = range(4)
 """Kinds of parts; from RESPONSE on they are to be learned."""
 
 
@@ -64,7 +64,7 @@ class TokenStream:
     """bool [N]: the token is to be predicted."""
 
 
-def lay(documents: Sequence[list[Part]], table: TokenTable | None) -> tuple[TokenStream, np.ndarray]:
+def concatenate_spans(documents: Sequence[list[Part]], table: TokenTable | None) -> tuple[TokenStream, np.ndarray]:
     """One tokenizer's stream of documents in parts, and int64 [documents + 1]: its tokens before each, and all.
 
     table: None where tokens count one each, or the parts say themselves where their tokens end
@@ -84,7 +84,7 @@ def lay(documents: Sequence[list[Part]], table: TokenTable | None) -> tuple[Toke
     lasts = np.cumsum(counts) - 1
     flags[(lasts - counts + 1)[has_dummy & ~is_text]] = True
     widths = table.lengths[ids] - flags
-    widths[(kinds == GLUE) | (kinds == STOP)] = 0
+    widths[(kinds == TEMPLATE) | (kinds == STOP)] = 0
     widths[lasts[part_kinds == STOP]] = 1
     return TokenStream(ids, np.cumsum(widths), flags, is_target), bounds
 
@@ -133,7 +133,7 @@ class Blocks(Sequence[Block]):
 
 
 @dataclass(frozen=True)
-class JoinedText:
+class TokenizedText:
     """All documents as one stream for each model; one and the same where the tokenizers are equal."""
 
     student: TokenStream

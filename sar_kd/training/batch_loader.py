@@ -11,22 +11,33 @@ from typing import Generic, TypeVar
 
 from sar_kd.config.sections import TrainConfig
 from sar_kd.data.batch import Batch
-from sar_kd.data.dataset import Corpus
-from sar_kd.runtime.distributed import World
+from sar_kd.data.dataset import Dataset
+from sar_kd.runtime.distributed import ProcessGroup
 from sar_kd.training.on_policy import OnPolicy
 from sar_kd.training.step import StepReport
 
 _Key = tuple[int, frozenset[int]]
 
 
-class Feed:
+class BatchLoader:
     """A run's micro-batches, by step and by what is left out of the text."""
 
     def __init__(
-        self, train: Corpus, settings: TrainConfig, passes: int, world: World, on_policy: OnPolicy | None = None
+        self,
+        train: Dataset,
+        settings: TrainConfig,
+        passes: int,
+        process_group: ProcessGroup,
+        on_policy: OnPolicy | None = None,
     ):
         """passes: attempts in a row on the same text"""
-        self.train, self.settings, self.passes, self.world, self.on_policy = train, settings, passes, world, on_policy
+        self.train, self.settings, self.passes, self.process_group, self.on_policy = (
+            train,
+            settings,
+            passes,
+            process_group,
+            on_policy,
+        )
         self._ahead = Prefetch(self._make)
 
     def take(self, step: int, left_out: frozenset[int]) -> tuple[list[Batch], Callable[[StepReport], list[Batch]]]:
@@ -42,14 +53,14 @@ class Feed:
 
     def _make(self, key: _Key) -> list:
         """Called in a thread, a step ahead."""
-        return self._micro_batches(*key, self.world.rank)
+        return self._micro_batches(*key, self.process_group.rank)
 
     def _window(self, step: int, left_out: frozenset[int], report: StepReport, own: list[Batch]) -> list[Batch]:
         """The micro-batches among which a NaN batch is to be looked for; every rank looks at the same ones."""
-        if self.world.size == 1:
+        if self.process_group.size == 1:
             return own
         # Whose gradient is not finite is not known: by then it is the sum of all.
-        ranks = [report.rank] if report.verdict.cause == "forward" else range(self.world.size)
+        ranks = [report.rank] if report.verdict.cause == "forward" else range(self.process_group.size)
         return [batch for rank in ranks for batch in self._micro_batches(step, left_out, rank)]
 
     def _micro_batches(self, step: int, left_out: frozenset[int], rank: int) -> list:
@@ -57,7 +68,7 @@ class Feed:
         settings, step = self.settings, step // self.passes
         sizes = settings.per_device_batch_size, settings.grad_accum_steps
         made: list = []
-        for blocks in self.train.micro_blocks(step, *sizes, settings.seed, rank, self.world.size):
+        for blocks in self.train.micro_blocks(step, *sizes, settings.seed, rank, self.process_group.size):
             place = step * settings.grad_accum_steps + len(made)
             blocks = left_in(self.train, blocks, left_out)
             writes = self.on_policy is not None and self.on_policy.is_on_policy(place)
@@ -105,7 +116,7 @@ class Prefetch(Generic[Key, Made]):
         self._pool.shutdown(cancel_futures=True)
 
 
-def left_in(train: Corpus, blocks: list[int], left_out: frozenset[int]) -> list[int]:
+def left_in(train: Dataset, blocks: list[int], left_out: frozenset[int]) -> list[int]:
     """The blocks of a batch, with the next one that is not left out in the place of each one that is.
 
     Unchanged if that would leave nothing.

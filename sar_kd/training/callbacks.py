@@ -15,17 +15,17 @@ from torch import nn
 from sar_kd.config.sections import DataConfig
 from sar_kd.data import unit_questions
 from sar_kd.data.batch import Batch
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.data.unit_questions import task_questions
 from sar_kd.errors import UsageError
-from sar_kd.evaluation.question_answering import BenchmarkResult, benchmark
-from sar_kd.models.loading import Models, load_for_writing
-from sar_kd.runtime.console import few
+from sar_kd.evaluation.question_answering import AnswerScores, answer_questions
+from sar_kd.models.loading import Models, load_for_generation
+from sar_kd.runtime.console import first_few
 from sar_kd.runtime.precision import Precision
 from sar_kd.training.step import StepReport
 
 
-class Companion:
+class Callback:
     """The trainer's questions, each with the answer of a companion that has none."""
 
     def __init__(self):
@@ -53,15 +53,15 @@ class Companion:
         return {}
 
 
-class Companions(Companion):
+class Callbacks(Callback):
     """All that take part in a run, as the calendar sees them: in order, one after the other."""
 
-    def __init__(self, members: Sequence[Companion] = ()):
+    def __init__(self, members: Sequence[Callback] = ()):
         super().__init__()
         self._members = members
 
     def begin(self) -> list[str]:
-        """See `Companion`."""
+        """See `Callback`."""
         return [line for member in self._members for line in member.begin()]
 
     def look(self, step: int, report: StepReport, window: Callable[[], list[Batch]]) -> tuple[list[str], str | None]:
@@ -69,21 +69,21 @@ class Companions(Companion):
         return self.note(step, report, window()) if self._members else ([], None)
 
     def note(self, step: int, report: StepReport, micro_batches: Sequence[Batch]) -> tuple[list[str], str | None]:
-        """See `Companion`; the first reason to stop."""
+        """See `Callback`; the first reason to stop."""
         found = [member.note(step, report, micro_batches) for member in self._members]
         lines = [line for said, _ in found for line in said]
         return lines, next((reason for _, reason in found if reason), None)
 
     def figures(self) -> dict:
-        """See `Companion`."""
+        """See `Callback`."""
         return {name: value for member in self._members for name, value in member.figures().items()}
 
     def finish(self, student_folder: Path) -> list[str]:
-        """See `Companion`."""
+        """See `Callback`."""
         return [line for member in self._members for line in member.finish(student_folder)]
 
     def summary(self) -> dict:
-        """See `Companion`."""
+        """See `Callback`."""
         return {name: value for member in self._members for name, value in member.summary().items()}
 
     def all_kept(self) -> list[dict]:
@@ -120,23 +120,23 @@ ZERO_GRADIENT = (
 )
 
 
-def check_targets(train: Corpus, data: DataConfig) -> list[str]:
+def check_targets(train: Dataset, data: DataConfig) -> list[str]:
     """Lines about examples in which not only an answer is learned.
 
     Raises: UsageError with the cause, where more than 1 % of the documents had to be left out
     """
     missing, found = train.text.left_out, len(train.text.names)
     if len(missing) > LARGEST_SHARE * (len(missing) + found):
-        share = f"{len(missing)} of {len(missing) + found} documents cannot be used ({few(missing)})"
+        share = f"{len(missing)} of {len(missing) + found} documents cannot be used ({first_few(missing)})"
         raise UsageError(f"--block_size {data.block_size}: {share}: {NO_TARGETS}")
     plain = found - len(train.text.conversations)
     return [f"{plain} of {found} documents are plain text: all of it is learned, not an answer only"] if plain else []
 
 
-class Vitals(Companion):
+class TargetChecks(Callback):
     """Stops a run that cannot learn, and names the cause."""
 
-    def __init__(self, train: Corpus):
+    def __init__(self, train: Dataset):
         super().__init__()
         self._train = train
         self.kept = {"batches": 0, "without_targets": 0, "zero_losses": 0, "zero_gradients": 0}
@@ -149,10 +149,10 @@ class Vitals(Companion):
         names = list(
             dict.fromkeys(n for batch in empty for block in batch.blocks for n in self._train.documents_of(block))
         )
-        lines = [f"Step {step}: a batch without a target is skipped (no_targets): {few(names)}"] if empty else []
+        lines = [f"Step {step}: a batch without a target is skipped (no_targets): {first_few(names)}"] if empty else []
         if kept["without_targets"] > LARGEST_SHARE * max(kept["batches"], _FEWEST_BATCHES):
             count = f"{kept['without_targets']} of {kept['batches']} batches have no target"
-            return lines, f"{count} ({few(names)}): {NO_TARGETS}"
+            return lines, f"{count} ({first_few(names)}): {NO_TARGETS}"
         if report.verdict.applied:
             kept["zero_losses"] = kept["zero_losses"] + 1 if report.loss == 0.0 else 0
             kept["zero_gradients"] = kept["zero_gradients"] + 1 if report.grad_norm == 0.0 else 0
@@ -166,7 +166,7 @@ class Vitals(Companion):
         return {"batches_without_targets": self.kept["without_targets"]}
 
 
-class Exam(Companion):
+class TaskEvaluation(Callback):
     """Asks the test questions, which no run has trained on or chosen its best student by."""
 
     def __init__(
@@ -181,7 +181,7 @@ class Exam(Companion):
         super().__init__()
         self._models, self._precision, self._trust = models, precision, trust_remote_code
         self._questions = unit_questions.questions("test", unit_questions.COUNTS["test"])[:most]
-        self._corpus = Corpus(task_questions("test")[:most], models.tokenizers, *limits)
+        self._corpus = Dataset(task_questions("test")[:most], models.tokenizers, *limits)
 
     def begin(self) -> list[str]:
         """Ask the models that are there."""
@@ -193,11 +193,11 @@ class Exam(Companion):
     def finish(self, student_folder: Path) -> list[str]:
         """Ask the student as it is, and the one that was saved, as it loads from there."""
         end = self._ask("student_end", self._models.student, "student at the end")
-        student, _ = load_for_writing("output_dir", str(student_folder), self._trust)
+        student, _ = load_for_generation("output_dir", str(student_folder), self._trust)
         return [end, self._ask("student", student.to(self._precision.device), "student as saved")]
 
     def _ask(self, key: str, model: nn.Module, who: str, which: str = "student") -> str:
-        result = benchmark(
+        result = answer_questions(
             model, self._corpus, self._questions, self._precision, which=which, label=f"Questions, {who}"
         )
         self.kept[key] = _figures(result)
@@ -208,5 +208,5 @@ class Exam(Companion):
         return {"benchmark_result": self.kept}
 
 
-def _figures(result: BenchmarkResult) -> dict:
+def _figures(result: AnswerScores) -> dict:
     return {"accuracy": result.accuracy, "answer_rate": result.answer_rate, "num_questions": result.num_questions}

@@ -27,13 +27,13 @@ from torch import Tensor, nn
 
 from sar_kd.errors import UsageError
 from sar_kd.losses.objective import Objective
-from sar_kd.models.lora import save_learned
+from sar_kd.models.lora import save_trainable
 from sar_kd.runtime.files import file_digest, replace_text, require_room
 from sar_kd.runtime.precision import Precision, peak_memory
 from sar_kd.teacher.base import NoTeacher
-from sar_kd.teacher.live import TeacherRouting
+from sar_kd.teacher.live import LiveTeacher
 from sar_kd.training.guards import CAUSES, StepGuard
-from sar_kd.training.parallel import WHOLE, Placement
+from sar_kd.training.parallel import SINGLE_DEVICE, ParallelStrategy
 
 _FILES = ("student.safetensors", "state.pt", "progress.json")
 
@@ -97,10 +97,10 @@ def save_checkpoint(
     precision: Precision,
     guard: StepGuard,
     objective: Objective,
-    routing: TeacherRouting | NoTeacher,
+    routing: LiveTeacher | NoTeacher,
     progress: dict,
     keep: int = 2,
-    placement: Placement = WHOLE,
+    placement: ParallelStrategy = SINGLE_DEVICE,
 ) -> None:
     """Write the state after `progress["step"]` attempts: weights, optimizer, loss scale, random numbers, counters, and
     what the objective and the teacher's routers learn beside the student. The newest `keep` checkpoints stay. Of
@@ -111,9 +111,9 @@ def save_checkpoint(
     owners: dict[str, Any]
     owners = {"optimizer": optimizer, "precision": precision, "objective": objective, "routing": routing}
     state = {part: placement.whole(owner.state_dict()) for part, owner in owners.items()}
-    state["others"] = placement.world.gather(state["precision"])[1:]
+    state["others"] = placement.process_group.all_gather_object(state["precision"])[1:]
     weights, counters = placement.weights(), {"progress": progress, "guard": guard.state_dict()}
-    placement.world.first(lambda: _write(folder, student, weights, state, counters, keep))
+    placement.process_group.on_rank_zero(lambda: _write(folder, student, weights, state, counters, keep))
 
 
 def _write(
@@ -127,7 +127,7 @@ def _write(
     with _writing(partial, folder.parent, what):
         partial.mkdir(parents=True)
         if weights is None:
-            save_learned(student, partial / "student.safetensors")
+            save_trainable(student, partial / "student.safetensors")
         else:
             safetensors.torch.save_file(weights, str(partial / "student.safetensors"))
         torch.save(state, partial / "state.pt")
@@ -152,15 +152,15 @@ def load_checkpoint(
     precision: Precision,
     guard: StepGuard,
     objective: Objective,
-    routing: TeacherRouting | NoTeacher,
-    placement: Placement = WHOLE,
+    routing: LiveTeacher | NoTeacher,
+    placement: ParallelStrategy = SINGLE_DEVICE,
 ) -> dict:
     """Put everything back as `save_checkpoint` found it, and return `progress`.
 
     Raises: UsageError if there is no checkpoint, or it cannot be read; it then names the one before, if that is sound;
     likewise if it was made by another number of processes
     """
-    path, world = folder / _latest(folder), placement.world
+    path, process_group = folder / _latest(folder), placement.process_group
     with _reading(folder, path):
         damage = _damage(path)
         if damage:
@@ -168,15 +168,15 @@ def load_checkpoint(
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         saved = json.loads((path / "progress.json").read_text())
         of_ranks = [state["precision"], *state["others"]]
-    if len(of_ranks) != world.size:
+    if len(of_ranks) != process_group.size:
         start = f"with torchrun, {len(of_ranks)} processes in all" if len(of_ranks) > 1 else "without torchrun"
         raise UsageError(
-            f"--resume: {path} is of {len(of_ranks)} processes, and {world.size} are running; start it {start}"
+            f"--resume: {path} is of {len(of_ranks)} processes, and {process_group.size} are running; start it {start}"
         )
     with _reading(folder, path):
         placement.load_student_(student, path / "student.safetensors")
         placement.load_optimizer_(optimizer, state["optimizer"])
-        precision.load_state_dict(of_ranks[world.rank])
+        precision.load_state_dict(of_ranks[process_group.rank])
         objective.load_state_dict(placement.like(state["objective"], objective.state_dict()))
         routing.load_state_dict(state["routing"])
         guard.load_state_dict(saved["guard"])
@@ -273,7 +273,7 @@ def _flush(path: Path) -> None:
 
 
 @dataclass
-class Progress:
+class TrainerState:
     """Where a run stands: everything that a resumed run must know and no other object carries."""
 
     step: int = 0

@@ -16,14 +16,14 @@ import torch
 
 from sar_kd.config.runs import Config, OnPolicyConfig
 from sar_kd.data.batch import Batch
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.errors import UsageError
-from sar_kd.models.generation import FAULTS, Written, write
+from sar_kd.models.generation import ISSUES, Generation, write
 from sar_kd.models.loading import Models
-from sar_kd.runtime.distributed import World
+from sar_kd.runtime.distributed import ProcessGroup
 from sar_kd.runtime.precision import Precision
-from sar_kd.training.callbacks import Companion
-from sar_kd.training.rollouts import Prompt, Response, Responses
+from sar_kd.training.callbacks import Callback
+from sar_kd.training.rollouts import Prompt, Response, Rollouts
 from sar_kd.training.step import StepReport
 
 _FIRST, _LATE = 10, 10
@@ -35,14 +35,14 @@ _COUNTS = ("responses", "tokens", "ended", "empty", "cut_off")
 """Of all responses: tokens, without the one a response stops with; cut_off: there was no room for more."""
 
 
-class OnPolicy(Companion):
+class OnPolicy(Callback):
     """Writes the responses of the on-policy micro-batches, and keeps those that are to be learned from again."""
 
     def __init__(
         self,
         config: OnPolicyConfig,
         models: Models,
-        train: Corpus,
+        train: Dataset,
         limits: tuple[int, int],
         precision: Precision,
         seed: int,
@@ -58,7 +58,7 @@ class OnPolicy(Companion):
                 "cannot read exactly what the student writes; leave the flag out"
             )
         self.config, self.student, self.precision, self.seed = config, models.student, precision, seed
-        self.responses = Responses(train, *limits)
+        self.responses = Rollouts(train, *limits)
         self._stops = self.responses.stops()
         self._figures: dict = {}
         self.kept = {
@@ -70,7 +70,7 @@ class OnPolicy(Companion):
             "late": [],
             "alarmed": False,
         }
-        self.kept["totals"] = dict.fromkeys((*_COUNTS, *FAULTS), 0)
+        self.kept["totals"] = dict.fromkeys((*_COUNTS, *ISSUES), 0)
 
     def is_on_policy(self, place: int) -> bool:
         """Does the student's own text stand in this micro-batch, counted from the start of the run?
@@ -120,7 +120,7 @@ class OnPolicy(Companion):
             return
         prompts = [prompt for own in asked.values() for prompt in own]
         written = iter(zip(prompts, self._write(step, prompts), strict=True))
-        found: list[Written] = []
+        found: list[Generation] = []
         faults: Counter = Counter()
         for place, own in asked.items():
             pairs = [next(written) for _ in own]
@@ -133,7 +133,7 @@ class OnPolicy(Companion):
             self.kept["replay"] = [*self.kept["replay"], *rows][-self.config.replay_size :]
         self._count(found, faults)
 
-    def _write(self, step: int, prompts: list[Prompt]) -> list[Written]:
+    def _write(self, step: int, prompts: list[Prompt]) -> list[Generation]:
         student, config = self.student, self.config
         was_training = student.training
         student.eval()
@@ -151,7 +151,7 @@ class OnPolicy(Companion):
         student.train(was_training)
         return written
 
-    def _count(self, found: list[Written], faults: Counter) -> None:
+    def _count(self, found: list[Generation], faults: Counter) -> None:
         lengths = [len(each.ids) for each in found]
         shares = [len(set(each.ids)) / len(each.ids) for each in found if each.ids]
         counts = {
@@ -196,7 +196,7 @@ class OnPolicy(Companion):
     def summary(self) -> dict:
         """All that was written, and how long it took."""
         totals = self.kept["totals"]
-        counts, faults = ({name: totals[name] for name in names} for names in (_COUNTS, FAULTS))
+        counts, faults = ({name: totals[name] for name in names} for names in (_COUNTS, ISSUES))
         return {"on_policy": {"sampling_seconds": self.kept["sampling_seconds"], **counts, "faults": faults}}
 
 
@@ -214,15 +214,20 @@ def _response(row: list) -> Response:
 
 
 def build_on_policy(
-    config: Config, models: Models, train: Corpus, limits: tuple[int, int], precision: Precision, world: World
+    config: Config,
+    models: Models,
+    train: Dataset,
+    limits: tuple[int, int],
+    precision: Precision,
+    process_group: ProcessGroup,
 ) -> OnPolicy | None:
     """None where the student writes nothing. Raises: UsageError with several processes, and as `OnPolicy`"""
     settings = config.on_policy
     if not settings.on_policy_fraction:
         return None
-    if world.size > 1:
+    if process_group.size > 1:
         raise UsageError(
-            f"--on_policy_fraction {settings.on_policy_fraction:g}: takes one process, and {world.size} are running; "
+            f"--on_policy_fraction {settings.on_policy_fraction:g}: takes one process, and {process_group.size} are running; "
             "start it without torchrun"
         )
     return OnPolicy(settings, models, train, limits, precision, config.train.seed)

@@ -1,6 +1,6 @@
 """Where the student lies, as the step and the files see it: whole on one device; `several_devices` has the other ways.
 
-A forward and the loss made of it run inside `Placement.forward`, whatever they call in there, and nothing else knows of
+A forward and the loss made of it run inside `ParallelStrategy.forward`, whatever they call in there, and nothing else knows of
 a wrapper: the student stays the model that it is.
 
 The student on several devices: whole on each of them, or in shards over them.
@@ -27,16 +27,16 @@ from sar_kd.config.sections import TrainConfig
 from sar_kd.data.batch import Batch
 from sar_kd.errors import UsageError
 from sar_kd.losses.objective import LossTerms, Objective
-from sar_kd.models.lora import load_learned
+from sar_kd.models.lora import load_trainable
 from sar_kd.models.memory_saving import layers_of
-from sar_kd.runtime.distributed import ALONE, World
+from sar_kd.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from sar_kd.training.optimizer import parameters_of
 
 
-class Placement:
+class ParallelStrategy:
     """The student whole on one device, and no other process: nothing to do."""
 
-    world = ALONE
+    process_group = SINGLE_PROCESS
     is_sharded = False
 
     def __init__(self, *lines: str):
@@ -75,7 +75,7 @@ class Placement:
 
     def load_student_(self, student: nn.Module, path: Path) -> None:
         """Put the weights in a safetensors file back: all of them, or those that learn."""
-        load_learned(student, path)
+        load_trainable(student, path)
 
     def load_optimizer_(self, optimizer: torch.optim.Optimizer, state: dict) -> None:
         """Put back what `whole` made of its state."""
@@ -86,15 +86,15 @@ class Placement:
         return state
 
 
-WHOLE = Placement()
+SINGLE_DEVICE = ParallelStrategy()
 
 
-class Replicated(Placement):
+class DDP(ParallelStrategy):
     """The student whole on every device: DDP adds up the gradients bucket by bucket while the last backward runs."""
 
-    def __init__(self, world: World, objective: Objective):
-        super().__init__(f"{world.size} processes, the student whole on each (DDP)")
-        self.world = world
+    def __init__(self, process_group: ProcessGroup, objective: Objective):
+        super().__init__(f"{process_group.size} processes, the student whole on each (DDP)")
+        self.process_group = process_group
         learned = [p for p in (*objective.student.parameters(), *objective.parameters()) if p.requires_grad]
         # An expert that no token of any rank chose keeps no gradient, as with one process; looking for such costs time.
         self._ddp = DistributedDataParallel(
@@ -110,7 +110,7 @@ class Replicated(Placement):
         self._ddp.zero_grad(set_to_none=True)
 
     def window(self, batches: list[Batch]) -> Iterator[Batch]:
-        """See `Placement`. A rank without a target in its whole window takes part in the sum with nothing."""
+        """See `ParallelStrategy`. A rank without a target in its whole window takes part in the sum with nothing."""
         for batch in batches[:-1]:
             with self._ddp.no_sync():
                 yield batch
@@ -120,7 +120,7 @@ class Replicated(Placement):
             self._ddp().backward()
 
     def forward(self, compute: Callable, batch: Batch, *args):
-        """See `Placement`."""
+        """See `ParallelStrategy`."""
         return self._ddp(compute, batch, *args)
 
 
@@ -156,7 +156,7 @@ def _sum_bucket(state, bucket):
     return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
 
 
-class Sharded(Placement):
+class FSDP(ParallelStrategy):
     """Weights, gradients and optimizer state in equal shards over all devices: FSDP2, layer by layer, in float32.
 
     A layer is put together for as long as it computes; autocast casts it then, as it does elsewhere, so that the
@@ -166,16 +166,16 @@ class Sharded(Placement):
 
     is_sharded = True
 
-    def __init__(self, world: World, objective: Objective):
-        super().__init__(f"{world.size} processes, the student in shards over them (FSDP)")
-        self.world, self._objective = world, objective
+    def __init__(self, process_group: ProcessGroup, objective: Objective):
+        super().__init__(f"{process_group.size} processes, the student in shards over them (FSDP)")
+        self.process_group, self._objective = process_group, objective
         student, device = objective.student, objective.precision.device
         if _has_separate_experts(student):
             raise UsageError(
                 "--parallel fsdp: the student's experts are modules of their own, of which two ranks may use different "
                 "ones, so that their sums do not match; use --parallel ddp"
             )
-        mesh = init_device_mesh(device.type, (world.size,))
+        mesh = init_device_mesh(device.type, (process_group.size,))
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         for layer in layers_of(student):
             fully_shard(layer, mesh=mesh, mp_policy=policy)
@@ -183,18 +183,20 @@ class Sharded(Placement):
         self._shards = fully_shard(self._root, mesh=mesh, mp_policy=policy)  # the same module, by its other face
 
     def takes_part(self, batch: Batch) -> bool:
-        """See `Placement`. Every rank puts every layer together equally often."""
+        """See `ParallelStrategy`. Every rank puts every layer together equally often."""
         return True
 
     def window(self, batches: list[Batch]) -> Iterator[Batch]:
-        """See `Placement`. Each backward adds to the shards, so that no device ever holds a whole gradient."""
+        """See `ParallelStrategy`. Each backward adds to the shards, so that no device ever holds a whole gradient."""
         yield from batches
         for parameter in self._root.parameters():
             if parameter.grad is not None:
-                parameter.grad.mul_(self.world.size)  # FSDP takes the mean over ranks; the losses are divided already
+                parameter.grad.mul_(
+                    self.process_group.size
+                )  # FSDP takes the mean over ranks; the losses are divided already
 
     def forward(self, compute: Callable, batch: Batch, *args):
-        """See `Placement`."""
+        """See `ParallelStrategy`."""
         return self._root(compute if batch.num_target_tokens else self._nothing, batch, *args)
 
     def _nothing(self, batch: Batch, *args) -> tuple[Tensor, LossTerms]:
@@ -204,20 +206,20 @@ class Sharded(Placement):
         return _Nothing.apply(logits, *self._objective.parameters()), LossTerms.zero(precision.device)
 
     def read(self, compute: Callable):
-        """See `Placement`."""
+        """See `ParallelStrategy`."""
         with torch.no_grad():
             found = self._root(compute)
         self._shards.reshard()  # else the next forward would meet the weights of before the next update
         return found
 
     def norm(self, gradients: list[Tensor]) -> Tensor:
-        """See `Placement`."""
+        """See `ParallelStrategy`."""
         norm = torch.nn.utils.get_total_norm(gradients)
         assert isinstance(norm, DTensor)
         return norm.full_tensor()
 
     def weights(self) -> dict[str, Tensor]:
-        """See `Placement`. Empty on every rank but the first."""
+        """See `ParallelStrategy`. Empty on every rank but the first."""
         return self.whole(self._saved())
 
     def _saved(self) -> dict[str, Tensor]:
@@ -228,7 +230,7 @@ class Sharded(Placement):
         return {name: tensor for name, tensor in tensors if name in belongs}
 
     def whole(self, state):
-        """See `Placement`. On the CPU, and empty on every rank but the first."""
+        """See `ParallelStrategy`. On the CPU, and empty on every rank but the first."""
         if isinstance(state, dict):
             return {key: self.whole(value) for key, value in state.items()}
         if isinstance(state, list):
@@ -236,22 +238,22 @@ class Sharded(Placement):
         if not isinstance(state, DTensor):
             return state
         tensor = state.full_tensor().detach()
-        return tensor.cpu() if self.world.is_first else tensor.new_empty(0)
+        return tensor.cpu() if self.process_group.is_rank_zero else tensor.new_empty(0)
 
     @torch.no_grad()
     def load_student_(self, student: nn.Module, path: Path) -> None:
-        """See `Placement`."""
+        """See `ParallelStrategy`."""
         weights = safetensors.torch.load_file(str(path))
         for name, tensor in self._saved().items():
             tensor.copy_(self.like(weights[name], tensor))
 
     def load_optimizer_(self, optimizer: torch.optim.Optimizer, state: dict) -> None:
-        """See `Placement`."""
+        """See `ParallelStrategy`."""
         moments = [dict.fromkeys(("exp_avg", "exp_avg_sq"), parameter) for parameter in parameters_of(optimizer)]
         optimizer.load_state_dict(self.like(state, {"state": dict(enumerate(moments))}))
 
     def like(self, state, model):
-        """See `Placement`."""
+        """See `ParallelStrategy`."""
         if isinstance(state, dict):
             return {key: self.like(value, model[key]) if key in model else value for key, value in state.items()}
         if not isinstance(model, DTensor) or state.shape != model.shape:
@@ -288,13 +290,13 @@ def _has_separate_experts(student: nn.Module) -> bool:
     return any(isinstance(part, nn.ModuleList) and name.endswith("experts") for name, part in student.named_modules())
 
 
-def place(objective: Objective, config: TrainConfig, world: World) -> Placement:
+def build_strategy(objective: Objective, config: TrainConfig, process_group: ProcessGroup) -> ParallelStrategy:
     """The student where `--parallel` wants it; before its optimizer is built.
 
     Raises: UsageError if it cannot lie so
     """
-    if world.size == 1:
+    if process_group.size == 1:
         objective.student.to(objective.precision.device)
         in_vain = "--parallel fsdp: has no effect on one process; start several with torchrun --nproc_per_node"
-        return Placement(in_vain) if config.parallel == "fsdp" else WHOLE
-    return (Sharded if config.parallel == "fsdp" else Replicated)(world, objective)
+        return ParallelStrategy(in_vain) if config.parallel == "fsdp" else SINGLE_DEVICE
+    return (FSDP if config.parallel == "fsdp" else DDP)(process_group, objective)

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sar_kd.data.batch import Batch
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.losses.objective import Objective
 from sar_kd.runtime.precision import Precision
 from sar_kd.training.nan_forensics import examine, unexamined, write_crash
-from sar_kd.training.parallel import WHOLE, Placement
+from sar_kd.training.parallel import SINGLE_DEVICE, ParallelStrategy
 from sar_kd.training.step import StepReport
 
 
@@ -18,10 +18,15 @@ class Recovery:
     """Remembers the NaN batches that followed one another, and examines them when that is due."""
 
     def __init__(
-        self, folder: Path, train: Corpus, objective: Objective, precision: Precision, placement: Placement = WHOLE
+        self,
+        folder: Path,
+        train: Dataset,
+        objective: Objective,
+        precision: Precision,
+        placement: ParallelStrategy = SINGLE_DEVICE,
     ):
         self.folder, self.train, self.objective, self.precision = folder / "crash", train, objective, precision
-        self.placement, self.world = placement, placement.world
+        self.placement, self.process_group = placement, placement.process_group
         self._row: list[list[Batch]] = []
 
     def note(self, step: int, report: StepReport, window: Callable[[], list[Batch]]) -> None:
@@ -31,7 +36,7 @@ class Recovery:
         """
         if report.verdict.cause in ("forward", "gradient"):
             self._row.append(window())
-            if not self.world.shared((self.folder / "crash.json").exists()):
+            if not self.process_group.broadcast((self.folder / "crash.json").exists()):
                 self.explain(step, report, "The update was refused and nothing was changed; the run went on.")
         elif report.verdict.applied:
             self._row.clear()
@@ -42,7 +47,7 @@ class Recovery:
         record = {"step": step, "cause": report.verdict.cause, "outcome": outcome, **findings}
         record |= {"documents": self._documents(findings["bad_blocks"]), "loss_scale": report.loss_scale}
         record |= {name: getattr(report, name) for name in ("loss", "ce_loss", "kd_loss", "grad_norm")}
-        self.world.first(lambda: write_crash(self.folder, bad, record))
+        self.process_group.on_rank_zero(lambda: write_crash(self.folder, bad, record))
         return record
 
     def in_short(self, record: dict) -> str:

@@ -18,11 +18,20 @@ import numpy as np
 
 from sar_kd.alignment.byte_alignment import ends_on_both
 from sar_kd.data.batch import Batch
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.data.tokenized_text import within
-from sar_kd.models.generation import Written
+from sar_kd.models.generation import Generation
 from sar_kd.tokenization.long_text import encode_inside
-from sar_kd.tokenization.token_stream import GLUE, RESPONSE, STOP, Block, Blocks, Part, TokenStream, lay
+from sar_kd.tokenization.token_stream import (
+    RESPONSE,
+    STOP,
+    TEMPLATE,
+    Block,
+    Blocks,
+    Part,
+    TokenStream,
+    concatenate_spans,
+)
 from sar_kd.tokenization.token_table import CONTENT, Ids, TokenTable, build_token_table
 
 
@@ -43,10 +52,10 @@ class Response(NamedTuple):
     stop: int | None
 
 
-class Responses:
+class Rollouts:
     """Makes batches of prompts and responses."""
 
-    def __init__(self, train: Corpus, max_student: int, max_teacher: int):
+    def __init__(self, train: Dataset, max_student: int, max_teacher: int):
         """max_student, max_teacher: most tokens that a block may hold for each model, start token included"""
         self.train, self.pair = train, train.pair
         student, teacher = train.pair.tables or (None, None)
@@ -104,8 +113,8 @@ class Responses:
             table = build_token_table(self.pair.student, len(self.pair.student))
         return sorted({self.pair.student_end, *(table.end_ids if table else ())})
 
-    def usable(self, written: Iterable[tuple[Prompt, Written]]) -> tuple[list[Response], Counter]:
-        """What of it both models can read, and what was wrong, by `writing.FAULTS`."""
+    def usable(self, written: Iterable[tuple[Prompt, Generation]]) -> tuple[list[Response], Counter]:
+        """What of it both models can read, and what was wrong, by `writing.ISSUES`."""
         faults: Counter = Counter()
         kept = []
         for prompt, each in written:
@@ -119,15 +128,15 @@ class Responses:
         """What both models read of responses that are usable; only they are predicted."""
         whole = [parts for parts, _ in (self._parts(response, Counter()) for response in responses)]
         tables = self._tables or (None,)
-        laid = [lay(parts, table) for parts, table in zip(zip(*whole, strict=True), tables, strict=True)]
+        laid = [concatenate_spans(parts, table) for parts, table in zip(zip(*whole, strict=True), tables, strict=True)]
         (student, firsts), (teacher, others) = laid[0], laid[-1]
         ranges = np.stack([firsts[:-1], firsts[1:], others[:-1], others[1:]], axis=1).astype(np.int64)
         text = dataclasses.replace(self.train.text, student=student, teacher=teacher)
         corpus = copy.copy(self.train)
-        corpus.text, corpus.blocks, corpus.pairing = text, Blocks(ranges), self.train.pairing.over(text)
+        corpus.text, corpus.blocks, corpus.aligner = text, Blocks(ranges), self.train.aligner.over(text)
         batch = corpus.batch(list(range(len(responses))))
         blocks = tuple(response.prompt.block for response in responses)
-        return dataclasses.replace(batch, blocks=blocks, is_sampled=True)
+        return dataclasses.replace(batch, blocks=blocks, is_on_policy=True)
 
     def _parts(self, response: Response, faults: Counter) -> tuple[list[list[Part]] | None, Response]:
         """A response with its prompt on each side, None if it has to be left out; and what is kept of it."""
@@ -151,7 +160,7 @@ class Responses:
         kept = within(whole, list(self._tables), self._limits)
         if kept is not whole:
             faults["too_long"] += 1
-            if kept is None or all(part.kind == GLUE for part in kept[0]):
+            if kept is None or all(part.kind == TEMPLATE for part in kept[0]):
                 return None, response
             num_kept = sum(len(part.ids) for part in kept[0] if part.kind == RESPONSE)
             # Its tokens are those of the text that is left, which is cut anew in the teacher's.
@@ -196,5 +205,5 @@ class Responses:
 
 def _side(opening: Ids, ids: Ids, stop: Ids) -> list[Part]:
     """A block in parts. The prompt counts no bytes: the same ones stand before the response on both sides."""
-    kinds = ((opening, GLUE), (ids, RESPONSE), (stop, STOP))
+    kinds = ((opening, TEMPLATE), (ids, RESPONSE), (stop, STOP))
     return [Part(list(own), kind) for own, kind in kinds if len(own)]

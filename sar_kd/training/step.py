@@ -15,7 +15,7 @@ from sar_kd.runtime.precision import Precision
 from sar_kd.teacher.moe.router_training import FROZEN_ROUTERS, FrozenRouters, RouterReport
 from sar_kd.training.guards import StepGuard, Verdict
 from sar_kd.training.optimizer import parameters_of
-from sar_kd.training.parallel import WHOLE, Placement
+from sar_kd.training.parallel import SINGLE_DEVICE, ParallelStrategy
 
 
 @dataclass(frozen=True)
@@ -49,31 +49,33 @@ def train_step(
     precision: Precision,
     max_grad_norm: float,
     routers: FrozenRouters = FROZEN_ROUTERS,
-    placement: Placement = WHOLE,
+    placement: ParallelStrategy = SINGLE_DEVICE,
 ) -> StepReport:
     """Attempt one update. Weights and optimizer state change if and only if the verdict is `applied`, the routers' too.
 
     gradient = sum over all ranks' micro-batches of d total / d weights, divided once by the window's target tokens
     """
-    counts = (sum(b.num_target_tokens for b in micro_batches if b.is_sampled is own) for own in (False, True))
-    of_text, of_own = map(int, placement.world.sum(counts))
+    counts = (sum(b.num_target_tokens for b in micro_batches if b.is_on_policy is own) for own in (False, True))
+    of_text, of_own = map(int, placement.process_group.all_reduce_sum(counts))
     num_targets = of_text + of_own
     count = max(1, num_targets)
     batches = [batch.to(precision.device) for batch in micro_batches if placement.takes_part(batch)]
     sums = LossTerms.zero(precision.device)
     objective.listen(batches)
-    routers.move_first_(batches, count)
+    routers.update_before_student_(batches, count)
     for batch in placement.window(batches):
         minimised, terms = placement.forward(_losses, batch, objective, routers, precision.loss_scale / count)
         precision.backward(minimised / count)
         sums = sums + terms
-    routers.move_last_(batches)
+    routers.update_after_student_(batches)
     precision.unscale_(optimizer)
     parameters = parameters_of(optimizer)
     grad_norm = placement.norm([p.grad for p in parameters if p.grad is not None])
     summed = [*sums.values(), *routers.sums()]
     figures = [*summed, grad_norm.to(precision.device), precision.loss_scale, *routers.norms()]
-    rows = placement.world.rows(torch.stack([f.float() for f in figures])).tolist()  # the one host read: a row a rank
+    rows = placement.process_group.all_gather(
+        torch.stack([f.float() for f in figures])
+    ).tolist()  # the one host read: a row a rank
     (total, ce, kd, nonfinite_rows, dropped, *router_sums), (norm, scale, *router_norms) = joined(rows, len(summed))
     routed = routers.report(router_sums, router_norms, num_targets)
     losses, norms = [total], [norm]
@@ -88,7 +90,7 @@ def train_step(
     if verdict.applied:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
         optimizer.step()
-    routers.settle_(verdict.applied)
+    routers.commit_or_roll_back_(verdict.applied)
     precision.update_(verdict.cause, scale)
     optimizer.zero_grad(set_to_none=True)
     loss = (objective.alpha_ce * ce + objective.alpha_kd * kd) / count

@@ -13,9 +13,9 @@ import torch
 
 from sar_kd.config.fields import RunConfig
 from sar_kd.data.batch import Batch
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.errors import TrainingDiverged, UsageError
-from sar_kd.evaluation.perplexity import Evaluation, evaluate, figures_of, share
+from sar_kd.evaluation.perplexity import Evaluation, evaluate, figures_of, shard_batches
 from sar_kd.losses.objective import Objective
 from sar_kd.models.loading import Models
 from sar_kd.models.lora import exports
@@ -23,16 +23,16 @@ from sar_kd.preflight.checks import describe
 from sar_kd.preflight.clamp_checks import check_clamps
 from sar_kd.reporting.run_log import RunLog
 from sar_kd.runtime.precision import Precision
-from sar_kd.runtime.signals import Interruption
+from sar_kd.runtime.signals import StopRequest
 from sar_kd.teacher.base import NoTeacher
-from sar_kd.teacher.live import TeacherRouting
-from sar_kd.training.batch_loader import Feed
-from sar_kd.training.callbacks import Companion, Companions
-from sar_kd.training.checkpoint import Progress, load_checkpoint, save_checkpoint, save_student
+from sar_kd.teacher.live import LiveTeacher
+from sar_kd.training.batch_loader import BatchLoader
+from sar_kd.training.callbacks import Callback, Callbacks
+from sar_kd.training.checkpoint import TrainerState, load_checkpoint, save_checkpoint, save_student
 from sar_kd.training.guards import StepGuard, notices_of
 from sar_kd.training.on_policy import OnPolicy
 from sar_kd.training.optimizer import learning_rate_at, set_learning_rate_
-from sar_kd.training.parallel import WHOLE, Placement
+from sar_kd.training.parallel import SINGLE_DEVICE, ParallelStrategy
 from sar_kd.training.recovery import Recovery
 from sar_kd.training.step import StepReport, train_step
 
@@ -44,27 +44,27 @@ class Trainer:
         self,
         config: RunConfig,
         models: Models,
-        train: Corpus,
-        validation: Corpus,
+        train: Dataset,
+        validation: Dataset,
         objective: Objective,
         optimizer: torch.optim.Optimizer,
         guard: StepGuard,
         precision: Precision,
         log: RunLog,
-        routing: TeacherRouting | NoTeacher,
-        placement: Placement = WHOLE,
-        companions: Sequence[Companion] = (),
+        routing: LiveTeacher | NoTeacher,
+        placement: ParallelStrategy = SINGLE_DEVICE,
+        companions: Sequence[Callback] = (),
         on_policy: OnPolicy | None = None,
     ):
-        self.placement, self.world = placement, placement.world
+        self.placement, self.process_group = placement, placement.process_group
         self.config, self.models, self.log, self.routing = config, models, log, routing
         self.train, self.validation = train, validation
         self.objective, self.optimizer, self.guard, self.precision = objective, optimizer, guard, precision
         self.folder = Path(config.train.output_dir)
-        self.progress = Progress()
-        self.companions = Companions([*companions, on_policy] if on_policy is not None else companions)
+        self.progress = TrainerState()
+        self.companions = Callbacks([*companions, on_policy] if on_policy is not None else companions)
         self.recovery = Recovery(self.folder, train, objective, precision, placement)
-        self.feed = Feed(train, config.train, routing.passes, placement.world, on_policy)
+        self.feed = BatchLoader(train, config.train, routing.passes, placement.process_group, on_policy)
 
     def run(self) -> dict:
         """Train to `train_steps`, or to an interruption; the returned summary's `status` says which.
@@ -82,7 +82,7 @@ class Trainer:
                 self._resume()
             else:
                 self._begin()
-            with Interruption(self.log.deadline if self.world.is_first else math.inf) as interruption:
+            with StopRequest(self.log.deadline if self.process_group.is_rank_zero else math.inf) as interruption:
                 status = self._train(interruption, before)
             if status == "finished":
                 self._say(self.companions.finish(self.folder / "student"))
@@ -94,14 +94,14 @@ class Trainer:
             self.feed.close()
             self.log.close()
 
-    def _train(self, interruption: Interruption, before: float) -> str:
+    def _train(self, interruption: StopRequest, before: float) -> str:
         """All steps that are left; returns how it ended. `before`: when the run began."""
         settings, progress = self.config.train, self.progress
         while progress.step < settings.train_steps:
             started = time.monotonic()
             report, window = self._attempt()
             progress.train_seconds += time.monotonic() - started
-            interrupted = self.world.any(interruption.requested)
+            interrupted = self.process_group.any_rank(interruption.requested)
             self._record(report)
             self.recovery.note(progress.step, report, window)
             lines, reason = self.companions.look(progress.step, report, window)
@@ -178,7 +178,7 @@ class Trainer:
         self._say(self.placement.read(lambda: check_clamps(*clamps)))
         self.log.say_start(self.progress.start, self.progress.teacher)
         self._say(self.companions.begin())
-        self.world.first(lambda: self.log.start(0, self.config.train))
+        self.process_group.on_rank_zero(lambda: self.log.start(0, self.config.train))
         self._save_student()
         self.log.begin(self.progress.start, self.progress.teacher)
         if self.config.guards.on_divergence == "rewind":
@@ -186,14 +186,16 @@ class Trainer:
 
     def _resume(self) -> None:
         saved = load_checkpoint(self.folder / "checkpoint", **self._state())
-        self.progress = Progress(**saved)
+        self.progress = TrainerState(**saved)
         self.companions.take_up(self.progress.companions)
         self.log.say(f"Resumed after step {self.progress.step}")
-        self.world.first(lambda: self.log.start(self.progress.step, self.config.train))
+        self.process_group.on_rank_zero(lambda: self.log.start(self.progress.step, self.config.train))
 
     def _evaluate(self) -> Evaluation:
-        batches = share(self.validation.token_batches("student", self.config.train.per_device_batch_size), self.world)
-        what = self.models.student, batches, self.validation.text.num_bytes, self.precision, self.world
+        batches = shard_batches(
+            self.validation.token_batches("student", self.config.train.per_device_batch_size), self.process_group
+        )
+        what = self.models.student, batches, self.validation.text.num_bytes, self.precision, self.process_group
         how = {"heads": self.objective.heads, "workspace_mb": self.config.loss.loss_workspace_mb}
         return self.placement.read(lambda: evaluate(*what, **how))
 
@@ -226,7 +228,7 @@ class Trainer:
             for name, model in exports(self.models.student).items():
                 save_student(model, tokenizer, self.folder / name, weights)
 
-        self.world.first(save)
+        self.process_group.on_rank_zero(save)
 
     def _save(self) -> None:
         self.routing.save(self.folder, self.progress.step)
@@ -236,7 +238,7 @@ class Trainer:
 
     def _save_in_need(self) -> None:
         """A checkpoint after a failure that has nothing to do with the weights, if one can still be written."""
-        if self.world.size > 1:  # the others are elsewhere; what is saved takes all
+        if self.process_group.size > 1:  # the others are elsewhere; what is saved takes all
             return
         if self.progress.step and self.guard.nan_batches < self.guard.max_nan_batches:  # a stopped run has saved
             with contextlib.suppress(RuntimeError, OSError, UsageError):
@@ -245,12 +247,12 @@ class Trainer:
     def _rewinds(self) -> bool:
         return self.config.guards.on_divergence == "rewind" and not self.progress.rewound_from
 
-    def _rewind(self, report: StepReport) -> Progress:
+    def _rewind(self, report: StepReport) -> TrainerState:
         """Back to the last checkpoint, at half the rate and without the documents that were not finite."""
         step, seconds = self.progress.step, self.progress.seconds
         documents = self.recovery.explain(step, report, "The run went back to its last checkpoint, once.")["documents"]
         left_out = self.recovery.offenders(report.verdict.cause)
-        self.progress = Progress(**load_checkpoint(self.folder / "checkpoint", **self._state()))
+        self.progress = TrainerState(**load_checkpoint(self.folder / "checkpoint", **self._state()))
         self.companions.take_up(self.progress.companions)
         self.progress.rewound_from, self.progress.seconds = step, seconds
         self.progress.rate_factor, self.progress.left_out = 0.5, left_out
@@ -277,7 +279,7 @@ class Trainer:
     def _finish(self, status: str) -> dict:
         """Write and return `summary.json`."""
         run = self.progress.summary(status, self.guard, self.precision)
-        run["peak_memory_bytes"] = max(self.world.gather(run["peak_memory_bytes"]))
+        run["peak_memory_bytes"] = max(self.process_group.all_gather_object(run["peak_memory_bytes"]))
         summary = {**run, "embedded": self.models.embedded, **self.routing.summary(), **self.companions.summary()}
-        self.world.first(lambda: self.log.finish(summary))
+        self.process_group.on_rank_zero(lambda: self.log.finish(summary))
         return summary

@@ -14,13 +14,14 @@ import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 
-from sar_kd.alignment.aligner import Pairing
+from sar_kd.alignment.aligner import Aligner
 from sar_kd.alignment.byte_alignment import find_chunks
 from sar_kd.alignment.vocabulary_map import VocabularyMap
 from sar_kd.data.batch import Batch
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.data.samples import Conversation, Document, Message
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
@@ -61,7 +62,7 @@ def documents(corpus_texts):
 
 @pytest.fixture(scope="module")
 def corpora(pairs, documents):
-    return {names: Corpus(documents, pair, 24, 40) for names, pair in pairs.items()}
+    return {names: Dataset(documents, pair, 24, 40) for names, pair in pairs.items()}
 
 
 def _pair(student, teacher, **options) -> TokenizerPair:
@@ -84,7 +85,7 @@ class Token(NamedTuple):
     """It says something that is not to be learned, or that the text does not say"""
 
 
-def _tokens(corpus: Corpus, batch: Batch, which: str, place: int) -> list[Token]:
+def _tokens(corpus: Dataset, batch: Batch, which: str, place: int) -> list[Token]:
     """The tokens of the block at row `place` of the batch, from its inputs."""
     side = ("student", "teacher").index(which)
     table, end_id = corpus.pair.tables[side], getattr(corpus.pair, f"{which}_end")
@@ -113,8 +114,8 @@ class Spoken(NamedTuple):
     in_teacher: list[tuple[int, int, frozenset]]
     """The same, the teacher's token being the one that goes on"""
     ended: list[tuple[int, int, int, frozenset]]
-    """Student and teacher token of an open row, the token of the richer side that ended there and might have gone on,
-    and the outcomes of that: richer ids, and is it the end
+    """Student and teacher token of an open row, the token of the coarser side that ended there and might have gone on,
+    and the outcomes of that: coarser ids, and is it the end
     """
     other_ways: list[tuple[int, int, frozenset]]
     """Student and teacher token of an open row, and which open outcomes are which outcomes of its continuation"""
@@ -122,7 +123,7 @@ class Spoken(NamedTuple):
     """Student tokens and teacher tokens of each chunk, and the last of each side"""
 
 
-def _spoken(corpus: Corpus, batch: Batch) -> list[Spoken]:
+def _spoken(corpus: Dataset, batch: Batch) -> list[Spoken]:
     """Each block's alignment; the token that a row of the logits predicts is the input behind it."""
     a = batch.alignment
     widths = batch.student.input_ids.shape[1], batch.teacher.input_ids.shape[1]
@@ -130,7 +131,10 @@ def _spoken(corpus: Corpus, batch: Batch) -> list[Spoken]:
     found = [Spoken([], [], [], [], [], []) for _ in batch.blocks]
 
     def place_of(student: int, teacher: int) -> tuple[int, tuple[int, int]]:
-        (place, token), (other, teacher_token) = divmod(int(rows[student]), widths[0]), divmod(teacher, widths[1])
+        (place, token), (other, teacher_token) = (
+            divmod(int(rows[student]), widths[0]),
+            divmod(teacher, widths[1]),
+        )
         assert place == other
         return place, (token, teacher_token)
 
@@ -138,13 +142,13 @@ def _spoken(corpus: Corpus, batch: Batch) -> list[Spoken]:
     for (place, tokens), strict in zip(where, a.strict.tolist(), strict=True):
         found[place].open.append((*tokens, strict))
     for side, record in enumerate((a.in_student, a.in_teacher)):
-        pairs = zip(record.rich_rows.tolist(), record.poor_rows.tolist(), strict=False)
+        pairs = zip(record.coarse_rows.tolist(), record.fine_rows.tolist(), strict=False)
         for pair, outcomes in zip(pairs, _outcomes(record), strict=False):
             place, tokens = place_of(*(pair if side == 0 else pair[::-1]))
-            sided = frozenset((poor, rich, end) if side else (rich, poor, end) for rich, poor, end in outcomes)
+            sided = frozenset((fine, coarse, end) if side else (coarse, fine, end) for coarse, fine, end in outcomes)
             (found[place].in_student, found[place].in_teacher)[side].append((*tokens, sided))
-    rich = int(corpus.pairing.teacher_is_richer)
-    record = (a.in_student, a.in_teacher)[rich]
+    coarse = int(corpus.aligner.teacher_is_coarser)
+    record = (a.in_student, a.in_teacher)[coarse]
     own = [list(range(first, end)) for first, end in zip([0, *(record.ends + 1)], record.ends, strict=False)]
     other_ways, outcomes = [set() for _ in where], _outcomes(record)
     for row, open_outcome, outcome in a.other_ways.T.tolist():
@@ -154,9 +158,9 @@ def _spoken(corpus: Corpus, batch: Batch) -> list[Spoken]:
         if continuation < 0:
             assert not ways
             continue
-        assert continuation >= len(record.poor_rows)  # those that go on come first
-        row = int(record.rich_rows[continuation])
-        other, held = divmod(row if rich else int(rows[row]), widths[rich])
+        assert continuation >= len(record.fine_rows)  # those that go on come first
+        row = int(record.coarse_rows[continuation])
+        other, held = divmod(row if coarse else int(rows[row]), widths[coarse])
         assert place == other
         found[place].ended.append((*tokens, held, frozenset((ids, end) for ids, _, end in outcomes[continuation])))
         found[place].other_ways.append((*tokens, frozenset(ways)))
@@ -190,21 +194,21 @@ def _chunks(batch: Batch):
 
 
 def _outcomes(record) -> list[frozenset]:
-    """The outcomes of each continuation: richer ids, poorer ids, and is it the end."""
+    """The outcomes of each continuation: coarser ids, finer ids, and is it the end."""
     members = [(set(), set()) for _ in record.outcome_rows]
-    for side, entries in enumerate((record.rich_entries, record.poor_entries)):
+    for side, entries in enumerate((record.coarse_entries, record.fine_entries)):
         for row, token, outcome in entries.T.tolist():
             assert row == record.outcome_rows[outcome]
             assert token not in members[outcome][side]
             members[outcome][side].add(token)
-    rows = [set() for _ in record.rich_rows]
-    ends, going_on = set(record.ends.tolist()), len(record.poor_rows)
-    for outcome, (row, (rich, poor)) in enumerate(zip(record.outcome_rows.tolist(), members, strict=True)):
+    rows = [set() for _ in record.coarse_rows]
+    ends, going_on = set(record.ends.tolist()), len(record.fine_rows)
+    for outcome, (row, (coarse, fine)) in enumerate(zip(record.outcome_rows.tolist(), members, strict=True)):
         assert (row < going_on) == (outcome < record.num_going_on)
-        assert bool(poor) == (row < going_on and outcome not in ends)
-        rows[row].add((frozenset(rich), frozenset(poor), outcome in ends))
+        assert bool(fine) == (row < going_on and outcome not in ends)
+        rows[row].add((frozenset(coarse), frozenset(fine), outcome in ends))
     for outcomes, can_end in zip(rows, record.can_end.tolist(), strict=False):
-        assert [len(rich) for rich, _, is_end in outcomes if is_end] == [int(can_end)]
+        assert [len(coarse) for coarse, _, is_end in outcomes if is_end] == [int(can_end)]
     assert len(record.can_end) == going_on
     return [frozenset(row) for row in rows]
 
@@ -214,44 +218,44 @@ def _holders(tokens: list[Token]) -> dict[int, int]:
     return {byte: i for i, token in enumerate(tokens) for byte in range(token.first, token.first + len(token.said))}
 
 
-def _by_table(pairing: Pairing, rich: int, prefix: bytes) -> frozenset | None:
+def _by_table(aligner: Aligner, coarse: int, prefix: bytes) -> frozenset | None:
     """The outcomes that the vocabulary map gives behind `prefix`, as student ids, teacher ids, and is it the end."""
-    found = pairing._maps[rich].behind(prefix)
+    found = aligner._maps[coarse].behind(prefix)
     if found is None:
         return None
     members = [(set(), set()) for _ in range(found.count)]
-    for token, outcome in zip(found.rich_tokens.tolist(), found.rich_outcomes.tolist(), strict=True):
-        members[outcome][rich].add(token)
-    for token, outcome in zip(found.poor_tokens.tolist(), found.poor_outcomes.tolist(), strict=True):
-        members[outcome][1 - rich].add(token)
+    for token, outcome in zip(found.coarse_tokens.tolist(), found.coarse_outcomes.tolist(), strict=True):
+        members[outcome][coarse].add(token)
+    for token, outcome in zip(found.fine_tokens.tolist(), found.fine_outcomes.tolist(), strict=True):
+        members[outcome][1 - coarse].add(token)
     return frozenset((frozenset(a), frozenset(b), n == found.count - 1) for n, (a, b) in enumerate(members))
 
 
-def _expected(corpus: Corpus, batch: Batch, place: int) -> Spoken:
+def _expected(corpus: Dataset, batch: Batch, place: int) -> Spoken:
     """The alignment of a block from the definitions, byte by byte."""
     sides = [_tokens(corpus, batch, which, place) for which in ("student", "teacher")]
     holders = [_holders(tokens) for tokens in sides]
-    richer = int(corpus.pairing.teacher_is_richer)
+    coarser = int(corpus.aligner.teacher_is_coarser)
     found, at_byte = Spoken([], [], [], [], [], []), {}
     for byte in sorted(holders[0]):
         here = holders[0][byte], holders[1][byte]
         starts = [side[i].first == byte for side, i in zip(sides, here, strict=True)]
         usable = [side[i].usable for side, i in zip(sides, here, strict=True)]
-        for rich in (0, 1):
-            # The other side starts a token; this one may go on: the richer always, the other inside a token.
-            if not byte or not starts[1 - rich] or (starts[rich] and rich != richer):
+        for coarse in (0, 1):
+            # The other side starts a token; this one may go on: the coarser always, the other inside a token.
+            if not byte or not starts[1 - coarse] or (starts[coarse] and coarse != coarser):
                 continue
-            before = holders[rich][byte - 1]
-            token = sides[rich][before]
-            prefix = corpus.pair.tables[rich].pieces[token.id][: byte - token.first]
-            outcomes = _by_table(corpus.pairing, rich, prefix) if token.usable and usable[1 - rich] else None
+            before = holders[coarse][byte - 1]
+            token = sides[coarse][before]
+            prefix = corpus.pair.tables[coarse].pieces[token.id][: byte - token.first]
+            outcomes = _by_table(corpus.aligner, coarse, prefix) if token.usable and usable[1 - coarse] else None
             if outcomes:
-                if starts[rich]:
-                    told = frozenset((entry[rich], entry[2]) for entry in outcomes)
-                    at_byte[byte] = before, told, _other_ways(corpus.pairing, prefix)
+                if starts[coarse]:
+                    told = frozenset((entry[coarse], entry[2]) for entry in outcomes)
+                    at_byte[byte] = before, told, _other_ways(corpus.aligner, prefix)
                 else:
-                    pair = (before, here[1]) if rich == 0 else (here[0], before)
-                    (found.in_student, found.in_teacher)[rich].append((*pair, outcomes))
+                    pair = (before, here[1]) if coarse == 0 else (here[0], before)
+                    (found.in_student, found.in_teacher)[coarse].append((*pair, outcomes))
         if all(starts) and all(usable):
             student, teacher = (side[i] for side, i in zip(sides, here, strict=True))
             found.open.append((*here, student.said == teacher.said))
@@ -270,13 +274,13 @@ def _expected(corpus: Corpus, batch: Batch, place: int) -> Spoken:
     return Spoken(*(sorted(part, key=lambda entry: entry[:2]) for part in found))
 
 
-def _other_ways(pairing: Pairing, prefix: bytes) -> frozenset:
-    """The open outcomes that are also outcomes behind `prefix` of the richer side, each with the first that it is."""
-    classes, poor = pairing.open_classes, int(not pairing.teacher_is_richer)
-    tokens = (classes.student_tokens, classes.teacher_tokens)[poor].tolist()
-    members = (classes.student_classes, classes.teacher_classes)[poor].tolist()
+def _other_ways(aligner: Aligner, prefix: bytes) -> frozenset:
+    """The open outcomes that are also outcomes behind `prefix` of the coarser side, each with the first that it is."""
+    classes, fine = aligner.open_classes, int(not aligner.teacher_is_coarser)
+    tokens = (classes.student_tokens, classes.teacher_tokens)[fine].tolist()
+    members = (classes.student_classes, classes.teacher_classes)[fine].tolist()
     class_of, found = dict(zip(tokens, members, strict=True)), {}
-    for own, leader in enumerate(pairing._maps[1 - poor].behind(prefix).leaders.tolist()):
+    for own, leader in enumerate(aligner._maps[1 - fine].behind(prefix).leaders.tolist()):
         if leader in class_of:
             found.setdefault(class_of[leader], own)
     return frozenset(found.items())
@@ -291,7 +295,7 @@ class Read(NamedTuple):
     expected: Spoken
 
 
-def _read(corpus: Corpus, batch_size: int = 7) -> list[Read]:
+def _read(corpus: Dataset, batch_size: int = 7) -> list[Read]:
     """Every block of the corpus, read in batches."""
     found = []
     for first in range(0, len(corpus), batch_size):
@@ -315,7 +319,7 @@ def blocks(corpora):
 @given(texts=TEXTS, limits=st.sampled_from([(16, 28), (64, 64)]))
 @example(texts=["\nIn the end", "In the end", " ", "x"], limits=(64, 64))
 def test_any_batch_is_aligned_as_the_definitions_say(pairs, names, texts, limits):
-    corpus = Corpus([Document(str(i), text) for i, text in enumerate(texts)], pairs[names], *limits)
+    corpus = Dataset([Document(str(i), text) for i, text in enumerate(texts)], pairs[names], *limits)
     batch = corpus.batch(list(range(len(corpus))))
     found = _spoken(corpus, batch)
     for place, spoken in enumerate(found):
@@ -362,10 +366,10 @@ def test_every_byte_at_which_a_token_starts_is_spoken_about_or_accounted_for(cor
                 and teacher[t].usable
                 and (s if starts[0] else t) not in begun[starts[0]]
             ):
-                # The cut in the text is one that the poorer tokenizer never makes of the token standing alone.
+                # The cut in the text is one that the finer tokenizer never makes of the token standing alone.
                 inside = teacher[t] if starts[0] else student[s]
                 prefix = corpus.pair.tables[starts[0]].pieces[inside.id][: byte - inside.first]
-                assert _by_table(corpus.pairing, int(starts[0]), prefix) is None
+                assert _by_table(corpus.aligner, int(starts[0]), prefix) is None
                 silent += 1
     assert silent < 0.05 * corpus.num_tokens
 
@@ -386,12 +390,12 @@ def test_continuations_list_exactly_the_outcomes_behind_the_bytes_that_are_writt
     for student, teacher, spoken, expected in blocks[names]:
         assert spoken.in_student == expected.in_student
         assert spoken.in_teacher == expected.in_teacher
-        for rich, entries in enumerate((spoken.in_student, spoken.in_teacher)):
+        for coarse, entries in enumerate((spoken.in_student, spoken.in_teacher)):
             for s, t, outcomes in entries:
-                begun, held = (student[s], teacher[t]) if rich else (teacher[t], student[s])
+                begun, held = (student[s], teacher[t]) if coarse else (teacher[t], student[s])
                 assert held.first < begun.first < held.first + len(held.said)
                 # The token of the text goes on, so it is not the end.
-                assert all(held.id not in entry[rich] for entry in outcomes if entry[2])
+                assert all(held.id not in entry[coarse] for entry in outcomes if entry[2])
                 count += 1
     assert count > 50
 
@@ -403,7 +407,7 @@ def test_an_open_row_knows_the_continuation_at_its_byte_and_the_other_ways_to_it
         assert spoken.ended == expected.ended
         assert spoken.other_ways == expected.other_ways
         for s, _, before, told in spoken.ended:
-            held = (student, teacher)[corpora[names].pairing.teacher_is_richer][before]
+            held = (student, teacher)[corpora[names].aligner.teacher_is_coarser][before]
             assert held.first + len(held.said) == student[s].first
             # It ended there, so it is not among those that would have gone on.
             assert [is_end for ids, is_end in told if held.id in ids] == [True]
@@ -416,13 +420,13 @@ def test_continuations_are_ordered_for_a_sum_by_segments(corpora, names):
     alignment = corpora[names].batch([0, 1, 2, 3]).alignment
     for record in (alignment.in_student, alignment.in_teacher):
         assert torch.equal(record.outcome_rows, record.outcome_rows.sort().values)
-        assert torch.equal(record.outcome_rows.unique(), torch.arange(len(record.rich_rows)))
-        lasts = [(record.outcome_rows == row).nonzero().max() for row in range(len(record.rich_rows))]
+        assert torch.equal(record.outcome_rows.unique(), torch.arange(len(record.coarse_rows)))
+        lasts = [(record.outcome_rows == row).nonzero().max() for row in range(len(record.coarse_rows))]
         assert record.ends.tolist() == lasts
-        assert record.num_going_on == (record.outcome_rows < len(record.poor_rows)).sum()
+        assert record.num_going_on == (record.outcome_rows < len(record.fine_rows)).sum()
         for entries, count in (
-            (record.rich_entries, len(record.outcome_rows)),
-            (record.poor_entries, record.num_going_on),
+            (record.coarse_entries, len(record.outcome_rows)),
+            (record.fine_entries, record.num_going_on),
         ):
             assert torch.equal(entries[0], entries[0].sort().values)
             assert set(entries[2].tolist()) <= set(range(count))
@@ -433,7 +437,7 @@ def test_continuations_are_left_out_where_they_are_not_asked_for(corpora):
     corpus = corpora["sp", "byte"]
     pair = copy.copy(corpus.pair)
     pair.projects = False
-    plain = Pairing(pair, corpus.text, corpus.blocks)
+    plain = Aligner(pair, corpus.text, corpus.blocks)
     batch = corpus.batch([0, 1])
     widths = batch.student.input_ids.shape[1], batch.teacher.input_ids.shape[1]
     alignment = plain.align([corpus.blocks[0], corpus.blocks[1]], *widths)
@@ -483,7 +487,7 @@ def test_at_the_ends_of_chunks_both_models_have_read_the_same_bytes(corpora, nam
 
 @pytest.mark.parametrize("names", [("sp", "byte"), ("byte", "dummy_prefix")])
 def test_what_is_no_target_is_neither_a_row_nor_in_a_chunk(pairs, documents, names):
-    corpus = Corpus(documents, pairs[names], 24, 40)
+    corpus = Dataset(documents, pairs[names], 24, 40)
     draw, sides = np.random.default_rng(0), {}
     for which in ("student", "teacher"):
         stream = getattr(corpus.text, which)
@@ -500,7 +504,7 @@ def test_what_is_no_target_is_neither_a_row_nor_in_a_chunk(pairs, documents, nam
 def test_the_tokens_of_a_template_spoil_no_chunk_and_are_no_rows(pairs, names):
     turns = [("user", "What is 1969 + 12?", False), ("assistant", "The answer: 1981.", True)]
     messages = tuple(Message(*turn) for turn in [*turns, *turns])
-    corpus = Corpus([Conversation("talk", messages, False)] * 2, pairs[names], 256, 256)
+    corpus = Dataset([Conversation("talk", messages, False)] * 2, pairs[names], 256, 256)
     reads = _read(corpus)
     assert len(reads) == 2
     for student, teacher, spoken, expected in reads:
@@ -515,8 +519,8 @@ def test_the_tokens_of_a_template_spoil_no_chunk_and_are_no_rows(pairs, names):
                 assert set(firsts) <= counted
 
 
-def _one_block(pair: TokenizerPair, *texts: str) -> tuple[Corpus, Batch, Spoken]:
-    corpus = Corpus([Document(str(i), text) for i, text in enumerate(texts)], pair, 4096, 4096)
+def _one_block(pair: TokenizerPair, *texts: str) -> tuple[Dataset, Batch, Spoken]:
+    corpus = Dataset([Document(str(i), text) for i, text in enumerate(texts)], pair, 4096, 4096)
     batch = corpus.batch([0])
     return corpus, batch, _spoken(corpus, batch)[0]
 
@@ -548,7 +552,7 @@ def test_a_token_that_is_a_dummy_space_alone_has_no_row_and_the_next_one_does(pa
 @pytest.mark.parametrize("names", CROSS)
 def test_end_of_text_meets_end_of_text_and_nothing_else(corpora, blocks, names):
     corpus, ends = corpora[names], 0
-    classes = corpus.pairing.open_classes
+    classes = corpus.aligner.open_classes
     outcome = [
         dict(zip(tokens.tolist(), of.tolist(), strict=True))
         for tokens, of in (
@@ -595,8 +599,8 @@ def test_both_sides_of_every_block_say_the_same_text(corpora, documents, blocks,
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_tokenizers_pair_every_row_with_itself_on_the_aligned_path_too(tokenizers, documents, kind):
     tokenizer = tokenizers[kind]
-    aligned = Corpus(documents, _pair(tokenizer, tokenizer, aligns=True), 24, 24)
-    plain = Corpus(documents, _pair(tokenizer, tokenizer), 24, 24)
+    aligned = Dataset(documents, _pair(tokenizer, tokenizer, aligns=True), 24, 24)
+    plain = Dataset(documents, _pair(tokenizer, tokenizer), 24, 24)
     assert aligned.blocks == plain.blocks
     for blocks in ([0, 1, 2], list(range(3, len(plain)))):
         batch, wanted = aligned.batch(blocks), plain.batch(blocks)
@@ -608,7 +612,7 @@ def test_equal_tokenizers_pair_every_row_with_itself_on_the_aligned_path_too(tok
         assert torch.equal(a.student_ends, b.student_ends)
         assert torch.equal(a.teacher_ends, b.teacher_ends)
         assert a.num_chunks == b.num_chunks == batch.num_target_tokens
-        assert len(a.in_student.rich_rows) == len(a.in_teacher.rich_rows) == 0
+        assert len(a.in_student.coarse_rows) == len(a.in_teacher.coarse_rows) == 0
         assert torch.equal(a.ended, b.ended)
         assert (a.ended == -1).all()
         assert a.other_ways.shape == b.other_ways.shape == (3, 0)
@@ -619,7 +623,7 @@ def test_equal_tokenizers_pair_every_row_with_itself_on_the_aligned_path_too(tok
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_outcomes_of_equal_tokenizers_are_their_ids(tokenizers, documents, kind):
     tokenizer = tokenizers[kind]
-    classes = Corpus(documents, _pair(tokenizer, tokenizer, aligns=True), 24, 24).pairing.open_classes
+    classes = Dataset(documents, _pair(tokenizer, tokenizer, aligns=True), 24, 24).aligner.open_classes
     every = torch.arange(len(tokenizer))
     assert torch.equal(classes.student_tokens, every)
     assert torch.equal(classes.teacher_tokens, every)
@@ -628,10 +632,10 @@ def test_the_outcomes_of_equal_tokenizers_are_their_ids(tokenizers, documents, k
 
 
 def test_equal_tokenizers_need_no_classes(tokenizers, documents):
-    pairing = Corpus(documents, _pair(tokenizers["sp"], tokenizers["sp"]), 24, 24).pairing
+    aligner = Dataset(documents, _pair(tokenizers["sp"], tokenizers["sp"]), 24, 24).aligner
     for name in ("open_classes", "same_token"):
         with pytest.raises(AssertionError):
-            getattr(pairing, name)
+            getattr(aligner, name)
 
 
 def _permuted(tokenizer):
@@ -652,21 +656,21 @@ def _permuted(tokenizer):
 @pytest.mark.parametrize("kind", KINDS)
 def test_outcomes_undo_a_permutation_of_the_ids(tokenizers, documents, kind):
     shuffled, new_ids = _permuted(tokenizers[kind])
-    corpus = Corpus(documents, _pair(shuffled, tokenizers[kind]), 24, 24)
+    corpus = Dataset(documents, _pair(shuffled, tokenizers[kind]), 24, 24)
     assert not corpus.pair.equal
-    classes = corpus.pairing.open_classes
+    classes = corpus.aligner.open_classes
     student = dict(zip(classes.student_classes.tolist(), classes.student_tokens.tolist(), strict=True))
     teacher = dict(zip(classes.teacher_classes.tolist(), classes.teacher_tokens.tolist(), strict=True))
     assert len(student) == len(teacher) == classes.count == len(new_ids)
     assert all(student[outcome] == new_ids[token] for outcome, token in teacher.items())
     alignment = corpus.batch([0]).alignment
-    assert len(alignment.in_student.rich_rows) == len(alignment.in_teacher.rich_rows) == 0
+    assert len(alignment.in_student.coarse_rows) == len(alignment.in_teacher.coarse_rows) == 0
 
 
 @pytest.mark.parametrize("names", [("sp", "byte"), ("byte", "sp")])
 def test_a_permutation_of_the_students_ids_changes_no_row(tokenizers, documents, corpora, names):
     shuffled, new_ids = _permuted(tokenizers[names[0]])
-    corpus, plain = Corpus(documents, _pair(shuffled, tokenizers[names[1]]), 24, 40), corpora[names]
+    corpus, plain = Dataset(documents, _pair(shuffled, tokenizers[names[1]]), 24, 40), corpora[names]
     assert corpus.blocks == plain.blocks
 
     def renamed(entry):
@@ -695,12 +699,12 @@ def _outcome_of(tokens, classes, size: int) -> np.ndarray:
     return found
 
 
-def _agreement(corpus: Corpus) -> tuple[float, int]:
+def _agreement(corpus: Dataset) -> tuple[float, int]:
     """Share of the open rows at which the two tokens of the text are one outcome, and how many rows there are."""
     pair = copy.copy(corpus.pair)
     pair.projects = False  # what is inside takes longer
-    corpus.pairing = Pairing(pair, corpus.text, corpus.blocks)
-    classes, agree = corpus.pairing.open_classes, []
+    corpus.aligner = Aligner(pair, corpus.text, corpus.blocks)
+    classes, agree = corpus.aligner.open_classes, []
     sizes = [len(table.pieces) for table in corpus.pair.tables]
     student = _outcome_of(classes.student_tokens, classes.student_classes, sizes[0])
     teacher = _outcome_of(classes.teacher_tokens, classes.teacher_classes, sizes[1])
@@ -714,7 +718,7 @@ def _agreement(corpus: Corpus) -> tuple[float, int]:
 
 @pytest.mark.parametrize("names", CROSS)
 def test_the_tokens_of_the_text_are_one_outcome_where_both_start_one(pairs, documents, names):
-    agree, count = _agreement(Corpus(documents, pairs[names], 24, 40))
+    agree, count = _agreement(Dataset(documents, pairs[names], 24, 40))
     print(f"{' <- '.join(names)}: {1 - agree:.2%} of {count} open rows mismatch")
     assert count > 1000
     assert agree > LEAST_AGREEMENT
@@ -724,9 +728,9 @@ def test_the_tokens_of_the_text_are_one_outcome_where_both_start_one(pairs, docu
 def test_learning_from_the_text_removes_most_of_the_mismatches(pairs, names, monkeypatch):
     topics = pytest.importorskip("pydoc_data.topics").topics
     documents = [Document(name, topics[name]) for name in ("assignment", "calls", "class", "formatstrings", "try")]
-    taught, count = _agreement(Corpus(documents, pairs[names], 512, 512))
+    taught, count = _agreement(Dataset(documents, pairs[names], 512, 512))
     monkeypatch.setattr(VocabularyMap, "learn", lambda *_: None)
-    untaught, _ = _agreement(Corpus(documents, pairs[names], 512, 512))
+    untaught, _ = _agreement(Dataset(documents, pairs[names], 512, 512))
     print(f"{' <- '.join(names)}: {1 - untaught:.2%}, taught {1 - taught:.2%} of {count} open rows mismatch")
     assert 1 - taught < 0.5 * (1 - untaught)
     assert taught > LEAST_AGREEMENT
@@ -747,9 +751,9 @@ def test_the_tokens_of_the_text_are_one_outcome_inside_a_token_too(blocks, names
 
 @pytest.mark.parametrize("names", CROSS)
 def test_the_same_token_has_exactly_the_same_bytes(corpora, names):
-    pairing = corpora[names].pairing
-    student, teacher = pairing.pair.tables
-    same = pairing.same_token.tolist()
+    aligner = corpora[names].aligner
+    student, teacher = aligner.pair.tables
+    same = aligner.same_token.tolist()
     assert len(same) == len(teacher.pieces)
     assert same[teacher.end_id] == student.end_id
     ordinary = defaultdict(list)
@@ -770,12 +774,12 @@ def test_the_same_token_has_exactly_the_same_bytes(corpora, names):
 
 @pytest.mark.parametrize("names", [("sp", "byte"), ("sp", "dummy_prefix"), ("dummy_prefix", "sp")])
 def test_an_ordinary_piece_is_preferred_to_the_byte_token_of_its_byte(corpora, names):
-    pairing = corpora[names].pairing
-    student, teacher = pairing.pair.tables
+    aligner = corpora[names].aligner
+    student, teacher = aligner.pair.tables
     assert student.pieces[student.strings.index("<0x61>")] == student.pieces[student.strings.index("a")] == b"a"
-    assert pairing.same_token[teacher.strings.index("a")] == student.strings.index("a")
+    assert aligner.same_token[teacher.strings.index("a")] == student.strings.index("a")
     only_as_byte = teacher.pieces.index(b"\xe6")
-    assert pairing.same_token[only_as_byte] == student.strings.index("<0xE6>")
+    assert aligner.same_token[only_as_byte] == student.strings.index("<0xE6>")
 
 
 @pytest.mark.parametrize("names", CROSS)
@@ -783,17 +787,17 @@ def test_strict_rows_speak_about_the_same_token(corpora, names):
     corpus = corpora[names]
     batch = corpus.batch(list(range(len(corpus))))
     a = batch.alignment
-    told = corpus.pairing.same_token[batch.teacher.labels.flatten()[a.teacher_rows[a.strict] + 1]]
+    told = corpus.aligner.same_token[batch.teacher.labels.flatten()[a.teacher_rows[a.strict] + 1]]
     assert torch.equal(told, batch.student.targets[a.student_rows[a.strict]])
 
 
 # Workers
 
 
-class _Batches(Dataset):
+class _Batches(TorchDataset):
     """Batches of a corpus by number, as a loader with workers asks for them."""
 
-    def __init__(self, corpus: Corpus):
+    def __init__(self, corpus: Dataset):
         self.corpus = corpus
 
     def __len__(self):
@@ -819,7 +823,7 @@ def _same_batches(some, others) -> bool:
 @pytest.mark.parametrize("names", [("sp", "byte"), ("byte", "dummy_prefix")])
 def test_batches_do_not_depend_on_the_number_of_workers(pairs, documents, names, monkeypatch, capfd):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    batches = _Batches(Corpus(documents, pairs[names], 24, 40))
+    batches = _Batches(Dataset(documents, pairs[names], 24, 40))
     loaded = [list(DataLoader(batches, batch_size=None, num_workers=workers)) for workers in (2, 0)]
     assert _same_batches(*loaded)
     assert len(_tensors(loaded[0][0])) > 15
@@ -828,7 +832,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(pairs, documents, names,
 
 @pytest.mark.parametrize("used", [False, True])
 def test_a_corpus_survives_pickling(pairs, documents, used):
-    corpus = Corpus(documents, pairs["sp", "byte"], 24, 40)
+    corpus = Dataset(documents, pairs["sp", "byte"], 24, 40)
     before = corpus.batch([0, 1]) if used else None
     copy = pickle.loads(pickle.dumps(corpus))
     assert _same_batches([copy.batch([0, 1]), copy.batch([2])], [before or corpus.batch([0, 1]), corpus.batch([2])])
@@ -842,41 +846,41 @@ def test_a_corpus_survives_pickling(pairs, documents, used):
 def test_the_maps_learn_from_the_text_which_way_each_is_read(pairs, documents, names, monkeypatch):
     lessons = []
     monkeypatch.setattr(VocabularyMap, "learn", lambda self, *columns: lessons.append((self, columns)))
-    corpus = Corpus(documents, pairs[names], 24, 40)
-    maps, tables = corpus.pairing._maps, corpus.pair.tables
+    corpus = Dataset(documents, pairs[names], 24, 40)
+    maps, tables = corpus.aligner._maps, corpus.pair.tables
     assert {id(taught) for taught, _ in lessons} == set(map(id, maps))
-    for taught, (rich, written, poor) in lessons:
+    for taught, (coarse, written, fine) in lessons:
         side = maps.index(taught)
         # What is left of the one token and what the other says begin alike, so no dummy space is among them.
         ends = corpus.pair.teacher_end if side else corpus.pair.student_end
-        for r, w, u in zip(rich.tolist(), written.tolist(), poor.tolist(), strict=True):
+        for r, w, u in zip(coarse.tolist(), written.tolist(), fine.tolist(), strict=True):
             rest, said = tables[side].pieces[r][w:], tables[1 - side].pieces[u]
             assert rest.startswith(said) or said.startswith(rest)
             assert bool(rest) == bool(said) == (r != ends)
         assert (written > 0).any()
         if "dummy_prefix" not in names:
             stream = (corpus.text.student, corpus.text.teacher)[1 - side]
-            assert poor.tolist() == stream.ids.tolist()  # every token of the text, once
+            assert fine.tolist() == stream.ids.tolist()  # every token of the text, once
 
 
 @pytest.mark.parametrize("names", CROSS)
 def test_the_side_that_says_the_text_in_fewer_tokens_is_carried_onto_the_other(corpora, names):
-    pairing, text = corpora[names].pairing, corpora[names].text
-    assert pairing.teacher_is_richer == (len(text.teacher.ids) < len(text.student.ids))
-    classes, sides = pairing.open_classes, pairing.pair.tables
-    richer = classes.teacher_tokens if pairing.teacher_is_richer else classes.student_tokens
-    content = {i for i, piece in enumerate(sides[pairing.teacher_is_richer].pieces) if piece}
-    assert content <= set(richer.tolist())
-    poorer = classes.student_tokens if pairing.teacher_is_richer else classes.teacher_tokens
-    members = classes.student_classes if pairing.teacher_is_richer else classes.teacher_classes
-    assert len(poorer) == len(members) >= classes.count
+    aligner, text = corpora[names].aligner, corpora[names].text
+    assert aligner.teacher_is_coarser == (len(text.teacher.ids) < len(text.student.ids))
+    classes, sides = aligner.open_classes, aligner.pair.tables
+    coarser = classes.teacher_tokens if aligner.teacher_is_coarser else classes.student_tokens
+    content = {i for i, piece in enumerate(sides[aligner.teacher_is_coarser].pieces) if piece}
+    assert content <= set(coarser.tolist())
+    finer = classes.student_tokens if aligner.teacher_is_coarser else classes.teacher_tokens
+    members = classes.student_classes if aligner.teacher_is_coarser else classes.teacher_classes
+    assert len(finer) == len(members) >= classes.count
 
 
 @pytest.mark.parametrize("names", CROSS)
 def test_no_token_of_the_text_is_without_an_outcome(pairs, names):
     text = "x = [\n" + "".join(f"        {i} + {i},\n" for i in range(100, 130)) + "]\n\n\n\t\t# na\u00efve\n"
-    corpus = Corpus([Document("code", text)], pairs[names], 64, 64)
-    classes, batch = corpus.pairing.open_classes, corpus.batch(list(range(len(corpus))))
+    corpus = Dataset([Document("code", text)], pairs[names], 64, 64)
+    classes, batch = corpus.aligner.open_classes, corpus.batch(list(range(len(corpus))))
     said = batch.student.targets[batch.alignment.student_rows]
     told = batch.teacher.labels.flatten()[batch.alignment.teacher_rows + 1]
     assert set(said.tolist()) <= set(classes.student_tokens.tolist())

@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from sar_kd.alignment.byte_alignment import find_chunks, find_contacts
-from sar_kd.data.dataset import Corpus
+from sar_kd.alignment.byte_alignment import find_boundaries, find_chunks
+from sar_kd.data.dataset import Dataset
 from sar_kd.data.samples import Document
 from sar_kd.tokenization.backends import encode
 from sar_kd.tokenization.token_table import build_token_table, same_tokenizer, start_and_end
@@ -117,7 +117,7 @@ def _walk(student_ends: np.ndarray, teacher_ends: np.ndarray) -> list[tuple[int,
 
 
 def _contacts(student_ends: np.ndarray, teacher_ends: np.ndarray) -> list[tuple[int, int, int, int]]:
-    found = find_contacts(student_ends, teacher_ends)
+    found = find_boundaries(student_ends, teacher_ends)
     columns = found.student, found.teacher, found.student_written, found.teacher_written
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
@@ -145,7 +145,7 @@ def test_contacts_of_any_text_are_what_a_walk_over_its_bytes_meets(pairs, names,
 @settings(max_examples=100, deadline=None)
 @given(ends=TWO_CUTS)
 def test_every_token_with_bytes_is_met_once_where_it_starts_and_never_inside_both(ends):
-    found = find_contacts(*ends)
+    found = find_boundaries(*ends)
     for side, written, own in (
         (found.student, found.student_written, ends[0]),
         (found.teacher, found.teacher_written, ends[1]),
@@ -241,7 +241,7 @@ def test_swapping_the_sides_swaps_the_alignment(ends):
     assert forth.teacher.tolist() == back.student.tolist()
     assert forth.ends.tolist() == back.ends.tolist()
     assert forth.sizes.tolist() == back.sizes[::-1].tolist()
-    assert (forth.strict.tolist(), forth.straddled.tolist()) == (back.strict.tolist(), back.straddled.tolist())
+    assert (forth.strict.tolist(), forth.overlapping.tolist()) == (back.strict.tolist(), back.overlapping.tolist())
     assert _contacts(*ends) == [(s, t, p, q) for t, s, q, p in _contacts(*ends[::-1])]
 
 
@@ -252,7 +252,7 @@ def test_strict_chunks_hold_one_token_a_side_and_straddled_ones_several_of_both(
     for chunk, (first, stop) in enumerate(_spans(chunks.ends)):
         counts = [sum(first <= start < end <= stop for start, end in _spans(own)) for own in ends]
         assert chunks.strict[chunk] == (counts == [1, 1])
-        assert chunks.straddled[chunk] == (min(counts) > 1)
+        assert chunks.overlapping[chunk] == (min(counts) > 1)
 
 
 @settings(max_examples=100, deadline=None)
@@ -273,7 +273,7 @@ def test_chunks_of_a_hand_example():
     assert chunks.ends.tolist() == [3, 6, 7]
     assert chunks.sizes.tolist() == [[2, 1, 1], [2, 1, 1]]
     assert chunks.strict.tolist() == [False, True, True]
-    assert chunks.straddled.tolist() == [True, False, False]
+    assert chunks.overlapping.tolist() == [True, False, False]
 
 
 def test_aligning_takes_less_than_a_microsecond_a_token():
@@ -283,7 +283,7 @@ def test_aligning_takes_less_than_a_microsecond_a_token():
     size, seconds = len(student_ends) + len(teacher_ends), []
     for _ in range(5):
         start = time.process_time()
-        find_contacts(student_ends, teacher_ends)
+        find_boundaries(student_ends, teacher_ends)
         find_chunks(student_ends, teacher_ends)
         seconds.append(time.process_time() - start)
     print(f"contacts and chunks: {min(seconds) / size * 1e6:.3f} us a token ({size} tokens of both sides)")
@@ -346,7 +346,7 @@ def llama_tokenizer(dummy_prefix_tokenizer):
 def test_a_llama_tokenizer_of_transformers_keeps_text(llama_tokenizer, byte_tokenizer):
     texts = ["The teacher", " leading space", "  two", "\nline", "\u65e5\u672c"]
     pair = _pair(llama_tokenizer, byte_tokenizer)
-    corpus = Corpus([Document(text, text) for text in texts], pair, 64, 64)
+    corpus = Dataset([Document(text, text) for text in texts], pair, 64, 64)
     assert corpus.text.left_out == []
     assert corpus.text.student.ends[-1] == corpus.text.teacher.ends[-1] == sum(len(text.encode()) + 1 for text in texts)
 

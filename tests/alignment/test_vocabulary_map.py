@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sar_kd.alignment import vocabulary_map
-from sar_kd.alignment.byte_alignment import find_contacts
-from sar_kd.alignment.vocabulary_map import Outcomes, VocabularyMap, same_token_map
+from sar_kd.alignment.byte_alignment import find_boundaries
+from sar_kd.alignment.vocabulary_map import ClassTable, VocabularyMap, same_token_map
 from sar_kd.tokenization.backends import encode
 from sar_kd.tokenization.token_table import CONTENT, END, SPECIAL, TokenTable, build_token_table
 
 KINDS = ("byte", "sp", "dummy_prefix")
-BOTH_WAYS = [(rich, poor) for rich in KINDS for poor in KINDS if rich != poor]
+BOTH_WAYS = [(coarse, fine) for coarse in KINDS for fine in KINDS if coarse != fine]
 LETTERS = ("a", "b", "1", " ", "\n")
 E_ACUTE = "\u00e9"  # b"\xc3\xa9"
 
@@ -100,69 +100,69 @@ def tables(draw, dummy_prefix: bool | None = None) -> TokenTable:
 # What an outcome is, in dictionaries
 
 
-def _cut(piece: bytes, poor: TokenTable, tokenizer) -> list[int]:
-    """The poorer tokens that a richer token is cut into: the one that spells it, else the poorer tokenizer's own cut of
+def _cut(piece: bytes, fine: TokenTable, tokenizer) -> list[int]:
+    """The finer tokens that a coarser token is cut into: the one that spells it, else the finer tokenizer's own cut of
     it standing alone, else always the longest that fits.
     """
-    ordinary_first = sorted(range(len(poor.pieces)), key=lambda u: _is_byte_token(poor.strings[u]))
-    spelling = [u for u in ordinary_first if poor.pieces[u] == piece]
+    ordinary_first = sorted(range(len(fine.pieces)), key=lambda u: _is_byte_token(fine.strings[u]))
+    spelling = [u for u in ordinary_first if fine.pieces[u] == piece]
     if spelling:
         return spelling[:1]
     greedy, rest = [], piece
     while rest:
-        begins = [u for u in ordinary_first if poor.pieces[u] and rest.startswith(poor.pieces[u])]
-        greedy.append(max(begins, key=lambda u: len(poor.pieces[u])))
-        rest = rest[len(poor.pieces[greedy[-1]]) :]
+        begins = [u for u in ordinary_first if fine.pieces[u] and rest.startswith(fine.pieces[u])]
+        greedy.append(max(begins, key=lambda u: len(fine.pieces[u])))
+        rest = rest[len(fine.pieces[greedy[-1]]) :]
     try:  # a tokenizer that puts a space before the text reads it behind a line end
-        text = (b"\n" * poor.dummy_prefix + piece).decode()
+        text = (b"\n" * fine.dummy_prefix + piece).decode()
     except UnicodeDecodeError:
         return greedy
-    if poor.canonical(text) != text:
+    if fine.canonical(text) != text:
         return greedy
     ids = tokenizer.cut(text) if isinstance(tokenizer, Words) else encode(tokenizer, [text])[0]
     tails = [ids[first:] for first in range(len(ids))]
-    return next((tail for tail in tails if b"".join(poor.pieces[u] for u in tail) == piece), greedy)
+    return next((tail for tail in tails if b"".join(fine.pieces[u] for u in tail) == piece), greedy)
 
 
-def _cuts(rich: TokenTable, poor: TokenTable, tokenizer) -> dict[bytes, dict[int, int]]:
-    """By the bytes on the left of a cut, the richer tokens that have it and the poorer token on its right."""
+def _cuts(coarse: TokenTable, fine: TokenTable, tokenizer) -> dict[bytes, dict[int, int]]:
+    """By the bytes on the left of a cut, the coarser tokens that have it and the finer token on its right."""
     found = defaultdict(dict)
-    for r, piece in enumerate(rich.pieces):
+    for r, piece in enumerate(coarse.pieces):
         position = 0
-        for part in _cut(piece, poor, tokenizer) if piece else ():
+        for part in _cut(piece, fine, tokenizer) if piece else ():
             found[piece[:position]][r] = part
-            position += len(poor.pieces[part])
+            position += len(fine.pieces[part])
     return found
 
 
-def _joint(outcomes: Outcomes) -> dict[int, tuple[frozenset, frozenset]]:
-    """The tokens of each outcome: richer ones, poorer ones."""
-    rich, poor = defaultdict(set), defaultdict(set)
-    for token, outcome in zip(outcomes.rich_tokens.tolist(), outcomes.rich_outcomes.tolist(), strict=True):
-        rich[outcome].add(token)
-    for token, outcome in zip(outcomes.poor_tokens.tolist(), outcomes.poor_outcomes.tolist(), strict=True):
-        poor[outcome].add(token)
-    assert set(rich) | set(poor) <= set(range(outcomes.count))
-    return {n: (frozenset(rich[n]), frozenset(poor[n])) for n in range(outcomes.count)}
+def _joint(outcomes: ClassTable) -> dict[int, tuple[frozenset, frozenset]]:
+    """The tokens of each outcome: coarser ones, finer ones."""
+    coarse, fine = defaultdict(set), defaultdict(set)
+    for token, outcome in zip(outcomes.coarse_tokens.tolist(), outcomes.coarse_outcomes.tolist(), strict=True):
+        coarse[outcome].add(token)
+    for token, outcome in zip(outcomes.fine_tokens.tolist(), outcomes.fine_outcomes.tolist(), strict=True):
+        fine[outcome].add(token)
+    assert set(coarse) | set(fine) <= set(range(outcomes.count))
+    return {n: (frozenset(coarse[n]), frozenset(fine[n])) for n in range(outcomes.count)}
 
 
-def _expected(rich: TokenTable, poor: TokenTable, cuts: dict, prefix: bytes, same=()) -> set:
-    """The outcomes by definition, each as its richer and its poorer tokens; `same`: groups of poorer tokens that the
+def _expected(coarse: TokenTable, fine: TokenTable, cuts: dict, prefix: bytes, same=()) -> set:
+    """The outcomes by definition, each as its coarser and its finer tokens; `same`: groups of finer tokens that the
     text showed to be one outcome.
     """
     leader = {u: min(group) for group in same for u in group}
     begins = dict(cuts[prefix])
     rests = {}
-    for r in sorted(begins, key=lambda r: not _is_byte_token(rich.strings[r])):
-        piece = rich.pieces[r]
-        alike = [u for u, s in enumerate(poor.strings) if s == rich.strings[r] and poor.pieces[u] == piece]
-        if not prefix and alike and poor.pieces[begins[r]] == piece:  # told apart by their spelling
+    for r in sorted(begins, key=lambda r: not _is_byte_token(coarse.strings[r])):
+        piece = coarse.pieces[r]
+        alike = [u for u, s in enumerate(fine.strings) if s == coarse.strings[r] and fine.pieces[u] == piece]
+        if not prefix and alike and fine.pieces[begins[r]] == piece:  # told apart by their spelling
             begins[r] = alike[0]
         rests[piece[len(prefix) :]] = begins[r]  # of twins the ordinary one
     takes_part = {u: u for u in begins.values()}
     images = {leader.get(u, u) for u in takes_part}
-    for u, piece in enumerate(poor.pieces):
-        is_twin = _is_byte_token(poor.strings[u]) and poor.pieces.count(piece) > 1
+    for u, piece in enumerate(fine.pieces):
+        is_twin = _is_byte_token(fine.strings[u]) and fine.pieces.count(piece) > 1
         if leader.get(u, u) in images and u in leader:
             takes_part[u] = u
         elif u not in takes_part:
@@ -170,102 +170,102 @@ def _expected(rich: TokenTable, poor: TokenTable, cuts: dict, prefix: bytes, sam
             if starts:
                 takes_part[u] = rests[starts[-1]]
     if not prefix:
-        pairs = {r: u for (r, s), (u, t) in product(enumerate(rich.strings), enumerate(poor.strings)) if s == t and s}
-        pairs |= {rich.start_id: poor.start_id} | {rich.end_id: poor.end_id}
+        pairs = {r: u for (r, s), (u, t) in product(enumerate(coarse.strings), enumerate(fine.strings)) if s == t and s}
+        pairs |= {coarse.start_id: fine.start_id} | {coarse.end_id: fine.end_id}
         for r, u in pairs.items():
-            if not rich.pieces[r] and not poor.pieces[u]:
+            if not coarse.pieces[r] and not fine.pieces[u]:
                 begins[r] = takes_part[u] = u
     members = defaultdict(lambda: (set(), set()))
     for r, u in begins.items():
         members[leader.get(u, u)][0].add(r)
     for u, begin in takes_part.items():
         members[leader.get(begin, begin)][1].add(u)
-    if prefix:  # the richer token ends there
-        ends = [r for r, piece in enumerate(rich.pieces) if piece == prefix]
-        members["end"] = ({min(ends, key=lambda r: _is_byte_token(rich.strings[r]))} if ends else set(), set())
+    if prefix:  # the coarser token ends there
+        ends = [r for r, piece in enumerate(coarse.pieces) if piece == prefix]
+        members["end"] = ({min(ends, key=lambda r: _is_byte_token(coarse.strings[r]))} if ends else set(), set())
     return {(frozenset(a), frozenset(b)) for a, b in members.values()}
 
 
-def _prefixes(rich: TokenTable) -> list[bytes]:
-    return sorted({piece[:end] for piece in rich.pieces for end in range(1, len(piece) + 1)})
+def _prefixes(coarse: TokenTable) -> list[bytes]:
+    return sorted({piece[:end] for piece in coarse.pieces for end in range(1, len(piece) + 1)})
 
 
 @settings(max_examples=200, deadline=None)
-@given(rich=tables(), poor=tables(), from_right=st.booleans())
-def test_open_outcomes_are_those_of_the_definition(rich, poor, from_right):
-    tokenizer = Words(poor, from_right)
-    found = _joint(VocabularyMap(rich, poor, tokenizer).open())
-    assert set(found.values()) == _expected(rich, poor, _cuts(rich, poor, tokenizer), b"")
+@given(coarse=tables(), fine=tables(), from_right=st.booleans())
+def test_open_outcomes_are_those_of_the_definition(coarse, fine, from_right):
+    tokenizer = Words(fine, from_right)
+    found = _joint(VocabularyMap(coarse, fine, tokenizer).open())
+    assert set(found.values()) == _expected(coarse, fine, _cuts(coarse, fine, tokenizer), b"")
     assert len(set(found.values())) == len(found)
 
 
 @settings(max_examples=150, deadline=None)
-@given(rich=tables(), poor=tables(), from_right=st.booleans())
-def test_outcomes_behind_every_prefix_are_those_of_the_definition(rich, poor, from_right):
-    tokenizer = Words(poor, from_right)
-    vocabulary_map, cuts = VocabularyMap(rich, poor, tokenizer), _cuts(rich, poor, tokenizer)
-    for prefix in _prefixes(rich):
+@given(coarse=tables(), fine=tables(), from_right=st.booleans())
+def test_outcomes_behind_every_prefix_are_those_of_the_definition(coarse, fine, from_right):
+    tokenizer = Words(fine, from_right)
+    vocabulary_map, cuts = VocabularyMap(coarse, fine, tokenizer), _cuts(coarse, fine, tokenizer)
+    for prefix in _prefixes(coarse):
         outcomes = vocabulary_map.behind(prefix)
         if prefix not in cuts:
             assert outcomes is None
             continue
         found = _joint(outcomes)
-        assert set(found.values()) == _expected(rich, poor, cuts, prefix), prefix
+        assert set(found.values()) == _expected(coarse, fine, cuts, prefix), prefix
         assert len(set(found.values())) == len(found)
-        assert not found[outcomes.count - 1][1]  # the last is the end, which no poorer token begins
-        assert outcomes.can_end == bool(found[outcomes.count - 1][0]) == (prefix in rich.pieces)
+        assert not found[outcomes.count - 1][1]  # the last is the end, which no finer token begins
+        assert outcomes.can_end == bool(found[outcomes.count - 1][0]) == (prefix in coarse.pieces)
         assert outcomes.prefix == prefix
 
 
-def _every(vocabulary_map: VocabularyMap, rich: TokenTable) -> list[tuple[bytes, Outcomes]]:
-    behind = [(prefix, vocabulary_map.behind(prefix)) for prefix in _prefixes(rich)]
+def _every(vocabulary_map: VocabularyMap, coarse: TokenTable) -> list[tuple[bytes, ClassTable]]:
+    behind = [(prefix, vocabulary_map.behind(prefix)) for prefix in _prefixes(coarse)]
     return [(b"", vocabulary_map.open()), *((prefix, outcomes) for prefix, outcomes in behind if outcomes)]
 
 
 @settings(max_examples=100, deadline=None)
-@given(rich=tables(), poor=tables(), from_right=st.booleans())
-def test_every_outcome_but_an_end_has_tokens_on_both_sides_and_no_token_has_two(rich, poor, from_right):
-    for prefix, outcomes in _every(VocabularyMap(rich, poor, Words(poor, from_right)), rich):
+@given(coarse=tables(), fine=tables(), from_right=st.booleans())
+def test_every_outcome_but_an_end_has_tokens_on_both_sides_and_no_token_has_two(coarse, fine, from_right):
+    for prefix, outcomes in _every(VocabularyMap(coarse, fine, Words(fine, from_right)), coarse):
         going_on = [n for n in range(outcomes.count) if not prefix or n < outcomes.count - 1]
         found = _joint(outcomes)
         assert len(outcomes.leaders) == len(going_on)
         assert all(leader in found[n][1] for n, leader in enumerate(outcomes.leaders.tolist()))
         assert going_on
         assert all(found[n][0] and found[n][1] for n in going_on)
-        for tokens in (outcomes.rich_tokens, outcomes.poor_tokens):
+        for tokens in (outcomes.coarse_tokens, outcomes.fine_tokens):
             assert len(np.unique(tokens)) == len(tokens)
 
 
 @settings(max_examples=100, deadline=None)
-@given(rich=tables(), poor=tables(), from_right=st.booleans())
-def test_all_tokens_of_an_outcome_begin_with_the_bytes_of_one_poorer_token(rich, poor, from_right):
-    for prefix, outcomes in _every(VocabularyMap(rich, poor, Words(poor, from_right)), rich):
-        for rich_tokens, poor_tokens in _joint(outcomes).values():
-            said = [rich.pieces[r][len(prefix) :] for r in rich_tokens] + [poor.pieces[u] for u in poor_tokens]
-            assert not poor_tokens or any(all(rest.startswith(poor.pieces[u]) for rest in said) for u in poor_tokens)
+@given(coarse=tables(), fine=tables(), from_right=st.booleans())
+def test_all_tokens_of_an_outcome_begin_with_the_bytes_of_one_poorer_token(coarse, fine, from_right):
+    for prefix, outcomes in _every(VocabularyMap(coarse, fine, Words(fine, from_right)), coarse):
+        for coarse_tokens, fine_tokens in _joint(outcomes).values():
+            said = [coarse.pieces[r][len(prefix) :] for r in coarse_tokens] + [fine.pieces[u] for u in fine_tokens]
+            assert not fine_tokens or any(all(rest.startswith(fine.pieces[u]) for rest in said) for u in fine_tokens)
 
 
 @settings(max_examples=100, deadline=None)
-@given(rich=tables(), poor=tables(), from_right=st.booleans())
-def test_every_richer_token_has_an_outcome_where_both_start_one(rich, poor, from_right):
-    outcomes = VocabularyMap(rich, poor, Words(poor, from_right)).open()
-    assert {r for r, piece in enumerate(rich.pieces) if piece} <= set(outcomes.rich_tokens.tolist())
+@given(coarse=tables(), fine=tables(), from_right=st.booleans())
+def test_every_coarser_token_has_an_outcome_where_both_start_one(coarse, fine, from_right):
+    outcomes = VocabularyMap(coarse, fine, Words(fine, from_right)).open()
+    assert {r for r, piece in enumerate(coarse.pieces) if piece} <= set(outcomes.coarse_tokens.tolist())
 
 
 @settings(max_examples=100, deadline=None)
-@given(rich=tables(), poor=tables(), from_right=st.booleans())
-def test_every_richer_token_goes_on_behind_each_of_its_cuts_and_ends_behind_itself(rich, poor, from_right):
-    vocabulary_map = VocabularyMap(rich, poor, Words(poor, from_right))
-    for r, piece in enumerate(rich.pieces):
-        parts = _cut(piece, poor, Words(poor, from_right)) if piece else []
+@given(coarse=tables(), fine=tables(), from_right=st.booleans())
+def test_every_coarser_token_goes_on_behind_each_of_its_cuts_and_ends_behind_itself(coarse, fine, from_right):
+    vocabulary_map = VocabularyMap(coarse, fine, Words(fine, from_right))
+    for r, piece in enumerate(coarse.pieces):
+        parts = _cut(piece, fine, Words(fine, from_right)) if piece else []
         for count in range(1, len(parts)):
-            prefix = b"".join(poor.pieces[u] for u in parts[:count])
+            prefix = b"".join(fine.pieces[u] for u in parts[:count])
             outcomes = vocabulary_map.behind(prefix)
-            (outcome,) = outcomes.rich_outcomes[outcomes.rich_tokens == r]
-            assert outcome in outcomes.poor_outcomes[outcomes.poor_tokens == parts[count]]
+            (outcome,) = outcomes.coarse_outcomes[outcomes.coarse_tokens == r]
+            assert outcome in outcomes.fine_outcomes[outcomes.fine_tokens == parts[count]]
         outcomes = vocabulary_map.behind(piece)
-        if outcomes and rich.pieces.count(piece) == 1:
-            assert outcomes.rich_outcomes[outcomes.rich_tokens == r].tolist() == [outcomes.count - 1]
+        if outcomes and coarse.pieces.count(piece) == 1:
+            assert outcomes.coarse_outcomes[outcomes.coarse_tokens == r].tolist() == [outcomes.count - 1]
 
 
 @settings(max_examples=100, deadline=None)
@@ -278,15 +278,15 @@ def test_equal_vocabularies_give_the_identity_on_all_ids(table, from_right):
 
 
 @settings(max_examples=100, deadline=None)
-@given(rich=tables(), poor=tables(), from_right=st.booleans(), data=st.data())
-def test_permuting_the_poorer_ids_permutes_the_outcomes_and_nothing_else(rich, poor, from_right, data):
-    order = data.draw(st.permutations(range(len(poor.pieces))))
+@given(coarse=tables(), fine=tables(), from_right=st.booleans(), data=st.data())
+def test_permuting_the_poorer_ids_permutes_the_outcomes_and_nothing_else(coarse, fine, from_right, data):
+    order = data.draw(st.permutations(range(len(fine.pieces))))
     new_id = {old: new for new, old in enumerate(order)}
-    start = "<s>" if "<s>" in poor.strings else "</s>"
-    permuted = _table([poor.strings[i] for i in order], start, poor.dummy_prefix)
-    one = VocabularyMap(rich, poor, Words(poor, from_right))
-    other = VocabularyMap(rich, permuted, Words(permuted, from_right))
-    for (prefix, before), (same, after) in zip(_every(one, rich), _every(other, rich), strict=True):
+    start = "<s>" if "<s>" in fine.strings else "</s>"
+    permuted = _table([fine.strings[i] for i in order], start, fine.dummy_prefix)
+    one = VocabularyMap(coarse, fine, Words(fine, from_right))
+    other = VocabularyMap(coarse, permuted, Words(permuted, from_right))
+    for (prefix, before), (same, after) in zip(_every(one, coarse), _every(other, coarse), strict=True):
         expected = {(a, frozenset(new_id[u] for u in b)) for a, b in _joint(before).values()}
         assert set(_joint(after).values()) == expected
         assert prefix == same
@@ -295,20 +295,20 @@ def test_permuting_the_poorer_ids_permutes_the_outcomes_and_nothing_else(rich, p
 # Hand examples
 
 
-def _outcomes_of(rich: TokenTable, poor: TokenTable, outcomes: Outcomes) -> set[tuple[str, str]]:
-    """Each outcome as its richer and its poorer tokens, spelled and joined by '|'."""
+def _outcomes_of(coarse: TokenTable, fine: TokenTable, outcomes: ClassTable) -> set[tuple[str, str]]:
+    """Each outcome as its coarser and its finer tokens, spelled and joined by '|'."""
     return {
-        ("|".join(sorted(rich.strings[r] for r in a)), "|".join(sorted(poor.strings[u] for u in b)))
+        ("|".join(sorted(coarse.strings[r] for r in a)), "|".join(sorted(fine.strings[u] for u in b)))
         for a, b in _joint(outcomes).values()
     }
 
 
 def test_hand_example_of_words_and_their_letters():
-    rich, poor = _table(["</s>", "t", "h", "e", "th", "the"]), _table(["</s>", "h", "t", "e", "he"])
-    vocabulary_map = VocabularyMap(rich, poor, Words(poor))
+    coarse, fine = _table(["</s>", "t", "h", "e", "th", "the"]), _table(["</s>", "h", "t", "e", "he"])
+    vocabulary_map = VocabularyMap(coarse, fine, Words(fine))
     open_ = {("</s>", "</s>"), ("t|th|the", "t"), ("h", "h|he"), ("e", "e")}
-    assert _outcomes_of(rich, poor, vocabulary_map.open()) == open_
-    assert _outcomes_of(rich, poor, vocabulary_map.behind(b"t")) == {("th", "h"), ("the", "he"), ("t", "")}
+    assert _outcomes_of(coarse, fine, vocabulary_map.open()) == open_
+    assert _outcomes_of(coarse, fine, vocabulary_map.behind(b"t")) == {("th", "h"), ("the", "he"), ("t", "")}
     assert vocabulary_map.behind(b"th") is None  # the is cut t|he
     assert vocabulary_map.behind(b"the") is None
     assert vocabulary_map.behind(b"x") is None
@@ -316,24 +316,24 @@ def test_hand_example_of_words_and_their_letters():
 
 @pytest.mark.parametrize(("lone", "place"), [("1969", "19"), ("    ", "  "), ("12", "1"), ("  \n", "  ")])
 def test_a_token_that_only_the_poorer_has_shares_the_place_of_the_longest_that_starts_it(lone, place):
-    rich = _table(["</s>", *"1269 \na", "19", "  ", "a1"])
-    poor = _table(["</s>", *"1269 \na", "19", "  ", "12", "1969", "    ", "  \n"])
-    outcomes = _outcomes_of(rich, poor, VocabularyMap(rich, poor, Words(poor)).open())
+    coarse = _table(["</s>", *"1269 \na", "19", "  ", "a1"])
+    fine = _table(["</s>", *"1269 \na", "19", "  ", "12", "1969", "    ", "  \n"])
+    outcomes = _outcomes_of(coarse, fine, VocabularyMap(coarse, fine, Words(fine)).open())
     (found,) = [(a, b) for a, b in outcomes if lone in b.split("|")]
     assert place in found[0].split("|")
     assert place in found[1].split("|")
 
 
-def test_a_number_that_only_the_poorer_has_shares_a_place_inside_a_richer_token_too():
-    rich, poor = _table(["</s>", *"12a", "a1"]), _table(["</s>", *"12a", "12"])
-    behind = VocabularyMap(rich, poor, Words(poor)).behind(b"a")
-    assert _outcomes_of(rich, poor, behind) == {("a1", "1|12"), ("a", "")}
+def test_a_number_that_only_the_poorer_has_shares_a_place_inside_a_coarser_token_too():
+    coarse, fine = _table(["</s>", *"12a", "a1"]), _table(["</s>", *"12a", "12"])
+    behind = VocabularyMap(coarse, fine, Words(fine)).behind(b"a")
+    assert _outcomes_of(coarse, fine, behind) == {("a1", "1|12"), ("a", "")}
 
 
-def test_a_prefix_that_no_richer_token_spells_cannot_be_an_end():
-    rich, poor = _table(["</s>", *"abc", "abc"]), _table(["</s>", *"abc", "ab"])
-    outcomes = VocabularyMap(rich, poor, Words(poor)).behind(b"ab")
-    assert _outcomes_of(rich, poor, outcomes) == {("abc", "c"), ("", "")}
+def test_a_prefix_that_no_coarser_token_spells_cannot_be_an_end():
+    coarse, fine = _table(["</s>", *"abc", "abc"]), _table(["</s>", *"abc", "ab"])
+    outcomes = VocabularyMap(coarse, fine, Words(fine)).behind(b"ab")
+    assert _outcomes_of(coarse, fine, outcomes) == {("abc", "c"), ("", "")}
     assert not outcomes.can_end
     assert outcomes.count == 2
 
@@ -342,66 +342,66 @@ def test_a_poorer_token_shares_the_place_of_an_ordinary_token_and_not_of_its_byt
     # Gemma's kind: the byte tokens come behind the ordinary newline. What says nothing would share nothing.
     strings = ["</s>", "\n", "a", "<0x0A>"]
     for order in (strings, strings[::-1]):
-        rich, poor = _table(order), _table(["</s>", "<0x0A>", "\n", "a", "\n\n"])
-        found = _outcomes_of(rich, poor, VocabularyMap(rich, poor, Words(poor)).open())
+        coarse, fine = _table(order), _table(["</s>", "<0x0A>", "\n", "a", "\n\n"])
+        found = _outcomes_of(coarse, fine, VocabularyMap(coarse, fine, Words(fine)).open())
         assert found == {("</s>", "</s>"), ("\n", "\n|\n\n"), ("<0x0A>", "<0x0A>"), ("a", "a")}
 
 
 def test_the_poorer_tokenizers_own_cut_counts_and_not_the_longest_token():
-    rich, poor = _table(["</s>", *"abcd", "abcd", "xabcd", "x"]), _table(["</s>", *"abcdx", "abc", "cd", "ab", "bcd"])
-    from_right = VocabularyMap(rich, poor, Words(poor, from_right=True))  # a|bcd
-    assert ("a|abcd", "a|ab|abc") in _outcomes_of(rich, poor, from_right.open())
-    assert _outcomes_of(rich, poor, from_right.behind(b"x")) == {("xabcd", "a"), ("x", "")}
-    assert _outcomes_of(rich, poor, from_right.behind(b"xa")) == {("xabcd", "bcd"), ("", "")}
-    from_left = VocabularyMap(rich, poor, Words(poor))  # abc|d
-    assert ("abcd", "abc") in _outcomes_of(rich, poor, from_left.open())
-    assert _outcomes_of(rich, poor, from_left.behind(b"x")) == {("xabcd", "abc"), ("x", "")}
+    coarse, fine = _table(["</s>", *"abcd", "abcd", "xabcd", "x"]), _table(["</s>", *"abcdx", "abc", "cd", "ab", "bcd"])
+    from_right = VocabularyMap(coarse, fine, Words(fine, from_right=True))  # a|bcd
+    assert ("a|abcd", "a|ab|abc") in _outcomes_of(coarse, fine, from_right.open())
+    assert _outcomes_of(coarse, fine, from_right.behind(b"x")) == {("xabcd", "a"), ("x", "")}
+    assert _outcomes_of(coarse, fine, from_right.behind(b"xa")) == {("xabcd", "bcd"), ("", "")}
+    from_left = VocabularyMap(coarse, fine, Words(fine))  # abc|d
+    assert ("abcd", "abc") in _outcomes_of(coarse, fine, from_left.open())
+    assert _outcomes_of(coarse, fine, from_left.behind(b"x")) == {("xabcd", "abc"), ("x", "")}
     assert from_left.behind(b"xa") is None
 
 
 def test_the_longest_token_counts_where_the_bytes_are_no_text():
-    # The first byte of a character behind another one; from the right the poorer would cut a|bXc3, if it could.
-    rich, poor = _table(["</s>", "<0xC3>", *"ab", "<0x61>"]), _table(["</s>", "<0xC3>", "<0xA9>", *"ab", "ab"])
-    rich.pieces[-1], poor.pieces[2] = b"ab\xc3", b"b\xc3"
-    found = _outcomes_of(rich, poor, VocabularyMap(rich, poor, Words(poor, from_right=True)).open())
+    # The first byte of a character behind another one; from the right the finer would cut a|bXc3, if it could.
+    coarse, fine = _table(["</s>", "<0xC3>", *"ab", "<0x61>"]), _table(["</s>", "<0xC3>", "<0xA9>", *"ab", "ab"])
+    coarse.pieces[-1], fine.pieces[2] = b"ab\xc3", b"b\xc3"
+    found = _outcomes_of(coarse, fine, VocabularyMap(coarse, fine, Words(fine, from_right=True)).open())
     assert ("<0x61>", "ab") in found
-    assert VocabularyMap(rich, poor, Words(poor, from_right=True)).behind(b"a") is None
+    assert VocabularyMap(coarse, fine, Words(fine, from_right=True)).behind(b"a") is None
 
 
 def test_an_ordinary_token_is_preferred_to_the_byte_token_of_its_bytes():
     strings = ["</s>", "<0x61>", "a", "<0x62>", "b"]
-    rich = _table(["</s>", "a", "ab", "b"])
+    coarse = _table(["</s>", "a", "ab", "b"])
     for order in (strings, strings[::-1]):
-        poor = _table(order)
-        vocabulary_map = VocabularyMap(rich, poor, Words(poor))
-        assert _outcomes_of(rich, poor, vocabulary_map.open()) == {("</s>", "</s>"), ("a|ab", "a"), ("b", "b")}
-        assert _outcomes_of(rich, poor, vocabulary_map.behind(b"a")) == {("ab", "b"), ("a", "")}
+        fine = _table(order)
+        vocabulary_map = VocabularyMap(coarse, fine, Words(fine))
+        assert _outcomes_of(coarse, fine, vocabulary_map.open()) == {("</s>", "</s>"), ("a|ab", "a"), ("b", "b")}
+        assert _outcomes_of(coarse, fine, vocabulary_map.behind(b"a")) == {("ab", "b"), ("a", "")}
 
 
-def test_a_newline_that_the_richer_has_as_a_byte_token_only_is_the_poorers_ordinary_newline():
+def test_a_newline_that_the_coarser_has_as_a_byte_token_only_is_the_poorers_ordinary_newline():
     # Llama 2 has no token "\n" but "<0x0A>"; many others have both, and write the first.
-    rich, poor = _table(["</s>", "<0x0A>", "a", "b"]), _table(["</s>", "\n", "a", "b", "<0x0A>"])
-    outcomes = _joint(VocabularyMap(rich, poor, Words(poor)).open())
-    (found,) = [(a, b) for a, b in outcomes.values() if poor.strings.index("\n") in b]
-    assert found[0] == {rich.strings.index("<0x0A>")}
-    assert found[1] <= {poor.strings.index("\n"), poor.strings.index("<0x0A>")}
+    coarse, fine = _table(["</s>", "<0x0A>", "a", "b"]), _table(["</s>", "\n", "a", "b", "<0x0A>"])
+    outcomes = _joint(VocabularyMap(coarse, fine, Words(fine)).open())
+    (found,) = [(a, b) for a, b in outcomes.values() if fine.strings.index("\n") in b]
+    assert found[0] == {coarse.strings.index("<0x0A>")}
+    assert found[1] <= {fine.strings.index("\n"), fine.strings.index("<0x0A>")}
 
 
 def test_tokens_without_bytes_meet_by_their_spelling_and_ends_and_starts_by_their_part():
-    rich = _table(["</s>", "a", "<s>", "<pad>", "<only>"], "<s>")
-    poor = _table(["<pad>", "a", "</s>", "<other>"])
-    found = _outcomes_of(rich, poor, VocabularyMap(rich, poor, Words(poor)).open())
+    coarse = _table(["</s>", "a", "<s>", "<pad>", "<only>"], "<s>")
+    fine = _table(["<pad>", "a", "</s>", "<other>"])
+    found = _outcomes_of(coarse, fine, VocabularyMap(coarse, fine, Words(fine)).open())
     assert found == {("</s>|<s>", "</s>"), ("a", "a"), ("<pad>", "<pad>")}
-    back = _outcomes_of(poor, rich, VocabularyMap(poor, rich, Words(rich)).open())
+    back = _outcomes_of(fine, coarse, VocabularyMap(fine, coarse, Words(coarse)).open())
     assert back == {("</s>", "</s>"), ("a", "a"), ("<pad>", "<pad>")}
 
 
 def test_rows_of_a_head_without_a_token_take_no_part(sp_tokenizer, byte_tokenizer):
-    rich = build_token_table(byte_tokenizer, len(byte_tokenizer) + 8)
-    poor = build_token_table(sp_tokenizer, len(sp_tokenizer) + 8)
-    outcomes = VocabularyMap(rich, poor, sp_tokenizer).open()
-    assert outcomes.rich_tokens.max() < len(byte_tokenizer)
-    assert outcomes.poor_tokens.max() < len(sp_tokenizer)
+    coarse = build_token_table(byte_tokenizer, len(byte_tokenizer) + 8)
+    fine = build_token_table(sp_tokenizer, len(sp_tokenizer) + 8)
+    outcomes = VocabularyMap(coarse, fine, sp_tokenizer).open()
+    assert outcomes.coarse_tokens.max() < len(byte_tokenizer)
+    assert outcomes.fine_tokens.max() < len(sp_tokenizer)
 
 
 # Tokenizers that were trained
@@ -419,19 +419,19 @@ def token_tables(tokenizers):
 
 @pytest.fixture(scope="module")
 def contacts(tokenizers, token_tables, corpus_texts):
-    """contacts(rich, poor): richer token, its written bytes and the poorer token that starts there in the corpus."""
+    """contacts(coarse, fine): coarser token, its written bytes and the finer token that starts there in the corpus."""
 
-    def find(rich: str, poor: str) -> list[np.ndarray]:
+    def find(coarse: str, fine: str) -> list[np.ndarray]:
         found = []
         for text in corpus_texts:
             ids, ends = [], []
-            for kind in (rich, poor):
+            for kind in (coarse, fine):
                 (tokens,) = encode(tokenizers[kind], ["\n" + text])
                 widths = token_tables[kind].lengths[tokens]
                 widths[0] -= int(widths.sum()) - len(("\n" + text).encode())  # a space that is no text
                 ids.append(np.array(tokens))
                 ends.append(np.cumsum(widths))
-            met = find_contacts(*ends)
+            met = find_boundaries(*ends)
             begins = met.teacher_written == 0
             columns = ids[0][met.student[begins]], met.student_written[begins], ids[1][met.teacher[begins]]
             found.append(np.stack(columns))
@@ -442,35 +442,35 @@ def contacts(tokenizers, token_tables, corpus_texts):
 
 @pytest.mark.parametrize("names", BOTH_WAYS)
 def test_open_outcomes_of_trained_tokenizers_are_those_of_the_definition(tokenizers, token_tables, names):
-    rich, poor = (token_tables[name] for name in names)
-    found = VocabularyMap(rich, poor, tokenizers[names[1]]).open()
-    assert set(_joint(found).values()) == _expected(rich, poor, _cuts(rich, poor, tokenizers[names[1]]), b"")
+    coarse, fine = (token_tables[name] for name in names)
+    found = VocabularyMap(coarse, fine, tokenizers[names[1]]).open()
+    assert set(_joint(found).values()) == _expected(coarse, fine, _cuts(coarse, fine, tokenizers[names[1]]), b"")
 
 
 @pytest.mark.parametrize("names", BOTH_WAYS)
 def test_outcomes_behind_trained_tokens_are_those_of_the_definition(tokenizers, token_tables, names):
-    rich, poor = (token_tables[name] for name in names)
-    vocabulary_map = VocabularyMap(rich, poor, tokenizers[names[1]])
-    cuts = _cuts(rich, poor, tokenizers[names[1]])
-    for prefix in _prefixes(rich):
+    coarse, fine = (token_tables[name] for name in names)
+    vocabulary_map = VocabularyMap(coarse, fine, tokenizers[names[1]])
+    cuts = _cuts(coarse, fine, tokenizers[names[1]])
+    for prefix in _prefixes(coarse):
         outcomes = vocabulary_map.behind(prefix)
         assert (outcomes is None) == (prefix not in cuts)
     picked = np.random.default_rng(0).permutation(len(cuts))[:60]
     for prefix in (sorted(cuts)[i] for i in picked):
         if prefix:
             found = vocabulary_map.behind(prefix)
-            assert set(_joint(found).values()) == _expected(rich, poor, cuts, prefix), prefix
+            assert set(_joint(found).values()) == _expected(coarse, fine, cuts, prefix), prefix
 
 
-def _corrected(rich: TokenTable, cuts: dict, met: list) -> tuple[dict, set]:
-    """The cuts as the text corrects them, and the groups of poorer tokens that it shows to be one outcome.
+def _corrected(coarse: TokenTable, cuts: dict, met: list) -> tuple[dict, set]:
+    """The cuts as the text corrects them, and the groups of finer tokens that it shows to be one outcome.
 
-    met: richer token, its written bytes and the poorer token that starts there, in the text
+    met: coarser token, its written bytes and the finer token that starts there, in the text
     """
     seen = defaultdict(Counter)
     for r, written, u in sorted(met):
-        if r in cuts.get(rich.pieces[r][:written], ()):
-            seen[rich.pieces[r][:written], r][u] += 1
+        if r in cuts.get(coarse.pieces[r][:written], ()):
+            seen[coarse.pieces[r][:written], r][u] += 1
     corrected, stands_for = {prefix: dict(begins) for prefix, begins in cuts.items()}, defaultdict(Counter)
     for (prefix, r), counts in seen.items():
         u, count = counts.most_common(1)[0]
@@ -490,17 +490,17 @@ def _corrected(rich: TokenTable, cuts: dict, met: list) -> tuple[dict, set]:
 
 @pytest.mark.parametrize("names", BOTH_WAYS)
 def test_outcomes_that_a_corpus_taught_are_those_of_the_definition(tokenizers, token_tables, contacts, names):
-    rich, poor = (token_tables[name] for name in names)
-    vocabulary_map, cuts = VocabularyMap(rich, poor, tokenizers[names[1]]), _cuts(rich, poor, tokenizers[names[1]])
+    coarse, fine = (token_tables[name] for name in names)
+    vocabulary_map, cuts = VocabularyMap(coarse, fine, tokenizers[names[1]]), _cuts(coarse, fine, tokenizers[names[1]])
     met = contacts(*names)
     vocabulary_map.learn(*met)
-    cuts, same = _corrected(rich, cuts, np.stack(met).T.tolist())
-    assert set(_joint(vocabulary_map.open()).values()) == _expected(rich, poor, cuts, b"", same)
+    cuts, same = _corrected(coarse, cuts, np.stack(met).T.tolist())
+    assert set(_joint(vocabulary_map.open()).values()) == _expected(coarse, fine, cuts, b"", same)
     for prefix in [*(prefix for prefix in sorted(cuts) if prefix)][::10]:
         found = set(_joint(vocabulary_map.behind(prefix)).values())
-        assert found == _expected(rich, poor, cuts, prefix, same), prefix
+        assert found == _expected(coarse, fine, cuts, prefix, same), prefix
     if names == ("byte", "sp"):
-        assert cuts != _cuts(rich, poor, tokenizers[names[1]]), "nothing was learned, so nothing is tested"
+        assert cuts != _cuts(coarse, fine, tokenizers[names[1]]), "nothing was learned, so nothing is tested"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -518,16 +518,16 @@ LEARNERS = _table(["</s>", *"abc ", "ab", "  "]), _table(["</s>", *"abc ", "ab",
 
 
 def _taught(*lessons: tuple[str, int, str, int], tables=LEARNERS) -> set[tuple[str, str]]:
-    """The open outcomes after a text with these lessons: richer token, written bytes, poorer token, how often."""
-    rich, poor = tables
-    vocabulary_map = VocabularyMap(rich, poor, Words(poor))
+    """The open outcomes after a text with these lessons: coarser token, written bytes, finer token, how often."""
+    coarse, fine = tables
+    vocabulary_map = VocabularyMap(coarse, fine, Words(fine))
     met = [
-        (rich.strings.index(a), written, poor.strings.index(b))
+        (coarse.strings.index(a), written, fine.strings.index(b))
         for a, written, b, count in lessons
         for _ in range(count)
     ]
     vocabulary_map.learn(*np.array(met, dtype=np.int64).reshape(-1, 3).T)
-    return _outcomes_of(rich, poor, vocabulary_map.open())
+    return _outcomes_of(coarse, fine, vocabulary_map.open())
 
 
 IDENTITY = {(string, string) for string in LEARNERS[0].strings}
@@ -542,7 +542,7 @@ def test_without_text_nothing_is_joined():
     ("strange", "usual", "corrects"),
     [(50, 0, True), (3, 0, True), (2, 0, False), (3, 2, True), (3, 3, False), (9, 8, True), (8, 9, False)],
 )
-def test_a_richer_token_goes_on_as_it_mostly_does_in_the_text(strange, usual, corrects):
+def test_a_coarser_token_goes_on_as_it_mostly_does_in_the_text(strange, usual, corrects):
     taught = _taught(("ab", 0, "a", strange), ("ab", 0, "ab", usual), ("a", 0, "a", 50))
     assert taught == (JOINED if corrects else IDENTITY)
 
@@ -551,7 +551,7 @@ def test_a_richer_token_goes_on_as_it_mostly_does_in_the_text(strange, usual, co
     ("strange", "usual", "joins"), [(3, 0, True), (2, 0, False), (4, 3, True), (3, 4, False), (9, 8, True)]
 )
 def test_a_poorer_token_that_mostly_stands_where_another_is_expected_shares_its_outcome(strange, usual, joins):
-    # Of all "a" that the richer side says, the poorer says "ab" for a few; of all "ab", those are the most.
+    # Of all "a" that the coarser side says, the finer says "ab" for a few; of all "ab", those are the most.
     taught = _taught(("a", 0, "ab", strange), ("a", 0, "a", 150), ("ab", 0, "ab", usual))
     assert taught == (JOINED if joins else IDENTITY)
 
@@ -572,15 +572,15 @@ def test_what_the_text_corrects_is_expected_no_longer():
 
 
 def test_what_is_learned_inside_a_token_counts_inside_and_outside():
-    rich, poor = _table(["</s>", *"abc", "cab", "ca"]), _table(["</s>", *"abc", "ab"])
-    vocabulary_map = VocabularyMap(rich, poor, Words(poor))
+    coarse, fine = _table(["</s>", *"abc", "cab", "ca"]), _table(["</s>", *"abc", "ab"])
+    vocabulary_map = VocabularyMap(coarse, fine, Words(fine))
     apart = {("cab", "ab"), ("ca", "a"), ("c", "")}
-    assert _outcomes_of(rich, poor, vocabulary_map.behind(b"c")) == apart
-    taught = VocabularyMap(rich, poor, Words(poor))
-    lesson = rich.strings.index("cab"), 1, poor.strings.index("a")
+    assert _outcomes_of(coarse, fine, vocabulary_map.behind(b"c")) == apart
+    taught = VocabularyMap(coarse, fine, Words(fine))
+    lesson = coarse.strings.index("cab"), 1, fine.strings.index("a")
     taught.learn(*np.array([lesson] * 5).T)
-    assert _outcomes_of(rich, poor, taught.behind(b"c")) == {("ca|cab", "a|ab"), ("c", "")}
-    assert ("a", "a|ab") in _outcomes_of(rich, poor, taught.open())
+    assert _outcomes_of(coarse, fine, taught.behind(b"c")) == {("ca|cab", "a|ab"), ("c", "")}
+    assert ("a", "a|ab") in _outcomes_of(coarse, fine, taught.open())
 
 
 def test_where_a_token_is_not_cut_there_is_nothing_to_learn():

@@ -11,7 +11,7 @@ from tokenizers.trainers import WordPieceTrainer
 
 from sar_kd.commands.main import main
 from sar_kd.data.batch import IGNORE_INDEX
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.data.samples import Conversation, Document, Message
 from sar_kd.errors import UsageError
 from sar_kd.evaluation.tokenizer_coverage import measure_coverage
@@ -19,10 +19,10 @@ from sar_kd.tokenization.backends import encode_by_characters
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair, UnfitTokenizer
 
 
-def _corpus(student, teacher, documents, **how) -> Corpus:
+def _corpus(student, teacher, documents, **how) -> Dataset:
     how = {"aligns": True, **how}
     pair = TokenizerPair(student, teacher, student_rows=len(student), teacher_rows=len(teacher), **how)
-    return Corpus(documents, pair, 64, 512)
+    return Dataset(documents, pair, 64, 512)
 
 
 def _spans(table, ids) -> list[tuple[int, int]]:

@@ -21,8 +21,8 @@ from sar_kd.data import unit_questions
 from sar_kd.errors import UsageError
 from sar_kd.reporting.log_diagnosis import diagnose, read_log
 from sar_kd.training import trainer
-from sar_kd.training.batch_loader import Feed
-from sar_kd.training.callbacks import Vitals
+from sar_kd.training.batch_loader import BatchLoader
+from sar_kd.training.callbacks import TargetChecks
 
 QUESTIONS = [(f"What is {i} plus {i}?", f" It is {2 * i}.") for i in range(40)]
 
@@ -352,13 +352,13 @@ def test_a_model_that_float16_cannot_hold_is_stopped_with_its_module(inputs, tmp
 
 def _masking(monkeypatch, without_targets, chosen):
     """Every batch that `chosen` accepts, by its step, comes without labels."""
-    plain = Feed._micro_batches
+    plain = BatchLoader._micro_batches
 
     def micro_batches(self, step, *args):
         found = plain(self, step, *args)
         return [without_targets(batch) if chosen(step) else batch for batch in found]
 
-    monkeypatch.setattr(Feed, "_micro_batches", micro_batches)
+    monkeypatch.setattr(BatchLoader, "_micro_batches", micro_batches)
 
 
 def test_one_batch_without_a_target_is_skipped_by_name_and_counted(inputs, tmp_path, monkeypatch, without_targets):
@@ -405,7 +405,7 @@ def test_a_gradient_of_zero_for_three_steps_stops_with_its_cause(inputs, tmp_pat
 
 def test_a_loss_of_zero_for_three_steps_stops_with_its_cause_and_two_do_not():
     batch = Fake(num_target_tokens=3, blocks=(0,))
-    vitals = Vitals(Fake(documents_of=lambda block: ["a"]))
+    vitals = TargetChecks(Fake(documents_of=lambda block: ["a"]))
     said = []
     for loss in (0.0, 0.0, 1.0, 0.0, 0.0, 0.0):
         report = Fake(verdict=Fake(applied=True), loss=loss, grad_norm=1.0)
@@ -418,12 +418,12 @@ def test_a_loss_of_zero_for_three_steps_stops_with_its_cause_and_two_do_not():
 
 
 @pytest.fixture
-def few(monkeypatch):
+def first_few(monkeypatch):
     """A task of a few questions."""
     monkeypatch.setattr(unit_questions, "COUNTS", {"train": 64, "validation": 8, "test": 12})
 
 
-def test_the_task_needs_no_file_and_measures_before_and_after(inputs, tmp_path, few):
+def test_the_task_needs_no_file_and_measures_before_and_after(inputs, tmp_path, first_few):
     argv = ["sft", "--task", "units", "--max_steps", "3", "--student_model", str(inputs / "model")]
     code, out, _ = _run([*argv, "--output_dir", str(tmp_path / "run")])
     assert code == 0

@@ -20,7 +20,7 @@ import transformers
 import train_sar_kd_stable
 from sar_kd.commands import main
 from sar_kd.config.sections import DataConfig
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.data.sources import load_documents
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 from sar_kd.training import trainer
@@ -295,7 +295,7 @@ def test_a_document_that_only_the_second_rank_reads_is_named_and_left_out_by_bot
     files = {"train_file": (str(tmp_path / "rows.jsonl"),), "validation_file": (str(tmp_path / "held_out.txt"),)}
     names = [transformers.AutoTokenizer.from_pretrained(inputs / which) for which in ("student", "teacher")]
     rows = dict(zip(("student_rows", "teacher_rows"), map(len, names), strict=True))
-    corpus = Corpus(load_documents(DataConfig(**files))[0], TokenizerPair(*names, **rows, aligns=True), 32, 256)
+    corpus = Dataset(load_documents(DataConfig(**files))[0], TokenizerPair(*names, **rows, aligns=True), 32, 256)
     tokens = [set(corpus.batch([block]).student.input_ids.flatten().tolist()) for block in range(len(corpus))]
     held_out = set(names[0].encode(" ".join(corpus_texts[30:36])))
     own = {block: mine.difference(held_out, *tokens[:block], *tokens[block + 1 :]) for block, mine in enumerate(tokens)}

@@ -19,14 +19,14 @@ import transformers
 
 from sar_kd.commands import audit, main
 from sar_kd.config.sections import DataConfig, GuardConfig, OptimConfig
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.data.sources import load_documents
 from sar_kd.errors import UsageError
 from sar_kd.evaluation.perplexity import evaluate
 from sar_kd.runtime.environment import is_installed
 from sar_kd.runtime.files import replace_text
 from sar_kd.runtime.precision import Precision
-from sar_kd.runtime.signals import Interruption
+from sar_kd.runtime.signals import StopRequest
 from sar_kd.training import checkpoint, trainer
 from sar_kd.training.guards import CAUSES, StepGuard
 from sar_kd.training.optimizer import build_optimizer
@@ -150,7 +150,7 @@ def test_the_saved_tokenizer_is_the_students(finished, sp_tokenizer):
 
 def test_the_reported_perplexity_is_that_of_the_saved_student(finished, inputs):
     _, held_out = load_documents(DataConfig(train_file=(str(inputs / "text.txt"),)))
-    corpus = Corpus(held_out, finished.models.tokenizers, *finished.models.block_limits(32))
+    corpus = Dataset(held_out, finished.models.tokenizers, *finished.models.block_limits(32))
     precision = Precision(CPU, torch.float32, 1.0)
     saved = _student(finished.folder / "student")
     found = evaluate(saved, corpus.token_batches("student", 1), corpus.text.num_bytes, precision)
@@ -319,7 +319,7 @@ def test_a_script_that_is_misused_exits_2_with_one_line(inputs, tmp_path):
 
 def test_an_impatient_second_signal_exits_130_too(capsys):
     def interrupted(argv):
-        with Interruption():
+        with StopRequest():
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
 

@@ -13,7 +13,7 @@ import torch
 from sar_kd.config.sections import DataConfig
 from sar_kd.data.batch import IGNORE_INDEX
 from sar_kd.data.chat import render
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.data.samples import Conversation, Document, Message
 from sar_kd.data.sources import load_documents
 from sar_kd.data.tokenized_text import join
@@ -21,7 +21,7 @@ from sar_kd.errors import UsageError
 from sar_kd.evaluation.perplexity import evaluate
 from sar_kd.runtime.precision import Precision
 from sar_kd.tokenization.backends import encode
-from sar_kd.tokenization.token_stream import GLUE, PROMPT, RESPONSE, STOP
+from sar_kd.tokenization.token_stream import PROMPT, RESPONSE, STOP, TEMPLATE
 from sar_kd.tokenization.token_table import build_token_table
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
@@ -383,11 +383,11 @@ def test_an_assistant_s_message_in_the_prompt_is_read_and_not_learned(pairs):
     example = [Message(role, text, role == "assistant" and text == "now") for role, text in turns]
     rendered = render([Conversation("few shots", tuple(example), plain=False)], pairs["llama2", "chatml"])
     for name, side, table in zip(("llama2", "chatml"), rendered.sides, rendered.tables, strict=True):
-        said = [(part.kind, _text(part, table)) for part in side[0] if part.kind not in (GLUE, STOP)]
+        said = [(part.kind, _text(part, table)) for part in side[0] if part.kind not in (TEMPLATE, STOP)]
         assert said == [(PROMPT, "a"), (PROMPT, "for example"), (PROMPT, "b"), (RESPONSE, "now")]
         assert [part.kind for part in side[0]].count(STOP) == 1
         behind = side[0][1 + [part.kind for part in side[0]].index(PROMPT, 2)]
-        assert behind.kind == GLUE
+        assert behind.kind == TEMPLATE
         assert table.strings.index(STYLES[name][3]) in behind.ids
 
 
@@ -414,7 +414,7 @@ def test_without_a_space_before_it_a_content_has_no_dummy_space(tokenizers, open
 def test_the_space_before_a_content_is_the_dummy_space(tokenizers):
     tokenizer = tokenizers["llama2"]
     rendered = render([_talk(TALKS["one turn"])], _pair(tokenizer, tokenizer))
-    glue = [part for part in rendered.sides[0][0] if part.kind == GLUE]
+    glue = [part for part in rendered.sides[0][0] if part.kind == TEMPLATE]
     contents = [part for part in rendered.sides[0][0] if part.kind in (PROMPT, RESPONSE)]
     assert all(part.has_dummy for part in contents)
     assert not any(_text(part, rendered.tables[0]).endswith(" ") for part in glue)
@@ -518,7 +518,7 @@ def test_a_template_that_does_not_keep_the_messages_is_refused_with_the_reason(t
 
 def test_a_conversation_that_one_template_refuses_is_left_out_by_name(pairs):
     talks = [_talk(SYSTEM, "with"), _talk(TALKS["one turn"], "without")]
-    corpus = Corpus(talks, pairs["gemma", "chatml"], 400, 400)
+    corpus = Dataset(talks, pairs["gemma", "chatml"], 400, 400)
     assert corpus.text.names == ["without"]
     assert corpus.text.left_out == ["with (the student's chat template refuses it: System role not supported)"]
 
@@ -589,7 +589,7 @@ def test_glue_has_no_width_and_stops_are_one_byte_on_both_sides(pairs, names):
             assert stream.ids[here].tolist() == part.ids
             assert stream.is_target[here].tolist() == [part.kind in (RESPONSE, STOP)] * len(part.ids)
             size = len(_text(part, table).encode()) + part.dummy_is_text
-            assert widths[here].sum() == {GLUE: 0, STOP: 1}.get(part.kind, size)
+            assert widths[here].sum() == {TEMPLATE: 0, STOP: 1}.get(part.kind, size)
             alone = part.has_dummy and not part.dummy_is_text
             assert stream.has_dummy[here].tolist() == [alone, *[False] * (len(part.ids) - 1)]
         assert at == len(stream.ids)
@@ -607,7 +607,7 @@ def test_the_bytes_of_a_text_are_those_of_its_responses(pairs, names):
 @pytest.mark.parametrize("names", CROSS + EQUAL)
 def test_every_response_and_its_stop_token_is_predicted_once_and_nothing_else(pairs, names):
     rendered = render(TALK_LIST, pairs[names])
-    corpus = Corpus(TALK_LIST, pairs[names], 400, 400)
+    corpus = Dataset(TALK_LIST, pairs[names], 400, 400)
     for which, side in zip(("student", "teacher"), (rendered.sides[0], rendered.sides[-1]), strict=True):
         wanted = [i for parts in side for part in parts if part.kind in (RESPONSE, STOP) for i in part.ids]
         batches = list(corpus.token_batches(which, 2))
@@ -624,11 +624,11 @@ def test_every_response_and_its_stop_token_is_predicted_once_and_nothing_else(pa
 @pytest.mark.parametrize("names", CROSS + EQUAL)
 def test_a_conversation_has_a_block_of_its_own(pairs, names):
     documents = [Document("first", "word " * 300), *TALK_LIST, Document("last", "word " * 300)]
-    corpus = Corpus(documents, pairs[names], 400, 400)
+    corpus = Dataset(documents, pairs[names], 400, 400)
     named = [corpus.documents_of(block) for block in range(len(corpus))]
     assert named[-len(TALKS) :] == [[name] for name in TALKS]
     assert {name for names in named[: -len(TALKS)] for name in names} == {"first", "last"}
-    plain = Corpus([documents[0], documents[-1]], pairs[names], 400, 400)
+    plain = Dataset([documents[0], documents[-1]], pairs[names], 400, 400)
     assert corpus.blocks[: len(plain)] == plain.blocks
     for both in ("student", "teacher"):
         size = len(getattr(plain.text, both).ids)
@@ -650,7 +650,7 @@ LONG = [
 @pytest.mark.parametrize("limits", [(60, 1000), (1000, 60), (90, 90)])
 def test_a_long_conversation_is_cut_to_the_same_text_on_both_sides(pairs, names, limits):
     pair = pairs[names]
-    whole, corpus = join([_talk(LONG)], pair), Corpus([_talk(LONG)], pair, *limits)
+    whole, corpus = join([_talk(LONG)], pair), Dataset([_talk(LONG)], pair, *limits)
     ((student_start, student_end, teacher_start, teacher_end),) = corpus.blocks
     assert (student_start, teacher_start) == (0, 0)
     assert student_end < limits[0]
@@ -677,7 +677,7 @@ def test_the_bytes_of_a_cut_conversation_are_those_that_are_left(pairs, names):
     pair = pairs[names]
     for limit in range(30, 120, 7):
         talk = _talk([("user", "a"), ("assistant", "caf\u00e9 \u65e5\u672c " * 20)])
-        text = Corpus([talk], pair, limit, 4 * limit).text
+        text = Dataset([talk], pair, limit, 4 * limit).text
         table = _table(pair.student)
         said = b"".join(table.pieces[i] for i in text.student.ids[text.student.is_target])
         response = talk.messages[1].content.encode()
@@ -690,21 +690,21 @@ def test_a_conversation_without_room_for_a_response_is_left_out_by_name(pairs, n
     late = [("user", "Words, words, words; " * 20), ("assistant", "word")]
     for limits in ((60, 1000), (1000, 60), (2, 2)):
         talks = [_talk(late, "late"), Document("plain", "word word")]
-        corpus = Corpus(talks, pairs[names], *limits)
+        corpus = Dataset(talks, pairs[names], *limits)
         assert corpus.text.names == ["plain"]
         assert corpus.text.left_out == ["late (no response begins within a block)"]
     with pytest.raises(UsageError, match=r"no document holds text .*late \(no response begins within a block\)"):
-        Corpus([_talk(late, "late")], pairs[names], 60, 60)
+        Dataset([_talk(late, "late")], pairs[names], 60, 60)
 
 
 def test_a_conversation_that_just_fits_is_whole(pairs):
     pair = pairs["gemma", "chatml"]
     whole = join([_talk(LONG)], pair)
     limits = [len(stream.ids) + 1 for stream in (whole.student, whole.teacher)]
-    corpus = Corpus([_talk(LONG)], pair, *limits)
+    corpus = Dataset([_talk(LONG)], pair, *limits)
     assert corpus.text.truncated == []
     assert corpus.blocks == [(0, limits[0] - 1, 0, limits[1] - 1)]
-    assert Corpus([_talk(LONG)], pair, limits[0] - 4, limits[1]).text.truncated == ["talk"]
+    assert Dataset([_talk(LONG)], pair, limits[0] - 4, limits[1]).text.truncated == ["talk"]
 
 
 # The comparison of two models
@@ -712,7 +712,7 @@ def test_a_conversation_that_just_fits_is_whole(pairs):
 
 @pytest.mark.parametrize("names", CROSS)
 def test_only_tokens_of_responses_are_compared_and_pairs_say_the_same(pairs, names):
-    corpus = Corpus([*TALK_LIST, _talk(LONG, "long")], pairs[names], 90, 200)
+    corpus = Dataset([*TALK_LIST, _talk(LONG, "long")], pairs[names], 90, 200)
     blocks = list(range(len(corpus)))
     batch = corpus.batch(blocks)
     a = batch.alignment
@@ -740,7 +740,7 @@ def test_only_tokens_of_responses_are_compared_and_pairs_say_the_same(pairs, nam
 
 @pytest.mark.parametrize("names", [names for names in CROSS if not {"llama2", "none2"} & {*names}])
 def test_every_token_of_a_response_is_in_a_chunk_that_says_the_same(pairs, names):
-    corpus = Corpus(TALK_LIST, pairs[names], 400, 400)
+    corpus = Dataset(TALK_LIST, pairs[names], 400, 400)
     batch = corpus.batch(list(range(len(corpus))))
     said = []
     for one, chunks, table in (
@@ -757,7 +757,7 @@ def test_every_token_of_a_response_is_in_a_chunk_that_says_the_same(pairs, names
 
 
 def test_equal_tokenizers_compare_every_token_of_the_responses(pairs):
-    corpus = Corpus(TALK_LIST, pairs["chatml", "chatml"], 400, 400)
+    corpus = Dataset(TALK_LIST, pairs["chatml", "chatml"], 400, 400)
     batch = corpus.batch([0, 2, 4])
     assert torch.equal(batch.alignment.teacher_rows, batch.student.rows)
     assert len(batch.student.rows) == int((batch.student.labels != IGNORE_INDEX).sum())
@@ -791,7 +791,7 @@ def test_perplexity_is_that_of_a_plain_loop_over_the_responses(tokenizers, make_
             if learned[position]:
                 nats -= log_probs[position - 1, ids[position]].item()
                 count += 1
-    corpus = Corpus(talks, _pair(tokenizer, tokenizer), 400, 400)
+    corpus = Dataset(talks, _pair(tokenizer, tokenizer), 400, 400)
     precision = Precision(torch.device("cpu"), torch.float32, 1.0)
     found = evaluate(model, corpus.token_batches("student", batch_size), corpus.text.num_bytes, precision)
     assert found.num_tokens == count == corpus.num_tokens

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from sar_kd import embedded
 from sar_kd.config.sections import DataConfig
 from sar_kd.data.batch import IGNORE_INDEX
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.data.samples import Document
 from sar_kd.data.sources import load_documents
 from sar_kd.errors import UsageError
@@ -47,21 +47,21 @@ def documents(corpus_texts):
 
 @pytest.fixture(scope="module")
 def corpora(pairs, documents):
-    return {names: Corpus(documents, pair, STUDENT_LIMIT, TEACHER_LIMIT) for names, pair in pairs.items()}
+    return {names: Dataset(documents, pair, STUDENT_LIMIT, TEACHER_LIMIT) for names, pair in pairs.items()}
 
 
 def _pair(student, teacher) -> TokenizerPair:
     return TokenizerPair(student, teacher, student_rows=len(student), teacher_rows=len(teacher))
 
 
-def _side(corpus: Corpus, which: str):
+def _side(corpus: Dataset, which: str):
     """Tokenizer, stream, end token and block ranges of one model."""
     pair = corpus.pair
     ranges = [(getattr(b, f"{which}_start"), getattr(b, f"{which}_end")) for b in corpus.blocks]
     return getattr(pair, which), getattr(corpus.text, which), getattr(pair, f"{which}_end"), ranges
 
 
-def _text_of_blocks(corpus: Corpus, which: str) -> list[bytes]:
+def _text_of_blocks(corpus: Dataset, which: str) -> list[bytes]:
     """What each block says in the tokens of one model, without the spaces that tokenizers put before a text."""
     tokenizer, stream, end_id, ranges = _side(corpus, which)
     pieces = build_token_table(tokenizer, len(tokenizer)).pieces
@@ -109,7 +109,7 @@ def test_both_models_read_the_same_bytes_in_every_block(corpora, documents, name
 @pytest.mark.parametrize("opening", ["", "\n", "\u65e5"])
 def test_no_block_is_longer_than_its_limits(pairs, names, opening):
     documents = [Document(str(n), opening + "ab" * n) for n in range(1, 40)]
-    corpus = Corpus(documents, pairs[names], STUDENT_LIMIT, TEACHER_LIMIT)
+    corpus = Dataset(documents, pairs[names], STUDENT_LIMIT, TEACHER_LIMIT)
     for which, limit in (("student", STUDENT_LIMIT), ("teacher", TEACHER_LIMIT)):
         if which == "student" or corpus.pair.tables is not None:
             assert max(batch.input_ids.shape[1] for batch in corpus.token_batches(which, 1)) <= limit
@@ -134,11 +134,11 @@ def test_a_block_names_the_documents_that_it_holds_a_part_of(corpora, documents,
 
 def test_text_without_a_common_boundary_names_the_block_size(crossed_pair):
     with pytest.raises(UsageError, match=r"--block_size 8: .*raise it"):
-        Corpus([Document("ab", "ab" * 50)], crossed_pair, 8, 64)
+        Dataset([Document("ab", "ab" * 50)], crossed_pair, 8, 64)
 
 
 def test_text_whose_common_boundary_is_within_the_block_is_read(crossed_pair):
-    corpus = Corpus([Document("ab", "ababab c " * 5)], crossed_pair, 8, 64)
+    corpus = Dataset([Document("ab", "ababab c " * 5)], crossed_pair, 8, 64)
     assert _text_of_blocks(corpus, "student") == _text_of_blocks(corpus, "teacher")
 
 
@@ -230,7 +230,7 @@ def test_moving_a_batch_moves_every_tensor_in_it(corpora, names):
 # Order
 
 
-def _order(corpus: Corpus, steps, batch_size=1, accum_steps=1, seed=0) -> list[int]:
+def _order(corpus: Dataset, steps, batch_size=1, accum_steps=1, seed=0) -> list[int]:
     windows = [corpus.micro_batches(step, batch_size, accum_steps, seed) for step in steps]
     return [block for window in windows for batch in window for block in batch.blocks]
 
@@ -250,7 +250,7 @@ def test_epochs_and_seeds_are_ordered_differently(corpora):
 
 
 def test_the_blocks_of_a_step_do_not_depend_on_the_steps_before_it(pairs, documents, corpora):
-    fresh = Corpus(documents, pairs["sp", "byte"], STUDENT_LIMIT, TEACHER_LIMIT)
+    fresh = Dataset(documents, pairs["sp", "byte"], STUDENT_LIMIT, TEACHER_LIMIT)
     in_order = _order(corpora["sp", "byte"], range(60), batch_size=2)
     backwards = [_order(fresh, [step], batch_size=2) for step in reversed(range(60))]
     assert [block for blocks in reversed(backwards) for block in blocks] == in_order
@@ -270,7 +270,7 @@ def test_the_blocks_of_a_step_do_not_depend_on_how_its_window_is_split(corpora, 
 @pytest.mark.parametrize("names", CROSS)
 @pytest.mark.parametrize("text", ["x", " ", "\n", "\U0001f600", "\U0001f600\U0001f468\u200d\U0001f469", "\u65e5"])
 def test_the_smallest_documents_are_read(pairs, names, text):
-    corpus = Corpus([Document("small", text)], pairs[names], 24, 40)
+    corpus = Dataset([Document("small", text)], pairs[names], 24, 40)
     assert corpus.text.left_out == []
     assert _text_of_blocks(corpus, "student") == [text.encode() + END]
     assert len(corpus.batch([0]).student.targets) == corpus.num_tokens
@@ -279,7 +279,7 @@ def test_the_smallest_documents_are_read(pairs, names, text):
 @pytest.mark.parametrize("names", PAIRS)
 @pytest.mark.parametrize("bad", ["", "half a pair: \ud83d"])
 def test_a_document_that_no_tokenizer_can_hold_is_left_out_by_name(pairs, names, bad):
-    corpus = Corpus([Document("a", "first"), Document("bad", bad), Document("b", "last")], pairs[names], 24, 40)
+    corpus = Dataset([Document("a", "first"), Document("bad", bad), Document("b", "last")], pairs[names], 24, 40)
     assert corpus.text.left_out == ["bad"]
     assert corpus.text.names == ["a", "b"]
     assert corpus.documents_of(0) == ["a", "b"]
@@ -293,14 +293,14 @@ def test_a_document_that_one_tokenizer_changes_is_left_out_by_name(byte_tokenize
         tokenizer_object=Tokenizer.from_str(json.dumps(definition)), eos_token="<|endoftext|>"
     )
     documents = [Document("uk", "the colour of"), Document("us", "the color of")]
-    corpus = Corpus(documents, _pair(sp_tokenizer, american), 24, 40)
+    corpus = Dataset(documents, _pair(sp_tokenizer, american), 24, 40)
     assert corpus.text.left_out == ["uk"]
     assert corpus.text.num_bytes == len("the color of")
 
 
 @pytest.mark.parametrize("names", [("sp", "byte"), ("byte", "sp")])
 def test_both_models_read_the_canonical_text(pairs, names):
-    corpus = Corpus([Document("a", "one\u2581two")], pairs[names], 24, 40)
+    corpus = Dataset([Document("a", "one\u2581two")], pairs[names], 24, 40)
     assert corpus.text.left_out == []
     assert _text_of_blocks(corpus, "student") == _text_of_blocks(corpus, "teacher") == [b"one two" + END]
 
@@ -308,7 +308,7 @@ def test_both_models_read_the_canonical_text(pairs, names):
 @pytest.mark.parametrize("names", PAIRS)
 def test_a_corpus_without_a_document_that_can_be_read_is_a_usage_error(pairs, names):
     with pytest.raises(UsageError, match=r"no document holds text.*\(a, b\)"):
-        Corpus([Document("a", ""), Document("b", "\ud800")], pairs[names], 24, 40)
+        Dataset([Document("a", ""), Document("b", "\ud800")], pairs[names], 24, 40)
 
 
 # Files

@@ -9,7 +9,7 @@ import pytest
 from sar_kd.config.sections import DataConfig
 from sar_kd.data import samples, sources
 from sar_kd.data.samples import Document, LongDocument
-from sar_kd.data.sources import Documents, load_documents
+from sar_kd.data.sources import StreamedDocuments, load_documents
 from sar_kd.errors import UsageError
 
 ROWS = [{"text": f"line {n}\nof text \U0001f600 {'word ' * (n % 7)}"} for n in range(300)]
@@ -56,7 +56,7 @@ def test_a_large_text_is_the_same_documents_as_a_small_one(files, names, validat
     small = _load(*(files / name for name in names), **more)
     request.getfixturevalue("small_is_large")
     large = _load(*(files / name for name in names), **more)
-    assert isinstance(large[0], Documents)
+    assert isinstance(large[0], StreamedDocuments)
     assert [_texts(part) for part in large] == [_texts(part) for part in small]
     assert [_texts(part) for part in large] == [_texts(part) for part in small]  # read once more
     assert large[0].num_chars == sum(len(text) for _, text in _texts(small[0]))
@@ -157,16 +157,16 @@ def test_a_dataset_is_read_row_by_row(monkeypatch, small_is_large):
     import sys
     from types import SimpleNamespace
 
-    class Rows:
+    class PositionIndex:
         column_names = ("text",)
         most = 0
 
         def __getitem__(self, name):
             return (f"row {n} " * 30 for n in range(200))
 
-    rows = Rows()
+    rows = PositionIndex()
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *_: {"train": rows}))
     train, validation = load_documents(DataConfig(dataset_name="x"))
-    assert isinstance(train, Documents)
+    assert isinstance(train, StreamedDocuments)
     assert len(list(train)) + len(validation) in (200, 201)
     assert next(iter(train)) == Document("train:0", "row 0 " * 30)

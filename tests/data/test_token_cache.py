@@ -9,10 +9,10 @@ import pytest
 
 from sar_kd.config.sections import DataConfig
 from sar_kd.data import column_store, samples, sources, token_cache, tokenized_text
-from sar_kd.data.column_store import Shelf, strings_of
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.column_store import ColumnStore, strings_of
+from sar_kd.data.dataset import Dataset
 from sar_kd.data.samples import Document
-from sar_kd.data.sources import Documents, load_documents
+from sar_kd.data.sources import StreamedDocuments, load_documents
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.errors import UsageError
 from sar_kd.runtime import files
@@ -34,17 +34,17 @@ def _pair(student, teacher) -> TokenizerPair:
 
 
 @pytest.fixture
-def text(tmp_path, monkeypatch) -> Documents:
+def text(tmp_path, monkeypatch) -> StreamedDocuments:
     return _text(tmp_path / "rows.jsonl", ROWS, monkeypatch)
 
 
-def _text(path, rows, monkeypatch) -> Documents:
+def _text(path, rows, monkeypatch) -> StreamedDocuments:
     """The training part of these rows, read as a large text."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(sources, "LARGE", 500)
     monkeypatch.setattr(samples, "LONG", 500)
     train, _ = load_documents(DataConfig(train_file=(str(path),)))
-    assert isinstance(train, Documents)
+    assert isinstance(train, StreamedDocuments)
     return train
 
 
@@ -61,7 +61,7 @@ def cache(tmp_path) -> _Cache:
     return _Cache(tmp_path / "cache")
 
 
-def _same(one: Corpus, other: Corpus) -> bool:
+def _same(one: Dataset, other: Dataset) -> bool:
     def arrays(corpus):
         sides = [getattr(corpus.text, side) for side in ("student", "teacher")]
         streams = [getattr(side, name) for side in sides for name in ("ids", "ends", "has_dummy", "is_target")]
@@ -84,7 +84,7 @@ def _same(one: Corpus, other: Corpus) -> bool:
 def empty_shelf(request, tmp_path):
     if request.param == "disk":
         (tmp_path / "shelf").mkdir()
-    return Shelf(tmp_path / "shelf" if request.param == "disk" else None)
+    return ColumnStore(tmp_path / "shelf" if request.param == "disk" else None)
 
 
 def test_columns_grow_and_shrink_alike_in_memory_and_on_the_disk(empty_shelf):
@@ -124,23 +124,23 @@ def test_columns_grow_and_shrink_alike_in_memory_and_on_the_disk(empty_shelf):
 def test_a_text_on_the_disk_is_the_text_in_memory(pair, sp_tokenizer, text, tmp_path, setting, equal):
     pair = _pair(sp_tokenizer, sp_tokenizer) if equal else pair
     cache = _Cache("off" if setting == "off" else tmp_path / "cache")
-    in_memory = Corpus(list(text), pair, 24, 60)
+    in_memory = Dataset(list(text), pair, 24, 60)
     for _ in range(2):
-        assert _same(Corpus(text, pair, 24, 60, cache), in_memory)
+        assert _same(Dataset(text, pair, 24, 60, cache), in_memory)
 
 
 def test_the_arrays_of_a_large_text_are_files(pair, text, cache):
-    found = Corpus(text, pair, 24, 60, cache).text
+    found = Dataset(text, pair, 24, 60, cache).text
     for array in (found.student.ids, found.teacher.ends, found.student.is_target, found.starts):
         assert not array.flags.writeable
         assert isinstance(array.base, np.memmap)
 
 
 def test_tokens_are_made_once(pair, text, cache, monkeypatch):
-    first = Corpus(text, pair, 24, 60, cache)
+    first = Dataset(text, pair, 24, 60, cache)
     monkeypatch.setattr(tokenized_text, "lots_of", None)  # nothing is tokenised any more
-    assert _same(Corpus(text, pair, 24, 60, cache), first)
-    assert _same(Corpus(text, pair, 48, 60, cache), Corpus(text, pair, 48, 60, cache))
+    assert _same(Dataset(text, pair, 24, 60, cache), first)
+    assert _same(Dataset(text, pair, 48, 60, cache), Dataset(text, pair, 48, 60, cache))
     assert cache.lines[0] == "Tokens: 0 million characters are tokenised, once"
     assert cache.lines[1].endswith(f" MB kept in {_entries(cache)[0]}")
     assert cache.lines[2:] == [f"Tokens: taken from {_entries(cache)[0]}"] * 3
@@ -153,19 +153,19 @@ def _entries(cache) -> list:
 def test_other_text_another_tokenizer_and_another_library_are_other_entries(
     pair, text, cache, byte_tokenizer, tmp_path, monkeypatch
 ):
-    Corpus(text, pair, 24, 60, cache)
-    Corpus(text, _pair(byte_tokenizer, byte_tokenizer), 24, 60, cache)
-    Corpus(_text(tmp_path / "other.jsonl", ROWS[1:], monkeypatch), pair, 24, 60, cache)
+    Dataset(text, pair, 24, 60, cache)
+    Dataset(text, _pair(byte_tokenizer, byte_tokenizer), 24, 60, cache)
+    Dataset(_text(tmp_path / "other.jsonl", ROWS[1:], monkeypatch), pair, 24, 60, cache)
     monkeypatch.setattr(tokenized_text.importlib.metadata, "version", lambda name: "0")
-    Corpus(text, pair, 24, 60, cache)
+    Dataset(text, pair, 24, 60, cache)
     assert len(_entries(cache)) == 4
 
 
 @pytest.mark.parametrize("talks", [False, True])
 def test_block_sizes_share_an_entry_unless_conversations_are_cut_by_them(pair, tmp_path, cache, monkeypatch, talks):
     text = _text(tmp_path / "rows.jsonl", [*ROWS, *TALKS * talks], monkeypatch)
-    Corpus(text, pair, 24, 60, cache)
-    Corpus(text, pair, 36, 60, cache)
+    Dataset(text, pair, 24, 60, cache)
+    Dataset(text, pair, 36, 60, cache)
     assert len(_entries(cache)) == 1 + talks
 
 
@@ -226,15 +226,15 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_or_foreign_entry_is_named_and_made_anew(pair, text, cache, damage, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first = Corpus(list(text), pair, 24, 60)
-    Corpus(text, pair, 24, 60, cache)
+    first = Dataset(list(text), pair, 24, 60)
+    Dataset(text, pair, 24, 60, cache)
     (entry,) = _entries(cache)
     DAMAGES[damage](entry)
-    assert _same(Corpus(text, pair, 24, 60, cache), first)
+    assert _same(Dataset(text, pair, 24, 60, cache), first)
     assert cache.lines[2].startswith(f"Tokens: {entry} is not trusted (")
     assert cache.lines[2].endswith("); it is made anew")
     assert len(cache.lines) == 5
-    assert _same(Corpus(text, pair, 24, 60, cache), first)
+    assert _same(Dataset(text, pair, 24, 60, cache), first)
     assert cache.lines[5:] == [f"Tokens: taken from {entry}"]
     assert not (tmp_path / "harmed").exists()
 
@@ -243,7 +243,7 @@ def test_without_a_cache_nothing_stays(pair, text, tmp_path, monkeypatch):
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(token_cache.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
     cache = _Cache("off")
-    corpus = Corpus(text, pair, 24, 60, cache)
+    corpus = Dataset(text, pair, 24, 60, cache)
     assert list((tmp_path / "temporary").iterdir()) == []
     assert corpus.micro_batches(0, 2, 1, 0)[0].num_target_tokens > 0
     assert cache.lines == ["Tokens: 0 million characters are tokenised"]
@@ -256,7 +256,7 @@ def test_an_interruption_leaves_nothing_behind(pair, text, cache, monkeypatch, e
 
     monkeypatch.setattr(tokenized_text, "encode_lot", stop)
     with pytest.raises(error):
-        Corpus(text, pair, 24, 60, cache)
+        Dataset(text, pair, 24, 60, cache)
     assert list(cache.folder.iterdir()) == []
 
 
@@ -267,7 +267,7 @@ def test_what_a_killed_run_left_is_removed_and_what_a_living_one_writes_is_not(p
     (dead / LOCK).write_text("1")
     lock = FolderLock(living)
     lock.acquire()
-    Corpus(text, pair, 24, 60, cache)
+    Dataset(text, pair, 24, 60, cache)
     assert not dead.exists()
     assert living.exists()
     lock.release()
@@ -276,19 +276,19 @@ def test_what_a_killed_run_left_is_removed_and_what_a_living_one_writes_is_not(p
 def test_a_folder_that_cannot_be_written_is_named(pair, text, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=rf"--token_cache {tmp_path}/file/in: cannot be written \(Not a directory\)"):
-        Corpus(text, pair, 24, 60, _Cache(tmp_path / "file" / "in"))
+        Dataset(text, pair, 24, 60, _Cache(tmp_path / "file" / "in"))
 
 
 def test_a_disk_without_room_is_said_after_the_first_lot(pair, text, cache, monkeypatch):
     monkeypatch.setattr(tokenized_text, "_LOT", 500)
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: type("", (), {"free": 2**24}))
     with pytest.raises(UsageError, match=r"--token_cache .*: no room for the text's tokens .*name another folder"):
-        Corpus(text, pair, 24, 60, cache)
+        Dataset(text, pair, 24, 60, cache)
     assert list(cache.folder.iterdir()) == []
 
 
 def test_small_text_is_kept_nowhere(pair, cache):
-    Corpus([Document("a", "some words")], pair, 24, 60, cache)
+    Dataset([Document("a", "some words")], pair, 24, 60, cache)
     assert not cache.folder.exists()
 
 
@@ -305,15 +305,15 @@ def test_the_cache_is_the_users_own_unless_another_is_named(tmp_path, monkeypatc
 
 
 def test_a_header_is_read_before_any_column(tmp_path):
-    made = Shelf(tmp_path)
+    made = ColumnStore(tmp_path)
     made.add("numbers", "int64")
     made.append("numbers", [1, 2])
     made.finish()
     made.facts["a"] = 1
     made.seal("key")
-    columns, facts = column_store.open_shelf(tmp_path, "key")
+    columns, facts = column_store.open_column_store(tmp_path, "key")
     assert (columns["numbers"].tolist(), facts) == ([1, 2], {"a": 1})
-    with pytest.raises(column_store.DamagedShelf, match="it holds something else"):
-        column_store.open_shelf(tmp_path, "other")
+    with pytest.raises(column_store.DamagedStore, match="it holds something else"):
+        column_store.open_column_store(tmp_path, "other")
     with pytest.raises(FileNotFoundError):
-        column_store.open_shelf(tmp_path / "none", "key")
+        column_store.open_column_store(tmp_path / "none", "key")

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from sar_kd.config.sections import LossConfig
 from sar_kd.data.batch import IGNORE_INDEX, TokenBatch, next_token_targets
 from sar_kd.evaluation.perplexity import evaluate
-from sar_kd.models.lm_head import Heads
+from sar_kd.models.lm_head import LMHeads
 from sar_kd.models.loading import Models
 from sar_kd.preflight.clamp_checks import _saturated_share
 from sar_kd.runtime.precision import Precision
@@ -117,7 +117,7 @@ class _Largest(TorchDispatchMode):
 @pytest.mark.parametrize("workspace_mb", [1, 2])
 def test_no_tensor_of_an_evaluation_exceeds_the_workspace_or_the_head(workspace_mb):
     model, batch, precision = _llama(), _batch((8, 64), ragged=False), Precision(CPU, torch.float32, 1.0)
-    heads = Heads(precision)
+    heads = LMHeads(precision)
     heads.of(model)
     with _Largest() as largest:
         evaluate(model, [batch], 100, precision, heads=heads, workspace_mb=workspace_mb)

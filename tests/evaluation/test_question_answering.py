@@ -7,10 +7,10 @@ import torch
 import transformers
 
 from sar_kd.data import sources, unit_questions
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.data.samples import Conversation, Message
 from sar_kd.data.unit_questions import Question
-from sar_kd.evaluation.question_answering import BenchmarkResult, benchmark
+from sar_kd.evaluation.question_answering import AnswerScores, answer_questions
 from sar_kd.runtime.precision import Precision
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
@@ -34,7 +34,7 @@ def questions():
 def corpus(questions, sp_tokenizer):
     rows = len(sp_tokenizer)
     pair = TokenizerPair(sp_tokenizer, sp_tokenizer, student_rows=rows, teacher_rows=rows, projects=False)
-    return Corpus(_conversations(questions), pair, 200, 200)
+    return Dataset(_conversations(questions), pair, 200, 200)
 
 
 class Scripted(torch.nn.Module):
@@ -61,8 +61,8 @@ def test_every_answer_is_counted_once(questions, corpus, sp_tokenizer):
     answers = [asked.answer for asked in questions]
     answers[1], answers[2], answers[3] = "<answer>-1</answer>", "no tags 5", "<answer>x</answer>"
     model = Scripted(sp_tokenizer, answers).train()
-    result = benchmark(model, corpus, questions, FLOAT32)
-    assert result == BenchmarkResult(num_right=4, num_answered=5, num_questions=7)
+    result = answer_questions(model, corpus, questions, FLOAT32)
+    assert result == AnswerScores(num_right=4, num_answered=5, num_questions=7)
     assert (result.accuracy, result.answer_rate) == (4 / 7, 5 / 7)
     assert model.training  # as it was found
     assert result.line("x").startswith("benchmark_result.accuracy=0.571  benchmark_result.answer_rate=0.714")
@@ -70,7 +70,7 @@ def test_every_answer_is_counted_once(questions, corpus, sp_tokenizer):
 
 def test_a_model_is_asked_what_training_shows_before_the_answer(questions, corpus, sp_tokenizer):
     model = Scripted(sp_tokenizer, [asked.answer for asked in questions])
-    benchmark(model, corpus, questions, FLOAT32)
+    answer_questions(model, corpus, questions, FLOAT32)
     ids = [sp_tokenizer(asked.text, add_special_tokens=False)["input_ids"] for asked in questions]
     assert model.asked == [[sp_tokenizer.bos_token_id, *prompt] for prompt in ids]
 
@@ -78,7 +78,7 @@ def test_a_model_is_asked_what_training_shows_before_the_answer(questions, corpu
 def test_a_question_that_is_left_out_counts_as_not_answered(questions, corpus, sp_tokenizer):
     model = Scripted(sp_tokenizer, [asked.answer for asked in questions])
     more = [*questions, Question("length", "left out", "<answer>1</answer>", 1.0, "test")]
-    assert benchmark(model, corpus, more, FLOAT32) == BenchmarkResult(7, 7, 8)
+    assert answer_questions(model, corpus, more, FLOAT32) == AnswerScores(7, 7, 8)
 
 
 def test_a_chat_templates_own_stop_token_ends_an_answer(questions, sp_tokenizer):
@@ -86,7 +86,7 @@ def test_a_chat_templates_own_stop_token_ends_an_answer(questions, sp_tokenizer)
     chat.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     chat.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
     pair = TokenizerPair(chat, chat, student_rows=len(chat), teacher_rows=len(chat), projects=False)
-    corpus = Corpus(_conversations(questions), pair, 200, 200)
+    corpus = Dataset(_conversations(questions), pair, 200, 200)
     stop = chat.convert_tokens_to_ids("<|im_end|>")
 
     class Stopping(Scripted):
@@ -94,7 +94,7 @@ def test_a_chat_templates_own_stop_token_ends_an_answer(questions, sp_tokenizer)
             assert set(eos_token_id) == {stop, chat.eos_token_id}
             return super().generate(eos_token_id=eos_token_id, **how)
 
-    result = benchmark(Stopping(chat, [asked.answer for asked in questions]), corpus, questions, FLOAT32)
+    result = answer_questions(Stopping(chat, [asked.answer for asked in questions]), corpus, questions, FLOAT32)
     assert result.accuracy == 1.0
 
 
@@ -116,10 +116,10 @@ def test_a_padded_batch_answers_as_one_question_at_a_time(make_student, sp_token
 
     model.generate = keeping
     assert len({len(row) for row in (sp_tokenizer(q.text)["input_ids"] for q in questions)}) > 1
-    benchmark(model, corpus, questions, precision)
+    answer_questions(model, corpus, questions, precision)
     for asked in questions:
-        alone = Corpus(_conversations([asked]), corpus.pair, 200, 200)
-        benchmark(model, alone, [asked], precision)
+        alone = Dataset(_conversations([asked]), corpus.pair, 200, 200)
+        answer_questions(model, alone, [asked], precision)
     assert all(together == alone for together, alone in written.values())
 
 

@@ -5,15 +5,15 @@ from torch import Tensor
 
 from sar_kd.losses.functional import NO_CLAMP, LogitClamp
 from sar_kd.losses.tiled_loss import Loss, Tile, tiled_loss
-from sar_kd.models.lm_head import Readout
+from sar_kd.models.lm_head import LazyLogits
 from sar_kd.runtime.precision import Precision
 
 FLOAT32 = Precision(torch.device("cpu"), torch.float32, 1.0)
 
 
-def readout_of(logits: Tensor) -> Readout:
+def readout_of(logits: Tensor) -> LazyLogits:
     """A model whose last hidden states are its logits already."""
-    return Readout(logits, None, FLOAT32)
+    return LazyLogits(logits, None, FLOAT32)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, clamp: LogitClamp = NO_CLAMP) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,13 @@ def start(folder: Path, function, *args, size: int = 2) -> SimpleNamespace:
 
 
 def _call(rank, size, port, folder, function, args):
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    place = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": size,
+        "LOCAL_WORLD_SIZE": size,
+        "MASTER_PORT": port,
+    }
     os.environ.update({name: str(value) for name, value in place.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", TORCHELASTIC_USE_AGENT_STORE="True", HF_HUB_OFFLINE="1")
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -13,10 +13,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from sar_kd.alignment.batch_alignment import Continuations
-from sar_kd.alignment.segments import cut_stretches
+from sar_kd.alignment.segments import cut_segments
 from sar_kd.config.sections import LossConfig
-from sar_kd.data.batch import StoredRows
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.batch import CachedTopK
+from sar_kd.data.dataset import Dataset
 from sar_kd.data.samples import Document
 from sar_kd.embedded import STUDENT_DIR, TEACHER_DIR, split_of
 from sar_kd.losses.baselines import ChunkLikelihood, HiddenStates, SortedProbabilities, Strict
@@ -24,7 +24,7 @@ from sar_kd.losses.distillation import Outputs, TokenLevel
 from sar_kd.losses.objective import build_distillation
 from sar_kd.losses.projection.joint import Ways, add_other_ways
 from sar_kd.losses.projection.loss import Projected
-from sar_kd.losses.projection.marginals import Fold, read, rich_log_probs
+from sar_kd.losses.projection.marginals import Fold, coarse_log_probs, read
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 from tests.helpers.lm_heads import readout_of
 
@@ -53,13 +53,13 @@ def corpora(byte_tokenizer, sp_tokenizer, dummy_prefix_tokenizer, corpus_texts):
     return {name: _corpus(documents, *map(tokenizers.get, name.split("_from_"))) for name in DIFFERENT + EQUAL}
 
 
-def _corpus(documents, student, teacher, aligns=True) -> Corpus:
+def _corpus(documents, student, teacher, aligns=True) -> Dataset:
     pair = TokenizerPair(student, teacher, student_rows=len(student), teacher_rows=len(teacher), aligns=aligns)
-    return Corpus(documents, pair, 24, 60)
+    return Dataset(documents, pair, 24, 60)
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
+class ModelOutputs:
     """What both models make of a batch, as logits."""
 
     student_logits: Tensor
@@ -90,27 +90,29 @@ def make_case(corpora):
             torch.randn(rows, width, generator=generator)
             for rows, width in zip(places, (STUDENT_WIDTH, TEACHER_WIDTH), strict=True)
         ]
-        return SimpleNamespace(corpus=corpus, pairing=corpus.pairing, batch=batch, outputs=Given(*logits, *states))
+        return SimpleNamespace(
+            corpus=corpus, aligner=corpus.aligner, batch=batch, outputs=ModelOutputs(*logits, *states)
+        )
 
     return make
 
 
 def _cut(case, alignment, limit=10**9):
     """The case's batch with this alignment, in stretches of at most so many rows."""
-    batch, pairing = case.batch, case.pairing
-    richer = pairing.teacher_is_richer
-    stretches = cut_stretches(alignment, batch.num_target_tokens, batch.teacher.rows, richer, limit)
-    return dataclasses.replace(batch, alignment=alignment, stretches=stretches)
+    batch, aligner = case.batch, case.aligner
+    coarser = aligner.teacher_is_coarser
+    segments = cut_segments(alignment, batch.num_target_tokens, batch.teacher.rows, coarser, limit)
+    return dataclasses.replace(batch, alignment=alignment, segments=segments)
 
 
 def _build(case, alignment, **settings):
     config = LossConfig(**({"temperature": 1.0, "logit_clamp_style": "off"} | settings))
     if alignment == "token":
-        return TokenLevel(config, case.pairing)
+        return TokenLevel(config, case.aligner)
     if alignment != "hidden":
-        return KINDS[alignment](config, case.pairing)
+        return KINDS[alignment](config, case.aligner)
     torch.manual_seed(5)
-    return HiddenStates(config, case.pairing, STUDENT_WIDTH, TEACHER_WIDTH)
+    return HiddenStates(config, case.aligner, STUDENT_WIDTH, TEACHER_WIDTH)
 
 
 def _learned(case, alignment, **settings):
@@ -173,12 +175,12 @@ def _sums(weights: Tensor, tokens: Tensor, outcomes: Tensor, count: int) -> Tens
 
 
 def _naive_projected(case, student: Tensor, temperature=1.0, top_k=0, **kind) -> Tensor:
-    """What the richer side goes on with where the poorer starts a token; and what both start, by all ways to it.
+    """What the coarser side goes on with where the finer starts a token; and what both start, by all ways to it.
 
     Of a teacher cut to its top k the others are one outcome more, or what ends a token. How it would go on is told by
     a row of which it says at least as much as it leaves unsaid.
     """
-    alignment, classes, is_richer = case.batch.alignment, case.pairing.open_classes, case.pairing.teacher_is_richer
+    alignment, classes, is_coarser = case.batch.alignment, case.aligner.open_classes, case.aligner.teacher_is_coarser
     total, going_on, is_cut = student.new_zeros(()), {}, 0 < top_k < case.outputs.teacher_logits.shape[1]
     whole = [_weights(row, temperature) for row in case.outputs.teacher_logits.double()]
     teacher = [row * _told(row, top_k) for row in whole]
@@ -192,47 +194,47 @@ def _naive_projected(case, student: Tensor, temperature=1.0, top_k=0, **kind) ->
         counts = counts and p.sum() > 0 and t.sum() > 0
         return _divergence(p / p.sum(), t / t.sum(), **kind) if counts else 0.0
 
-    for rows, teacher_is_rich in ((alignment.in_student, False), (alignment.in_teacher, True)):
-        rich_side, poor_side = (teacher, student) if teacher_is_rich else (student, teacher)
-        can_end, num_going_on = _can_end(rows), len(rows.poor_rows)
-        for row, rich_row in enumerate(rows.rich_rows.tolist()):
+    for rows, teacher_is_coarse in ((alignment.in_student, False), (alignment.in_teacher, True)):
+        coarse_side, fine_side = (teacher, student) if teacher_is_coarse else (student, teacher)
+        can_end, num_going_on = _can_end(rows), len(rows.fine_rows)
+        for row, coarse_row in enumerate(rows.coarse_rows.tolist()):
             (own,) = (rows.outcome_rows == row).nonzero(as_tuple=True)
             first, count = own.min(), len(own)
-            _, tokens, outcomes = rows.rich_entries[:, rows.rich_entries[0] == row]
-            rich = _sums(rich_side[rich_row], tokens, outcomes - first, count)
-            says_little = teacher_is_rich and (rich.sum() < rests[rich_row] or rich.sum() == 0)
+            _, tokens, outcomes = rows.coarse_entries[:, rows.coarse_entries[0] == row]
+            coarse = _sums(coarse_side[coarse_row], tokens, outcomes - first, count)
+            says_little = teacher_is_coarse and (coarse.sum() < rests[coarse_row] or coarse.sum() == 0)
             if says_little:  # as if it ended
-                rich = torch.arange(count).eq(count - 1).to(rich)
-            rich = rich / rich.sum()
-            if teacher_is_rich == is_richer:
-                going_on |= dict(zip(own.tolist(), rich, strict=True))
+                coarse = torch.arange(count).eq(count - 1).to(coarse)
+            coarse = coarse / coarse.sum()
+            if teacher_is_coarse == is_coarser:
+                going_on |= dict(zip(own.tolist(), coarse, strict=True))
             if row < num_going_on:
-                poor_row = rows.poor_rows[row].item()
-                _, tokens, outcomes = rows.poor_entries[:, rows.poor_entries[0] == row]
-                poor = _sums(poor_side[poor_row], tokens, outcomes - first, count)
-                if can_end[row] or (teacher_is_rich and kind["direction"] != "reverse"):
-                    ended = poor_side[poor_row].clone()
+                fine_row = rows.fine_rows[row].item()
+                _, tokens, outcomes = rows.fine_entries[:, rows.fine_entries[0] == row]
+                fine = _sums(fine_side[fine_row], tokens, outcomes - first, count)
+                if can_end[row] or (teacher_is_coarse and kind["direction"] != "reverse"):
+                    ended = fine_side[fine_row].clone()
                     ended[tokens] = 0.0
-                    others = ended.sum() + (0.0 if teacher_is_rich else rests[poor_row])
-                    poor = torch.where(torch.arange(count) < count - 1, poor, others)
-                poor = poor / poor.sum() if poor.sum() > 0 else poor
-                p, t = (poor, rich) if teacher_is_rich else (rich, poor)
-                total = total + compared(p, t, sound[rich_row if teacher_is_rich else poor_row] and not says_little)
-    richer = alignment.in_teacher if is_richer else alignment.in_student
+                    others = ended.sum() + (0.0 if teacher_is_coarse else rests[fine_row])
+                    fine = torch.where(torch.arange(count) < count - 1, fine, others)
+                fine = fine / fine.sum() if fine.sum() > 0 else fine
+                p, t = (fine, coarse) if teacher_is_coarse else (coarse, fine)
+                total = total + compared(p, t, sound[coarse_row if teacher_is_coarse else fine_row] and not says_little)
+    coarser = alignment.in_teacher if is_coarser else alignment.in_student
     for place, (k, r) in enumerate(zip(alignment.student_rows.tolist(), alignment.teacher_rows.tolist(), strict=True)):
         ended = alignment.ended[place].item()
-        counts = sound[r] and not (is_richer and ended >= 0 and not sound[richer.rich_rows[ended]])
+        counts = sound[r] and not (is_coarser and ended >= 0 and not sound[coarser.coarse_rows[ended]])
         if counts:
             t = _sums(teacher[r], classes.teacher_tokens, classes.teacher_classes, classes.count)
             p = _sums(student[k], classes.student_tokens, classes.student_classes, classes.count)
-            rest, sides, rich = rests[r], [p / p.sum(), t / (t.sum() + rests[r])], int(is_richer)
+            rest, sides, coarse = rests[r], [p / p.sum(), t / (t.sum() + rests[r])], int(is_coarser)
             rest = rest / (t.sum() + rest)
             if ended >= 0:
-                end = going_on[richer.ends[ended].item()]
-                sides[rich], rest = sides[rich] * end, rest * end if is_richer else rest
+                end = going_on[coarser.ends[ended].item()]
+                sides[coarse], rest = sides[coarse] * end, rest * end if is_coarser else rest
                 _, outcomes, ways = alignment.other_ways[:, alignment.other_ways[0] == place]
-                more = torch.stack([going_on[way] for way in ways.tolist()]) if len(ways) else sides[rich][:0]
-                sides[rich] = sides[rich].index_add(0, outcomes, more)
+                more = torch.stack([going_on[way] for way in ways.tolist()]) if len(ways) else sides[coarse][:0]
+                sides[coarse] = sides[coarse].index_add(0, outcomes, more)
             if is_cut:
                 p, t = sides
                 p, t = (torch.cat([x * (t > 0), y[None]]) for x, y in ((p, p[t == 0].sum()), (t, rest)))
@@ -242,21 +244,21 @@ def _naive_projected(case, student: Tensor, temperature=1.0, top_k=0, **kind) ->
 
 
 def _can_end(rows) -> list[bool]:
-    """Of every row, whether the richer side has a token that ends there."""
-    return torch.isin(rows.ends, rows.rich_entries[2]).tolist()
+    """Of every row, whether the coarser side has a token that ends there."""
+    return torch.isin(rows.ends, rows.coarse_entries[2]).tolist()
 
 
 def _partners(case) -> dict[int, int]:
     """Student token by teacher token of the same bytes; of several the one that text becomes, and the ends."""
     found = []
-    for table in case.pairing.pair.tables:
+    for table in case.aligner.pair.tables:
         by_bytes = {}
         for index, piece in enumerate(table.pieces):
             if piece and (piece not in by_bytes or table.strings[by_bytes[piece]].startswith("<0x")):
                 by_bytes[piece] = index
         found.append(by_bytes)
     student, teacher = found
-    ends = [table.end_id for table in case.pairing.pair.tables]
+    ends = [table.end_id for table in case.aligner.pair.tables]
     return {v: student[piece] for piece, v in teacher.items() if piece in student} | {ends[1]: ends[0]}
 
 
@@ -376,7 +378,7 @@ def test_hidden_states_match_their_definition_at_the_ends_of_chunks(make_case, n
 
 def _starts(case, side: str) -> list[tuple[int, int, int]]:
     """Block, first byte and id of each token that a side predicts, in the order of its rows."""
-    tokens, table = getattr(case.batch, side), case.pairing.pair.tables[side == "teacher"]
+    tokens, table = getattr(case.batch, side), case.aligner.pair.tables[side == "teacher"]
     found, at, block = [], 0, -1
     for row, y in zip(tokens.rows.tolist(), tokens.targets.tolist(), strict=True):
         at, block = (at, block) if row // tokens.input_ids.shape[1] == block else (0, row // tokens.input_ids.shape[1])
@@ -397,44 +399,44 @@ def test_an_open_row_is_where_both_start_a_token_and_the_rows_predict_those_toke
     assert all(student[k][:2] == teacher[place_of[r]][:2] for k, r in pairs)
 
 
-def _rows_that_ended(case, rich: int, first: int) -> list[int]:
-    """The poorer side's row of each continuation that does not go on, one for an open row; the richer side's only."""
+def _rows_that_ended(case, coarse: int, first: int) -> list[int]:
+    """The finer side's row of each continuation that does not go on, one for an open row; the coarser side's only."""
     found = case.batch.alignment
-    if case.pairing.teacher_is_richer != rich:
+    if case.aligner.teacher_is_coarser != coarse:
         return []
     places = (found.ended >= 0).nonzero().squeeze(1)
     assert found.ended[places].sort().values.tolist() == list(range(first, first + len(places)))
-    rows = found.student_rows if rich else found.teacher_rows
+    rows = found.student_rows if coarse else found.teacher_rows
     return rows[places[found.ended[places].argsort()]].tolist()
 
 
 @EVERY_PAIR_OF_TWO
-@pytest.mark.parametrize("rich", [0, 1], ids=["in_student", "in_teacher"])
-def test_a_continuation_is_conditioned_on_exactly_the_bytes_that_are_written(make_case, name, rich):
+@pytest.mark.parametrize("coarse", [0, 1], ids=["in_student", "in_teacher"])
+def test_a_continuation_is_conditioned_on_exactly_the_bytes_that_are_written(make_case, name, coarse):
     case = make_case(name)
-    sides, tables = (_starts(case, "student"), _starts(case, "teacher")), case.pairing.pair.tables
+    sides, tables = (_starts(case, "student"), _starts(case, "teacher")), case.aligner.pair.tables
     place_of = {r: i for i, r in enumerate(case.batch.teacher.rows.tolist())}
-    rows = (case.batch.alignment.in_student, case.batch.alignment.in_teacher)[rich]
+    rows = (case.batch.alignment.in_student, case.batch.alignment.in_teacher)[coarse]
     assert len(rows.ends) > 1
-    num_going_on, can_end = len(rows.poor_rows), _can_end(rows)
+    num_going_on, can_end = len(rows.fine_rows), _can_end(rows)
     assert can_end[:num_going_on] == rows.can_end.tolist()
     assert (rows.outcome_rows < num_going_on).sum() == rows.num_going_on
-    poor_rows = rows.poor_rows.tolist() + _rows_that_ended(case, rich, num_going_on)
-    for row, pair in enumerate(zip(rows.rich_rows.tolist(), poor_rows, strict=True)):
+    fine_rows = rows.fine_rows.tolist() + _rows_that_ended(case, coarse, num_going_on)
+    for row, pair in enumerate(zip(rows.coarse_rows.tolist(), fine_rows, strict=True)):
         own, begun = (
-            sides[side][k if side == 0 else place_of[k]] for side, k in zip((rich, 1 - rich), pair, strict=True)
+            sides[side][k if side == 0 else place_of[k]] for side, k in zip((coarse, 1 - coarse), pair, strict=True)
         )
-        prefix = tables[rich].pieces[own[2]][: begun[1] - own[1]]
+        prefix = tables[coarse].pieces[own[2]][: begun[1] - own[1]]
         assert own[0] == begun[0]
-        last_byte = own[1] + len(tables[rich].pieces[own[2]])
+        last_byte = own[1] + len(tables[coarse].pieces[own[2]])
         assert own[1] < begun[1] < last_byte if row < num_going_on else begun[1] == last_byte
-        _, tokens, outcomes = rows.rich_entries[:, rows.rich_entries[0] == row]
+        _, tokens, outcomes = rows.coarse_entries[:, rows.coarse_entries[0] == row]
         last = outcomes == rows.ends[row]
-        assert all(tables[rich].pieces[v] == prefix for v in tokens[last].tolist())
-        going_on = [tables[rich].pieces[v] for v in tokens[~last].tolist()]
+        assert all(tables[coarse].pieces[v] == prefix for v in tokens[last].tolist())
+        going_on = [tables[coarse].pieces[v] for v in tokens[~last].tolist()]
         assert all(piece.startswith(prefix) and len(piece) > len(prefix) for piece in going_on)
-        assert can_end[row] == last.any() == (prefix in tables[rich].pieces)
-        assert own[2] in tokens or case.pairing.teacher_is_richer != rich or begun[1] > own[1]
+        assert can_end[row] == last.any() == (prefix in tables[coarse].pieces)
+        assert own[2] in tokens or case.aligner.teacher_is_coarser != coarse or begun[1] > own[1]
 
 
 # Equal tokenizers
@@ -475,7 +477,7 @@ def test_with_equal_tokenizers_the_projection_is_the_token_level_divergence(make
 @pytest.mark.parametrize("name", EQUAL)
 def test_with_equal_tokenizers_strict_is_the_token_level_divergence(make_case, name, direction):
     case = make_case(name)
-    (partnerless,) = (case.pairing.same_token < 0).nonzero(as_tuple=True)
+    (partnerless,) = (case.aligner.same_token < 0).nonzero(as_tuple=True)
     case = _silenced(case, partnerless.tolist(), partnerless.tolist())
     _assert_same(case, "strict", case, temperature=2.0, kd_direction=direction)
 
@@ -507,7 +509,7 @@ def test_a_student_with_permuted_ids_learns_the_same(make_case, permuted, alignm
     plain = make_case("byte_from_byte")
     settings = {"temperature": 2.0, "kd_direction": direction}
     outputs = dataclasses.replace(case.outputs, student_logits=case.outputs.student_logits[:, order])
-    same = SimpleNamespace(batch=plain.batch, outputs=outputs, pairing=plain.pairing)
+    same = SimpleNamespace(batch=plain.batch, outputs=outputs, aligner=plain.aligner)
     back = torch.tensor(order).argsort()
     _assert_same(case, alignment, same, order=back, **settings)
 
@@ -517,24 +519,24 @@ def test_a_student_with_permuted_ids_learns_the_same(make_case, permuted, alignm
 
 def _implied(case) -> Tensor:
     """What the teacher says of each of the student's tokens, by the projection; NaN where it says nothing of it."""
-    found, classes, outputs = case.batch.alignment, case.pairing.open_classes, case.outputs
+    found, classes, outputs = case.batch.alignment, case.aligner.open_classes, case.outputs
     rows, targets = found.in_teacher, case.batch.student.targets
     fold = Fold(classes.teacher_tokens, classes.teacher_classes, classes.count)
-    (whole,) = _cut(case, found).stretches
-    tile, inside = outputs.teacher_logits[whole.teacher_rows].T.contiguous(), len(whole.in_student.poor_rows)
+    (whole,) = _cut(case, found).segments
+    tile, inside = outputs.teacher_logits[whole.teacher_rows].T.contiguous(), len(whole.in_student.fine_rows)
     told = read(tile, fold, whole.num_open, inside, whole.in_teacher, 1.0)
-    going_on = rich_log_probs(told.entries, rows)
+    going_on = coarse_log_probs(told.entries, rows)
     ways = Ways(going_on, going_on[rows.ends], found.ended, found.other_ways)
     both = add_other_ways(told.open.log_softmax(0), ways).T
-    class_of = torch.full((len(case.pairing.pair.student),), -1)
+    class_of = torch.full((len(case.aligner.pair.student),), -1)
     class_of[classes.student_tokens] = classes.student_classes
     own = class_of[targets[found.student_rows]]
     said = torch.full((len(targets),), math.nan, dtype=torch.float64)
     said[found.student_rows] = torch.where(own < 0, math.nan, both[torch.arange(len(own)), own].double())
-    row, token, outcome = rows.poor_entries
-    written = token == targets[rows.poor_rows[row]]
-    assert said[rows.poor_rows].isnan().all()  # a token is either open or inside one of the teacher's
-    said[rows.poor_rows[row[written]]] = going_on[outcome[written]].double()
+    row, token, outcome = rows.fine_entries
+    written = token == targets[rows.fine_rows[row]]
+    assert said[rows.fine_rows].isnan().all()  # a token is either open or inside one of the teacher's
+    said[rows.fine_rows[row[written]]] = going_on[outcome[written]].double()
     return said
 
 
@@ -554,20 +556,20 @@ def embedded_case():
     topics = sorted(pytest.importorskip("pydoc_data.topics").topics.items())
     documents = [Document(name, text) for name, text in topics if split_of(f"topic:{name}") == "transfer"][:20]
     pair = TokenizerPair(*tokenizers, student_rows=len(tokenizers[0]), teacher_rows=len(tokenizers[1]))
-    corpus = Corpus(documents, pair, 256, 1024)
+    corpus = Dataset(documents, pair, 256, 1024)
     batch = corpus.batch([0, 1, 2, 3, *range(100, 104)])
     with torch.no_grad():
         logits = teacher(input_ids=batch.teacher.input_ids).logits.flatten(0, 1)
-    return SimpleNamespace(pairing=corpus.pairing, batch=batch, outputs=Given(None, logits))
+    return SimpleNamespace(aligner=corpus.aligner, batch=batch, outputs=ModelOutputs(None, logits))
 
 
 def test_the_teachers_likelihood_of_the_text_in_the_students_tokens_is_its_own(embedded_case):
     """Summed over the batch, so over the same bytes. A token of which nothing is said counts for a uniform guess."""
-    assert embedded_case.pairing.teacher_is_richer
+    assert embedded_case.aligner.teacher_is_coarser
     said, own = _implied(embedded_case), _own(embedded_case).sum()
     unsaid = said.isnan()
-    guess = math.log(len(embedded_case.pairing.pair.teacher))
-    assert len(embedded_case.batch.alignment.in_teacher.poor_rows) > 0.15 * len(said)
+    guess = math.log(len(embedded_case.aligner.pair.teacher))
+    assert len(embedded_case.batch.alignment.in_teacher.fine_rows) > 0.15 * len(said)
     assert unsaid.float().mean() < 0.005
     assert own > 0.6 * -guess * len(_own(embedded_case))  # the teacher is far from uniform
     assert (said[~unsaid].sum() - guess * unsaid.sum()).item() == pytest.approx(own.item(), rel=0.03)
@@ -587,16 +589,16 @@ def test_with_equal_tokenizers_the_implied_likelihood_is_the_teachers_own_token_
 @pytest.mark.parametrize("limit", [1, 7, 30, 77])
 def test_stretches_hold_every_row_once_and_ask_for_one_row_of_the_former(make_case, name, limit):
     case = make_case(name)
-    stretches = _cut(case, case.batch.alignment, limit).stretches
-    assert len(stretches) > 1
-    owned = torch.cat([part.student_rows[part.counts > 0] for part in stretches])
+    segments = _cut(case, case.batch.alignment, limit).segments
+    assert len(segments) > 1
+    owned = torch.cat([part.student_rows[part.counts > 0] for part in segments])
     assert torch.equal(owned.sort().values, torch.arange(case.batch.num_target_tokens))
-    assert [int((part.counts == 0).sum()) <= 1 for part in stretches] == [True] * len(stretches)
-    pairs = torch.cat([part.student_rows[: part.num_open] for part in stretches])
+    assert [int((part.counts == 0).sum()) <= 1 for part in segments] == [True] * len(segments)
+    pairs = torch.cat([part.student_rows[: part.num_open] for part in segments])
     assert torch.equal(pairs, case.batch.alignment.student_rows)
     if limit >= 30:
-        assert max(len(part.student_rows) for part in stretches) <= limit
-        assert max(len(part.teacher_rows) for part in stretches) <= limit
+        assert max(len(part.student_rows) for part in segments) <= limit
+        assert max(len(part.teacher_rows) for part in segments) <= limit
 
 
 @EVERY_PAIR
@@ -616,7 +618,7 @@ def test_a_batch_teaches_the_same_in_stretches_of_any_length(make_case, name, di
 # Batches
 
 
-def _joined(cases, batch) -> Given:
+def _joined(cases, batch) -> ModelOutputs:
     """The outputs of several batches as those of one, NaN wherever that one is padded."""
 
     def padded(name, side):
@@ -627,7 +629,7 @@ def _joined(cases, batch) -> Given:
         return torch.cat(rows)
 
     student = torch.cat([case.outputs.student_logits for case in cases])
-    return Given(
+    return ModelOutputs(
         student,
         padded("teacher_logits", "teacher"),
         padded("student_states", "student"),
@@ -685,10 +687,10 @@ def test_only_a_teacher_wired_to_the_token_that_follows_agrees_with_such_a_stude
 def _shared_open_terms(case) -> set[tuple[int, int]]:
     """Student rows whose open term also reads what the student could have gone on with, and the row of the latter."""
     found = case.batch.alignment
-    if case.pairing.teacher_is_richer:
+    if case.aligner.teacher_is_coarser:
         return set()
     there = found.ended >= 0
-    before = found.in_student.rich_rows[found.ended[there]]
+    before = found.in_student.coarse_rows[found.ended[there]]
     return set(zip(found.student_rows[there].tolist(), before.tolist(), strict=True))
 
 
@@ -706,17 +708,17 @@ def _spoken_about(case, alignment, teacher_row: int) -> set[int]:
     if alignment == "strict":
         return set(found.student_rows[(found.teacher_rows == teacher_row) & found.strict].tolist())
     rows += [before for row, before in _shared_open_terms(case) if row in rows]
-    for teacher_is_rich, record in ((True, found.in_teacher), (False, found.in_student)):
-        size = len(record.poor_rows)
+    for teacher_is_coarse, record in ((True, found.in_teacher), (False, found.in_student)):
+        size = len(record.fine_rows)
         can_be = record.outcome_rows.bincount(minlength=len(record.ends)) - (~torch.tensor(_can_end(record))).long()
         told = can_be > 1  # of one outcome nothing is to be said
         here = (
-            told & (record.rich_rows == teacher_row)
-            if teacher_is_rich
-            else told[:size] & (record.poor_rows == teacher_row)
+            told & (record.coarse_rows == teacher_row)
+            if teacher_is_coarse
+            else told[:size] & (record.fine_rows == teacher_row)
         )
-        rows += (record.poor_rows if teacher_is_rich else record.rich_rows[:size])[here[:size]].tolist()
-        if teacher_is_rich and case.pairing.teacher_is_richer:  # what else it could have written there
+        rows += (record.fine_rows if teacher_is_coarse else record.coarse_rows[:size])[here[:size]].tolist()
+        if teacher_is_coarse and case.aligner.teacher_is_coarser:  # what else it could have written there
             rows += found.student_rows[torch.isin(found.ended, here.nonzero().squeeze(1))].tolist()
     return set(rows)
 
@@ -725,7 +727,7 @@ def _student_rows_going_on(case) -> set[int]:
     """Student rows that a continuation reads, or whose open row is weighted by one."""
     found = case.batch.alignment
     weighted = found.student_rows[found.ended >= 0].tolist()
-    return {*found.in_teacher.poor_rows.tolist(), *found.in_student.rich_rows.tolist(), *weighted}
+    return {*found.in_teacher.fine_rows.tolist(), *found.in_student.coarse_rows.tolist(), *weighted}
 
 
 @EVERY_PAIR_OF_TWO
@@ -767,7 +769,7 @@ def test_a_student_row_changes_only_the_terms_of_the_token_it_predicts(make_case
 
 def _only_the_student_has(case) -> list[int]:
     """Student tokens of several bytes that the teacher's vocabulary lacks."""
-    student, teacher = (table.pieces for table in case.pairing.pair.tables)
+    student, teacher = (table.pieces for table in case.aligner.pair.tables)
     return [u for u, piece in enumerate(student) if len(piece) > 1 and piece not in set(teacher)]
 
 
@@ -800,7 +802,7 @@ def test_the_gradient_of_strict_is_zero_outside_its_support_and_sums_to_zero_ins
 @EVERY_PAIR_OF_TWO
 def test_the_projection_lowers_a_token_only_where_the_teacher_gives_its_outcome_less(make_case, name):
     case = make_case(name)
-    lacking, classes, alignment = _only_the_student_has(case), case.pairing.open_classes, case.batch.alignment
+    lacking, classes, alignment = _only_the_student_has(case), case.aligner.open_classes, case.batch.alignment
     class_of = dict(zip(classes.student_tokens.tolist(), classes.student_classes.tolist(), strict=True))
     _, grad = _learned(case, "projection")
     with_class = [u for u in lacking if u in class_of]
@@ -825,7 +827,7 @@ def test_the_projection_lowers_a_token_only_where_the_teacher_gives_its_outcome_
 @EVERY_PAIR
 def test_a_step_of_the_projection_does_not_lower_a_favourite_whose_outcome_the_teacher_favours_more(make_case, name):
     case = make_case(name)
-    classes, alignment = case.pairing.open_classes, case.batch.alignment
+    classes, alignment = case.aligner.open_classes, case.batch.alignment
     class_of = dict(zip(classes.student_tokens.tolist(), classes.student_classes.tolist(), strict=True))
     favourite = [u for u in _only_the_student_has(case) if u in class_of][5]
     members = classes.teacher_tokens[classes.teacher_classes == class_of[favourite]]
@@ -843,7 +845,7 @@ def test_a_strict_row_does_not_count_where_the_shared_tokens_hold_little_of_the_
     case = make_case("sp_from_byte")
     alignment = case.batch.alignment
     row = alignment.strict.nonzero()[4].item()
-    lacking = next(v for v in range(len(case.pairing.same_token)) if case.pairing.same_token[v] < 0)
+    lacking = next(v for v in range(len(case.aligner.same_token)) if case.aligner.same_token[v] < 0)
     _, before = _learned(case, "strict")
     weights = case.outputs.teacher_logits[alignment.teacher_rows[row]]
     for share, counts in ((0.85, True), (0.95, False)):
@@ -862,7 +864,7 @@ def test_a_strict_row_does_not_count_where_the_shared_tokens_hold_little_of_the_
 def test_the_largest_float16_logits_give_finite_losses_and_gradients(make_case, alignment, direction, top_k, name):
     case = make_case(name, spread=1.0)
     outputs = {key: (3e4 * value).clamp(-6e4, 6e4).half() for key, value in vars(case.outputs).items()}
-    case.outputs = Given(**outputs)
+    case.outputs = ModelOutputs(**outputs)
     for temperature in (0.5, 2.0):
         settings = {"temperature": temperature, "kd_direction": direction, "teacher_top_k": top_k}
         learned, grad = _learned(case, alignment, **settings)
@@ -882,8 +884,8 @@ def _dropped_rows(case, alignment) -> Tensor:
         "projection": lambda: torch.cat(
             [
                 found.teacher_rows,
-                found.in_teacher.rich_rows[: len(found.in_teacher.poor_rows)],
-                found.in_student.poor_rows,
+                found.in_teacher.coarse_rows[: len(found.in_teacher.fine_rows)],
+                found.in_student.fine_rows,
             ]
         ),
         "alm": lambda: case.batch.teacher.rows,
@@ -924,7 +926,7 @@ def test_an_open_row_is_left_out_where_it_is_not_known_whether_the_teacher_was_d
     case = make_case("sp_from_byte")
     found = case.batch.alignment
     place = int((found.ended >= 0).nonzero()[3])
-    row, before = found.student_rows[place], found.in_teacher.rich_rows[found.ended[place]]
+    row, before = found.student_rows[place], found.in_teacher.coarse_rows[found.ended[place]]
     whole, whole_grad = _learned(case, "projection", kd_direction=direction)
     case.outputs.teacher_logits[before, 0] = math.nan
     learned, grad = _learned(case, "projection", kd_direction=direction)
@@ -1044,16 +1046,16 @@ def test_a_row_of_which_the_teachers_top_tells_nothing_teaches_nothing(make_case
     case = _without_rows(case, *({"in_teacher", "in_student", "open"} - {kept}))
     rows = getattr(case.batch.alignment, kept, None)
     told = {
-        "in_teacher": lambda: rows.rich_entries[1],
-        "in_student": lambda: rows.poor_entries[1],
-        "open": lambda: case.pairing.open_classes.teacher_tokens,
+        "in_teacher": lambda: rows.coarse_entries[1],
+        "in_student": lambda: rows.fine_entries[1],
+        "open": lambda: case.aligner.open_classes.teacher_tokens,
     }[kept]()
     silent = next(v for v in range(case.outputs.teacher_logits.shape[1]) if v not in told)
     case.outputs.teacher_logits[:, silent] = 50.0
     _, whole_grad = _learned(case, "projection", kd_direction="jsd")
     if kept == "in_student":  # by every other token the teacher tells that the student's token ends, where one can
         assert not rows.can_end.all()
-        case.outputs.teacher_logits[rows.poor_rows[rows.can_end]] = math.nan
+        case.outputs.teacher_logits[rows.fine_rows[rows.can_end]] = math.nan
     learned, grad = _learned(case, "projection", kd_direction=direction, teacher_top_k=1)
     assert whole_grad.any()
     assert abs(learned.loss) == abs(learned.raw) < 1e-6
@@ -1093,7 +1095,7 @@ def test_with_equal_tokenizers_the_teachers_rest_moves_all_other_tokens_alike(ma
 # Rows that were stored before
 
 
-def _stored(case, k: int, temperature: float) -> StoredRows:
+def _stored(case, k: int, temperature: float) -> CachedTopK:
     """What a cache keeps of the case's teacher, made from its logits in float64."""
     tokens, logits = case.batch.teacher, case.outputs.teacher_logits.double()
     log_probs = logits[tokens.rows].log_softmax(-1)
@@ -1104,7 +1106,7 @@ def _stored(case, k: int, temperature: float) -> StoredRows:
     gaps = (best.values - peaks[:, None]).half()
     others = log_probs.scatter(1, best.indices, -math.inf)
     rests = (others / temperature).logsumexp(1) - (best.values / temperature).logsumexp(1)
-    return StoredRows(places, best.indices.int(), peaks.float(), gaps, own.float(), rests.half(), temperature)
+    return CachedTopK(places, best.indices.int(), peaks.float(), gaps, own.float(), rests.half(), temperature)
 
 
 def _learned_from_stored(case, alignment, k, **settings):
@@ -1217,7 +1219,9 @@ def test_the_raw_clamp_is_no_clamp_of_the_clamped_logits_of_both(make_case, alig
     settings = {"temperature": 2.0, "kd_direction": direction, "teacher_top_k": top_k, "logit_clamp": 10.0}
     learned, grad = _learned(case, alignment, **settings, logit_clamp_style="raw")
     student, teacher = (x.clamp(-10.0, 10.0) for x in (case.outputs.student_logits, case.outputs.teacher_logits))
-    clamped = SimpleNamespace(**{**vars(case), "outputs": Given(student, teacher, *[case.outputs.student_states] * 2)})
+    clamped = SimpleNamespace(
+        **{**vars(case), "outputs": ModelOutputs(student, teacher, *[case.outputs.student_states] * 2)}
+    )
     wanted, wanted_grad = _learned(clamped, alignment, **settings)
     outside = case.outputs.student_logits.abs() > 10.0
     free, _ = _learned(case, alignment, **settings)
@@ -1293,7 +1297,7 @@ def test_hidden_states_take_no_notice_of_logits(make_case):
 )
 def test_the_flag_names_the_kind(corpora, make_student, alignment, name, kind):
     student, teacher = make_student(64, hidden_size=16, num_hidden_layers=1), make_student(64, num_hidden_layers=1)
-    term = build_distillation(LossConfig(alignment=alignment), corpora[name].pairing, student, teacher)
+    term = build_distillation(LossConfig(alignment=alignment), corpora[name].aligner, student, teacher)
     assert type(term) is kind
     assert [tuple(p.shape) for p in term.parameters()] == ([(32, 16)] if kind is HiddenStates else [])
 
@@ -1301,7 +1305,7 @@ def test_the_flag_names_the_kind(corpora, make_student, alignment, name, kind):
 def test_equal_tokenizers_are_compared_token_by_token(corpora, make_student, byte_tokenizer, corpus_texts):
     corpus = _corpus([Document("0", corpus_texts[0])], byte_tokenizer, byte_tokenizer, aligns=False)
     student = make_student(64, num_hidden_layers=1)
-    assert type(build_distillation(LossConfig(), corpus.pairing, student, student)) is TokenLevel
+    assert type(build_distillation(LossConfig(), corpus.aligner, student, student)) is TokenLevel
 
 
 @pytest.mark.parametrize("name", ["sp_from_byte", "byte_from_byte"])

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sar_kd.data.batch import ABSENT, IGNORE_INDEX, next_token_targets
+from sar_kd.data.batch import IGNORE_INDEX, MASKED_LOGIT, next_token_targets
 from sar_kd.losses import tiled_loss
 from sar_kd.losses.divergence import Divergence
 from sar_kd.losses.functional import (
+    GroupSums,
     LogitClamp,
     LossClamp,
-    Segments,
     chunk_likelihood,
     finite_rows,
     log1mexp,
@@ -378,7 +378,7 @@ def test_a_loss_without_rows_is_zero():
 
 def test_segments_sum_and_logsumexp_match_their_definitions():
     index, values = torch.tensor([2, 0, 0, 1, 2, 2, 3]), _logits()[0, :7]
-    segments = Segments(index, 4)
+    segments = GroupSums(index, 4)
     parts = [values[index == number].double() for number in range(4)]
     torch.testing.assert_close(segments.sum(values).double(), torch.stack([part.sum() for part in parts]))
     wanted = torch.stack([part.exp().sum().log() for part in parts])
@@ -386,20 +386,20 @@ def test_segments_sum_and_logsumexp_match_their_definitions():
 
 
 def test_the_gradient_of_a_segments_logsumexp_passes_gradcheck():
-    segments = Segments(torch.tensor([1, 0, 1, 2, 1]), 3)
+    segments = GroupSums(torch.tensor([1, 0, 1, 2, 1]), 3)
     assert torch.autograd.gradcheck(segments.logsumexp, _logits()[0, :5].double().requires_grad_())
 
 
 def test_a_segment_without_elements_has_an_absent_logsumexp_and_no_gradient():
-    segments, values = Segments(torch.tensor([0, 2, 2]), 4), torch.tensor([1.0, 2.0, 3.0])
+    segments, values = GroupSums(torch.tensor([0, 2, 2]), 4), torch.tensor([1.0, 2.0, 3.0])
     value, grad = _value_and_grad(lambda x: (segments.logsumexp(x) * torch.tensor([1.0, 0.0, 0.0, 0.0])).sum(), values)
-    assert segments.logsumexp(values)[[1, 3]].tolist() == pytest.approx([ABSENT, ABSENT])
+    assert segments.logsumexp(values)[[1, 3]].tolist() == pytest.approx([MASKED_LOGIT, MASKED_LOGIT])
     assert segments.logsumexp(values).log_softmax(0).exp()[[1, 3]].tolist() == [0.0, 0.0]
     assert (value.item(), grad.tolist()) == (1.0, [1.0, 0.0, 0.0])
 
 
 def test_a_segment_far_below_the_others_keeps_its_logsumexp_and_gradient():
-    segments, values = Segments(torch.tensor([0, 0, 1, 1]), 2), torch.tensor([1e4, 1e4, -1e4, -1e4 + 1])
+    segments, values = GroupSums(torch.tensor([0, 0, 1, 1]), 2), torch.tensor([1e4, 1e4, -1e4, -1e4 + 1])
     found, grad = _value_and_grad(lambda x: segments.logsumexp(x)[1], values)
     assert found.item() == pytest.approx(-1e4 + math.log(1 + math.e), rel=1e-6)
     share = 1 / (1 + math.e)
@@ -410,7 +410,7 @@ def test_a_segment_far_below_the_others_keeps_its_logsumexp_and_gradient():
 
 
 def _cut(teacher: Tensor, told: Tensor) -> Tensor:
-    return torch.where(told, teacher, ABSENT)
+    return torch.where(told, teacher, MASKED_LOGIT)
 
 
 TOLD = torch.rand(N, V, generator=torch.Generator().manual_seed(5)) > 0.5

@@ -12,7 +12,7 @@ from sar_kd.config.sections import LossConfig
 from sar_kd.losses.distillation import TokenLevel
 from sar_kd.losses.functional import LogitClamp, LossClamp
 from sar_kd.losses.tiled_loss import Loss, Tile, stretches_of, target_log_probs, tile_rows, tiled_loss
-from sar_kd.models.lm_head import Head, Readout
+from sar_kd.models.lm_head import LazyLogits, LMHead
 from sar_kd.models.logit_tiles import column_logsumexp, exp_, flat, room_for
 from sar_kd.runtime.precision import Precision
 from tests.helpers.lm_heads import FLOAT32
@@ -36,14 +36,18 @@ def _given(seed=0, vocab=V, teacher_vocab=V, spread=1.0, bias=False, **head):
     def draw(*shape):
         return torch.randn(*shape, generator=generator) * spread
 
-    own = Head(draw(vocab, D), draw(vocab) if bias else None, **head)
+    own = LMHead(draw(vocab, D), draw(vocab) if bias else None, **head)
     targets = torch.randint(min(vocab, teacher_vocab), (N,), generator=generator)
     return SimpleNamespace(
-        states=draw(N, D), head=own, targets=targets, teacher=draw(N, D_T), teacher_head=Head(draw(teacher_vocab, D_T))
+        states=draw(N, D),
+        head=own,
+        targets=targets,
+        teacher=draw(N, D_T),
+        teacher_head=LMHead(draw(teacher_vocab, D_T)),
     )
 
 
-def _naive_logits(states: Tensor, head: Head) -> Tensor:
+def _naive_logits(states: Tensor, head: LMHead) -> Tensor:
     logits = states @ head.weight.T
     logits = head.scale * (logits if head.bias is None else logits + head.bias)
     return head.softcap * torch.tanh(logits / head.softcap) if head.softcap else logits
@@ -77,8 +81,8 @@ def _found(given, term, rows=N, ce=0.7, kd=0.6, precision=FLOAT32, scale=1.0, fa
     sides = {"student": (given.states, given.head), "teacher": (given.teacher, given.teacher_head)}
     states, head = sides[learner]
     leaves = [None if x is None else x.clone().requires_grad_() for x in (states, head.weight, head.bias)]
-    readouts = {side: Readout(*parts, precision) for side, parts in sides.items()}
-    readouts[learner] = Readout(leaves[0], dataclasses.replace(head, weight=leaves[1], bias=leaves[2]), precision)
+    readouts = {side: LazyLogits(*parts, precision) for side, parts in sides.items()}
+    readouts[learner] = LazyLogits(leaves[0], dataclasses.replace(head, weight=leaves[1], bias=leaves[2]), precision)
     compare = term.compare if kd else None
     targets = given.targets if learner == "student" else None
     loss = Loss(_tiles(rows), targets, compare, ce, kd, term.clamp, factor, scale, learner)
@@ -113,7 +117,7 @@ def _wanted(given, direction="forward", ce=0.7, kd=0.6, temperature=2.0, learner
     return total.detach(), said.detach(), apart.detach(), [None if leaf is None else leaf.grad for leaf in leaves]
 
 
-def _tensors(head: Head):
+def _tensors(head: LMHead):
     return head.weight, head.bias
 
 
@@ -197,7 +201,7 @@ def test_a_row_that_counts_in_no_tile_teaches_no_text(rows):
     tiles = [tile._replace(counts=counts[tile.student]) for tile in _tiles(rows)]
     leaf = given.states.clone().requires_grad_()
     loss = Loss(tiles, given.targets, None, 1.0, 0.0, LogitClamp())
-    sums = tiled_loss(loss, Readout(leaf, given.head, FLOAT32), None)
+    sums = tiled_loss(loss, LazyLogits(leaf, given.head, FLOAT32), None)
     sums.minimised.backward()
     said = -_naive_logits(given.states.double(), _double(given.head)).log_softmax(-1)
     wanted = (said.gather(1, given.targets[:, None])[:, 0] * counts).sum()
@@ -205,14 +209,14 @@ def test_a_row_that_counts_in_no_tile_teaches_no_text(rows):
     assert torch.equal((leaf.grad != 0).any(1), counts > 0)
 
 
-def _double(head: Head) -> Head:
+def _double(head: LMHead) -> LMHead:
     return dataclasses.replace(head, weight=head.weight.double())
 
 
 def test_a_head_that_does_not_learn_gets_no_gradient_and_its_states_do():
     given = _given()
     leaf, loss = given.states.clone().requires_grad_(), Loss(_tiles(4), given.targets, None, 1.0, 0.0, LogitClamp())
-    tiled_loss(loss, Readout(leaf, given.head, FLOAT32), None).minimised.backward()
+    tiled_loss(loss, LazyLogits(leaf, given.head, FLOAT32), None).minimised.backward()
     assert leaf.grad.any()
     assert given.head.weight.grad is None
 
@@ -222,12 +226,12 @@ def test_a_head_that_does_not_learn_gets_no_gradient_and_its_states_do():
 def test_probabilities_of_the_text_match_their_definition(rows, bound):
     given = _given(bias=True)
     leaves = [x.clone().requires_grad_() for x in (given.states, given.head.weight, given.head.bias)]
-    readout = Readout(leaves[0], Head(*leaves[1:]), FLOAT32)
+    readout = LazyLogits(leaves[0], LMHead(*leaves[1:]), FLOAT32)
     found, finite = target_log_probs(readout, given.targets, rows, bound)
     weights = torch.linspace(-1.0, 2.0, N)
     (found * weights).sum().backward()
     doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    logits = _naive_logits(doubles[0], Head(*doubles[1:])).clamp(-bound, bound)
+    logits = _naive_logits(doubles[0], LMHead(*doubles[1:])).clamp(-bound, bound)
     wanted = logits.log_softmax(-1).gather(1, given.targets[:, None])[:, 0]
     (wanted * weights).sum().backward()
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
@@ -271,7 +275,9 @@ def _near(distance: float):
     states, weight = torch.randn(64, 16, generator=generator), torch.randn(300, 16, generator=generator) * 0.5
     near = states + distance * torch.randn(64, 16, generator=generator)
     targets = torch.randint(300, (64,), generator=generator)
-    given = SimpleNamespace(states=near, head=Head(weight), targets=targets, teacher=states, teacher_head=Head(weight))
+    given = SimpleNamespace(
+        states=near, head=LMHead(weight), targets=targets, teacher=states, teacher_head=LMHead(weight)
+    )
     for name in ("states", "teacher"):  # what a float16 forward hands over
         setattr(given, name, getattr(given, name).half().float())
     return given
@@ -298,11 +304,11 @@ def test_float16_gradients_are_no_further_from_the_truth_than_those_of_the_usual
     given, scale = _near(distance), 65536.0
     rows = len(given.targets)
     half = SimpleNamespace(**vars(given))
-    half.head = half.teacher_head = Head(given.head.weight.half().float())
+    half.head = half.teacher_head = LMHead(given.head.weight.half().float())
     *_, truth = _wanted_near(half)
     naive = _naive_half(given, scale)
     leaves = [given.states.clone().requires_grad_(), given.head.weight.clone().requires_grad_()]
-    readouts = Readout(leaves[0], Head(leaves[1]), HALF), Readout(given.teacher, given.teacher_head, HALF)
+    readouts = LazyLogits(leaves[0], LMHead(leaves[1]), HALF), LazyLogits(given.teacher, given.teacher_head, HALF)
     tiles = [Tile(part, part) for part in stretches_of(rows, 20)]
     term = _term(given)
     loss = Loss(tiles, None, term.compare, 0.0, 1.0, term.clamp, scale=torch.tensor(scale / rows))
@@ -327,7 +333,7 @@ def test_gradients_too_small_for_half_survive_because_the_scale_is_in_them_when_
     norms = []
     for scale in (1.0, 65536.0):
         leaf = given.states.clone().requires_grad_()
-        readouts = Readout(leaf, given.head, HALF), Readout(given.teacher, given.teacher_head, HALF)
+        readouts = LazyLogits(leaf, given.head, HALF), LazyLogits(given.teacher, given.teacher_head, HALF)
         loss = Loss([Tile(slice(None), slice(None))], None, term.compare, 0.0, 1e-5, term.clamp)
         loss = dataclasses.replace(loss, scale=torch.tensor(scale / rows))
         (tiled_loss(loss, *readouts).minimised * scale / rows).backward()
@@ -340,7 +346,7 @@ def test_gradients_too_small_for_half_survive_because_the_scale_is_in_them_when_
 def test_a_tile_with_room_for_more_columns_holds_the_logits_and_is_written_to_by_place(count):
     states = torch.randn(count, 24)
     weight, bias = torch.randn(50, states.shape[1]), torch.randn(50)
-    tile = Readout(states, Head(weight, bias), FLOAT32).tile(slice(None))
+    tile = LazyLogits(states, LMHead(weight, bias), FLOAT32).tile(slice(None))
     torch.testing.assert_close(tile, (states @ weight.T + bias).T)
     assert tile.stride(0) == room_for(count)
     flat(tile)[7 * tile.stride(0) + count - 1] = 5.0

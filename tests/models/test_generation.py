@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from sar_kd.models.generation import Written, write
+from sar_kd.models.generation import Generation, write
 
 PROMPTS = [[1, 5, 9, 30], [1, 7], [1, 8, 8, 8, 40, 41, 3]]
 STOPS = [2, 4]
@@ -26,9 +26,9 @@ def _greedy(model, prompt, room):
     for _ in range(room):
         token = int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
         if token in STOPS:
-            return Written(ids[len(prompt) :], token)
+            return Generation(ids[len(prompt) :], token)
         ids.append(token)
-    return Written(ids[len(prompt) :], None)
+    return Generation(ids[len(prompt) :], None)
 
 
 @pytest.mark.parametrize("rooms", [[20, 20, 20], [3, 11, 20]])
@@ -42,14 +42,14 @@ def test_a_stop_ends_a_text_and_is_no_part_of_it(model):
     free = _greedy(model, PROMPTS[0], 20).ids
     stop = free[5]
     (written,) = write(model, PROMPTS[:1], stops=[stop], rooms=[20])
-    assert written == Written(free[: free.index(stop)], stop)
+    assert written == Generation(free[: free.index(stop)], stop)
 
 
 def test_a_stop_just_beyond_the_room_is_not_read(model):
     free = _greedy(model, PROMPTS[0], 20).ids
     first = free.index(free[5])
     (written, _) = write(model, PROMPTS[:2], stops=[free[5]], rooms=[first, 20])
-    assert written == Written(free[:first], None)
+    assert written == Generation(free[:first], None)
 
 
 def test_nothing_that_the_models_own_config_asks_for_takes_part(model):
@@ -88,13 +88,13 @@ def test_a_row_whose_logits_are_not_finite_is_broken_off_there_and_the_others_go
     # Reading this token makes the row's logits NaN from there on.
     model.model.embed_tokens.weight.data[plain[0].ids[4]] = math.nan
     broken, *others = write(model, PROMPTS, stops=[58], rooms=[12] * 3)
-    assert broken == Written(plain[0].ids[:5], None, False)
+    assert broken == Generation(plain[0].ids[:5], None, False)
     assert others == plain[1:]
 
 
 def test_a_prompt_that_is_not_finite_gives_nothing(model):
     model.model.embed_tokens.weight.data[9] = math.nan
-    assert write(model, PROMPTS[:1], stops=STOPS, rooms=[5]) == [Written([], None, False)]
+    assert write(model, PROMPTS[:1], stops=STOPS, rooms=[5]) == [Generation([], None, False)]
 
 
 def test_no_graph_is_kept(model):

@@ -5,7 +5,7 @@ import torch
 import transformers
 from torch import nn
 
-from sar_kd.models.lm_head import Heads, Readout, body_of
+from sar_kd.models.lm_head import LazyLogits, LMHeads, backbone_of
 from tests.helpers.lm_heads import FLOAT32
 
 SMALL = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -58,18 +58,18 @@ def _model(name: str) -> nn.Module:
 @torch.no_grad()
 def test_the_tile_of_a_models_states_is_its_logits(name):
     model = _model(name)
-    head = Heads(FLOAT32).of(model)
+    head = LMHeads(FLOAT32).of(model)
     assert head is not None
     wanted = model(input_ids=INPUT_IDS, use_cache=False).logits.flatten(0, 1)
-    states = body_of(model)(input_ids=INPUT_IDS, use_cache=False).last_hidden_state.flatten(0, 1)
-    readout = Readout(states, head, FLOAT32)
+    states = backbone_of(model)(input_ids=INPUT_IDS, use_cache=False).last_hidden_state.flatten(0, 1)
+    readout = LazyLogits(states, head, FLOAT32)
     torch.testing.assert_close(readout.tile(slice(None)).T, wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(readout.logits(), wanted, rtol=1e-5, atol=1e-5)
     assert readout.vocab_size == wanted.shape[1]
 
 
 def test_what_a_configuration_says_of_its_head_is_found():
-    found = {name: Heads(FLOAT32).of(_model(name)) for name in ("llama", "gemma2", "granite", "cohere", "phi")}
+    found = {name: LMHeads(FLOAT32).of(_model(name)) for name in ("llama", "gemma2", "granite", "cohere", "phi")}
     assert {name: head.scale for name, head in found.items() if head.scale != 1.0} == {
         "granite": 0.125,
         "cohere": 0.0625,
@@ -80,11 +80,11 @@ def test_what_a_configuration_says_of_its_head_is_found():
 
 def test_a_tied_head_is_the_embedding_itself():
     model = _model("tied")
-    assert Heads(FLOAT32).of(model).weight is model.get_input_embeddings().weight
+    assert LMHeads(FLOAT32).of(model).weight is model.get_input_embeddings().weight
 
 
 def test_a_head_that_someone_listens_to_is_left_alone_while_they_do():
-    model, heads = _model("llama"), Heads(FLOAT32)
+    model, heads = _model("llama"), LMHeads(FLOAT32)
     assert heads.of(model) is not None
     handle = model.lm_head.register_forward_hook(lambda module, args, out: out)
     assert heads.of(model) is None
@@ -111,7 +111,7 @@ class _Adapted(nn.Module):
 def test_a_head_with_more_than_a_weight_and_a_bias_is_left_alone():
     model = _model("llama")
     model.lm_head = _Adapted(model.lm_head)
-    assert Heads(FLOAT32).of(model) is None
+    assert LMHeads(FLOAT32).of(model) is None
 
 
 @pytest.mark.parametrize(
@@ -127,18 +127,18 @@ def test_logits_that_come_about_in_another_way_are_left_alone(change):
         return out
 
     model.forward = changed
-    assert Heads(FLOAT32).of(model) is None
+    assert LMHeads(FLOAT32).of(model) is None
 
 
 def test_states_that_are_changed_before_the_head_are_noticed():
     model = _model("llama")
     model.lm_head.register_forward_pre_hook(lambda module, args: (args[0] * 2.0,))
-    assert Heads(FLOAT32).of(model) is None
+    assert LMHeads(FLOAT32).of(model) is None
 
 
 def test_trying_a_head_draws_no_random_number_and_leaves_the_mode():
     model = _model("gpt2").train()
     state = torch.get_rng_state()
-    assert Heads(FLOAT32).of(model) is not None
+    assert LMHeads(FLOAT32).of(model) is not None
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training

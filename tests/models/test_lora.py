@@ -9,7 +9,7 @@ import transformers
 
 from sar_kd.config.sections import LoraConfig
 from sar_kd.errors import UsageError
-from sar_kd.models.lora import add_adapter, describe_student, exports, load_learned, merged, save_learned
+from sar_kd.models.lora import add_adapter, describe_student, exports, load_trainable, merged, save_trainable
 from sar_kd.models.memory_saving import recompute_activations_
 from sar_kd.training import checkpoint
 
@@ -108,19 +108,19 @@ def test_a_whole_student_is_exported_as_it_is(make_student):
 
 def test_what_learned_is_saved_and_put_back_bit_for_bit(make_student, tmp_path):
     student = _trained(_student(make_student))
-    save_learned(student, tmp_path / "learned.safetensors")
+    save_trainable(student, tmp_path / "learned.safetensors")
     other = _student(make_student)
-    load_learned(other, tmp_path / "learned.safetensors")
+    load_trainable(other, tmp_path / "learned.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), other.parameters(), strict=True))
     whole = sum(value.numel() for value in student.parameters()) * 4
     assert (tmp_path / "learned.safetensors").stat().st_size < whole / 2
 
 
 def test_another_adapter_is_not_put_back(make_student, tmp_path):
-    save_learned(_student(make_student), tmp_path / "learned.safetensors")
+    save_trainable(_student(make_student), tmp_path / "learned.safetensors")
     other = _student(make_student, lora_targets=("q_proj",))
     with pytest.raises(ValueError, match="another adapter"):
-        load_learned(other, tmp_path / "learned.safetensors")
+        load_trainable(other, tmp_path / "learned.safetensors")
 
 
 def test_the_run_says_what_learns(make_student):

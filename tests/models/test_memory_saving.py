@@ -9,13 +9,13 @@ from sar_kd.commands.train import main as train
 from sar_kd.config.command_line import parse_args
 from sar_kd.config.presets import STABLE
 from sar_kd.config.sections import GuardConfig, LossConfig, OptimConfig, TeacherMemoryConfig
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.data.samples import Document
 from sar_kd.errors import UsageError
 from sar_kd.evaluation.perplexity import evaluate
 from sar_kd.losses.objective import Objective
-from sar_kd.models.lm_head import body_of
-from sar_kd.models.loading import Given, load_models
+from sar_kd.models.lm_head import backbone_of
+from sar_kd.models.loading import LoadedModels, load_models
 from sar_kd.models.memory_saving import Offload, layers_of, quantised, recompute_activations_, travelling
 from sar_kd.runtime.environment import is_installed
 from sar_kd.runtime.precision import Precision, setup
@@ -34,7 +34,7 @@ def corpora(byte_tokenizer, sp_tokenizer, corpus_texts):
 
     def corpus(teacher, **how):
         pair = TokenizerPair(sp_tokenizer, teacher, student_rows=len(sp_tokenizer), teacher_rows=len(teacher), **how)
-        return Corpus(documents, pair, 24, 60)
+        return Dataset(documents, pair, 24, 60)
 
     return {
         "auto": corpus(byte_tokenizer, projects=True),
@@ -53,10 +53,10 @@ def _run(corpora, make_student, alignment="auto", dtype=torch.float32, offloads=
     if recomputes:
         recompute_activations_(student, same_dropout=True)
     precision = Precision(CPU, dtype, 1024.0)
-    offload = Offload(teacher, body_of(teacher), CPU) if offloads else None
+    offload = Offload(teacher, backbone_of(teacher), CPU) if offloads else None
     torch.manual_seed(3)
     settings = LossConfig(alpha_kd=0.5, alpha_ce=0.5, alignment=alignment)
-    objective = Objective(teacher, student, settings, corpus.pairing, precision, offload)
+    objective = Objective(teacher, student, settings, corpus.aligner, precision, offload)
     optimizer = build_optimizer(student, OptimConfig(student_lr=1e-3), objective.parameters())
     guard = StepGuard(GuardConfig(skip_grad_norm=1e9, skip_rule="fixed"))
     gradients = []
@@ -112,7 +112,7 @@ def test_what_travels_is_all_but_the_head_and_comes_back_as_it_was(make_student)
         names = {name for name, value in teacher.named_parameters() if any(value is t for t in travelling(teacher))}
         kept = {"model.embed_tokens.weight"} if tied else {"lm_head.weight"}
         assert {name for name, _ in teacher.named_parameters()} - names == kept
-        offload = Offload(teacher, body_of(teacher), CPU)
+        offload = Offload(teacher, backbone_of(teacher), CPU)
         assert offload.num_bytes == sum(parameter.nbytes for parameter in travelling(teacher))
         for _ in range(2):
             offload.leave()
@@ -220,7 +220,9 @@ def test_rounding_needs_its_package(monkeypatch):
 def test_a_teacher_in_memory_is_not_rounded(make_student, sp_tokenizer):
     teacher = make_student(len(sp_tokenizer))
     config = parse_args(STABLE, ["--teacher_quantization", "nf4", "--device", "cpu"])
-    given = Given({"teacher_model": (copy.deepcopy(teacher), sp_tokenizer), "student_model": (teacher, sp_tokenizer)})
+    given = LoadedModels(
+        {"teacher_model": (copy.deepcopy(teacher), sp_tokenizer), "student_model": (teacher, sp_tokenizer)}
+    )
     with pytest.raises(UsageError, match="--teacher_quantization nf4: the teacher is in memory already"):
         load_models(config, setup(config.precision, 0), given=given)
 

@@ -13,11 +13,11 @@ from sar_kd.config.command_line import configure, parse_args, parse_training
 from sar_kd.config.fields import AUTO, Auto
 from sar_kd.config.presets import STABLE
 from sar_kd.errors import UsageError
-from sar_kd.models.loading import Subject
+from sar_kd.models.loading import MetaModels
 from sar_kd.preflight import memory_plan
 from sar_kd.preflight.memory_plan import MARGIN, fit_batch_size, plan
 from sar_kd.runtime import environment
-from sar_kd.runtime.distributed import ALONE
+from sar_kd.runtime.distributed import SINGLE_PROCESS
 
 CPU = torch.device("cpu")
 FLAGS = ["--per_device_batch_size", "auto", "--block_size", "64", "--device", "cpu", "--output_dir", "out"]
@@ -43,7 +43,7 @@ def _parse(*flags: str):
 def _needed(size: int, accum: int = 2) -> int:
     """What a run with this batch size needs beside what the process holds; with several micro-batches or one."""
     config = parse_args(STABLE, [*FLAGS, "--per_device_batch_size", str(size), "--grad_accum_steps", str(accum)])
-    return plan(config, Subject(config).models, CPU, torch.float32).peak.total
+    return plan(config, MetaModels(config).models, CPU, torch.float32).peak.total
 
 
 @pytest.mark.parametrize("size", [1, 4])
@@ -52,17 +52,17 @@ def test_the_largest_divisor_of_an_update_that_fits_is_taken_and_none_above_it(l
     needed = {size: _needed(size) for size in sizes}
     assert sorted(needed.values()) == list(needed.values())
     limited(int((1 + MARGIN) * needed[size]) + 1)
-    found = fit_batch_size(_parse("--grad_accum_steps", "4"), ALONE).train
+    found = fit_batch_size(_parse("--grad_accum_steps", "4"), SINGLE_PROCESS).train
     assert (found.per_device_batch_size, found.grad_accum_steps) == (size, 16 // size)
     if size > 1:
         limited(int((1 + MARGIN) * needed[size]) - 1)
-        found = fit_batch_size(_parse("--grad_accum_steps", "4"), ALONE).train
+        found = fit_batch_size(_parse("--grad_accum_steps", "4"), SINGLE_PROCESS).train
         assert found.per_device_batch_size == size // 2
 
 
 def test_where_all_fits_an_update_is_one_micro_batch_of_the_default_size(limited):
     limited(10**15)
-    config = fit_batch_size(_parse(), ALONE)
+    config = fit_batch_size(_parse(), SINGLE_PROCESS)
     assert (config.train.per_device_batch_size, config.train.grad_accum_steps) == (4, 1)
     assert type(config.train.per_device_batch_size) is int
     assert config.notices[-1].startswith("--per_device_batch_size auto: 4 (")
@@ -71,24 +71,24 @@ def test_where_all_fits_an_update_is_one_micro_batch_of_the_default_size(limited
 
 def test_a_task_and_fine_tuning_have_their_own_default(limited):
     limited(10**15)
-    found = fit_batch_size(_parse("--task", "units"), ALONE).train
+    found = fit_batch_size(_parse("--task", "units"), SINGLE_PROCESS).train
     assert found.per_device_batch_size * found.grad_accum_steps == 16
-    found = fit_batch_size(parse_training(SFT, [*FLAGS, "--grad_accum_steps", "3"]), ALONE).train
+    found = fit_batch_size(parse_training(SFT, [*FLAGS, "--grad_accum_steps", "3"]), SINGLE_PROCESS).train
     assert (found.per_device_batch_size, found.grad_accum_steps) == (24, 1)
 
 
 def test_a_cpu_is_given_no_more_tokens_at_once_than_make_it_faster(limited, monkeypatch):
     limited(10**15)
     monkeypatch.setattr(memory_plan, "MOST_TOKENS_ON_A_CPU", 8 * 64)
-    found = fit_batch_size(_parse("--grad_accum_steps", "8"), ALONE).train
+    found = fit_batch_size(_parse("--grad_accum_steps", "8"), SINGLE_PROCESS).train
     assert (found.per_device_batch_size, found.grad_accum_steps) == (8, 4)
     monkeypatch.setattr(memory_plan, "MOST_TOKENS_ON_A_CPU", 1)
-    assert fit_batch_size(_parse(), ALONE).train.per_device_batch_size == 1
+    assert fit_batch_size(_parse(), SINGLE_PROCESS).train.per_device_batch_size == 1
 
 
 def test_where_not_even_one_block_fits_the_line_says_so(limited):
     limited(2**20)
-    config = fit_batch_size(_parse(), ALONE)
+    config = fit_batch_size(_parse(), SINGLE_PROCESS)
     assert config.train.per_device_batch_size == 1
     assert "the fewest there are" in config.notices[-1]
 
@@ -96,7 +96,7 @@ def test_where_not_even_one_block_fits_the_line_says_so(limited):
 def test_a_number_is_left_as_it_is(monkeypatch):
     monkeypatch.setattr(memory_plan, "plan", lambda *a: pytest.fail("planned"))
     config = parse_args(STABLE, ["--per_device_batch_size", "3"])
-    assert fit_batch_size(config, ALONE) is config
+    assert fit_batch_size(config, SINGLE_PROCESS) is config
 
 
 def test_auto_is_a_word_of_this_flag_alone(capsys):
@@ -127,7 +127,7 @@ def test_a_run_keeps_what_was_found_and_a_resumed_one_takes_it_over(tmp_path, li
     limited(10**15)  # now more would fit
     for again in ([*flags, "--grad_accum_steps", "1"], flags[:-6], ["--output_dir", str(tmp_path / "run")]):
         resumed = parse_args(STABLE, [*again, "--resume", "--train_steps", "2"])
-        assert fit_batch_size(resumed, ALONE).train.per_device_batch_size == 2
+        assert fit_batch_size(resumed, SINGLE_PROCESS).train.per_device_batch_size == 2
     assert train(resumed)["steps"] == 2
     with pytest.raises(UsageError, match="--grad_accum_steps 3: the run to resume has '2'"):
         parse_args(STABLE, [*flags, "--grad_accum_steps", "3", "--resume"])

@@ -87,7 +87,7 @@ def test_the_room_that_is_asked_for_is_the_room_that_a_run_takes(text, tmp_path)
     """Two checkpoints and a student on the disk; one more of each while they are replaced."""
     flags = ["--train_file", str(text), "--block_size", "64", "--train_steps", "2", "--save_steps", "1"]
     config = parse_args(FP16_SAFE, [*flags, "--output_dir", str(tmp_path / "run")])
-    finding = checks._check_disk(checks.Subject(config))
+    finding = checks._check_disk(checks.MetaModels(config))
     train([*flags, "--output_dir", str(tmp_path / "run"), "--eval_steps", "2"])
     taken = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*.safetensors"))
     taken += sum(path.stat().st_size for path in (tmp_path / "run").rglob("state.pt"))

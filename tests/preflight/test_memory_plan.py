@@ -20,17 +20,25 @@ from sar_kd.evaluation.perplexity import evaluate
 from sar_kd.losses.objective import Objective
 from sar_kd.models import loading
 from sar_kd.models.generation import write
-from sar_kd.models.loading import Models, Subject, num_rows
+from sar_kd.models.loading import MetaModels, Models, num_rows
 from sar_kd.models.logit_tiles import blocks_of
 from sar_kd.models.memory_saving import recompute_activations_
 from sar_kd.preflight import memory_plan
 from sar_kd.preflight.checks import preflight
-from sar_kd.preflight.dry_run import rehearse
-from sar_kd.preflight.memory_estimate import PARTS, Moment, Sizes, cache_bytes, estimate, teacher_width, writing_sizes
+from sar_kd.preflight.dry_run import dry_run
+from sar_kd.preflight.memory_estimate import (
+    CATEGORIES,
+    Phase,
+    Sizes,
+    cache_bytes,
+    estimate,
+    teacher_width,
+    writing_sizes,
+)
 from sar_kd.preflight.memory_plan import MARGIN, Plan, advice, plan
-from sar_kd.preflight.memory_tracker import AWAY, Ledger, hollow, imagined
+from sar_kd.preflight.memory_tracker import OFF_DEVICE, MemoryTracker, hollow, imagined
 from sar_kd.runtime import environment
-from sar_kd.runtime.distributed import ALONE, World
+from sar_kd.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from sar_kd.runtime.environment import held_memory
 from sar_kd.runtime.precision import Precision
 from sar_kd.teacher.live import build_teacher_routing
@@ -83,7 +91,7 @@ def _plan(skeletons=None, dtype=torch.float32, **flags) -> Plan:
 
 def test_a_ledger_counts_what_is_alive_and_remembers_the_most():
     held = torch.ones(1000)
-    with Ledger("first") as ledger:
+    with MemoryTracker("first") as ledger:
         ledger.enter([held], "held")
         a = torch.ones(100)
         view = a[10:].view(9, 10)  # no storage of its own
@@ -92,7 +100,7 @@ def test_a_ledger_counts_what_is_alive_and_remembers_the_most():
         del a, b
         assert ledger.live == {"held": 4000, "first": 400, "second": 0}
         del view
-        ledger.enter([held], AWAY)
+        ledger.enter([held], OFF_DEVICE)
     assert ledger.live["first"] == 0
     assert ledger.peak == 4600
     assert ledger.at_peak == {"held": 4000, "first": 400, "second": 200}
@@ -132,7 +140,7 @@ def test_the_parts_of_a_moment_add_up_and_the_largest_moment_is_the_peak():
     found = _plan(grad_accum_steps=2)
     assert [moment.name for moment in found.moments] == ["start", "forward", "loss", "backward", "update", "evaluation"]
     for moment in found.moments:
-        assert tuple(moment.parts) == PARTS
+        assert tuple(moment.parts) == CATEGORIES
         assert moment.total == sum(moment.parts.values())
     assert found.peak.total == max(moment.total for moment in found.moments)
     assert found.needed == found.peak.total + found.held
@@ -154,8 +162,11 @@ def test_weights_gradients_and_optimizer_are_counted_exactly(name):
 
 
 def test_a_student_in_shards_has_its_share_and_what_computes_just_now():
-    two = type("Two", (World,), {"size": 2})()
-    alone, shared = (plan(_config(parallel="fsdp"), _skeletons(), CPU, torch.float32, world) for world in (ALONE, two))
+    two = type("Two", (ProcessGroup,), {"size": 2})()
+    alone, shared = (
+        plan(_config(parallel="fsdp"), _skeletons(), CPU, torch.float32, process_group)
+        for process_group in (SINGLE_PROCESS, two)
+    )
     for part in ("gradients", "optimizer"):
         assert 2 * shared.peak.parts[part] == alone.peak.parts[part]
     assert shared.peak.parts["student"] > alone.peak.parts["student"] / 2
@@ -163,7 +174,7 @@ def test_a_student_in_shards_has_its_share_and_what_computes_just_now():
 
 
 def test_ddp_keeps_gradients_from_step_to_step():
-    two = type("Two", (World,), {"size": 2})()
+    two = type("Two", (ProcessGroup,), {"size": 2})()
     found = plan(_config(), _skeletons(), CPU, torch.float32, two)
     assert len({moment.parts["gradients"] for moment in found.moments[1:]}) == 1
     assert found.moments[1].parts["gradients"] > 0
@@ -192,11 +203,11 @@ def _run(config, kinds, dtype, vocab_size, train) -> None:
     if config.memory.gradient_checkpointing:
         recompute_activations_(student, same_dropout=True)
     sizes = dict.fromkeys(("student_rows", "teacher_rows", "teacher_tokens"), vocab_size)
-    pairing = SimpleNamespace(pair=SimpleNamespace(**sizes, tables=None))
-    objective = Objective(teacher, student, config.loss, pairing, precision)
+    aligner = SimpleNamespace(pair=SimpleNamespace(**sizes, tables=None))
+    objective = Objective(teacher, student, config.loss, aligner, precision)
     optimizer, guard = build_optimizer(student, config.optim), StepGuard(config.guards)
     routing = build_teacher_routing(
-        config, Models(teacher, student, None, False), objective, SimpleNamespace(pairing=pairing)
+        config, Models(teacher, student, None, False), objective, SimpleNamespace(aligner=aligner)
     )
     with routing:
         for step in range(2):
@@ -298,7 +309,7 @@ def test_the_rule_of_thumb_knows_the_students_own_text_too(dtype):
     config, skeletons = _config(**flags), _skeletons()
     exact, rough = (
         next(moment.parts["activations"] for moment in found if moment.name == "writing")
-        for found in (rehearse(config, skeletons, CPU, dtype), estimate(config, skeletons, dtype))
+        for found in (dry_run(config, skeletons, CPU, dtype), estimate(config, skeletons, dtype))
     )
     assert exact / 2 <= rough <= exact * 2
 
@@ -370,7 +381,7 @@ def test_the_rule_of_thumb_is_within_a_factor_of_two(names, flags, dtype):
     config, skeletons = _config(per_device_batch_size=16, **flags), _skeletons(*names)
     exact, rough = (
         max(moment.total for moment in found)
-        for found in (rehearse(config, skeletons, CPU, dtype), estimate(config, skeletons, dtype))
+        for found in (dry_run(config, skeletons, CPU, dtype), estimate(config, skeletons, dtype))
     )
     assert exact / 2 <= rough <= exact * 2
 
@@ -379,8 +390,8 @@ def test_the_rule_of_thumb_is_within_a_factor_of_two(names, flags, dtype):
 
 
 def _fixed(needed: int, free: int | None) -> Plan:
-    parts = dict.fromkeys(PARTS, 0) | {"activations": needed}
-    return Plan([Moment("forward", parts)], torch.device("cuda:0"), 0, free, True)
+    parts = dict.fromkeys(CATEGORIES, 0) | {"activations": needed}
+    return Plan([Phase("forward", parts)], torch.device("cuda:0"), 0, free, True)
 
 
 @pytest.mark.parametrize(
@@ -482,7 +493,7 @@ def test_a_control_groups_limit_counts_and_what_it_caches_does_not(monkeypatch, 
 
 
 def test_the_embedded_pairs_plan_is_what_its_models_are():
-    subject = Subject(parse_args(STABLE, ["--device", "cpu"]))
+    subject = MetaModels(parse_args(STABLE, ["--device", "cpu"]))
     found = plan(subject.config, subject.models, CPU, torch.float32)
     assert found.rehearsed
     assert found.peak.parts["student"] == pytest.approx(4 * 430752, rel=0.01)

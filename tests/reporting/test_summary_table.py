@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sar_kd.preflight.memory_estimate import PARTS, Moment
+from sar_kd.preflight.memory_estimate import CATEGORIES, Phase
 from sar_kd.preflight.memory_plan import Plan
 from sar_kd.reporting.summary_table import closing_table
-from sar_kd.runtime.console import fitted
+from sar_kd.runtime.console import wrap_lines
 
 SCORE = {"accuracy": 0.125, "answer_rate": 1.0}
 SUMMARY = {
@@ -51,19 +51,19 @@ def test_scores_stand_under_their_names():
 
 @pytest.mark.parametrize("size", [1, 10**6, 10**11], ids=["bytes", "megabytes", "hundreds_of_gigabytes"])
 def test_a_memory_table_fits_into_80_columns_with_its_figures_apart(size):
-    moments = [Moment(name, dict.fromkeys(PARTS, size)) for name in ("start", "evaluation")]
+    moments = [Phase(name, dict.fromkeys(CATEGORIES, size)) for name in ("start", "evaluation")]
     header, *rows = Plan(moments, torch.device("cpu"), 0, None, True).table()
     assert {len(row) for row in (header, *rows)} == {len(header)}
     assert len(header) + 2 <= 80
-    assert all(len(row.split()) == 2 + len(PARTS) for row in rows)
+    assert all(len(row.split()) == 2 + len(CATEGORIES) for row in rows)
 
 
 def test_a_line_on_a_terminal_keeps_its_words_and_its_figures_with_their_units_whole(monkeypatch):
     line = "At the peak (loss): teacher 18 MB, student 2 MB, optimizer 3 MB, activations 27 MB, loss 28 MB"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "80")
-    lines = fitted(line).splitlines()
+    lines = wrap_lines(line).splitlines()
     assert [part.strip() for part in lines] == [line[: line.index("27 MB") - 1], line[line.index("27 MB") :]]
     assert max(map(len, lines)) <= 80
     monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
-    assert fitted(line, "and more") == f"{line}\nand more"
+    assert wrap_lines(line, "and more") == f"{line}\nand more"

@@ -31,7 +31,7 @@ class Run:
         self.corpus, self.student, self.teacher, self.precision = corpus, student, teacher, precision
         self.loss, self.clip = loss, guards.max_grad_norm
         torch.manual_seed(2)  # the projection of hidden states, where there is one
-        self.objective = Objective(teacher, student, loss, corpus.pairing, precision)
+        self.objective = Objective(teacher, student, loss, corpus.aligner, precision)
         self.optim = OptimConfig(student_lr=lr, warmup_steps=4)
         self.optimizer = build_optimizer(student, self.optim, self.objective.parameters())
         self.guard = StepGuard(guards)

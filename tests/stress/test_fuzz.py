@@ -23,11 +23,11 @@ from sar_kd.config.command_line import parse_args
 from sar_kd.config.presets import FP16_SAFE
 from sar_kd.config.runs import SECTIONS
 from sar_kd.config.sections import GuardConfig, OptimConfig, TrainConfig
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.data.sources import load_documents
 from sar_kd.reporting.run_log import open_run
 from sar_kd.runtime.precision import Precision
-from sar_kd.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from sar_kd.training.checkpoint import TrainerState, load_checkpoint, save_checkpoint
 from sar_kd.training.guards import StepGuard
 from sar_kd.training.optimizer import build_optimizer, learning_rate_at
 from tests.stress.test_faults import SCRIPT
@@ -238,7 +238,7 @@ def test_no_text_ends_in_a_traceback(share, tmp_path, make_corpus):
         def main(argv, path=path, chance=chance):
             config = parse_args(FP16_SAFE, ["--train_file", str(path)])
             for documents in load_documents(config.data):
-                corpus = Corpus(documents, pair, 24, 24)
+                corpus = Dataset(documents, pair, 24, 24)
                 corpus.batch([chance.randrange(len(corpus))])
                 corpus.documents_of(0)
             return {"status": "finished"}
@@ -274,7 +274,7 @@ def saved(tmp_path, make_student):
 @EVERY_SHARE
 def test_no_checkpoint_ends_in_a_traceback_and_no_damaged_one_is_taken(share, saved):
     def main(argv):
-        Progress(**load_checkpoint(saved.folder, **saved.state))
+        TrainerState(**load_checkpoint(saved.folder, **saved.state))
         return {"status": "finished"}
 
     assert _outcome(main) == 0

@@ -14,7 +14,7 @@ from sar_kd.commands.main import main as verbs
 from sar_kd.commands.main import run as run_as_script
 from sar_kd.config.command_line import parse_args
 from sar_kd.config.presets import FP16_SAFE
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.data.samples import Document
 from sar_kd.errors import TrainingDiverged, UsageError
 from sar_kd.losses.objective import Objective
@@ -47,11 +47,11 @@ def make_trainer(tmp_path, make_run, make_corpus, texts):
         config = parse_args(FP16_SAFE, [*argv, *map(str, flags)])
         parts, pair = make_run(), make_corpus().pair
         named = documents or [Document(f"doc{number}", text) for number, text in enumerate(texts)]
-        train = Corpus(named, pair, 24, 60)
-        validation = Corpus(named[:3], pair, 24, 60)
+        train = Dataset(named, pair, 24, 60)
+        validation = Dataset(named[:3], pair, 24, 60)
         log, precision = open_run(config), setup(config.precision, config.train.seed)
         models = Models(parts.teacher, parts.student, pair, False)
-        objective = Objective(models.teacher, models.student, config.loss, train.pairing, precision)
+        objective = Objective(models.teacher, models.student, config.loss, train.aligner, precision)
         optimizer = build_optimizer(models.student, config.optim, objective.parameters())
         guard = StepGuard(config.guards)
         routing = build_teacher_routing(config, models, objective, train)

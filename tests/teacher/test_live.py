@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.errors import UsageError
 from sar_kd.teacher import live
 from sar_kd.teacher.moe import router_metrics
@@ -291,13 +291,13 @@ def test_a_routing_asked_for_by_name_is_kept_and_a_much_worse_teacher_is_said(in
 
 @pytest.mark.parametrize(("routing", "texts"), [("ka", [0, 0, 1, 1]), ("all", [0, 1, 2, 3])])
 def test_ka_reads_the_same_text_in_several_steps(inputs, tmp_path, monkeypatch, routing, texts):
-    read, plain = [], Corpus.micro_blocks
+    read, plain = [], Dataset.micro_blocks
 
     def reading(self, step, *args):
         read.append(step)
         return plain(self, step, *args)
 
-    monkeypatch.setattr(Corpus, "micro_blocks", reading)
+    monkeypatch.setattr(Dataset, "micro_blocks", reading)
     assert run_script(argv_of(inputs, tmp_path / "run", "--routing", routing, steps=4))[0] == 0
     assert read == texts
 

@@ -9,13 +9,13 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from sar_kd.data import tokenized_text
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.data.samples import Conversation, Document, Message
 from sar_kd.data.tokenized_text import join
 from sar_kd.tokenization import long_text
 from sar_kd.tokenization.backends import encode
 from sar_kd.tokenization.long_text import encode_behind, encode_texts, pieces_of
-from sar_kd.tokenization.token_stream import JoinedText
+from sar_kd.tokenization.token_stream import TokenizedText
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
 KINDS = ("byte", "sp", "dummy_prefix", "unigram")
@@ -145,7 +145,7 @@ def _pair(student, teacher, **how) -> TokenizerPair:
     return TokenizerPair(student, teacher, student_rows=len(student), teacher_rows=len(teacher), **how)
 
 
-def _facts(text: JoinedText) -> list:
+def _facts(text: TokenizedText) -> list:
     """All that a text says of itself, as plain values."""
     streams = [getattr(side, name) for side in (text.student, text.teacher) for name in ("ids", "ends", "has_dummy")]
     arrays = [np.asarray(array).tolist() for array in [*streams, text.student.is_target, text.starts]]
@@ -203,6 +203,6 @@ def test_a_long_document_that_turns_out_unfit_leaves_no_trace(byte_tokenizer, sp
 
 
 def test_blocks_of_a_long_document_name_it(tokenizers, small_pieces):
-    corpus = Corpus([Document("a", "x"), Document("long", TEXTS["lines"])], _pair(*[tokenizers["sp"]] * 2), 24, 24)
+    corpus = Dataset([Document("a", "x"), Document("long", TEXTS["lines"])], _pair(*[tokenizers["sp"]] * 2), 24, 24)
     assert corpus.documents_of(0) == ["a", "long"]
     assert corpus.documents_of(len(corpus) - 1) == ["long"]

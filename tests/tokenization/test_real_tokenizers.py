@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.data.samples import Document
 from sar_kd.evaluation.tokenizer_coverage import measure_coverage
 from sar_kd.tokenization.backends import encode
@@ -298,7 +298,7 @@ CODE = PYTHON * 5
 def _measured(student, teacher, text: str) -> tuple[float, float, float]:
     """Strict share of the student's tokens, chunks per student token, share of chunks in which tokens overlap."""
     pair = TokenizerPair(student, teacher, student_rows=0, teacher_rows=0, aligns=True)
-    corpus = Corpus([Document("text", text)], pair, 4096, 8192)
+    corpus = Dataset([Document("text", text)], pair, 4096, 8192)
     found = measure_coverage(corpus)
     return found.strict, found.chunks_per_token, found.straddling
 

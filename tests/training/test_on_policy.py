@@ -13,18 +13,18 @@ import torch
 
 from sar_kd.config.runs import Config, OnPolicyConfig
 from sar_kd.config.sections import LossConfig, OptimConfig
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.data.samples import Conversation, Document, Message
 from sar_kd.errors import UsageError
 from sar_kd.losses.objective import Objective
-from sar_kd.models.generation import Written
+from sar_kd.models.generation import Generation
 from sar_kd.runtime.precision import Precision
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 from sar_kd.training import on_policy, trainer
 from sar_kd.training.guards import StepGuard
 from sar_kd.training.on_policy import OnPolicy, build_on_policy
 from sar_kd.training.optimizer import build_optimizer
-from sar_kd.training.rollouts import Prompt, Responses
+from sar_kd.training.rollouts import Prompt, Rollouts
 from sar_kd.training.step import train_step
 from tests.helpers.runs import (
     argv_of,
@@ -57,7 +57,7 @@ def make_corpus(byte_tokenizer, sp_tokenizer, corpus_texts):
         teacher = byte_tokenizer if kind == "different" else sp_tokenizer
         pair = TokenizerPair(student, teacher, student_rows=len(student), teacher_rows=len(teacher))
         documents = documents or [Document(f"d{i}", text) for i, text in enumerate(corpus_texts[:40])]
-        return Corpus(documents, pair, *limits)
+        return Dataset(documents, pair, *limits)
 
     return make
 
@@ -86,7 +86,7 @@ def _on_policy(models, corpus, precision=None, seed=0, **settings):
 def _gradients(models, corpus, batch, **loss):
     settings = LossConfig(**{"alpha_kd": 1.0, "alpha_ce": 0.0, "temperature": 1.5} | loss)
     precision = Precision(CPU, torch.float32, 1.0)
-    terms = Objective(models.teacher, models.student, settings, corpus.pairing, precision)(batch)
+    terms = Objective(models.teacher, models.student, settings, corpus.aligner, precision)(batch)
     models.student.zero_grad()
     terms.total.backward()
     return terms, [p.grad.clone() for p in models.student.parameters()]
@@ -152,7 +152,7 @@ def test_its_own_text_teaches_the_student_no_cross_entropy(kind, make_corpus, ma
     assert with_ce.ce.item() == 0.0
     assert with_ce.total.item() == without.total.item() > 0
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-    text = dataclasses.replace(batch, is_sampled=False)
+    text = dataclasses.replace(batch, is_on_policy=False)
     assert _gradients(models, corpus, text, alpha_ce=0.5)[0].ce.item() > 0
 
 
@@ -179,7 +179,7 @@ def test_only_the_response_is_predicted_and_both_models_read_its_very_bytes(make
 
 
 def test_a_plain_block_is_cut_at_every_place_where_both_end_a_token_equally_often(make_corpus):
-    responses = Responses(make_corpus(), *LIMITS)
+    responses = Rollouts(make_corpus(), *LIMITS)
     sides = [responses._part(responses.train.blocks[0], side) for side in range(2)]
     common = sorted(set(sides[0].ends[:-1].tolist()) & set(sides[1].ends[:-1].tolist()))
     found = Counter()
@@ -195,7 +195,7 @@ def test_a_conversation_is_answered_at_its_last_response(make_corpus):
     messages = [("user", "One?"), ("assistant", "First."), ("user", "Two?"), ("assistant", "Second.")]
     talk = Conversation("t", tuple(Message(role, text, role == "assistant") for role, text in messages), False)
     corpus = make_corpus("different", [talk], limits=(96, 96))
-    prompt = Responses(corpus, 96, 96).prompt_of(0, np.random.default_rng(0))
+    prompt = Rollouts(corpus, 96, 96).prompt_of(0, np.random.default_rng(0))
     for side, (stream, size) in enumerate(
         ((corpus.text.student, prompt.student), (corpus.text.teacher, prompt.teacher))
     ):
@@ -217,8 +217,8 @@ def _byte(corpus, byte):
 
 
 def _usable(corpus, ids, stop=None, finite=True, limits=LIMITS):
-    responses = Responses(corpus, *limits)
-    kept, faults = responses.usable([(Prompt(0, 1, 1), Written(ids, stop, finite))])
+    responses = Rollouts(corpus, *limits)
+    kept, faults = responses.usable([(Prompt(0, 1, 1), Generation(ids, stop, finite))])
     return responses, kept, {fault: count for fault, count in faults.items() if count}
 
 
@@ -287,7 +287,7 @@ def test_a_teacher_that_puts_a_space_before_its_text_puts_none_before_a_response
 ):
     sizes = {"student_rows": len(sp_tokenizer), "teacher_rows": len(dummy_prefix_tokenizer)}
     pair = TokenizerPair(sp_tokenizer, dummy_prefix_tokenizer, **sizes)
-    corpus = Corpus([Document("d", " ".join(corpus_texts[:5]))], pair, *LIMITS)
+    corpus = Dataset([Document("d", " ".join(corpus_texts[:5]))], pair, *LIMITS)
     for text in ("costs", " costs", "  two", "\n"):
         responses, kept, faults = _usable(corpus, _ids(corpus, text))
         assert faults == {}
@@ -360,7 +360,7 @@ _WRITE = on_policy.write
 
 def test_a_student_that_comes_to_repeat_itself_is_told_of_once(make_corpus, make_models):
     writer = _on_policy(make_models(), make_corpus())
-    varied, stuck = [Written(list(range(20)), None)] * 4, [Written([7] * 20, None)] * 4
+    varied, stuck = [Generation(list(range(20)), None)] * 4, [Generation([7] * 20, None)] * 4
     said = []
     for step, found in enumerate([*[varied] * 15, *[stuck] * 15]):
         writer._count(found, Counter())
@@ -374,7 +374,7 @@ def test_where_every_response_is_lost_the_text_itself_stands(make_corpus, make_m
     models.student.lm_head.weight.data.fill_(math.nan)
     writer = _on_policy(models, corpus)
     (batch,) = writer.micro_batches(0, [[0, 1]])
-    assert not batch.is_sampled
+    assert not batch.is_on_policy
     assert torch.equal(batch.student.input_ids, corpus.batch([0, 1]).student.input_ids)
     assert writer.kept["totals"]["nonfinite"] == writer.kept["totals"]["nothing"] == 2
 
@@ -403,7 +403,7 @@ def test_one_denominator_over_its_own_text_and_the_text_that_is_given(dtype, mak
     writer = _on_policy(models, corpus, precision)
     own, given = writer.micro_batches(0, [[0, 1], corpus.batch([2, 3])])
     config = LossConfig(alpha_ce=0.4, alpha_kd=0.6, temperature=1.5, logit_clamp_style="off", loss_clamp_style="off")
-    objective = Objective(models.teacher, models.student, config, corpus.pairing, precision)
+    objective = Objective(models.teacher, models.student, config, corpus.aligner, precision)
     terms = [objective(batch) for batch in (own, given)]
     optimizer = build_optimizer(models.student, OptimConfig(), [])
     report = train_step([own, given], objective, optimizer, StepGuard(Config().guards), precision, 0.5)

@@ -11,17 +11,17 @@ from torch import nn
 
 from sar_kd.config.sections import GuardConfig, LossConfig, OptimConfig, TrainConfig
 from sar_kd.data.batch import IGNORE_INDEX, Batch, TokenBatch, next_token_targets
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.data.samples import Document
 from sar_kd.errors import UsageError
-from sar_kd.evaluation.perplexity import share
+from sar_kd.evaluation.perplexity import shard_batches
 from sar_kd.losses.objective import Objective
-from sar_kd.runtime.distributed import ALONE, join_world, joined
+from sar_kd.runtime.distributed import SINGLE_PROCESS, join_process_group, joined
 from sar_kd.runtime.precision import Precision
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 from sar_kd.training.guards import StepGuard
 from sar_kd.training.optimizer import build_optimizer, parameters_of
-from sar_kd.training.parallel import WHOLE, Placement, place
+from sar_kd.training.parallel import SINGLE_DEVICE, ParallelStrategy, build_strategy
 from sar_kd.training.step import train_step
 from tests.helpers import ranks
 
@@ -30,15 +30,15 @@ FLOAT, HALF = torch.float32, torch.float16
 TOLERANCE = {FLOAT: 1e-6, HALF: 1e-5}
 
 
-def build(world, corpus, student, teacher, dtype=FLOAT, parallel="ddp", scale=1024.0, **loss):
+def build(process_group, corpus, student, teacher, dtype=FLOAT, parallel="ddp", scale=1024.0, **loss):
     """The parts of a step, from the same models and text on every rank."""
     run = SimpleNamespace(corpus=corpus, student=_made_anew(student), precision=Precision(CPU, dtype, scale))
     teacher = _made_anew(teacher).requires_grad_(False).eval().to(dtype)
     off = {"logit_clamp_style": "off", "loss_clamp_style": "off"}
     settings = LossConfig(**({"alpha_kd": 0.5, "alpha_ce": 0.5} | off | loss))
     torch.manual_seed(2)
-    run.objective = Objective(teacher, run.student, settings, corpus.pairing, run.precision)
-    run.placement = place(run.objective, TrainConfig(parallel=parallel), world)
+    run.objective = Objective(teacher, run.student, settings, corpus.aligner, run.precision)
+    run.placement = build_strategy(run.objective, TrainConfig(parallel=parallel), process_group)
     run.optimizer = build_optimizer(run.student, OptimConfig(student_lr=1e-3), run.objective.parameters())
     run.guard = StepGuard(GuardConfig(skip_grad_norm=1e9, skip_rule="fixed"))
     run.gradients = []
@@ -96,7 +96,7 @@ def ragged(corpus, blocks, rank):
     for row in range(len(labels)):
         labels[row, 1 + row + 3 * rank :: 2 + rank] = IGNORE_INDEX
     student = TokenBatch(batch.student.input_ids, labels, *next_token_targets(labels))
-    return Batch(student, student, corpus.pairing.align_equal(student.rows), batch.blocks)
+    return Batch(student, student, corpus.aligner.align_equal(student.rows), batch.blocks)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def parts(byte_tokenizer, corpus_texts, make_student):
     """Text, student and teacher; equal tokenizers."""
     size = len(byte_tokenizer)
     pair = TokenizerPair(byte_tokenizer, byte_tokenizer, student_rows=size, teacher_rows=size, aligns=False)
-    corpus = Corpus([Document(str(i), text) for i, text in enumerate(corpus_texts)], pair, 24, 60)
+    corpus = Dataset([Document(str(i), text) for i, text in enumerate(corpus_texts)], pair, 24, 60)
     student = make_student(size, num_hidden_layers=2)
     teacher = make_student(size, num_hidden_layers=1, hidden_size=16, intermediate_size=32)
     for model in (student, teacher):
@@ -121,12 +121,12 @@ def window(corpus, rank, count=2):
 
 
 def _scenarios(rank, corpus, student, teacher):
-    world, found = join_world(), {"world": _world(join_world())}
+    process_group, found = join_process_group(), {"world": _process_group(join_process_group())}
     parts = corpus, student, teacher
     for parallel in ("ddp", "fsdp"):
         for dtype in (FLOAT, HALF):
             key = f"{parallel} {dtype}"
-            run = build(world, *parts, dtype, parallel)
+            run = build(process_group, *parts, dtype, parallel)
             report = run.step(window(corpus, rank))
             found[f"plain {key}"] = (
                 _figures(report),
@@ -137,21 +137,21 @@ def _scenarios(rank, corpus, student, teacher):
             found[f"nan {key}"] = _one_sided_nan(run, rank)
             found[f"overflow {key}"] = _one_sided_overflow(run, rank)
             for name, batches in _with_less(corpus, rank).items():
-                run = build(world, *parts, dtype, parallel)
+                run = build(process_group, *parts, dtype, parallel)
                 report = run.step(batches)
                 found[f"{name} {key}"] = _figures(report), run.gradients[:1], _weights(run)
         for alignment in ("hidden", "uld"):
-            run = build(world, *parts, FLOAT, parallel, alignment=alignment)
+            run = build(process_group, *parts, FLOAT, parallel, alignment=alignment)
             run.step(window(corpus, rank))
             found[f"{alignment} {parallel}"] = run.gradients[0]
-        run = build(world, *parts, FLOAT, parallel)
+        run = build(process_group, *parts, FLOAT, parallel)
         run.step(window(corpus, rank), clip=0.01)
         found[f"clipped {parallel}"] = run.gradients[0]
-    run = build(world, corpus, _with_experts(student), teacher)
+    run = build(process_group, corpus, _with_experts(student), teacher)
     run.step(window(corpus, rank))
     found["experts"] = run.gradients[0]
     with pytest.raises(UsageError, match="--parallel ddp"):
-        build(world, corpus, _with_experts(student), teacher, parallel="fsdp")
+        build(process_group, corpus, _with_experts(student), teacher, parallel="fsdp")
     return found
 
 
@@ -213,21 +213,25 @@ def _with_experts(student):
     return student
 
 
-def _world(world):
-    first = world.first(lambda: [world.rank])
+def _process_group(process_group):
+    first = process_group.on_rank_zero(lambda: [process_group.rank])
     try:
-        world.first(_refuse)
+        process_group.on_rank_zero(_refuse)
     except UsageError as error:
         refused = str(error)
     return {
-        "sum": world.sum([world.rank + 1, 0.1]),
-        "any": [world.any(False), world.any(world.rank == 1), world.any(True)],
-        "rows": world.rows(torch.tensor([float(world.rank), 2.0])).tolist(),
-        "gather": world.gather(f"rank {world.rank}"),
-        "shared": world.shared(world.rank),
-        "first": first if world.rank == 0 else first.anything(1, b=2),
+        "sum": process_group.all_reduce_sum([process_group.rank + 1, 0.1]),
+        "any": [
+            process_group.any_rank(False),
+            process_group.any_rank(process_group.rank == 1),
+            process_group.any_rank(True),
+        ],
+        "rows": process_group.all_gather(torch.tensor([float(process_group.rank), 2.0])).tolist(),
+        "gather": process_group.all_gather_object(f"rank {process_group.rank}"),
+        "shared": process_group.broadcast(process_group.rank),
+        "first": first if process_group.rank == 0 else first.anything(1, b=2),
         "refused": refused,
-        "seed": world.seed(7),
+        "seed": process_group.seed(7),
     }
 
 
@@ -263,7 +267,7 @@ def _joined_window(corpus):
 
 @EVERY
 def test_the_gradient_is_that_of_one_process_with_the_joined_batch(parts, both, parallel, dtype):
-    alone = build(ALONE, *parts, dtype)
+    alone = build(SINGLE_PROCESS, *parts, dtype)
     expected = alone.step(_joined_window(parts[0]))
     for own, gradients, weights, _ in (end[f"plain {parallel} {dtype}"] for end in both):
         _assert_close(gradients[0], alone.gradients[0], TOLERANCE[dtype])
@@ -291,7 +295,7 @@ def test_both_ranks_have_the_same_weights_and_loss_scale_bit_for_bit(both, paral
 @EVERY
 @pytest.mark.parametrize("less", ["less", "idle"])
 def test_a_rank_without_targets_adds_nothing_and_hangs_nobody(parts, both, parallel, dtype, less):
-    alone = build(ALONE, *parts, dtype)
+    alone = build(SINGLE_PROCESS, *parts, dtype)
     expected = alone.step([batch for rank in range(2) for batch in _with_less(parts[0], rank)[less]])
     for own, gradients, _ in (end[f"{less} {parallel} {dtype}"] for end in both):
         _assert_close(gradients[0], alone.gradients[0], TOLERANCE[dtype])
@@ -305,7 +309,7 @@ def test_a_window_in_which_no_rank_has_a_target_is_skipped_as_such_by_all(parts,
     for own, gradients, weights in (end[f"none {parallel} {dtype}"] for end in both):
         assert own["verdict"].cause == "no_targets"
         assert gradients == []
-        assert all(map(torch.equal, weights, _weights(build(ALONE, *parts, dtype))))
+        assert all(map(torch.equal, weights, _weights(build(SINGLE_PROCESS, *parts, dtype))))
 
 
 @EVERY
@@ -329,7 +333,7 @@ def test_an_infinite_gradient_on_one_rank_is_skipped_by_both_and_lowers_both_los
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("alignment", ["hidden", "uld"])
 def test_every_alignment_has_the_joined_gradient_the_projection_of_hidden_states_too(parts, both, alignment, parallel):
-    alone = build(ALONE, *parts, FLOAT, alignment=alignment)
+    alone = build(SINGLE_PROCESS, *parts, FLOAT, alignment=alignment)
     alone.step(_joined_window(parts[0]))
     assert len(alone.gradients[0]) == len(list(parts[1].parameters())) + (alignment == "hidden")
     for end in both:
@@ -344,7 +348,7 @@ def test_the_joined_gradient_is_what_is_clipped(both, parallel):
 
 
 def test_an_expert_that_one_rank_uses_has_its_gradient_and_one_that_none_uses_has_none(parts, both):
-    alone = build(ALONE, parts[0], _with_experts(parts[1]), parts[2])
+    alone = build(SINGLE_PROCESS, parts[0], _with_experts(parts[1]), parts[2])
     alone.step(_joined_window(parts[0]))
     for end in both:
         _assert_close(end["experts"], alone.gradients[0], 1e-5)
@@ -389,7 +393,7 @@ def test_two_ranks_read_the_blocks_of_one_process_with_twice_the_batch(parts, st
 def test_shares_of_an_evaluation_are_equally_many_and_count_every_batch_once(parts, size):
     batches = list(parts[0].token_batches("student", 5))
     worlds = [SimpleNamespace(rank=rank, size=size) for rank in range(size)]
-    shares = [list(share(iter(batches), world)) for world in worlds]
+    shares = [list(shard_batches(iter(batches), process_group)) for process_group in worlds]
     assert {len(part) for part in shares} == {math.ceil(len(batches) / size)}
     targets = sorted(tuple(batch.targets.tolist()) for part in shares for batch in part if len(batch.targets))
     assert targets == sorted(tuple(batch.targets.tolist()) for batch in batches)
@@ -399,12 +403,12 @@ def test_shares_of_an_evaluation_are_equally_many_and_count_every_batch_once(par
 def test_one_process_has_a_world_and_a_placement_that_do_nothing(parts, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    assert join_world() is ALONE
-    assert build(ALONE, *parts).placement is WHOLE
-    placement = build(ALONE, *parts, parallel="fsdp").placement
-    assert type(placement) is Placement
+    assert join_process_group() is SINGLE_PROCESS
+    assert build(SINGLE_PROCESS, *parts).placement is SINGLE_DEVICE
+    placement = build(SINGLE_PROCESS, *parts, parallel="fsdp").placement
+    assert type(placement) is ParallelStrategy
     assert "no effect" in placement.lines[0]
     figures = torch.ones(3)
-    assert ALONE.rows(figures).data_ptr() == figures.data_ptr()
+    assert SINGLE_PROCESS.rows(figures).data_ptr() == figures.data_ptr()
     batches = window(parts[0], 0)
-    assert list(WHOLE.window(batches)) == batches
+    assert list(SINGLE_DEVICE.window(batches)) == batches

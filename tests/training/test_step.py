@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sar_kd.config.sections import GuardConfig, LossConfig, OptimConfig
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.data.samples import Document
 from sar_kd.evaluation.perplexity import Evaluation, evaluate
 from sar_kd.losses.objective import Objective
@@ -28,8 +28,8 @@ NO_LIMIT = 1e9
 EVERY_KIND = pytest.mark.parametrize(
     ("tokenizers", "alignment"),
     [
-        ("equal", "auto"), ("different", "auto"), ("richer", "auto"), ("aligned", "projection"),
-        ("different", "strict"), ("different", "alm"), ("different", "uld"), ("richer", "hidden"),
+        ("equal", "auto"), ("different", "auto"), ("coarser", "auto"), ("aligned", "projection"),
+        ("different", "strict"), ("different", "alm"), ("different", "uld"), ("coarser", "hidden"),
     ],
 )  # fmt: skip
 
@@ -40,7 +40,7 @@ def tokenizer_pairs(byte_tokenizer, sp_tokenizer):
         "equal": (byte_tokenizer, byte_tokenizer),
         "aligned": (byte_tokenizer, byte_tokenizer, True),
         "different": (sp_tokenizer, byte_tokenizer),
-        "richer": (byte_tokenizer, sp_tokenizer),
+        "coarser": (byte_tokenizer, sp_tokenizer),
     }
 
 
@@ -50,9 +50,9 @@ def corpora(tokenizer_pairs, corpus_texts):
     return {name: _corpus(documents, *pair) for name, pair in tokenizer_pairs.items()}
 
 
-def _corpus(documents, student, teacher, aligns=False) -> Corpus:
+def _corpus(documents, student, teacher, aligns=False) -> Dataset:
     pair = TokenizerPair(student, teacher, student_rows=len(student), teacher_rows=len(teacher), aligns=aligns)
-    return Corpus(documents, pair, 24, 60)
+    return Dataset(documents, pair, 24, 60)
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def make_run(corpora, make_student):
         settings = LossConfig(**({"alpha_kd": 0.5, "alpha_ce": 0.5} | NO_CLAMPS | loss))
         run = SimpleNamespace(corpus=corpus, student=student, teacher=teacher, precision=precision, clip=clip)
         torch.manual_seed(2)
-        run.objective = Objective(teacher, student, settings, corpus.pairing, precision)
+        run.objective = Objective(teacher, student, settings, corpus.aligner, precision)
         run.optimizer = build_optimizer(student, OptimConfig(student_lr=1e-3), run.objective.parameters())
         run.guard = StepGuard(GuardConfig(skip_grad_norm=skip, skip_rule="fixed"))
         run.step = lambda batches: train_step(batches, run.objective, run.optimizer, run.guard, run.precision, run.clip)
@@ -125,7 +125,7 @@ def test_accumulation_matches_one_large_batch(make_run, tokenizers, alignment):
     assert max(differences) <= 1e-6 < max(a.abs().max().item() for a in large.gradients[0])
 
 
-def _ragged(corpus) -> Corpus:
+def _ragged(corpus) -> Dataset:
     """The same corpus in which every second block has grown by its neighbour."""
     ragged, blocks = copy.copy(corpus), corpus.blocks
     ragged.blocks = []
@@ -379,7 +379,7 @@ def test_teacher_rows_that_are_not_finite_are_dropped_and_text_still_trains(make
     alone.step([batch])
     assert report.verdict.applied
     records = [batch.alignment.in_teacher, batch.alignment.in_student]
-    going_on = sum(0 if record is None else len(record.poor_rows) for record in records)
+    going_on = sum(0 if record is None else len(record.fine_rows) for record in records)
     assert (going_on > 0) == (tokenizers == "different")
     assert report.teacher_rows_dropped == len(batch.alignment.teacher_rows) + going_on
     assert report.kd_loss == 0.0

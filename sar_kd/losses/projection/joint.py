@@ -1,4 +1,4 @@
-"""Where both models start a token: the divergence over the outcomes, with all ways of the richer side to write one."""
+"""Where both models start a token: the divergence over the outcomes, with all ways of the coarser side to write one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sar_kd.models.logit_tiles import Logs
 
 
 class Ways(NamedTuple):
-    """Where both start a token, what else the richer side might have written: instead of ending its token before and
+    """Where both start a token, what else the coarser side might have written: instead of ending its token before and
     starting the next, it might have gone on.
     """
 
@@ -36,7 +36,7 @@ class Ways(NamedTuple):
 
 
 def add_other_ways(ended: Tensor, ways: Ways) -> Tensor:
-    """Log-probabilities of the open outcomes for the richer side, which might have written them by going on.
+    """Log-probabilities of the open outcomes for the coarser side, which might have written them by going on.
 
     y[c, k] = log(exp(end[ended[k]] + ended[c, k]) + exp(going_on[j])) for each (k, c, j) of `ways.others`
 
@@ -68,19 +68,19 @@ class Opened(NamedTuple):
     slopes: Tensor | None = None
     """float32 [V, K]: d loss / d logits of the learner"""
     into_ways: WaySlopes | None = None
-    """Where the learner is the richer"""
+    """Where the learner is the coarser"""
 
 
 def open_divergence(
     divergence: Divergence,
     both: tuple[Logs, Logs],
     ways: Ways,
-    rich: int,
+    coarse: int,
     mine: int | None,
     counts: Tensor,
     weight: float = 1.0,
 ) -> Opened:
-    """The divergence over the open outcomes, `add_other_ways` of the richer side's; what log_softmax, `add_other_ways`
+    """The divergence over the open outcomes, `add_other_ways` of the coarser side's; what log_softmax, `add_other_ways`
     and the divergence would do one after the other, in two passes over [V, K].
 
     With x the way by ending, y both ways and w = exp(x - y) at each (k, c, j): dx = w * dy, dgoing_on[j] gets
@@ -88,24 +88,24 @@ def open_divergence(
 
     both: the student's and the teacher's log-probabilities, given that the token before ended, each outcome in the same
     row; the other side's tile is used up
-    rich, mine: the side that is the richer, and the one that learns, if any: 0 the student, 1 the teacher
+    coarse, mine: the side that is the coarser, and the one that learns, if any: 0 the student, 1 the teacher
     counts: float32 [K], what a column's slopes are multiplied by; weight: and those of logits beside
     """
     columns, rows, others = ways.others
-    written = both[rich]._replace(shift=both[rich].shift + ways.ends)
+    written = both[coarse]._replace(shift=both[coarse].shift + ways.ends)
     logits = written.tile[rows, columns]
     first = written.shift[columns] + written.scale * logits
     sums = torch.logaddexp(first, ways.going_on.index_select(0, others))
     # The few that have another way are written as the logits that would have their sums.
     written.tile.index_put_((rows, columns), (sums - written.shift[columns]) / written.scale)
-    student, teacher = (written, both[1]) if rich == 0 else (both[0], written)
+    student, teacher = (written, both[1]) if coarse == 0 else (both[0], written)
     if mine is None:
         loss, raw, _ = diverge(divergence, student, teacher)
         return Opened(loss, raw)
     slopes = both[1 - mine].tile
     loss, raw, total = diverge(divergence, student, teacher, Learner(("student", "teacher")[mine], slopes))
     into_ways = None
-    if mine == rich:
+    if mine == coarse:
         written.tile.index_put_((rows, columns), logits)
         at_places = slopes[rows, columns]
         kept = (first - sums).exp_().mul_(at_places)

@@ -2,8 +2,8 @@
 
 Two distributions over different vocabularies, compared on the outcomes that both can tell apart.
 
-An outcome is a class of tokens: of the poorer vocabulary, one token (and what only begins with it); of the richer
-one, every token that the poorer would begin with that token (`vocabulary.VocabularyMap` draws the classes). A token
+An outcome is a class of tokens: of the finer vocabulary, one token (and what only begins with it); of the coarser
+one, every token that the finer would begin with that token (`vocabulary.VocabularyMap` draws the classes). A token
 without a class takes no part, so nothing is pushed down because the other vocabulary lacks it. With equal
 vocabularies every class is one token and this is the token-level divergence.
 """
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from sar_kd.alignment.batch_alignment import Continuations
-from sar_kd.data.batch import ABSENT
-from sar_kd.losses.functional import Segments
+from sar_kd.data.batch import MASKED_LOGIT
+from sar_kd.losses.functional import GroupSums
 from sar_kd.models.logit_tiles import exp_
 
 warnings.filterwarnings("ignore", message="index_reduce")  # "in beta" for years; its substitute is many times slower
@@ -107,13 +107,13 @@ class Fold(nn.Module):
 
     def enter_(self, columns: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Turn logits of tokens, float32 [V, K], into those of the outcomes, each in the row of its first token; the
-        other rows are `ABSENT`.
+        other rows are `MASKED_LOGIT`.
 
         Returns: what `leave_` wants, and the shares of `several_of`
         """
         values, shares = self.several_of(columns, temperature)
         kept = columns.index_select(0, torch.cat([self.silent, self.leaders]))
-        columns.index_fill_(0, self.silent, ABSENT)
+        columns.index_fill_(0, self.silent, MASKED_LOGIT)
         columns.index_copy_(0, self.leaders, values)
         return kept, shares
 
@@ -135,7 +135,7 @@ class Fold(nn.Module):
         """Logits of the other vocabulary's tokens as those of outcomes, in the rows of this one's first tokens.
 
         columns: float32 [V_o, K]
-        Returns: float32 [V, K], good until the next call; rows without an outcome are `ABSENT`
+        Returns: float32 [V, K], good until the next call; rows without an outcome are `MASKED_LOGIT`
         """
         size = len(self) * columns.shape[1]
         if len(self._room) < size or self._room.device != columns.device:
@@ -144,7 +144,7 @@ class Fold(nn.Module):
         torch.index_select(columns, 0, other.first[self.outcome], out=carried)
         values, _ = other.several_of(columns, temperature)
         carried.index_copy_(0, self.first[other.several], values)
-        return carried.index_fill_(0, self.silent, ABSENT)
+        return carried.index_fill_(0, self.silent, MASKED_LOGIT)
 
 
 class Reading(NamedTuple):
@@ -153,9 +153,9 @@ class Reading(NamedTuple):
     open: Tensor
     """[C, K]: logits of the outcomes where both start a token, y[c, k] = log sum over v of c of exp(z[v, k] / T)"""
     rows: Tensor
-    """[V, K_1]: whole columns, where the other side is the richer and goes on"""
+    """[V, K_1]: whole columns, where the other side is the coarser and goes on"""
     entries: Tensor
-    """[E]: single logits, where this side is the richer and might go on: the `rich_entries`"""
+    """[E]: single logits, where this side is the coarser and might go on: the `coarse_entries`"""
 
 
 def read(
@@ -163,12 +163,12 @@ def read(
 ) -> Reading:
     """Take from one model's logits all that the projection needs, with one gradient for all of it.
 
-    tile: float32 [V, n], first the columns where both start a token, then those where the other side is the richer and
+    tile: float32 [V, n], first the columns where both start a token, then those where the other side is the coarser and
     goes on, then any others; num_open, num_inside: K and K_1
-    inside_own: the continuations in which this side is the richer
+    inside_own: the continuations in which this side is the coarser
     """
-    row, token, _ = inside_own.rich_entries
-    places = token * tile.shape[1] + inside_own.rich_rows[row]
+    row, token, _ = inside_own.coarse_entries
+    places = token * tile.shape[1] + inside_own.coarse_rows[row]
     return Reading(*_Read.apply(tile, fold, num_open, num_inside, places, temperature))
 
 
@@ -209,64 +209,64 @@ class _Read(torch.autograd.Function):
         return grad if ctx.temperature == 1.0 else grad.div_(ctx.temperature), *[None] * 5
 
 
-def rich_log_probs(entries: Tensor, rows: Continuations) -> Tensor:
-    """Log-probabilities of the richer side: softmax over the tokens that extend the written bytes and the one that ends
+def coarse_log_probs(entries: Tensor, rows: Continuations) -> Tensor:
+    """Log-probabilities of the coarser side: softmax over the tokens that extend the written bytes and the one that ends
     there. A row of which a cut to the top k left nothing counts as one that ends.
 
-    entries: float32 [E], the logits of `rich_entries`
-    Returns: float32 [O]; about `ABSENT` where an outcome cannot be
+    entries: float32 [E], the logits of `coarse_entries`
+    Returns: float32 [O]; about `MASKED_LOGIT` where an outcome cannot be
     """
-    outcomes = Segments(rows.rich_entries[2], len(rows.outcome_rows)).logsumexp(entries)
-    totals = Segments(rows.outcome_rows, len(rows.ends)).logsumexp(outcomes)
-    unknown = totals < 1e-6 * ABSENT
+    outcomes = GroupSums(rows.coarse_entries[2], len(rows.outcome_rows)).logsumexp(entries)
+    totals = GroupSums(rows.outcome_rows, len(rows.ends)).logsumexp(outcomes)
+    unknown = totals < 1e-6 * MASKED_LOGIT
     log_probs = outcomes - totals.masked_fill(unknown, 0.0)[rows.outcome_rows]
     return log_probs.index_fill(0, rows.ends, 0.0).where(unknown[rows.outcome_rows], log_probs)
 
 
-def poor_log_probs(logits: Tensor, rows: Continuations, must_end: bool) -> Tensor:
-    """Log-probabilities of the poorer side in the first K_1 rows: softmax over its whole vocabulary, where all that
+def fine_log_probs(logits: Tensor, rows: Continuations, must_end: bool) -> Tensor:
+    """Log-probabilities of the finer side in the first K_1 rows: softmax over its whole vocabulary, where all that
     goes on with none of a row's tokens counts for the end.
 
-    Where the richer side has no token that ends there, only the other outcomes take part if `must_end` (the end would
+    Where the coarser side has no token that ends there, only the other outcomes take part if `must_end` (the end would
     face a probability of 0), and the whole vocabulary if not.
 
     logits: float32 [V, K_1]
-    Returns: float32 [O_1], of the outcomes of the first K_1 rows; about `ABSENT` where an outcome cannot be
+    Returns: float32 [O_1], of the outcomes of the first K_1 rows; about `MASKED_LOGIT` where an outcome cannot be
     """
     size = logits.shape[1]
     ends = rows.ends[:size]
     of_rows = rows.outcome_rows[: rows.num_going_on]
-    segments = Segments(of_rows, size)
-    row, token, outcome = rows.poor_entries
+    segments = GroupSums(of_rows, size)
+    row, token, outcome = rows.fine_entries
     places, flat = token * size + row, logits.view(-1)
-    outcomes = Segments(outcome, len(of_rows)).logsumexp(flat.index_select(0, places))
+    outcomes = GroupSums(outcome, len(of_rows)).logsumexp(flat.index_select(0, places))
     # From what is left, not as 1 minus the others: a student that is certain to go on must still be told to end.
-    end = flat.scatter(0, places, ABSENT).view_as(logits).logsumexp(0)
+    end = flat.scatter(0, places, MASKED_LOGIT).view_as(logits).logsumexp(0)
     if must_end:
-        end = torch.where(rows.can_end, end, ABSENT)
+        end = torch.where(rows.can_end, end, MASKED_LOGIT)
     outcomes = outcomes.index_copy(0, ends, end)
-    return torch.where(outcomes > 1e-6 * ABSENT, outcomes - segments.logsumexp(outcomes)[of_rows], ABSENT)
+    return torch.where(outcomes > 1e-6 * MASKED_LOGIT, outcomes - segments.logsumexp(outcomes)[of_rows], MASKED_LOGIT)
 
 
 def on_support(student: Tensor, teacher: Tensor) -> Tensor:
-    """The student's logits without the outcomes of which a teacher cut to its top k says nothing (`ABSENT`).
+    """The student's logits without the outcomes of which a teacher cut to its top k says nothing (`MASKED_LOGIT`).
 
     Both are then renormalised on the rest, so that nothing is pushed down because the teacher did not say it.
     """
-    return torch.where(teacher > 1e-6 * ABSENT, student, ABSENT)
+    return torch.where(teacher > 1e-6 * MASKED_LOGIT, student, MASKED_LOGIT)
 
 
-def renormalised(student: Tensor, teacher: Tensor, rows: Segments | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def renormalised(student: Tensor, teacher: Tensor, rows: GroupSums | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Both with each row's probabilities adding up to 1, and the rows, bool [K], of which both leave something.
 
     student, teacher: float [C, K], or [O] with `rows`
     """
     totals = [side.logsumexp(0) if rows is None else rows.logsumexp(side) for side in (student, teacher)]
-    shared = torch.minimum(*totals) > 1e-6 * ABSENT
+    shared = torch.minimum(*totals) > 1e-6 * MASKED_LOGIT
     student, teacher = (side - _spread(total, rows) for side, total in zip((student, teacher), totals, strict=True))
     keep = _spread(shared, rows)
     return student.where(keep, 0.0), teacher.where(keep, 0.0), shared
 
 
-def _spread(values: Tensor, rows: Segments | None) -> Tensor:
+def _spread(values: Tensor, rows: GroupSums | None) -> Tensor:
     return values if rows is None else values[rows.index]

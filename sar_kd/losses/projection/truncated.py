@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from sar_kd.alignment.batch_alignment import Continuations
-from sar_kd.data.batch import ABSENT, Top
-from sar_kd.losses.functional import Segments
+from sar_kd.data.batch import MASKED_LOGIT, TopKLogits
+from sar_kd.losses.functional import GroupSums
 from sar_kd.losses.projection.joint import Ways
 from sar_kd.losses.projection.marginals import Fold
 
-HEARD = 1e-6 * ABSENT
+HEARD = 1e-6 * MASKED_LOGIT
 """What is above it was said."""
 
 
@@ -31,7 +31,7 @@ class Heard(NamedTuple):
     outcomes: Tensor
     """int64 [E]; the number of outcomes there are, where the entry stands for none"""
     log_probs: Tensor
-    """float32 [E]; about `ABSENT` where the entry stands for none, or the teacher does not say it"""
+    """float32 [E]; about `MASKED_LOGIT` where the entry stands for none, or the teacher does not say it"""
     rest: Tensor
     """float32 [K], log-probability of all other outcomes of a column"""
 
@@ -41,7 +41,7 @@ class Heard(NamedTuple):
         return self.log_probs > HEARD
 
 
-def heard_outcomes(top: Top, fold: Fold, temperature: float, ways: Ways | None = None) -> Heard:
+def heard_outcomes(top: TopKLogits, fold: Fold, temperature: float, ways: Ways | None = None) -> Heard:
     """What a teacher says of the outcomes.
 
     top: of the K columns where both start a token; ways: its other ways there, where its tokens are the longer ones
@@ -50,7 +50,7 @@ def heard_outcomes(top: Top, fold: Fold, temperature: float, ways: Ways | None =
     classes, logits = _by_outcome(fold.outcomes_of(top.ids.T), top.logits.T / temperature, count)
     rest = top.rest / temperature
     totals = torch.logaddexp(logits.logsumexp(1), rest)
-    ended, rest = (logits - totals[:, None]).where(logits > HEARD, ABSENT), rest - totals
+    ended, rest = (logits - totals[:, None]).where(logits > HEARD, MASKED_LOGIT), rest - totals
     numbers = torch.arange(len(classes), device=classes.device)
     columns = numbers.repeat_interleave(classes.shape[1])
     if ways is None:
@@ -67,7 +67,7 @@ def heard_outcomes(top: Top, fold: Fold, temperature: float, ways: Ways | None =
     return Heard(
         torch.cat([columns, others]),
         torch.cat([classes.reshape(-1), outcomes]),
-        torch.cat([flat, torch.where(is_there, ABSENT, more)]),
+        torch.cat([flat, torch.where(is_there, MASKED_LOGIT, more)]),
         rest,
     )
 
@@ -78,28 +78,28 @@ def _by_outcome(classes: Tensor, logits: Tensor, count: int) -> tuple[Tensor, Te
     classes: int64 [K, k], the outcome of each token, -1 for none
     """
     classes, order = torch.where(classes < 0, count, classes).contiguous().sort(1)
-    logits = logits.gather(1, order).where(classes < count, ABSENT)
+    logits = logits.gather(1, order).where(classes < count, MASKED_LOGIT)
     is_new = torch.ones_like(classes)
     is_new[:, 1:] = classes[:, 1:] != classes[:, :-1]
     width = classes.shape[1]
     places = is_new.cumsum(1) - 1 + width * torch.arange(len(classes), device=classes.device)[:, None]
-    sums = Segments(places.view(-1), classes.numel()).logsumexp(logits.reshape(-1)).view_as(logits)
+    sums = GroupSums(places.view(-1), classes.numel()).logsumexp(logits.reshape(-1)).view_as(logits)
     found = torch.full_like(classes, count).view(-1).scatter_(0, places.view(-1), classes.view(-1))
     return found.view_as(classes), sums
 
 
-def heard_entries(top: Top, rows: Continuations, num_rows: int, temperature: float) -> tuple[Tensor, Tensor]:
+def heard_entries(top: TopKLogits, rows: Continuations, num_rows: int, temperature: float) -> tuple[Tensor, Tensor]:
     """Logits of the tokens that would go on, at the temperature, and which of the rows count.
 
-    top: of the teacher, the richer side of `rows`; num_rows: of its head
-    Returns: float32 [E], of `rich_entries`, `ABSENT` where nothing was said; bool [K]
+    top: of the teacher, the coarser side of `rows`; num_rows: of its head
+    Returns: float32 [E], of `coarse_entries`, `MASKED_LOGIT` where nothing was said; bool [K]
     """
-    row, token, _ = rows.rich_entries
-    entries = top.logits_of(token, rows.rich_rows[row], num_rows).div_(temperature)
-    counts = Segments(row, len(rows.rich_rows)).logsumexp(entries) >= top.rest[rows.rich_rows] / temperature
-    return entries.where(counts[row], ABSENT), counts
+    row, token, _ = rows.coarse_entries
+    entries = top.logits_of(token, rows.coarse_rows[row], num_rows).div_(temperature)
+    counts = GroupSums(row, len(rows.coarse_rows)).logsumexp(entries) >= top.rest[rows.coarse_rows] / temperature
+    return entries.where(counts[row], MASKED_LOGIT), counts
 
 
-def poor_columns(top: Top, num_rows: int, temperature: float) -> Tensor:
+def fine_columns(top: TopKLogits, num_rows: int, temperature: float) -> Tensor:
     """Whole columns of the teacher, at the temperature, with the rest as a token more: float32 [num_rows + 1, n]."""
     return torch.cat([top.spread(num_rows), top.rest[None]]).div_(temperature)

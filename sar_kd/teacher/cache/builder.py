@@ -15,20 +15,20 @@ import torch
 from torch import nn
 
 from sar_kd.config.runs import CachingConfig
-from sar_kd.data.batch import ABSENT, TokenBatch
+from sar_kd.data.batch import MASKED_LOGIT, TokenBatch
 from sar_kd.data.blocks import cut
-from sar_kd.data.column_store import Shelf
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.column_store import ColumnStore
+from sar_kd.data.dataset import Dataset
 from sar_kd.data.samples import Sample
-from sar_kd.data.sources import Documents
+from sar_kd.data.sources import StreamedDocuments
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.losses.distillation import top_of
 from sar_kd.losses.tiled_loss import stretches_of, tile_rows
-from sar_kd.models.lm_head import Heads, read_out
+from sar_kd.models.lm_head import LMHeads, forward_to_lm_head
 from sar_kd.models.logit_tiles import column_logsumexp
 from sar_kd.runtime.precision import Precision
 from sar_kd.teacher.cache.format import index_path, key_of, record_of_facts, shard_path, write_header, write_shard
-from sar_kd.teacher.cache.lookup import Index, Match, plain_starts, split_range
+from sar_kd.teacher.cache.lookup import CacheIndex, CacheLookup, plain_starts, split_range
 from sar_kd.tokenization.token_stream import Blocks
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
@@ -38,7 +38,7 @@ class CacheText:
 
     def __init__(
         self,
-        documents: Sequence[Sample] | Documents,
+        documents: Sequence[Sample] | StreamedDocuments,
         own: TokenizerPair,
         cutter: TokenizerPair | None,
         block_size: int,
@@ -49,14 +49,14 @@ class CacheText:
 
         block_size: tokens of a block for that student; limit: most that the teacher reads; both with a start token
         """
-        self.corpus = Corpus(documents, own, limit, limit, cache)
+        self.corpus = Dataset(documents, own, limit, limit, cache)
         text = self.corpus.text
         self._starts = plain_starts(text)
         if cutter is None:
             plain = cut(text, min(block_size, limit) - 1, limit - 1).ranges[:, 3]
             ends = plain[: len(plain) - len(text.conversations)]
         else:
-            ends = self._ends_of(Corpus(documents, cutter, block_size, limit, cache))
+            ends = self._ends_of(Dataset(documents, cutter, block_size, limit, cache))
         self.windows = self._whole(ends, limit - 1)
         bounds = np.append(0, self.windows)
         plain = np.stack([bounds[:-1], bounds[1:]] * 2, axis=1)
@@ -72,13 +72,13 @@ class CacheText:
         """Tokens that are predicted."""
         return int(self.block_rows.sum())
 
-    def _ends_of(self, other: Corpus) -> np.ndarray:
+    def _ends_of(self, other: Dataset) -> np.ndarray:
         """Where another corpus of the same text has its blocks' ends."""
         text = self.corpus.text
         # Of conversations nothing is asked.
-        index = Index(text.teacher.ids, text.teacher.ids[:0], self._rows_before_talks(), text.names,
+        index = CacheIndex(text.teacher.ids, text.teacher.ids[:0], self._rows_before_talks(), text.names,
                       self._starts[:0], len(text.conversations))  # fmt: skip
-        match = Match(other.text, index)
+        match = CacheLookup(other.text, index)
         plain = other.blocks.ranges[: len(other.blocks) - len(other.text.conversations), 3]
         return match.stored_ends(plain)
 
@@ -101,7 +101,7 @@ class CacheText:
         partial = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        text, shelf = self.corpus.text, Shelf(partial)
+        text, shelf = self.corpus.text, ColumnStore(partial)
         shelf.facts = {"num_conversations": len(text.conversations)}
         for name, kind in (("tokens", "int32"), ("ends", "int64"), ("documents", "int64"), ("windows", "int64")):
             shelf.add(name, kind)
@@ -119,7 +119,7 @@ class CacheText:
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
 
-    def _append(self, shelf: Shelf, part: slice) -> None:
+    def _append(self, shelf: ColumnStore, part: slice) -> None:
         stream = self.corpus.text.teacher
         is_row = stream.is_target[part]
         shelf.append("tokens", stream.ids[part][is_row])
@@ -142,7 +142,7 @@ class CacheBuilder:
         self.k, self.num_tokens, self.batch_size = facts["teacher_top_k"], facts["num_tokens"], facts["batch_size"]
         self.record, self.temperatures = record_of_facts(facts), facts["temperatures"]
         self.tile_rows = tile_rows(config.cache.loss_workspace_mb, facts["teacher_rows"])
-        self._heads = Heads(precision)
+        self._heads = LMHeads(precision)
 
     def shards(self, name: str, text: CacheText) -> Iterator[int]:
         """Write the shards of a text that are missing; the tokens of each batch, once it is read."""
@@ -168,7 +168,7 @@ class CacheBuilder:
     @torch.no_grad()
     def _rows(self, batch: TokenBatch) -> np.ndarray:
         """The records of a batch's rows."""
-        readout, _ = read_out(self.teacher, self._heads.of(self.teacher), batch.input_ids, self.precision)
+        readout, _ = forward_to_lm_head(self.teacher, self._heads.of(self.teacher), batch.input_ids, self.precision)
         found = np.zeros(len(batch.rows), dtype=self.record)
         for part in stretches_of(len(batch.rows), self.tile_rows):
             tile = readout.tile(batch.rows[part])
@@ -179,7 +179,7 @@ class CacheBuilder:
                 found[field][part] = values.masked_fill(~top.sound, torch.nan).cpu().numpy()
             found["ids"][part] = top.ids.T.cpu().numpy()
             found["gaps"][part] = (top.logits - top.logits[0]).half().T.cpu().numpy()
-            others = tile.scatter_(0, top.ids, ABSENT)
+            others = tile.scatter_(0, top.ids, MASKED_LOGIT)
             for place, temperature in enumerate(self.temperatures):
                 rest = column_logsumexp(others, temperature) - (top.logits / temperature).logsumexp(0)
                 found["rests"][part, place] = rest.masked_fill(~top.sound, torch.nan).half().cpu().numpy()

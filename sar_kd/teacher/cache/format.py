@@ -65,7 +65,7 @@ def record_of_facts(facts: dict) -> np.dtype:
     return record_of(facts["teacher_top_k"], facts["num_tokens"], len(facts["temperatures"]))
 
 
-def fault(folder: Path, reason: str) -> UsageError:
+def cache_error(folder: Path, reason: str) -> UsageError:
     """What is wrong with a cache, in one line."""
     return UsageError(f"--teacher_cache {folder}: {reason}")
 
@@ -78,17 +78,17 @@ def read_header(folder: Path) -> dict[str, Any]:
     path = folder / HEADER
     if not path.is_file():
         where = "holds no teacher cache" if folder.is_dir() else "no such folder"
-        raise fault(folder, f"{where}; make one with `python -m sar_kd cache --teacher_cache {folder}`")
+        raise cache_error(folder, f"{where}; make one with `python -m sar_kd cache --teacher_cache {folder}`")
     try:
         header = json.loads(path.read_bytes())
         own = header.pop("sha256")
         known = header["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise fault(folder, f"{HEADER} cannot be read ({error}); make the cache anew with --overwrite") from None
+        raise cache_error(folder, f"{HEADER} cannot be read ({error}); make the cache anew with --overwrite") from None
     if not known:
-        raise fault(folder, f"was written by another version (format {header['format']}); make it anew")
+        raise cache_error(folder, f"was written by another version (format {header['format']}); make it anew")
     if own != _digest(header):
-        raise fault(folder, f"{HEADER} is damaged; make the cache anew with --overwrite")
+        raise cache_error(folder, f"{HEADER} is damaged; make the cache anew with --overwrite")
     return header
 
 
@@ -107,13 +107,13 @@ def key_of(header: dict, text: str) -> str:
     return f"{text} {_digest(header['facts'])}"
 
 
-def differences(folder: Path, header: dict, facts: dict) -> None:
+def check_compatible(folder: Path, header: dict, facts: dict) -> None:
     """Raise UsageError, naming the first of these facts that the cache was made with otherwise."""
     for name, value in facts.items():
         if header["facts"].get(name) != value:
             had = header["facts"].get(name)
             shown = f" ({had}, not {value})" if isinstance(value, (int, str)) and len(str(value)) < 20 else ""
-            raise fault(folder, f"was made with {_NAMES.get(name, f'another {name}')}{shown}")
+            raise cache_error(folder, f"was made with {_NAMES.get(name, f'another {name}')}{shown}")
 
 
 def index_path(folder: Path, text: str) -> Path:
@@ -175,9 +175,11 @@ class Shards:
         path = shard_path(self.folder, self.text, number)
         size = int(np.diff(self.ends, prepend=0)[number]) * self.record.itemsize
         if not path.is_file() or path.is_symlink() or path.stat().st_size != size:
-            raise fault(self.folder, f"{path.relative_to(self.folder)} is missing or has another size; --overwrite")
+            raise cache_error(
+                self.folder, f"{path.relative_to(self.folder)} is missing or has another size; --overwrite"
+            )
         if file_digest(path) != self.digests[number]:
-            raise fault(
+            raise cache_error(
                 self.folder, f"{path.relative_to(self.folder)} is damaged (another digest); make it anew, --overwrite"
             )
         return size

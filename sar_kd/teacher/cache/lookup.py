@@ -15,16 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sar_kd.data.batch import StoredRows
-from sar_kd.data.column_store import DamagedShelf, open_shelf, strings_of
-from sar_kd.teacher.cache.format import Shards, fault, index_path, key_of
-from sar_kd.tokenization.token_stream import Block, Counting, JoinedText
+from sar_kd.data.batch import CachedTopK
+from sar_kd.data.column_store import DamagedStore, open_column_store, strings_of
+from sar_kd.teacher.cache.format import Shards, cache_error, index_path, key_of
+from sar_kd.tokenization.token_stream import Block, Counting, TokenizedText
 
 _STRETCH = 2**20
 
 
 @dataclass(frozen=True)
-class Index:
+class CacheIndex:
     """What a stored text says about its rows; arrays of files. Rows of plain documents come first."""
 
     tokens: np.ndarray
@@ -41,7 +41,7 @@ class Index:
     """The last documents; each was read as a whole"""
 
 
-class StoredText:
+class CachedText:
     """A text with what the teacher said of it."""
 
     def __init__(self, folder: Path, header: dict, text: str, temperature: float):
@@ -54,10 +54,10 @@ class StoredText:
         """Its place among those of the cache, and itself"""
         path = index_path(folder, text)
         try:
-            columns, facts = open_shelf(path, key_of(header, text))
-        except (DamagedShelf, OSError) as error:
-            raise fault(folder, f"{path.relative_to(folder)} cannot be used ({error}); --overwrite") from None
-        self.index = Index(
+            columns, facts = open_column_store(path, key_of(header, text))
+        except (DamagedStore, OSError) as error:
+            raise cache_error(folder, f"{path.relative_to(folder)} cannot be used ({error}); --overwrite") from None
+        self.index = CacheIndex(
             columns["tokens"],
             columns["ends"],
             columns["documents"],
@@ -66,12 +66,12 @@ class StoredText:
             facts["num_conversations"],
         )
 
-    def beside(self, text: JoinedText) -> Match:
+    def beside(self, text: TokenizedText) -> CacheLookup:
         """Its rows, found for the same text as a run reads it."""
-        return Match(text, self.index, self.shards, self.temperature)
+        return CacheLookup(text, self.index, self.shards, self.temperature)
 
 
-def plain_starts(text: JoinedText) -> np.ndarray:
+def plain_starts(text: TokenizedText) -> np.ndarray:
     """int64 [P + 1]: the teacher's tokens before each plain document, and in all of them."""
     count = len(text.names) - len(text.conversations)
     end = int(text.conversations[0].teacher_start) if len(text.conversations) else len(text.teacher.ids)
@@ -86,13 +86,17 @@ def split_range(size: int) -> Iterator[slice]:
     return (slice(first, min(first + _STRETCH, size)) for first in range(0, size, _STRETCH))
 
 
-class Match:
+class CacheLookup:
     """A text beside its stored rows."""
 
     def __init__(
-        self, text: JoinedText, index: Index, shards: Shards | None = None, temperature: tuple[int, float] = (0, 1.0)
+        self,
+        text: TokenizedText,
+        index: CacheIndex,
+        shards: Shards | None = None,
+        temperature: tuple[int, float] = (0, 1.0),
     ):
-        """shards: where the rows are; None where only their places are asked for. temperature: as `StoredText`'s"""
+        """shards: where the rows are; None where only their places are asked for. temperature: as `CachedText`'s"""
         self.text, self.index, self.shards, self.temperature = text, index, shards, temperature
         self.starts = plain_starts(text)
         self._talks = text.conversations.ranges[:, 2]
@@ -153,7 +157,7 @@ class Match:
         rows = self.firsts[documents]
         return documents, np.where(rows < 0, -1, rows + tokens - self.starts[documents])
 
-    def rows(self, cuts: Sequence[Block], rows: Tensor, num_places: int) -> StoredRows:
+    def rows(self, cuts: Sequence[Block], rows: Tensor, num_places: int) -> CachedTopK:
         """What the teacher said of a batch.
 
         rows: int64 [N], which of the teacher's `num_places` flattened logits predict something, ascending
@@ -163,7 +167,7 @@ class Match:
         places = torch.zeros(num_places, dtype=torch.int64)
         places[rows] = torch.arange(len(rows))
         place, temperature = self.temperature
-        return StoredRows(
+        return CachedTopK(
             places,
             ids=torch.from_numpy(found["ids"].astype(np.int32)),
             peaks=torch.from_numpy(found["peak"].copy()),

@@ -8,8 +8,8 @@ import torch
 
 from sar_kd.data.batch import TokenBatch
 from sar_kd.evaluation.perplexity import Evaluation
-from sar_kd.runtime.distributed import ALONE, World
-from sar_kd.teacher.moe.router_training import entropy, shares_of
+from sar_kd.runtime.distributed import SINGLE_PROCESS, ProcessGroup
+from sar_kd.teacher.moe.router_training import entropy, router_probs
 from sar_kd.teacher.moe.routing_hooks import Routing
 
 LARGEST_DRIFT = 0.02
@@ -22,8 +22,8 @@ LEAST_ENTROPY = 0.5
 class Shares:
     """Collects what the routers do while a model is evaluated."""
 
-    def __init__(self, routing: Routing, world: World = ALONE):
-        self.routing, self.world = routing, world
+    def __init__(self, routing: Routing, process_group: ProcessGroup = SINGLE_PROCESS):
+        self.routing, self.process_group = routing, process_group
         self._entropy = self._count = 0.0
         self._chosen = [torch.zeros(spec.num_experts) for spec in routing.specs]
 
@@ -36,7 +36,7 @@ class Shares:
     def _add(self, rows: torch.Tensor) -> None:
         for spec, chosen, logits in zip(self.routing.specs, self._chosen, self.routing.logits, strict=True):
             logits = logits[rows.to(logits.device)]
-            self._entropy += entropy(shares_of(spec.gate, logits)).sum().item() / len(self._chosen)
+            self._entropy += entropy(router_probs(spec.gate, logits)).sum().item() / len(self._chosen)
             best = logits.topk(spec.top_k).indices.flatten().cpu()
             chosen += torch.bincount(best, minlength=spec.num_experts)
         self._count += len(rows)
@@ -48,7 +48,9 @@ class Shares:
         if not self.routing.specs:
             return {}
         sizes = [len(chosen) for chosen in self._chosen]
-        entropies, count, *counts = self.world.sum([self._entropy, self._count, *torch.cat(self._chosen).tolist()])
+        entropies, count, *counts = self.process_group.all_reduce_sum(
+            [self._entropy, self._count, *torch.cat(self._chosen).tolist()]
+        )
         usage = {
             spec.name: [round(share, 4) for share in (chosen / chosen.sum()).tolist()]
             for spec, chosen in zip(self.routing.specs, torch.tensor(counts).split(sizes), strict=True)

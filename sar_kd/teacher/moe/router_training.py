@@ -22,14 +22,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sar_kd.alignment.aligner import Pairing
+from sar_kd.alignment.aligner import Aligner
 from sar_kd.config.runs import RoutingConfig
 from sar_kd.config.sections import LossConfig
 from sar_kd.data.batch import Batch
 from sar_kd.losses.distillation import Outputs
-from sar_kd.losses.functional import Segments, Sums
+from sar_kd.losses.functional import GroupSums, Sums
 from sar_kd.losses.objective import Objective, build_distillation
-from sar_kd.runtime.distributed import ALONE, World
+from sar_kd.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from sar_kd.teacher.moe.discovery import Gate, router_parameters
 from sar_kd.teacher.moe.router_checkpoint import FrozenTeacherChanged, hash_frozen, hash_routers
 from sar_kd.teacher.moe.routing_hooks import Routing, weights_of
@@ -56,17 +56,17 @@ class FrozenRouters:
 
     learns = is_joint = False
 
-    def move_first_(self, batches: list[Batch], num_targets: int) -> None:
+    def update_before_student_(self, batches: list[Batch], num_targets: int) -> None:
         """Update the routers before the student's forward."""
 
     def loss(self, batch: Batch, outputs: Outputs) -> Tensor | float:
         """What is minimised beside the student's loss, by the same backward: a sum over target tokens."""
         return 0.0
 
-    def move_last_(self, batches: list[Batch]) -> None:
+    def update_after_student_(self, batches: list[Batch]) -> None:
         """Update the routers after the student's backward."""
 
-    def settle_(self, applied: bool) -> None:
+    def commit_or_roll_back_(self, applied: bool) -> None:
         """Keep the update if the step is applied, else take it back."""
 
     def sums(self) -> list[Tensor]:
@@ -85,7 +85,7 @@ class FrozenRouters:
 FROZEN_ROUTERS = FrozenRouters()
 
 
-class RouterLearner(FrozenRouters):
+class RouterTrainer(FrozenRouters):
     """Routers that learn from the student. They are float32 in a teacher of any dtype, and nothing else of it moves.
 
     An update is made at once, because the student may have to hear it, and taken back if the step's one verdict is
@@ -100,10 +100,10 @@ class RouterLearner(FrozenRouters):
         routing: Routing,
         settings: RoutingConfig,
         loss: LossConfig,
-        pairing: Pairing,
-        world: World = ALONE,
+        aligner: Aligner,
+        process_group: ProcessGroup = SINGLE_PROCESS,
     ):
-        self.objective, self.routing, self.settings, self.world = objective, routing, settings, world
+        self.objective, self.routing, self.settings, self.process_group = objective, routing, settings, process_group
         self.precision = objective.precision
         self.is_joint = settings.sar_schedule == "joint"
         self.measures = False
@@ -114,7 +114,7 @@ class RouterLearner(FrozenRouters):
         )
         self._terms = {
             direction: build_distillation(
-                dataclasses.replace(plain, kd_direction=direction), pairing, objective.student, objective.teacher
+                dataclasses.replace(plain, kd_direction=direction), aligner, objective.student, objective.teacher
             ).to(self.precision.device)
             for direction in {"forward", "reverse", settings.router_direction}
         }
@@ -139,7 +139,7 @@ class RouterLearner(FrozenRouters):
 
     # A step
 
-    def move_first_(self, batches: list[Batch], num_targets: int) -> None:
+    def update_before_student_(self, batches: list[Batch], num_targets: int) -> None:
         """two_stage: a pass of its own over the window, then the update. See `FrozenRouters`."""
         if self.is_joint:
             return
@@ -151,12 +151,12 @@ class RouterLearner(FrozenRouters):
         """joint: the routers' loss on the forwards that the student learns from. See `FrozenRouters`."""
         return self._loss(batch, outputs) if self.is_joint else 0.0
 
-    def move_last_(self, batches: list[Batch]) -> None:
+    def update_after_student_(self, batches: list[Batch]) -> None:
         """joint: the update. See `FrozenRouters`."""
         if self.is_joint:
             self._move_(batches)
 
-    def settle_(self, applied: bool) -> None:
+    def commit_or_roll_back_(self, applied: bool) -> None:
         """See `FrozenRouters`."""
         if not applied:
             with torch.no_grad():
@@ -179,13 +179,13 @@ class RouterLearner(FrozenRouters):
         outputs = dataclasses.replace(outputs, student=outputs.student.detach())
         learned = self._terms[self.settings.router_direction](batch, outputs)
         shape, rows, device = batch.teacher.input_ids.shape, batch.teacher.rows, self.precision.device
-        blocks = Segments(rows // shape[1], shape[0])
+        blocks = GroupSums(rows // shape[1], shape[0])
         ones = torch.ones(batch.num_target_tokens, device=device)
-        counts = Segments(batch.student.rows // batch.student.input_ids.shape[1], shape[0]).sum(ones)
+        counts = GroupSums(batch.student.rows // batch.student.input_ids.shape[1], shape[0]).sum(ones)
         balance = entropies = torch.zeros((), device=device)
         for spec, logits in zip(self.routing.specs, self.routing.logits, strict=True):
-            shares = shares_of(spec.gate, logits[rows])
-            balance = balance + (counts * imbalance(shares, blocks)).sum()
+            shares = router_probs(spec.gate, logits[rows])
+            balance = balance + (counts * load_balancing_loss(shares, blocks)).sum()
             of_tokens = blocks.sum(entropy(shares.detach())) / blocks.sum(torch.ones_like(shares[:, 0])).clamp_min(1.0)
             entropies = entropies + (counts * of_tokens).sum()
         changes = [relative_change(p, self._initial[name]) for name, p in self.parameters.items()]
@@ -203,7 +203,7 @@ class RouterLearner(FrozenRouters):
         self.routing.forget()
         before = self._divergences(batches) if self.measures else []
         parameters = [*self.parameters.values()]
-        self.world.sum_gradients_(parameters)
+        self.process_group.sum_gradients_(parameters)
         self.precision.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         self._norm = norm.to(self.precision.device)
@@ -276,7 +276,7 @@ class RouterLearner(FrozenRouters):
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def shares_of(gate: Gate, logits: Tensor) -> Tensor:
+def router_probs(gate: Gate, logits: Tensor) -> Tensor:
     """The router's distribution over all experts: softmax(z), or sigmoid(z) / sum sigmoid(z).
 
     logits: float [N, E]
@@ -285,7 +285,7 @@ def shares_of(gate: Gate, logits: Tensor) -> Tensor:
     return weights_of(dataclasses.replace(gate, normalised=True, scale=1.0), logits)
 
 
-def imbalance(shares: Tensor, blocks: Segments) -> Tensor:
+def load_balancing_loss(shares: Tensor, blocks: GroupSums) -> Tensor:
     """How unevenly each block's tokens are spread over the experts; 0 if evenly, E - 1 if all go to one.
 
     CV^2 = Var_e(P[e]) / Mean_e(P[e])^2,   P[e] = sum over the block's tokens n of s[n, e]
@@ -327,7 +327,7 @@ class RouterTerms(Sums):
     divergence: Tensor
     """Of teacher and student, nats"""
     balance: Tensor
-    """`imbalance`, mean over routers"""
+    """`load_balancing_loss`, mean over routers"""
     anchor: Tensor
     """`relative_change`, mean over routers"""
     entropy: Tensor

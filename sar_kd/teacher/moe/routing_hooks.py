@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sar_kd.errors import UsageError
-from sar_kd.models.lm_head import body_of
+from sar_kd.models.lm_head import backbone_of
 from sar_kd.teacher.moe.discovery import Gate, RouterSpec
 
 RULES = ("native", "all", "ka")
@@ -51,7 +51,7 @@ class Routing:
         self._top_k = {spec.name: spec.block.top_k for spec in specs if spec.gate.returns == "logits"}
 
     def __enter__(self) -> Routing:
-        body = body_of(self.model)  # which some call with the head and some without
+        body = backbone_of(self.model)  # which some call with the head and some without
         hooks = [
             body.register_forward_pre_hook(self._begin),
             body.register_forward_hook(self._end, always_call=True),

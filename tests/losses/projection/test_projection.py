@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from sar_kd.alignment.batch_alignment import Continuations
-from sar_kd.data.batch import ABSENT
+from sar_kd.data.batch import MASKED_LOGIT
 from sar_kd.losses.projection.joint import Ways, add_other_ways
-from sar_kd.losses.projection.marginals import Fold, poor_log_probs, read, rich_log_probs
+from sar_kd.losses.projection.marginals import Fold, coarse_log_probs, fine_log_probs, read
 
 N, V, COUNT = 5, 12, 4
 TOKENS = torch.tensor([0, 2, 3, 5, 6, 8, 9, 11])
@@ -138,15 +138,15 @@ def test_a_fold_of_more_rows_than_tokens_leaves_the_padding_alone():
 # Continuations
 
 
-# Outcomes 0, 1 and the end 2 of one row; 3 and the end 4 of another, behind which no token of the richer side ends;
-# 5, 6 and the end 7 of a third that ended in the text, of which only the richer side is asked.
+# Outcomes 0, 1 and the end 2 of one row; 3 and the end 4 of another, behind which no token of the coarser side ends;
+# 5, 6 and the end 7 of a third that ended in the text, of which only the coarser side is asked.
 ROWS = Continuations(
-    rich_rows=torch.tensor([0, 1, 2]),
-    poor_rows=torch.tensor([0, 1]),
-    rich_entries=torch.tensor(
+    coarse_rows=torch.tensor([0, 1, 2]),
+    fine_rows=torch.tensor([0, 1]),
+    coarse_entries=torch.tensor(
         [[0, 0, 0, 0, 1, 1, 2, 2, 2, 2], [1, 3, 7, 9, 3, 5, 0, 2, 6, 8], [1, 0, 0, 2, 3, 3, 6, 5, 5, 7]]
     ),
-    poor_entries=torch.tensor([[0, 0, 0, 1, 1], [0, 4, 6, 2, 8], [0, 1, 1, 3, 3]]),
+    fine_entries=torch.tensor([[0, 0, 0, 1, 1], [0, 4, 6, 2, 8], [0, 1, 1, 3, 3]]),
     outcome_rows=torch.tensor([0, 0, 0, 1, 1, 2, 2, 2]),
     ends=torch.tensor([2, 4, 7]),
     can_end=torch.tensor([True, False]),
@@ -155,18 +155,18 @@ ROWS = Continuations(
 RICH, POOR = 3, 2
 
 
-def _rich(logits: Tensor, rows: Continuations, temperature: float) -> Tensor:
-    return rich_log_probs(read(_tile(logits), FOLD, 0, 0, rows, temperature).entries, rows)
+def _coarse(logits: Tensor, rows: Continuations, temperature: float) -> Tensor:
+    return coarse_log_probs(read(_tile(logits), FOLD, 0, 0, rows, temperature).entries, rows)
 
 
-def _poor(logits: Tensor, rows: Continuations, temperature: float, must_end: bool) -> Tensor:
-    return poor_log_probs(read(_tile(logits), FOLD, 0, len(logits), NO_ROWS, temperature).rows, rows, must_end)
+def _fine(logits: Tensor, rows: Continuations, temperature: float, must_end: bool) -> Tensor:
+    return fine_log_probs(read(_tile(logits), FOLD, 0, len(logits), NO_ROWS, temperature).rows, rows, must_end)
 
 
 MUST_END = pytest.mark.parametrize("must_end", [True, False])
 
 
-def _naive_rich(logits: Tensor, temperature: float) -> Tensor:
+def _naive_coarse(logits: Tensor, temperature: float) -> Tensor:
     """Probabilities."""
     z = (logits / temperature).exp()
     only = z[1, 3] + z[1, 5]
@@ -176,7 +176,7 @@ def _naive_rich(logits: Tensor, temperature: float) -> Tensor:
     return torch.cat([row / row.sum() for row in (first, second, third)])
 
 
-def _naive_poor(logits: Tensor, temperature: float, must_end: bool) -> Tensor:
+def _naive_fine(logits: Tensor, temperature: float, must_end: bool) -> Tensor:
     """Probabilities."""
     z = (logits / temperature).exp()
     own, only = [z[0, 0], z[0, 4] + z[0, 6]], z[1, 2] + z[1, 8]
@@ -194,9 +194,9 @@ def _assert_probs(log_probs: Tensor, probs: Tensor, *sizes: int) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_probabilities_of_the_richer_side_match_their_definition_and_sum_to_one(temperature):
+def test_probabilities_of_the_coarser_side_match_their_definition_and_sum_to_one(temperature):
     logits = _logits(0, 1.0, RICH)
-    _assert_probs(_rich(logits, ROWS, temperature), _naive_rich(logits.double(), temperature), 3, 2, 3)
+    _assert_probs(_coarse(logits, ROWS, temperature), _naive_coarse(logits.double(), temperature), 3, 2, 3)
 
 
 @MUST_END
@@ -204,22 +204,22 @@ def test_probabilities_of_the_richer_side_match_their_definition_and_sum_to_one(
 def test_probabilities_of_the_poorer_side_match_their_definition_and_sum_to_one(temperature, must_end):
     """Of the rows that go on in the text, and of no other."""
     logits = _logits(1, 1.0, POOR)
-    wanted = _naive_poor(logits.double(), temperature, must_end)
-    _assert_probs(_poor(logits, ROWS, temperature, must_end), wanted, 3, 2)
+    wanted = _naive_fine(logits.double(), temperature, must_end)
+    _assert_probs(_fine(logits, ROWS, temperature, must_end), wanted, 3, 2)
 
 
-@pytest.mark.parametrize("side", ["rich", "poor_must_end", "poor"])
+@pytest.mark.parametrize("side", ["coarse", "fine_must_end", "fine"])
 def test_gradients_of_continuations_match_their_definition(side):
-    if side == "rich":
-        logits, function, naive = _logits(0, 1.0, RICH), _rich, _naive_rich
+    if side == "coarse":
+        logits, function, naive = _logits(0, 1.0, RICH), _coarse, _naive_coarse
     else:
-        must_end = side == "poor_must_end"
-        logits, function, naive = _logits(1, 1.0, POOR), _poor, lambda z, t: _naive_poor(z, t, must_end)
-    arguments = (ROWS, 2.0) if side == "rich" else (ROWS, 2.0, must_end)
+        must_end = side == "fine_must_end"
+        logits, function, naive = _logits(1, 1.0, POOR), _fine, lambda z, t: _naive_fine(z, t, must_end)
+    arguments = (ROWS, 2.0) if side == "coarse" else (ROWS, 2.0, must_end)
 
     def found(z):
         log_probs = function(z, *arguments)
-        return torch.where(log_probs > 1e-6 * ABSENT, log_probs, 0.0)
+        return torch.where(log_probs > 1e-6 * MASKED_LOGIT, log_probs, 0.0)
 
     def wanted(z):
         probs = naive(z, 2.0)
@@ -236,20 +236,20 @@ def test_gradients_of_continuations_match_their_definition(side):
 def test_written_bytes_of_vanishing_probability_still_give_a_distribution(distance):
     logits, high = _logits(0, 1.0, RICH), _logits(0, 1.0, RICH)
     for row in range(RICH):  # tokens that do not extend them
-        extending = ROWS.rich_entries[1, ROWS.rich_entries[0] == row].tolist()
+        extending = ROWS.coarse_entries[1, ROWS.coarse_entries[0] == row].tolist()
         high[row, [token for token in range(V) if token not in extending]] += distance
-    assert torch.equal(_rich(logits, ROWS, 1.0), _rich(high, ROWS, 1.0))
+    assert torch.equal(_coarse(logits, ROWS, 1.0), _coarse(high, ROWS, 1.0))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 4.0])
 def test_a_row_of_which_a_cut_left_nothing_counts_as_one_that_ends(temperature):
     logits = _logits(0, 1.0, RICH)
-    cut = torch.full_like(logits, ABSENT)
+    cut = torch.full_like(logits, MASKED_LOGIT)
     cut[:2, [0, 2, 11]] = logits[:2, [0, 2, 11]]  # tokens that extend nothing of these rows
     cut[2, [2, 8]] = logits[2, [2, 8]]
-    found = _rich(cut, ROWS, temperature)
+    found = _coarse(cut, ROWS, temperature)
     assert found[[2, 4]].tolist() == [0.0, 0.0]
-    assert (found[[0, 1, 3, 6]] < 1e-6 * ABSENT).all()
+    assert (found[[0, 1, 3, 6]] < 1e-6 * MASKED_LOGIT).all()
     assert found.isfinite().all()
     torch.testing.assert_close(found[[5, 7]], (logits[2, [2, 8]] / temperature).log_softmax(0))
 
@@ -258,7 +258,7 @@ def test_a_row_of_which_a_cut_left_nothing_counts_as_one_that_ends(temperature):
 def test_the_largest_float16_logits_give_finite_continuations(must_end):
     leaves = [torch.where(_logits(i, 1.0, rows) > 0, 6e4, -6e4).half() for i, rows in enumerate((RICH, POOR))]
     for leaf, function in zip(
-        leaves, (lambda z: _rich(z, ROWS, 0.5), lambda z: _poor(z, ROWS, 0.5, must_end)), strict=True
+        leaves, (lambda z: _coarse(z, ROWS, 0.5), lambda z: _fine(z, ROWS, 0.5, must_end)), strict=True
     ):
         log_probs = function(leaf.requires_grad_())
         (log_probs.clamp_min(-1e6) * _weights(len(log_probs))).sum().backward()
@@ -271,10 +271,10 @@ def test_the_largest_float16_logits_give_finite_continuations(must_end):
 @pytest.mark.parametrize("lead", [5.0, 12.0, 25.0, 40.0, 60.0])
 def test_a_student_all_but_certain_to_go_on_is_still_told_to_end(lead, temperature):
     """log(1 - p) by way of p has neither digits nor gradient where p rounds to 1."""
-    poor = _logits(4, 1.0, POOR)
-    poor[0, 4] = lead * temperature
-    value, grad = _value_and_grad(lambda z: _poor(z, ROWS, temperature, True)[2], poor, torch.ones(()))
-    leaf = poor[0].double().requires_grad_()
+    fine = _logits(4, 1.0, POOR)
+    fine[0, 4] = lead * temperature
+    value, grad = _value_and_grad(lambda z: _fine(z, ROWS, temperature, True)[2], fine, torch.ones(()))
+    leaf = fine[0].double().requires_grad_()
     others = [v for v in range(V) if v not in (0, 4, 6)]
     wanted = (leaf / temperature)[others].logsumexp(0) - (leaf / temperature).logsumexp(0)
     wanted.backward()
@@ -289,38 +289,38 @@ def test_a_student_all_but_certain_to_go_on_is_still_told_to_end(lead, temperatu
 def test_no_continuations_have_no_outcomes():
     none = {name: value[..., :0] for name, value in vars(ROWS).items() if name != "num_going_on"}
     none = Continuations(**none, num_going_on=0)
-    for function, more in ((_rich, ()), (_poor, (True,))):
+    for function, more in ((_coarse, ()), (_fine, (True,))):
         leaf = torch.zeros(0, V, requires_grad=True)
         found = function(leaf, none, 1.0, *more)
         found.sum().backward()
         assert (found.shape, leaf.grad.shape) == ((0,), (0, V))
 
 
-def test_rows_that_all_ended_ask_the_richer_side_only():
+def test_rows_that_all_ended_ask_the_coarser_side_only():
     ended = Continuations(
-        rich_rows=torch.tensor([0]),
-        poor_rows=torch.tensor([], dtype=torch.int64),
-        rich_entries=torch.tensor([[0, 0], [1, 3], [0, 1]]),
-        poor_entries=torch.zeros(3, 0, dtype=torch.int64),
+        coarse_rows=torch.tensor([0]),
+        fine_rows=torch.tensor([], dtype=torch.int64),
+        coarse_entries=torch.tensor([[0, 0], [1, 3], [0, 1]]),
+        fine_entries=torch.zeros(3, 0, dtype=torch.int64),
         outcome_rows=torch.tensor([0, 0]),
         ends=torch.tensor([1]),
         can_end=torch.tensor([], dtype=torch.bool),
         num_going_on=0,
     )
     logits = _logits(0, 1.0, 1)
-    torch.testing.assert_close(_rich(logits, ended, 1.0), logits[0, [1, 3]].log_softmax(0))
-    assert _poor(logits[:0], ended, 1.0, True).shape == (0,)
+    torch.testing.assert_close(_coarse(logits, ended, 1.0), logits[0, [1, 3]].log_softmax(0))
+    assert _fine(logits[:0], ended, 1.0, True).shape == (0,)
 
 
 def test_a_reading_adds_up_all_that_comes_back_to_a_column():
     """One column may be open, or stand whole, and lend single logits."""
-    num_open, rows = 3, dataclasses.replace(ROWS, rich_rows=torch.tensor([0, 4, 1]))
+    num_open, rows = 3, dataclasses.replace(ROWS, coarse_rows=torch.tensor([0, 4, 1]))
 
     def found(z):
         return torch.cat([part.t().flatten() for part in read(_tile(z), FOLD, num_open, N - num_open, rows, 2.0)])
 
     def wanted(z):
-        entries = z[rows.rich_rows[rows.rich_entries[0]], rows.rich_entries[1]]
+        entries = z[rows.coarse_rows[rows.coarse_entries[0]], rows.coarse_entries[1]]
         return torch.cat([_naive_class_logits(z[:3], 2.0).flatten(), z[3:].flatten() / 2.0, entries / 2.0])
 
     logits = _logits()

@@ -20,17 +20,17 @@ from sar_kd.commands import cache, main
 from sar_kd.config.command_line import parse_args
 from sar_kd.config.presets import STABLE
 from sar_kd.data.blocks import cut_at
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.data.samples import Document
 from sar_kd.data.sources import load_documents
 from sar_kd.errors import UsageError
 from sar_kd.losses.objective import Objective
 from sar_kd.models.loading import load_models
-from sar_kd.runtime.distributed import ALONE
+from sar_kd.runtime.distributed import SINGLE_PROCESS
 from sar_kd.runtime.precision import setup
 from sar_kd.teacher.cache import builder, format
 from sar_kd.teacher.cache.format import TEXTS
-from sar_kd.teacher.cache.lookup import Index, Match
+from sar_kd.teacher.cache.lookup import CacheIndex, CacheLookup
 from sar_kd.teacher.cached import open_teacher_cache
 from sar_kd.tokenization.token_stream import Blocks
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
@@ -104,15 +104,15 @@ class _Side:
     """A run up to its first step."""
 
     def __init__(self, flags):
-        config, stored = open_teacher_cache(parse_args(STABLE, flags), ALONE, _Log())
+        config, stored = open_teacher_cache(parse_args(STABLE, flags), SINGLE_PROCESS, _Log())
         self.config, self.precision = config, setup(config.precision, 0)
         self.models = load_models(config, self.precision, stored.teacher)
         limits, texts = self.models.block_limits(config.data.block_size), load_documents(config.data)
         answers = stored.texts(texts, self.models.tokenizers.teacher)
         both = zip(texts, answers, strict=True)
-        self.corpus, self.validation = (Corpus(t, self.models.tokenizers, *limits, stored=a) for t, a in both)
+        self.corpus, self.validation = (Dataset(t, self.models.tokenizers, *limits, stored=a) for t, a in both)
         sides = self.models.teacher, self.models.student
-        self.objective = Objective(*sides, config.loss, self.corpus.pairing, self.precision)
+        self.objective = Objective(*sides, config.loss, self.corpus.aligner, self.precision)
 
     def learned(self, blocks):
         """The terms of a batch, and the gradient of its total, unscaled."""
@@ -529,13 +529,13 @@ def test_the_verb_says_a_wrong_flag_in_one_line(capsys, tmp_path, monkeypatch):
 
 def _corpus(documents, student, teacher, **how):
     sizes = {"student_rows": len(student), "teacher_rows": len(teacher)}
-    return Corpus(documents, TokenizerPair(student, teacher, **sizes, aligns=True), 24, 60, **how)
+    return Dataset(documents, TokenizerPair(student, teacher, **sizes, aligns=True), 24, 60, **how)
 
 
 def _index(corpus, windows):
     text = corpus.text
     starts = np.searchsorted(text.teacher.ends, text.starts, side="right")
-    return Index(text.teacher.ids, text.teacher.ends, np.append(starts, len(text.teacher.ids)), list(text.names),
+    return CacheIndex(text.teacher.ids, text.teacher.ends, np.append(starts, len(text.teacher.ids)), list(text.names),
                  np.array(windows), 0)  # fmt: skip
 
 
@@ -549,7 +549,7 @@ def test_rows_are_found_by_document_where_a_run_leaves_some_out(documents, sp_to
     index = _index(whole, [len(whole.text.teacher.ids)])
     kept = [d for number, d in enumerate(documents) if number % 3 != 1]
     part = _corpus(kept, sp_tokenizer, byte_tokenizer)
-    match = Match(part.text, index)
+    match = CacheLookup(part.text, index)
     assert match.num_unknown == 0
     rows = match.rows_of(0, len(part.text.teacher.ids))
     assert np.array_equal(index.tokens[rows], part.text.teacher.ids)
@@ -561,7 +561,7 @@ def test_a_document_that_is_read_otherwise_has_no_rows(documents, sp_tokenizer, 
     changed = [d._replace(text=d.text + "!") if d.name == "3" else d for d in documents]
     changed = [d._replace(text=d.text[:-1] + "#") if d.name == "7" else d for d in changed]
     part = _corpus([*changed, Document("new", "Not there before.")], sp_tokenizer, byte_tokenizer)
-    match = Match(part.text, _index(whole, [len(whole.text.teacher.ids)]))
+    match = CacheLookup(part.text, _index(whole, [len(whole.text.teacher.ids)]))
     assert match.some_unknown == ["3", "7", "new"]
     starts = np.append(match.starts, 0)
     assert np.all(match.rows_of(int(starts[3]), int(starts[4])) == -1)

@@ -10,9 +10,9 @@ import torch
 
 from sar_kd.config.runs import RoutingConfig
 from sar_kd.config.sections import GuardConfig, LossConfig, OptimConfig
-from sar_kd.data.dataset import Corpus
+from sar_kd.data.dataset import Dataset
 from sar_kd.data.samples import Document
-from sar_kd.losses.functional import Segments
+from sar_kd.losses.functional import GroupSums
 from sar_kd.losses.objective import Objective
 from sar_kd.models.memory_saving import recompute_activations_
 from sar_kd.runtime.precision import Precision
@@ -20,11 +20,11 @@ from sar_kd.teacher.moe.discovery import Gate, find_routers
 from sar_kd.teacher.moe.router_checkpoint import FrozenTeacherChanged, hash_frozen
 from sar_kd.teacher.moe.router_training import (
     FROZEN_ROUTERS,
-    RouterLearner,
+    RouterTrainer,
     entropy,
-    imbalance,
+    load_balancing_loss,
     relative_change,
-    shares_of,
+    router_probs,
 )
 from sar_kd.teacher.moe.routing_hooks import Routing
 from sar_kd.tokenization.token_stream import Block
@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 HALF_OR_FLOAT = pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["float16", "float32"])
 SCHEDULES = pytest.mark.parametrize("schedule", ["two_stage", "joint"])
 DIRECTIONS = pytest.mark.parametrize("direction", ["forward", "reverse"])
-SMOOTH = [("equal", "auto"), ("different", "auto"), ("richer", "auto"), ("different", "strict")]
+SMOOTH = [("equal", "auto"), ("different", "auto"), ("coarser", "auto"), ("different", "strict")]
 KINDS = pytest.mark.parametrize(("tokenizers", "alignment"), [*SMOOTH, ("different", "alm"), ("different", "uld")])
 
 
@@ -47,14 +47,14 @@ def corpora(byte_tokenizer, sp_tokenizer, corpus_texts):
     pairs = {
         "equal": (byte_tokenizer, byte_tokenizer),
         "different": (sp_tokenizer, byte_tokenizer),
-        "richer": (byte_tokenizer, sp_tokenizer),
+        "coarser": (byte_tokenizer, sp_tokenizer),
     }
     return {name: _corpus(documents, *pair) for name, pair in pairs.items()}
 
 
 def _corpus(documents, student, teacher):
     pair = TokenizerPair(student, teacher, student_rows=len(student), teacher_rows=len(teacher))
-    return Corpus(documents, pair, 24, 60)
+    return Dataset(documents, pair, 24, 60)
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def make_run(corpora, make_student, make_teacher):
         losses = LossConfig(**({"alpha_kd": 0.5, "alpha_ce": 0.5} | no_clamps | (loss or {})))
         settings = RoutingConfig(**({"router_lr": 1e-3} | routing))
         run = SimpleNamespace(corpus=corpus, student=student, teacher=teacher, precision=precision, settings=settings)
-        run.objective = Objective(teacher, student, losses, corpus.pairing, precision)
+        run.objective = Objective(teacher, student, losses, corpus.aligner, precision)
         run.optimizer = build_optimizer(student, OptimConfig(student_lr=1e-3), run.objective.parameters())
         run.guard = StepGuard(GuardConfig(skip_grad_norm=1e9, skip_rule="fixed"))
         run.routing = Routing(teacher, find_routers(teacher), "all" if rule == "sar" else rule)
@@ -86,7 +86,7 @@ def make_run(corpora, make_student, make_teacher):
         opened.append(run.routing)
         run.routers = FROZEN_ROUTERS
         if rule == "sar":
-            run.routers = RouterLearner(run.objective, run.routing, settings, losses, corpus.pairing)
+            run.routers = RouterTrainer(run.objective, run.routing, settings, losses, corpus.aligner)
         run.step = lambda batches, clip=1e9: train_step(
             batches, run.objective, run.optimizer, run.guard, run.precision, clip, run.routers
         )
@@ -146,27 +146,27 @@ def _naive_imbalance(shares, blocks):
 def test_imbalance_is_the_squared_coefficient_of_variation_of_each_block():
     shares = (torch.randn(7, 4, dtype=torch.float64) * 2).softmax(-1)
     blocks = [0, 0, 0, 2, 2, 2, 2]
-    found = imbalance(shares, Segments(torch.tensor(blocks), 3))
+    found = load_balancing_loss(shares, GroupSums(torch.tensor(blocks), 3))
     assert found.tolist() == pytest.approx(_naive_imbalance(shares, blocks), rel=1e-12)
 
 
 def test_imbalance_is_zero_with_zero_gradient_where_experts_share_alike_and_its_largest_where_one_has_all():
     logits = torch.zeros(6, 4, requires_grad=True)
-    one_block = Segments(torch.zeros(6, dtype=torch.int64), 1)
-    value = imbalance(shares_of(Gate("softmax", True), logits), one_block)
+    one_block = GroupSums(torch.zeros(6, dtype=torch.int64), 1)
+    value = load_balancing_loss(router_probs(Gate("softmax", True), logits), one_block)
     value.sum().backward()
     assert value.item() == pytest.approx(0.0, abs=1e-6)
     assert logits.grad.abs().max() < 1e-6
-    assert imbalance(torch.eye(4)[:1].expand(6, -1), one_block).item() == pytest.approx(3.0)
+    assert load_balancing_loss(torch.eye(4)[:1].expand(6, -1), one_block).item() == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_the_gradients_of_the_terms_pass_gradcheck(score):
     logits = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
-    blocks = Segments(torch.tensor([0, 0, 1, 1, 1]), 2)
+    blocks = GroupSums(torch.tensor([0, 0, 1, 1, 1]), 2)
     gate = Gate(score, False, scale=2.5)
-    assert torch.autograd.gradcheck(lambda z: imbalance(shares_of(gate, z), blocks), logits)
-    assert torch.autograd.gradcheck(lambda z: entropy(shares_of(gate, z)), logits)
+    assert torch.autograd.gradcheck(lambda z: load_balancing_loss(router_probs(gate, z), blocks), logits)
+    assert torch.autograd.gradcheck(lambda z: entropy(router_probs(gate, z)), logits)
     initial = torch.randn(5, 4, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda w: relative_change(w, initial), logits)
 
@@ -276,7 +276,7 @@ def test_each_regulariser_adds_its_own_gradient(make_run, term):
 
 
 @SCHEDULES
-@pytest.mark.parametrize("tokenizers", ["equal", "different", "richer"])
+@pytest.mark.parametrize("tokenizers", ["equal", "different", "coarser"])
 @DIRECTIONS
 def test_a_router_step_lowers_the_routers_own_divergence_on_the_same_text(make_run, schedule, tokenizers, direction):
     run = make_run(tokenizers=tokenizers, sar_schedule=schedule, router_direction=direction, router_beta=0.0)
@@ -290,9 +290,9 @@ def test_a_router_step_lowers_the_routers_own_divergence_on_the_same_text(make_r
 def test_with_the_sign_of_the_loss_turned_the_same_step_raises_it(make_run, schedule, monkeypatch):
     run = make_run(sar_schedule=schedule, router_beta=0.0, router_anchor=0.0)
     run.routers.measures = True
-    plain = RouterLearner.terms
+    plain = RouterTrainer.terms
     turned = lambda self, *args: (t := plain(self, *args)) and dataclasses.replace(t, total=-t.total)  # noqa: E731
-    monkeypatch.setattr(RouterLearner, "terms", turned)
+    monkeypatch.setattr(RouterTrainer, "terms", turned)
     effect = run.step(_batches(run, [0, 1])).routers.router_effect
     assert effect["forward_kl_after"] > effect["forward_kl_before"]
 
@@ -383,7 +383,7 @@ def _ragged(corpus):
 
 
 @SCHEDULES
-@pytest.mark.parametrize("tokenizers", ["equal", "different", "richer"])
+@pytest.mark.parametrize("tokenizers", ["equal", "different", "coarser"])
 def test_accumulation_and_padding_change_nothing(make_run, schedule, tokenizers):
     """Blocks of two lengths: together the short ones are padded, one by one nothing is."""
     moves, reports = [], []
