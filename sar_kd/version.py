@@ -1,5 +1,6 @@
-"""The package's version, written once."""
-
-from __future__ import annotations
+"""The version of the package, in one place for setup, model cards and reports; and that of the files of a run folder."""
 
 __version__ = "0.1.0"
+
+RUN_FORMAT = 2
+"""Written into config.json, summary.json and a checkpoint's progress.json. A run of another format is not resumed."""
