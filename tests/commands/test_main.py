@@ -53,7 +53,7 @@ def test_every_verb_answers_to_help_with_its_flags(verb, capsys):
 
 def test_a_misspelt_verb_is_answered_with_the_nearest(capsys):
     assert main(["preflihgt"]) == 2
-    assert capsys.readouterr().err == "error: preflihgt: no such verb; did you mean preflight?\n"
+    assert capsys.readouterr().err == "error: preflihgt: no such command; did you mean preflight?\n"
     assert main(["zzz"]) == 2
     assert "there are train, preflight" in capsys.readouterr().err
 
@@ -87,7 +87,7 @@ def test_the_package_promises_its_types_and_installs_its_command():
 
 
 def test_importing_the_package_and_parsing_load_no_torch():
-    code = "import sys, sar_kd, sar_kd.arguments; print(sar_kd.__version__, 'torch' in sys.modules)"
+    code = "import sys, sar_kd, sar_kd.config.command_line; print(sar_kd.__version__, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [__version__, "False"]
 

@@ -36,6 +36,7 @@ from tests.helpers.runs import (
     assert_equal_runs,
     assert_refused,
     equal_weights,
+    inputs,
     interrupting,
     latest_checkpoint,
     load_script,
@@ -45,6 +46,7 @@ from tests.helpers.runs import (
     run_script,
 )
 
+__all__ = ["inputs"]  # a fixture
 CPU = torch.device("cpu")
 SCRIPTS = ("train_sar_kd_fp16_safe", "train_sar_kd_stable")
 STEP_KEYS = {

@@ -19,12 +19,12 @@ from sar_kd.runtime.hub import offline_by, reason_of
 ROOT = Path(__file__).parents[2]
 _LOAD = """
 import json, sys
-from sar_kd.loading import load_skeleton
-from sar_kd.settings import UsageError
+from sar_kd.errors import UsageError
+from sar_kd.models.loading import load_meta_model
 lines = []
 for name in sys.argv[1:]:
     try:
-        load_skeleton("teacher_model", name, False)
+        load_meta_model("teacher_model", name, False)
     except UsageError as error:
         lines.append(str(error))
 print(json.dumps(lines))

@@ -60,7 +60,7 @@ class Run:
 
     def step(self, batches) -> StepReport:
         before, reference, skipped = self.tensors(), self._reference(batches), dict(self.guard.skipped)
-        rate = learning_rate_at(self.attempts, PLANNED_STEPS, self.optim)
+        rate = learning_rate_at(self.attempts, PLANNED_STEPS, self.optim, self.optim.student_lr)
         set_learning_rate_(self.optimizer, rate)
         report = train_step(batches, self.objective, self.optimizer, self.guard, self.precision, self.clip)
         self.attempts += 1

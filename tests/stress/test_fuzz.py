@@ -152,7 +152,7 @@ def test_no_command_line_ends_in_a_traceback_or_writes_a_file(share, tmp_path, m
         config = parse_args(FP16_SAFE, argv)
         open_run(config)
         StepGuard(config.guards)
-        rates = [learning_rate_at(step, config.train.train_steps, config.optim) for step in (0, 1, 10**6)]
+        rates = [learning_rate_at(step, config.train.train_steps, config.optim, config.optim.student_lr) for step in (0, 1, 10**6)]
         assert all(rate >= 0 for rate in rates)
         if config.data.train_file:
             load_documents(config.data)
