@@ -17,7 +17,7 @@ from sar_kd.config.presets import STABLE
 from sar_kd.config.sections import EMBEDDED
 from sar_kd.errors import UsageError
 from sar_kd.models.loading import IN_MEMORY, LoadedModels, load_for_generation
-from sar_kd.runtime.files import replace_text
+from sar_kd.runtime.files import atomic_write
 
 ModelLike = str | Path | nn.Module | tuple[nn.Module, Any]
 
@@ -133,5 +133,5 @@ def _files_of(flag: str, texts: TextsLike, folder: Path, text_field: str) -> lis
     objects = [{text_field: row} if isinstance(row, str) else dict(row) for row in rows]
     path = folder.with_name(f"{folder.name}.{flag.removesuffix('_file')}.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in objects))
+    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in objects))
     return [str(path)]

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 from sar_kd.reporting.history import History, read_history
-from sar_kd.runtime.files import number_of, replace_text
+from sar_kd.runtime.files import atomic_write, number_of
 from sar_kd.version import __version__
 
 FILE = "README.md"
@@ -39,7 +39,7 @@ class CardWriter:
 
     def _write(self) -> None:
         if (self.folder / "student").is_dir():
-            replace_text(self.folder / "student" / FILE, card_of(read_history(self.folder, with_steps=False)))
+            atomic_write(self.folder / "student" / FILE, card_of(read_history(self.folder, with_steps=False)))
 
 
 def card_of(run: History) -> str:

@@ -19,7 +19,7 @@ from sar_kd.errors import UsageError
 from sar_kd.reporting.charts import charts_of
 from sar_kd.reporting.history import History, read_history, verdict_of
 from sar_kd.runtime.environment import is_installed
-from sar_kd.runtime.files import number_of, replace_text
+from sar_kd.runtime.files import atomic_write, number_of
 from sar_kd.version import __version__
 
 FILE = "report.html"
@@ -103,7 +103,7 @@ def write_report(runs: Sequence[History], path: Path) -> None:
         raise UsageError(f"report: needs matplotlib, and {error.name} is missing: `{_INSTALL}`") from None
     body = _page_of_one(runs[0], charts) if len(runs) == 1 else _page_of_several(runs, charts)
     title = " and ".join(run.name for run in runs[:3]) + (" and others" if len(runs) > 3 else "")
-    replace_text(
+    atomic_write(
         path,
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

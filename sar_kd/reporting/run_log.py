@@ -30,12 +30,12 @@ from sar_kd.reporting.trackers import find_trackers
 from sar_kd.runtime.console import first_few, perplexity_text, wrap_lines
 from sar_kd.runtime.files import (
     FolderLock,
+    atomic_write,
     check_contained,
     clear,
     complete_lines,
     holds_something,
     plain,
-    replace_text,
     step_of,
 )
 
@@ -81,7 +81,7 @@ class RunLog:
         self._lock.acquire()
         if first_step == 0 and self._config.train.overwrite:  # only now is it sure that a run begins
             clear(self.folder)
-        replace_text(self.folder / "config.json", json.dumps(self._config.to_dict(), indent=2) + "\n")
+        atomic_write(self.folder / "config.json", json.dumps(self._config.to_dict(), indent=2) + "\n")
         self._open_metrics(first_step)
         self._bar = tqdm(
             total=calendar.train_steps,
@@ -96,7 +96,7 @@ class RunLog:
     def _open_metrics(self, first_step: int) -> None:
         path = self.folder / "metrics.jsonl"
         kept = [line for line in complete_lines(path) if step_of(line) <= first_step] if first_step else []
-        replace_text(path, "".join(kept))
+        atomic_write(path, "".join(kept))
         self._metrics = open(path, "a", encoding="utf-8", buffering=1)
 
     def begin(self, student: dict, teacher: dict) -> None:
@@ -188,7 +188,7 @@ class RunLog:
 
     def finish(self, summary: dict) -> None:
         """Write `summary.json`, close everything, print the closing table."""
-        replace_text(self.folder / "summary.json", json.dumps(plain(summary), indent=2) + "\n")
+        atomic_write(self.folder / "summary.json", json.dumps(plain(summary), indent=2) + "\n")
         for observer in self._observers:
             observer.finish(summary)
         self.close()

@@ -5,36 +5,74 @@ The run folder itself: one run at a time in it, nothing in it that leads out of 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
 from sar_kd.errors import UsageError
 
 
-def replace_text(path: Path, text: str, flag: str = "output_dir", remedy: str = "then --resume") -> None:
-    """Write a file so that a reader, and a kill, meet the old text or the new, never a part.
+def atomic_write(
+    path: Path,
+    data: str | bytes | Callable[[Path], object],
+    flag: str = "output_dir",
+    remedy: str = "then --resume",
+) -> None:
+    """Write a file so that a reader, a kill or a power cut finds the old content or the new, never a part of it.
 
-    flag, remedy: what named the folder, and what to do once there is room
-    Raises: UsageError if it cannot be written
+    data: the content (text becomes UTF-8), or a function that writes it into the path it is given
+    flag, remedy: the option that named the folder, and what to do once there is room
+    Raises: UsageError if it cannot be written; the old file is then intact
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        if callable(data):
+            data(partial)
+        else:
+            partial.write_bytes(data.encode() if isinstance(data, str) else data)
+        atomic_rename(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise UsageError(
-            f"--{flag}: {path} cannot be written ({error.strerror}); what was saved before is intact: free some "
-            f"room, {remedy}"
+            f"--{flag}: {path} cannot be written ({error.strerror or error}); what was saved before is intact: free "
+            f"some room, {remedy}"
         ) from None
+
+
+def atomic_rename(partial: Path, path: Path) -> None:
+    """Give a finished file or folder its final name, in place of what has it, once its content is on the disk.
+
+    A file is replaced in one step; a folder that has the name is deleted first.
+    """
+    if partial.is_dir():
+        for inner in partial.rglob("*"):
+            _flush(inner)
+        _flush(partial)
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(partial, path)
+    else:
+        _flush(partial)
+        os.replace(partial, path)
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file is on the disk; a folder too (the names in it), where the system can do that."""
+    is_folder = path.is_dir()
+    if is_folder and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    try:
+        with contextlib.suppress(OSError) if is_folder else contextlib.nullcontext():
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def complete_lines(path: Path) -> list[str]:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from sar_kd.errors import UsageError
 from sar_kd.losses.objective import Objective
 from sar_kd.models.lora import save_trainable
-from sar_kd.runtime.files import file_digest, replace_text, require_room
+from sar_kd.runtime.files import atomic_write, file_digest, require_room
 from sar_kd.runtime.precision import Precision, peak_memory
 from sar_kd.teacher.base import NoTeacher
 from sar_kd.teacher.live import LiveTeacher
@@ -137,7 +137,7 @@ def _write(
             _flush(path)
         shutil.rmtree(folder / name, ignore_errors=True)
         os.rename(partial, folder / name)
-        replace_text(folder / "latest", name)
+        atomic_write(folder / "latest", name)
     kept = {name, *[older for older in _saved(folder) if older < name][: keep - 1]}
     for old in folder.iterdir():
         if old.is_dir() and old.name not in kept:

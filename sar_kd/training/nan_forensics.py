@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sar_kd.data.batch import Batch
-from sar_kd.runtime.files import plain, replace_text
+from sar_kd.runtime.files import atomic_write, plain
 from sar_kd.runtime.precision import Precision
 
 REMEDIES = {
@@ -176,8 +176,8 @@ def write_crash(folder: Path, batch: Batch, record: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {"input_ids": batch.student.input_ids.cpu(), "labels": batch.student.labels.cpu()}
     safetensors.torch.save_file(tensors, str(folder / "batch.safetensors"))
-    replace_text(folder / "crash.json", json.dumps(plain(record), indent=2) + "\n")
-    replace_text(folder / "crash.md", page(record))
+    atomic_write(folder / "crash.json", json.dumps(plain(record), indent=2) + "\n")
+    atomic_write(folder / "crash.md", page(record))
 
 
 def page(record: dict) -> str:

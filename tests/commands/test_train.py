@@ -24,7 +24,7 @@ from sar_kd.data.sources import load_documents
 from sar_kd.errors import UsageError
 from sar_kd.evaluation.perplexity import evaluate
 from sar_kd.runtime.environment import is_installed
-from sar_kd.runtime.files import replace_text
+from sar_kd.runtime.files import atomic_write
 from sar_kd.runtime.precision import Precision
 from sar_kd.runtime.signals import StopRequest
 from sar_kd.training import checkpoint, trainer
@@ -598,10 +598,10 @@ def test_what_a_kill_left_is_cleared_away_by_the_next_checkpoint(saving):
 
 
 def test_a_text_killed_half_way_leaves_the_former_one(tmp_path, monkeypatch):
-    replace_text(tmp_path / "summary.json", "old")
+    atomic_write(tmp_path / "summary.json", "old")
     monkeypatch.setattr("os.replace", _raise)
     with pytest.raises(Killed):
-        replace_text(tmp_path / "summary.json", "new")
+        atomic_write(tmp_path / "summary.json", "new")
     assert (tmp_path / "summary.json").read_text() == "old"
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from sar_kd.errors import UsageError
-from sar_kd.runtime.files import file_digest, replace_text
+from sar_kd.runtime.files import atomic_write, file_digest
 
 TEXTS = ("train", "validation")
 
@@ -95,7 +95,7 @@ def read_header(folder: Path) -> dict[str, Any]:
 def write_header(folder: Path, header: dict[str, Any]) -> None:
     """Replace the header, so that a kill leaves the old one or the new."""
     text = json.dumps({**header, "sha256": _digest(header)}, indent=1) + "\n"
-    replace_text(folder / HEADER, text, "teacher_cache", "then the same command goes on")
+    atomic_write(folder / HEADER, text, "teacher_cache", "then the same command goes on")
 
 
 def _digest(header: dict) -> str:
