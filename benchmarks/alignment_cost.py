@@ -56,8 +56,14 @@ class Run:
         for model in (student, teacher):
             model.resize_token_embeddings(rows)
         teacher.requires_grad_(False).eval()
-        pair = TokenizerPair(student_tokenizer, teacher_tokenizer, student_rows=rows, teacher_rows=rows)
-        self.corpus = Dataset([Document(*item) for item in texts.items()], pair, BLOCK_SIZE, 8 * BLOCK_SIZE)
+        pair = TokenizerPair(student_tokenizer, teacher_tokenizer, student_vocab_size=rows, teacher_vocab_size=rows)
+        self.corpus = Dataset(
+            [Document(*item) for item in texts.items()],
+            pair,
+            BLOCK_SIZE,
+            8 * BLOCK_SIZE,
+            loss_workspace_mb=config.loss.loss_workspace_mb,
+        )
         self.objective = Objective(teacher, student, config.loss, self.corpus.aligner, self.precision)
         self.optimizer = build_optimizer(student, config.optim, self.objective.parameters())
         self.guard = StepGuard(config.guards)

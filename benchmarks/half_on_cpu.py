@@ -41,7 +41,12 @@ class Side:
         self.precision.emulates = emulates
         self.models = load_models(self.config, self.precision)
         limits = self.models.block_limits(self.config.data.block_size)
-        self.corpus = Dataset(load_documents(self.config.data)[0], self.models.tokenizers, *limits)
+        self.corpus = Dataset(
+            load_documents(self.config.data)[0],
+            self.models.tokenizers,
+            *limits,
+            loss_workspace_mb=self.config.loss.loss_workspace_mb,
+        )
         pair = (self.models.teacher, self.models.student)
         self.objective = Objective(*pair, self.config.loss, self.corpus.aligner, self.precision)
         self.optimizer = build_optimizer(self.models.student, self.config.optim, self.objective.parameters())

@@ -158,7 +158,7 @@ def _invented(case: Case, config, dtype):
     def go(config, precision):
         teacher = build(kinds["teacher"]).to(precision.device, dtype).requires_grad_(False).eval()
         student = build(kinds["student"]).to(precision.device).train()
-        sizes = dict.fromkeys(("student_rows", "teacher_rows", "teacher_tokens"), case.vocab_size)
+        sizes = dict.fromkeys(("student_vocab_size", "teacher_vocab_size", "teacher_tokens"), case.vocab_size)
         rows = SimpleNamespace(**sizes, tables=None)
         aligner = SimpleNamespace(pair=rows)
 
@@ -190,7 +190,12 @@ def _embedded(config):
     def go(config, precision):
         models = load_models(config, precision)
         texts = load_documents(config.data)
-        corpus = Dataset(texts[0], models.tokenizers, *models.block_limits(config.data.block_size))
+        corpus = Dataset(
+            texts[0],
+            models.tokenizers,
+            *models.block_limits(config.data.block_size),
+            loss_workspace_mb=config.loss.loss_workspace_mb,
+        )
         train = config.train
 
         def batches(step):
@@ -206,7 +211,7 @@ def _train(config, precision, teacher, student, aligner, batches, models=None, c
     from sar_kd.losses.objective import Objective
     from sar_kd.models.loading import Models
     from sar_kd.models.memory_saving import recompute_activations_
-    from sar_kd.teacher.live import build_teacher_routing
+    from sar_kd.teacher.live import build_live_teacher
     from sar_kd.training.guards import StepGuard
     from sar_kd.training.optimizer import build_optimizer
     from sar_kd.training.step import train_step
@@ -219,10 +224,10 @@ def _train(config, precision, teacher, student, aligner, batches, models=None, c
     objective = Objective(teacher, student, config.loss, aligner, precision)
     optimizer = build_optimizer(student, config.optim, objective.parameters())
     guard = StepGuard(config.guards)
-    routing = build_teacher_routing(config, models, objective, corpus or SimpleNamespace(aligner=aligner))
+    routing = build_live_teacher(config, models, objective, corpus or SimpleNamespace(aligner=aligner))
     with routing:
         for step in range(2):
-            learner = routing.learner_at(step, lambda peak: peak)
+            learner = routing.router_trainer_at(step, lambda peak: peak)
             train_step(batches(step), objective, optimizer, guard, precision, 1.0, learner)
         (first, *_) = batches(0)
         for model, batch in ((student, first.student), (teacher, first.teacher)):

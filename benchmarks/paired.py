@@ -62,7 +62,9 @@ class Run:
         self.models = models = load_models(config, self.precision, stored.teacher, given)
         limits, texts = models.block_limits(config.data.block_size), load_documents(config.data)
         answers = stored.texts(texts, models.tokenizers.teacher)
-        self.corpus = Dataset(texts[0], models.tokenizers, *limits, stored=answers[0])
+        self.corpus = Dataset(
+            texts[0], models.tokenizers, *limits, stored=answers[0], loss_workspace_mb=config.loss.loss_workspace_mb
+        )
         sides = models.teacher, models.student
         self.objective = Objective(*sides, config.loss, self.corpus.aligner, self.precision)
         self.optimizer = build_optimizer(models.student, config.optim, self.objective.parameters())

@@ -80,7 +80,9 @@ def main() -> None:
     precision = setup(config.precision, 0)
     models = load_models(config, precision)
     limits = models.block_limits(config.data.block_size)
-    corpus = Dataset(load_documents(config.data)[0], models.tokenizers, *limits)
+    corpus = Dataset(
+        load_documents(config.data)[0], models.tokenizers, *limits, loss_workspace_mb=config.loss.loss_workspace_mb
+    )
     objective = Objective(models.teacher, models.student, config.loss, corpus.aligner, precision)
     optimizer, guard = build_optimizer(models.student, config.optim, objective.parameters()), StepGuard(config.guards)
     steps = Steps(corpus, config)

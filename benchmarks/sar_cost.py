@@ -29,7 +29,7 @@ from sar_kd.data.samples import Document
 from sar_kd.losses.objective import Objective
 from sar_kd.models.loading import load_models
 from sar_kd.runtime.precision import setup
-from sar_kd.teacher.live import build_teacher_routing
+from sar_kd.teacher.live import build_live_teacher
 from sar_kd.training.guards import StepGuard
 from sar_kd.training.optimizer import build_optimizer
 from sar_kd.training.step import train_step
@@ -56,12 +56,17 @@ class Run:
         self.precision = setup(self.config.precision, 0)
         self.models = load_models(self.config, self.precision)
         limits = block_size, 8 * block_size
-        corpus = Dataset([Document(*item) for item in texts.items()], self.models.tokenizers, *limits)
+        corpus = Dataset(
+            [Document(*item) for item in texts.items()],
+            self.models.tokenizers,
+            *limits,
+            loss_workspace_mb=self.config.loss.loss_workspace_mb,
+        )
         loss = self.config.loss
         self.objective = Objective(self.models.teacher, self.models.student, loss, corpus.aligner, self.precision)
         self.optimizer = build_optimizer(self.models.student, self.config.optim)
         self.guard = StepGuard(self.config.guards)
-        self.routing = build_teacher_routing(self.config, self.models, self.objective, corpus)
+        self.routing = build_live_teacher(self.config, self.models, self.objective, corpus)
         self.batch = corpus.batch(list(range(batch_size)))
 
     def step(self) -> None:

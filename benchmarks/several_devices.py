@@ -54,7 +54,12 @@ def step(dtype: str, parallel: str, batch_size: int, bad_rank: int | None = None
     config = parse_args(STABLE, [*flags, "--mode", "precise", "--skip_rule", "fixed", "--skip_grad_norm", "1e9"])
     precision = setup(config.precision, 0, process_group)
     models = load_models(config, precision)
-    corpus = Dataset(load_documents(config.data)[1], models.tokenizers, *models.block_limits(64))
+    corpus = Dataset(
+        load_documents(config.data)[1],
+        models.tokenizers,
+        *models.block_limits(64),
+        loss_workspace_mb=config.loss.loss_workspace_mb,
+    )
     objective = Objective(models.teacher, models.student, config.loss, corpus.aligner, precision)
     placement = build_strategy(objective, config.train, process_group)
     optimizer = build_optimizer(models.student, config.optim, objective.parameters())

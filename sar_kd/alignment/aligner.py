@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sar_kd.alignment.batch_alignment import Alignment, Continuations, SharedClasses
 from sar_kd.alignment.byte_alignment import Boundaries, find_boundaries, find_chunks
+from sar_kd.alignment.segments import positions_per_tile
 from sar_kd.alignment.vocabulary_map import ClassTable, VocabularyMap, same_token_map
 from sar_kd.tokenization.token_stream import Block, TokenizedText, TokenStream
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
@@ -57,13 +58,30 @@ class _GoingOn(NamedTuple):
 class Aligner:
     """A text in two tokenizations, and the comparisons that it allows."""
 
-    def __init__(self, pair: TokenizerPair, text: TokenizedText, blocks: Sequence[Block]):
-        """blocks: the blocks of `text`, of which the first teach the vocabulary maps"""
+    def __init__(
+        self,
+        pair: TokenizerPair,
+        text: TokenizedText,
+        blocks: Sequence[Block],
+        loss_workspace_mb: int | None = None,
+        teacher_is_cached: bool = False,
+    ):
+        """blocks: the blocks of `text`, of which the first teach the vocabulary maps
+
+        loss_workspace_mb: memory for the logits of one segment, MiB; None: a batch is one segment
+        teacher_is_cached: its logits come from a cache, cut to the top k
+        """
         self.pair, self._text = pair, text
         self.teacher_is_coarser = len(text.teacher.ids) <= len(text.student.ids)
         self._blocks = blocks
-        self.segment_positions = sys.maxsize
-        """Most rows that a batch's stretches are to have, as whoever computes with them asks"""
+        self.segment_size = sys.maxsize
+        """Most positions of either side in a segment"""
+        if loss_workspace_mb is not None:
+            # No tile of a cached teacher's logits is made where its tokenizer is the coarser.
+            sizes = [pair.student_vocab_size]
+            if not (teacher_is_cached and self.teacher_is_coarser):
+                sizes.append(pair.teacher_vocab_size)
+            self.segment_size = positions_per_tile(loss_workspace_mb, *sizes)
         self._open_of: dict[bytes, np.ndarray] = {}
 
     def over(self, text: TokenizedText) -> Aligner:

@@ -39,6 +39,16 @@ class Segment:
     """int64 [3, X]: a pair, an open outcome, and the outcome of that continuation which is the same"""
 
 
+def positions_per_tile(workspace_mb: int, *vocab_sizes: int) -> int:
+    """Most positions of a tile for the float32 logits of these vocabularies to fit into the workspace; at least one.
+
+    A multiple of 8 (see `models.logit_tiles.room_for`), also where one more is 2 % more than the workspace.
+    """
+    bytes_per_position, workspace = 4 * sum(vocab_sizes), workspace_mb * 2**20
+    positions = workspace * 51 // (50 * bytes_per_position) // 8 * 8
+    return positions if positions >= 32 else max(1, workspace // bytes_per_position)
+
+
 def cut_segments(
     alignment: Alignment, num_student: int, teacher_rows: Tensor, teacher_is_coarser: bool, limit: int
 ) -> tuple[Segment, ...]:

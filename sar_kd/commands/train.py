@@ -22,7 +22,7 @@ from sar_kd.reporting.run_log import open_run
 from sar_kd.runtime.distributed import SINGLE_PROCESS, ProcessGroup, join_process_group
 from sar_kd.runtime.precision import setup
 from sar_kd.teacher.cached import CachedTeacher, open_teacher_cache
-from sar_kd.teacher.live import LiveTeacher, build_teacher_routing
+from sar_kd.teacher.live import LiveTeacher, build_live_teacher
 from sar_kd.training.guards import StepGuard
 from sar_kd.training.on_policy import build_on_policy
 from sar_kd.training.optimizer import build_optimizer
@@ -62,14 +62,14 @@ def train(config: Config, given: LoadedModels = NO_LOADED_MODELS) -> dict:
     answers = stored.texts(texts, models.tokenizers.teacher)  # what it said of them
     both = zip(texts, answers, strict=True)
     train, validation = (
-        Dataset(text, models.tokenizers, *limits, cache, said) for text, said in both
+        Dataset(text, models.tokenizers, *limits, cache, said, config.loss.loss_workspace_mb) for text, said in both
     )  # text to blocks
     loss = config.loss, train.aligner, precision, models.offload
     objective = Objective(models.teacher, models.student, *loss)  # what is minimised
     placement = build_strategy(objective, config.train, process_group)  # on how many devices the student lies, and how
     optimizer = build_optimizer(models.student, config.optim, objective.parameters())  # how
     guard = StepGuard(config.guards)  # when an update is refused
-    routing = build_teaching(config, models, objective, train, process_group)  # which experts the teacher asks, if any
+    routing = build_teacher(config, models, objective, train, process_group)  # which experts the teacher asks, if any
     parts = models, train, validation, objective, optimizer, guard, precision, log, routing, placement
     companions = task.companions(models, limits, precision)  # what takes part beside them
     on_policy = build_on_policy(
@@ -78,13 +78,13 @@ def train(config: Config, given: LoadedModels = NO_LOADED_MODELS) -> dict:
     return Trainer(config, *parts, companions, on_policy).run()  # type: ignore[arg-type]  # elsewhere than on rank 0 the log is silent
 
 
-def build_teaching(
+def build_teacher(
     config: Config, models: Models, objective: Objective, train: Dataset, process_group: ProcessGroup = SINGLE_PROCESS
 ) -> LiveTeacher | CachedTeacher:
     """The teacher of a run: from `--teacher_cache`, or there and routed as `--routing` asks.
 
-    Raises: UsageError as `build_teacher_routing`
+    Raises: UsageError as `build_live_teacher`
     """
     if config.models.teacher_cache:
         return CachedTeacher(config, train)
-    return build_teacher_routing(config, models, objective, train, process_group)
+    return build_live_teacher(config, models, objective, train, process_group)

@@ -65,14 +65,16 @@ class Dataset:
         max_teacher: int,
         cache: TokenCache | None = None,
         stored: CachedLogits | None = None,
+        loss_workspace_mb: int | None = None,
     ):
         """max_student, max_teacher: most tokens that a block may hold for each model, start token included
 
         cache: where the tokens of a large text are kept; stored: what the teacher said of this text, if that is kept
+        loss_workspace_mb: memory for the logits of one segment of a batch, MiB; None: a batch is one segment
 
         Raises: UsageError if nothing is left to read, or a stretch without a common boundary exceeds a model
         """
-        self.pair = pair
+        self.pair, self._loss_workspace_mb = pair, loss_workspace_mb
         limits = max_student - 1, max_teacher - 1
         self.text = join(documents, pair, limits, cache)
         self.stored = None if stored is None else stored.beside(self.text)
@@ -113,7 +115,7 @@ class Dataset:
         alignment = self.aligner.align(cuts, *widths)
         segments: tuple[Segment, ...] = ()
         if alignment.in_teacher is not None:
-            coarser, limit = self.aligner.teacher_is_coarser, self.aligner.segment_positions
+            coarser, limit = self.aligner.teacher_is_coarser, self.aligner.segment_size
             segments = cut_segments(alignment, len(student.rows), teacher.rows, coarser, limit)
         return Batch(student, teacher, alignment, tuple(blocks), segments, stored=self._stored(cuts, teacher))
 
@@ -123,7 +125,7 @@ class Dataset:
     @cached_property
     def aligner(self) -> Aligner:
         """What connects the two tokenizations; made when the first batch asks for it."""
-        return Aligner(self.pair, self.text, self.blocks)
+        return Aligner(self.pair, self.text, self.blocks, self._loss_workspace_mb, self.stored is not None)
 
     def token_batches(self, which: str, batch_size: int) -> Iterator[TokenBatch]:
         """Every block once, as one of the models ('student' or 'teacher') reads it; for evaluation."""

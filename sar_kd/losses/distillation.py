@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from sar_kd.alignment.aligner import Aligner
+from sar_kd.alignment.segments import positions_per_tile
 from sar_kd.config.sections import LossConfig
 from sar_kd.data.batch import MASKED_LOGIT, Batch, TopKLogits
 from sar_kd.losses.divergence import Divergence, Learner, diverge, softmax_slopes, through_softmax_
 from sar_kd.losses.functional import LogitClamp
-from sar_kd.losses.tiled_loss import Compared, Loss, Single, Slopes, Teacher, Tile, stretches_of, tile_rows, tiled_loss
+from sar_kd.losses.tiled_loss import Compared, Loss, Single, Slopes, Teacher, Tile, stretches_of, tiled_loss
 from sar_kd.models.lm_head import LazyLogits
 from sar_kd.models.logit_tiles import Logs, column_logsumexp, finite_columns, flat, normalised, silence_
 
@@ -65,12 +66,14 @@ class Distillation(nn.Module):
         super().__init__()
         self.temperature = config.temperature
         # 0: the whole vocabulary.
-        self.top_k = config.teacher_top_k if config.teacher_top_k < aligner.pair.teacher_rows else 0
-        self.teacher_rows, self.teacher_tokens = aligner.pair.teacher_rows, aligner.pair.teacher_tokens
+        self.top_k = config.teacher_top_k if config.teacher_top_k < aligner.pair.teacher_vocab_size else 0
+        self.teacher_vocab_size, self.teacher_tokens = aligner.pair.teacher_vocab_size, aligner.pair.teacher_tokens
         self.clamp = LogitClamp(config.logit_clamp_style, config.logit_clamp)
         floor = -2.0 * self.clamp.bound if self.clamp.style == "normalized" else -torch.inf
         self.divergence = Divergence(config.kd_direction, config.jsd_beta, floor)
-        self.tile_rows = tile_rows(config.loss_workspace_mb, aligner.pair.student_rows, aligner.pair.teacher_rows)
+        self.tile_rows = positions_per_tile(
+            config.loss_workspace_mb, aligner.pair.student_vocab_size, aligner.pair.teacher_vocab_size
+        )
 
     def forward(self, batch: Batch, outputs: Outputs) -> Learned:
         """The term of a batch, with a gradient for the teacher if its states have a graph, else for the student."""

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from sar_kd.alignment.aligner import Aligner
+from sar_kd.alignment.segments import positions_per_tile
 from sar_kd.config.sections import LossConfig
 from sar_kd.data.batch import Batch
 from sar_kd.losses.baselines import ChunkLikelihood, HiddenStates, SortedProbabilities, Strict
 from sar_kd.losses.distillation import Distillation, Learned, Outputs, TokenLevel
 from sar_kd.losses.functional import LogitClamp, LossClamp, Sums
 from sar_kd.losses.projection.loss import Projected
-from sar_kd.losses.tiled_loss import Loss, Tile, stretches_of, tile_rows, tiled_loss
+from sar_kd.losses.tiled_loss import Loss, Tile, stretches_of, tiled_loss
 from sar_kd.models.lm_head import LMHeads, forward_to_lm_head, text_config_of
 from sar_kd.models.memory_saving import Offload
 from sar_kd.runtime.precision import Precision
@@ -66,7 +67,7 @@ class Objective:
         self._heard: dict[int, tuple] = {}
         for model in (student, teacher) if self.alpha_kd > 0 and teacher is not None else (student,):
             self.heads.of(model)  # now, as it reads the device
-        self._tile_rows = tile_rows(config.loss_workspace_mb, aligner.pair.student_rows)
+        self._tile_rows = positions_per_tile(config.loss_workspace_mb, aligner.pair.student_vocab_size)
         self.distillation = None
         if self.alpha_kd > 0:
             self.distillation = build_distillation(config, aligner, student, teacher).to(precision.device)
@@ -163,8 +164,7 @@ def build_distillation(
         return HiddenStates(config, aligner, *widths)
     kind: type[Distillation] = TokenLevel if aligner.pair.tables is None else Projected
     term = (kind if config.alignment == "auto" else _KINDS[config.alignment])(config, aligner)
-    takes_top = isinstance(term, TokenLevel) or (isinstance(term, Projected) and aligner.teacher_is_coarser)
-    if teacher is None and takes_top:
-        # Nobody makes tiles of its logits, so the student's may take all the room.
-        aligner.segment_positions = term.tile_rows = tile_rows(config.loss_workspace_mb, aligner.pair.student_rows)
+    if teacher is None and isinstance(term, TokenLevel):
+        # No tile of teacher logits is made, so the student's may take the whole workspace.
+        term.tile_rows = positions_per_tile(config.loss_workspace_mb, aligner.pair.student_vocab_size)
     return term

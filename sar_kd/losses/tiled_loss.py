@@ -257,16 +257,6 @@ class _Text:
         return self.targets[self.loss.tiles[number].student]
 
 
-def tile_rows(workspace_mb: int, *vocab_sizes: int) -> int:
-    """How many rows a tile may have for the logits of these vocabularies to fit into the workspace; at least one.
-
-    A multiple of 8 (see `room_for`), also where one more is 2 % more than the workspace.
-    """
-    of_row, room = 4 * sum(vocab_sizes), workspace_mb * 2**20
-    rows = room * 51 // (50 * of_row) // 8 * 8
-    return rows if rows >= 32 else max(1, room // of_row)
-
-
 def stretches_of(count: int, size: int) -> list[slice]:
     """`count` rows in segments of at most `size`."""
     return [slice(first, min(first + size, count)) for first in range(0, count, size)]

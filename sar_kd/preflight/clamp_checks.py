@@ -6,10 +6,11 @@ import math
 
 import torch
 
+from sar_kd.alignment.segments import positions_per_tile
 from sar_kd.config.sections import LossConfig
 from sar_kd.data.dataset import Dataset
 from sar_kd.errors import UsageError
-from sar_kd.losses.tiled_loss import stretches_of, tile_rows
+from sar_kd.losses.tiled_loss import stretches_of
 from sar_kd.models.lm_head import LMHeads, forward_to_lm_head
 from sar_kd.models.loading import Models, num_rows
 from sar_kd.runtime.precision import Precision
@@ -129,7 +130,7 @@ def _saturated_share(
     head = (heads or LMHeads(precision)).of(models.student)
     readout, _ = forward_to_lm_head(models.student, head, batch.input_ids, precision)
     outside = torch.zeros((), dtype=torch.int64, device=precision.device)
-    for rows in stretches_of(len(readout), tile_rows(loss.loss_workspace_mb, readout.vocab_size)):
+    for rows in stretches_of(len(readout), positions_per_tile(loss.loss_workspace_mb, readout.vocab_size)):
         outside += (readout.tile(rows).abs() > loss.logit_clamp).sum()
     return outside.item() / (len(readout) * readout.vocab_size)
 

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sar_kd.alignment.segments import positions_per_tile
 from sar_kd.config.fields import RunConfig
 from sar_kd.data.batch import Batch, TokenBatch
 from sar_kd.evaluation.perplexity import log_probs_of
 from sar_kd.losses.distillation import Distillation
 from sar_kd.losses.objective import Objective
-from sar_kd.losses.tiled_loss import Compared, Slopes, Tile, stretches_of, tile_rows
+from sar_kd.losses.tiled_loss import Compared, Slopes, Tile, stretches_of
 from sar_kd.models.lm_head import LMHeads
 from sar_kd.models.loading import num_rows
 from sar_kd.models.logit_tiles import few_blocks
@@ -98,7 +99,7 @@ class _Rehearsal:
         self.width = config.data.block_size
         self.widths = self.width, teacher_width(self.width, *rows)
         same_token = torch.zeros(rows[1], dtype=torch.int64, device=device)
-        pair = SimpleNamespace(student_rows=rows[0], teacher_rows=rows[1], teacher_tokens=rows[1], tables=None)
+        pair = SimpleNamespace(student_vocab_size=rows[0], teacher_vocab_size=rows[1], teacher_tokens=rows[1], tables=None)
         aligner: Any = SimpleNamespace(pair=pair, same_token=same_token)
         projects = config.loss.alignment == "projection" or not alike(*rows)
         in_words = config.loss.alignment in ("auto", "projection")
@@ -118,7 +119,7 @@ class _Rehearsal:
             parameter.register_post_accumulate_grad_hook(lambda p: ledger.enter([p.grad], "gradients"))
         self.learned = learned
         # The loss is formed in tiles: a few show what any number of them takes.
-        self._most_rows = tile_rows(config.loss.loss_workspace_mb, rows[0])
+        self._most_rows = positions_per_tile(config.loss.loss_workspace_mb, rows[0])
         self._write()
         with self._routing() as routers:
             self._step(routers)

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import sys
 from collections import defaultdict
 from dataclasses import replace
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from sar_kd.alignment.aligner import Aligner
 from sar_kd.alignment.byte_alignment import find_chunks
+from sar_kd.alignment.segments import positions_per_tile
 from sar_kd.alignment.vocabulary_map import VocabularyMap
 from sar_kd.data.batch import Batch
 from sar_kd.data.dataset import Dataset
@@ -66,7 +68,7 @@ def corpora(pairs, documents):
 
 
 def _pair(student, teacher, **options) -> TokenizerPair:
-    return TokenizerPair(student, teacher, student_rows=len(student), teacher_rows=len(teacher), **options)
+    return TokenizerPair(student, teacher, student_vocab_size=len(student), teacher_vocab_size=len(teacher), **options)
 
 
 # What a batch says, block by block
@@ -789,6 +791,21 @@ def test_strict_rows_speak_about_the_same_token(corpora, names):
     a = batch.alignment
     told = corpus.aligner.same_token[batch.teacher.labels.flatten()[a.teacher_rows[a.strict] + 1]]
     assert torch.equal(told, batch.student.targets[a.student_rows[a.strict]])
+
+
+# Segments
+
+
+@pytest.mark.parametrize("names", CROSS)
+def test_a_segment_fits_into_the_workspace_with_the_tiles_that_are_made(corpora, names):
+    corpus = corpora[names]
+    parts = corpus.pair, corpus.text, corpus.blocks
+    sizes = corpus.pair.student_vocab_size, corpus.pair.teacher_vocab_size
+    assert Aligner(*parts).segment_size == sys.maxsize
+    assert Aligner(*parts, 1).segment_size == positions_per_tile(1, *sizes) < 1000
+    cached = Aligner(*parts, 1, teacher_is_cached=True)
+    # A cached teacher's top k takes no tile, unless its tokens are the shorter ones.
+    assert cached.segment_size == positions_per_tile(1, *sizes[: 1 if cached.teacher_is_coarser else 2])
 
 
 # Workers

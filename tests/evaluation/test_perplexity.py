@@ -121,7 +121,7 @@ def test_no_tensor_of_an_evaluation_exceeds_the_workspace_or_the_head(workspace_
     heads.of(model)
     with _Largest() as largest:
         evaluate(model, [batch], 100, precision, heads=heads, workspace_mb=workspace_mb)
-    assert largest.count <= 1.02 * workspace_mb * 2**20 / 4 < len(batch.rows) * VOCAB / 5  # see `tile_rows`
+    assert largest.count <= 1.02 * workspace_mb * 2**20 / 4 < len(batch.rows) * VOCAB / 5  # see `positions_per_tile`
 
 
 def test_a_head_that_is_waited_for_is_called():

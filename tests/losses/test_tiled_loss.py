@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from sar_kd.alignment.segments import positions_per_tile
 from sar_kd.config.sections import LossConfig
 from sar_kd.losses.distillation import TokenLevel
 from sar_kd.losses.functional import LogitClamp, LossClamp
-from sar_kd.losses.tiled_loss import Loss, Tile, stretches_of, target_log_probs, tile_rows, tiled_loss
+from sar_kd.losses.tiled_loss import Loss, Tile, stretches_of, target_log_probs, tiled_loss
 from sar_kd.models.lm_head import LazyLogits, LMHead
 from sar_kd.models.logit_tiles import column_logsumexp, exp_, flat, room_for
 from sar_kd.runtime.precision import Precision
@@ -66,7 +67,7 @@ def _naive_divergence(student: Tensor, teacher: Tensor, direction: str, beta: fl
 def _term(given, tile=N, **settings) -> TokenLevel:
     config = LossConfig(**({"temperature": 2.0, "logit_clamp_style": "off", "jsd_beta": 0.3} | settings))
     rows = len(given.head.weight), len(given.teacher_head.weight)
-    sizes = SimpleNamespace(student_rows=rows[0], teacher_rows=rows[1], teacher_tokens=min(rows))
+    sizes = SimpleNamespace(student_vocab_size=rows[0], teacher_vocab_size=rows[1], teacher_tokens=min(rows))
     term = TokenLevel(config, SimpleNamespace(pair=sizes))
     term.tile_rows = tile
     return term
@@ -251,12 +252,12 @@ def test_rows_that_are_not_finite_are_counted_wherever_they_are():
 def test_a_tile_fits_into_the_workspace_and_has_a_row_at_least():
     for workspace in (1, 8, 64, 256):
         for size in (97, 2048, 2 * 50257, 2 * 151936):
-            rows, room = tile_rows(workspace, size), workspace * 2**20 / 4 / size
+            rows, room = positions_per_tile(workspace, size), workspace * 2**20 / 4 / size
             assert room_for(rows) <= max(1, 1.02 * room)
             assert rows + 8 > room
             assert rows == room_for(rows)
-    assert tile_rows(64, 151936, 151936) == 56
-    assert tile_rows(1, 10**9) == 1
+    assert positions_per_tile(64, 151936, 151936) == 56
+    assert positions_per_tile(1, 10**9) == 1
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])

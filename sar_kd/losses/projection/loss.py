@@ -50,7 +50,6 @@ class Projected(Distillation):
         classes, self.teacher_is_coarser = aligner.open_classes, aligner.teacher_is_coarser
         self.student_fold = Fold(classes.student_tokens, classes.student_classes, classes.count)
         self.teacher_fold = Fold(classes.teacher_tokens, classes.teacher_classes, classes.count)
-        aligner.segment_positions = self.tile_rows
 
     def tiles(self, batch: Batch) -> list[Tile]:
         """Stretches of text, with every row that the student predicts something in."""
@@ -170,9 +169,9 @@ class Projected(Distillation):
         """What the cut teacher says inside of tokens: its own outcomes, float32 [O], its whole columns as the finer
         side, and which of its own rows count, bool [K_1].
         """
-        entries, counts = heard_entries(top, part.in_teacher, self.teacher_rows, self.temperature)
+        entries, counts = heard_entries(top, part.in_teacher, self.teacher_vocab_size, self.temperature)
         columns = top.columns(part.num_open, part.num_open + len(part.in_student.fine_rows))
-        inside = fine_columns(columns, self.teacher_rows, self.temperature)
+        inside = fine_columns(columns, self.teacher_vocab_size, self.temperature)
         return coarse_log_probs(entries, part.in_teacher), inside, counts[: len(part.in_teacher.fine_rows)]
 
     def _taken(self, tile: Tensor, num_open: int, as_fine: Continuations, as_coarse: Continuations) -> _Taken:

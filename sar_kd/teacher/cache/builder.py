@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from sar_kd.alignment.segments import positions_per_tile
 from sar_kd.config.runs import CachingConfig
 from sar_kd.data.batch import MASKED_LOGIT, TokenBatch
 from sar_kd.data.blocks import cut
@@ -23,7 +24,7 @@ from sar_kd.data.samples import Sample
 from sar_kd.data.sources import StreamedDocuments
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.losses.distillation import top_of
-from sar_kd.losses.tiled_loss import stretches_of, tile_rows
+from sar_kd.losses.tiled_loss import stretches_of
 from sar_kd.models.lm_head import LMHeads, forward_to_lm_head
 from sar_kd.models.logit_tiles import column_logsumexp
 from sar_kd.runtime.precision import Precision
@@ -141,7 +142,7 @@ class CacheBuilder:
         facts = header["facts"]
         self.k, self.num_tokens, self.batch_size = facts["teacher_top_k"], facts["num_tokens"], facts["batch_size"]
         self.record, self.temperatures = record_of_facts(facts), facts["temperatures"]
-        self.tile_rows = tile_rows(config.cache.loss_workspace_mb, facts["teacher_rows"])
+        self.tile_rows = positions_per_tile(config.cache.loss_workspace_mb, facts["teacher_rows"])
         self._heads = LMHeads(precision)
 
     def shards(self, name: str, text: CacheText) -> Iterator[int]:
