@@ -19,7 +19,8 @@ from sar_kd.config.runs import SECTIONS, SftConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = {"README.md": README} | {f"docs/{p.name}": p.read_text(encoding="utf-8") for p in (ROOT / "docs").glob("*.md")}
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}
+PAGES |= {f"docs/{p.name}": p.read_text(encoding="utf-8") for p in (ROOT / "docs").glob("*.md")}
 # What a command that runs here must not name: other people's machines, long benchmarks, and places to be filled in.
 ELSEWHERE = (
     "torchrun",
@@ -52,7 +53,12 @@ def _with_few_steps(command: str) -> str:
     return command.replace("--train_steps 500", "--train_steps 2").replace(" sft --task", " sft --max_steps 3 --task")
 
 
-HERE = [command for command in _commands(README) if _runs_here(command)]
+# The same command may stand on both pages.
+HERE = [
+    command
+    for command in dict.fromkeys(_commands(README) + _commands(PAGES["docs/first_run.md"]))
+    if _runs_here(command)
+]
 
 
 @pytest.fixture
@@ -64,7 +70,8 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_readme_has_commands_that_run_here():
+def test_the_readme_is_short_and_has_commands_that_run_here():
+    assert len(README.splitlines()) <= 140
     assert {"preflight", "report", "generate"} <= {word for command in HERE for word in command.split()}
     assert sum("train_sar_kd" in command for command in HERE) >= 2
 
@@ -139,7 +146,7 @@ def test_every_flag_and_verb_that_a_page_names_exists(page):
 
 
 def test_the_table_of_modes_has_the_modes_values():
-    (table,) = re.findall(r"\| `--mode` \|.*?\n\n", README, flags=re.DOTALL)
+    (table,) = re.findall(r"\| `--mode` \|.*?\n\n", PAGES["docs/modes.md"], flags=re.DOTALL)
     rows = {
         row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]] for row in table.splitlines() if row
     }
@@ -155,10 +162,15 @@ def test_the_table_of_modes_has_the_modes_values():
         assert int(stop) == mode["max_nan_batches"]
 
 
-def test_every_module_is_in_the_readmes_list_of_files():
+def test_every_package_is_in_the_readmes_map():
     listed = README[README.index("## Where things are") :]
-    modules = {path.name for path in (ROOT / "sar_kd").glob("*.py")} - {"__init__.py", "__main__.py", "version.py"}
-    assert not [name for name in sorted(modules) if name not in listed]
+    packages = {path.parent.name for path in (ROOT / "sar_kd").glob("*/__init__.py")}
+    assert not [name for name in sorted(packages) if f"{name}/" not in listed]
+
+
+def test_every_page_is_in_the_index():
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert pages == set(re.findall(r"\]\(([\w-]+\.md)\)", PAGES["docs/README.md"]))
 
 
 def test_the_quality_table_has_the_measured_means():
@@ -172,4 +184,6 @@ def test_the_quality_table_has_the_measured_means():
         assert all(float(value) in bits for value in seeds)
         assert abs(sum(map(float, seeds)) / 3 - float(mean)) < 1e-4
     means = {mean for *_, mean in rows}
-    assert len([mean for mean in means if f"| {mean} |" in README]) == len(means) - 1  # clipping's row is in docs only
+    shown = re.findall(r"^\| [^|]+ \| ([\d.]+) \|$", README, re.MULTILINE)
+    assert len(shown) == 6
+    assert set(shown[1:]) <= means
