@@ -1,14 +1,13 @@
 """When an update is refused, and when a run must stop: verdicts over plain numbers.
 
-Nothing here touches a tensor. The step reads a handful of figures from the device once and asks `StepGuard`;
-measuring is done elsewhere and never acts. Counters live here so that a checkpoint can carry them.
+Nothing here touches a tensor: the step reads its metrics from the device once and asks `StepGuard`. Measuring is done
+elsewhere and never acts. The counters live here and are part of a checkpoint.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import median
 
 from sar_kd.config.sections import MIN_LOSS_SCALE, GuardConfig
@@ -25,61 +24,63 @@ norm        the gradient norm is finite and above the limit
 
 _NAN_CAUSES = ("forward", "gradient")
 
-_STORM_ATTEMPTS = 50
+_WINDOW = 50
+"""Attempts that the skip storm, the median norm and `frequent_nan` look back on."""
 
 _STORM_SHARE = 0.8
 
 _ADAPTIVE_WARMUP = 20
 
-_DEAD_STEPS = 10
+_ZERO_GRADIENT_ALARM = 10
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is to happen with one attempted update."""
+    """The decision on one attempted update."""
 
     applied: bool
     cause: str | None
-    """One of `CAUSES` where the update is skipped."""
+    """One of `CAUSES` if the update is skipped"""
     norm_limit: float
-    """The gradient norm above which this attempt was to be skipped."""
+    """The gradient norm above which this attempt is skipped"""
     storm: bool = False
-    """This attempt is the one at which a skip storm was recognised."""
+    """A skip storm was recognised at this attempt"""
     emergency: bool = False
-    """The run must stop."""
-    often_nan: bool = False
-    """This attempt is the one at which, for the first time, `max_nan_batches` of the last 50 were NaN batches."""
-    dead: bool = False
-    """This attempt is the tenth in a row whose gradient is exactly 0: the update was weight decay and nothing else."""
+    """The run must stop"""
+    frequent_nan: bool = False
+    """At this attempt, for the first time, `max_nan_batches` of the last 50 were NaN batches"""
+    zero_gradient: bool = False
+    """This is the tenth update in a row whose gradient is exactly 0: it was weight decay and nothing else"""
 
 
+@dataclass(eq=False)
 class StepGuard:
     """Judges every attempted update of a run, in order.
 
     skip_rule  'storm': skip above `skip_grad_norm` until 80 % of the last 50 attempts were skipped for a finite
-               norm (a fresh student's norm sits there, and would for ever); from then on the limit is
-               `skip_factor` times the median of the last 50 finite norms, never below `skip_grad_norm`.
+               norm (a fresh student's norm stays there); from then on the limit is `skip_factor` times the median of
+               the last 50 finite norms, never below `skip_grad_norm`.
                'adaptive': that median rule from the start; no limit before 20 norms are known.
-               'fixed': `skip_grad_norm` whatever happens.
+               'fixed': `skip_grad_norm` throughout.
     """
 
-    def __init__(self, settings):
-        """settings: `skip_grad_norm`, `skip_rule`, `skip_factor` and `max_nan_batches`, as in `config.GuardConfig`"""
-        self.skip_grad_norm: float = settings.skip_grad_norm
-        self.skip_rule: str = settings.skip_rule
-        self.skip_factor: float = settings.skip_factor
-        self.max_nan_batches: int = settings.max_nan_batches
-        self.applied = 0
-        self.skipped: Counter[str] = Counter()
-        self.nan_batches = 0
-        self.nan_batches_max = 0
-        self.in_storm = False
-        self.often_nan = False
-        self.dead_steps = 0
-        self._dead_in_a_row = 0
-        self._were_nan: deque[bool] = deque(maxlen=_STORM_ATTEMPTS)
-        self._norms: deque[float] = deque(maxlen=_STORM_ATTEMPTS)
-        self._skipped_for_norm: deque[bool] = deque(maxlen=_STORM_ATTEMPTS)
+    settings: GuardConfig
+    applied: int = 0
+    skipped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CAUSES, 0))
+    consecutive_nan_batches: int = 0
+    """NaN batches since the last applied step"""
+    max_consecutive_nan_batches: int = 0
+    in_storm: bool = False
+    frequent_nan: bool = False
+    zero_gradient_steps: int = 0
+    """Applied steps whose gradient was exactly 0"""
+    consecutive_zero_gradients: int = 0
+    recent_nan: list[bool] = field(default_factory=list)
+    """Of the last 50 attempts: was it a NaN batch?"""
+    recent_norms: list[float] = field(default_factory=list)
+    """The last 50 finite norms"""
+    recent_norm_skips: list[bool] = field(default_factory=list)
+    """Of the last 50 attempts: was it skipped for its norm?"""
 
     @property
     def attempts(self) -> int:
@@ -91,27 +92,27 @@ class StepGuard:
         return self.applied / self.attempts if self.attempts else 1.0
 
     def judge(self, *, num_targets: int, forward_finite: bool, grad_norm: float, loss_scale: float) -> Verdict:
-        """The verdict on one attempt, and its entry into the counters.
+        """The verdict on one attempt; it is counted.
 
-        num_targets     tokens to predict in the whole window; known before the forward
+        num_targets     tokens to predict in the whole step, known before the forward
         forward_finite  every student logit and the loss are finite
         grad_norm       L2 norm after unscaling, before clipping
-        loss_scale      the factor this attempt's backward used; 1 where there is no scaler
+        loss_scale      the loss scale of this attempt's backward; 1 where there is no scaler
         """
         limit = self._norm_limit()
         cause = self._cause(num_targets, forward_finite, grad_norm, loss_scale, limit)
         if cause is None:
             self.applied += 1
-            self.nan_batches = 0
+            self.consecutive_nan_batches = 0
         else:
             self.skipped[cause] += 1
-            self.nan_batches += cause in _NAN_CAUSES
-            self.nan_batches_max = max(self.nan_batches_max, self.nan_batches)
-        storm = self._remember(cause, grad_norm)
-        emergency = self.nan_batches >= self.max_nan_batches
-        often_nan = self._count_nan(cause in _NAN_CAUSES) and not emergency
-        dead = self._count_dead(cause is None and grad_norm == 0.0)
-        return Verdict(cause is None, cause, limit, storm, emergency, often_nan, dead)
+            self.consecutive_nan_batches += cause in _NAN_CAUSES
+            self.max_consecutive_nan_batches = max(self.max_consecutive_nan_batches, self.consecutive_nan_batches)
+        storm = self._detect_storm(cause, grad_norm)
+        emergency = self.consecutive_nan_batches >= self.settings.max_nan_batches
+        frequent_nan = self._detect_frequent_nan(cause in _NAN_CAUSES) and not emergency
+        zero_gradient = self._detect_zero_gradient(cause is None and grad_norm == 0.0)
+        return Verdict(cause is None, cause, limit, storm, emergency, frequent_nan, zero_gradient)
 
     def _cause(self, num_targets, forward_finite, grad_norm, loss_scale, limit) -> str | None:
         if num_targets == 0:
@@ -123,92 +124,79 @@ class StepGuard:
         return None if grad_norm <= limit else "norm"
 
     def _norm_limit(self) -> float:
-        if self.skip_rule == "fixed" or (self.skip_rule == "storm" and not self.in_storm):
-            return self.skip_grad_norm
-        if len(self._norms) < _ADAPTIVE_WARMUP:
+        settings = self.settings
+        if settings.skip_rule == "fixed" or (settings.skip_rule == "storm" and not self.in_storm):
+            return settings.skip_grad_norm
+        if len(self.recent_norms) < _ADAPTIVE_WARMUP:
             return math.inf
-        limit = self.skip_factor * median(self._norms)
-        return limit if self.skip_rule == "adaptive" else max(limit, self.skip_grad_norm)
+        limit = settings.skip_factor * median(self.recent_norms)
+        return limit if settings.skip_rule == "adaptive" else max(limit, settings.skip_grad_norm)
 
-    def _remember(self, cause: str | None, grad_norm: float) -> bool:
-        """Enter the attempt into the windows; true if it is the one that reveals a skip storm."""
-        self._skipped_for_norm.append(cause == "norm")
+    def _detect_storm(self, cause: str | None, grad_norm: float) -> bool:
+        """True at the attempt that reveals a skip storm."""
+        _append(self.recent_norm_skips, cause == "norm")
         if cause in (None, "norm"):
-            self._norms.append(grad_norm)
-        if self.skip_rule != "storm" or self.in_storm or len(self._skipped_for_norm) < _STORM_ATTEMPTS:
+            _append(self.recent_norms, grad_norm)
+        if self.settings.skip_rule != "storm" or self.in_storm or len(self.recent_norm_skips) < _WINDOW:
             return False
-        self.in_storm = sum(self._skipped_for_norm) >= _STORM_SHARE * _STORM_ATTEMPTS
+        self.in_storm = sum(self.recent_norm_skips) >= _STORM_SHARE * _WINDOW
         return self.in_storm
 
-    def _count_nan(self, is_nan: bool) -> bool:
-        """Enter the attempt; true once, where NaN batches that good steps keep forgiving have become frequent."""
-        self._were_nan.append(is_nan)
-        if self.often_nan or sum(self._were_nan) < self.max_nan_batches:
+    def _detect_frequent_nan(self, is_nan: bool) -> bool:
+        """True once: when NaN batches with applied steps between them have become frequent."""
+        _append(self.recent_nan, is_nan)
+        if self.frequent_nan or sum(self.recent_nan) < self.settings.max_nan_batches:
             return False
-        self.often_nan = True
+        self.frequent_nan = True
         return True
 
-    def _count_dead(self, is_dead: bool) -> bool:
-        """Enter the attempt; true where it completes a row of updates without a gradient."""
-        self.dead_steps += is_dead
-        self._dead_in_a_row = self._dead_in_a_row + 1 if is_dead else 0
-        return self._dead_in_a_row == _DEAD_STEPS
+    def _detect_zero_gradient(self, is_zero: bool) -> bool:
+        """True at the tenth update in a row without a gradient."""
+        self.zero_gradient_steps += is_zero
+        self.consecutive_zero_gradients = self.consecutive_zero_gradients + 1 if is_zero else 0
+        return self.consecutive_zero_gradients == _ZERO_GRADIENT_ALARM
 
     def state_dict(self) -> dict:
-        return {
-            "applied": self.applied,
-            "skipped": dict(self.skipped),
-            "nan_batches": self.nan_batches,
-            "nan_batches_max": self.nan_batches_max,
-            "in_storm": self.in_storm,
-            "often_nan": self.often_nan,
-            "dead_steps": self.dead_steps,
-            "dead_in_a_row": self._dead_in_a_row,
-            "were_nan": list(self._were_nan),
-            "norms": list(self._norms),
-            "skipped_for_norm": list(self._skipped_for_norm),
-        }
+        state = asdict(self)
+        del state["settings"]
+        return state
 
     def load_state_dict(self, state: dict) -> None:
-        self.applied = state["applied"]
-        self.skipped = Counter(state["skipped"])
-        self.nan_batches = state["nan_batches"]
-        self.nan_batches_max = state["nan_batches_max"]
-        self.in_storm = state["in_storm"]
-        self.often_nan = state["often_nan"]
-        self.dead_steps = state["dead_steps"]
-        self._dead_in_a_row = state["dead_in_a_row"]
-        self._were_nan = deque(state["were_nan"], maxlen=_STORM_ATTEMPTS)
-        self._norms = deque(state["norms"], maxlen=_STORM_ATTEMPTS)
-        self._skipped_for_norm = deque(state["skipped_for_norm"], maxlen=_STORM_ATTEMPTS)
+        vars(self).update(state)
 
 
-def notices_of(
-    step: int, verdict: Verdict, grad_norm: float, scales: tuple[float, float], guards: GuardConfig
+def _append(recent: list, value: float) -> None:
+    """Append, and keep the last 50."""
+    recent.append(value)
+    del recent[:-_WINDOW]
+
+
+def verdict_messages(
+    step: int, verdict: Verdict, grad_norm: float, loss_scales: tuple[float, float], guards: GuardConfig
 ) -> list[str]:
-    """What a verdict gives to say beside its figures; mostly nothing.
+    """Messages about a verdict, for the terminal; mostly none.
 
-    scales: the loss scale before the step and after it
+    loss_scales: before and after the step
     """
-    lines = []
+    messages = []
     if verdict.cause in ("forward", "gradient", "overflow"):
-        before, after = scales
-        scale = f", loss scale {before:.0f} -> {after:.0f}" if after != before else ""
-        lines.append(f"Step {step}: skipped ({verdict.cause}{scale})")
+        before, after = loss_scales
+        change = f", loss scale {before:.0f} -> {after:.0f}" if after != before else ""
+        messages.append(f"Step {step}: skipped ({verdict.cause}{change})")
     if verdict.storm:
-        lines.append(
+        messages.append(
             f"Step {step}: skip storm. 80 % of the last 50 steps were skipped for a gradient norm (now "
             f"{grad_norm:.2f}) above --skip_grad_norm {guards.skip_grad_norm:g}. From here on the limit is "
             f"{guards.skip_factor:g} times the median norm; --skip_rule fixed keeps it."
         )
-    if verdict.often_nan:
-        lines.append(
-            f"Step {step}: {guards.max_nan_batches} of the last 50 steps were NaN batches; good ones in between kept "
-            "the run going. crash/crash.md is about the first."
+    if verdict.frequent_nan:
+        messages.append(
+            f"Step {step}: {guards.max_nan_batches} of the last 50 steps were NaN batches, with applied steps between "
+            "them. crash/crash.md describes the first."
         )
-    if verdict.dead:
-        lines.append(
+    if verdict.zero_gradient:
+        messages.append(
             f"Step {step}: the last 10 updates had no gradient, so the weights only decay; look at the clamps "
             "(--loss_clamp_style, --logit_clamp_style) and the loss weights."
         )
-    return lines
+    return messages
