@@ -133,7 +133,7 @@ def test_every_flag_and_verb_that_a_page_names_exists(page):
     flags = {name for section in sections for name in section.__dataclass_fields__}
     of_verbs = {"help", "json", "mode", "version", "output", "chat", "model", "max_new_tokens", "sample_temperature"}
     of_others = {
-        "index-url", "force-reinstall", "no-index", "find-links", "no-deps", "depth", "local-dir", "logdir", "kills",
+        "check", "index-url", "force-reinstall", "no-index", "find-links", "no-deps", "depth", "local-dir", "logdir", "kills",
         "variants", "seeds", "flags", "groups", "pairs", "rounds", "steps", "sizes", "shapes", "limit_mb",
         "vocab_size", "rows", "cpu_time", "minutes", "warmup", "shape", "batch_size",
         "nproc_per_node", "repo-type",
