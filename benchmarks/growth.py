@@ -38,7 +38,7 @@ from sar_kd.config.sections import ModelConfig
 from sar_kd.data.batch import Batch
 from sar_kd.data.dataset import Dataset
 from sar_kd.data.samples import Document
-from sar_kd.models.loading import load_tokenizers, num_rows
+from sar_kd.models.loading import load_tokenizers, vocab_size_of
 from sar_kd.training.optimizer import parameters_of
 
 CATEGORIES = ("read", "loss", "backward", "update")
@@ -52,7 +52,7 @@ def by_parts(run: Run, batch: Batch, meter: Callable[[Callable[[], object]], flo
     scale = run.precision.loss_scale / count
 
     def read():
-        kept["outputs"] = run.objective.read(batch)
+        kept["outputs"] = run.objective.forward_models(batch)
 
     def loss():
         kept["total"] = run.objective(batch, kept.pop("outputs"), scale).total
@@ -92,7 +92,7 @@ def measure(runs: dict[int, Run], rounds: int, of_cpu: bool) -> list[dict]:
     rows = []
     for size, run in runs.items():
         (batch,), student = run.batches(0), run.models.student
-        row = {"tokens": batch.student.input_ids.numel(), "columns": num_rows(student), "bytes": bytes_of[size]}
+        row = {"tokens": batch.student.input_ids.numel(), "columns": vocab_size_of(student), "bytes": bytes_of[size]}
         row["parameters"] = sum(parameter.numel() for parameter in student.parameters())
         rows.append(row | {part: statistics.median(each[part] for each in found[size][1:]) for part in CATEGORIES})
     return rows

@@ -116,7 +116,7 @@ MUTATIONS = (
     Mutation("the loss scale is kept in a checkpoint", "runtime/precision.py",
              '            self._scaler.load_state_dict(state["scaler"])', "            pass"),
     Mutation("weights that learn are float32", "models/loading.py",
-             "names, torch.float32, given", "names, precision.dtype, given"),
+             "names, torch.float32, loaded", "names, precision.dtype, loaded"),
     Mutation("the optimizer refuses half weights", "training/optimizer.py",
              "    assert all(parameter.dtype is torch.float32 for parameter in trainable)", "    assert True"),
     # the figures that are told

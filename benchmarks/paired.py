@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,8 +27,10 @@ sys.path.insert(0, str(ROOT))
 
 from sar_kd import embedded  # noqa: E402
 from sar_kd.commands.build_embedded import byte_level_bpe  # noqa: E402
-from sar_kd.config.command_line import parse_args  # noqa: E402
+from sar_kd.config.command_line import parse  # noqa: E402
+from sar_kd.config.fields import Command  # noqa: E402
 from sar_kd.config.presets import STABLE  # noqa: E402
+from sar_kd.config.runs import Config  # noqa: E402
 from sar_kd.data.batch import Batch  # noqa: E402
 from sar_kd.data.dataset import Dataset  # noqa: E402
 from sar_kd.data.sources import load_documents  # noqa: E402
@@ -37,10 +39,10 @@ from sar_kd.models.loading import (  # noqa: E402
     NO_LOADED_MODELS,
     LoadedModels,
     load_models,
-    quiet,
+    silence_transformers,
 )
 from sar_kd.runtime.distributed import SINGLE_PROCESS  # noqa: E402
-from sar_kd.runtime.precision import setup  # noqa: E402
+from sar_kd.runtime.precision import setup_precision  # noqa: E402
 from sar_kd.teacher.cached import open_teacher_cache  # noqa: E402
 from sar_kd.training.guards import StepGuard  # noqa: E402
 from sar_kd.training.optimizer import build_optimizer  # noqa: E402
@@ -54,11 +56,11 @@ class Run:
     """What a script has when its first step begins."""
 
     def __init__(
-        self, flags: Sequence[str], script: Mapping[str, str] = STABLE, given: LoadedModels = NO_LOADED_MODELS
+        self, flags: Sequence[str], command: Command[Config] = STABLE, given: LoadedModels = NO_LOADED_MODELS
     ):
         """given: models that are in memory already, of another run"""
-        config, stored = open_teacher_cache(parse_args(script, list(flags)), SINGLE_PROCESS, _Quiet())
-        self.config, self.precision = config, setup(config.precision, 0)
+        config, stored = open_teacher_cache(parse(command, list(flags)), SINGLE_PROCESS, _Quiet())
+        self.config, self.precision = config, setup_precision(config.precision, 0)
         self.models = models = load_models(config, self.precision, stored.teacher, given)
         limits, texts = models.block_limits(config.data.block_size), load_documents(config.data)
         answers = stored.texts(texts, models.tokenizers.teacher)
@@ -124,7 +126,7 @@ def make_pair(folder: Path, teacher: Shape, student: Shape, vocab_size: int, num
 
     vocab_size: rows of both heads, of which the tokenizer has `num_tokens` or fewer
     """
-    quiet()
+    silence_transformers()
     texts = [text for split in embedded.read_text("teacher", "transfer") for text in split.values()]
     tokenizer = byte_level_bpe(texts, min(num_tokens, vocab_size))
     for name, shape in (("teacher", teacher), ("student", student)):

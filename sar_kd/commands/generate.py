@@ -11,15 +11,15 @@ from pathlib import Path
 
 import torch
 
-from sar_kd.config.command_line import parse_section
-from sar_kd.config.fields import flag, require_at_least
+from sar_kd.config.command_line import parse
+from sar_kd.config.fields import Command, option, require_at_least
 from sar_kd.config.sections import PrecisionConfig
 from sar_kd.errors import UsageError
-from sar_kd.models.generation import write
+from sar_kd.models.generation import generate
 from sar_kd.models.loading import load_for_generation
 from sar_kd.reporting.history import History, read_history
-from sar_kd.runtime.files import number_of
-from sar_kd.runtime.precision import Precision, setup
+from sar_kd.runtime.files import as_float
+from sar_kd.runtime.precision import Precision, setup_precision
 
 _LEAST_COLUMN = 30
 
@@ -28,17 +28,26 @@ _LEAST_COLUMN = 30
 class GenerateConfig:
     """Writing: how the models go on from the prompt."""
 
-    run: str = flag("", "a run folder", metavar="RUN_DIR")
-    prompt: str = flag("", "what they go on from", metavar="PROMPT")
-    max_new_tokens: int = flag(60, "tokens that each model writes at most")
-    sample_temperature: float = flag(0.0, "0 takes the likeliest token each time; above, tokens are drawn")
-    chat: bool = flag(False, "put the prompt as a user's message into each model's chat template")
-    seed: int = flag(0, "seed of the draws")
-    device: str = flag("auto", "auto, cpu, cuda or cuda:N")
+    run: str = option("", "a run folder", metavar="RUN_DIR")
+    prompt: str = option("", "what they go on from", metavar="PROMPT")
+    max_new_tokens: int = option(60, "tokens that each model writes at most")
+    sample_temperature: float = option(0.0, "0 takes the likeliest token each time; above, tokens are drawn")
+    chat: bool = option(False, "put the prompt as a user's message into each model's chat template")
+    seed: int = option(0, "seed of the draws")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    json: bool = option(False, "print JSON")
 
     def __post_init__(self):
         require_at_least(self, 1, "max_new_tokens")
         require_at_least(self, 0, "sample_temperature", "seed")
+
+
+GENERATE = Command(
+    name="generate",
+    description="Continue a prompt with the teacher, the student before and the student after.",
+    config=GenerateConfig,
+    positionals=("run", "prompt"),
+)
 
 
 def main(argv: list[str]) -> dict:
@@ -46,15 +55,14 @@ def main(argv: list[str]) -> dict:
 
     Raises: UsageError if the run has left no student, or a model cannot be loaded
     """
-    about = "What teacher, student before and student after write."
-    config, as_json = parse_section("generate", about, GenerateConfig, argv, ["run", "prompt"])
+    config = parse(GENERATE, argv)
     if not config.prompt:
         raise UsageError("generate: the prompt is empty; give some text to go on from")
     run = read_history(Path(config.run))
     student = run.folder / "student"
     if not student.is_dir():
         raise UsageError(f"generate {run.folder}: its run has not saved a student yet")
-    precision = setup(PrecisionConfig(device=config.device), config.seed)
+    precision = setup_precision(PrecisionConfig(device=config.device), config.seed)
     sources = {
         "teacher": ("teacher_model", str(run.setting("teacher_model"))),
         "student, before": ("student_model", str(run.setting("student_model"))),
@@ -64,7 +72,7 @@ def main(argv: list[str]) -> dict:
     if not run.setting("teacher_model"):  # it was fine-tuned
         del sources["teacher"]
     texts = {who: _write(flag_, name, trusted, config, precision) for who, (flag_, name) in sources.items()}
-    if as_json:
+    if config.json:
         print(json.dumps({"prompt": config.prompt, **texts}, indent=2, ensure_ascii=False))
     else:
         print("\n".join([f"Prompt: {config.prompt}", "", *side_by_side(texts, _figures(run), _width())]))
@@ -86,18 +94,18 @@ def _write(flag_: str, name: str, trusted: bool, config: GenerateConfig, precisi
     stops = [tokenizer.eos_token_id] if stops is None else stops if isinstance(stops, list) else [stops]
     torch.manual_seed(config.seed)
     with precision.autocast():
-        (written,) = write(
-            model, [ids], stops=stops, rooms=[config.max_new_tokens], temperature=config.sample_temperature
+        (written,) = generate(
+            model, [ids], stop_token_ids=stops, max_new_tokens=[config.max_new_tokens], temperature=config.sample_temperature
         )
     return tokenizer.decode(written.ids, skip_special_tokens=True)
 
 
 def _figures(run: History) -> dict[str, str]:
     """Each model's bits per byte on the run's held-out text, where the run knows it."""
-    best = min((number_of(r.get("val_bits_per_byte")) for r in run.validations()), default=float("nan"))
+    best = min((as_float(r.get("val_bits_per_byte")) for r in run.validations()), default=float("nan"))
     bits = {
-        "teacher": number_of(run.start.get("teacher_val_bits_per_byte")),
-        "student, before": number_of(run.start.get("val_bits_per_byte")),
+        "teacher": as_float(run.start.get("teacher_val_bits_per_byte")),
+        "student, before": as_float(run.start.get("val_bits_per_byte")),
         "student, after": best,
     }
     return {who: f"{value:.4f} bits per byte" for who, value in bits.items() if value == value}

@@ -7,22 +7,23 @@ from __future__ import annotations
 
 import torch
 
-from sar_kd.config.command_line import TrainingCommand, parse_training
+from sar_kd.config.command_line import parse
+from sar_kd.config.fields import Command
 from sar_kd.config.presets import TASKS
-from sar_kd.config.runs import EMBEDDED_LR_FACTOR, SftConfig
+from sar_kd.config.runs import SftConfig
 from sar_kd.data.dataset import Dataset
 from sar_kd.data.sources import load_documents
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.errors import UsageError
 from sar_kd.losses.objective import Objective
 from sar_kd.models.loading import Models, load_student
-from sar_kd.models.lora import add_adapter, describe_student
+from sar_kd.models.lora import add_adapter, describe_trainable
 from sar_kd.models.memory_saving import recompute_activations_
 from sar_kd.preflight.checks import preflight
 from sar_kd.preflight.memory_plan import fit_batch_size
 from sar_kd.reporting.run_log import SftLog, open_run
 from sar_kd.runtime.distributed import join_process_group
-from sar_kd.runtime.precision import Precision, setup
+from sar_kd.runtime.precision import Precision, setup_precision
 from sar_kd.teacher.base import NoTeacher
 from sar_kd.training.callbacks import Callback, TargetChecks, TaskEvaluation, check_targets
 from sar_kd.training.guards import StepGuard
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> dict:
 
     Raises: UsageError for what the user can mend; TrainingDiverged after an emergency stop
     """
-    return fine_tune(parse_training(SFT, argv))
+    return fine_tune(parse(SFT, argv))
 
 
 def fine_tune(config: SftConfig) -> dict:
@@ -53,7 +54,7 @@ def fine_tune(config: SftConfig) -> dict:
     config = fit_batch_size(config, process_group)  # how much at once, where that is to be found
     log = open_run(config, SftLog)  # where to
     preflight(config, log.say)  # can it be done here?
-    precision = setup(config.precision, config.train.seed)  # on which device, in which dtype
+    precision = setup_precision(config.precision, config.train.seed)  # on which device, in which dtype
     # Weights that learn are float32, whatever their checkpoint says; under an adapter none of these learns.
     dtype = precision.dtype if config.lora.lora_rank else torch.float32
     models = load_student(config.models, dtype, precision)
@@ -66,14 +67,14 @@ def fine_tune(config: SftConfig) -> dict:
     cache = TokenCache(config.data.token_cache)
     train, validation = (Dataset(text, models.tokenizers, *limits, cache) for text in texts)
     config = config.over(len(train))  # epochs to steps
-    for line in (describe_student(models.student), *check_targets(train, config.data)):
+    for line in (describe_trainable(models.student), *check_targets(train, config.data)):
         log.say(line)
     objective = Objective(None, models.student, config.loss, train.aligner, precision)  # one term
-    placement = build_strategy(objective, config.train, process_group)
+    strategy = build_strategy(objective, config.train, process_group)
     optimizer = build_optimizer(models.student, config.optim)  # type: ignore[arg-type]  # a rate of another name
     guard = StepGuard(config.guards)
     companions = [TargetChecks(train), *_exams(config, models, limits, precision)]
-    parts = models, train, validation, objective, optimizer, guard, precision, log, NoTeacher(), placement
+    parts = models, train, validation, objective, optimizer, guard, precision, log, NoTeacher(), strategy
     return Trainer(config, *parts, companions).run()
 
 
@@ -84,11 +85,12 @@ def _exams(config: SftConfig, models: Models, limits: tuple[int, int], precision
     return [TaskEvaluation(models, limits, precision, config.models.trust_remote_code, most)]
 
 
-SFT = TrainingCommand(
+SFT = Command(
     name="sft",
     description="Fine-tune a causal language model on questions with answers, in fp16, without NaN.",
-    kind=SftConfig,
+    config=SftConfig,
     defaults={"max_grad_norm": 1.0, "skip_rule": "adaptive", "skip_factor": 4.0},
-    tasks={"units": {**TASKS["units"], "warmup_steps": 50, "log_steps": 100}},
-    embedded_lr_factor=EMBEDDED_LR_FACTOR,
+    presets={"task": {"units": {**TASKS["units"], "warmup_steps": 50, "log_steps": 100}}},
+    embedded_lr_factors={"learning_rate": 10.0},  # the embedded student is far smaller than models that 2e-4 is for
+    run_name="sft",
 )

@@ -12,8 +12,8 @@ from tqdm import tqdm
 from sar_kd.data.batch import IGNORE_INDEX
 from sar_kd.data.dataset import Dataset
 from sar_kd.data.unit_questions import Question, parse_answer
-from sar_kd.evaluation.perplexity import reading
-from sar_kd.models.generation import write
+from sar_kd.evaluation.perplexity import eval_mode
+from sar_kd.models.generation import generate
 from sar_kd.runtime.precision import Precision
 
 _BATCH_SIZE = 100
@@ -81,6 +81,6 @@ def _answers(model: nn.Module, corpus: Dataset, precision: Precision, which: str
         stops = {end, *batch.labels.gather(1, (firsts + lengths - 1)[:, None]).flatten().tolist()}
         prompts = [ids[:first].tolist() for ids, first in zip(batch.input_ids, firsts.tolist(), strict=True)]
         rooms = [int(lengths.max()) + _ROOM] * len(prompts)
-        with reading(model, precision):
-            written = write(model, prompts, stops=sorted(stops), rooms=rooms)
+        with eval_mode(model, precision):
+            written = generate(model, prompts, stop_token_ids=sorted(stops), max_new_tokens=rooms)
         yield tokenizer.batch_decode([answer.ids for answer in written], skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""What a model writes behind some prompts: batches of them at once, with its cache, by transformers' `generate`."""
+"""Batched generation with a KV cache, through transformers' `generate`."""
 
 from __future__ import annotations
 
@@ -9,90 +9,90 @@ import torch
 from torch import Tensor
 
 ISSUES = ("nonfinite", "broken_utf8", "special", "unrepresentable", "too_long", "nothing")
-"""What may be wrong with what a student wrote. nonfinite: the logits were, while it was written; broken_utf8: bytes
-that are no text, most often half a character at the end; special: a token without text in the middle; unrepresentable:
-the teacher's tokenizer does not keep the text; too_long: for the teacher's block; nothing: no token is left of it."""
+"""Why a response cannot be used. nonfinite: its logits were not finite; broken_utf8: bytes that are no text, most often
+half a character at the end; special: a token without text in the middle; unrepresentable: the teacher's tokenizer
+changes the text; too_long: for the teacher's block; nothing: no token is left of it."""
 
 
 class Generation(NamedTuple):
-    """What a model wrote behind one prompt."""
+    """The continuation of one prompt."""
 
     ids: list[int]
-    """Without the token it stopped with"""
+    """Without the stop token"""
     stop: int | None
-    """That token; None if there was no room left, or the logits were not finite"""
+    """The stop token; None if there is none, at `max_new_tokens` or at logits that are not finite"""
     is_finite: bool = True
-    """False: broken off where the logits were not finite"""
+    """False: ended where the logits were not finite"""
 
 
 @torch.no_grad()
-def write(
+def generate(
     model: Any,
     prompts: Sequence[Sequence[int]],
     *,
-    stops: Sequence[int],
-    rooms: Sequence[int],
+    stop_token_ids: Sequence[int],
+    max_new_tokens: Sequence[int],
     temperature: float = 0.0,
     top_p: float = 1.0,
 ) -> list[Generation]:
-    """Go on from every prompt until one of `stops`, or until there is no room left for it.
+    """Continue every prompt until a stop token or its `max_new_tokens`.
 
-    A token is drawn from softmax(z / temperature), of the fewest tokens that together have the probability `top_p`; at
-    temperature 0 it is the likeliest. Nothing that the model's own generation config asks for takes part. The model's
-    mode, its dtype and the random numbers are the caller's; no graph is kept.
-    rooms: for each prompt the most tokens that may stand behind it, the one it stops with included
+    A token is sampled from softmax(z / temperature), restricted to the fewest tokens whose probabilities reach
+    `top_p`; temperature 0 is greedy. The model's own generation config is ignored. The caller sets the model's mode,
+    its dtype and the random seed.
+    max_new_tokens: for each prompt, the stop token included
     """
-    width, padding = max(map(len, prompts)), stops[0]
+    width, padding = max(map(len, prompts)), stop_token_ids[0]
     ids = torch.full((len(prompts), width), padding, dtype=torch.int64)
     mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.int64)
-        mask[row, width - len(prompt) :] = 1
-    watch = _Watch(stops[0], model.device, len(prompts))
-    draws = temperature > 0
-    own, model.generation_config = model.generation_config, type(model.generation_config)()
+    for i, prompt in enumerate(prompts):
+        ids[i, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.int64)
+        mask[i, width - len(prompt) :] = 1
+    finite_check = _StopAtNonfinite(padding, model.device, len(prompts))
+    samples = temperature > 0
+    saved_config, model.generation_config = model.generation_config, type(model.generation_config)()
     try:
-        found = model.generate(
+        new_ids = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
-            logits_processor=[watch],
-            max_new_tokens=max(rooms),
-            do_sample=draws,
-            temperature=temperature if draws else None,
-            top_p=top_p if draws else None,
-            top_k=0 if draws else None,
+            logits_processor=[finite_check],
+            max_new_tokens=max(max_new_tokens),
+            do_sample=samples,
+            temperature=temperature if samples else None,
+            top_p=top_p if samples else None,
+            top_k=0 if samples else None,
             num_beams=1,
             use_cache=True,
-            eos_token_id=sorted(set(stops)),
+            eos_token_id=sorted(set(stop_token_ids)),
             pad_token_id=padding,
         )[:, width:].tolist()
     finally:
-        model.generation_config = own
-    broken = watch.first.tolist()
-    return [_read(row, set(stops), room, at) for row, room, at in zip(found, rooms, broken, strict=True)]
+        model.generation_config = saved_config
+    first_nonfinite, stops = finite_check.first_nonfinite.tolist(), set(stop_token_ids)
+    return [_cut(*each, stops) for each in zip(new_ids, max_new_tokens, first_nonfinite, strict=True)]
 
 
-def _read(ids: list[int], stops: set[int], room: int, broken: int) -> Generation:
-    """broken: the place at which the logits were not finite, -1 for none"""
-    at = next((i for i, token in enumerate(ids) if token in stops), len(ids))
-    if 0 <= broken <= min(at, room - 1):
-        return Generation(ids[:broken], None, False)
-    return Generation(ids[: min(at, room)], ids[at] if at < min(room, len(ids)) else None)
+def _cut(ids: list[int], limit: int, nonfinite_at: int, stops: set[int]) -> Generation:
+    """nonfinite_at: position of the first logits that are not finite, -1 for none"""
+    end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+    if 0 <= nonfinite_at <= min(end, limit - 1):
+        return Generation(ids[:nonfinite_at], None, False)
+    return Generation(ids[: min(end, limit)], ids[end] if end < min(limit, len(ids)) else None)
 
 
-class _Watch:
-    """Ends a row whose logits are not finite, and remembers where; no host read."""
+class _StopAtNonfinite:
+    """A logits processor that ends a sequence at logits that are not finite and records where; no host read."""
 
-    def __init__(self, stop: int, device: torch.device, rows: int):
+    def __init__(self, stop: int, device: torch.device, batch_size: int):
         self._stop, self._step = stop, 0
-        self.first = torch.full((rows,), -1, device=device)
-        """int64 [B]: the first place of each row at which they were not, -1 for none"""
+        self.first_nonfinite = torch.full((batch_size,), -1, device=device)
+        """int64 [B]: position of each sequence's first logits that are not finite, -1 for none"""
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         """scores: float32 [B, V]"""
-        bad = ~scores.logsumexp(1).isfinite()
-        self.first = torch.where(bad & (self.first < 0), self._step, self.first)
+        nonfinite = ~scores.logsumexp(1).isfinite()
+        self.first_nonfinite = torch.where(nonfinite & (self.first_nonfinite < 0), self._step, self.first_nonfinite)
         self._step += 1
-        ending = torch.full_like(scores[:1], -torch.inf)
-        ending[:, self._stop] = 0.0
-        return torch.where(bad[:, None], ending, scores)
+        stopping = torch.full_like(scores[:1], -torch.inf)
+        stopping[:, self._stop] = 0.0
+        return torch.where(nonfinite[:, None], stopping, scores)

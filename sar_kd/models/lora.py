@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA) through `peft`: a small addition to each linear layer learns, and nothing else.
+"""Low-rank adapters (LoRA) through `peft`: each linear layer gets a small trainable addition, the rest is frozen.
 
     y = W x + (alpha / rank) * B A x        A [rank, in], B [out, rank] in float32; W frozen
 
@@ -21,9 +21,9 @@ from sar_kd.errors import UsageError
 
 
 def add_adapter(student: nn.Module, config: LoraConfig) -> nn.Module:
-    """The student with an adapter, the rest of it frozen; as it is where `--lora_rank` is 0.
+    """The student with a trainable adapter and all else frozen; unchanged if `--lora_rank` is 0.
 
-    Raises: UsageError where `peft` is missing or finds none of the layers
+    Raises: UsageError if `peft` is missing or finds none of the layers
     """
     if not config.lora_rank:
         return student
@@ -41,28 +41,28 @@ def add_adapter(student: nn.Module, config: LoraConfig) -> nn.Module:
     )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # it asks transformers for something by its former name
-            warnings.filterwarnings("ignore", message="fan_in_fan_out")  # GPT-2's layers: it sets what it warns of
+            warnings.simplefilter("ignore", FutureWarning)  # peft imports a deprecated name
+            warnings.filterwarnings("ignore", message="fan_in_fan_out")  # GPT-2: peft sets it by itself
             return peft.get_peft_model(student, settings, autocast_adapter_dtype=True)
     except ValueError as error:
         names = " ".join(config.lora_targets)
         raise UsageError(f"--lora_targets {names}: {str(error).splitlines()[0]}") from None
 
 
-def exports(student: nn.Module) -> dict[str, nn.Module]:
-    """What a run saves of its student, by folder: `student`, whole; with an adapter, that too, as `peft` loads it."""
+def models_to_save(student: nn.Module) -> dict[str, nn.Module]:
+    """The models that a run saves, by folder: `student`, whole; `adapter` too, where there is one, in peft's format."""
     if not hasattr(student, "peft_config"):
         return {"student": student}
-    return {"student": merged(student), "adapter": student}
+    return {"student": merged_model(student), "adapter": student}
 
 
 @torch.no_grad()
-def merged(student: nn.Module) -> nn.Module:
-    """The adapter multiplied out into the weights of a model without one, in float32 on the CPU.
+def merged_model(student: nn.Module) -> nn.Module:
+    """A copy without an adapter, its product added to the weights, in float32 on the CPU.
 
     W + (alpha / rank) * B A
 
-    The student stays as it is: adding the product and taking it away again would not give its weights back.
+    The student is unchanged: merging in place and unmerging would not restore its weights bit for bit.
     """
     base: Any = student.get_base_model()  # type: ignore[operator]  # peft's
     weights = {name: value.cpu().float() for name, value in base.state_dict().items() if ".lora_" not in name}
@@ -73,45 +73,46 @@ def merged(student: nn.Module) -> nn.Module:
                 weights[f"{name}.base_layer.weight"] = weights[f"{name}.base_layer.weight"] + delta
     weights = {name.replace(".base_layer.", "."): value for name, value in weights.items()}
     with torch.device("meta"):
-        whole = type(base)(copy.deepcopy(base.config))
-    whole.load_state_dict(weights, assign=True)
-    whole.tie_weights()
-    whole.generation_config = base.generation_config
-    return whole
+        merged = type(base)(copy.deepcopy(base.config))
+    merged.load_state_dict(weights, assign=True)
+    merged.tie_weights()
+    merged.generation_config = base.generation_config
+    return merged
 
 
 def save_trainable(student: nn.Module, path: Path) -> None:
-    """Write the weights that learn: all of a student, or its adapter."""
+    """Write the trainable weights: all of a student, or its adapter."""
     if all(parameter.requires_grad for parameter in student.parameters()):
         safetensors.torch.save_model(student, str(path))
     else:
-        safetensors.torch.save_file({name: value.detach().contiguous() for name, value in _learned(student)}, str(path))
+        weights = {name: value.detach().contiguous() for name, value in _trainable(student).items()}
+        safetensors.torch.save_file(weights, str(path))
 
 
 @torch.no_grad()
 def load_trainable(student: nn.Module, path: Path) -> None:
-    """Put them back.
+    """Load the weights that `save_trainable` wrote.
 
     Raises: ValueError or RuntimeError if the file holds other weights
     """
     if all(parameter.requires_grad for parameter in student.parameters()):
         safetensors.torch.load_model(student, str(path))
         return
-    saved, learned = safetensors.torch.load_file(str(path)), dict(_learned(student))
-    if saved.keys() != learned.keys():
+    saved, trainable = safetensors.torch.load_file(str(path)), _trainable(student)
+    if saved.keys() != trainable.keys():
         raise ValueError("it holds another adapter")
-    for name, value in learned.items():
+    for name, value in trainable.items():
         value.copy_(saved[name])
 
 
-def _learned(student: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, value) for name, value in student.named_parameters() if value.requires_grad]
+def _trainable(student: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: value for name, value in student.named_parameters() if value.requires_grad}
 
 
-def describe_student(student: nn.Module) -> str:
-    """A line about what of the student learns."""
-    learned = sum(value.numel() for _, value in _learned(student))
+def describe_trainable(student: nn.Module) -> str:
+    """A line that counts the student's trainable parameters."""
+    trainable = sum(value.numel() for value in _trainable(student).values())
     total = sum(value.numel() for value in student.parameters())
     frozen = {str(value.dtype).removeprefix("torch.") for value in student.parameters() if not value.requires_grad}
     rest = f"; the rest is frozen, in {', '.join(sorted(frozen))}" if frozen else ""
-    return f"Learning: {learned:,} of {total:,} weights, in float32{rest}"
+    return f"Trainable: {trainable:,} of {total:,} parameters, in float32{rest}"

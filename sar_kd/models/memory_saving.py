@@ -1,16 +1,4 @@
-"""The blocks of a model that follow one another, and how each may be computed twice instead of kept.
-
-A teacher that lies in the CPU's memory while the student learns.
-
-It never leaves between a forward and its backward: it has no backward. It reads all of a step's text in one visit,
-and what the student is compared with afterwards is its last hidden states, which are small, and its head, which stays.
-
-A teacher whose linear layers take 4 bits a weight, through bitsandbytes; it does not learn, so it may be rounded.
-
-NF4: each 64 weights share a scale, and each weight is one of 16 values, the quantiles of a normal distribution.
-
-Source: Dettmers et al., 2023 (arXiv 2305.14314), section 3
-"""
+"""Less memory for more time: activation checkpointing, a teacher offloaded to the CPU, a 4-bit teacher."""
 
 from __future__ import annotations
 
@@ -31,18 +19,21 @@ from sar_kd.errors import UsageError
 from sar_kd.runtime.environment import is_installed
 from sar_kd.runtime.precision import Precision
 
+BYTES_PER_WEIGHT = 0.5 + 4 / 64
+"""Of an NF4 weight: 4 bits, and a float32 scale for each 64 weights"""
+
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks that follow one another in `model`, each of which takes and returns hidden states."""
+    """The consecutive decoder layers of `model`, each from hidden states to hidden states."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def recompute_activations_(model: nn.Module, same_dropout: bool = False) -> int:
-    """Let each layer of `model` compute its activations anew in backward instead of keeping them; how many do.
+    """Let each layer of `model` recompute its activations in backward instead of storing them; the number of layers.
 
-    Around the layers' own `forward`, so that nothing has to be in training mode: transformers' own switch does nothing
-    in eval mode, and in training mode dropout and the routers' noise would come with it.
-    same_dropout: draw again what the forward drew, for a model in training mode
+    It wraps the layers' own `forward`, so no module has to be in training mode: transformers' own switch has no effect
+    in eval mode, and training mode would switch on dropout and the routers' noise.
+    same_dropout: repeat the forward's random draws, for a model in training mode
     """
     layers = layers_of(model)
     for layer in layers:
@@ -58,10 +49,10 @@ def _recomputed(forward, same_dropout: bool, *args, **kwargs):
 
 
 @contextlib.contextmanager
-def one_text_a_row() -> Iterator[None]:
-    """Where tensors hold no numbers: say that no row holds several texts, as the numbers would.
+def assume_unpacked_sequences() -> Iterator[None]:
+    """For fake tensors: tell transformers that no sequence of a batch holds several packed texts.
 
-    Whether one does, transformers reads from the positions; where it cannot, it makes a mask that a run does not have.
+    It detects packing from the values of the position ids; without values it builds a mask that a real run has not.
     """
     name = "find_packed_sequence_indices"
     patched = mock.patch.object(masking_utils, name, return_value=None)
@@ -69,77 +60,75 @@ def one_text_a_row() -> Iterator[None]:
         yield
 
 
-_CPU = torch.device("cpu")
-
-
 class Offload:
-    """The teacher's weights at home, and on the device while it reads. Whoever runs the teacher finds it there."""
+    """Keeps a frozen teacher's weights on the CPU except during its forwards.
 
-    def __init__(self, teacher: nn.Module, body: nn.Module, device: torch.device, home: torch.device = _CPU):
-        """body: what every reading of the teacher runs; device: where it reads; home: where it lies otherwise"""
-        self.device, self.is_here, self.visits = device, True, 0
-        self._home: dict[nn.Parameter, Tensor] = {}
-        for parameter in travelling(teacher):
-            at_home = parameter.detach().to(home, copy=True)
-            # Out of pinned memory a GPU fetches by itself.
-            self._home[parameter] = at_home.pin_memory() if device.type == "cuda" and home.type == "cpu" else at_home
-        body.register_forward_pre_hook(lambda *_: self.come())
+    The teacher runs on all of a step's text at once and has no backward; its last hidden states, which are small, and
+    its LM head stay on the device for the loss. A forward moves the weights to the device by itself.
+    """
+
+    def __init__(self, teacher: nn.Module, backbone: nn.Module, device: torch.device):
+        """backbone: a module that every forward of the teacher runs; device: where it runs"""
+        self.device, self.is_on_device, self.num_transfers = device, True, 0
+        self._on_cpu: dict[nn.Parameter, Tensor] = {}
+        for parameter in offloaded_parameters(teacher):
+            copy = parameter.detach().to("cpu", copy=True)
+            # A GPU copies from pinned memory asynchronously.
+            self._on_cpu[parameter] = copy.pin_memory() if device.type == "cuda" else copy
+        backbone.register_forward_pre_hook(lambda *_: self.to_device_())
 
     @property
     def num_bytes(self) -> int:
-        """What travels."""
-        return sum(tensor.nbytes for tensor in self._home.values())
+        """Bytes of the weights that are moved."""
+        return sum(tensor.nbytes for tensor in self._on_cpu.values())
 
-    def come(self) -> None:
-        """Bring the weights onto the device, if they are not there."""
-        if not self.is_here:
-            for parameter, at_home in self._home.items():
-                parameter.data = at_home.to(self.device, non_blocking=True, copy=True)
-            self.is_here = True
-            self.visits += 1
+    def to_device_(self) -> None:
+        """Copy the weights to the device, if they are not there."""
+        if not self.is_on_device:
+            for parameter, copy in self._on_cpu.items():
+                parameter.data = copy.to(self.device, non_blocking=True, copy=True)
+            self.is_on_device = True
+            self.num_transfers += 1
 
-    def leave(self) -> None:
-        """Give the device's memory back; the weights at home are what they were, for they do not learn."""
-        for parameter, at_home in self._home.items():
-            parameter.data = at_home
-        self.is_here = False
+    def to_cpu_(self) -> None:
+        """Free the device's copy; frozen weights need no copy back."""
+        for parameter, copy in self._on_cpu.items():
+            parameter.data = copy
+        self.is_on_device = False
 
 
-def travelling(teacher: Any) -> list[nn.Parameter]:
-    """The weights that come and go: all but the head's, of which the loss makes logits while the student learns.
+def offloaded_parameters(teacher: Any) -> list[nn.Parameter]:
+    """All parameters but the LM head's, from which the loss forms logits; a tied head keeps the embeddings too."""
+    head = {id(parameter) for parameter in teacher.get_output_embeddings().parameters()}
+    return [parameter for parameter in teacher.parameters() if id(parameter) not in head]
 
-    A head that is tied keeps the embeddings with it.
+
+def quantization_options(kind: str, precision: Precision) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that quantize a model's linear layers while it loads; {} for 'off'.
+
+    NF4 (bitsandbytes): each weight is one of 16 values, the quantiles of a normal distribution; 64 weights share a
+    scale. Only for frozen weights.
+
+    Raises: UsageError as `require_quantization_packages`
+    Source: Dettmers et al., 2023 (arXiv 2305.14314), section 3
     """
-    stays = {id(parameter) for parameter in teacher.get_output_embeddings().parameters()}
-    return [parameter for parameter in teacher.parameters() if id(parameter) not in stays]
-
-
-BYTES_A_WEIGHT = 0.5 + 4 / 64
-"""4 bits, and a float32 for each 64 weights"""
-
-
-def require_quantisation(word: str) -> None:
-    """Raise UsageError where a package is missing that `--teacher_quantization WORD` needs."""
-    for package in ("bitsandbytes", "accelerate") if word != "off" else ():
-        if not is_installed(package):
-            raise UsageError(f"--teacher_quantization {word}: needs `pip install bitsandbytes accelerate`")
-
-
-def quantised(word: str, precision: Precision) -> dict[str, Any]:
-    """What `from_pretrained` is told so that a model's linear layers are rounded as they are read; {} for 'off'.
-
-    Raises: UsageError as `require_quantisation`
-    """
-    if word == "off":
+    if kind == "off":
         return {}
-    require_quantisation(word)
-    how = transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=word, bnb_4bit_compute_dtype=precision.dtype
+    require_quantization_packages(kind)
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=precision.dtype
     )
-    return {"quantization_config": how, "device_map": {"": precision.device}}
+    return {"quantization_config": config, "device_map": {"": precision.device}}
 
 
-def roundable(model: Any) -> list[nn.Linear]:
-    """The layers that are rounded: all linear ones but the head. Experts that are stacked in one tensor are none."""
+def require_quantization_packages(kind: str) -> None:
+    """Raise UsageError if a package is missing that `--teacher_quantization KIND` needs."""
+    for package in ("bitsandbytes", "accelerate") if kind != "off" else ():
+        if not is_installed(package):
+            raise UsageError(f"--teacher_quantization {kind}: needs `pip install bitsandbytes accelerate`")
+
+
+def quantizable_layers(model: Any) -> list[nn.Linear]:
+    """The layers that are quantized: all linear ones but the LM head. Experts stacked in one tensor are not linear."""
     head = model.get_output_embeddings()
     return [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from sar_kd.models.generation import Generation, write
+from sar_kd.models.generation import Generation, generate
 
 PROMPTS = [[1, 5, 9, 30], [1, 7], [1, 8, 8, 8, 40, 41, 3]]
 STOPS = [2, 4]
@@ -33,7 +33,7 @@ def _greedy(model, prompt, room):
 
 @pytest.mark.parametrize("rooms", [[20, 20, 20], [3, 11, 20]])
 def test_greedy_text_is_that_of_one_prompt_at_a_time_without_a_cache(model, rooms):
-    written = write(model, PROMPTS, stops=STOPS, rooms=rooms)
+    written = generate(model, PROMPTS, stop_token_ids=STOPS, max_new_tokens=rooms)
     assert written == [_greedy(model, prompt, room) for prompt, room in zip(PROMPTS, rooms, strict=True)]
     assert len({tuple(each.ids) for each in written}) == 3
 
@@ -41,25 +41,25 @@ def test_greedy_text_is_that_of_one_prompt_at_a_time_without_a_cache(model, room
 def test_a_stop_ends_a_text_and_is_no_part_of_it(model):
     free = _greedy(model, PROMPTS[0], 20).ids
     stop = free[5]
-    (written,) = write(model, PROMPTS[:1], stops=[stop], rooms=[20])
+    (written,) = generate(model, PROMPTS[:1], stop_token_ids=[stop], max_new_tokens=[20])
     assert written == Generation(free[: free.index(stop)], stop)
 
 
 def test_a_stop_just_beyond_the_room_is_not_read(model):
     free = _greedy(model, PROMPTS[0], 20).ids
     first = free.index(free[5])
-    (written, _) = write(model, PROMPTS[:2], stops=[free[5]], rooms=[first, 20])
+    (written, _) = generate(model, PROMPTS[:2], stop_token_ids=[free[5]], max_new_tokens=[first, 20])
     assert written == Generation(free[:first], None)
 
 
 def test_nothing_that_the_models_own_config_asks_for_takes_part(model):
-    plain = write(model, PROMPTS, stops=STOPS, rooms=[20] * 3)
+    plain = generate(model, PROMPTS, stop_token_ids=STOPS, max_new_tokens=[20] * 3)
     model.generation_config.update(repetition_penalty=5.0, top_k=1, min_length=19, no_repeat_ngram_size=1)
     config = model.generation_config
-    assert write(model, PROMPTS, stops=STOPS, rooms=[20] * 3) == plain
+    assert generate(model, PROMPTS, stop_token_ids=STOPS, max_new_tokens=[20] * 3) == plain
     assert model.generation_config is config
     model.generation_config.update(eos_token_id=plain[0].ids[0])
-    assert write(model, PROMPTS, stops=STOPS, rooms=[20] * 3) == plain
+    assert generate(model, PROMPTS, stop_token_ids=STOPS, max_new_tokens=[20] * 3) == plain
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.6)])
@@ -74,7 +74,7 @@ def test_tokens_are_drawn_from_the_tempered_distribution(model, temperature, top
         mask = torch.zeros_like(expected)
         mask[kept] = 1.0
         expected = expected * mask / (expected * mask).sum()
-    written = write(model, [prompt] * count, stops=[59], rooms=[1] * count, temperature=temperature, top_p=top_p)
+    written = generate(model, [prompt] * count, stop_token_ids=[59], max_new_tokens=[1] * count, temperature=temperature, top_p=top_p)
     drawn = Counter(each.stop if each.stop is not None else each.ids[0] for each in written)
     distance = sum(abs(drawn[token] / count - float(p)) for token, p in enumerate(expected)) / 2
     spread = sum(math.sqrt(float(p) * (1 - float(p)) / count) for p in expected) * math.sqrt(2 / math.pi) / 2
@@ -87,21 +87,21 @@ def test_a_row_whose_logits_are_not_finite_is_broken_off_there_and_the_others_go
     assert plain[0].ids[4] not in plain[1].ids + plain[2].ids
     # Reading this token makes the row's logits NaN from there on.
     model.model.embed_tokens.weight.data[plain[0].ids[4]] = math.nan
-    broken, *others = write(model, PROMPTS, stops=[58], rooms=[12] * 3)
+    broken, *others = generate(model, PROMPTS, stop_token_ids=[58], max_new_tokens=[12] * 3)
     assert broken == Generation(plain[0].ids[:5], None, False)
     assert others == plain[1:]
 
 
 def test_a_prompt_that_is_not_finite_gives_nothing(model):
     model.model.embed_tokens.weight.data[9] = math.nan
-    assert write(model, PROMPTS[:1], stops=STOPS, rooms=[5]) == [Generation([], None, False)]
+    assert generate(model, PROMPTS[:1], stop_token_ids=STOPS, max_new_tokens=[5]) == [Generation([], None, False)]
 
 
 def test_no_graph_is_kept(model):
     model.requires_grad_(True)
     seen = []
     handle = model.lm_head.register_forward_hook(lambda *args: seen.append(args[-1]))
-    write(model, PROMPTS, stops=STOPS, rooms=[3] * 3)
+    generate(model, PROMPTS, stop_token_ids=STOPS, max_new_tokens=[3] * 3)
     handle.remove()
     assert seen
     assert not any(out.requires_grad for out in seen)

@@ -9,7 +9,7 @@ import transformers
 
 from sar_kd.config.sections import LoraConfig
 from sar_kd.errors import UsageError
-from sar_kd.models.lora import add_adapter, describe_student, exports, load_trainable, merged, save_trainable
+from sar_kd.models.lora import add_adapter, describe_trainable, models_to_save, load_trainable, merged_model, save_trainable
 from sar_kd.models.memory_saving import recompute_activations_
 from sar_kd.training import checkpoint
 
@@ -66,7 +66,7 @@ def test_gpt2s_transposed_layers_get_one_without_a_warning(recwarn):
     assert {name.split(".")[-1] for name, module in student.named_modules() if hasattr(module, "lora_A")} == {
         "c_attn", "c_proj", "c_fc"
     }  # fmt: skip
-    torch.testing.assert_close(_logits(merged(student).eval()), _logits(student), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(_logits(merged_model(student).eval()), _logits(student), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -74,7 +74,7 @@ def test_gpt2s_transposed_layers_get_one_without_a_warning(recwarn):
 def test_merged_equals_unmerged_and_leaves_the_student_as_it_was(make_student, dtype, tied):
     student = _trained(_student(make_student, dtype, tied))
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    whole = merged(student).eval()
+    whole = merged_model(student).eval()
     assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
     assert {value.dtype for value in whole.parameters()} == {torch.float32}
     difference = (_logits(reloaded(whole)) - _logits(student)).abs().max()
@@ -91,7 +91,7 @@ def reloaded(model):
 
 def test_transformers_loads_the_whole_and_peft_the_adapter(make_student, sp_tokenizer, tmp_path):
     student = _trained(add_adapter(make_student(len(sp_tokenizer)), LoraConfig(lora_rank=4, lora_alpha=8)))
-    for name, model in exports(student).items():
+    for name, model in models_to_save(student).items():
         checkpoint.save_student(model, sp_tokenizer, tmp_path / name)
     whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "student").eval()
     base = make_student(len(sp_tokenizer))
@@ -103,7 +103,7 @@ def test_transformers_loads_the_whole_and_peft_the_adapter(make_student, sp_toke
 
 def test_a_whole_student_is_exported_as_it_is(make_student):
     student = make_student(64)
-    assert exports(student) == {"student": student}
+    assert models_to_save(student) == {"student": student}
 
 
 def test_what_learned_is_saved_and_put_back_bit_for_bit(make_student, tmp_path):
@@ -124,10 +124,10 @@ def test_another_adapter_is_not_put_back(make_student, tmp_path):
 
 
 def test_the_run_says_what_learns(make_student):
-    line = describe_student(_student(make_student, torch.float16))
-    assert line.startswith("Learning: ")
+    line = describe_trainable(_student(make_student, torch.float16))
+    assert line.startswith("Trainable: ")
     assert line.endswith("in float32; the rest is frozen, in float16")
-    assert describe_student(make_student(64)).endswith("weights, in float32")
+    assert describe_trainable(make_student(64)).endswith("parameters, in float32")
 
 
 def test_without_peft_there_is_one_line(make_student, monkeypatch):

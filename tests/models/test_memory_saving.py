@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sar_kd.commands.train import main as train
-from sar_kd.config.command_line import parse_args
+from sar_kd.config.command_line import parse
 from sar_kd.config.presets import STABLE
 from sar_kd.config.sections import GuardConfig, LossConfig, OptimConfig, TeacherMemoryConfig
 from sar_kd.data.dataset import Dataset
@@ -16,9 +16,9 @@ from sar_kd.evaluation.perplexity import evaluate
 from sar_kd.losses.objective import Objective
 from sar_kd.models.lm_head import backbone_of
 from sar_kd.models.loading import LoadedModels, load_models
-from sar_kd.models.memory_saving import Offload, layers_of, quantised, recompute_activations_, travelling
+from sar_kd.models.memory_saving import Offload, layers_of, quantization_options, recompute_activations_, offloaded_parameters
 from sar_kd.runtime.environment import is_installed
-from sar_kd.runtime.precision import Precision, setup
+from sar_kd.runtime.precision import Precision, setup_precision
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 from sar_kd.training.guards import StepGuard
 from sar_kd.training.optimizer import build_optimizer
@@ -33,7 +33,7 @@ def corpora(byte_tokenizer, sp_tokenizer, corpus_texts):
     documents = [Document(str(i), text) for i, text in enumerate(corpus_texts)]
 
     def corpus(teacher, **how):
-        pair = TokenizerPair(sp_tokenizer, teacher, student_rows=len(sp_tokenizer), teacher_rows=len(teacher), **how)
+        pair = TokenizerPair(sp_tokenizer, teacher, student_vocab_size=len(sp_tokenizer), teacher_vocab_size=len(teacher), **how)
         return Dataset(documents, pair, 24, 60)
 
     return {
@@ -84,13 +84,13 @@ def test_a_teacher_that_leaves_gives_the_same_losses_and_weights(corpora, make_s
         assert stays.kd_loss > 0
     for a, b in zip(runs[0][1].parameters(), runs[1][1].parameters(), strict=True):
         assert torch.equal(a, b)
-    assert runs[1][3].visits == 1  # it was there for the first step
+    assert runs[1][3].num_transfers == 1  # it was there for the first step
 
 
 def test_the_teacher_is_there_while_it_reads_and_nowhere_while_the_student_learns(corpora, make_student):
     step, student, teacher, offload, *_ = _run(corpora, make_student, offloads=True)
-    offload.leave()
-    home = {parameter: parameter.data_ptr() for parameter in travelling(teacher)}
+    offload.to_cpu_()
+    home = {parameter: parameter.data_ptr() for parameter in offloaded_parameters(teacher)}
     seen = []
 
     def away():
@@ -109,17 +109,17 @@ def test_what_travels_is_all_but_the_head_and_comes_back_as_it_was(make_student)
     for tied in (False, True):
         teacher = make_student(tie_word_embeddings=tied).requires_grad_(False).eval()
         before = {name: value.clone() for name, value in teacher.state_dict().items()}
-        names = {name for name, value in teacher.named_parameters() if any(value is t for t in travelling(teacher))}
+        names = {name for name, value in teacher.named_parameters() if any(value is t for t in offloaded_parameters(teacher))}
         kept = {"model.embed_tokens.weight"} if tied else {"lm_head.weight"}
         assert {name for name, _ in teacher.named_parameters()} - names == kept
         offload = Offload(teacher, backbone_of(teacher), CPU)
-        assert offload.num_bytes == sum(parameter.nbytes for parameter in travelling(teacher))
+        assert offload.num_bytes == sum(parameter.nbytes for parameter in offloaded_parameters(teacher))
         for _ in range(2):
-            offload.leave()
-            assert not offload.is_here
+            offload.to_cpu_()
+            assert not offload.is_on_device
             teacher(input_ids=torch.arange(5)[None])  # whoever runs it finds it there
-            assert offload.is_here
-        assert offload.visits == 2
+            assert offload.is_on_device
+        assert offload.num_transfers == 2
         assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
@@ -127,12 +127,12 @@ def test_a_batch_that_nobody_listened_to_is_read_all_the_same(corpora, make_stud
     *_, offload, _, objective, _, corpus = _run(corpora, make_student, offloads=True)
     batch = corpus.batch([0, 1])
     plain = objective(batch).kd.item()
-    objective.listen([batch])
-    assert not offload.is_here
+    objective.precompute_teacher([batch])
+    assert not offload.is_on_device
     heard = objective(batch).kd.item()
     again = objective(corpus.batch([0, 1])).kd.item()
     assert plain == heard == again
-    assert offload.is_here
+    assert offload.is_on_device
 
 
 def test_an_evaluation_of_an_absent_teacher_brings_it_in(corpora, make_student):
@@ -140,7 +140,7 @@ def test_an_evaluation_of_an_absent_teacher_brings_it_in(corpora, make_student):
     batches = list(corpus.token_batches("teacher", 3))
     before = evaluate(teacher, batches, 100, precision, heads=objective.heads).nats
     step(0)
-    assert not offload.is_here
+    assert not offload.is_on_device
     assert evaluate(teacher, batches, 100, precision, heads=objective.heads).nats == before
 
 
@@ -185,8 +185,8 @@ def test_recomputing_twice_as_asked_is_recomputing_once(make_student):
 
 
 def test_the_flag_makes_every_layer_of_the_student_recompute():
-    config = parse_args(STABLE, ["--gradient_checkpointing", "--device", "cpu"])
-    models = load_models(config, setup(config.precision, 0))
+    config = parse(STABLE, ["--gradient_checkpointing", "--device", "cpu"])
+    models = load_models(config, setup_precision(config.precision, 0))
     calls = []
     for layer in layers_of(models.student):
         layer.self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -201,10 +201,10 @@ def test_a_run_that_was_short_of_memory_may_go_on_with_less(tmp_path, corpus_tex
     begun = ["--train_file", str(text), "--block_size", "64", "--train_steps", "1", "--device", "cpu"]
     train([*begun, "--output_dir", str(tmp_path / "run")])
     again = ["--resume", "--output_dir", str(tmp_path / "run")]
-    memory = parse_args(STABLE, [*again, "--gradient_checkpointing", "--offload_teacher_to_cpu"]).memory
+    memory = parse(STABLE, [*again, "--gradient_checkpointing", "--offload_teacher_to_cpu"]).memory
     assert (memory.gradient_checkpointing, memory.offload_teacher_to_cpu) == (True, True)
     with pytest.raises(UsageError, match="--teacher_quantization nf4: the run to resume has 'off'"):
-        parse_args(STABLE, [*again, "--teacher_quantization", "nf4"])
+        parse(STABLE, [*again, "--teacher_quantization", "nf4"])
 
 
 # A teacher of 4 bits
@@ -213,18 +213,18 @@ def test_a_run_that_was_short_of_memory_may_go_on_with_less(tmp_path, corpus_tex
 def test_rounding_needs_its_package(monkeypatch):
     monkeypatch.setattr("sar_kd.models.memory_saving.is_installed", lambda package: package != "bitsandbytes")
     with pytest.raises(UsageError, match="--teacher_quantization nf4: needs `pip install bitsandbytes accelerate`"):
-        quantised("nf4", Precision(CPU, torch.float16, 1.0))
-    assert quantised("off", Precision(CPU, torch.float16, 1.0)) == {}
+        quantization_options("nf4", Precision(CPU, torch.float16, 1.0))
+    assert quantization_options("off", Precision(CPU, torch.float16, 1.0)) == {}
 
 
 def test_a_teacher_in_memory_is_not_rounded(make_student, sp_tokenizer):
     teacher = make_student(len(sp_tokenizer))
-    config = parse_args(STABLE, ["--teacher_quantization", "nf4", "--device", "cpu"])
-    given = LoadedModels(
+    config = parse(STABLE, ["--teacher_quantization", "nf4", "--device", "cpu"])
+    loaded = LoadedModels(
         {"teacher_model": (copy.deepcopy(teacher), sp_tokenizer), "student_model": (teacher, sp_tokenizer)}
     )
     with pytest.raises(UsageError, match="--teacher_quantization nf4: the teacher is in memory already"):
-        load_models(config, setup(config.precision, 0), given=given)
+        load_models(config, setup_precision(config.precision, 0), loaded=loaded)
 
 
 @pytest.mark.skipif(not is_installed("bitsandbytes"), reason="bitsandbytes is an extra")
@@ -237,8 +237,8 @@ def test_a_rounded_teacher_is_near_the_teacher_and_teaches(tmp_path, make_studen
         sp_tokenizer.save_pretrained(tmp_path / name)
     flags = ["--teacher_model", str(tmp_path / "teacher"), "--student_model", str(tmp_path / "student")]
     flags += ["--train_file", str(text), "--block_size", "32", "--model_dtype", dtype, "--device", "cpu"]
-    config = parse_args(STABLE, [*flags, "--teacher_quantization", "nf4"])
-    rounded = load_models(config, setup(config.precision, 0)).teacher
+    config = parse(STABLE, [*flags, "--teacher_quantization", "nf4"])
+    rounded = load_models(config, setup_precision(config.precision, 0)).teacher
     sizes = {name: value.dtype for name, value in rounded.named_parameters()}
     assert sizes["model.layers.0.mlp.up_proj.weight"] is torch.uint8
     assert sizes["lm_head.weight"] is getattr(torch, dtype)
