@@ -24,7 +24,7 @@ from runs import ROOT, Results, Run, add_flags, bits_of, table
 
 sys.path.insert(0, str(ROOT))
 
-from sar_kd.config.command_line import parse_args
+from sar_kd.config.command_line import parse
 from sar_kd.config.presets import STABLE
 from sar_kd.data.dataset import Dataset
 from sar_kd.data.sources import load_documents
@@ -101,7 +101,7 @@ def run_of(group: Group, variant: str, seed: int, options: argparse.Namespace) -
 def strict_coverage(group: Group) -> float:
     """Share of the student's tokens, on the training text, that are one token of the teacher's, of the same bytes."""
     flags = run_of(group, "ce", 0, argparse.Namespace(train_steps=1, flags="")).flags
-    config = parse_args(STABLE, [*flags, "--output_dir", "unused"])
+    config = parse(STABLE, [*flags, "--output_dir", "unused"])
     size = config.data.block_size
     return measure_coverage(
         Dataset(load_documents(config.data)[0], load_tokenizers(config.models), size, 8 * size)

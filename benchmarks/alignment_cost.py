@@ -25,7 +25,7 @@ from sar_kd.config.runs import Config
 from sar_kd.data.dataset import Dataset
 from sar_kd.data.samples import Document
 from sar_kd.losses.objective import Objective
-from sar_kd.runtime.precision import setup
+from sar_kd.runtime.precision import setup_precision
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 from sar_kd.training.guards import StepGuard
 from sar_kd.training.optimizer import build_optimizer
@@ -49,7 +49,7 @@ class Run:
 
     def __init__(self, config: Config, texts: dict[str, str], student_tokenizer, teacher_tokenizer, options):
         self.config = config
-        self.precision = setup(config.precision, config.train.seed)
+        self.precision = setup_precision(config.precision, config.train.seed)
         student, teacher = SHAPES[options.shape]((student_tokenizer, teacher_tokenizer))
         # A text may have fewer pieces than were asked for: heads are as large all the same.
         rows = max(len(student_tokenizer), len(teacher_tokenizer))
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="embedded")
     parser.add_argument("--batch_size", type=int, default=4, help="blocks of 256 tokens in a step")
     options = parser.parse_args()
-    config = Config.from_flags(dict(MODES["precise"]) | {"per_device_batch_size": options.batch_size}, "precise")
+    config = Config.from_options(dict(MODES["precise"]) | {"per_device_batch_size": options.batch_size}, "precise")
     (texts,) = embedded.read_text("transfer")
     results = []
     for size in options.vocab_size:

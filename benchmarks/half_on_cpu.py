@@ -18,13 +18,13 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sar_kd.config.command_line import parse_args  # noqa: E402
+from sar_kd.config.command_line import parse  # noqa: E402
 from sar_kd.config.presets import FP16_SAFE  # noqa: E402
 from sar_kd.data.dataset import Dataset  # noqa: E402
 from sar_kd.data.sources import load_documents  # noqa: E402
 from sar_kd.losses.objective import Objective  # noqa: E402
 from sar_kd.models.loading import load_models  # noqa: E402
-from sar_kd.runtime.precision import setup  # noqa: E402
+from sar_kd.runtime.precision import setup_precision  # noqa: E402
 from sar_kd.training.guards import StepGuard  # noqa: E402
 from sar_kd.training.optimizer import build_optimizer  # noqa: E402
 from sar_kd.training.step import train_step  # noqa: E402
@@ -36,9 +36,9 @@ class Side:
     """One kind of step with models of its own."""
 
     def __init__(self, dtype: str, emulates: bool):
-        self.config = parse_args(FP16_SAFE, ["--model_dtype", dtype])
-        self.precision = setup(self.config.precision, 0)
-        self.precision.emulates = emulates
+        self.config = parse(FP16_SAFE, ["--model_dtype", dtype])
+        self.precision = setup_precision(self.config.precision, 0)
+        self.precision.emulates_float16 = emulates
         self.models = load_models(self.config, self.precision)
         limits = self.models.block_limits(self.config.data.block_size)
         self.corpus = Dataset(

@@ -74,7 +74,7 @@ CASES = {
 
 def config_of(case: Case, device: str):
     """The settings of a case."""
-    from sar_kd.config.presets import MODES, STABLE
+    from sar_kd.config.presets import MODES
     from sar_kd.config.runs import Config
 
     flags = dict(flag.partition("=")[::2] for flag in case.flags)
@@ -82,7 +82,7 @@ def config_of(case: Case, device: str):
     values |= {name: float(value) for name, value in flags.items() if name == "on_policy_fraction"}
     values |= {"per_device_batch_size": case.batch_size, "grad_accum_steps": case.accum, "block_size": case.block_size}
     values |= {"model_dtype": case.dtype, "device": device, "skip_grad_norm": 1e9, "skip_rule": "fixed"}
-    return Config.from_flags({**MODES[STABLE["mode"]], **values}, STABLE["mode"])
+    return Config.from_options({**MODES["balanced"], **values}, "balanced")
 
 
 def model_config(kind: str, case: Case, teacher: bool):
@@ -158,7 +158,7 @@ def _invented(case: Case, config, dtype):
     def go(config, precision):
         teacher = build(kinds["teacher"]).to(precision.device, dtype).requires_grad_(False).eval()
         student = build(kinds["student"]).to(precision.device).train()
-        sizes = dict.fromkeys(("student_vocab_size", "teacher_vocab_size", "teacher_tokens"), case.vocab_size)
+        sizes = dict.fromkeys(("student_vocab_size", "teacher_vocab_size", "num_teacher_tokens"), case.vocab_size)
         rows = SimpleNamespace(**sizes, tables=None)
         aligner = SimpleNamespace(pair=rows)
 
@@ -168,7 +168,7 @@ def _invented(case: Case, config, dtype):
             labels[:, 0] = -100
             places = torch.arange(input_ids.numel()).view_as(input_ids)[:, :-1].flatten()
             side = TokenBatch(input_ids, labels, places, input_ids[:, 1:].flatten())
-            return Batch(side, side, SimpleNamespace(teacher_rows=places), ())
+            return Batch(side, side, SimpleNamespace(teacher_positions=places), ())
 
         _train(config, precision, teacher, student, aligner, lambda step: [batch() for _ in range(case.accum)])
 
@@ -227,8 +227,8 @@ def _train(config, precision, teacher, student, aligner, batches, models=None, c
     routing = build_live_teacher(config, models, objective, corpus or SimpleNamespace(aligner=aligner))
     with routing:
         for step in range(2):
-            learner = routing.router_trainer_at(step, lambda peak: peak)
-            train_step(batches(step), objective, optimizer, guard, precision, 1.0, learner)
+            routers = routing.router_trainer_at(step, lambda peak: peak)
+            train_step(batches(step), objective, optimizer, guard, precision, 1.0, routers)
         (first, *_) = batches(0)
         for model, batch in ((student, first.student), (teacher, first.teacher)):
             evaluate(model, [batch], 1, precision, heads=objective.heads, workspace_mb=config.loss.loss_workspace_mb)
@@ -236,13 +236,13 @@ def _train(config, precision, teacher, student, aligner, batches, models=None, c
 
 def _write(config, precision, student) -> None:
     """Behind prompts that fill a block but for one token, and one that is short, so that there is room."""
-    from sar_kd.models.generation import write
+    from sar_kd.models.generation import generate
 
     train, most = config.train, config.data.block_size - 1
     prompts = [[1] * most] * (train.per_device_batch_size * train.grad_accum_steps - 1) + [[1]]
     rooms = [max(1, min(config.on_policy.max_new_tokens, most + 1 - len(prompt))) for prompt in prompts]
     with precision.autocast():
-        write(student.eval(), prompts, stops=[0], rooms=rooms, temperature=1.0)
+        generate(student.eval(), prompts, stop_token_ids=[0], max_new_tokens=rooms, temperature=1.0)
     student.train()
 
 

@@ -26,14 +26,14 @@ from torch.utils.data import Dataset as TorchDataset
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sar_kd.config.command_line import parse_args  # noqa: E402
+from sar_kd.config.command_line import parse  # noqa: E402
 from sar_kd.config.presets import STABLE  # noqa: E402
 from sar_kd.data.batch import Batch  # noqa: E402
 from sar_kd.data.dataset import Dataset  # noqa: E402
 from sar_kd.data.sources import load_documents  # noqa: E402
 from sar_kd.losses.objective import Objective  # noqa: E402
 from sar_kd.models.loading import load_models  # noqa: E402
-from sar_kd.runtime.precision import setup  # noqa: E402
+from sar_kd.runtime.precision import setup_precision  # noqa: E402
 from sar_kd.training.batch_loader import Prefetch  # noqa: E402
 from sar_kd.training.guards import StepGuard  # noqa: E402
 from sar_kd.training.optimizer import build_optimizer  # noqa: E402
@@ -76,8 +76,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--steps", type=int, default=20, help="in a round")
     options, flags = parser.parse_known_args()
-    config = parse_args(STABLE, flags)
-    precision = setup(config.precision, 0)
+    config = parse(STABLE, flags)
+    precision = setup_precision(config.precision, 0)
     models = load_models(config, precision)
     limits = models.block_limits(config.data.block_size)
     corpus = Dataset(

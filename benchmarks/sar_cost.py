@@ -28,8 +28,9 @@ from sar_kd.data.dataset import Dataset
 from sar_kd.data.samples import Document
 from sar_kd.losses.objective import Objective
 from sar_kd.models.loading import load_models
-from sar_kd.runtime.precision import setup
+from sar_kd.runtime.precision import setup_precision
 from sar_kd.teacher.live import build_live_teacher
+from sar_kd.teacher.moe.router_training import FROZEN_ROUTERS
 from sar_kd.training.guards import StepGuard
 from sar_kd.training.optimizer import build_optimizer
 from sar_kd.training.step import train_step
@@ -52,8 +53,8 @@ class Run:
     """One routing of the embedded pair, ready to step."""
 
     def __init__(self, flags: dict, texts: dict[str, str], batch_size: int, block_size: int):
-        self.config = Config.from_flags({**MODES["precise"], "student_lr": 1e-3, "router_lr": 1e-3, **flags}, "precise")
-        self.precision = setup(self.config.precision, 0)
+        self.config = Config.from_options({**MODES["precise"], "student_lr": 1e-3, "router_lr": 1e-3, **flags}, "precise")
+        self.precision = setup_precision(self.config.precision, 0)
         self.models = load_models(self.config, self.precision)
         limits = block_size, 8 * block_size
         corpus = Dataset(
@@ -73,7 +74,7 @@ class Run:
         """One attempted update; what it measures for the log is left out."""
         parts = self.objective, self.optimizer, self.guard, self.precision
         with self.routing:
-            train_step([self.batch], *parts, 1.0, self.routing.learner)
+            train_step([self.batch], *parts, 1.0, self.routing.router_trainer or FROZEN_ROUTERS)
 
     def forward(self) -> None:
         """The teacher alone, without a graph."""
@@ -85,7 +86,7 @@ class Run:
         with self.routing:
             logits = self.models.teacher(input_ids=self.batch.teacher.input_ids, use_cache=False).logits
             logits.backward(torch.ones_like(logits))
-        for parameter in self.routing.learner.parameters.values():
+        for parameter in self.routing.router_trainer.parameters.values():
             parameter.grad = None
 
     def saved_bytes(self) -> tuple[int, int]:
@@ -97,11 +98,12 @@ class Run:
         layers = self.models.teacher.model.layers
         with self.routing:
             teacher = _kept(lambda: self._read(self.batch), layers, weights)
-            whole = _kept(lambda: self.routing.learner.terms(self.batch, self._read(self.batch)).total, layers, weights)
+            trainer = self.routing.router_trainer
+            whole = _kept(lambda: trainer.terms(self.batch, self._read(self.batch)).total, layers, weights)
         return whole, teacher
 
     def _read(self, batch: Batch):
-        return self.objective.read(batch, student_learns=False, teacher_learns=True)
+        return self.objective.forward_models(batch, student_grad=False, teacher_grad=True)
 
 
 def _kept(make: Callable[[], object], layers, weights: set[int]) -> int:

@@ -25,14 +25,14 @@ sys.path[:0] = [str(ROOT)]
 import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 
-from sar_kd.config.command_line import parse_args  # noqa: E402
+from sar_kd.config.command_line import parse  # noqa: E402
 from sar_kd.config.presets import STABLE  # noqa: E402
 from sar_kd.data.dataset import Dataset  # noqa: E402
 from sar_kd.data.sources import load_documents  # noqa: E402
 from sar_kd.losses.objective import Objective  # noqa: E402
 from sar_kd.models.loading import load_models  # noqa: E402
 from sar_kd.runtime.distributed import join_process_group  # noqa: E402
-from sar_kd.runtime.precision import setup  # noqa: E402
+from sar_kd.runtime.precision import setup_precision  # noqa: E402
 from sar_kd.training import trainer  # noqa: E402
 from sar_kd.training.guards import StepGuard  # noqa: E402
 from sar_kd.training.optimizer import build_optimizer, parameters_of  # noqa: E402
@@ -51,8 +51,8 @@ def step(dtype: str, parallel: str, batch_size: int, bad_rank: int | None = None
     """
     process_group = join_process_group()
     flags = ["--device", "cpu", "--model_dtype", dtype, "--parallel", parallel, "--block_size", "64"]
-    config = parse_args(STABLE, [*flags, "--mode", "precise", "--skip_rule", "fixed", "--skip_grad_norm", "1e9"])
-    precision = setup(config.precision, 0, process_group)
+    config = parse(STABLE, [*flags, "--mode", "precise", "--skip_rule", "fixed", "--skip_grad_norm", "1e9"])
+    precision = setup_precision(config.precision, 0, process_group)
     models = load_models(config, precision)
     corpus = Dataset(
         load_documents(config.data)[1],
@@ -61,7 +61,7 @@ def step(dtype: str, parallel: str, batch_size: int, bad_rank: int | None = None
         loss_workspace_mb=config.loss.loss_workspace_mb,
     )
     objective = Objective(models.teacher, models.student, config.loss, corpus.aligner, precision)
-    placement = build_strategy(objective, config.train, process_group)
+    strategy = build_strategy(objective, config.train, process_group)
     optimizer = build_optimizer(models.student, config.optim, objective.parameters())
     gradients = []
     optimizer.register_step_pre_hook(lambda *_: gradients.extend(_whole(p.grad) for p in parameters_of(optimizer)))
@@ -72,7 +72,7 @@ def step(dtype: str, parallel: str, batch_size: int, bad_rank: int | None = None
     among = max(shares, process_group.size)
     batches = [batch for part in parts for batch in corpus.micro_batches(0, batch_size, 2, 0, part, among)]
     guard = StepGuard(config.guards)
-    report = train_step(batches, objective, optimizer, guard, precision, 1e9, placement=placement)
+    report = train_step(batches, objective, optimizer, guard, precision, 1e9, strategy=strategy)
     same = all(map(torch.equal, before, (_whole(parameter) for parameter in parameters_of(optimizer))))
     figures = {"loss": report.loss, "norm": report.grad_norm, "tokens": report.num_target_tokens}
     return {"figures": figures, "cause": report.verdict.cause, "unchanged": same, "gradients": gradients}

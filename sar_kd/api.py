@@ -93,7 +93,7 @@ def distill(
             f"--task {values['task']}: a student in memory is there once, and cross-entropy alone would train another; "
             "give skip_baseline=True"
         )
-    folder = Path(output_dir or f"runs/{STABLE['name']}-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder = Path(output_dir or f"runs/{STABLE.run_name}-{time.strftime('%Y%m%d-%H%M%S')}")
     values["output_dir"] = str(folder)
     for flag, given in (("train_file", texts), ("validation_file", validation_texts)):
         if given is not None:

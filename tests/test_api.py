@@ -87,7 +87,7 @@ def test_a_run_from_python_is_resumed_in_python_and_nowhere_else(pairs, corpus_t
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({"train_step": 3}, "train_step: no such flag; did you mean train_steps?"),
+        ({"train_step": 3}, "train_step: no such option; did you mean train_steps?"),
         ({"train_steps": "3"}, "--train_steps '3': must be a whole number"),
         ({"train_steps": 0}, "--train_steps 0: must be a number of at least 1"),
         ({"mode": "balance"}, "--mode balance: must be ultra-conservative or balanced or precise"),

@@ -122,8 +122,8 @@ def test_only_models_and_the_builder_import_transformers():
     assert {name for name in found if not name.startswith("models.")} == {"commands.build_embedded"}
 
 
-def test_only_the_fields_and_the_builder_import_argparse():
-    assert _modules_that(_imports("argparse")) == {"config.fields", "commands.build_embedded"}
+def test_only_the_command_line_imports_argparse():
+    assert _modules_that(_imports("argparse")) == {"config.command_line"}
 
 
 def test_only_precision_names_autocast_and_grad_scaler():

@@ -31,7 +31,7 @@ def test_without_a_gpu_it_says_so_in_one_line_and_measures_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--devise", "cuda"], "--devise: no such flag"),
+        (["--devise", "cuda"], "--devise: no such option"),
         (["--device"], "--device: needs a value"),
         (["--device", "cuda:first"], "--device cuda:first: must be cuda, cuda:N or cpu"),
         (["--minutes", "0"], "--minutes 0: must be a whole number"),

@@ -4,15 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import dataclass, field
 
-from sar_kd.config.command_line import parse_verb
+from sar_kd.config.command_line import parse
+from sar_kd.config.fields import Command, RunConfig
+from sar_kd.config.sections import DataConfig, ModelConfig, OutputConfig
 from sar_kd.data.dataset import Dataset
 from sar_kd.data.sources import load_documents
 from sar_kd.data.token_cache import TokenCache
-from sar_kd.evaluation.tokenizer_coverage import measure_coverage, name_left_out
+from sar_kd.evaluation.tokenizer_coverage import measure_coverage, skipped_lines
 from sar_kd.models.loading import load_tokenizers
 from sar_kd.runtime.console import wrap_lines
-from sar_kd.runtime.files import plain
+from sar_kd.runtime.files import json_safe
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditConfig(RunConfig):
+    """Two tokenizers, and the text to compare them on."""
+
+    models: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+
+AUDIT = Command(
+    name="audit",
+    description="What two tokenizers have in common on a text; nothing is trained.",
+    config=AuditConfig,
+)
 
 
 def main(argv: list[str]) -> dict:
@@ -20,7 +39,7 @@ def main(argv: list[str]) -> dict:
 
     Raises: UsageError for what the user can mend
     """
-    config, as_json = parse_verb("audit", __doc__.partition(": ")[2], ("models", "data"), argv)
+    config = parse(AUDIT, argv)
     pair = load_tokenizers(config.models)
     texts, _ = load_documents(config.data)
     cache = TokenCache(config.data.token_cache)
@@ -28,8 +47,8 @@ def main(argv: list[str]) -> dict:
     coverage = measure_coverage(corpus)
     record = {**dataclasses.asdict(coverage), "mix": coverage.mix}
     print(
-        json.dumps(plain(record), indent=2)
-        if as_json
-        else wrap_lines(*coverage.lines(), *name_left_out(coverage.left_out))
+        json.dumps(json_safe(record), indent=2)
+        if config.output.json
+        else wrap_lines(*coverage.lines(), *skipped_lines(coverage.skipped_documents))
     )
     return {"status": "finished"}

@@ -7,10 +7,10 @@ text, the student only for a while: it is to be taught by a run.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from torch import nn
 from tqdm import tqdm
 
 from sar_kd import embedded
-from sar_kd.config.fields import program_name
+from sar_kd.config.command_line import parse
+from sar_kd.config.fields import Command, option, require_at_least
 from sar_kd.data.dataset import Dataset
 from sar_kd.data.samples import Document
 from sar_kd.evaluation.perplexity import evaluate
@@ -145,7 +146,7 @@ def pretrain(model: Any, text: Dataset, steps: int, noise: float, seed: int, lab
         random_ids = torch.randint(0, model.config.vocab_size, tokens.input_ids.shape, generator=generator)
         replaced = torch.rand(tokens.input_ids.shape, generator=generator) < noise
         output = model(input_ids=torch.where(replaced, random_ids, tokens.input_ids), use_cache=False)
-        loss = nn.functional.cross_entropy(output.logits.flatten(0, 1)[tokens.rows], tokens.targets)
+        loss = nn.functional.cross_entropy(output.logits.flatten(0, 1)[tokens.positions], tokens.targets)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, peak in peaks:
@@ -181,7 +182,7 @@ def build(output: Path, teacher_steps: int, student_steps: int, seed: int) -> No
 
 def corpus_of(tokenizer, texts: dict[str, str]) -> Dataset:
     """Texts as blocks of one tokenizer's tokens."""
-    pair = TokenizerPair(tokenizer, tokenizer, student_rows=len(tokenizer), teacher_rows=len(tokenizer))
+    pair = TokenizerPair(tokenizer, tokenizer, student_vocab_size=len(tokenizer), teacher_vocab_size=len(tokenizer))
     return Dataset([Document(*item) for item in texts.items()], pair, BLOCK_SIZE, BLOCK_SIZE)
 
 
@@ -211,13 +212,29 @@ anything else.
     )
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """`python -m sar_kd embedded`"""
-    parser = argparse.ArgumentParser(prog=f"{program_name()} embedded", description=__doc__.split("\n")[0])
-    parser.add_argument("--output_dir", type=Path, default=Path(embedded.__file__).parent, help="default: the package")
-    parser.add_argument("--teacher_steps", type=int, default=2400)
-    parser.add_argument("--student_steps", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(argv)
-    build(options.output_dir, options.teacher_steps, options.student_steps, options.seed)
+@dataclass(frozen=True, kw_only=True)
+class EmbeddedConfig:
+    """Training: how long, and where to."""
+
+    output_dir: str = option("", "folder for both models; by default their place in the package")
+    teacher_steps: int = option(2400, "training steps of the teacher")
+    student_steps: int = option(200, "training steps of the student")
+    seed: int = option(0, "seed of weights, data order and noise")
+
+    def __post_init__(self):
+        require_at_least(self, 0, "teacher_steps", "student_steps", "seed")
+
+
+EMBEDDED_PAIR = Command(
+    name="embedded",
+    description="Train the embedded teacher and student again: about 20 minutes on 2 cores.",
+    config=EmbeddedConfig,
+)
+
+
+def main(argv: list[str]) -> dict:
+    """Train the embedded pair and save it. Raises: UsageError"""
+    config = parse(EMBEDDED_PAIR, argv)
+    output = Path(config.output_dir or Path(embedded.__file__).parent)
+    build(output, config.teacher_steps, config.student_steps, config.seed)
     return {"status": "finished"}

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from sar_kd.config.command_line import parse_kind
+from sar_kd.config.command_line import parse
+from sar_kd.config.fields import Command
 from sar_kd.config.runs import CachingConfig
 from sar_kd.data.sources import digest_of, load_documents
 from sar_kd.data.token_cache import TokenCache
@@ -25,8 +26,8 @@ from sar_kd.errors import UsageError
 from sar_kd.models.loading import TeacherInfo, load_teacher, load_tokenizers
 from sar_kd.runtime.console import wrap_lines
 from sar_kd.runtime.distributed import join_process_group
-from sar_kd.runtime.files import LOCK, FolderLock, plain, require_room
-from sar_kd.runtime.precision import setup
+from sar_kd.runtime.files import LOCK, FolderLock, json_safe, require_disk_space
+from sar_kd.runtime.precision import setup_precision
 from sar_kd.teacher.cache.builder import SHARD_ROWS, CacheBuilder, CacheText
 from sar_kd.teacher.cache.format import (
     FORMAT,
@@ -48,14 +49,19 @@ _INDEX_BYTES = 12
 """Of a row in its text's index: its token, and where that ends"""
 
 
+CACHE = Command(
+    name="cache",
+    description="Run a teacher once over a text and store its logits, for runs that do not load it.",
+    config=CachingConfig,
+)
+
+
 def main(argv: list[str]) -> dict:
     """Build the cache that the command line asks for, or what is missing of it.
 
     Raises: UsageError for what the user can mend
     """
-    config, as_json = parse_kind(
-        "cache", "Keep what the teacher says of a text, for runs without it.", CachingConfig, argv
-    )
+    config = parse(CACHE, argv)
     if join_process_group().size > 1:
         raise UsageError("cache: one process builds it; start it without torchrun")
     folder = Path(config.cache.teacher_cache)
@@ -66,29 +72,29 @@ def main(argv: list[str]) -> dict:
     except OSError as error:
         raise cache_error(folder, f"cannot be written ({error.strerror}); name another folder") from None
     try:
-        return _build(config, folder, as_json)
+        return _build(config, folder)
     finally:
         lock.release()
 
 
-def _build(config: CachingConfig, folder: Path, as_json: bool) -> dict:
+def _build(config: CachingConfig, folder: Path) -> dict:
     settings, data = config.cache, config.data
     _require_own(folder, settings.overwrite)
-    precision = setup(config.precision, 0)
+    precision = setup_precision(config.precision, 0)
     teacher, tokenizer, about = load_teacher(settings, precision)
     about = replace(about, limit=min(about.limit or 8 * data.block_size, 8 * data.block_size))
     own, cutter = _pairs(config, tokenizer, about)
-    if settings.teacher_top_k >= own.teacher_tokens:
+    if settings.teacher_top_k >= own.num_teacher_tokens:
         raise UsageError(
-            f"--teacher_top_k {settings.teacher_top_k}: the teacher has {own.teacher_tokens} tokens; keep fewer"
+            f"--teacher_top_k {settings.teacher_top_k}: the teacher has {own.num_teacher_tokens} tokens; keep fewer"
         )
     documents = load_documents(data)
     facts = {
         "text": [digest_of(text) for text in documents],
         "tokenizer": fingerprint(tokenizer),
         "teacher": model_fingerprint(settings.teacher_model, settings.trust_remote_code),
-        "teacher_rows": about.num_rows,
-        "num_tokens": own.teacher_tokens,
+        "teacher_rows": about.vocab_size,
+        "num_tokens": own.num_teacher_tokens,
         "stop_ids": list(about.stop_ids),
         "teacher_limit": about.limit,
         "block_size": data.block_size,
@@ -120,7 +126,7 @@ def _build(config: CachingConfig, folder: Path, as_json: bool) -> dict:
             return {"status": "interrupted"}
     header["complete"] = True
     write_header(folder, header)
-    return _report(folder, header, texts, as_json)
+    return _report(folder, header, texts, config.output.json)
 
 
 def _require_own(folder: Path, overwrite: bool) -> None:
@@ -140,12 +146,12 @@ def _pairs(config: CachingConfig, tokenizer: Any, about: TeacherInfo) -> tuple[T
     if one is named that reads otherwise.
     """
     both = partial(
-        TokenizerPair, tokenizer, tokenizer, student_rows=about.num_rows, teacher_rows=about.num_rows, projects=False
+        TokenizerPair, tokenizer, tokenizer, student_vocab_size=about.vocab_size, teacher_vocab_size=about.vocab_size, projects=False
     )
-    try:
-        own = both(aligns=True, stop_ids=(about.stop_ids, about.stop_ids))
-    except UnfitTokenizer:  # students with the same tokenizer need no bytes
-        own = both()
+    own = both()
+    with suppress(UnfitTokenizer):  # students with the same tokenizer need no bytes, and no document is skipped for them
+        aligned = both(aligns=True, stop_ids=(about.stop_ids, about.stop_ids))
+        own = own if aligned.token_tables[0].change else aligned
     if not config.cache.tokenizer_of:
         return own, None
     names = replace(config.cache, student_model=config.cache.tokenizer_of)
@@ -191,7 +197,7 @@ def _announce(teacher: str, folder: Path, header: dict, texts: list[CacheText]) 
         said.append(f"Going on: {kept:,} of {total:,} tokens are there")
     print(wrap_lines(*said))
     remedy = "free some, lower --teacher_top_k, or name another folder"
-    require_room(folder, (total - kept) * size, "what the teacher says", flag="teacher_cache", remedy=remedy)
+    require_disk_space(folder, (total - kept) * size, "what the teacher says", flag="teacher_cache", remedy=remedy)
     return kept
 
 
@@ -203,7 +209,7 @@ def _report(folder: Path, header: dict, texts: list[CacheText], as_json: bool) -
     nats = stored[1].nats() / texts[1].num_rows
     figures = {"tokens": rows, "bytes": num_bytes, "bytes_per_token": num_bytes / rows, "teacher_val_loss": nats}
     if as_json:
-        print(json.dumps(plain(figures), indent=2))
+        print(json.dumps(json_safe(figures), indent=2))
     else:
         heard = f"the teacher's PPL on held-out text is {np.exp(nats):.2f}"
         how_much = f"{rows:,} tokens, {num_bytes / 1e6:,.1f} MB, {num_bytes / rows:.0f} bytes a token"

@@ -6,8 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sar_kd.config.command_line import parse_section
-from sar_kd.config.fields import flag
+from sar_kd.config.command_line import parse
+from sar_kd.config.fields import Command, option
 from sar_kd.reporting.log_diagnosis import diagnose, lines_of, read_log
 from sar_kd.runtime.console import wrap_lines
 
@@ -16,7 +16,18 @@ from sar_kd.runtime.console import wrap_lines
 class ExplainConfig:
     """Explaining: what a log shows."""
 
-    log: str = flag("", "what a Trainer printed, its trainer_state.json, a metrics.jsonl, or the folder", metavar="LOG")
+    log: str = option(
+        "", "what a Trainer printed, its trainer_state.json, a metrics.jsonl, or the folder", metavar="LOG"
+    )
+    json: bool = option(False, "print JSON")
+
+
+EXPLAIN = Command(
+    name="explain",
+    description="The likely cause of the losses and gradient norms in a log.",
+    config=ExplainConfig,
+    positionals=("log",),
+)
 
 
 def main(argv: list[str]) -> dict:
@@ -24,8 +35,7 @@ def main(argv: list[str]) -> dict:
 
     Raises: UsageError if there is no log to read
     """
-    about = "The likely cause of the losses and gradient norms in a log."
-    config, as_json = parse_section("explain", about, ExplainConfig, argv, ["log"])
+    config = parse(EXPLAIN, argv)
     log = read_log(Path(config.log))
-    print(json.dumps(asdict(diagnose(log)), indent=2) if as_json else wrap_lines(*lines_of(log)))
+    print(json.dumps(asdict(diagnose(log)), indent=2) if config.json else wrap_lines(*lines_of(log)))
     return {"status": "finished"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sar_kd.config.command_line import parse_section
-from sar_kd.config.fields import flag
+from sar_kd.config.command_line import parse
+from sar_kd.config.fields import Command, option
 from sar_kd.errors import UsageError
 
 
@@ -14,7 +14,16 @@ from sar_kd.errors import UsageError
 class ForensicsConfig:
     """Forensics: what a run has written about its first bad step."""
 
-    run: str = flag("", "a run folder", metavar="RUN_DIR")
+    run: str = option("", "a run folder", metavar="RUN_DIR")
+    json: bool = option(False, "print JSON")
+
+
+FORENSICS = Command(
+    name="forensics",
+    description="Why a step of a run could not be applied.",
+    config=ForensicsConfig,
+    positionals=("run",),
+)
 
 
 def main(argv: list[str]) -> dict:
@@ -22,13 +31,12 @@ def main(argv: list[str]) -> dict:
 
     Raises: UsageError if the folder holds no run
     """
-    about = "Why a step of a run could not be applied."
-    config, as_json = parse_section("forensics", about, ForensicsConfig, argv, ["run"])
+    config = parse(FORENSICS, argv)
     folder = Path(config.run)
     if not (folder / "config.json").is_file():
         raise UsageError(f"forensics {folder}: holds no run")
-    path = folder / "crash" / ("crash.json" if as_json else "crash.md")
-    nothing = "{}\n" if as_json else "No step of this run had a NaN.\n"
+    path = folder / "crash" / ("crash.json" if config.json else "crash.md")
+    nothing = "{}\n" if config.json else "No step of this run had a NaN.\n"
     try:
         text = path.read_text(encoding="utf-8") if path.is_file() else nothing
     except (OSError, UnicodeDecodeError) as error:

@@ -95,7 +95,11 @@ def _write(flag_: str, name: str, trusted: bool, config: GenerateConfig, precisi
     torch.manual_seed(config.seed)
     with precision.autocast():
         (written,) = generate(
-            model, [ids], stop_token_ids=stops, max_new_tokens=[config.max_new_tokens], temperature=config.sample_temperature
+            model,
+            [ids],
+            stop_token_ids=stops,
+            max_new_tokens=[config.max_new_tokens],
+            temperature=config.sample_temperature,
         )
     return tokenizer.decode(written.ids, skip_special_tokens=True)
 

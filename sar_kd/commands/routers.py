@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from sar_kd.config.command_line import parse_section
-from sar_kd.config.fields import flag, require
+from sar_kd.config.command_line import parse
+from sar_kd.config.fields import Command, option, require
 from sar_kd.config.runs import ROUTER_PATTERNS
 from sar_kd.config.sections import EMBEDDED
 from sar_kd.models.loading import load_meta_model
@@ -14,15 +14,23 @@ from sar_kd.teacher.moe.discovery import describe_routers, find_routers
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterTableConfig:
+class RoutersConfig:
     """Model: whose routers to list."""
 
-    model: str = flag(EMBEDDED, "directory or hub id; 'embedded' is the teacher shipped with the package")
-    router_patterns: tuple[str, ...] = flag((), ROUTER_PATTERNS, metavar="REGEX")
-    trust_remote_code: bool = flag(False, "run model code that comes with a checkpoint")
+    model: str = option(EMBEDDED, "directory or hub id; 'embedded' is the teacher shipped with the package")
+    router_patterns: tuple[str, ...] = option((), ROUTER_PATTERNS, metavar="REGEX")
+    trust_remote_code: bool = option(False, "run model code that comes with a checkpoint")
+    json: bool = option(False, "print JSON")
 
     def __post_init__(self):
         require(bool(self.model), "model", "''", "give a directory or a hub id")
+
+
+ROUTERS = Command(
+    name="routers",
+    description="The routers of a mixture-of-experts model; nothing is trained.",
+    config=RoutersConfig,
+)
 
 
 def main(argv: list[str]) -> dict:
@@ -30,10 +38,10 @@ def main(argv: list[str]) -> dict:
 
     Raises: UsageError for what the user can mend, a model that has no routers among it
     """
-    config, as_json = parse_section("routers", __doc__.partition(": ")[2], RouterTableConfig, argv)
+    config = parse(ROUTERS, argv)
     model = load_meta_model("model", config.model, config.trust_remote_code)
     records = describe_routers(find_routers(model, config.router_patterns))
-    print(json.dumps(records, indent=2) if as_json else "\n".join(router_lines(records)))
+    print(json.dumps(records, indent=2) if config.json else "\n".join(router_lines(records)))
     return {"status": "finished"}
 
 

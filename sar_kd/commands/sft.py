@@ -73,9 +73,9 @@ def fine_tune(config: SftConfig) -> dict:
     strategy = build_strategy(objective, config.train, process_group)
     optimizer = build_optimizer(models.student, config.optim)  # type: ignore[arg-type]  # a rate of another name
     guard = StepGuard(config.guards)
-    companions = [TargetChecks(train), *_exams(config, models, limits, precision)]
+    callbacks = [TargetChecks(train), *_exams(config, models, limits, precision)]
     parts = models, train, validation, objective, optimizer, guard, precision, log, NoTeacher(), strategy
-    return Trainer(config, *parts, companions).run()
+    return Trainer(config, *parts, callbacks).run()
 
 
 def _exams(config: SftConfig, models: Models, limits: tuple[int, int], precision: Precision) -> list[Callback]:

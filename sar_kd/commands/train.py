@@ -5,10 +5,11 @@ The two scripts, `sar-kd train` and `sar_kd.distill` all end up in `train`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
 
 from sar_kd.commands.unit_task import prepare_task
-from sar_kd.config.command_line import parse_args
+from sar_kd.config.command_line import parse
+from sar_kd.config.fields import Command
 from sar_kd.config.presets import STABLE
 from sar_kd.config.runs import Config
 from sar_kd.data.dataset import Dataset
@@ -20,7 +21,7 @@ from sar_kd.preflight.checks import preflight
 from sar_kd.preflight.memory_plan import fit_batch_size
 from sar_kd.reporting.run_log import open_run
 from sar_kd.runtime.distributed import SINGLE_PROCESS, ProcessGroup, join_process_group
-from sar_kd.runtime.precision import setup
+from sar_kd.runtime.precision import setup_precision
 from sar_kd.teacher.cached import CachedTeacher, open_teacher_cache
 from sar_kd.teacher.live import LiveTeacher, build_live_teacher
 from sar_kd.training.guards import StepGuard
@@ -29,15 +30,17 @@ from sar_kd.training.optimizer import build_optimizer
 from sar_kd.training.parallel import build_strategy
 from sar_kd.training.trainer import Trainer
 
+TRAIN = dataclasses.replace(STABLE, name="train")
 
-def main(argv: list[str] | None = None, preset: Mapping[str, str] | None = None) -> dict:
+
+def main(argv: list[str] | None = None, command: Command[Config] = TRAIN) -> dict:
     """Train as the command line asks; returns the summary.
 
-    preset: of a script, one of `config.presets`; None for `sar-kd train`
+    command: of a script, one of `config.presets`
 
     Raises: UsageError for what the user can mend, TrainingDiverged after an emergency stop
     """
-    return train(parse_args(preset or STABLE, argv, "" if preset else "train"))
+    return train(parse(command, argv))
 
 
 def train(config: Config, given: LoadedModels = NO_LOADED_MODELS) -> dict:
@@ -51,7 +54,7 @@ def train(config: Config, given: LoadedModels = NO_LOADED_MODELS) -> dict:
     config, task = prepare_task(config)  # with --task, what comes before the run
     log = process_group.on_rank_zero(lambda: open_run(config))  # where to
     process_group.on_rank_zero(lambda: preflight(config, log.say, given))  # can it be done here?
-    precision = setup(config.precision, config.train.seed, process_group)  # on which device, in which dtype
+    precision = setup_precision(config.precision, config.train.seed, process_group)  # on which device, in which dtype
     config, stored = open_teacher_cache(
         config, process_group, log
     )  # what the teacher said before, with --teacher_cache
@@ -66,16 +69,16 @@ def train(config: Config, given: LoadedModels = NO_LOADED_MODELS) -> dict:
     )  # text to blocks
     loss = config.loss, train.aligner, precision, models.offload
     objective = Objective(models.teacher, models.student, *loss)  # what is minimised
-    placement = build_strategy(objective, config.train, process_group)  # on how many devices the student lies, and how
+    strategy = build_strategy(objective, config.train, process_group)  # on how many devices the student lies, and how
     optimizer = build_optimizer(models.student, config.optim, objective.parameters())  # how
     guard = StepGuard(config.guards)  # when an update is refused
     routing = build_teacher(config, models, objective, train, process_group)  # which experts the teacher asks, if any
-    parts = models, train, validation, objective, optimizer, guard, precision, log, routing, placement
-    companions = task.companions(models, limits, precision)  # what takes part beside them
+    parts = models, train, validation, objective, optimizer, guard, precision, log, routing, strategy
+    callbacks = task.callbacks(models, limits, precision)  # what takes part beside them
     on_policy = build_on_policy(
         config, models, train, limits, precision, process_group
     )  # what the student writes itself
-    return Trainer(config, *parts, companions, on_policy).run()  # type: ignore[arg-type]  # elsewhere than on rank 0 the log is silent
+    return Trainer(config, *parts, callbacks, on_policy).run()  # type: ignore[arg-type]  # elsewhere than on rank 0 the log is silent
 
 
 def build_teacher(

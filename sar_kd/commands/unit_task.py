@@ -36,7 +36,7 @@ class Task:
         """config: of the distillation run, its teacher ready; baseline: the summary of cross-entropy alone, if any"""
         self.config, self._baseline = config, baseline
 
-    def companions(self, models: Models, limits: tuple[int, int], precision: Precision) -> list[Callback]:
+    def callbacks(self, models: Models, limits: tuple[int, int], precision: Precision) -> list[Callback]:
         """The exam, and what the result is compared with."""
         if not self.config.data.task:
             return []
@@ -50,20 +50,20 @@ class Baseline(Callback):
 
     def __init__(self, summary: dict):
         super().__init__()
-        self.kept = {name: summary[name] for name in ("val_ppl_best", "val_bits_per_byte_best", "best_step")}
+        self.state = {name: summary[name] for name in ("val_ppl_best", "val_bits_per_byte_best", "best_step")}
         self.score = summary["benchmark_result"]["student"]
 
-    def begin(self) -> list[str]:
+    def on_train_begin(self) -> list[str]:
         """What the student reaches without a teacher."""
         accuracy, answer_rate = (self.score[name] for name in ("accuracy", "answer_rate"))
         return [
-            f"Cross-entropy alone, the same steps: PPL {self.kept['val_ppl_best']:.2f}, accuracy {accuracy:.3f}, "
+            f"Cross-entropy alone, the same steps: PPL {self.state['val_ppl_best']:.2f}, accuracy {accuracy:.3f}, "
             f"answer rate {answer_rate:.3f}"
         ]
 
     def summary(self) -> dict:
         """The same for `summary.json`."""
-        return {"cross_entropy_only": {**self.kept, **self.score}}
+        return {"cross_entropy_only": {**self.state, **self.score}}
 
 
 def prepare_task(config: Config) -> tuple[Config, Task]:

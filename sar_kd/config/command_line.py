@@ -1,205 +1,93 @@
-"""The command line: what a run's flags, a verb's, or values given in Python ask for."""
+"""From the words of a command line, or from values given in Python, to a checked configuration."""
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import difflib
 import json
+import shutil
+import sys
 import time
 import typing
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from sar_kd.config.fields import (
-    AUTO,
-    WORDS,
-    Auto,
-    Parser,
-    RunConfig,
-    add_sections,
-    check_kind,
-    fields_of,
-    names_of,
-    place_of,
-    program_name,
-    require,
-    style,
-    unknown_flag,
-)
-from sar_kd.config.presets import MODES, RECIPES, STABLE, TASKS, recipe_lines
-from sar_kd.config.runs import SECTIONS, Config, RoutingConfig
-from sar_kd.config.sections import EMBEDDED, EMBEDDED_LR_FACTOR, EMBEDDED_ROUTER_LR_FACTOR
+from sar_kd.config.fields import AUTO, KIND_NAMES, Command, is_allowed, options_of, require
+from sar_kd.config.presets import default_batch_size, recipe_lines
+from sar_kd.config.sections import EMBEDDED
 from sar_kd.errors import UsageError
+from sar_kd.version import RUN_FORMAT
 
-S = typing.TypeVar("S")
+C = TypeVar("C")
 
-# What may differ between the two halves of a resumed run without making it another run.
+# A resumed run may have other values of these: they change when it stops, saves and reports, not what it computes.
 _MAY_CHANGE_ON_RESUME = {
     "eval_steps", "log_steps", "save_steps", "keep_checkpoints", "on_divergence", "resume", "output_dir", "train_steps",
     "device", "trust_remote_code", "time_limit", "tensorboard", "wandb", "token_cache", "epochs", "max_steps",
-    "save_strategy", "gradient_checkpointing", "offload_teacher_to_cpu",
+    "save_strategy", "gradient_checkpointing", "offload_teacher_to_cpu", "json",
 }  # fmt: skip
 
 
-def parse_args(script: Mapping[str, str], argv: list[str] | None = None, verb: str = "") -> Config:
-    """The configuration that a command line asks for, of a script or of the verb that does the same.
+def parse(command: Command[C], argv: Sequence[str] | None = None) -> C:
+    """The configuration that a command line asks for; argv: `sys.argv[1:]` by default.
 
-    Order of precedence, first wins: a flag given; with --resume, the run's own `config.json`; the mode;
-    the script's defaults; the fields' defaults.
-    Raises: UsageError, naming the flag, its value and the remedy.
+    Order of precedence, first wins: an option given; with --resume, the run's own `config.json`; --recipe, --task,
+    --mode; the command's defaults; the fields' defaults.
+    Raises: UsageError, naming the option, its value and the remedy
     """
-    program = f"{program_name()} {verb}" if verb else None
-    return _configure(script, vars(_build_parser(script, program).parse_args(argv)))
+    return _configure(command, vars(_build_parser(command).parse_args(argv)))
 
 
-def parse_run(verb: str, description: str, argv: list[str]) -> tuple[Config, bool]:
-    """The configuration that a verb with a run's own command line asks for, and whether as JSON.
-
-    Raises: UsageError as `parse_args`
-    """
-    parser = _build_parser(STABLE, f"{program_name()} {verb}", description)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    given = vars(parser.parse_args(argv))
-    as_json = given.pop("json", False)
-    return _configure(STABLE, given), as_json
-
-
-def configure(script: Mapping[str, str], flags: Mapping[str, object]) -> Config:
-    """The configuration that flags given as Python values ask for; `mode` is one of them.
-
-    Raises: UsageError as `parse_args`
-    """
-    given = {name: list(value) if isinstance(value, tuple) else value for name, value in flags.items()}
-    kinds = {item.name: (item, kind) for item, kind in fields_of(SECTIONS.values())}
-    for name in {name for name, value in given.items() if value == str(AUTO) and name in kinds}:
-        given[name] = AUTO if kinds[name][0].metadata["auto"] else given[name]
+def configure(command: Command[C], options: Mapping[str, object]) -> C:
+    """`parse` for options given as Python values; `mode` is one of them."""
+    given: dict[str, Any] = {name: list(v) if isinstance(v, tuple) else v for name, v in options.items()}
+    known = {item.name: (item, kind) for item, kind in options_of(command.sections.values())}
     for name, value in given.items():
-        if name != "mode" and name not in kinds:
-            raise UsageError(unknown_flag(name, [*kinds, "mode"]))
-        try:
-            if name != "mode":
-                check_kind(*kinds[name], value)
-        except (TypeError, ValueError):
-            item, kind = kinds[name]
-            words = item.metadata["choices"] or (WORDS.get(kind, "a list of texts"),)
-            raise UsageError(f"--{name} {value!r}: must be {' or '.join(words)}") from None
-    mode = given.get("mode")
-    require(mode is None or mode in MODES, "mode", mode, f"must be {' or '.join(MODES)}")
-    return _configure(script, given)
+        if name == "mode":
+            modes = command.presets.get("mode", {})
+            require(value in modes, name, value, f"must be {' or '.join(modes)}")
+        elif name not in known:
+            raise UsageError(_unknown_option(name, [*known, "mode"]))
+        elif not is_allowed(*known[name], value):
+            item, kind = known[name]
+            words = item.metadata["choices"] or (KIND_NAMES.get(kind, "a list of texts"),)
+            raise UsageError(f"--{name} {value!r}: must be {' or '.join(words)}")
+    return _configure(command, given)
 
 
-def _configure(script: Mapping[str, str], given: dict[str, Any]) -> Config:
-    mode = given.pop("mode", None)
+def _configure(command: Command[C], given: dict[str, Any]) -> C:
     if given.get("resume"):
-        return _resumed(given, mode, Config, MODES)
-    mode = mode or script["mode"]
-    values: dict[str, Any] = {
-        "model_dtype": script["model_dtype"],
-        **MODES[mode],
-        **TASKS.get(given.get("task", ""), {}),
-        **RECIPES.get(given.get("recipe", ""), {}),
-        **given,
-    }
-    notices = recipe_lines(given.get("recipe", ""))
-    if values.get("student_model", EMBEDDED) == EMBEDDED and "student_lr" not in given:
-        notices += (_raise_rate(values, "student_lr", EMBEDDED_LR_FACTOR, "Learning rate", "student"),)
-    if values.get("teacher_model", EMBEDDED) == EMBEDDED and "router_lr" not in given:
-        notice = _raise_rate(values, "router_lr", EMBEDDED_ROUTER_LR_FACTOR, "Routers' rate", "teacher")
-        may_learn = values.get("routing", RoutingConfig.routing) in ("auto", "sar") and values["alpha_kd"] > 0
-        notices += (notice,) if may_learn else ()
-    values.setdefault("output_dir", f"runs/{script['name']}-{time.strftime('%Y%m%d-%H%M%S')}")
-    return Config.from_flags(values, mode, notices)
+        return _resume(command, given)
+    values: dict[str, Any] = {item.name: item.default for item, _ in options_of(command.sections.values())}
+    values |= command.defaults
+    for name, presets in command.presets.items():
+        values |= presets.get(given.get(name, values[name]), {})
+    values |= given
+    notices = recipe_lines(values.get("recipe", ""))
+    for rate in command.embedded_lr_factors:
+        notices += _scale_rate_(values, rate, given, command)
+    if command.run_name and "output_dir" not in given:
+        values["output_dir"] = f"runs/{command.run_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return command.build(values, values.get("mode", command.name), notices)
 
 
-@dataclass(frozen=True)
-class TrainingCommand:
-    """A verb that trains: its flags, and what they are where none is given."""
-
-    name: str
-    description: str
-    kind: type[RunConfig]
-    defaults: Mapping[str, object]
-    """What differs from the fields' own"""
-    tasks: Mapping[str, Mapping[str, object]]
-    """What each `--task` brings with it"""
-    embedded_lr_factor: float
-    """On the learning rate of the embedded student"""
+def _scale_rate_(values: dict[str, Any], rate: str, given: Mapping[str, Any], command: Command) -> tuple[str, ...]:
+    """Multiply a learning rate that is not given for the embedded model; the line that says so, where it is used."""
+    model = "teacher" if rate == "router_lr" else "student"
+    if values[f"{model}_model"] != EMBEDDED or rate in given:
+        return ()
+    former, factor = values[rate], command.embedded_lr_factors[rate]
+    values[rate] = former * factor
+    if rate == "router_lr" and (values["routing"] not in ("auto", "sar") or values["alpha_kd"] == 0):
+        return ()
+    why = f"because the embedded {model} is tiny; a rate given by hand is used as it is"
+    return (f"--{rate}: {former:g} x {factor:g} = {values[rate]:g}, {why}",)
 
 
-def parse_training(verb: TrainingCommand, argv: list[str]) -> Any:
-    """The configuration that the command line of a verb that trains asks for.
-
-    Precedence as in `parse_args`, with `--task` in the place of the mode.
-
-    Raises: UsageError, naming the flag, its value and the remedy.
-    """
-    parser = _verb_parser(verb.name, verb.description)
-    add_sections(parser, verb.kind.sections(), verb.defaults)
-    given = vars(parser.parse_args(argv))
-    if given.get("resume"):
-        return _resumed(given, None, verb.kind, (verb.name,))
-    values = {**verb.defaults, **verb.tasks.get(given.get("task", ""), {}), **given}
-    notices: tuple[str, ...] = ()
-    if values.get("student_model", EMBEDDED) == EMBEDDED and "learning_rate" not in given:
-        values.setdefault("learning_rate", verb.kind().optim.learning_rate)
-        notices = (_raise_rate(values, "learning_rate", verb.embedded_lr_factor, "Learning rate", "student"),)
-    values.setdefault("output_dir", f"runs/{verb.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    return verb.kind.from_flags(values, verb.name, notices)
-
-
-def _raise_rate(values: dict[str, Any], flag: str, factor: float, title: str, model: str) -> str:
-    """Give an embedded model the rate that it wants; the line that says so."""
-    rate = values.get(flag, RoutingConfig.router_lr)
-    values[flag] = rate * factor
-    return (
-        f"{title}: {rate:g} x {factor:g} = {values[flag]:g}, because the embedded {model} is tiny; "
-        f"--{flag} is used as given."
-    )
-
-
-def parse_verb(verb: str, description: str, sections: tuple[str, ...], argv: list[str]) -> tuple[Config, bool]:
-    """The configuration that a verb's command line asks for, from the flags of some sections, and whether as JSON.
-
-    Raises: UsageError, naming the flag, its value and the remedy.
-    """
-    given, as_json = _parse_flags(verb, description, {name: SECTIONS[name] for name in sections}, argv)
-    return Config.from_flags(given, mode=""), as_json
-
-
-def parse_kind(verb: str, description: str, kind: type[RunConfig], argv: list[str]) -> tuple[Any, bool]:
-    """The configuration of a kind of its own that a verb's command line asks for, and whether as JSON.
-
-    Raises: UsageError, naming the flag, its value and the remedy.
-    """
-    given, as_json = _parse_flags(verb, description, kind.sections(), argv)
-    return kind.from_flags(given, mode=""), as_json
-
-
-def parse_section(
-    verb: str, description: str, section: type[S], argv: list[str], places: Sequence[str] = ()
-) -> tuple[S, bool]:
-    """The one section that a verb's command line asks for, and whether as JSON.
-
-    places: fields of it that are given by their place instead of a flag, in order; the last may be a list of words
-
-    Raises: UsageError, naming the flag, its value and the remedy.
-    """
-    given, as_json = _parse_flags(verb, description, {verb: section}, argv, places)
-    return section(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}), as_json
-
-
-def _parse_flags(
-    verb: str, description: str, sections: Mapping[str, type], argv: list[str], places: Sequence[str] = ()
-) -> tuple[dict, bool]:
-    parser = _verb_parser(verb, description, *(place_of(sections, name) for name in places))
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    add_sections(parser, sections, {}, places)
-    given = vars(parser.parse_args(argv))
-    return given, given.pop("json", False)
-
-
-def _resumed(given: dict[str, Any], mode: str | None, kind: type[RunConfig], modes: Iterable[str]) -> Any:
-    """The configuration of the run in `--output_dir`; modes: the words that it may have been started with."""
+def _resume(command: Command[C], given: dict[str, Any]) -> C:
+    """The configuration of the run in `--output_dir`, with the options that may change."""
     if not given.get("output_dir"):
         raise UsageError("--resume: give the run folder with --output_dir")
     path = Path(given["output_dir"]) / "config.json"
@@ -208,67 +96,150 @@ def _resumed(given: dict[str, Any], mode: str | None, kind: type[RunConfig], mod
     if "overwrite" in given:
         raise UsageError("--resume --overwrite: one continues the run, the other deletes it; give one")
     try:
-        saved = json.loads(path.read_text())
-        saved_mode = saved.pop("mode")
-        values = {name: value for section in saved.values() for name, value in section.items()}
-        values = {name: values[name] for section in kind.sections().values() for name in names_of(section)}
-        _check_kinds(kind, values)
-        if saved_mode not in modes:
-            raise ValueError(f"no mode is called {saved_mode}")
+        values, saved_mode = _read_config(command, path)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise UsageError(f"--resume: {path} is not what this version wrote ({error}); start a new run") from None
-    _keep_found_(given, values, kind)
+        raise UsageError(f"--resume: {path} was not written by this version ({error}); start a new run") from None
+    mode = given.pop("mode", None)
+    _drop_found_auto_(given, values, command)
     for name, value in given.items():
         same = name in _MAY_CHANGE_ON_RESUME or values[name] == (list(value) if isinstance(value, tuple) else value)
         shown = " ".join(value) if isinstance(value, tuple | list) else value
         former = " ".join(values[name]) if isinstance(values[name], list) else values[name]
-        require(same, name, shown, f"the run to resume has '{former}'; leave the flag out or start a new run")
-    require(mode in (None, saved_mode), "mode", mode, f"the run to resume has {saved_mode}; leave the flag out")
+        require(same, name, shown, f"the run to resume has '{former}'; leave it out or start a new run")
+    require(mode in (None, saved_mode), "mode", mode, f"the run to resume has {saved_mode}; leave it out")
     trusted = not values["trust_remote_code"] or "trust_remote_code" in given
     require(trusted, "resume", given["output_dir"], "its models run code of their own: give --trust_remote_code again")
     notices: tuple[str, ...] = ()
     if given.get("train_steps", values["train_steps"]) != values["train_steps"]:
-        notices = (f"--train_steps {given['train_steps']}: the learning rate's course changes from here on.",)
-    try:
-        return kind.from_flags({**values, **given, "overwrite": False}, saved_mode, notices)
-    except (TypeError, AttributeError) as error:  # a value of another type, edited by hand
-        raise UsageError(f"--resume: {path} is not what this version wrote ({error}); start a new run") from None
+        notices = (f"--train_steps {given['train_steps']}: changes the learning rate schedule from here on",)
+    return command.build({**values, **given, "overwrite": False}, saved_mode, notices)
 
 
-def _keep_found_(given: dict[str, Any], values: dict[str, Any], kind: type[RunConfig]) -> None:
-    """Leave out an `auto` that was found when the run began, and what it was found for, if that is the same."""
-    if not isinstance(given.get("per_device_batch_size"), Auto):
+def _read_config(command: Command, path: Path) -> tuple[dict[str, Any], str]:
+    """The options in a run's `config.json`, and its mode.
+
+    Raises: OSError, ValueError, KeyError, AttributeError, TypeError or RecursionError if this version did not write it
+    """
+    saved = json.loads(path.read_text())
+    if (found := saved.pop("format", None)) != RUN_FORMAT:
+        raise ValueError(f"its run format is {found or 'older'}, not {RUN_FORMAT}")
+    if (mode := saved.pop("mode")) not in command.presets.get("mode", (command.name,)):
+        raise ValueError(f"no mode is called {mode}")
+    options = {"json": False} | {name: value for section in saved.values() for name, value in section.items()}
+    for item, kind in options_of(command.sections.values()):
+        if not is_allowed(item, kind, options[item.name]):
+            raise ValueError(f"{item.name} is {options[item.name]!r}")
+    return options, mode
+
+
+def _drop_found_auto_(given: dict[str, Any], values: dict[str, Any], command: Command) -> None:
+    """Leave out an `auto`, whose number was found when the run began, and the steps that this number was found for."""
+    if given.get("per_device_batch_size") != AUTO:
         return
     del given["per_device_batch_size"]
-    asked = default_batch_size(kind.sections()["train"], values["task"]) * given.get("grad_accum_steps", 1)
-    if asked == values["per_device_batch_size"] * values["grad_accum_steps"]:
+    blocks = default_batch_size(command.sections["train"], values["task"]) * given.get("grad_accum_steps", 1)
+    if blocks == values["per_device_batch_size"] * values["grad_accum_steps"]:
         given.pop("grad_accum_steps", None)
 
 
-def default_batch_size(train: Any, task: str) -> int:
-    """Blocks in a micro-batch where nobody says how many."""
-    return TASKS.get(task, {}).get("per_device_batch_size", train.per_device_batch_size)  # a field's default
+def program_name() -> str:
+    """How the program was called: as the installed command, or through Python."""
+    return "sar-kd" if Path(sys.argv[0]).stem == "sar-kd" else "python -m sar_kd"
 
 
-def _check_kinds(run: type[RunConfig], values: dict[str, Any]) -> None:
-    """Raise TypeError or ValueError unless each value is of its flag's kind and, where there are some, choices."""
-    for item, kind in fields_of(run.sections().values()):
-        check_kind(item, kind, values[item.name])
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line each and name the nearest option there is."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        missing = "the following arguments are required: "
+        if message.startswith(missing):
+            raise UsageError(f"{message.removeprefix(missing)}: not given; {self.format_usage().strip()}")
+        raise UsageError(message.removeprefix("argument "))
+
+    def parse_args(self, argv=None, namespace=None):
+        argv = sys.argv[1:] if argv is None else list(argv)
+        found, unknown = self.parse_known_args(argv, namespace)
+        if unknown and not unknown[0].startswith("-"):
+            raise UsageError(self._stray(unknown[0], argv))
+        if unknown:
+            names = [name for action in self._actions for name in action.option_strings]
+            raise UsageError(_unknown_option(unknown[0], names))
+        return found
+
+    def _stray(self, word: str, argv: Sequence[str]) -> str:
+        """The error about a word that belongs to no option; it often follows one that takes no value."""
+        before = argv[argv.index(word) - 1] if argv.index(word) else ""
+        for action in self._actions:
+            if action.nargs == 0 and before in action.option_strings:
+                return f"{before}: takes no value, not {word!r}; its help: {action.help}"
+        return f"{word!r}: belongs to no option"
 
 
-def _build_parser(
-    script: Mapping[str, str],
-    program: str | None = None,
-    description: str = "Distil a large causal language model into a small one, in fp16, without NaN.",
-) -> Parser:
-    parser = Parser(prog=program, usage="%(prog)s [--mode MODE] [flags]", description=description, **style())
-    parser.add_argument(
-        "--mode", choices=tuple(MODES), help=f"a word for a set of values; flags given beside it win ({script['mode']})"
+def _unknown_option(name: str, names: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(name.split("=")[0], names, n=1)
+    return f"{name}: no such option; {f'did you mean {nearest[0]}?' if nearest else '--help lists the options'}"
+
+
+def _build_parser(command: Command) -> _Parser:
+    """A parser with one option for each field, in a group for each section."""
+    width = min(100, shutil.get_terminal_size((100, 24)).columns)
+    fields = {item.name: item for item, _ in options_of(command.sections.values())}
+    modes = command.presets.get("mode", {})
+    usage = ["%(prog)s", *(_usage_of(fields[name]) for name in command.positionals), "[--mode MODE]" * bool(modes)]
+    parser = _Parser(
+        prog=f"{program_name()} {command.name}" if command.name else None,
+        usage=" ".join([*filter(None, usage), "[options]"]),
+        description=command.description,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=width),
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
-    add_sections(parser, SECTIONS, {**script, **MODES[script["mode"]]})
+    if modes:
+        text = f"a set of values; any option given beside it wins ({command.defaults['mode']})"
+        parser.add_argument("--mode", choices=tuple(modes), help=text)
+    defaults = {**command.defaults, **modes.get(command.defaults.get("mode", ""), {})}
+    for section in command.sections.values():
+        title, _, description = (section.__doc__ or "").rstrip(".").partition(": ")
+        group = parser.add_argument_group(title, description)
+        order = [*command.positionals, *(item.name for item in dataclasses.fields(section))]
+        for item, kind in sorted(options_of([section]), key=lambda pair: order.index(pair[0].name)):
+            _add_option(group, item, kind, defaults.get(item.name, item.default), item.name in command.positionals)
     return parser
 
 
-def _verb_parser(verb: str, description: str, *places: str) -> Parser:
-    usage = " ".join(["%(prog)s", *places, "[flags]"])
-    return Parser(prog=f"{program_name()} {verb}", usage=usage, description=description, **style())
+def _usage_of(item: dataclasses.Field) -> str:
+    metavar = item.metadata["metavar"]
+    return f"{metavar} [{metavar} ...]" if item.default == () else metavar
+
+
+def _add_option(group, item: dataclasses.Field, kind: type, default, positional: bool) -> None:
+    default = " ".join(default) if isinstance(default, tuple) else default
+    shown = "" if default in ("", (), False) else f" ({default:g})" if isinstance(default, float) else f" ({default})"
+    how: dict[str, Any] = {"help": item.metadata["help"] + shown}
+    if kind is bool:
+        how |= {"action": "store_true"}
+    elif item.metadata["choices"]:
+        how |= {"choices": item.metadata["choices"]}
+    elif kind not in KIND_NAMES:
+        how |= {"nargs": "+", "metavar": item.metadata["metavar"]}
+    elif positional:
+        how |= {"metavar": item.metadata["metavar"]}
+    else:
+        auto = item.metadata["auto"]
+        how |= {"type": _converter(kind, auto), "metavar": kind.__name__.upper() + "|auto" * auto}
+    group.add_argument(item.name if positional else f"--{item.name}", **how)
+
+
+def _converter(kind: type, auto: bool) -> Callable[[str], object]:
+    """From the text of an option to its value, as argparse wants it."""
+
+    def convert(text: str):
+        if auto and text == AUTO:
+            return AUTO
+        try:
+            return kind(text)
+        except ValueError:
+            words = KIND_NAMES[kind] + f" or {AUTO}" * auto
+            raise argparse.ArgumentTypeError(f"'{text}' is not {words}") from None
+
+    return convert

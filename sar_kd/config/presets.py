@@ -1,8 +1,13 @@
-"""Sets of values: modes, tasks, recipes, and the defaults of the two scripts. Any flag given beside one wins."""
+"""Sets of values: modes, tasks, recipes; and the two scripts, which are one command with other defaults."""
 
 from __future__ import annotations
 
+import dataclasses
 from types import MappingProxyType
+from typing import Any
+
+from sar_kd.config.fields import Command
+from sar_kd.config.runs import Config
 
 _CLAMPED = {
     "logit_clamp": 5.0,
@@ -33,7 +38,7 @@ MODES = MappingProxyType(
 )  # fmt: skip
 
 TASKS = MappingProxyType({"units": {"per_device_batch_size": 16, "train_steps": 3000, "eval_steps": 500}})
-"""What `--task` brings with it, as a mode does; any flag given beside it wins."""
+"""`--task`: the settings that it brings, as a mode does."""
 
 _PAPER = {
     "student_lr": 1e-5, "temperature": 1.0, "alpha_kd": 1.0, "alpha_ce": 0.0, "kd_direction": "reverse",
@@ -79,7 +84,26 @@ def recipe_lines(recipe: str) -> tuple[str, ...]:
     return tuple(f"Unlike the paper: {line}." for line in (*DEVIATIONS[recipe], *_COMMON_DEVIATIONS))
 
 
-# The two scripts: the same program, these defaults.
-FP16_SAFE = MappingProxyType({"name": "fp16_safe", "mode": "ultra-conservative", "model_dtype": "float16"})
+EMBEDDED_LR_FACTOR = 200.0
+"""A student of 0.4 M parameters needs a far higher rate than the pretrained models that the modes are written for."""
 
-STABLE = MappingProxyType({"name": "stable", "mode": "balanced", "model_dtype": "auto"})
+EMBEDDED_ROUTER_LR_FACTOR = 20.0
+"""The embedded teacher's routers too; at 200 they follow the student so far that the teacher itself gets worse."""
+
+STABLE: Command[Config] = Command(
+    description="Distil a large causal language model into a small one, in fp16, without NaN.",
+    config=Config,
+    defaults={"mode": "balanced", "model_dtype": "auto"},
+    presets={"mode": MODES, "task": TASKS, "recipe": RECIPES},
+    embedded_lr_factors={"student_lr": EMBEDDED_LR_FACTOR, "router_lr": EMBEDDED_ROUTER_LR_FACTOR},
+    run_name="stable",
+)
+
+FP16_SAFE = dataclasses.replace(
+    STABLE, defaults={"mode": "ultra-conservative", "model_dtype": "float16"}, run_name="fp16_safe"
+)
+
+
+def default_batch_size(train: Any, task: str) -> int:
+    """Blocks in a micro-batch where `--per_device_batch_size` is not given; train: a section."""
+    return TASKS.get(task, {}).get("per_device_batch_size", train.per_device_batch_size)

@@ -14,8 +14,9 @@ import math
 import re
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import ClassVar
 
-from sar_kd.config.fields import RunConfig, flag, require, require_at_least, require_positive
+from sar_kd.config.fields import RunConfig, option, require, require_at_least, require_positive
 from sar_kd.config.sections import (
     AUTO_BATCH,
     EMBEDDED,
@@ -27,6 +28,7 @@ from sar_kd.config.sections import (
     MemoryConfig,
     ModelConfig,
     OptimConfig,
+    OutputConfig,
     PrecisionConfig,
     TeacherMemoryConfig,
     TrainConfig,
@@ -39,40 +41,40 @@ ROUTER_PATTERNS = "regular expressions that match the routers' full names; by de
 class RoutingConfig:
     """Routing: how a mixture-of-experts teacher chooses its experts, and whether its routers learn from the student."""
 
-    routing: str = flag(
+    routing: str = option(
         "native",
         "native: the teacher's own; all: every expert; ka: every expert but one, drawn anew; sar: the routers learn "
         "from the student (see --sar_routing); auto: sar for a mixture of experts, native for a dense teacher",
         choices=("auto", "native", "all", "sar", "ka"),
     )
-    router_patterns: tuple[str, ...] = flag((), ROUTER_PATTERNS, metavar="REGEX")
-    sar_schedule: str = flag(
+    router_patterns: tuple[str, ...] = option((), ROUTER_PATTERNS, metavar="REGEX")
+    sar_schedule: str = option(
         "joint",
         "joint: both updates from one teacher forward; two_stage: the routers' first, then the student's with the "
         "updated teacher",
         choices=("two_stage", "joint"),
     )
-    sar_routing: str = flag(
+    sar_routing: str = option(
         "auto",
         "experts that are active in sar; all: every one; native: the teacher's own choice, cheaper; auto: all, unless "
         "that makes the teacher's perplexity more than 5 %% worse",
         choices=("auto", "all", "native"),
     )
-    router_lr: float = flag(1e-5, "peak learning rate of the routers")
-    router_beta: float = flag(0.01, "weight of the load balance, CV^2 of the experts' probabilities")
-    router_anchor: float = flag(0.1, "weight of the routers' squared distance from where they began, relative")
-    router_direction: str = flag(
+    router_lr: float = option(1e-5, "peak learning rate of the routers")
+    router_beta: float = option(0.01, "weight of the load balance, CV^2 of the experts' probabilities")
+    router_anchor: float = option(0.1, "weight of the routers' squared distance from where they began, relative")
+    router_direction: str = option(
         "forward",
         "what the routers lower; forward: KL(teacher || student), reverse: KL(student || teacher), jsd: between them",
         choices=("forward", "reverse", "jsd"),
     )
-    router_max_grad_norm: float = flag(0.5, "the routers' gradients are clipped to this L2 norm")
-    router_stop_on_drift: bool = flag(False, "at an alarm (entropy, teacher perplexity) the routers stop learning")
-    activation_checkpointing: bool = flag(
+    router_max_grad_norm: float = option(0.5, "the routers' gradients are clipped to this L2 norm")
+    router_stop_on_drift: bool = option(False, "at an alarm (entropy, teacher perplexity) the routers stop learning")
+    activation_checkpointing: bool = option(
         False, "compute the teacher's activations anew in backward: less memory, one more teacher forward"
     )
-    ka_lambda: float = flag(0.05, "ka: probability that a token's experts are drawn instead of taken by rank")
-    ka_passes: int = flag(2, "ka: steps in a row on the same text, each with experts drawn anew")
+    ka_lambda: float = option(0.05, "ka: probability that a token's experts are drawn instead of taken by rank")
+    ka_passes: int = option(2, "ka: steps in a row on the same text, each with experts drawn anew")
 
     def __post_init__(self):
         require_at_least(self, 0.0, "router_lr", "router_beta", "router_anchor")
@@ -85,19 +87,19 @@ class RoutingConfig:
 class OnPolicyConfig:
     """On-policy: the student learns, from the teacher alone, on what it writes itself."""
 
-    recipe: str = flag(
+    recipe: str = option(
         "",
         "sar-paper, ka-paper: Algorithm 2, or 1, of arXiv 2502.12947 with its values; says what differs from it",
         choices=("", "sar-paper", "ka-paper"),
     )
-    on_policy_fraction: float = flag(
+    on_policy_fraction: float = option(
         0.0, "share of the micro-batches in which the student's own text stands behind the prompt; 1: all of them"
     )
-    sample_temperature: float = flag(1.0, "temperature at which the student writes; 0: the likeliest token each time")
-    sample_top_p: float = flag(1.0, "it draws from the fewest tokens that together have this probability")
-    max_new_tokens: int = flag(128, "tokens that it writes at most, within a block")
-    replay_size: int = flag(0, "responses to keep and learn from again; 0: each is used once")
-    replay_fraction: float = flag(0.5, "share of the on-policy micro-batches that are taken from those kept")
+    sample_temperature: float = option(1.0, "temperature at which the student writes; 0: the likeliest token each time")
+    sample_top_p: float = option(1.0, "it draws from the fewest tokens that together have this probability")
+    max_new_tokens: int = option(128, "tokens that it writes at most, within a block")
+    replay_size: int = option(0, "responses to keep and learn from again; 0: each is used once")
+    replay_fraction: float = option(0.5, "share of the on-policy micro-batches that are taken from those kept")
 
     def __post_init__(self):
         for name in ("on_policy_fraction", "replay_fraction"):
@@ -110,9 +112,6 @@ class OnPolicyConfig:
                 "must be below 1, or nothing would be written")  # fmt: skip
 
 
-EMBEDDED_LR_FACTOR = 10.0
-"""What the embedded student's rate is multiplied by: it is far smaller than the models that 2e-4 is meant for."""
-
 CROSS_ENTROPY = LossConfig(alpha_kd=0.0, alpha_ce=1.0, logit_clamp_style="off", loss_clamp_style="off")
 """The distillation step with one term."""
 
@@ -123,8 +122,8 @@ _NEVER = 2**62
 class SftModelConfig:
     """Model: which one to fine-tune."""
 
-    student_model: str = flag(EMBEDDED, "directory or hub id; 'embedded' is the student shipped with the package")
-    trust_remote_code: bool = flag(False, "run model code that comes with a checkpoint")
+    student_model: str = option(EMBEDDED, "directory or hub id; 'embedded' is the student shipped with the package")
+    trust_remote_code: bool = option(False, "run model code that comes with a checkpoint")
 
     def __post_init__(self):
         require(bool(self.student_model), "student_model", "''", "give a directory or a hub id")
@@ -134,7 +133,7 @@ class SftModelConfig:
 class SftOptimConfig(AdamWConfig):
     """Optimizer: AdamW, linear warm-up, cosine decay to a tenth."""
 
-    learning_rate: float = flag(2e-4, "peak learning rate")
+    learning_rate: float = option(2e-4, "peak learning rate")
 
     def __post_init__(self):
         super().__post_init__()
@@ -150,15 +149,15 @@ class SftOptimConfig(AdamWConfig):
 class SftTrainConfig(TrainConfig):
     """Run: how long, how often, where to. A step is one attempted update, applied or skipped."""
 
-    fewest_steps = 0
+    min_train_steps: ClassVar[int] = 0
 
-    epochs: float = flag(1.0, "times that every example is seen, where --train_steps is not given")
-    train_steps: int = flag(0, "attempted optimizer updates; 0: as many as --epochs come to")
-    max_steps: int = flag(0, "end after so many steps, whatever the flags above say: a quick check; 0: no such end")
-    per_device_batch_size: int = flag(8, AUTO_BATCH.format(what="examples"), auto=True)
-    eval_steps: int = flag(200, "validate every so many steps; also at the start and at the end")
-    log_steps: int = flag(10, "print a line every so many steps; every step where --max_steps is given")
-    save_strategy: str = flag(
+    epochs: float = option(1.0, "times that every example is seen, where --train_steps is not given")
+    train_steps: int = option(0, "attempted optimizer updates; 0: as many as --epochs come to")
+    max_steps: int = option(0, "end after so many steps, whatever the flags above say: a quick check; 0: no such end")
+    per_device_batch_size: int = option(8, AUTO_BATCH.format(what="examples"), auto=True)
+    eval_steps: int = option(200, "validate every so many steps; also at the start and at the end")
+    log_steps: int = option(10, "print a line every so many steps; every step where --max_steps is given")
+    save_strategy: str = option(
         "epoch",
         "when to write a checkpoint: after every epoch, every --save_steps steps, or no: at the end and if interrupted "
         "only; the best student so far is saved at each validation in any case",
@@ -195,7 +194,7 @@ class SftConfig(RunConfig):
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     guards: GuardConfig = field(default_factory=GuardConfig)
     train: SftTrainConfig = field(default_factory=SftTrainConfig)
-    loss: LossConfig = field(default=CROSS_ENTROPY, metadata={"flags": False})
+    loss: LossConfig = field(default=CROSS_ENTROPY, metadata={"options": False})
     mode: str = "sft"
 
     def over(self, num_examples: int) -> SftConfig:
@@ -216,23 +215,23 @@ _NUMBER = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
 class CacheConfig:
     """Cache: which teacher, what is kept of it, and where."""
 
-    teacher_model: str = flag(EMBEDDED, "directory or hub id; 'embedded' is the teacher shipped with the package")
-    student_model: str = flag(
+    teacher_model: str = option(EMBEDDED, "directory or hub id; 'embedded' is the teacher shipped with the package")
+    student_model: str = option(
         "",
         "cut the text as a run with this student would, so that its blocks are as without a cache; other students can "
         "use the cache too. By default one that reads as the teacher does; with the embedded teacher, its student",
     )
-    trust_remote_code: bool = flag(False, "run model code that comes with a checkpoint")
-    teacher_cache: str = flag("teacher_cache", "folder of the cache; one that was interrupted goes on")
-    teacher_top_k: int = flag(32, "of each teacher row so many tokens are kept, the likeliest")
-    temperatures: tuple[str, ...] = flag(
+    trust_remote_code: bool = option(False, "run model code that comes with a checkpoint")
+    teacher_cache: str = option("teacher_cache", "folder of the cache; one that was interrupted goes on")
+    teacher_top_k: int = option(32, "of each teacher row so many tokens are kept, the likeliest")
+    temperatures: tuple[str, ...] = option(
         ("1", "1.5", "2"),
         "what a run's --temperature may be: at each the mass of all other tokens is kept",
         metavar="T",
     )
-    per_device_batch_size: int = flag(4, "blocks that the teacher reads at once")
-    loss_workspace_mb: int = flag(64, "memory for logits, which are made and used in tiles of so many MiB")
-    overwrite: bool = flag(False, "start again in a --teacher_cache that holds one")
+    per_device_batch_size: int = option(4, "blocks that the teacher reads at once")
+    loss_workspace_mb: int = option(64, "memory for logits, which are made and used in tiles of so many MiB")
+    overwrite: bool = option(False, "start again in a --teacher_cache that holds one")
 
     def __post_init__(self):
         require(bool(self.teacher_model), "teacher_model", "''", "give a directory or a hub id")
@@ -263,7 +262,8 @@ class CachingConfig(RunConfig):
     cache: CacheConfig = field(default_factory=CacheConfig)
     data: DataConfig = field(default_factory=DataConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
-    mode: str = ""
+    output: OutputConfig = field(default_factory=OutputConfig)
+    mode: str = "cache"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,17 +18,17 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from sar_kd.config.command_line import default_batch_size
-from sar_kd.config.fields import Auto, RunConfig
+from sar_kd.config.fields import AUTO, RunConfig
+from sar_kd.config.presets import default_batch_size
 from sar_kd.errors import UsageError
 from sar_kd.models.loading import NO_LOADED_MODELS, LoadedModels, MetaModels
-from sar_kd.models.memory_saving import layers_of, roundable
+from sar_kd.models.memory_saving import layers_of, quantizable_layers
 from sar_kd.preflight.dry_run import dry_run
 from sar_kd.preflight.memory_estimate import CATEGORIES, Phase, estimate
 from sar_kd.runtime import environment
-from sar_kd.runtime.console import gigabytes
+from sar_kd.runtime.console import format_bytes
 from sar_kd.runtime.distributed import ProcessGroup, current_process_group
-from sar_kd.runtime.precision import choose
+from sar_kd.runtime.precision import choose_device
 
 MARGIN = 0.15
 """A plan and what is measured differ by no more than this share of what is measured."""
@@ -83,11 +83,11 @@ class Plan:
     def lines(self) -> list[str]:
         """For people: what is needed and what there is."""
         where = "this machine" if self.device.type == "cpu" else f"{self.device}"
-        there = "" if self.room is None else f" of the {gigabytes(self.room)} on {where}: {self.verdict}"
+        there = "" if self.room is None else f" of the {format_bytes(self.room)} on {where}: {self.verdict}"
         how = "" if self.rehearsed else " (by a rule of thumb: the model does not run without its numbers)"
-        parts = ", ".join(f"{part} {gigabytes(size)}" for part, size in self.peak.parts.items() if size)
-        held = f", {gigabytes(self.held)} " + ("Python and libraries" if self.device.type == "cpu" else "libraries")
-        return [f"Memory: up to {gigabytes(self.needed)}{there}{how}", f"At the peak ({self.peak.name}): {parts}{held}"]
+        parts = ", ".join(f"{part} {format_bytes(size)}" for part, size in self.peak.parts.items() if size)
+        held = f", {format_bytes(self.held)} " + ("Python and libraries" if self.device.type == "cpu" else "libraries")
+        return [f"Memory: up to {format_bytes(self.needed)}{there}{how}", f"At the peak ({self.peak.name}): {parts}{held}"]
 
     def table(self) -> list[str]:
         """For people: every part at every moment, MB; it fits into 78 columns."""
@@ -135,7 +135,7 @@ def plan(
     if device.type == "cpu":
         # Models that are in memory already are among the parts.
         real = [p for model in skeletons.values() for p in model.parameters() if p.device.type == "cpu"]
-        held += max(0, environment.held_memory() - sum(parameter.nbytes for parameter in real))
+        held += max(0, environment.resident_memory() - sum(parameter.nbytes for parameter in real))
         free = free and free // process_group.size  # of one machine's memory each process has its part
     elif free is not None:
         free += torch.cuda.memory_allocated(device)
@@ -188,7 +188,7 @@ def _fitting(
     candidates: Iterable[tuple[str, RunConfig]], found: Plan, skeletons: Mapping[str, nn.Module], dtype: torch.dtype
 ) -> list[str]:
     plans = ((flags, plan(config, skeletons, found.device, dtype)) for flags, config in candidates)
-    return [f"{flags} ({gigabytes(smaller.needed)})" for flags, smaller in plans if smaller.verdict == "fits"]
+    return [f"{flags} ({format_bytes(smaller.needed)})" for flags, smaller in plans if smaller.verdict == "fits"]
 
 
 def _smaller(
@@ -210,7 +210,7 @@ def _smaller(
         return
     if found.device.type != "cpu" and not memory.offload_teacher_to_cpu:
         yield "--offload_teacher_to_cpu", _with("memory", offload_teacher_to_cpu=True)
-    rounded = sum(layer.weight.numel() for layer in roundable(skeletons["teacher"]))
+    rounded = sum(layer.weight.numel() for layer in quantizable_layers(skeletons["teacher"]))
     if memory.teacher_quantization == "off" and 2 * rounded > sum(p.numel() for p in skeletons["teacher"].parameters()):
         yield "--teacher_quantization nf4", _with("memory", teacher_quantization="nf4")
 
@@ -236,8 +236,8 @@ def advice(
         return [*lines, f"That may not be enough; {remedy}"], None
     where = "the machine's" if found.device.type == "cpu" else f"{found.device}'s"
     return lines, UsageError(
-        f"--per_device_batch_size {config.train.per_device_batch_size}: the run needs about {gigabytes(found.needed)} "
-        f"of {where} memory, and {gigabytes(found.room or 0)} are there; {remedy}; or --force to try all the same"
+        f"--per_device_batch_size {config.train.per_device_batch_size}: the run needs about {format_bytes(found.needed)} "
+        f"of {where} memory, and {format_bytes(found.room or 0)} are there; {remedy}; or --force to try all the same"
     )
 
 
@@ -252,7 +252,7 @@ def fit_batch_size(config: R, process_group: ProcessGroup, given: LoadedModels =
 
     Raises: UsageError where the models or the device are not there
     """
-    if not isinstance(config.train.per_device_batch_size, Auto):
+    if config.train.per_device_batch_size != AUTO:
         return config
     found: list[R] = []
     process_group.on_rank_zero(lambda: found.append(_fit(config, given)))
@@ -260,7 +260,7 @@ def fit_batch_size(config: R, process_group: ProcessGroup, given: LoadedModels =
 
 
 def _fit(config: R, given: LoadedModels) -> R:
-    subject, (device, dtype, _) = MetaModels(config, given), choose(config.precision)
+    subject, (device, dtype, _) = MetaModels(config, given), choose_device(config.precision)
     blocks = default_batch_size(type(config.train), config.data.task) * config.train.grad_accum_steps
     sizes = [size for size in range(blocks, 0, -1) if blocks % size == 0]
     if device.type == "cpu":
@@ -272,7 +272,7 @@ def _fit(config: R, given: LoadedModels) -> R:
             break
     one_block = "" if planned.verdict in ("fits", "unknown") else ", the fewest there are"
     line = (
-        f"--per_device_batch_size auto: {size}{one_block} ({gigabytes(planned.needed)}), --grad_accum_steps "
+        f"--per_device_batch_size auto: {size}{one_block} ({format_bytes(planned.needed)}), --grad_accum_steps "
         f"{blocks // size}: {blocks} blocks an update"
     )
     return dataclasses.replace(fitted, notices=(*config.notices, line))

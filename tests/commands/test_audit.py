@@ -21,7 +21,7 @@ from sar_kd.tokenization.tokenizer_pair import TokenizerPair, UnfitTokenizer
 
 def _corpus(student, teacher, documents, **how) -> Dataset:
     how = {"aligns": True, **how}
-    pair = TokenizerPair(student, teacher, student_rows=len(student), teacher_rows=len(teacher), **how)
+    pair = TokenizerPair(student, teacher, student_vocab_size=len(student), teacher_vocab_size=len(teacher), **how)
     return Dataset(documents, pair, 64, 512)
 
 
@@ -89,7 +89,7 @@ def test_the_verb_prints_the_mix_for_people_and_the_figures_for_programs(capsys)
     [
         (["--student_model", "./absent"], "error: --student_model ./absent: no such directory"),
         (["--train_file", "absent.txt"], "error: --train_file absent.txt: cannot be read"),
-        (["--alpha_kd", "1"], "error: --alpha_kd: no such flag"),
+        (["--alpha_kd", "1"], "error: --alpha_kd: no such option"),
     ],
 )
 def test_the_verb_says_what_is_wrong_in_one_line(capsys, flags, line):
@@ -141,7 +141,7 @@ def test_blocks_of_such_a_tokenizer_hold_the_same_text_on_both_sides(wordpiece, 
         assert ends[0] == ends[1]
     batch = corpus.batch([0, 1])
     alignment = batch.alignment
-    assert 0 < len(alignment.student_rows) < len(batch.student.targets)
+    assert 0 < len(alignment.student_positions) < len(batch.student.targets)
     labels = batch.teacher.labels.flatten()
-    assert torch.all(labels[alignment.teacher_rows + 1] != IGNORE_INDEX)
-    assert alignment.in_teacher is None
+    assert torch.all(labels[alignment.teacher_positions + 1] != IGNORE_INDEX)
+    assert alignment.teacher_continuations is None

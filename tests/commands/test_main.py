@@ -12,7 +12,7 @@ from sar_kd.commands import generate
 from sar_kd.commands.generate import side_by_side
 from sar_kd.commands.main import COMMANDS, main
 from sar_kd.commands.train import main as train
-from sar_kd.config import fields
+from sar_kd.config.command_line import program_name
 from sar_kd.version import __version__
 
 ROOT = Path(__file__).parents[2]
@@ -70,12 +70,12 @@ def test_the_usage_names_the_command_that_was_called(called, shown, monkeypatch,
     monkeypatch.setattr(sys, "argv", [called])
     with pytest.raises(SystemExit):
         main(["report", "--help"])
-    assert f"usage: {shown} RUN_DIR [RUN_DIR ...] [flags]" in capsys.readouterr().out
-    assert fields.program_name() in shown
+    assert f"usage: {shown} RUN_DIR [RUN_DIR ...] [options]" in capsys.readouterr().out
+    assert program_name() in shown
     for verb in COMMANDS:
         with pytest.raises(SystemExit):
             main([verb, "--help"])
-        assert f"usage: {fields.program_name()} {verb} " in capsys.readouterr().out
+        assert f"usage: {program_name()} {verb} " in capsys.readouterr().out
 
 
 def test_the_package_promises_its_types_and_installs_its_command():

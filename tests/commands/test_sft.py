@@ -23,6 +23,7 @@ from sar_kd.reporting.log_diagnosis import diagnose, read_log
 from sar_kd.training import trainer
 from sar_kd.training.batch_loader import BatchLoader
 from sar_kd.training.callbacks import TargetChecks
+from sar_kd.version import RUN_FORMAT
 
 QUESTIONS = [(f"What is {i} plus {i}?", f" It is {2 * i}.") for i in range(40)]
 
@@ -448,7 +449,7 @@ def test_a_task_and_a_file_exclude_each_other(inputs, tmp_path):
         (("--epochs", "0"), "--epochs 0"),
         (("--save_strategy", "never"), "--save_strategy"),
         (("--lora_rnk", "4"), "did you mean --lora_rank?"),
-        (("--teacher_model", "x"), "--teacher_model: no such flag"),
+        (("--teacher_model", "x"), "--teacher_model: no such option"),
         (("--max_grad_norm", "0"), "--max_grad_norm 0"),
     ],
 )
@@ -470,8 +471,8 @@ def test_help_names_every_flag(capsys):
 
 
 def test_a_run_in_another_verbs_folder_is_not_resumed(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"mode": "balanced"}))
-    with pytest.raises(UsageError, match="is not what this version wrote"):
+    (tmp_path / "config.json").write_text(json.dumps({"format": RUN_FORMAT, "mode": "balanced"}))
+    with pytest.raises(UsageError, match="no mode is called balanced"):
         sft.main(["--resume", "--output_dir", str(tmp_path)])
 
 

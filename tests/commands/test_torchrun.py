@@ -216,7 +216,7 @@ def test_a_rank_that_is_killed_is_named_by_the_other_in_seconds_and_the_run_resu
     ended = ranks.finish(started)
     assert _codes(ended) == [2, -signal.SIGKILL]
     (line,) = ended[0].err
-    assert line.startswith("error: rank 1 of 2 ended without a word")
+    assert line.startswith("error: rank 1 of 2 ended without an error message")
     assert "--resume" in line
     assert seconds < 20
     assert _codes(_run(tmp_path / "resumed", ["--resume", "--output_dir", str(tmp_path / "run")])) == [0, 0]
@@ -294,7 +294,7 @@ def test_a_document_that_only_the_second_rank_reads_is_named_and_left_out_by_bot
     (tmp_path / "held_out.txt").write_text("\n".join(corpus_texts[30:36]))
     files = {"train_file": (str(tmp_path / "rows.jsonl"),), "validation_file": (str(tmp_path / "held_out.txt"),)}
     names = [transformers.AutoTokenizer.from_pretrained(inputs / which) for which in ("student", "teacher")]
-    rows = dict(zip(("student_rows", "teacher_rows"), map(len, names), strict=True))
+    rows = dict(zip(("student_vocab_size", "teacher_vocab_size"), map(len, names), strict=True))
     corpus = Dataset(load_documents(DataConfig(**files))[0], TokenizerPair(*names, **rows, aligns=True), 32, 256)
     tokens = [set(corpus.batch([block]).student.input_ids.flatten().tolist()) for block in range(len(corpus))]
     held_out = set(names[0].encode(" ".join(corpus_texts[30:36])))
@@ -371,6 +371,6 @@ def test_torchrun_starts_it_and_a_wrong_flag_is_said_once(inputs, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([*launch, *argv], capture_output=True, text=True, timeout=120, env=environment)
     assert [line for line in done.stderr.splitlines() if "did you mean" in line] == [
-        "error: --temprature: no such flag; did you mean --temperature?"
+        "error: --temprature: no such option; did you mean --temperature?"
     ]
     assert done.stderr.count("exitcode  : 2") == 2

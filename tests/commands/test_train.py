@@ -461,7 +461,7 @@ def test_the_report_is_about_the_micro_batch_that_was_bad(inputs, tmp_path, monk
         ("--train_file", "missing.txt", "No such file"),
         ("--train_file", "text.pdf", "must be a .txt, .jsonl or .jsonl.gz file"),
         ("--block_size", "512", "takes 256 tokens at most"),
-        ("--temprature", "2", "no such flag; did you mean --temperature?"),
+        ("--temprature", "2", "no such option; did you mean --temperature?"),
         ("--temperature", "0", "above 0"),
     ],
 )

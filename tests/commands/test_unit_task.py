@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from sar_kd.commands import main, unit_task
+from sar_kd.config.command_line import parse
+from sar_kd.config.presets import STABLE
 from sar_kd.data import unit_questions
 
 ROOT = Path(__file__).parents[2]
@@ -112,12 +114,10 @@ def test_the_same_command_takes_what_is_finished_as_it_is(done, monkeypatch):
 
 def test_without_a_task_nothing_comes_before(monkeypatch):
     monkeypatch.setattr(unit_task, "fine_tune", lambda config: pytest.fail("trained"))
-    config = _script("train_sar_kd_stable").parse_args(
-        {"name": "stable", "mode": "balanced", "model_dtype": "auto"}, []
-    )
+    config = parse(STABLE, [])
     same, task = unit_task.prepare_task(config)
     assert same is config
-    assert task.companions(None, (8, 8), None) == []
+    assert task.callbacks(None, (8, 8), None) == []
 
 
 def test_the_baseline_can_be_left_out(small, tmp_path):

@@ -5,11 +5,12 @@ import json
 
 import pytest
 
-from sar_kd.config.command_line import parse_args
-from sar_kd.config.presets import FP16_SAFE, MODES, STABLE
+from sar_kd.config.command_line import parse
+from sar_kd.config.presets import EMBEDDED_LR_FACTOR, EMBEDDED_ROUTER_LR_FACTOR, FP16_SAFE, MODES, STABLE
 from sar_kd.config.runs import SECTIONS, Config
-from sar_kd.config.sections import EMBEDDED_LR_FACTOR, EMBEDDED_ROUTER_LR_FACTOR, LossConfig
+from sar_kd.config.sections import LossConfig
 from sar_kd.errors import UsageError
+from sar_kd.version import RUN_FORMAT
 
 FLAGS = [
     "teacher_model", "student_model", "trust_remote_code", "teacher_cache",
@@ -104,7 +105,7 @@ BAD_VALUES = [
 
 
 def _parse(line: str = "", script=STABLE) -> Config:
-    return parse_args(script, line.split())
+    return parse(script, line.split())
 
 
 def _message(line: str) -> str:
@@ -114,7 +115,7 @@ def _message(line: str) -> str:
 
 
 def _flags(config: Config) -> dict:
-    sections = {name: part for name, part in config.to_dict().items() if name != "mode"}
+    sections = {name: part for name, part in config.to_dict().items() if name not in ("format", "mode")}
     return {name: value for section in sections.values() for name, value in section.items()}
 
 
@@ -162,18 +163,18 @@ def test_a_seed_that_no_generator_takes_is_refused(seed):
     [("--temprature", "--temperature"), ("--student-lr", "--student_lr"), ("--train_step", "--train_steps")],
 )
 def test_an_unknown_flag_is_answered_with_the_nearest(typed, meant):
-    assert _message(f"{typed} 3") == f"{typed}: no such flag; did you mean {meant}?"
+    assert _message(f"{typed} 3") == f"{typed}: no such option; did you mean {meant}?"
 
 
 def test_an_unknown_flag_like_no_other_is_pointed_to_the_help():
-    assert _message("--zzz 1") == "--zzz: no such flag; see --help for the flags there are"
+    assert _message("--zzz 1") == "--zzz: no such option; --help lists the options"
 
 
 def test_a_value_behind_a_switch_is_answered_with_what_the_switch_says():
     assert _message("--resume runs/first") == (
-        "--resume: takes no value, not 'runs/first'; it says: continue the run in --output_dir from its checkpoint"
+        "--resume: takes no value, not 'runs/first'; its help: continue the run in --output_dir from its checkpoint"
     )
-    assert _message("runs/first --resume") == "'runs/first': belongs to no flag"
+    assert _message("runs/first --resume") == "'runs/first': belongs to no option"
 
 
 def test_a_missing_value_is_refused_by_flag():
@@ -262,7 +263,7 @@ def test_the_rate_of_a_mode_is_multiplied_for_the_embedded_student(line):
 def test_a_rate_given_by_hand_and_a_students_own_are_used_as_they_are(line):
     config = _parse(line)
     assert config.optim.student_lr == 1e-5
-    assert not [notice for notice in config.notices if "Learning rate" in notice]
+    assert not [notice for notice in config.notices if "--student_lr" in notice]
 
 
 @pytest.mark.parametrize(
@@ -294,7 +295,7 @@ def test_the_routers_rate_is_multiplied_for_the_embedded_teacher(line, rate, is_
 )
 def test_config_json_gives_back_an_equal_config(line):
     config = _parse(line, FP16_SAFE)
-    again = Config.from_flags(_flags(_through_json(config)), config.mode)
+    again = Config.from_options(_flags(_through_json(config)), config.mode)
     assert again == config
 
 
@@ -357,6 +358,19 @@ def test_a_folder_without_a_run_cannot_be_resumed(tmp_path):
     assert "holds no run to resume" in _message(f"--resume --output_dir {tmp_path}")
 
 
+@pytest.mark.parametrize("run_format", [None, 1, "2", True])
+def test_a_run_folder_of_another_format_is_refused_in_one_line(tmp_path, run_format):
+    _save(_parse(f"--output_dir {tmp_path}"), tmp_path)
+    path = tmp_path / "config.json"
+    saved = json.loads(path.read_text())
+    assert saved.pop("format") == RUN_FORMAT
+    path.write_text(json.dumps(saved if run_format is None else saved | {"format": run_format}))
+    line = _message(f"--resume --output_dir {tmp_path}")
+    assert f"its run format is {run_format or 'older'}, not {RUN_FORMAT}" in line
+    assert line.endswith("; start a new run")
+    assert "\n" not in line
+
+
 def test_a_config_json_that_is_no_json_is_refused_in_one_line(tmp_path):
     (tmp_path / "config.json").write_text("{")
     assert str(tmp_path) in _message(f"--resume --output_dir {tmp_path}")
@@ -371,7 +385,7 @@ def test_help_shows_the_scripts_defaults(script, shown, capsys, monkeypatch):
     entries = _help(script, capsys, monkeypatch).split("  --")
     texts = {entry.split()[0]: " ".join(entry.split("\n\n")[0].split()).replace("- ", "-") for entry in entries}
     assert {name: texts[name].rsplit("(", 1)[1].rstrip(")") for name in shown} == shown
-    assert f"({script['mode']})" in texts["mode"]
+    assert f"({script.defaults['mode']})" in texts["mode"]
 
 
 def test_help_has_a_group_for_each_section_and_every_flag(capsys, monkeypatch):
@@ -385,6 +399,6 @@ def test_help_has_a_group_for_each_section_and_every_flag(capsys, monkeypatch):
 def _help(script, capsys, monkeypatch) -> str:
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as caught:
-        parse_args(script, ["--help"])
+        parse(script, ["--help"])
     assert caught.value.code == 0
     return capsys.readouterr().out

@@ -9,7 +9,7 @@ import torch
 
 from sar_kd.commands.main import main, run
 from sar_kd.commands.train import main as train
-from sar_kd.config.command_line import parse_args
+from sar_kd.config.command_line import parse
 from sar_kd.config.presets import FP16_SAFE
 from sar_kd.errors import UsageError
 from sar_kd.models import loading
@@ -86,7 +86,7 @@ def test_a_disk_without_room_for_what_the_run_writes_is_refused_before_anything_
 def test_the_room_that_is_asked_for_is_the_room_that_a_run_takes(text, tmp_path):
     """Two checkpoints and a student on the disk; one more of each while they are replaced."""
     flags = ["--train_file", str(text), "--block_size", "64", "--train_steps", "2", "--save_steps", "1"]
-    config = parse_args(FP16_SAFE, [*flags, "--output_dir", str(tmp_path / "run")])
+    config = parse(FP16_SAFE, [*flags, "--output_dir", str(tmp_path / "run")])
     finding = checks._check_disk(checks.MetaModels(config))
     train([*flags, "--output_dir", str(tmp_path / "run"), "--eval_steps", "2"])
     taken = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*.safetensors"))
@@ -107,7 +107,7 @@ def test_a_run_begins_with_the_same_lines(text, tmp_path, capsys):
         "--output_dir",
         str(tmp_path / "run"),
     ]
-    config = parse_args(FP16_SAFE, flags)
+    config = parse(FP16_SAFE, flags)
     expected: list[str] = []
     checks.preflight(config, expected.append)
     train([*flags, "--mode", "ultra-conservative", "--model_dtype", "float16"])

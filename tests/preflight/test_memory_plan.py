@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from sar_kd.commands.main import main as verbs
-from sar_kd.config.command_line import parse_args
+from sar_kd.config.command_line import parse
 from sar_kd.config.presets import MODES, STABLE
 from sar_kd.config.runs import Config, SftConfig
 from sar_kd.config.sections import LoraConfig, TeacherMemoryConfig
@@ -19,9 +19,9 @@ from sar_kd.data.batch import Batch, TokenBatch
 from sar_kd.evaluation.perplexity import evaluate
 from sar_kd.losses.objective import Objective
 from sar_kd.models import loading
-from sar_kd.models.generation import write
-from sar_kd.models.loading import MetaModels, Models, num_rows
-from sar_kd.models.logit_tiles import blocks_of
+from sar_kd.models.generation import generate
+from sar_kd.models.loading import MetaModels, Models, vocab_size_of
+from sar_kd.models.logit_tiles import vocab_blocks
 from sar_kd.models.memory_saving import recompute_activations_
 from sar_kd.preflight import memory_plan
 from sar_kd.preflight.checks import preflight
@@ -36,12 +36,12 @@ from sar_kd.preflight.memory_estimate import (
     writing_sizes,
 )
 from sar_kd.preflight.memory_plan import MARGIN, Plan, advice, plan
-from sar_kd.preflight.memory_tracker import OFF_DEVICE, MemoryTracker, hollow, imagined
+from sar_kd.preflight.memory_tracker import OFF_DEVICE, MemoryTracker, fake_copy, fake_tensors
 from sar_kd.runtime import environment
 from sar_kd.runtime.distributed import SINGLE_PROCESS, ProcessGroup
-from sar_kd.runtime.environment import held_memory
+from sar_kd.runtime.environment import resident_memory
 from sar_kd.runtime.precision import Precision
-from sar_kd.teacher.live import build_teacher_routing
+from sar_kd.teacher.live import build_live_teacher
 from sar_kd.training.guards import StepGuard
 from sar_kd.training.optimizer import build_optimizer
 from sar_kd.training.step import train_step
@@ -79,7 +79,7 @@ def _config(**flags) -> Config:
         "skip_grad_norm": 1e9,
         "skip_rule": "fixed",
     }
-    return Config.from_flags({**MODES["balanced"], **defaults, **flags}, "balanced")
+    return Config.from_options({**MODES["balanced"], **defaults, **flags}, "balanced")
 
 
 def _plan(skeletons=None, dtype=torch.float32, **flags) -> Plan:
@@ -108,8 +108,8 @@ def test_a_ledger_counts_what_is_alive_and_remembers_the_most():
 
 def test_a_hollow_model_has_shapes_ties_and_dtypes_and_no_memory():
     model = _build(_kind("gpt2"))
-    with imagined():
-        found = hollow(model, CPU, torch.float16)
+    with fake_tensors():
+        found = fake_copy(model, CPU, torch.float16)
         assert found.lm_head.weight is found.transformer.wte.weight
         assert {p.dtype for p in found.parameters()} == {torch.float16}
         assert [p.shape for p in found.parameters()] == [p.shape for p in model.parameters()]
@@ -125,9 +125,9 @@ def test_a_model_of_7_billion_weights_is_planned_in_no_memory():
     small = _skeletons(vocab_size=32000)["student"]
     count = sum(p.numel() for p in big.parameters())
     gc.collect()
-    before = held_memory()
+    before = resident_memory()
     found = plan(_config(), {"teacher": big, "student": small}, CPU, torch.float16)
-    assert held_memory() - before < 0.02 * 2 * count
+    assert resident_memory() - before < 0.02 * 2 * count
     assert count > 6.7e9
     assert found.rehearsed
     assert found.peak.parts["teacher"] == pytest.approx(2 * count, rel=1e-3)
@@ -202,18 +202,18 @@ def _run(config, kinds, dtype, vocab_size, train) -> None:
     student = _build(kinds["student"]).train()
     if config.memory.gradient_checkpointing:
         recompute_activations_(student, same_dropout=True)
-    sizes = dict.fromkeys(("student_rows", "teacher_rows", "teacher_tokens"), vocab_size)
+    sizes = dict.fromkeys(("student_vocab_size", "teacher_vocab_size", "num_teacher_tokens"), vocab_size)
     aligner = SimpleNamespace(pair=SimpleNamespace(**sizes, tables=None))
     objective = Objective(teacher, student, config.loss, aligner, precision)
     optimizer, guard = build_optimizer(student, config.optim), StepGuard(config.guards)
-    routing = build_teacher_routing(
+    routing = build_live_teacher(
         config, Models(teacher, student, None, False), objective, SimpleNamespace(aligner=aligner)
     )
     with routing:
         for step in range(2):
             batches = [_batch(vocab_size, config) for _ in range(train.grad_accum_steps)]
             train_step(
-                batches, objective, optimizer, guard, precision, 1.0, routing.learner_at(step, lambda peak: peak)
+                batches, objective, optimizer, guard, precision, 1.0, routing.router_trainer_at(step, lambda peak: peak)
             )
         for model in (student, teacher):
             batch = _batch(vocab_size, config).student
@@ -224,7 +224,7 @@ def _batch(vocab_size, config) -> Batch:
     input_ids = torch.randint(0, vocab_size, (config.train.per_device_batch_size, config.data.block_size))
     rows = torch.arange(input_ids.numel()).view_as(input_ids)[:, :-1].flatten()
     side = TokenBatch(input_ids, input_ids, rows, input_ids[:, 1:].flatten())
-    return Batch(side, side, SimpleNamespace(teacher_rows=rows), ())
+    return Batch(side, side, SimpleNamespace(teacher_positions=rows), ())
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def _peak_of_writing(kind, dtype, sizes: Sizes, top_p: float) -> int:
     prompts = [[1] * sizes.prompt] * (sizes.rows - 1) + [[1]]
     rooms = [1] * (sizes.rows - 1) + [sizes.total - sizes.prompt + 1]
     with precision.autocast():
-        return _allocated(lambda: write(model, prompts, stops=[0], rooms=rooms, temperature=1.0, top_p=top_p))
+        return _allocated(lambda: generate(model, prompts, stop_token_ids=[0], max_new_tokens=rooms, temperature=1.0, top_p=top_p))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -371,7 +371,7 @@ def test_a_model_that_does_not_run_without_numbers_is_planned_by_a_rule_of_thumb
     assert not found.rehearsed
     assert "rule of thumb" in found.lines()[0]
     tile = torch.empty(2**20, 2)
-    assert list(blocks_of(tile))[-1].stop >= len(tile)  # a rehearsal that broke off leaves nothing behind
+    assert list(vocab_blocks(tile))[-1].stop >= len(tile)  # a rehearsal that broke off leaves nothing behind
 
 
 @pytest.mark.parametrize("names", [("llama", "llama"), ("gpt2", "gpt2"), ("moe", "moe")])
@@ -406,7 +406,7 @@ def test_too_little_memory_is_refused_with_what_would_fit(monkeypatch):
     monkeypatch.setattr(memory_plan, "_LIBRARIES", {"cpu": 0})
     flags = {"per_device_batch_size": 64, "block_size": 128}
     usual = _plan(**flags)
-    monkeypatch.setattr(environment, "held_memory", lambda: 0)
+    monkeypatch.setattr(environment, "resident_memory", lambda: 0)
     monkeypatch.setattr(environment, "free_memory", lambda device: usual.peak.total // 2)
     config, skeletons = _config(**flags), _skeletons()
     found = plan(config, skeletons, CPU, torch.float32)
@@ -428,7 +428,7 @@ def test_too_little_memory_is_refused_with_what_would_fit(monkeypatch):
 
 def test_weights_that_are_too_large_alone_are_not_answered_with_a_smaller_batch(monkeypatch):
     monkeypatch.setattr(memory_plan, "_LIBRARIES", {"cpu": 0})
-    monkeypatch.setattr(environment, "held_memory", lambda: 0)
+    monkeypatch.setattr(environment, "resident_memory", lambda: 0)
     monkeypatch.setattr(environment, "free_memory", lambda device: 2**20)
     config, skeletons = _config(), _skeletons()
     _, refusal = advice(plan(config, skeletons, CPU, torch.float32), config, skeletons, torch.float32)
@@ -436,7 +436,7 @@ def test_weights_that_are_too_large_alone_are_not_answered_with_a_smaller_batch(
 
 
 def test_a_close_plan_and_a_verb_without_force_are_warned_only(monkeypatch):
-    monkeypatch.setattr(environment, "held_memory", lambda: 0)
+    monkeypatch.setattr(environment, "resident_memory", lambda: 0)
     monkeypatch.setattr(environment, "free_memory", lambda device: 2**20)
     skeletons = {"student": _skeletons()["student"]}
     config = SftConfig()
@@ -493,11 +493,11 @@ def test_a_control_groups_limit_counts_and_what_it_caches_does_not(monkeypatch, 
 
 
 def test_the_embedded_pairs_plan_is_what_its_models_are():
-    subject = MetaModels(parse_args(STABLE, ["--device", "cpu"]))
+    subject = MetaModels(parse(STABLE, ["--device", "cpu"]))
     found = plan(subject.config, subject.models, CPU, torch.float32)
     assert found.rehearsed
     assert found.peak.parts["student"] == pytest.approx(4 * 430752, rel=0.01)
-    assert num_rows(subject.models["student"]) == 1024
+    assert vocab_size_of(subject.models["student"]) == 1024
     assert found.verdict == "fits"
 
 
@@ -510,7 +510,7 @@ def test_routers_that_learn_and_a_teacher_that_leaves_are_refused_together(capsy
 def test_an_offload_on_a_cpu_says_that_it_does_nothing(tmp_path):
     lines: list[str] = []
     flags = ["--offload_teacher_to_cpu", "--device", "cpu", "--output_dir", str(tmp_path / "run")]
-    preflight(parse_args(STABLE, flags), lines.append)
+    preflight(parse(STABLE, flags), lines.append)
     assert "--offload_teacher_to_cpu: has no effect, the run is on the CPU already" in lines
 
 

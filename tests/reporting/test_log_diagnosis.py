@@ -132,7 +132,7 @@ def test_what_is_no_log_is_one_line(tmp_path, text, line):
 
 @pytest.mark.parametrize(
     ("argv", "line"),
-    [([], "LOG: not given"), (["a", "b"], "'b': belongs to no flag"), (["a", "--loud"], "--loud: no such flag")],
+    [([], "LOG: not given"), (["a", "b"], "'b': belongs to no option"), (["a", "--loud"], "--loud: no such option")],
 )
 def test_the_command_wants_one_log(argv, line, capsys):
     assert main(["explain", *argv]) == 2

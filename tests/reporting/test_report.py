@@ -10,14 +10,14 @@ from html.parser import HTMLParser
 import pytest
 
 from sar_kd.commands.main import run as exit_code
-from sar_kd.config.command_line import parse_args
+from sar_kd.config.command_line import parse
 from sar_kd.config.presets import STABLE
 from sar_kd.errors import UsageError
 from sar_kd.reporting import report, trackers
-from sar_kd.reporting.history import read_history, verdict_of
-from sar_kd.reporting.model_card import card_of
+from sar_kd.reporting.history import read_history, findings_of
+from sar_kd.reporting.model_card import build_model_card
 from sar_kd.reporting.run_log import RunLog, open_run
-from sar_kd.runtime.files import plain
+from sar_kd.runtime.files import json_safe
 
 START = {"val_ppl": 71.0, "val_loss": 4.26, "val_bits_per_byte": 2.5, "teacher_val_ppl": 41.0}
 START |= {"teacher_val_bits_per_byte": 1.75}
@@ -42,12 +42,12 @@ def make_run(tmp_path):
     def make(records, *flags, name="run", summary=None, start=START):
         folder = tmp_path / name
         folder.mkdir()
-        config = parse_args(STABLE, [*flags, "--output_dir", str(folder)])
+        config = parse(STABLE, [*flags, "--output_dir", str(folder)])
         (folder / "config.json").write_text(json.dumps(config.to_dict()))
         lines = [{"event": "start", "step": 0, **start}, *records] if start else records
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(plain(line)) + "\n" for line in lines))
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(json_safe(line)) + "\n" for line in lines))
         if summary:
-            (folder / "summary.json").write_text(json.dumps(plain(summary)))
+            (folder / "summary.json").write_text(json.dumps(json_safe(summary)))
         return folder
 
     return make
@@ -192,7 +192,7 @@ def test_several_runs_are_compared_in_a_table_with_the_settings_that_differ(make
 
 def test_a_finished_run_is_told_with_its_way_to_the_teacher(make_run):
     folder = make_run(RECORDS, "--train_steps", "4", summary={"status": "finished", "steps": 4})
-    lines = verdict_of(read_history(folder))
+    lines = findings_of(read_history(folder))
     assert lines[0] == "Finished: 4 steps."
     assert (
         lines[1] == "Bits per byte on held-out text fell from 2.5000 to 2.2000, 40% of the way to the teacher's 1.7500."
@@ -211,22 +211,22 @@ def test_a_finished_run_is_told_with_its_way_to_the_teacher(make_run):
 )
 def test_the_course_of_the_validations_is_told(make_run, bits, expected):
     records = [record for i, value in enumerate(bits, 1) for record in (_step(i), _evaluation(i, value))]
-    assert any(line.startswith(expected) for line in verdict_of(read_history(make_run(records))))
+    assert any(line.startswith(expected) for line in findings_of(read_history(make_run(records))))
 
 
 def test_a_flat_end_is_not_called_falling(make_run):
     records = [record for i, value in enumerate((2.1, 2.001, 2.0), 1) for record in (_step(i), _evaluation(i, value))]
-    assert not any("falling" in line for line in verdict_of(read_history(make_run(records))))
+    assert not any("falling" in line for line in findings_of(read_history(make_run(records))))
 
 
 def test_a_teacher_that_is_no_better_than_the_student_was_is_told(make_run):
     folder = make_run(RECORDS, start=START | {"teacher_val_bits_per_byte": 2.6})
-    assert any("little to teach" in line for line in verdict_of(read_history(folder)))
+    assert any("little to teach" in line for line in findings_of(read_history(folder)))
 
 
 def test_a_summary_of_an_earlier_part_is_not_taken_for_the_end(make_run):
     folder = make_run(RECORDS, summary={"status": "interrupted", "steps": 2})
-    assert verdict_of(read_history(folder))[0] == "Under way: 4 of 500 steps."
+    assert findings_of(read_history(folder))[0] == "Under way: 4 of 500 steps."
 
 
 def test_a_line_that_a_kill_cut_short_is_left_out(make_run):
@@ -259,7 +259,7 @@ def test_the_verb_writes_the_page_and_prints_the_verdict(make_run, capsys):
 
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [(["nowhere"], "nowhere: holds no run"), ([], "RUN_DIR"), (["a", "--runs"], "--runs: no such flag")],
+    [(["nowhere"], "nowhere: holds no run"), ([], "RUN_DIR"), (["a", "--runs"], "--runs: no such option")],
 )
 def test_a_report_on_nothing_is_one_line(words, expected, capsys):
     assert exit_code(report.main, words) == 2
@@ -278,7 +278,7 @@ def test_a_report_without_matplotlib_is_one_line_with_the_command(make_run, monk
 
 def test_a_run_without_matplotlib_says_once_how_to_get_the_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "is_installed", lambda package: False)
-    open_run(parse_args(STABLE, ["--output_dir", str(tmp_path / "run")])).close()
+    open_run(parse(STABLE, ["--output_dir", str(tmp_path / "run")])).close()
     lines = [line for line in capsys.readouterr().out.splitlines() if "report.html" in line]
     assert lines == [
         f"No report.html without matplotlib: `pip install matplotlib`, then `sar-kd report {tmp_path}/run` at any time"
@@ -310,7 +310,7 @@ def test_an_observer_is_told_everything_that_is_written_and_when_it_is_over(tmp_
         finish=lambda summary: seen.append("finish"),
         close=lambda: seen.append("close"),
     )
-    config = parse_args(STABLE, ["--output_dir", str(tmp_path)])
+    config = parse(STABLE, ["--output_dir", str(tmp_path)])
     log = RunLog(config, [observer])
     log.start(0, config.train)
     log.begin({"val_ppl": 3.0}, {"val_ppl": 2.0})
@@ -328,7 +328,7 @@ def test_figures_go_to_weights_and_biases_when_asked(tmp_path, monkeypatch):
     )
     fake = types.SimpleNamespace(init=lambda **how: opened.append(how) or target, __spec__=object())
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    (tracker,) = trackers.find_trackers(parse_args(STABLE, ["--wandb", "--output_dir", str(tmp_path / "a run")]))
+    (tracker,) = trackers.find_trackers(parse(STABLE, ["--wandb", "--output_dir", str(tmp_path / "a run")]))
     tracker.record(_step(1, "overflow", grad_norm=math.inf))
     tracker.record(_evaluation(2, 2.5))
     tracker.finish({"status": "finished", "steps": 2, "val_ppl_final": 70.0})
@@ -350,7 +350,7 @@ def test_figures_go_to_tensorboard_when_asked(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    (tracker,) = trackers.find_trackers(parse_args(STABLE, ["--tensorboard", "--output_dir", str(tmp_path)]))
+    (tracker,) = trackers.find_trackers(parse(STABLE, ["--tensorboard", "--output_dir", str(tmp_path)]))
     for step in (1, 2):
         tracker.record(_step(step))
     tracker.close()
@@ -362,14 +362,14 @@ def test_figures_go_to_tensorboard_when_asked(tmp_path):
 def test_a_tracker_that_is_not_installed_is_one_line_before_the_run(tmp_path, monkeypatch, name, capsys):
     monkeypatch.setattr(trackers, "is_installed", lambda package: False)
     code = exit_code(
-        lambda argv: open_run(parse_args(STABLE, argv)), [f"--{name}", "--output_dir", str(tmp_path / "run")]
+        lambda argv: open_run(parse(STABLE, argv)), [f"--{name}", "--output_dir", str(tmp_path / "run")]
     )
     assert code == 2
     assert capsys.readouterr().err == f"error: --{name}: needs `pip install {name}`\n"
 
 
 def test_nothing_is_sent_anywhere_unless_asked():
-    assert trackers.find_trackers(parse_args(STABLE, [])) == []
+    assert trackers.find_trackers(parse(STABLE, [])) == []
 
 
 # The model card
@@ -381,7 +381,7 @@ def test_the_card_tells_of_the_best_student_and_where_it_came_from(make_run):
         "--teacher_model", "someone/teacher", "--student_model", "someone/student",
         "--dataset_name", "wikitext", "--dataset_config_name", "wikitext-2-raw-v1",
     )  # fmt: skip
-    card = card_of(read_history(folder))
+    card = build_model_card(read_history(folder))
     head = card.split("---")[1]
     assert 'base_model: "someone/student"' in head
     assert 'datasets: ["wikitext"]' in head
@@ -394,7 +394,7 @@ def test_the_card_tells_of_the_best_student_and_where_it_came_from(make_run):
 
 def test_the_card_names_no_folder_of_the_machine_that_it_was_made_on(make_run, tmp_path):
     folder = make_run(RECORDS, "--teacher_model", str(tmp_path / "big"), "--train_file", str(tmp_path / "text.txt"))
-    card = card_of(read_history(folder))
+    card = build_model_card(read_history(folder))
     assert str(tmp_path) not in card
     assert "- Teacher: big" in card
     assert "- Text: text.txt" in card

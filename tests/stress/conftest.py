@@ -27,7 +27,7 @@ def make_corpus(documents, byte_tokenizer, sp_tokenizer):
                 "equal": (byte_tokenizer, byte_tokenizer), "different": (sp_tokenizer, byte_tokenizer)
             }[kind]  # fmt: skip
             sizes = max(rows, len(student)), max(rows, len(teacher))
-            pair = TokenizerPair(student, teacher, student_rows=sizes[0], teacher_rows=sizes[1])
+            pair = TokenizerPair(student, teacher, student_vocab_size=sizes[0], teacher_vocab_size=sizes[1])
             made[kind, rows] = Dataset(documents, pair, 24, 60)
         return made[kind, rows]
 

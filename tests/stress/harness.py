@@ -88,10 +88,10 @@ class Run:
         for batch in batches:
             if not len(batch.student.targets):
                 continue
-            said = self._read(self.student, batch.student)[batch.student.rows]
+            said = self._read(self.student, batch.student)[batch.student.positions]
             nats = nats + torch.nn.functional.cross_entropy(said, batch.student.targets, reduction="sum")
             if known and self.loss.alpha_kd:
-                told = self._read(self.teacher, batch.teacher)[batch.alignment.teacher_rows]
+                told = self._read(self.teacher, batch.teacher)[batch.alignment.teacher_positions]
                 told, kept = told[told.isfinite().all(1)], said[told.isfinite().all(1)]
                 shared = min(told.shape[1], kept.shape[1])
                 t, s = ((z[:, :shared] / self.loss.temperature).log_softmax(-1) for z in (told, kept))

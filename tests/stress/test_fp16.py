@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from sar_kd.config.command_line import parse_args
+from sar_kd.config.command_line import parse
 from sar_kd.config.presets import FP16_SAFE
 from sar_kd.config.sections import LossConfig, OptimConfig
 from sar_kd.errors import UsageError
@@ -188,7 +188,7 @@ def test_03_norms_above_the_limit_from_the_first_step_are_recognised_and_learned
     verdicts = [report.verdict for report in reports]
     assert {verdict.cause for verdict in verdicts[:50]} == {"norm"}
     assert [i for i, verdict in enumerate(verdicts) if verdict.storm] == [49]
-    assert (run.guard.nan_batches_max, run.guard.skipped["norm"]) == (0, 50)
+    assert (run.guard.max_consecutive_nan_batches, run.guard.skipped["norm"]) == (0, 50)
     assert reports[-1].ce_loss < reports[0].ce_loss - 0.5
     spike = make_run(head=6.0)
     spike.guard.load_state_dict(run.guard.state_dict())
@@ -266,7 +266,7 @@ def test_05_one_batch_that_overflows_costs_one_step_and_no_loss_scale(make_run, 
     run = spoiled()
     causes = [run.steps(1, [block])[0].verdict.cause for block in (1, 0, 2)]
     assert causes == [None, "forward", None]
-    assert (run.scale, run.guard.nan_batches, run.guard.nan_batches_max) == (16384.0, 0, 1)
+    assert (run.scale, run.guard.consecutive_nan_batches, run.guard.max_consecutive_nan_batches) == (16384.0, 0, 1)
     row(
         "one batch with an activation of inf",
         "mean loss nan for the rest of the epoch, loss scale halved for no overflow of the gradient",
@@ -285,7 +285,7 @@ def test_06_an_overflow_of_the_gradients_alone_is_calibration_and_never_an_emerg
     overflows = run.guard.skipped["overflow"]
     assert overflows > 10
     assert [verdict.cause for verdict in verdicts] == ["overflow"] * overflows + [None] * (24 - overflows)
-    assert (run.guard.nan_batches_max, any(verdict.emergency for verdict in verdicts)) == (0, False)
+    assert (run.guard.max_consecutive_nan_batches, any(verdict.emergency for verdict in verdicts)) == (0, False)
     assert 65536.0 / run.scale == 2.0**overflows
     row(
         "only the gradients overflow (loss x 1e5)",
@@ -337,8 +337,8 @@ def test_08_nine_bad_batches_are_forgiven_by_a_good_one_and_told_when_they_come_
     for bad[0] in pattern:
         verdicts += [run.step(batches).verdict]
     assert not any(verdict.emergency for verdict in verdicts)
-    assert [i for i, verdict in enumerate(verdicts) if verdict.often_nan] == [10]
-    assert (run.guard.applied, run.guard.nan_batches_max, run.scale) == (1, 9, 16384.0)
+    assert [i for i, verdict in enumerate(verdicts) if verdict.frequent_nan] == [10]
+    assert (run.guard.applied, run.guard.max_consecutive_nan_batches, run.scale) == (1, 9, 16384.0)
     row(
         "9 NaN batches, 1 good, 9 NaN",
         f"silent; loss scale 65536 -> {naive.scaler.get_scale():g}",
@@ -354,7 +354,7 @@ def test_09_a_batch_without_a_target_is_no_nan_batch(make_run, row, without_targ
 
     run = make_run()
     report = run.step([without_targets(batch)])
-    assert (report.verdict.cause, report.loss, run.guard.nan_batches_max) == ("no_targets", 0.0, 0)
+    assert (report.verdict.cause, report.loss, run.guard.max_consecutive_nan_batches) == ("no_targets", 0.0, 0)
     row("all labels masked", "loss nan", "skipped as `no_targets`, no NaN batch, loss 0 of 0 tokens")
 
 
@@ -510,7 +510,7 @@ def loaded(half_on_disk, make_run):
     """A run whose student was read by `load_models` from the half precision files."""
     argv = ["--student_model", str(half_on_disk / "student"), "--teacher_model", str(half_on_disk / "teacher")]
     run = make_run(lr=5e-6)
-    models = load_models(parse_args(FP16_SAFE, argv), run.precision)
+    models = load_models(parse(FP16_SAFE, argv), run.precision)
     run.student, run.teacher = models.student, models.teacher
     return _rebuilt(run)
 
@@ -641,7 +641,7 @@ def _gradients_of_logits(run, grads):
 def _zero_share(grads, batch) -> float:
     """Share of exact zeros in the rows that predict something."""
     assert grads[0].dtype is HALF
-    return (grads[0].flatten(0, 1)[batch.student.rows] == 0).float().mean().item()
+    return (grads[0].flatten(0, 1)[batch.student.positions] == 0).float().mean().item()
 
 
 def test_20_the_loss_scale_keeps_the_teachers_gradient_above_zero(make_run, row):
@@ -736,7 +736,7 @@ def test_23_every_kind_of_skip_leaves_the_scaler_ready_for_the_next_step(make_ru
     causes = []
     for kind in ("no_targets", "forward", "overflow", None, "norm", "forward", "no_targets", None):
         bad |= {"forward": kind == "forward", "gradient": kind == "overflow"}
-        run.guard.skip_grad_norm = 1e-9 if kind == "norm" else 2.0
+        run.guard.settings = dataclasses.replace(run.guard.settings, skip_grad_norm=1e-9 if kind == "norm" else 2.0)
         causes.append(run.step([without_targets(batch) if kind == "no_targets" else batch]).verdict.cause)
     assert causes == ["no_targets", "forward", "overflow", None, "norm", "forward", "no_targets", None]
     assert run.scale == 8192.0
@@ -834,7 +834,7 @@ def test_27_evaluation_is_never_clamped(make_run, row):
     run.steps(40, [0])
     (batch,) = run.batches([0])
     with torch.no_grad():
-        logits = run.student(input_ids=batch.student.input_ids).logits.flatten(0, 1)[batch.student.rows]
+        logits = run.student(input_ids=batch.student.input_ids).logits.flatten(0, 1)[batch.student.positions]
     clamped = F.cross_entropy(logits.clamp(-5, 5), batch.student.targets).exp().item()
     found = _evaluate(run, [[0]]).perplexity
     assert found == pytest.approx(F.cross_entropy(logits.double(), batch.student.targets).exp().item(), rel=1e-6)
@@ -911,12 +911,12 @@ def test_30_updates_without_a_gradient_are_counted_and_said(make_run, row):
 
     run = make_run(rows=2048, loss={"loss_clamp_style": "hard", "alpha_kd": 0.0}, lr=1e-2)
     verdicts = [report.verdict for report in run.steps(12, [0])]
-    assert [i for i, verdict in enumerate(verdicts) if verdict.dead] == [9]
-    assert run.guard.dead_steps == 12
+    assert [i for i, verdict in enumerate(verdicts) if verdict.zero_gradient] == [9]
+    assert run.guard.zero_gradient_steps == 12
     row(
         "gradient exactly 0 (a hard clamp)",
         f"silent; weight decay shrinks the weights to {shrunk:.1%} in 20 steps",
-        "said at the 10th in a row, counted in `summary.json` (`dead_steps`)",
+        "said at the 10th in a row, counted in `summary.json` (`zero_gradient_steps`)",
     )
 
 
@@ -1014,7 +1014,7 @@ def test_report_reverse_kl_with_vanishing_targets_is_finite(make_run, row):
     run = _peaky(make_run(rows=2048, head=20.0, loss=settings | FREE, guards=NO_LIMIT, lr=1e-2, scale=256.0), 8.0)
     with torch.no_grad():
         t, s = (
-            run._read(model, batches[0].student)[batches[0].student.rows].log_softmax(-1)
+            run._read(model, batches[0].student)[batches[0].student.positions].log_softmax(-1)
             for model in (run.teacher, run.student)
         )
     true = (s.exp() * (s - t)).sum(-1).mean().item()

@@ -19,7 +19,7 @@ import torch
 
 from sar_kd.commands import main
 from sar_kd.commands.forensics import main as forensics
-from sar_kd.config.command_line import parse_args
+from sar_kd.config.command_line import parse
 from sar_kd.config.presets import FP16_SAFE
 from sar_kd.config.runs import SECTIONS
 from sar_kd.config.sections import GuardConfig, OptimConfig, TrainConfig
@@ -149,7 +149,7 @@ def test_no_command_line_ends_in_a_traceback_or_writes_a_file(share, tmp_path, m
     (tmp_path / "file").write_text("x")
 
     def main(argv):
-        config = parse_args(FP16_SAFE, argv)
+        config = parse(FP16_SAFE, argv)
         open_run(config)
         StepGuard(config.guards)
         rates = [learning_rate_at(step, config.train.train_steps, config.optim, config.optim.student_lr) for step in (0, 1, 10**6)]
@@ -236,7 +236,7 @@ def test_no_text_ends_in_a_traceback(share, tmp_path, make_corpus):
         path.write_bytes(content)
 
         def main(argv, path=path, chance=chance):
-            config = parse_args(FP16_SAFE, ["--train_file", str(path)])
+            config = parse(FP16_SAFE, ["--train_file", str(path)])
             for documents in load_documents(config.data):
                 corpus = Dataset(documents, pair, 24, 24)
                 corpus.batch([chance.randrange(len(corpus))])
@@ -305,7 +305,7 @@ def test_no_checkpoint_ends_in_a_traceback_and_no_damaged_one_is_taken(share, sa
 def run_folder(tmp_path):
     """A run folder as a finished run leaves it, without its weights."""
     folder = tmp_path / "run"
-    config = parse_args(FP16_SAFE, ["--output_dir", str(folder), "--train_steps", "5"])
+    config = parse(FP16_SAFE, ["--output_dir", str(folder), "--train_steps", "5"])
     (folder / "crash").mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2))
     lines = [{"event": "step", "step": step, "loss": 1.0} for step in range(1, 6)]
@@ -335,7 +335,7 @@ def test_no_config_of_a_run_to_resume_ends_in_a_traceback(share, run_folder):
     former = (run_folder / "config.json").read_bytes()
 
     def main(argv):
-        config = parse_args(FP16_SAFE, ["--resume", "--output_dir", str(run_folder)])
+        config = parse(FP16_SAFE, ["--resume", "--output_dir", str(run_folder)])
         open_run(config)
         StepGuard(config.guards)
         assert isinstance(config.models.teacher_model, str)
@@ -356,7 +356,7 @@ def test_no_metrics_and_no_crash_page_end_in_a_traceback(share, run_folder):
     former = {name: (run_folder / name).read_bytes() for name in ("metrics.jsonl", "crash/crash.md")}
 
     def resume(argv):
-        log = open_run(parse_args(FP16_SAFE, ["--resume", "--output_dir", str(run_folder)]))
+        log = open_run(parse(FP16_SAFE, ["--resume", "--output_dir", str(run_folder)]))
         log.start(3, TrainConfig(train_steps=5))
         log.close()
         return {"status": "finished"}

@@ -12,7 +12,7 @@ import transformers
 
 from sar_kd.commands.main import main as verbs
 from sar_kd.commands.main import run as run_as_script
-from sar_kd.config.command_line import parse_args
+from sar_kd.config.command_line import parse
 from sar_kd.config.presets import FP16_SAFE
 from sar_kd.data.dataset import Dataset
 from sar_kd.data.samples import Document
@@ -20,8 +20,8 @@ from sar_kd.errors import TrainingDiverged, UsageError
 from sar_kd.losses.objective import Objective
 from sar_kd.models.loading import Models
 from sar_kd.reporting.run_log import open_run
-from sar_kd.runtime.precision import setup
-from sar_kd.teacher.live import build_teacher_routing
+from sar_kd.runtime.precision import setup_precision
+from sar_kd.teacher.live import build_live_teacher
 from sar_kd.training import trainer as trainer_module
 from sar_kd.training.batch_loader import left_in
 from sar_kd.training.guards import StepGuard
@@ -44,17 +44,17 @@ def make_trainer(tmp_path, make_run, make_corpus, texts):
     def make(*flags, folder=None, steps=12, documents=None):
         argv = ["--output_dir", str(folder or tmp_path / "run"), "--train_steps", str(steps), "--eval_steps", "1000"]
         argv += ["--save_steps", "2", "--per_device_batch_size", "2", "--student_lr", "1e-3", "--device", "cpu"]
-        config = parse_args(FP16_SAFE, [*argv, *map(str, flags)])
+        config = parse(FP16_SAFE, [*argv, *map(str, flags)])
         parts, pair = make_run(), make_corpus().pair
         named = documents or [Document(f"doc{number}", text) for number, text in enumerate(texts)]
         train = Dataset(named, pair, 24, 60)
         validation = Dataset(named[:3], pair, 24, 60)
-        log, precision = open_run(config), setup(config.precision, config.train.seed)
+        log, precision = open_run(config), setup_precision(config.precision, config.train.seed)
         models = Models(parts.teacher, parts.student, pair, False)
         objective = Objective(models.teacher, models.student, config.loss, train.aligner, precision)
         optimizer = build_optimizer(models.student, config.optim, objective.parameters())
         guard = StepGuard(config.guards)
-        routing = build_teacher_routing(config, models, objective, train)
+        routing = build_live_teacher(config, models, objective, train)
         return Trainer(config, models, train, validation, objective, optimizer, guard, precision, log, routing)
 
     return make

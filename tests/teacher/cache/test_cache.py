@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from sar_kd.commands import cache, main
-from sar_kd.config.command_line import parse_args
+from sar_kd.config.command_line import parse
 from sar_kd.config.presets import STABLE
 from sar_kd.data.blocks import cut_at
 from sar_kd.data.dataset import Dataset
@@ -27,7 +27,7 @@ from sar_kd.errors import UsageError
 from sar_kd.losses.objective import Objective
 from sar_kd.models.loading import load_models
 from sar_kd.runtime.distributed import SINGLE_PROCESS
-from sar_kd.runtime.precision import setup
+from sar_kd.runtime.precision import setup_precision
 from sar_kd.teacher.cache import builder, format
 from sar_kd.teacher.cache.format import TEXTS
 from sar_kd.teacher.cache.lookup import CacheIndex, CacheLookup
@@ -104,8 +104,8 @@ class _Side:
     """A run up to its first step."""
 
     def __init__(self, flags):
-        config, stored = open_teacher_cache(parse_args(STABLE, flags), SINGLE_PROCESS, _Log())
-        self.config, self.precision = config, setup(config.precision, 0)
+        config, stored = open_teacher_cache(parse(STABLE, flags), SINGLE_PROCESS, _Log())
+        self.config, self.precision = config, setup_precision(config.precision, 0)
         self.models = load_models(config, self.precision, stored.teacher)
         limits, texts = self.models.block_limits(config.data.block_size), load_documents(config.data)
         answers = stored.texts(texts, self.models.tokenizers.teacher)
@@ -187,9 +187,9 @@ def test_the_rows_keep_what_the_teacher_says(inputs, built):
     for block in range(len(live.corpus)):
         batch = live.corpus.batch([block]).teacher
         with torch.no_grad():
-            logits = live.models.teacher(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.rows].double()
-        log_probs, own = logits.log_softmax(-1), rows[first : first + len(batch.rows)]
-        first += len(batch.rows)
+            logits = live.models.teacher(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.positions].double()
+        log_probs, own = logits.log_softmax(-1), rows[first : first + len(batch.positions)]
+        first += len(batch.positions)
         said = log_probs.gather(1, batch.targets[:, None])[:, 0]
         assert np.allclose(own["log_prob"], said, atol=1e-5)
         ids = torch.from_numpy(own["ids"].astype(np.int64))
@@ -528,7 +528,7 @@ def test_the_verb_says_a_wrong_flag_in_one_line(capsys, tmp_path, monkeypatch):
 
 
 def _corpus(documents, student, teacher, **how):
-    sizes = {"student_rows": len(student), "teacher_rows": len(teacher)}
+    sizes = {"student_vocab_size": len(student), "teacher_vocab_size": len(teacher)}
     return Dataset(documents, TokenizerPair(student, teacher, **sizes, aligns=True), 24, 60, **how)
 
 

@@ -113,7 +113,7 @@ def test_a_router_of_another_width_than_its_experts_is_refused():
 
 
 def test_routers_that_are_too_large_to_be_routers_are_refused(monkeypatch):
-    monkeypatch.setattr(discovery, "LARGEST_SHARE", 1e-4)
+    monkeypatch.setattr(discovery, "MAX_PARAMETER_SHARE", 1e-4)
     with pytest.raises(UsageError, match="more than the 0% that a router can be"):
         find_routers(make_causal("mixtral"))
 
@@ -171,7 +171,7 @@ def test_the_verb_says_that_a_model_is_dense_and_that_a_router_is_silent(tmp_pat
     ("argv", "line"),
     [
         (["--model", "./nowhere"], "error: --model ./nowhere: no such directory"),
-        (["--modle", "x"], "error: --modle: no such flag; did you mean --model?"),
+        (["--modle", "x"], "error: --modle: no such option; did you mean --model?"),
         (["--model", ""], "error: --model '': give a directory or a hub id"),
     ],
 )
