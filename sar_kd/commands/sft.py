@@ -29,7 +29,8 @@ from sar_kd.training.callbacks import Callback, TargetChecks, TaskEvaluation, ch
 from sar_kd.training.guards import StepGuard
 from sar_kd.training.optimizer import build_optimizer
 from sar_kd.training.parallel import build_strategy
-from sar_kd.training.trainer import Trainer
+from sar_kd.training.step import StepContext
+from sar_kd.training.trainer import Datasets, Trainer
 
 _QUICK_QUESTIONS = 50
 """Of a task, in the quick check that --max_steps asks for."""
@@ -53,7 +54,7 @@ def fine_tune(config: SftConfig) -> dict:
         )
     config = fit_batch_size(config, process_group)  # how much at once, where that is to be found
     log = open_run(config, SftLog)  # where to
-    preflight(config, log.say)  # can it be done here?
+    preflight(config, log.info)  # can it be done here?
     precision = setup_precision(config.precision, config.train.seed)  # on which device, in which dtype
     # Weights that learn are float32, whatever their checkpoint says; under an adapter none of these learns.
     dtype = precision.dtype if config.lora.lora_rank else torch.float32
@@ -66,16 +67,16 @@ def fine_tune(config: SftConfig) -> dict:
     texts = load_documents(config.data)  # training and held-out examples
     cache = TokenCache(config.data.token_cache)
     train, validation = (Dataset(text, models.tokenizers, *limits, cache) for text in texts)
-    config = config.over(len(train))  # epochs to steps
+    config = config.in_steps(len(train))  # epochs to steps
     for line in (describe_trainable(models.student), *check_targets(train, config.data)):
-        log.say(line)
+        log.info(line)
     objective = Objective(None, models.student, config.loss, train.aligner, precision)  # one term
     strategy = build_strategy(objective, config.train, process_group)
     optimizer = build_optimizer(models.student, config.optim)  # type: ignore[arg-type]  # a rate of another name
     guard = StepGuard(config.guards)
     callbacks = [TargetChecks(train), *_exams(config, models, limits, precision)]
-    parts = models, train, validation, objective, optimizer, guard, precision, log, NoTeacher(), strategy
-    return Trainer(config, *parts, callbacks).run()
+    context = StepContext(objective, optimizer, guard, precision, config.guards.max_grad_norm, strategy=strategy)
+    return Trainer(config, models, Datasets(train, validation), context, log, NoTeacher(), callbacks).run()
 
 
 def _exams(config: SftConfig, models: Models, limits: tuple[int, int], precision: Precision) -> list[Callback]:

@@ -1,6 +1,6 @@
-"""What a run is made of: its settings, their checks, and the command line that is built from them.
+"""The settings of a run, their checks, and the command line built from them.
 
-In: the words of a command line, the values of a Python call, or the `config.json` of a run that is resumed.
-Out: a frozen `Config` (or `SftConfig`, `CachingConfig`), each value checked and each error naming its flag.
+In: a command line, the arguments of a Python call, or the `config.json` of a run to resume.
+Out: a frozen `Config` (or `SftConfig`, `CachingConfig`); every value is checked, every error names its option.
 May import: `errors`, `version`, `embedded`. No torch.
 """

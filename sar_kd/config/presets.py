@@ -10,16 +10,9 @@ from sar_kd.config.fields import Command
 from sar_kd.config.runs import Config
 
 _CLAMPED = {
-    "logit_clamp": 5.0,
-    "logit_clamp_style": "normalized",
-    "loss_clamp": 6.0,
-    "loss_clamp_style": "scale",
-    "max_grad_norm": 0.5,
-    "skip_grad_norm": 2.0,
-    "skip_rule": "storm",
-    "skip_factor": 2.0,
-    "max_nan_batches": 10,
-}
+    "logit_clamp": 5.0, "logit_clamp_style": "normalized", "loss_clamp": 6.0, "loss_clamp_style": "scale",
+    "max_grad_norm": 0.5, "skip_grad_norm": 2.0, "skip_rule": "storm", "skip_factor": 2.0, "max_nan_batches": 10,
+}  # fmt: skip
 
 MODES = MappingProxyType(
     {
@@ -61,24 +54,24 @@ RECIPES = MappingProxyType(
 DEVIATIONS = MappingProxyType(
     {
         "sar-paper": (
-            "routers are those of the checkpoint: without the paper's noise (W_noise), with which every expert counts",
-            "the load balance is taken per block, as CV^2 of the experts' probabilities; with every expert active the "
-            "number of tokens an expert has is the same for all",
+            "the routers are the checkpoint's, without the paper's noise (W_noise) that makes every expert count",
+            "the load balancing loss is taken per block, as CV^2 of the expert probabilities; with every expert active "
+            "all experts have the same number of tokens",
         ),
-        "ka-paper": ("whether experts are drawn is decided per token and layer, which the paper leaves open",),
+        "ka-paper": ("experts are drawn, or not, per token and layer, which the paper leaves open",),
     }
 )
 
 _COMMON_DEVIATIONS = (
-    "gradients are clipped and steps skipped as the guards' flags say; the paper names no clipping",
-    "the rate warms up and decays as --warmup_steps and --lr_schedule say; the paper names a rate alone",
-    "--train_steps instead of 10 epochs; fine-tune teacher and student before, as the paper does (`sar-kd sft`)",
-    "the best student is that of the lowest validation loss, not of the highest ROUGE-L",
+    "gradients are clipped and steps skipped as the guards' options say; the paper names no clipping",
+    "the learning rate warms up and decays as --warmup_steps and --lr_schedule say; the paper gives one rate",
+    "--train_steps instead of 10 epochs; fine-tune teacher and student first, as the paper does (`sar-kd sft`)",
+    "the best student has the lowest validation loss, not the highest ROUGE-L",
 )
 
 
 def recipe_lines(recipe: str) -> tuple[str, ...]:
-    """What a recipe does not do as the paper, a line each; none without a recipe."""
+    """How a recipe differs from the paper, a line each; none without a recipe."""
     if not recipe:
         return ()
     return tuple(f"Unlike the paper: {line}." for line in (*DEVIATIONS[recipe], *_COMMON_DEVIATIONS))

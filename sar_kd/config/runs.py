@@ -1,10 +1,5 @@
-"""Settings of a mixture-of-experts teacher: how it chooses its experts, and how its routers learn.
-
-Settings of on-policy distillation: how much of the text the student writes itself, and how it writes.
-
-Settings of `python -m sar_kd sft`: those of a distillation run where they mean the same, and no teacher's.
-
-Settings of `python -m sar_kd cache`: which teacher, over which text, and how much of what it says is kept.
+"""Each kind of run as a configuration made of sections: `Config` (distillation), `SftConfig` (fine-tuning) and
+`CachingConfig` (building a teacher cache); and the sections that only one of them has.
 """
 
 from __future__ import annotations
@@ -34,47 +29,49 @@ from sar_kd.config.sections import (
     TrainConfig,
 )
 
-ROUTER_PATTERNS = "regular expressions that match the routers' full names; by default class and structure find them"
+ROUTER_PATTERNS = "regular expressions for the full names of the routers; by default class and structure find them"
+"""The help of `--router_patterns`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingConfig:
-    """Routing: how a mixture-of-experts teacher chooses its experts, and whether its routers learn from the student."""
+    """Routing: which experts of a mixture-of-experts teacher are active, and whether its routers learn."""
 
     routing: str = option(
         "native",
-        "native: the teacher's own; all: every expert; ka: every expert but one, drawn anew; sar: the routers learn "
-        "from the student (see --sar_routing); auto: sar for a mixture of experts, native for a dense teacher",
+        "native: the teacher's own top-k; all: every expert; ka: all experts but one (see --ka_lambda); sar: the routers "
+        "learn from the student (see --sar_routing); auto: sar for a mixture of experts, native for a dense teacher",
         choices=("auto", "native", "all", "sar", "ka"),
     )
     router_patterns: tuple[str, ...] = option((), ROUTER_PATTERNS, metavar="REGEX")
     sar_schedule: str = option(
         "joint",
-        "joint: both updates from one teacher forward; two_stage: the routers' first, then the student's with the "
+        "joint: one teacher forward for both updates; two_stage: update the routers first, then the student with the "
         "updated teacher",
         choices=("two_stage", "joint"),
     )
     sar_routing: str = option(
         "auto",
-        "experts that are active in sar; all: every one; native: the teacher's own choice, cheaper; auto: all, unless "
-        "that makes the teacher's perplexity more than 5 %% worse",
+        "active experts in sar; all: every expert; native: the teacher's own top-k, cheaper; auto: all, unless that "
+        "raises the teacher's perplexity by more than 5 %%",
         choices=("auto", "all", "native"),
     )
     router_lr: float = option(1e-5, "peak learning rate of the routers")
-    router_beta: float = option(0.01, "weight of the load balance, CV^2 of the experts' probabilities")
-    router_anchor: float = option(0.1, "weight of the routers' squared distance from where they began, relative")
+    router_beta: float = option(0.01, "weight of the load balancing loss, CV^2 of the expert probabilities")
+    router_anchor: float = option(0.1, "weight of the routers' squared distance from their initial values, relative")
     router_direction: str = option(
         "forward",
-        "what the routers lower; forward: KL(teacher || student), reverse: KL(student || teacher), jsd: between them",
+        "divergence that the routers minimize; forward: KL(teacher || student); reverse: KL(student || teacher); jsd: "
+        "Jensen-Shannon divergence",
         choices=("forward", "reverse", "jsd"),
     )
-    router_max_grad_norm: float = option(0.5, "the routers' gradients are clipped to this L2 norm")
-    router_stop_on_drift: bool = option(False, "at an alarm (entropy, teacher perplexity) the routers stop learning")
+    router_max_grad_norm: float = option(0.5, "router gradients are clipped to this L2 norm")
+    router_stop_on_drift: bool = option(False, "stop training the routers at an alarm (entropy, teacher perplexity)")
     activation_checkpointing: bool = option(
-        False, "compute the teacher's activations anew in backward: less memory, one more teacher forward"
+        False, "recompute the teacher's activations in backward: less memory, one more teacher forward"
     )
-    ka_lambda: float = option(0.05, "ka: probability that a token's experts are drawn instead of taken by rank")
-    ka_passes: int = option(2, "ka: steps in a row on the same text, each with experts drawn anew")
+    ka_lambda: float = option(0.05, "ka: probability that a token drops a random expert, not the least likely one")
+    ka_passes: int = option(2, "ka: consecutive steps on the same text, each with other experts dropped")
 
     def __post_init__(self):
         require_at_least(self, 0.0, "router_lr", "router_beta", "router_anchor")
@@ -85,21 +82,21 @@ class RoutingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OnPolicyConfig:
-    """On-policy: the student learns, from the teacher alone, on what it writes itself."""
+    """On-policy: the student generates text and learns from the teacher's logits on it."""
 
     recipe: str = option(
         "",
-        "sar-paper, ka-paper: Algorithm 2, or 1, of arXiv 2502.12947 with its values; says what differs from it",
+        "sar-paper, ka-paper: Algorithm 2 or 1 of arXiv 2502.12947 with its values; the run lists what differs",
         choices=("", "sar-paper", "ka-paper"),
     )
     on_policy_fraction: float = option(
-        0.0, "share of the micro-batches in which the student's own text stands behind the prompt; 1: all of them"
+        0.0, "share of the micro-batches whose responses the student generates; 1: all of them"
     )
-    sample_temperature: float = option(1.0, "temperature at which the student writes; 0: the likeliest token each time")
-    sample_top_p: float = option(1.0, "it draws from the fewest tokens that together have this probability")
-    max_new_tokens: int = option(128, "tokens that it writes at most, within a block")
-    replay_size: int = option(0, "responses to keep and learn from again; 0: each is used once")
-    replay_fraction: float = option(0.5, "share of the on-policy micro-batches that are taken from those kept")
+    sample_temperature: float = option(1.0, "temperature of the student's generation; 0: greedy")
+    sample_top_p: float = option(1.0, "generation draws from the fewest tokens with this total probability")
+    max_new_tokens: int = option(128, "longest generated response in tokens, within a block")
+    replay_size: int = option(0, "generated responses to keep and train on again; 0: each is used once")
+    replay_fraction: float = option(0.5, "share of the on-policy micro-batches taken from the kept responses")
 
     def __post_init__(self):
         for name in ("on_policy_fraction", "replay_fraction"):
@@ -109,13 +106,41 @@ class OnPolicyConfig:
         require_positive(self, "sample_top_p")
         require(self.sample_top_p <= 1.0, "sample_top_p", self.sample_top_p, "must be at most 1")
         require(self.replay_fraction < 1.0 or not self.replay_size, "replay_fraction", self.replay_fraction,
-                "must be below 1, or nothing would be written")  # fmt: skip
+                "must be below 1, or nothing is generated")  # fmt: skip
 
 
-CROSS_ENTROPY = LossConfig(alpha_kd=0.0, alpha_ce=1.0, logit_clamp_style="off", loss_clamp_style="off")
-"""The distillation step with one term."""
+@dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
+    """Everything a distillation run is made from; each module gets its own section."""
 
-_NEVER = 2**62
+    models: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+    on_policy: OnPolicyConfig = field(default_factory=OnPolicyConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    memory: TeacherMemoryConfig = field(default_factory=TeacherMemoryConfig)
+    guards: GuardConfig = field(default_factory=GuardConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self):
+        fraction = self.on_policy.on_policy_fraction
+        uses_teacher = self.loss.alpha_kd > 0 or not fraction
+        require(uses_teacher, "on_policy_fraction", fraction, "generated text is learned by --alpha_kd, which is 0")
+
+    def summary_lines(self) -> list[str]:
+        """The run in its first lines."""
+        models, loss = self.models, self.loss
+        return [
+            f"Mode {self.mode}, teacher {models.teacher_model}, student {models.student_model}, run folder "
+            f"{self.train.output_dir}",
+            f"loss = {loss.alpha_ce:g} * ce + {loss.alpha_kd:g} * kd at temperature {loss.temperature:g}, "
+            "shown unclamped",
+        ]
+
+
+SECTIONS = MappingProxyType(Config.sections())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +156,7 @@ class SftModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SftOptimConfig(AdamWConfig):
-    """Optimizer: AdamW, linear warm-up, cosine decay to a tenth."""
+    """Optimizer: AdamW with linear warm-up, then cosine decay to 10 %."""
 
     learning_rate: float = option(2e-4, "peak learning rate")
 
@@ -141,8 +166,11 @@ class SftOptimConfig(AdamWConfig):
 
     @property
     def student_lr(self) -> float:
-        """The rate by the name that the optimizer knows."""
+        """The learning rate, under its name in `OptimConfig`."""
         return self.learning_rate
+
+
+_NEVER = 2**62
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,16 +179,16 @@ class SftTrainConfig(TrainConfig):
 
     min_train_steps: ClassVar[int] = 0
 
-    epochs: float = option(1.0, "times that every example is seen, where --train_steps is not given")
-    train_steps: int = option(0, "attempted optimizer updates; 0: as many as --epochs come to")
-    max_steps: int = option(0, "end after so many steps, whatever the flags above say: a quick check; 0: no such end")
+    epochs: float = option(1.0, "passes over the examples, if --train_steps is not given")
+    train_steps: int = option(0, "attempted optimizer updates; 0: as many as --epochs takes")
+    max_steps: int = option(0, "stop after this many steps in any case, for a quick check; 0: no limit")
     per_device_batch_size: int = option(8, AUTO_BATCH.format(what="examples"), auto=True)
-    eval_steps: int = option(200, "validate every so many steps; also at the start and at the end")
-    log_steps: int = option(10, "print a line every so many steps; every step where --max_steps is given")
+    eval_steps: int = option(200, "steps between validations; there is also one at the start and one at the end")
+    log_steps: int = option(10, "steps between printed lines; with --max_steps every step is printed")
     save_strategy: str = option(
         "epoch",
-        "when to write a checkpoint: after every epoch, every --save_steps steps, or no: at the end and if interrupted "
-        "only; the best student so far is saved at each validation in any case",
+        "when to save a checkpoint; epoch: after each; steps: every --save_steps; no: only at the end or if "
+        "interrupted; the best student is saved at each validation in any case",
         choices=("epoch", "steps", "no"),
     )
 
@@ -169,17 +197,21 @@ class SftTrainConfig(TrainConfig):
         require_positive(self, "epochs")
         require_at_least(self, 0, "max_steps")
 
-    def over(self, num_examples: int) -> SftTrainConfig:
-        """The same with its calendar in steps, for so many training examples."""
-        steps_an_epoch = max(1, math.ceil(num_examples / (self.per_device_batch_size * self.grad_accum_steps)))
-        steps = self.train_steps or math.ceil(self.epochs * steps_an_epoch)
-        saves = {"epoch": steps_an_epoch, "steps": self.save_steps, "no": _NEVER}[self.save_strategy]
+    def in_steps(self, num_examples: int) -> SftTrainConfig:
+        """The same run with its length and its checkpoints in steps, for this number of training examples."""
+        steps_per_epoch = max(1, math.ceil(num_examples / (self.per_device_batch_size * self.grad_accum_steps)))
+        steps = self.train_steps or math.ceil(self.epochs * steps_per_epoch)
+        saves = {"epoch": steps_per_epoch, "steps": self.save_steps, "no": _NEVER}[self.save_strategy]
         return dataclasses.replace(
             self,
             train_steps=min(steps, self.max_steps or steps),
             save_steps=saves,
             log_steps=1 if self.max_steps else self.log_steps,
         )
+
+
+CROSS_ENTROPY = LossConfig(alpha_kd=0.0, alpha_ce=1.0, logit_clamp_style="off", loss_clamp_style="off")
+"""The distillation loss with one term."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,14 +229,14 @@ class SftConfig(RunConfig):
     loss: LossConfig = field(default=CROSS_ENTROPY, metadata={"options": False})
     mode: str = "sft"
 
-    def over(self, num_examples: int) -> SftConfig:
-        """The same with its calendar in steps, for so many training examples."""
-        return dataclasses.replace(self, train=self.train.over(num_examples))
+    def in_steps(self, num_examples: int) -> SftConfig:
+        """The same run with its length and its checkpoints in steps, for this number of training examples."""
+        return dataclasses.replace(self, train=self.train.in_steps(num_examples))
 
     def summary_lines(self) -> list[str]:
-        """What the run is, for its first lines."""
+        """The run in its first lines."""
         rank = self.lora.lora_rank
-        how = f"LoRA of rank {rank}" if rank else "every weight learns"
+        how = f"LoRA of rank {rank}" if rank else "all weights"
         return [f"Supervised fine-tuning of {self.models.student_model}, {how}, run folder {self.train.output_dir}"]
 
 
@@ -213,35 +245,35 @@ _NUMBER = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """Cache: which teacher, what is kept of it, and where."""
+    """Cache: which teacher, what is stored, and where."""
 
     teacher_model: str = option(EMBEDDED, "directory or hub id; 'embedded' is the teacher shipped with the package")
     student_model: str = option(
         "",
-        "cut the text as a run with this student would, so that its blocks are as without a cache; other students can "
-        "use the cache too. By default one that reads as the teacher does; with the embedded teacher, its student",
+        "student whose tokenizer cuts the text into blocks: its runs then have the same blocks as without a cache, and "
+        "other students can still use it; by default the teacher's tokenizer, or for the embedded teacher its "
+        "student's",
     )
     trust_remote_code: bool = option(False, "run model code that comes with a checkpoint")
-    teacher_cache: str = option("teacher_cache", "folder of the cache; one that was interrupted goes on")
-    teacher_top_k: int = option(32, "of each teacher row so many tokens are kept, the likeliest")
+    teacher_cache: str = option("teacher_cache", "folder of the cache; an interrupted one is continued")
+    teacher_top_k: int = option(32, "logits stored at each position, those of the most likely tokens")
     temperatures: tuple[str, ...] = option(
         ("1", "1.5", "2"),
-        "what a run's --temperature may be: at each the mass of all other tokens is kept",
+        "values of --temperature that runs may use; for each, the total mass of the other tokens is stored",
         metavar="T",
     )
-    per_device_batch_size: int = option(4, "blocks that the teacher reads at once")
-    loss_workspace_mb: int = option(64, "memory for logits, which are made and used in tiles of so many MiB")
-    overwrite: bool = option(False, "start again in a --teacher_cache that holds one")
+    per_device_batch_size: int = option(4, "blocks in one forward of the teacher")
+    loss_workspace_mb: int = option(64, "MiB for the teacher's logits, which are computed in tiles of this size")
+    overwrite: bool = option(False, "delete the cache in --teacher_cache and start again")
 
     def __post_init__(self):
         require(bool(self.teacher_model), "teacher_model", "''", "give a directory or a hub id")
         require(bool(self.teacher_cache), "teacher_cache", "''", "give a folder")
         require_at_least(self, 1, "teacher_top_k", "per_device_batch_size", "loss_workspace_mb")
+        self.temperature_values()
 
-        self.floats()
-
-    def floats(self) -> list[float]:
-        """The temperatures as numbers, each once, ascending."""
+    def temperature_values(self) -> list[float]:
+        """The temperatures as numbers, each once, ascending. Raises: UsageError"""
         found = set()
         for text in self.temperatures:
             value = float(text) if _NUMBER.fullmatch(text) else 0.0
@@ -250,51 +282,16 @@ class CacheConfig:
         return sorted(found)
 
     @property
-    def tokenizer_of(self) -> str:
-        """Whose tokenizer decides where the text is cut."""
+    def block_tokenizer(self) -> str:
+        """The model whose tokenizer cuts the text into blocks; '' for the teacher."""
         return self.student_model or (EMBEDDED if self.teacher_model == EMBEDDED else "")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CachingConfig(RunConfig):
-    """Everything that a teacher cache is made from."""
+    """Everything a teacher cache is made from."""
 
     cache: CacheConfig = field(default_factory=CacheConfig)
     data: DataConfig = field(default_factory=DataConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
-    mode: str = "cache"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
-    """Everything a distillation run is made from; each module is handed its own part."""
-
-    models: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    routing: RoutingConfig = field(default_factory=RoutingConfig)
-    on_policy: OnPolicyConfig = field(default_factory=OnPolicyConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
-    memory: TeacherMemoryConfig = field(default_factory=TeacherMemoryConfig)
-    guards: GuardConfig = field(default_factory=GuardConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-
-    def __post_init__(self):
-        fraction = self.on_policy.on_policy_fraction
-        taught = self.loss.alpha_kd > 0 or not fraction
-        require(taught, "on_policy_fraction", fraction, "its own text teaches the student by --alpha_kd, which is 0")
-
-    def summary_lines(self) -> list[str]:
-        """What the run is, for its first lines."""
-        models, loss = self.models, self.loss
-        return [
-            f"Mode {self.mode}, teacher {models.teacher_model}, student {models.student_model}, run folder "
-            f"{self.train.output_dir}",
-            f"loss = {loss.alpha_ce:g} * ce + {loss.alpha_kd:g} * kd at temperature {loss.temperature:g}, "
-            "shown unclamped",
-        ]
-
-
-SECTIONS = MappingProxyType(Config.sections())

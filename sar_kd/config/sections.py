@@ -1,10 +1,7 @@
-"""What a run is: the settings, their legal values, and the modes.
+"""The sections of settings that runs share: their options, help texts, defaults and checks.
 
-Every field below is a flag of the same name. A mode is a set of values for some of those fields; any flag
-given beside it wins, and no other code asks which mode it is in. Whatever a user can get wrong raises
-`UsageError`, whose one line names the flag, its value and the remedy.
-
-Settings of memory: what is kept, what is computed again or moved instead, how small the teacher's weights are.
+Every field is a command-line option of the same name. A wrong value raises `UsageError`, whose one line names the
+option, its value and the remedy.
 """
 
 from __future__ import annotations
@@ -24,11 +21,11 @@ EMBEDDED = "embedded"
 class ModelConfig:
     """Models: which teacher and which student."""
 
-    teacher_model: str = option(EMBEDDED, "directory or hub id; 'embedded' is the pair shipped with the package")
-    student_model: str = option(EMBEDDED, "directory or hub id; 'embedded' is the pair shipped with the package")
+    teacher_model: str = option(EMBEDDED, "directory or hub id; 'embedded' is the teacher shipped with the package")
+    student_model: str = option(EMBEDDED, "directory or hub id; 'embedded' is the student shipped with the package")
     trust_remote_code: bool = option(False, "run model code that comes with a checkpoint")
     teacher_cache: str = option(
-        "", "folder that `sar-kd cache` made: what the teacher says is read there, its weights are not loaded"
+        "", "folder made by `sar-kd cache`: the teacher's logits are read from it and the teacher is not loaded"
     )
 
     def __post_init__(self):
@@ -38,30 +35,30 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Text: what the student reads; without any of these flags, the embedded text."""
+    """Text: what to train on; without any of these options, the embedded text."""
 
-    train_file: tuple[str, ...] = option(
-        (), "text or conversations to train on: .txt, .jsonl or .jsonl.gz, one or more"
-    )
-    validation_file: tuple[str, ...] = option((), "held-out text; by default a part of the training text is held out")
+    train_file: tuple[str, ...] = option((), "training text or conversations: .txt, .jsonl or .jsonl.gz, one or more")
+    validation_file: tuple[str, ...] = option((), "held-out text; by default a part of the training text")
     text_field: str = option(
-        "text", "the field of a .jsonl line or a dataset row that holds the text; lines without it may be conversations"
+        "text", "field with the text of a .jsonl or dataset example; an example without it may be a conversation"
     )
     dataset_name: str = option("", "a dataset for the `datasets` package: hub id or directory")
     dataset_config_name: str = option("", "its configuration, for example wikitext-103-raw-v1")
     task: str = option(
         "",
-        "units: questions about units, made from a seed, with accuracy and answer rate measured on ones never seen; "
-        "needs no text, and brings the defaults of a task",
+        "units: train on generated questions about units and measure accuracy and answer rate on new ones; needs no "
+        "text and sets defaults of its own",
         choices=("", "units"),
     )
     task_teacher_steps: int = option(
-        1500, "steps for which a distillation run fine-tunes the embedded teacher on --task first; 0: as it is"
+        1500, "with --task: steps of fine-tuning the embedded teacher before distillation; 0: none"
     )
-    skip_baseline: bool = option(False, "with --task, train no student by cross-entropy alone to compare with")
-    block_size: int = option(256, "tokens in a block, for the student; the teacher reads the same text")
+    skip_baseline: bool = option(
+        False, "with --task: leave out the second student, trained by cross-entropy alone for comparison"
+    )
+    block_size: int = option(256, "student tokens in a block; the teacher gets the same text")
     token_cache: str = option(
-        "", "folder that keeps the tokens of a large text; by default sar_kd in the user's cache; 'off' keeps none"
+        "", "folder that stores the tokens of a large text; by default sar_kd in the user's cache folder; 'off': none"
     )
 
     def __post_init__(self):
@@ -82,41 +79,41 @@ class LossConfig:
     """Loss: alpha_ce * CE(text) + alpha_kd * T^2 * D(teacher, student)."""
 
     temperature: float = option(2.0, "T: logits are divided by it before the softmax of the distillation term")
-    alpha_kd: float = option(0.1, "weight of the distillation term; 0 trains by cross-entropy alone")
+    alpha_kd: float = option(0.1, "weight of the distillation term; 0: train by cross-entropy alone")
     alpha_ce: float = option(0.9, "weight of the cross-entropy term")
-    logit_clamp: float = option(5.0, "c: logits count within [-c, c] in the training loss")
+    logit_clamp: float = option(5.0, "c: logits in the training loss are limited to [-c, c]")
     logit_clamp_style: str = option(
         "normalized",
-        "normalized: shift logits so that logsumexp = c, then floor at -c, gradient untouched; "
-        "raw: clamp(z, -c, c) to the letter; off",
+        "normalized: shift logits so that logsumexp = c, then clamp at -c, and keep the gradient of the unclamped "
+        "loss; raw: plain clamp(z, -c, c); off",
         choices=("normalized", "raw", "off"),
     )
-    loss_clamp: float = option(6.0, "largest cross-entropy and largest total loss that count, in nats per token")
+    loss_clamp: float = option(6.0, "limit of the cross-entropy and of the total loss, in nats per token")
     loss_clamp_style: str = option(
         "scale",
-        "scale: a loss above the limit is scaled down to it and keeps its gradient's direction; "
-        "hard: clamp to the letter, no gradient above the limit; off",
+        "scale: scale a loss above the limit down to it, which keeps the direction of its gradient; hard: plain clamp, "
+        "no gradient above the limit; off",
         choices=("scale", "hard", "off"),
     )
     alignment: str = option(
         "auto",
-        "auto: token by token where the tokenizers are equal, byte-prefix projection where they differ; "
-        "projection: the projection in both cases; strict: same tokens of the same bytes; alm: likelihood of chunks; "
+        "auto: token by token if the tokenizers are equal, else projection; projection: byte-prefix projection; "
+        "strict: only where both models have the same token of the same bytes; alm: likelihood of aligned chunks; "
         "uld: sorted probabilities; hidden: last hidden states",
         choices=("auto", "projection", "strict", "alm", "uld", "hidden"),
     )
     kd_direction: str = option(
         "forward",
-        "forward: KL(teacher || student); reverse: KL(student || teacher); jsd: between the two",
+        "forward: KL(teacher || student); reverse: KL(student || teacher); jsd: Jensen-Shannon divergence",
         choices=("forward", "reverse", "jsd"),
     )
-    jsd_beta: float = option(0.5, "the teacher's share of the mixture in --kd_direction jsd")
+    jsd_beta: float = option(0.5, "weight of the teacher in the mixture of --kd_direction jsd")
     teacher_top_k: int = option(
-        0, "of each teacher row so many tokens are told apart, the others are one outcome; 0: all"
+        0, "teacher tokens kept at each position, the most likely; the others form one class; 0: all tokens"
     )
     alm_tau: float = option(5.0, "temperature of the chunk likelihoods in --alignment alm")
-    loss_workspace_mb: int = option(64, "memory for logits, which are made and used in tiles of so many MiB")
-    force: bool = option(False, "train even where preflight finds that nothing can be learned or memory is short")
+    loss_workspace_mb: int = option(64, "MiB for the logits in the loss, which is computed in tiles of this size")
+    force: bool = option(False, "train even if preflight finds that nothing can be learned or memory is short")
 
     def __post_init__(self):
         require_positive(self, "temperature", "logit_clamp", "loss_clamp", "alm_tau")
@@ -128,11 +125,11 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AdamWConfig:
-    """Optimizer: AdamW, linear warm-up, cosine decay to a tenth. What the rate is called is a subclass's matter."""
+    """Optimizer: AdamW with linear warm-up, then cosine decay to 10 %. A subclass adds the learning rate."""
 
-    weight_decay: float = option(0.01, "decoupled weight decay on matrices")
-    warmup_steps: int = option(20, "steps over which the rate rises to its peak")
-    lr_schedule: str = option("cosine", "shape of the rate after warm-up", choices=("cosine", "constant"))
+    weight_decay: float = option(0.01, "decoupled weight decay of matrices")
+    warmup_steps: int = option(20, "steps of linear warm-up")
+    lr_schedule: str = option("cosine", "learning rate after warm-up", choices=("cosine", "constant"))
 
     def __post_init__(self):
         require_at_least(self, 0, "weight_decay", "warmup_steps")
@@ -140,7 +137,7 @@ class AdamWConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig(AdamWConfig):
-    """Optimizer: AdamW, linear warm-up, cosine decay to a tenth."""
+    """Optimizer: AdamW with linear warm-up, then cosine decay to 10 %."""
 
     student_lr: float = option(1e-5, "peak learning rate of the student")
 
@@ -149,43 +146,49 @@ class OptimConfig(AdamWConfig):
         require_positive(self, "student_lr")
 
 
+MIN_LOSS_SCALE = 1.0
+"""Floor of the loss scale. An overflow at the floor cannot be calibrated away, so it counts as a NaN batch."""
+
+MAX_LOSS_SCALE = 2.0**24
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
-    """Precision: where the run computes and in which dtype. Trainable weights are float32 always."""
+    """Precision: device and compute dtype; trainable weights are always float32."""
 
     model_dtype: str = option(
         "auto",
-        "compute dtype; auto is bfloat16 where the hardware has it, else float16 on CUDA, else float32",
+        "compute dtype; auto: bfloat16 if the hardware has it, else float16 on CUDA and float32 on a CPU",
         choices=("auto", "float16", "bfloat16", "float32"),
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
-    init_loss_scale: float = option(16384.0, "first factor of the GradScaler, a power of two")
+    init_loss_scale: float = option(16384.0, "initial loss scale of the GradScaler, a power of two")
 
     def __post_init__(self):
         known = self.device in ("auto", "cpu", "cuda") or self.device.removeprefix("cuda:").isdecimal()
         require(known, "device", self.device, "must be auto, cpu, cuda or cuda:N")
-        fits = 1.0 <= self.init_loss_scale <= 2.0**24 and math.log2(self.init_loss_scale).is_integer()
+        fits = MIN_LOSS_SCALE <= self.init_loss_scale <= MAX_LOSS_SCALE and math.log2(self.init_loss_scale).is_integer()
         require(fits, "init_loss_scale", self.init_loss_scale, "must be a power of two between 1 and 16777216")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """Guards: when an update is refused."""
+    """Guards: when an update is skipped, and when the run stops."""
 
     max_grad_norm: float = option(0.5, "gradients are clipped to this L2 norm")
-    skip_grad_norm: float = option(2.0, "an update whose gradient norm is above this is skipped")
+    skip_grad_norm: float = option(2.0, "skip an update whose gradient norm is above this")
     skip_rule: str = option(
         "storm",
-        "storm: skip above --skip_grad_norm until 80 %% of 50 attempts were skipped for it, then above "
-        "--skip_factor times the median norm; adaptive: the median rule from the start; fixed: never adapts",
+        "fixed: skip above --skip_grad_norm; adaptive: skip above --skip_factor times the median of recent norms; "
+        "storm: fixed until 80 %% of 50 steps were skipped for their norm, then adaptive",
         choices=("storm", "fixed", "adaptive"),
     )
-    skip_factor: float = option(2.0, "the median rule skips above this many times the median of recent norms")
-    max_nan_batches: int = option(10, "emergency stop after this many consecutive NaN batches")
+    skip_factor: float = option(2.0, "factor of the median norm in --skip_rule adaptive and storm")
+    max_nan_batches: int = option(10, "consecutive NaN batches before --on_divergence applies")
     on_divergence: str = option(
         "stop",
-        "stop: after that many, save the last good student and exit with 3; rewind: once, go back to the last "
-        "checkpoint, halve the learning rate and leave out the documents that were not finite",
+        "stop: save the last good student and exit with code 3; rewind: once, go back to the last checkpoint, "
+        "halve the learning rate and skip the documents that were not finite",
         choices=("stop", "rewind"),
     )
 
@@ -194,7 +197,7 @@ class GuardConfig:
         require_at_least(self, 1, "skip_factor", "max_nan_batches")
 
 
-AUTO_BATCH = "{what} in a micro-batch of each device; auto: as many as fit, with --grad_accum_steps to match"
+AUTO_BATCH = "{what} in a micro-batch of each device; auto: as many as fit in memory, with --grad_accum_steps to match"
 """The help of `--per_device_batch_size`."""
 
 
@@ -207,25 +210,22 @@ class TrainConfig:
     train_steps: int = option(500, "attempted optimizer updates")
     per_device_batch_size: int = option(4, AUTO_BATCH.format(what="blocks"), auto=True)
     grad_accum_steps: int = option(1, "micro-batches in a step")
-    eval_steps: int = option(50, "validate every so many steps; also at the start and at the end")
-    log_steps: int = option(25, "print a line every so many steps")
-    save_steps: int = option(100, "write a checkpoint every so many steps")
+    eval_steps: int = option(50, "steps between validations; there is also one at the start and one at the end")
+    log_steps: int = option(25, "steps between printed lines")
+    save_steps: int = option(100, "steps between checkpoints")
     parallel: str = option(
         "ddp",
-        "with several devices (torchrun); ddp: each has the whole student; fsdp: the student lies in shards over them",
+        "with several devices (torchrun): ddp: the whole student on each; fsdp: the student sharded over them",
         choices=("ddp", "fsdp"),
     )
-    keep_checkpoints: int = option(2, "checkpoints to keep; the former one is there if the last one is damaged")
-    time_limit: str = option(
-        "",
-        "save and exit, as if interrupted, after this time from the start on: 11h, 90m, 1h30m",
-    )
+    keep_checkpoints: int = option(2, "checkpoints to keep; if the last one is damaged, the one before it is used")
+    time_limit: str = option("", "save and exit after this time, as if interrupted: 11h, 90m, 1h30m")
     tensorboard: bool = option(False, "also write TensorBoard event files into the run folder")
-    wandb: bool = option(False, "also send the figures to Weights & Biases")
+    wandb: bool = option(False, "also send the metrics to Weights & Biases")
     seed: int = option(0, "seed of the data order and of every random number")
     output_dir: str = option("", "run folder; by default runs/<script>-<date>-<time>")
     resume: bool = option(False, "continue the run in --output_dir from its checkpoint")
-    overwrite: bool = option(False, "start again in an --output_dir that holds a run")
+    overwrite: bool = option(False, "delete the run in --output_dir and start again")
 
     def __post_init__(self):
         require_at_least(self, self.min_train_steps, "train_steps")
@@ -241,27 +241,27 @@ class TrainConfig:
 
     @property
     def time_limit_seconds(self) -> float:
-        """`--time_limit` in seconds, inf for none; 0 for what is no time."""
+        """`--time_limit` in seconds, inf if it is not given; 0 for text that is not a time."""
         return seconds_of(self.time_limit) if self.time_limit else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
-    """Memory: what is computed anew, moved or rounded so that a run fits; `sar-kd preflight` says what fits."""
+    """Memory: recompute, move or round so that a run fits; `sar-kd preflight` shows what fits."""
 
     gradient_checkpointing: bool = option(
-        False, "compute the student's activations anew in backward: less memory, a third more time"
+        False, "recompute the student's activations in backward: less memory, a third more time"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherMemoryConfig(MemoryConfig):
-    """Memory: what is computed anew, moved or rounded so that a run fits; `sar-kd preflight` says what fits."""
+    """Memory: recompute, move or round so that a run fits; `sar-kd preflight` shows what fits."""
 
     offload_teacher_to_cpu: bool = option(
         False,
-        "the teacher reads a step's whole text first and then lies in the CPU's memory while the student learns: less "
-        "memory, a copy of its weights to the GPU in every step",
+        "run the teacher on the whole batch of a step, then move it to the CPU's memory while the student trains: less "
+        "GPU memory, one copy of its weights to the GPU per step",
     )
     teacher_quantization: str = option(
         "off",
@@ -270,37 +270,30 @@ class TeacherMemoryConfig(MemoryConfig):
     )
 
     def offloads_from(self, device: Any) -> bool:
-        """Does the teacher leave this device? Not a CPU, where it lies already."""
+        """Does the teacher leave this device (a `torch.device`)? A teacher on the CPU is there already."""
         return self.offload_teacher_to_cpu and device.type != "cpu"
 
     @property
     def routers_frozen_reason(self) -> str:
-        """Why the teacher's routers cannot learn beside these settings; empty if they can."""
+        """Why the teacher's routers cannot be trained with these settings; '' if they can."""
         if self.offload_teacher_to_cpu:
-            return "--offload_teacher_to_cpu takes the teacher away before its routers could learn from the student"
+            return "--offload_teacher_to_cpu removes the teacher before its routers could learn from the student"
         if self.teacher_quantization != "off":
-            return f"--teacher_quantization {self.teacher_quantization} lets no exact gradient through the teacher"
+            return f"--teacher_quantization {self.teacher_quantization} gives no exact gradient through the teacher"
         return ""
 
-
-MIN_LOSS_SCALE = 1.0
-"""Floor of the loss scale. An overflow at the floor cannot be calibrated away, so it counts as a NaN batch."""
-
-MAX_LOSS_SCALE = 2.0**24
 
 ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """LoRA: train a low-rank adapter instead of every weight; needs `pip install peft`."""
+    """LoRA: train a low-rank adapter instead of all weights; needs `pip install peft`."""
 
-    lora_rank: int = option(0, "rank of the adapter, 4 for example; 0 trains every weight")
-    lora_alpha: float = option(16.0, "the adapter counts alpha / rank times")
+    lora_rank: int = option(0, "rank of the adapter, for example 4; 0: train all weights")
+    lora_alpha: float = option(16.0, "the adapter's output is multiplied by alpha / rank")
     lora_dropout: float = option(0.0, "dropout on the adapter's input")
-    lora_targets: tuple[str, ...] = option(
-        (ALL_LINEAR,), "names of the layers that get one, or all-linear", metavar="NAME"
-    )
+    lora_targets: tuple[str, ...] = option((ALL_LINEAR,), "names of the layers to adapt, or all-linear", metavar="NAME")
 
     def __post_init__(self):
         require_at_least(self, 0, "lora_rank")

@@ -174,7 +174,7 @@ def test_the_first_loss_and_gradient_are_those_of_the_definition(inputs, tmp_pat
     ],
 )
 def test_epochs_become_steps(given, steps, saves):
-    calendar = SftTrainConfig(per_device_batch_size=4, **given).over(40)
+    calendar = SftTrainConfig(per_device_batch_size=4, **given).in_steps(40)
     assert (calendar.train_steps, calendar.save_steps) == (steps, saves)
 
 
