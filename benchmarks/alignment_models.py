@@ -91,10 +91,10 @@ def make_model(name: str, folder: Path) -> None:
     if name in SOURCES:
         texts, transfer, validation = (SOURCES[name](split) for split in ("teacher", "transfer", "validation"))
     model = new_model(tokenizer)
-    build_embedded.pretrain(model, build_embedded.corpus_of(tokenizer, texts), steps, noise, SEED, name)
+    build_embedded.pretrain(model, build_embedded.dataset_of(tokenizer, texts), steps, noise, SEED, name)
     figures = {"steps": steps, "parameters": sum(parameter.numel() for parameter in model.parameters())}
     for split, held_out_texts in (("transfer", transfer), ("validation", validation)):
-        held_out = build_embedded.corpus_of(tokenizer, held_out_texts)
+        held_out = build_embedded.dataset_of(tokenizer, held_out_texts)
         batches = held_out.token_batches("student", build_embedded.BATCH_SIZE)
         score = evaluate(model, batches, held_out.text.num_bytes, Precision(torch.device("cpu"), torch.float32, 1.0))
         figures[f"{split}_bits_per_byte"] = score.bits_per_byte

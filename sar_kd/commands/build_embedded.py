@@ -1,8 +1,8 @@
-"""Make the embedded pair: `python -m sar_kd embedded`, seeded, about 20 minutes on 2 cores.
+"""`sar-kd embedded`: train the embedded pair from a seed, about 20 minutes on 2 cores.
 
 Teacher: a Qwen3-type mixture of experts with a byte-level BPE tokenizer. Student: a Llama-type model of a tenth of
-its size with a SentencePiece-type BPE tokenizer with byte fallback. Both learn the `teacher` split of the embedded
-text, the student only for a while: it is to be taught by a run.
+its size with a SentencePiece-type BPE tokenizer with byte fallback. Both are trained on the `teacher` split of the
+embedded text; the student for fewer steps, so that it has something to learn from the teacher.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from sar_kd import embedded
 from sar_kd.config.command_line import parse
 from sar_kd.config.fields import Command, option, require_at_least
-from sar_kd.data.dataset import Dataset
+from sar_kd.data.dataset import Dataset, build_dataset
 from sar_kd.data.samples import Document
 from sar_kd.evaluation.perplexity import evaluate
 from sar_kd.runtime.precision import Precision
@@ -37,17 +37,17 @@ BLOCK_SIZE, BATCH_SIZE = 256, 8
 
 CONTEXT = 1024
 
-# Muon moves matrices by an orthogonalised momentum; embeddings, experts (3-D) and the router stay with AdamW.
+# Muon updates matrices by an orthogonalised momentum; embeddings, experts (3-D) and routers are left to AdamW.
 ADAMW_LR, MUON_LR, WEIGHT_DECAY = 3e-3, 4e-3, 0.3
 
 WARMUP_STEPS, DECAY_SHARE = 50, 0.4
 
 INPUT_NOISE = 0.15
-"""Share of input tokens replaced at random: on 1 MB of text the teacher would otherwise learn it by heart."""
+"""Share of input tokens replaced at random: without it the teacher would memorize its 1 MB of text."""
 
 
 def byte_level_bpe(texts: list[str], vocab_size: int) -> transformers.PreTrainedTokenizerFast:
-    """GPT-2's kind: bytes as printable characters, words cut by its pattern."""
+    """A tokenizer like GPT-2's: bytes as printable characters, words split by its pattern."""
     tokenizer = Tokenizer(tokenizer_models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -61,13 +61,13 @@ def byte_level_bpe(texts: list[str], vocab_size: int) -> transformers.PreTrained
 
 
 _WORDS = pre_tokenizers.Split(Regex("\u2581+(?=\u2581)|\u2581?[^\u2581\n]+|\u2581|\n+"), "isolated")
-"""A word has the space before it; further spaces and line ends stand alone."""
+"""A word includes the space before it; further spaces and line ends are words of their own."""
 
 
 def sentencepiece_bpe(
     texts: list[str], vocab_size: int, words: pre_tokenizers.PreTokenizer = _WORDS
 ) -> transformers.PreTrainedTokenizerFast:
-    """Gemma's kind: spaces as U+2581, no dummy prefix, one token per byte for what the vocabulary lacks."""
+    """A tokenizer like Gemma's: spaces as U+2581, no dummy prefix, a token for each byte where no other token fits."""
     tokenizer = Tokenizer(tokenizer_models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
     tokenizer.pre_tokenizer = words
@@ -78,7 +78,7 @@ def sentencepiece_bpe(
         vocab_size=vocab_size, special_tokens=special + byte_tokens, limit_alphabet=128, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # The trainer can only reserve ids for special tokens; byte tokens are ordinary ones and spell text.
+    # The trainer can only reserve ids for special tokens; byte tokens must be ordinary ones.
     definition = json.loads(tokenizer.to_str())
     definition["added_tokens"] = [token for token in definition["added_tokens"] if token["content"] in special]
     return transformers.PreTrainedTokenizerFast(
@@ -91,7 +91,7 @@ def sentencepiece_bpe(
 
 
 def teacher_model() -> nn.Module:
-    """4.5 M parameters, most of them in 8 experts of which a token uses 2."""
+    """4.5 M parameters, most of them in 8 experts, of which 2 are active for a token."""
     config = transformers.Qwen3MoeConfig(
         vocab_size=TEACHER_VOCAB,
         hidden_size=192,
@@ -129,8 +129,8 @@ def student_model() -> nn.Module:
     return transformers.LlamaForCausalLM(config)
 
 
-def pretrain(model: Any, text: Dataset, steps: int, noise: float, seed: int, label: str) -> None:
-    """Train on `text` by cross-entropy: linear warm-up, constant, linear decay over the last 40 % of the steps."""
+def pretrain(model: Any, dataset: Dataset, steps: int, noise: float, seed: int, label: str) -> None:
+    """Train by cross-entropy: linear warm-up, constant, linear decay over the last 40 % of the steps."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "gate.weight" not in n]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
@@ -141,7 +141,7 @@ def pretrain(model: Any, text: Dataset, steps: int, noise: float, seed: int, lab
     bar = tqdm(range(steps), desc=label)
     for step in bar:
         factor = min(1.0, (step + 1) / WARMUP_STEPS, max(0.02, (steps - step) / (DECAY_SHARE * steps)))
-        (batch,) = text.micro_batches(step, BATCH_SIZE, 1, seed)
+        (batch,) = dataset.micro_batches(step, BATCH_SIZE, 1, seed)
         tokens = batch.student
         random_ids = torch.randint(0, model.config.vocab_size, tokens.input_ids.shape, generator=generator)
         replaced = torch.rand(tokens.input_ids.shape, generator=generator) < noise
@@ -157,21 +157,20 @@ def pretrain(model: Any, text: Dataset, steps: int, noise: float, seed: int, lab
 
 
 def build(output: Path, teacher_steps: int, student_steps: int, seed: int) -> None:
-    """Train both models and write them, with tokenizer and model card, below `output`."""
+    """Train both models and save them, with tokenizer and model card, in folders of `output`."""
     torch.manual_seed(seed)
     texts, transfer, validation = embedded.read_text("teacher", "transfer", "validation")
-    kinds = {
+    recipes = {
         "teacher": (byte_level_bpe, TEACHER_VOCAB, teacher_model, teacher_steps, INPUT_NOISE),
         "student": (sentencepiece_bpe, STUDENT_VOCAB, student_model, student_steps, 0.0),
     }
-    for name, (make_tokenizer, vocab_size, make_model, steps, noise) in kinds.items():
+    for name, (make_tokenizer, vocab_size, make_model, steps, noise) in recipes.items():
         started = time.monotonic()
         tokenizer, model = make_tokenizer(list(texts.values()), vocab_size), make_model()
-        corpus = corpus_of(tokenizer, texts)
-        pretrain(model, corpus, steps, noise, seed, name)
+        pretrain(model, dataset_of(tokenizer, texts), steps, noise, seed, name)
         scores = {}
         for split, held_out_texts in (("transfer", transfer), ("validation", validation)):
-            held_out = corpus_of(tokenizer, held_out_texts)
+            held_out = dataset_of(tokenizer, held_out_texts)
             batches = held_out.token_batches("student", BATCH_SIZE)
             precision = Precision(torch.device("cpu"), torch.float32, 1.0)
             scores[split] = evaluate(model, batches, held_out.text.num_bytes, precision)
@@ -180,10 +179,10 @@ def build(output: Path, teacher_steps: int, student_steps: int, seed: int) -> No
         print(f"{name}: bits per byte: {bits}; {time.monotonic() - started:.0f} s")
 
 
-def corpus_of(tokenizer, texts: dict[str, str]) -> Dataset:
-    """Texts as blocks of one tokenizer's tokens."""
+def dataset_of(tokenizer: Any, texts: dict[str, str]) -> Dataset:
+    """Texts by name in blocks of the tokenizer's tokens."""
     pair = TokenizerPair(tokenizer, tokenizer, student_vocab_size=len(tokenizer), teacher_vocab_size=len(tokenizer))
-    return Dataset([Document(*item) for item in texts.items()], pair, BLOCK_SIZE, BLOCK_SIZE)
+    return build_dataset([Document(*item) for item in texts.items()], pair, BLOCK_SIZE, BLOCK_SIZE)
 
 
 def _save(folder: Path, name: str, model: Any, tokenizer, scores, steps: int, noise: float, seed: int) -> None:
@@ -199,13 +198,13 @@ pipeline_tag: text-generation
 ---
 # SAR-KD's embedded {name}
 
-A {size:.2f} M parameter {type(model).__name__} for trying out SAR-KD without a download. It is far too small for
-anything else.
+A {type(model).__name__} of {size:.2f} M parameters, for trying out SAR-KD without a download. It is too small for
+any other use.
 
-- Text: the `teacher` split of the documentation that CPython carries (see `sar_kd/embedded/__init__.py`).
+- Text: the `teacher` split of the documentation shipped with CPython (see `sar_kd/embedded/__init__.py`).
 - Training: {steps} steps of {BATCH_SIZE} blocks of {BLOCK_SIZE} tokens, {noise:.0%} of the input tokens replaced at
-  random, Muon and AdamW, seed {seed}. Made by `python -m sar_kd embedded`.
-- Bits per byte on text it never saw: {scores["validation"].bits_per_byte:.3f} (validation split),
+  random, Muon and AdamW, seed {seed}. Trained by `python -m sar_kd embedded`.
+- Bits per byte on held-out text: {scores["validation"].bits_per_byte:.3f} (validation split),
   {scores["transfer"].bits_per_byte:.3f} (transfer split).
 - Weights are stored in float16.
 """
@@ -214,7 +213,7 @@ anything else.
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedConfig:
-    """Training: how long, and where to."""
+    """Training: how long, and where to save the models."""
 
     output_dir: str = option("", "folder for both models; by default their place in the package")
     teacher_steps: int = option(2400, "training steps of the teacher")
@@ -233,7 +232,7 @@ EMBEDDED_PAIR = Command(
 
 
 def main(argv: list[str]) -> dict:
-    """Train the embedded pair and save it. Raises: UsageError"""
+    """Train both models and save them. Raises: UsageError"""
     config = parse(EMBEDDED_PAIR, argv)
     output = Path(config.output_dir or Path(embedded.__file__).parent)
     build(output, config.teacher_steps, config.student_steps, config.seed)

@@ -12,7 +12,7 @@ from sar_kd.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class ForensicsConfig:
-    """Forensics: what a run has written about its first bad step."""
+    """Run: the one to look at."""
 
     run: str = option("", "a run folder", metavar="RUN_DIR")
     json: bool = option(False, "print JSON")
@@ -20,14 +20,14 @@ class ForensicsConfig:
 
 FORENSICS = Command(
     name="forensics",
-    description="Why a step of a run could not be applied.",
+    description="Show why a step of a run was not finite, and what to try.",
     config=ForensicsConfig,
     positionals=("run",),
 )
 
 
 def main(argv: list[str]) -> dict:
-    """Print why a run was stopped, or had to refuse a step; `--json` for programs.
+    """Print `crash/` of a run folder; `--json` for programs.
 
     Raises: UsageError if the folder holds no run
     """
@@ -36,9 +36,9 @@ def main(argv: list[str]) -> dict:
     if not (folder / "config.json").is_file():
         raise UsageError(f"forensics {folder}: holds no run")
     path = folder / "crash" / ("crash.json" if config.json else "crash.md")
-    nothing = "{}\n" if config.json else "No step of this run had a NaN.\n"
+    no_crash = "{}\n" if config.json else "No step of this run had a NaN.\n"
     try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else nothing
+        text = path.read_text(encoding="utf-8") if path.is_file() else no_crash
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"forensics {folder}: {path} cannot be read ({error})") from None
     print(text, end="")

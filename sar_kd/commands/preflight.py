@@ -1,4 +1,4 @@
-"""`sar-kd preflight`: check a run before it starts."""
+"""`sar-kd preflight`: every check that can be made before a run."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from sar_kd.errors import UsageError
 from sar_kd.models.loading import MetaModels
 from sar_kd.preflight.checks import ALL_CHECKS, run_checks
 from sar_kd.preflight.memory_plan import fit_batch_size
-from sar_kd.runtime.console import wrap_lines
 from sar_kd.runtime.distributed import SINGLE_PROCESS
 from sar_kd.runtime.files import json_safe
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreflightConfig(Config):
-    """A run to check, and how to print what is found."""
+    """A distillation run to check, and the output of the checks."""
 
     output: OutputConfig = field(default_factory=OutputConfig)
 
@@ -35,28 +34,27 @@ PREFLIGHT = dataclasses.replace(
 
 
 def main(argv: list[str]) -> dict:
-    """Print what a run with these flags would find; with `--json` one object, whose `ok` says whether it could go on.
+    """Print the findings; with `--json` one object, whose `ok` says whether the run could start.
 
-    Raises: UsageError for what would end the run
+    Raises: UsageError if the run could not start
     """
     config = parse(PREFLIGHT, argv)
     as_json = config.output.json
     record: dict = {"ok": True}
+
+    def show(*lines: str) -> None:
+        for line in () if as_json else lines:
+            print(line)
+
     try:
-        found = fit_batch_size(config, SINGLE_PROCESS)
-        if found is not config:
-            train = found.train
-            record["batch_size"] = {
-                name: getattr(train, name) for name in ("per_device_batch_size", "grad_accum_steps")
-            }
-            if not as_json:
-                print(wrap_lines(found.notices[-1]))
-        config = found
-        for finding in run_checks(ALL_CHECKS, MetaModels(config)):
+        fitted = fit_batch_size(config, SINGLE_PROCESS)
+        if fitted is not config:
+            names = ("per_device_batch_size", "grad_accum_steps")
+            record["batch_size"] = {name: getattr(fitted.train, name) for name in names}
+            show(fitted.notices[-1])
+        for finding in run_checks(ALL_CHECKS, MetaModels(fitted)):
             record[finding.name] = finding.record
-            if not as_json:
-                for line in (*finding.lines, *(f"  {line}" for line in finding.table)):
-                    print(wrap_lines(line))
+            show(*finding.lines, *(f"  {line}" for line in finding.table))
             if finding.refusal:
                 raise finding.refusal
     except UsageError as error:
@@ -65,6 +63,5 @@ def main(argv: list[str]) -> dict:
     finally:
         if as_json:
             print(json.dumps(json_safe(record), indent=2))
-    if not as_json:
-        print("Ready: nothing stands in the way of this run")
+    show("Ready: nothing stands in the way of this run")
     return {"status": "finished"}

@@ -1,4 +1,4 @@
-"""`sar-kd report`: report.html of a run, or of several side by side."""
+"""`sar-kd report`: write report.html for one run, or for several side by side."""
 
 from __future__ import annotations
 
@@ -11,28 +11,27 @@ from sar_kd.config.fields import Command, option
 from sar_kd.errors import UsageError
 from sar_kd.reporting.history import findings_of, read_history
 from sar_kd.reporting.report import FILE, write_report
-from sar_kd.runtime.console import wrap_lines
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Runs: which ones, and where the page goes."""
+    """Runs: which ones to show, and where to write the page."""
 
     runs: tuple[str, ...] = option((), "run folders; several are compared on one page", metavar="RUN_DIR")
-    output: str = option("", "the page; by default report.html in the run folder, or here where there are several")
+    output: str = option("", "file to write; by default report.html, in the run folder or, for several runs, here")
     json: bool = option(False, "print JSON")
 
 
 REPORT = Command(
     name="report",
-    description="One run in a page, or several compared.",
+    description="Show a run, or compare several, on one HTML page.",
     config=ReportConfig,
     positionals=("runs",),
 )
 
 
 def main(argv: list[str]) -> dict:
-    """Write the page about one run into its folder, or about several into the current one, and print where it is.
+    """Write the page, and print the findings and where it is; `--json` for programs.
 
     Raises: UsageError if a folder holds no run, or matplotlib is missing
     """
@@ -43,11 +42,11 @@ def main(argv: list[str]) -> dict:
     if not path.parent.is_dir():
         raise UsageError(f"--output {path}: the folder {path.parent} is not there")
     write_report(runs, path)
-    sentences = {run.name: findings_of(run) for run in runs}
+    findings = {run.name: findings_of(run) for run in runs}
     if config.json:
-        print(json.dumps({"report": str(path), "verdicts": sentences}, indent=2))
+        print(json.dumps({"report": str(path), "verdicts": findings}, indent=2))
         return {"status": "finished"}
-    for name, lines in sentences.items():
-        print(wrap_lines(f"{name}:", *(f"  {line}" for line in lines)))
-    print(wrap_lines(f"Written to {path}"))
+    for name, lines in findings.items():
+        print(f"{name}:", *(f"  {line}" for line in lines), sep="\n")
+    print(f"Written to {path}")
     return {"status": "finished"}

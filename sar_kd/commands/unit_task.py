@@ -1,8 +1,8 @@
-"""`--task` in a distillation run: what comes before it, so that there is something to distil and something to compare.
+"""`--task` in a distillation run: two fine-tuning runs that come before it, each in a folder beside the run's own.
 
-The embedded teacher cannot do the task, so it is fine-tuned on it first; and the student is trained on the same
-examples by cross-entropy alone, at the same rate and in the same order, so that what the teacher is worth shows. Both
-are runs of their own beside the run's folder. One that is finished is taken as it is, one that was interrupted goes on.
+First the embedded teacher is fine-tuned on the task, which it does not know. Then a student is trained without the
+teacher, on the same examples in the same order and at the same learning rate: the baseline to compare with. A finished
+one is used as it is, an interrupted one is continued.
 """
 
 from __future__ import annotations
@@ -26,82 +26,74 @@ from sar_kd.training.callbacks import Callback, TaskEvaluation
 R = TypeVar("R", Config, SftConfig)
 
 TEACHER_LR = 1e-3
-"""Of the embedded teacher on a task."""
+"""Learning rate of the embedded teacher on a task."""
 
 
-class Task:
-    """What `--task` asks for beside the run itself; without it, nothing."""
+def prepare_task(config: Config) -> tuple[Config, dict | None]:
+    """With `--task`: fine-tune the embedded teacher, and train the baseline.
 
-    def __init__(self, config: Config, baseline: dict | None = None):
-        """config: of the distillation run, its teacher ready; baseline: the summary of cross-entropy alone, if any"""
-        self.config, self._baseline = config, baseline
-
-    def callbacks(self, models: Models, limits: tuple[int, int], precision: Precision) -> list[Callback]:
-        """The exam, and what the result is compared with."""
-        if not self.config.data.task:
-            return []
-        trust = self.config.models.trust_remote_code
-        found: list[Callback] = [TaskEvaluation(models, limits, precision, trust)]
-        return [*found, Baseline(self._baseline)] if self._baseline else found
-
-
-class Baseline(Callback):
-    """Cross-entropy alone, for the closing table and `summary.json`."""
-
-    def __init__(self, summary: dict):
-        super().__init__()
-        self.state = {name: summary[name] for name in ("val_ppl_best", "val_bits_per_byte_best", "best_step")}
-        self.score = summary["benchmark_result"]["student"]
-
-    def on_train_begin(self) -> list[str]:
-        """What the student reaches without a teacher."""
-        accuracy, answer_rate = (self.score[name] for name in ("accuracy", "answer_rate"))
-        return [
-            f"Cross-entropy alone, the same steps: PPL {self.state['val_ppl_best']:.2f}, accuracy {accuracy:.3f}, "
-            f"answer rate {answer_rate:.3f}"
-        ]
-
-    def summary(self) -> dict:
-        """The same for `summary.json`."""
-        return {"cross_entropy_only": {**self.state, **self.score}}
-
-
-def prepare_task(config: Config) -> tuple[Config, Task]:
-    """Make what the run needs before it starts: with `--task`, a teacher that knows it and a student to compare with.
-
-    Returns: the settings, their teacher the one that is ready; and the task
-
-    Raises: UsageError, TrainingDiverged as `supervised.fine_tune`; KeyboardInterrupt if one of them was interrupted
+    Returns: the settings with the fine-tuned teacher; the summary of the baseline, None without one
+    Raises: UsageError, TrainingDiverged as `fine_tune`; KeyboardInterrupt if one of the runs was interrupted
     """
     if not config.data.task:
-        return config, Task(config)
+        return config, None
     started = time.monotonic()
     folder = config.train.output_dir.rstrip("/")
     if config.models.teacher_model == EMBEDDED and config.data.task_teacher_steps:
         if config.models.teacher_cache:
             raise UsageError(
-                f"--teacher_cache {config.models.teacher_cache}: --task fine-tunes the embedded teacher first, whose "
-                "answers nobody has kept; name the fine-tuned one with --teacher_model, and a cache made of it"
+                f"--teacher_cache {config.models.teacher_cache}: --task first fine-tunes the embedded teacher, so the "
+                "cache is not of this teacher; give the fine-tuned one as --teacher_model, and a cache made with it"
             )
-        ready = _teacher_config(config, f"{folder}-teacher")
-        _run(ready, config.train.resume, started)
-        teacher = str(Path(ready.train.output_dir) / "student")
+        of_teacher = _teacher_config(config, f"{folder}-teacher")
+        _run(of_teacher, config.train.resume, started)
+        teacher = str(Path(of_teacher.train.output_dir) / "student")
         config = dataclasses.replace(config, models=dataclasses.replace(config.models, teacher_model=teacher))
     baseline = None
     if not config.data.skip_baseline:
         baseline = _run(_baseline_config(config, f"{folder}-cross-entropy"), config.train.resume, started)
-    return _in_time(config, started), Task(config, baseline)
+    return _with_time_left(config, started), baseline
+
+
+def task_callbacks(
+    config: Config, baseline: dict | None, models: Models, limits: tuple[int, int], precision: Precision
+) -> list[Callback]:
+    """With `--task`: accuracy and answer rate before and after the run, and those of the baseline.
+
+    baseline: as `prepare_task` returns it; limits: as `Models.block_limits`
+    """
+    if not config.data.task:
+        return []
+    evaluation = TaskEvaluation(models, limits, precision, config.models.trust_remote_code)
+    return [evaluation, Baseline(baseline)] if baseline else [evaluation]
+
+
+class Baseline(Callback):
+    """The student trained by cross-entropy alone, for the summary table and `summary.json`."""
+
+    def __init__(self, summary: dict):
+        super().__init__()
+        self.state = {name: summary[name] for name in ("val_ppl_best", "val_bits_per_byte_best", "best_step")}
+        self._scores = summary["benchmark_result"]["student"]
+
+    def on_train_begin(self) -> list[str]:
+        return [
+            f"Cross-entropy alone, the same steps: PPL {self.state['val_ppl_best']:.2f}, accuracy "
+            f"{self._scores['accuracy']:.3f}, answer rate {self._scores['answer_rate']:.3f}"
+        ]
+
+    def summary(self) -> dict:
+        return {"cross_entropy_only": {**self.state, **self._scores}}
 
 
 def _teacher_config(config: Config, folder: str) -> SftConfig:
-    guards: dict[str, Any] = {name: value for name, value in SFT.defaults.items() if hasattr(config.guards, name)}
     return SftConfig(
         models=SftModelConfig(student_model=str(embedded.TEACHER_DIR)),
         data=config.data,
         optim=SftOptimConfig(learning_rate=TEACHER_LR, warmup_steps=50),
         precision=config.precision,
-        guards=dataclasses.replace(config.guards, **guards),
-        train=_calendar(config, folder, train_steps=config.data.task_teacher_steps, grad_accum_steps=1),
+        guards=dataclasses.replace(config.guards, **SFT.defaults),
+        train=_train_config(config, folder, train_steps=config.data.task_teacher_steps, grad_accum_steps=1),
         notices=(f"First the teacher learns --task {config.data.task}; in this part 'student' means the teacher",),
     )
 
@@ -118,52 +110,52 @@ def _baseline_config(config: Config, folder: str) -> SftConfig:
         precision=config.precision,
         memory=MemoryConfig(gradient_checkpointing=config.memory.gradient_checkpointing),
         guards=config.guards,
-        train=_calendar(config, folder),
+        train=_train_config(config, folder),
         notices=("For comparison the student learns without a teacher, the same steps; --skip_baseline leaves it out",),
     )
 
 
-def _calendar(config: Config, folder: str, **changes) -> SftTrainConfig:
+def _train_config(config: Config, folder: str, **changes: Any) -> SftTrainConfig:
     values = dataclasses.asdict(config.train) | {"output_dir": folder, "save_strategy": "steps", "resume": False}
     return SftTrainConfig(**values | changes)
 
 
-def _in_time(config: R, started: float) -> R:
-    """The same with what is left of `--time_limit`, which counts from the start of all."""
+def _with_time_left(config: R, started: float) -> R:
+    """The settings with the rest of `--time_limit`, which counts from the start of the first run."""
     left = config.train.time_limit_seconds - (time.monotonic() - started)
-    if left == math.inf:
-        return config
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, time_limit=f"{max(1, int(left))}s"))
+    return config if left == math.inf else _with_train(config, time_limit=f"{max(1, int(left))}s")
+
+
+def _with_train(config: R, **changes: Any) -> R:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
 
 
 def _run(config: SftConfig, resumes: bool, started: float) -> dict:
-    """The summary of this run: of one that is finished, or after its rest, or anew.
+    """The summary of this run: read if it is finished, else run from its checkpoint or from the start.
 
-    resumes: the run that it belongs to has begun, so that this one is what it began with, whatever has changed since
+    resumes: the distillation run is resumed; then this run belongs to it, even if settings have changed since
     """
     folder = Path(config.train.output_dir)
-    summary = _read(folder / "summary.json")
-    if not config.train.overwrite and (resumes or _holds(folder, config)):
+    is_same_run = _settings(_read_json(folder / "config.json")) == _settings(config.to_dict())
+    if not config.train.overwrite and (resumes or is_same_run):
+        summary = _read_json(folder / "summary.json")
         if summary.get("status") == "finished":
             return summary
-        if (folder / "checkpoint" / "latest").is_file():
-            config = dataclasses.replace(config, train=dataclasses.replace(config.train, resume=True))
-        else:
-            config = dataclasses.replace(config, train=dataclasses.replace(config.train, overwrite=True))
-    summary = fine_tune(_in_time(config, started))
+        resumable = (folder / "checkpoint" / "latest").is_file()
+        config = _with_train(config, resume=resumable, overwrite=not resumable)
+    summary = fine_tune(_with_time_left(config, started))
     if summary["status"] == "interrupted":
         raise KeyboardInterrupt
     return summary
 
 
-def _holds(folder: Path, config: SftConfig) -> bool:
-    """Is this very run in the folder?"""
-    saved, own = _read(folder / "config.json"), json.loads(json.dumps(config.to_dict()))
-    for settings in (saved, own):
-        for name in ("resume", "overwrite", "time_limit"):
-            settings.get("train", {}).pop(name, None)
-    return saved == own
+def _settings(config: dict) -> dict:
+    """The settings that make a run what it is, as `config.json` has them."""
+    config = json.loads(json.dumps(config))
+    for name in ("resume", "overwrite", "time_limit"):
+        config.get("train", {}).pop(name, None)
+    return config
 
 
-def _read(path: Path) -> dict:
+def _read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

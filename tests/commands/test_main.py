@@ -9,7 +9,6 @@ import pytest
 import transformers
 
 from sar_kd.commands import generate
-from sar_kd.commands.generate import side_by_side
 from sar_kd.commands.main import COMMANDS, main
 from sar_kd.commands.train import main as train
 from sar_kd.config.command_line import program_name
@@ -92,14 +91,24 @@ def test_importing_the_package_and_parsing_load_no_torch():
     assert done.stdout.split() == [__version__, "False"]
 
 
-def test_generate_shows_the_three_models_beside_one_another(run, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
+def test_generate_shows_the_three_models_one_after_another(run, capsys):
     assert main(["generate", str(run), "The default value", "--max_new_tokens", "12"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "Prompt: The default value"
-    assert lines[2].split("   ")[0].strip() == "teacher"
-    assert lines[2].index("student, before") < lines[2].index("student, after")
-    assert all(len(line) <= 120 for line in lines)
+    titles = [line for line in lines if line.startswith("-- ")]
+    assert [title.split(" (")[0] for title in titles] == ["-- teacher", "-- student, before", "-- student, after"]
+    assert all(title.endswith(" bits per byte)") for title in titles)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"), [("a\n   \nb   ", ["a", "", "b"]), ("", ["(nothing)"]), (" \n", ["(nothing)"])]
+)
+def test_no_line_of_generate_ends_with_spaces_and_an_empty_text_is_named(run, text, shown, capsys, monkeypatch):
+    monkeypatch.setattr(generate, "_generate", lambda *arguments: text)
+    assert main(["generate", str(run), "x"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("-- student, after"))
+    assert lines[first + 1 :] == shown
 
 
 def test_what_generate_shows_of_the_student_is_what_the_saved_student_writes(run, capsys):
@@ -134,18 +143,3 @@ def test_the_same_seed_draws_the_same_text_and_another_draws_another(run, capsys
 def test_what_generate_cannot_do_is_one_line(run, words, expected, capsys):
     assert main(["generate", *(word.format(run=run) for word in words)]) == 2
     assert expected in capsys.readouterr().err.splitlines()[0]
-
-
-def test_columns_become_blocks_where_the_terminal_is_narrow():
-    texts = {"teacher": "one two three four " * 4, "student, before": "five", "student, after": ""}
-    wide = side_by_side(texts, {"teacher": "1.7 bits per byte"}, 110)
-    assert wide[0].split() == ["teacher", "student,", "before", "student,", "after"]
-    assert "(nothing)" in wide[3]
-    narrow = side_by_side(texts, {"teacher": "1.7 bits per byte"}, 80)
-    assert narrow[0] == "-- teacher (1.7 bits per byte)"
-    assert "-- student, after (not measured)" in narrow
-    assert all(len(line) <= 80 for line in [*narrow])
-
-
-def test_what_is_generated_ends_no_line_with_spaces():
-    assert generate._wrap("a\n   \nb   ", 40) == ["a", "", "b"]

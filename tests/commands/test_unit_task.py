@@ -115,9 +115,8 @@ def test_the_same_command_takes_what_is_finished_as_it_is(done, monkeypatch):
 def test_without_a_task_nothing_comes_before(monkeypatch):
     monkeypatch.setattr(unit_task, "fine_tune", lambda config: pytest.fail("trained"))
     config = parse(STABLE, [])
-    same, task = unit_task.prepare_task(config)
-    assert same is config
-    assert task.callbacks(None, (8, 8), None) == []
+    assert unit_task.prepare_task(config) == (config, None)
+    assert unit_task.task_callbacks(config, None, None, (8, 8), None) == []
 
 
 def test_the_baseline_can_be_left_out(small, tmp_path):
