@@ -1,4 +1,7 @@
-"""A micro-batch: the token ids and labels of both models, their alignment, and the one label shift."""
+"""A micro-batch: token ids and labels of both models, their alignment, and the one label shift of the package.
+
+Also the teacher's top-k logits, cut from a tile or read from a teacher cache, which a batch may carry.
+"""
 
 from __future__ import annotations
 
@@ -14,178 +17,178 @@ from sar_kd.alignment.batch_alignment import Alignment
 from sar_kd.alignment.segments import Segment
 from sar_kd.tokenization.token_stream import TokenStream
 
+IGNORE_INDEX = -100
+"""Label of a position at which nothing is predicted."""
+
+MASKED_LOGIT = -1e30
+"""Logit of a masked class: finite, so that 0 * MASKED_LOGIT is 0, and so low that its probability is exactly 0."""
+
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """What one model reads: start token, then the block's tokens, right padded.
+    """The input of one model: a start token, then the block's tokens, padded on the right.
 
-    There is no attention mask: with padding on the right a causal model's real positions never see it.
+    There is no attention mask: with padding on the right, a causal model's real positions never attend to it.
     """
 
     input_ids: Tensor
     """int64 [B, T]"""
     labels: Tensor
     """int64 [B, T], unshifted"""
-    rows: Tensor
-    """int64 [N]: rows of the flattened logits that predict something"""
+    positions: Tensor
+    """int64 [N]: positions of the flattened logits [B * T, V] that have a target"""
     targets: Tensor
-    """int64 [N]: what they predict"""
+    """int64 [N]: the target token of each"""
 
     def to(self, device: torch.device) -> TokenBatch:
-        return _moved(self, device)
+        return _to(self, device)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: the same text for both models, and which teacher row speaks about which student row."""
+    """One micro-batch: the same text for both models, and their alignment."""
 
     student: TokenBatch
     teacher: TokenBatch
     alignment: Alignment
     blocks: tuple[int, ...]
-    """Which blocks these are, for naming the documents of a bad batch."""
+    """Indices of the blocks, to name the documents of a bad batch"""
     segments: tuple[Segment, ...] = ()
-    """The alignment in parts that can be compared alone, where distributions are carried over."""
+    """The alignment in parts that can be compared independently, for byte-prefix projection"""
     is_on_policy: bool = False
-    """What is predicted is the student's own text: it is compared with the teacher, and learned from no further."""
-    stored: CachedTopK | None = None
-    """What the teacher said of its rows, where that is kept; then nobody asks it."""
+    """The text was sampled from the student: it takes part in distillation, not in cross-entropy"""
+    cached_logits: CachedTopK | None = None
+    """The teacher's top-k logits from a teacher cache; then the teacher is not run"""
 
     @property
     def num_target_tokens(self) -> int:
         return len(self.student.targets)
 
     def to(self, device: torch.device) -> Batch:
-        return _moved(self, device)
+        return _to(self, device)
 
 
-def _moved(record, device: torch.device):
-    """The same record with its tensors, and its records' tensors, on `device`."""
+def _to(record, device: torch.device):
+    """A copy of a dataclass with all of its tensors on `device`, those of nested dataclasses too."""
     changed: dict[str, Any] = {}
     for item in dataclasses.fields(record):
         value = getattr(record, item.name)
         if isinstance(value, Tensor):
             changed[item.name] = value.to(device, non_blocking=True)
         elif dataclasses.is_dataclass(value):
-            changed[item.name] = _moved(value, device)
+            changed[item.name] = _to(value, device)
         elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
-            changed[item.name] = tuple(_moved(each, device) for each in value)
+            changed[item.name] = tuple(_to(each, device) for each in value)
     return dataclasses.replace(record, **changed)
 
 
 def token_batch(stream: TokenStream, ranges: list[tuple[int, int]], start_id: int) -> TokenBatch:
-    """Ranges of a token stream as one padded batch, each behind a start token."""
+    """Ranges of a token stream as one padded batch, each after a start token."""
     width = 1 + max(end - start for start, end in ranges)
     input_ids = torch.full((len(ranges), width), start_id, dtype=torch.int64)
     labels = torch.full((len(ranges), width), IGNORE_INDEX, dtype=torch.int64)
-    for row, (start, end) in enumerate(ranges):
+    for i, (start, end) in enumerate(ranges):
         ids = torch.from_numpy(stream.ids[start:end].astype(np.int64))
-        is_target = torch.from_numpy(stream.is_target[start:end].copy())  # a file's array is read only
-        input_ids[row, 1 : 1 + len(ids)] = ids
-        labels[row, 1 : 1 + len(ids)] = torch.where(is_target, ids, IGNORE_INDEX)
+        is_target = torch.from_numpy(stream.is_target[start:end].copy())  # a memory-mapped array is read-only
+        input_ids[i, 1 : 1 + len(ids)] = ids
+        labels[i, 1 : 1 + len(ids)] = torch.where(is_target, ids, IGNORE_INDEX)
     return TokenBatch(input_ids, labels, *next_token_targets(labels))
 
 
-IGNORE_INDEX = -100
-"""Label of a position at which nothing is predicted."""
-
-
 def next_token_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of flattened logits that predict something, and what they predict. The one label shift.
+    """The positions of the flattened logits that have a target, and their targets. The one label shift.
 
-    row b * T + t predicts labels[b, t + 1]
+    position b * T + t predicts labels[b, t + 1]
 
     labels: int64 [B, T], unshifted, IGNORE_INDEX where nothing is predicted
-    Returns: rows int64 [N], ascending; targets int64 [N]
+    Returns: positions int64 [N], ascending; targets int64 [N]
     """
     targets = torch.full_like(labels, IGNORE_INDEX)
     targets[:, :-1] = labels[:, 1:]
     targets = targets.flatten()
-    rows = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-    return rows, targets[rows]
-
-
-MASKED_LOGIT = -1e30
-"""The logit of an outcome that takes no part: finite, so that 0 * ABSENT is 0, and its probability is exactly 0."""
+    positions = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+    return positions, targets[positions]
 
 
 class TopKLogits(NamedTuple):
-    """The k likeliest tokens of n teacher rows, a column each."""
+    """The teacher's k largest logits at n positions, and the logsumexp of all others (the tail)."""
 
     ids: Tensor
-    """int64 [k, n], the likeliest first"""
+    """int64 [k, n], by descending logit"""
     logits: Tensor
-    """float32 [k, n], each column up to a constant; 0 where it is not sound"""
-    rest: Tensor
-    """float32 [n]: T * log sum exp(z / T) of all other tokens, in the same units, at the run's temperature T"""
-    sound: Tensor
-    """bool [n]: the row's logits are finite, every one"""
+    """float32 [k, n], at each position up to a constant; 0 where the position is not finite"""
+    tail_logsumexp: Tensor
+    """float32 [n]: T * log sum exp(z / T) over all other tokens, up to the same constant, at the run's temperature T"""
+    is_finite: Tensor
+    """bool [n]: all logits of the position are finite"""
 
-    def first(self, k: int, temperature: float) -> TopKLogits:
-        """The k likeliest of these; the others are of the rest."""
+    def truncate(self, k: int, temperature: float) -> TopKLogits:
+        """Keep the first k; add the others to the tail."""
         if k >= len(self.ids):
             return self
-        others = torch.cat([self.logits[k:], self.rest[None]]) / temperature
-        rest = temperature * others.logsumexp(0)
-        return self._replace(ids=self.ids[:k], logits=self.logits[:k], rest=rest)
+        others = torch.cat([self.logits[k:], self.tail_logsumexp[None]]) / temperature
+        tail = temperature * others.logsumexp(0)
+        return self._replace(ids=self.ids[:k], logits=self.logits[:k], tail_logsumexp=tail)
 
-    def columns(self, first: int, stop: int) -> TopKLogits:
-        """Some of the columns."""
+    def slice(self, first: int, stop: int) -> TopKLogits:
+        """Positions first to stop - 1."""
         return TopKLogits(*(part[..., first:stop] for part in self))
 
-    def logits_of(self, tokens: Tensor, columns: Tensor, size: int) -> Tensor:
-        """Logits of single tokens, `MASKED_LOGIT` for one that is not among the likeliest of its column.
+    def logits_of(self, tokens: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+        """Logits of single tokens, `MASKED_LOGIT` for a token that is not in the top k of its position.
 
-        tokens, columns: int64 [E]; size: more than any token
+        tokens, positions: int64 [E]; vocab_size: above every token id
         Returns: float32 [E]
         """
         ids, order = self.ids.T.contiguous().sort(1)
-        keys = (size * torch.arange(len(ids), device=ids.device)[:, None] + ids).view(-1)
-        wanted = size * columns + tokens
+        keys = (vocab_size * torch.arange(len(ids), device=ids.device)[:, None] + ids).view(-1)
+        wanted = vocab_size * positions + tokens
         at = torch.searchsorted(keys, wanted).clamp_max(max(0, len(keys) - 1))
         found = self.logits.T.gather(1, order).reshape(-1)[at]
         return torch.where(keys[at] == wanted, found, MASKED_LOGIT)
 
-    def spread(self, num_rows: int) -> Tensor:
-        """A tile of logits, float32 [num_rows, n], in which every other token is `MASKED_LOGIT`."""
-        tile = self.logits.new_full((num_rows, self.logits.shape[1]), MASKED_LOGIT)
+    def to_dense(self, vocab_size: int) -> Tensor:
+        """A tile of logits, float32 [vocab_size, n], with `MASKED_LOGIT` for every token outside the top k."""
+        tile = self.logits.new_full((vocab_size, self.logits.shape[1]), MASKED_LOGIT)
         return tile.scatter_(0, self.ids, self.logits)
 
 
 @dataclass(frozen=True)
 class CachedTopK:
-    """What a teacher once said where a batch's rows predict something; stands for its readout."""
+    """A batch's teacher logits from a teacher cache: the top k at its N positions with a target."""
 
-    places: Tensor
-    """int64 [B * T]: by row of the flattened logits, which of the N below it is; anything where it is none"""
+    record_index: Tensor
+    """int64 [B * T]: for each position of the flattened logits its record, 0 to N - 1; arbitrary without a target"""
     ids: Tensor
-    """int32 [N, k], the likeliest first"""
-    peaks: Tensor
-    """float32 [N]: log-probability of the likeliest; nan for a row that was not finite"""
-    gaps: Tensor
-    """float16 [N, k]: how much smaller the log-probability of each is, nats, at most 0"""
-    log_probs: Tensor
-    """float32 [N]: of what the row predicts, nats"""
-    rests: Tensor
-    """float16 [N]: log sum exp(z / T) of all other tokens, minus that of these k"""
+    """int32 [N, k], by descending logit"""
+    max_log_probs: Tensor
+    """float32 [N]: the largest log-probability, nats; NaN where the logits were not finite"""
+    log_prob_gaps: Tensor
+    """float16 [N, k]: each log-probability minus the largest, nats, at most 0"""
+    target_log_probs: Tensor
+    """float32 [N]: log-probability of the target token, nats"""
+    tail_log_ratios: Tensor
+    """float16 [N]: log sum exp(z / T) over all other tokens, minus that over these k"""
     temperature: float
     """T"""
 
-    learns = False
+    requires_grad = False
+
+    @property
+    def is_finite(self) -> Tensor:
+        """bool [N]: the logits were finite."""
+        return self.max_log_probs.isfinite()
 
     def detach(self) -> CachedTopK:
-        """The same; there is no graph."""
+        """Itself: it has no graph."""
         return self
 
-    def tile(self, rows: slice | Tensor) -> TopKLogits:
-        """The top of some rows of the flattened logits."""
-        places = self.places[rows]
-        peaks = self.peaks[places]
-        sound = peaks.isfinite()
-        logits = (self.gaps[places].float() + peaks[:, None]).where(sound[:, None], 0.0).T.contiguous()
-        rest = self.rests[places].float().where(sound, 0.0) + (logits / self.temperature).logsumexp(0)
-        return TopKLogits(self.ids[places].T.long(), logits, rest * self.temperature, sound)
-
-    def target_log_probs(self) -> tuple[Tensor, Tensor]:
-        """log p of what each row predicts, float32 [N], and whether the row was finite, bool [N]."""
-        return self.log_probs, self.peaks.isfinite()
+    def tile(self, positions: slice | Tensor) -> TopKLogits:
+        """The top-k logits at some positions of the flattened logits."""
+        records = self.record_index[positions]
+        max_log_probs = self.max_log_probs[records]
+        is_finite = max_log_probs.isfinite()
+        log_probs = self.log_prob_gaps[records].float() + max_log_probs[:, None]
+        logits = log_probs.where(is_finite[:, None], 0.0).T.contiguous()
+        tail = self.tail_log_ratios[records].float().where(is_finite, 0.0) + (logits / self.temperature).logsumexp(0)
+        return TopKLogits(self.ids[records].T.long(), logits, tail * self.temperature, is_finite)

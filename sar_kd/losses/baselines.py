@@ -1,9 +1,12 @@
-"""Every kind of distillation by its name on the command line, the baselines among them."""
+"""The baselines: strict token matching, chunk likelihood (ALM), sorted probabilities (ULD) and hidden states.
+
+Each is a `Distillation` that `--alignment` names. None carries a distribution across vocabularies, as `projection/`
+does.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,19 +14,31 @@ from torch import Tensor, nn
 from sar_kd.alignment.aligner import Aligner
 from sar_kd.alignment.batch_alignment import Alignment
 from sar_kd.config.sections import LossConfig
-from sar_kd.data.batch import MASKED_LOGIT, Batch, CachedTopK, TopKLogits
-from sar_kd.losses.distillation import Distillation, Learned, Outputs, whole_tile
-from sar_kd.losses.functional import GroupSums, chunk_likelihood, finite_rows, sorted_distance, state_distance
+from sar_kd.data.batch import MASKED_LOGIT, Batch, CachedTopK
+from sar_kd.losses.distillation import Distillation, DistillationTerms, ForwardOutputs, dense_tile
+from sar_kd.losses.functional import GroupSums, all_finite, chunk_likelihood, sorted_distance, state_distance
 from sar_kd.losses.projection.marginals import on_support
-from sar_kd.losses.tiled_loss import target_log_probs
-from sar_kd.models.logit_tiles import finite_columns
+from sar_kd.losses.tiled_loss import TeacherTile, Tile, TileLoss, split_range, target_log_probs
+from sar_kd.models.logit_tiles import finite_positions
 
 
-class Strict(Distillation):
-    """T^2 * D(teacher || student) where both predict the same bytes, over the teacher's top k of the shared tokens."""
+class _PairedPositions(Distillation[Tensor]):
+    """A method over pairs of positions at a common boundary, whose gradient autograd computes."""
 
-    _LEAST_MASS = 0.1
-    """A row counts if the tokens that both have hold this share of the teacher's probability, as it is cut."""
+    def tiles(self, batch: Batch) -> list[Tile[Tensor]]:
+        """The context is bool [n]: which pairs predict a token of the same bytes."""
+        pairs = batch.alignment
+        return [
+            Tile(pairs.student_positions[part], pairs.teacher_positions[part], None, pairs.strict[part])
+            for part in split_range(len(pairs.strict), self.positions_per_tile)
+        ]
+
+
+class Strict(_PairedPositions):
+    """T^2 * D(teacher, student) where both predict the same bytes, over the shared tokens in the teacher's top k."""
+
+    _MIN_SHARED_MASS = 0.1
+    """A position counts if shared tokens hold at least this share of the (truncated) teacher's probability"""
 
     same_token: Tensor
     """See `Aligner`"""
@@ -32,90 +47,90 @@ class Strict(Distillation):
         super().__init__(config, aligner)
         self.register_buffer("same_token", aligner.same_token, persistent=False)
 
-    def between(self, student: Tensor, teacher: Tensor | TopKLogits, part: Any) -> Learned:
-        """part: bool [n], which pairs predict the same bytes"""
-        size, student = len(self.same_token), student / self.temperature
+    def differentiable_loss(self, student: Tensor, teacher: TeacherTile, context: Tensor) -> TileLoss:
+        num_mapped, student = len(self.same_token), student / self.temperature
         if self.top_k:
-            top = self._top(teacher, size)
-            partners, keep, heard = self.same_token[top.ids], top.sound, top.logits / self.temperature
-            shared, student = heard, student.gather(0, partners.clamp_min(0))
+            top = self._top_k(teacher, num_mapped)
+            student_ids, is_finite, teacher_logits = (
+                self.same_token[top.ids],
+                top.is_finite,
+                top.logits / self.temperature,
+            )
+            shared, student = teacher_logits, student.gather(0, student_ids.clamp_min(0))
         else:
-            whole, partners = whole_tile(teacher), self.same_token[:, None]
-            keep = finite_columns(whole.detach())
-            heard = whole.masked_fill(~keep, 0.0) / self.temperature
-            shared, student = heard[:size], student.index_select(0, self.same_token.clamp_min(0))
-        shared = torch.where(partners >= 0, shared, MASKED_LOGIT)
-        held = (shared.logsumexp(0) - heard.logsumexp(0)).exp()
-        counts = keep & part & (held >= self._LEAST_MASS)
+            whole, student_ids = dense_tile(teacher), self.same_token[:, None]
+            is_finite = finite_positions(whole.detach())
+            teacher_logits = whole.masked_fill(~is_finite, 0.0) / self.temperature
+            shared, student = teacher_logits[:num_mapped], student.index_select(0, self.same_token.clamp_min(0))
+        shared = torch.where(student_ids >= 0, shared, MASKED_LOGIT)
+        shared_mass = (shared.logsumexp(0) - teacher_logits.logsumexp(0)).exp()
+        keep = is_finite & context & (shared_mass >= self._MIN_SHARED_MASS)
         student = on_support(student, shared)
         # T^2 keeps the size of the gradient (arXiv 1503.02531, section 2).
-        loss, raw = self.divergence(student.log_softmax(0), shared.log_softmax(0), counts)
-        return Learned(loss * self.temperature**2, raw * self.temperature**2, (~keep).sum())
+        loss, unclamped = self.divergence(student.log_softmax(0), shared.log_softmax(0), keep)
+        return TileLoss(loss * self.temperature**2, unclamped * self.temperature**2, (~is_finite).sum())
 
 
-class ChunkLikelihood(Distillation):
-    """tau * KL between the two models' verdicts on each chunk; needs nothing but the probability of the text."""
+class SortedProbabilities(_PairedPositions):
+    """ULD: L1 between sorted probabilities at common boundaries. Neither T^2 nor a floor."""
+
+    def differentiable_loss(self, student: Tensor, teacher: TeacherTile, context: Tensor) -> TileLoss:
+        if self.top_k:
+            top = self._top_k(teacher)
+            teacher_logits, is_finite = top.to_dense(self.teacher_vocab_size), top.is_finite
+        else:
+            whole = dense_tile(teacher)
+            is_finite = finite_positions(whole.detach())
+            teacher_logits = whole.masked_fill(~is_finite, 0.0)
+        loss = sorted_distance(student.T, teacher_logits.T, self.temperature, is_finite)
+        return TileLoss(loss, loss.detach(), (~is_finite).sum())
+
+
+class ChunkLikelihood(Distillation[None]):
+    """ALM: tau * KL between the two models' probabilities of each chunk; needs only the text's log-probabilities."""
 
     def __init__(self, config: LossConfig, aligner: Aligner):
         super().__init__(config, aligner)
         self.tau = config.alm_tau
 
-    def forward(self, batch: Batch, outputs: Outputs) -> Learned:
-        """See `Distillation`."""
-        alignment = batch.alignment
-        bound = self.clamp.raw_bound
-        heard, keep = self._heard(batch, outputs, bound)
-        said, _ = target_log_probs(outputs.student, batch.student.targets, self.tile_rows, bound)
-        loss = self._likelihood(alignment, self.clamp.log_probs(said), heard, keep)
+    def forward(self, batch: Batch, outputs: ForwardOutputs) -> DistillationTerms:
+        alignment, bound, targets = batch.alignment, self.clamp.raw_bound, batch.student.targets
+        teacher, is_finite = self._teacher(batch, outputs, bound)
+        student, _ = target_log_probs(outputs.student, targets, self.positions_per_tile, bound)
+        loss = self._loss(alignment, self.clamp.floor_log_probs(student), teacher, is_finite)
         with torch.no_grad():
             if bound < math.inf:
-                heard, _ = self._heard(batch, outputs)
-                said, _ = target_log_probs(outputs.student, batch.student.targets, self.tile_rows)
-            raw = self._likelihood(alignment, said, heard, keep)
-        return Learned(loss, raw, (~keep).sum())
+                teacher, _ = self._teacher(batch, outputs)
+                student, _ = target_log_probs(outputs.student, targets, self.positions_per_tile)
+            unclamped = self._loss(alignment, student, teacher, is_finite)
+        return DistillationTerms(loss, unclamped, (~is_finite).sum())
 
-    def _heard(self, batch: Batch, outputs: Outputs, bound: float = math.inf) -> tuple[Tensor, Tensor]:
-        teacher = outputs.teacher
-        assert teacher is not None, "asked only where something is distilled"
+    def _teacher(self, batch: Batch, outputs: ForwardOutputs, bound: float = math.inf) -> tuple[Tensor, Tensor]:
+        """As `target_log_probs`, of the teacher's targets."""
+        teacher, tokens = outputs.teacher, batch.teacher
+        assert teacher is not None
         if isinstance(teacher, CachedTopK):
-            return teacher.target_log_probs()
-        return target_log_probs(teacher.at(batch.teacher.rows), batch.teacher.targets, self.tile_rows, bound)
+            return teacher.target_log_probs, teacher.is_finite
+        return target_log_probs(teacher.select(tokens.positions), tokens.targets, self.positions_per_tile, bound)
 
-    def _likelihood(self, alignment: Alignment, said: Tensor, heard: Tensor, keep: Tensor) -> Tensor:
-        chunks = (alignment.student_chunks, alignment.teacher_chunks)
-        values = (said, heard.masked_fill(~keep, 0.0))
-        both = (_chunk_sums(v, c, alignment.num_chunks) for v, c in zip(values, chunks, strict=True))
-        sound = _chunk_sums((~keep).float(), alignment.teacher_chunks, alignment.num_chunks) == 0
-        # A chunk of which the teacher's part is not finite is given the same likelihood on both sides: no difference.
-        student, teacher = (torch.where(sound, side, -1.0) for side in both)
-        return chunk_likelihood(student, teacher, self.tau)
+    def _loss(self, alignment: Alignment, student: Tensor, teacher: Tensor, is_finite: Tensor) -> Tensor:
+        count = alignment.num_chunks
+        student_sums = _chunk_sums(student, alignment.student_chunks, count)
+        teacher_sums = _chunk_sums(teacher.masked_fill(~is_finite, 0.0), alignment.teacher_chunks, count)
+        keep = _chunk_sums((~is_finite).float(), alignment.teacher_chunks, count) == 0
+        # A chunk with a teacher token that is not finite gets the same likelihood on both sides: no loss, no gradient.
+        return chunk_likelihood(torch.where(keep, student_sums, -1.0), torch.where(keep, teacher_sums, -1.0), self.tau)
 
 
 def _chunk_sums(values: Tensor, chunks: Tensor, count: int) -> Tensor:
-    """float [count]; what belongs to no chunk (-1) goes to one behind the last."""
+    """The sum of each chunk: float [count]. Values outside all chunks (-1) go to an extra last group."""
     return GroupSums(torch.where(chunks < 0, count, chunks), count + 1).sum(values)[:count]
 
 
-class SortedProbabilities(Distillation):
-    """L1 between sorted probabilities where both start a token: ULD, a baseline. Neither T^2 nor a floor."""
+class HiddenStates(Distillation[None]):
+    """Relative squared error between last hidden states at the ends of chunks, where both models have the same prefix.
 
-    def between(self, student: Tensor, teacher: Tensor | TopKLogits, part: Any) -> Learned:
-        """part: of no concern here"""
-        if self.top_k:
-            top = self._top(teacher)
-            told, keep = top.spread(self.teacher_rows), top.sound
-        else:
-            whole = whole_tile(teacher)
-            keep = finite_columns(whole.detach())
-            told = whole.masked_fill(~keep, 0.0)
-        loss = sorted_distance(student.T, told.T, self.temperature, keep)
-        return Learned(loss, loss.detach(), (~keep).sum())
-
-
-class HiddenStates(Distillation):
-    """Relative squared error of the last hidden states at the ends of chunks, where both have read the same bytes.
-
-    The student's states pass a projection that is learned with it.
+    A linear projection of the student's states is trained with it.
     """
 
     needs_states = True
@@ -124,13 +139,12 @@ class HiddenStates(Distillation):
         super().__init__(config, aligner)
         self.projection = nn.Linear(student_width, teacher_width, bias=False)
 
-    def forward(self, batch: Batch, outputs: Outputs) -> Learned:
-        """See `Distillation`."""
+    def forward(self, batch: Batch, outputs: ForwardOutputs) -> DistillationTerms:
         assert outputs.student_states is not None
         assert outputs.teacher_states is not None
         states = outputs.teacher_states[batch.alignment.teacher_ends]
-        keep = finite_rows(states)
-        states = states.masked_fill(~keep[:, None], 0.0)
+        is_finite = all_finite(states)
+        states = states.masked_fill(~is_finite[:, None], 0.0)
         projected = self.projection(outputs.student_states[batch.alignment.student_ends].float())
-        loss = state_distance(projected, states, keep)
-        return Learned(loss, loss.detach(), (~keep).sum())
+        loss = state_distance(projected, states, is_finite)
+        return DistillationTerms(loss, loss.detach(), (~is_finite).sum())

@@ -1,16 +1,14 @@
-"""The distillation term: what the student learns from the teacher on one batch, and how for equal tokenizers.
+"""The interface of a distillation method, and the method for equal tokenizers: the divergence token by token.
 
-The likeliest tokens of teacher rows: cut from logits that are there, or as they were stored before.
-
-A teacher cut to its top k is a distribution over k + 1 outcomes: those tokens, and the rest. Logits are known up to a
-constant of the row, so log-probabilities at temperature 1 serve for the k tokens at every temperature; the rest at a
-temperature is a number of its own.
+A teacher truncated to its top k is a distribution over k + 1 classes: those tokens, and the tail. Logits are known up
+to a constant per position, so log-probabilities at temperature 1 serve as logits of the k tokens at every temperature;
+the tail's logsumexp depends on the temperature and is stored for each.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,170 +17,186 @@ from sar_kd.alignment.aligner import Aligner
 from sar_kd.alignment.segments import positions_per_tile
 from sar_kd.config.sections import LossConfig
 from sar_kd.data.batch import MASKED_LOGIT, Batch, TopKLogits
-from sar_kd.losses.divergence import Divergence, Learner, diverge, softmax_slopes, through_softmax_
+from sar_kd.losses.divergence import Divergence, GradTarget, log_softmax_backward_, logsumexp_backward
 from sar_kd.losses.functional import LogitClamp
-from sar_kd.losses.tiled_loss import Compared, Loss, Single, Slopes, Teacher, Tile, stretches_of, tiled_loss
+from sar_kd.losses.tiled_loss import (
+    Context,
+    SparseGrad,
+    TeacherLogits,
+    TeacherTile,
+    Tile,
+    TiledLossSpec,
+    TileGrad,
+    TileLoss,
+    split_range,
+    tiled_loss,
+)
 from sar_kd.models.lm_head import LazyLogits
-from sar_kd.models.logit_tiles import Logs, column_logsumexp, finite_columns, flat, normalised, silence_
+from sar_kd.models.logit_tiles import LogProbs, finite_positions, flat_view, logsumexp_per_position, mask_positions_
 
 
 @dataclass(frozen=True)
-class Outputs:
-    """What both models make of a batch."""
+class ForwardOutputs:
+    """Logits of both models on a batch, and their hidden states where the method needs them."""
 
     student: LazyLogits
-    """[N, ...]: the rows that predict a target"""
-    teacher: Teacher | None
-    """[B * T_t, ...]: every row; None where nothing is distilled"""
+    """[N, V_s]: positions with a target"""
+    teacher: TeacherLogits | None
+    """[B * T_t, V_t]: every position; None without distillation"""
     student_states: Tensor | None = None
-    """float [B * T_s, D_s]: last hidden states, where a term asks for them"""
+    """float [B * T_s, D_s]: last hidden states"""
     teacher_states: Tensor | None = None
     """float [B * T_t, D_t]"""
 
 
-Sums = tuple[Tensor, Tensor]
-"""What is minimised, and the same as it is."""
-
-
-class Learned(NamedTuple):
-    """The distillation term of a batch: sums over its target tokens, nats; fp32 scalars."""
+class DistillationTerms(NamedTuple):
+    """The distillation loss of a batch: sums over target tokens, nats; fp32 scalars."""
 
     loss: Tensor
-    """What is minimised"""
-    raw: Tensor
-    """The same as it is: no floor, no gradient"""
+    unclamped: Tensor
+    """The loss without a floor and without the logit clamp; no gradient"""
     dropped: Tensor
-    """Teacher rows left out because they are not finite"""
+    """Teacher positions left out because their logits are not finite"""
 
 
-class Distillation(nn.Module):
-    """A term of the loss, called with a batch and both models' outputs; what it has in common with the others."""
+class Distillation(nn.Module, Generic[Context]):
+    """A distillation method: `forward` gives the loss of a batch.
+
+    A method compares tiles of logits: it implements `tiles`, and `differentiable_loss` or `loss_and_grad`. A method
+    that compares something else overrides `forward`.
+    """
 
     needs_states = False
     covers_text = False
-    """Its tiles hold every row that the student predicts something in, each once"""
+    """The tiles hold each position with a target once, so that cross-entropy can use them too"""
 
     def __init__(self, config: LossConfig, aligner: Aligner):
         super().__init__()
+        pair = aligner.pair
         self.temperature = config.temperature
-        # 0: the whole vocabulary.
-        self.top_k = config.teacher_top_k if config.teacher_top_k < aligner.pair.teacher_vocab_size else 0
-        self.teacher_vocab_size, self.teacher_tokens = aligner.pair.teacher_vocab_size, aligner.pair.teacher_tokens
+        self.top_k = config.teacher_top_k if config.teacher_top_k < pair.teacher_vocab_size else 0
+        """0 for the whole vocabulary"""
+        self.teacher_vocab_size, self.num_teacher_tokens = pair.teacher_vocab_size, pair.num_teacher_tokens
         self.clamp = LogitClamp(config.logit_clamp_style, config.logit_clamp)
         floor = -2.0 * self.clamp.bound if self.clamp.style == "normalized" else -torch.inf
         self.divergence = Divergence(config.kd_direction, config.jsd_beta, floor)
-        self.tile_rows = positions_per_tile(
-            config.loss_workspace_mb, aligner.pair.student_vocab_size, aligner.pair.teacher_vocab_size
+        self.positions_per_tile = positions_per_tile(
+            config.loss_workspace_mb, pair.student_vocab_size, pair.teacher_vocab_size
         )
 
-    def forward(self, batch: Batch, outputs: Outputs) -> Learned:
-        """The term of a batch, with a gradient for the teacher if its states have a graph, else for the student."""
-        learner = "teacher" if outputs.teacher is not None and outputs.teacher.learns else "student"
-        loss = Loss(self.tiles(batch), None, self.compare, 0.0, 1.0, self.clamp, learner=learner)
-        sums = tiled_loss(loss, outputs.student, outputs.teacher)
-        return Learned(sums.minimised, sums.raw_kd, sums.dropped)
+    def forward(self, batch: Batch, outputs: ForwardOutputs) -> DistillationTerms:
+        """The loss, differentiable in the teacher's states if they have a graph, else in the student's."""
+        grad_side = "teacher" if outputs.teacher is not None and outputs.teacher.requires_grad else "student"
+        spec = TiledLossSpec(self.tiles(batch), None, self.loss_and_grad, 0.0, 1.0, self.clamp, grad_side=grad_side)
+        sums = tiled_loss(spec, outputs.student, outputs.teacher)
+        return DistillationTerms(sums.total, sums.unclamped_kd, sums.dropped)
 
-    def tiles(self, batch: Batch) -> list[Tile]:
-        """The pairs of rows where both start a token, in stretches."""
-        pairs = batch.alignment
-        parts = stretches_of(len(pairs.strict), self.tile_rows)
-        return [Tile(pairs.student_rows[p], pairs.teacher_rows[p], part=pairs.strict[p]) for p in parts]
-
-    def compare(self, student: Tensor, teacher: Tensor | TopKLogits, part: Any, learner: str | None) -> Compared:
-        """Two tiles of logits, float32 [V_s, n] and [V_t, m], or what is stored of the teacher's. See `Compared`.
-
-        part: what `tiles` put beside them
-        """
-        if learner is None:
-            loss, raw, dropped = self.between(student, teacher, part)
-            return Compared(loss, raw, dropped, None)
-        leaf = student if learner == "student" else whole_tile(teacher)
-        with torch.enable_grad():
-            leaf.requires_grad_()
-            loss, raw, dropped = self.between(student, teacher, part)
-        (slopes,) = torch.autograd.grad(loss, leaf)
-        return Compared(loss.detach(), raw.detach(), dropped.detach(), Slopes(((0, slopes),)))
-
-    def between(self, student: Tensor, teacher: Tensor | TopKLogits, part: Any) -> Learned:
-        """The term of two tiles, as `compare` has them, with a graph; for kinds whose slopes autograd finds."""
+    def tiles(self, batch: Batch) -> list[Tile[Context]]:
+        """The positions to compare, in tiles that fit into the workspace."""
         raise NotImplementedError
 
-    def _top(self, teacher: Tensor | TopKLogits, size: int | None = None) -> TopKLogits:
-        """The teacher's top k, of the first `size` tokens if it is given."""
+    def loss_and_grad(self, student: Tensor, teacher: TeacherTile, context: Context, grad_side: str | None) -> TileLoss:
+        """The loss of two tiles of logits, float32 [V_s, n] and [V_t, m], and its gradient.
+
+        context: of the `Tile`; grad_side: 'student', 'teacher' or None
+        A method may overwrite the tile of the side without a gradient.
+        """
+        if grad_side is None:
+            return self.differentiable_loss(student, teacher, context)
+        leaf = student if grad_side == "student" else dense_tile(teacher)
+        with torch.enable_grad():
+            leaf.requires_grad_()
+            loss, unclamped, dropped, _ = self.differentiable_loss(student, teacher, context)
+        (grad,) = torch.autograd.grad(loss, leaf)
+        return TileLoss(loss.detach(), unclamped.detach(), dropped.detach(), TileGrad(((0, grad),)))
+
+    def differentiable_loss(self, student: Tensor, teacher: TeacherTile, context: Context) -> TileLoss:
+        """The loss of two tiles as `loss_and_grad` gets them, with an autograd graph instead of a gradient."""
+        raise NotImplementedError
+
+    def _top_k(self, teacher: TeacherTile, num_tokens: int | None = None) -> TopKLogits:
+        """The teacher's top k, among the first `num_tokens` tokens if given."""
         if isinstance(teacher, TopKLogits):
-            return teacher.first(self.top_k, self.temperature)
-        return top_of(teacher, self.top_k, min(self.teacher_tokens, size or self.teacher_tokens), self.temperature)
+            return teacher.truncate(self.top_k, self.temperature)
+        num_tokens = min(self.num_teacher_tokens, num_tokens or self.num_teacher_tokens)
+        return top_k_of(teacher, self.top_k, num_tokens, self.temperature)
 
 
-def whole_tile(teacher: Tensor | TopKLogits) -> Tensor:
-    """A teacher's tile where none is cut: what is stored always is."""
+def dense_tile(teacher: TeacherTile) -> Tensor:
+    """The teacher's tile where it is not truncated; cached logits always are."""
     assert isinstance(teacher, Tensor)
     return teacher
 
 
-class TokenLevel(Distillation):
-    """T^2 * D(teacher || student), token by token: for equal tokenizers."""
+class TokenLevel(Distillation[None]):
+    """T^2 * D(teacher, student) at every position, over one vocabulary: for equal tokenizers."""
 
     covers_text = True
 
-    def tiles(self, batch: Batch) -> list[Tile]:
-        """Every row with its own, in stretches."""
-        rows = batch.alignment.teacher_rows
-        return [Tile(part, rows[part]) for part in stretches_of(len(rows), self.tile_rows)]
+    def tiles(self, batch: Batch) -> list[Tile[None]]:
+        positions = batch.alignment.teacher_positions
+        parts = split_range(len(positions), self.positions_per_tile)
+        return [Tile(part, positions[part], None, None) for part in parts]
 
-    def compare(self, student: Tensor, teacher: Tensor | TopKLogits, part: Any, learner: str | None) -> Compared:
-        """Two tiles of logits; leaves the slopes in the place of the other side's. See `Compared`."""
+    def loss_and_grad(self, student: Tensor, teacher: TeacherTile, context: None, grad_side: str | None) -> TileLoss:
+        """As the base class; the gradient overwrites the other side's tile."""
         if self.top_k:
-            assert learner != "teacher"
-            top = self._top(teacher, min(len(student), self.teacher_tokens))
-            return self._compare_tops(student, top, learner is not None)
-        whole = whole_tile(teacher)
-        # Heads may be padded to different sizes; the rows they share are the tokens.
+            assert grad_side != "teacher"
+            top = self._top_k(teacher, min(len(student), self.num_teacher_tokens))
+            return self._top_k_loss_and_grad(student, top, grad_side is not None)
+        whole = dense_tile(teacher)
+        # LM heads may be padded to different sizes; the ids that both have are the tokens.
         shared = min(len(student), len(whole))
-        student, teacher, keep = student[:shared], whole[:shared], finite_columns(whole)
-        silence_(teacher, keep)
-        own, other = (normalised(tile, self.temperature) for tile in (student, teacher))
-        if learner is None:
-            return self._diverge(own, other, keep, None)
-        slopes = teacher if learner == "student" else student
-        compared = self._diverge(own, other, keep, Learner(learner, slopes))
-        return compared._replace(slopes=Slopes(((0, slopes),)))
+        student, teacher, keep = student[:shared], whole[:shared], finite_positions(whole)
+        mask_positions_(teacher, keep)
+        student_log_probs, teacher_log_probs = (
+            LogProbs.from_logits(tile, self.temperature) for tile in (student, teacher)
+        )
+        if grad_side is None:
+            return self._loss(student_log_probs, teacher_log_probs, keep)
+        grad = teacher if grad_side == "student" else student
+        tile_loss = self._loss(student_log_probs, teacher_log_probs, keep, GradTarget(grad_side, grad))
+        return tile_loss._replace(grad=TileGrad(((0, grad),)))
 
-    def _compare_tops(self, student: Tensor, top: TopKLogits, learns: bool) -> Compared:
-        """Over the teacher's top k and the rest."""
-        places = (top.ids * student.stride(0) + torch.arange(student.shape[1], device=student.device)).reshape(-1)
-        line = flat(student)
-        kept = line.index_select(0, places)
-        line.index_fill_(0, places, MASKED_LOGIT)
-        rest = self.temperature * column_logsumexp(student, self.temperature)
-        sides = torch.cat([kept.view_as(top.ids), rest[None]]), torch.cat([top.logits, top.rest[None]])
-        own, other = (normalised(tile, self.temperature) for tile in sides)
-        if not learns:
-            line.index_copy_(0, places, kept)
-            return self._diverge(own, other, top.sound, None)
-        slopes = torch.empty_like(other.tile)
-        compared = self._diverge(own, other, top.sound, Learner("student", slopes))
-        spread = softmax_slopes(student, rest, slopes[-1], self.temperature)
-        line.index_copy_(0, places, kept)
-        return compared._replace(slopes=Slopes(((0, spread),), Single(places, slopes[:-1].reshape(-1))))
+    def _top_k_loss_and_grad(self, student: Tensor, top: TopKLogits, needs_grad: bool) -> TileLoss:
+        """Over the teacher's top k and the tail."""
+        positions = torch.arange(student.shape[1], device=student.device)
+        indices = (top.ids * student.stride(0) + positions).reshape(-1)
+        flat = flat_view(student)
+        top_logits = flat.index_select(0, indices)
+        flat.index_fill_(0, indices, MASKED_LOGIT)
+        tail = self.temperature * logsumexp_per_position(student, self.temperature)
+        tiles = (
+            torch.cat([top_logits.view_as(top.ids), tail[None]]),
+            torch.cat([top.logits, top.tail_logsumexp[None]]),
+        )
+        student_log_probs, teacher_log_probs = (LogProbs.from_logits(tile, self.temperature) for tile in tiles)
+        if not needs_grad:
+            flat.index_copy_(0, indices, top_logits)
+            return self._loss(student_log_probs, teacher_log_probs, top.is_finite)
+        grad = torch.empty_like(teacher_log_probs.tile)
+        tile_loss = self._loss(student_log_probs, teacher_log_probs, top.is_finite, GradTarget("student", grad))
+        tail_grad = logsumexp_backward(student, tail, grad[-1], self.temperature)
+        flat.index_copy_(0, indices, top_logits)
+        return tile_loss._replace(grad=TileGrad(((0, tail_grad),), SparseGrad(indices, grad[:-1].reshape(-1))))
 
-    def _diverge(self, student: Logs, teacher: Logs, keep: Tensor, learner: Learner | None) -> Compared:
-        """The divergence of two sides over the same outcomes, and in the learner's place the slopes of its logits."""
-        loss, raw, total = diverge(self.divergence, student, teacher, learner)
-        # T^2 keeps the size of the gradient (arXiv 1503.02531, section 2); the logits' own slopes have one T less.
-        if learner is not None:
-            own = student if learner.side == "student" else teacher
-            through_softmax_(learner.slopes, total, own, keep * self.temperature)
-        counts = keep * self.temperature**2
-        return Compared((loss * counts).sum(), (raw * counts).sum(), (~keep).sum(), None)
+    def _loss(self, student: LogProbs, teacher: LogProbs, keep: Tensor, target: GradTarget | None = None) -> TileLoss:
+        """The divergence over one set of classes; the gradient of the logits goes to the target's buffer."""
+        loss, unclamped, grad_sum = self.divergence.per_position(student, teacher, target)
+        # T^2 keeps the size of the gradient (arXiv 1503.02531, section 2); dividing logits by T takes one T away.
+        if target is not None:
+            log_probs = student if target.side == "student" else teacher
+            log_softmax_backward_(target.grad, grad_sum, log_probs, keep * self.temperature)
+        weights = keep * self.temperature**2
+        return TileLoss((loss * weights).sum(), (unclamped * weights).sum(), (~keep).sum())
 
 
-def top_of(tile: Tensor, k: int, num_tokens: int, temperature: float) -> TopKLogits:
-    """The k likeliest of a vocabulary's tokens, and the rest.
+def top_k_of(tile: Tensor, k: int, num_tokens: int, temperature: float) -> TopKLogits:
+    """The k largest logits among a vocabulary's tokens, and the tail.
 
-    tile: float32 [V, n], logits; num_tokens: rows of it that stand for tokens, the others are a head's padding
+    tile: float32 [V, n], logits; num_tokens: its first ids are tokens, the rest is padding of the LM head
     """
-    sound = finite_columns(tile)
-    best = tile[:num_tokens].topk(min(k, num_tokens), dim=0)
-    rest = temperature * column_logsumexp(tile.scatter(0, best.indices, MASKED_LOGIT), temperature)
-    return TopKLogits(best.indices, best.values.where(sound, 0.0), rest.where(sound, 0.0), sound)
+    is_finite = finite_positions(tile)
+    top = tile[:num_tokens].topk(min(k, num_tokens), dim=0)
+    tail = temperature * logsumexp_per_position(tile.scatter(0, top.indices, MASKED_LOGIT), temperature)
+    return TopKLogits(top.indices, top.values.where(is_finite, 0.0), tail.where(is_finite, 0.0), is_finite)

@@ -15,37 +15,41 @@ from sar_kd.alignment.segments import positions_per_tile
 from sar_kd.config.sections import LossConfig
 from sar_kd.data.batch import Batch
 from sar_kd.losses.baselines import ChunkLikelihood, HiddenStates, SortedProbabilities, Strict
-from sar_kd.losses.distillation import Distillation, Learned, Outputs, TokenLevel
-from sar_kd.losses.functional import LogitClamp, LossClamp, Sums
-from sar_kd.losses.projection.loss import Projected
-from sar_kd.losses.tiled_loss import Loss, Tile, stretches_of, tiled_loss
-from sar_kd.models.lm_head import LMHeads, forward_to_lm_head, text_config_of
+from sar_kd.losses.distillation import Distillation, DistillationTerms, ForwardOutputs, TokenLevel
+from sar_kd.losses.functional import LogitClamp, LossClamp, SummedTerms
+from sar_kd.losses.projection.loss import Projection
+from sar_kd.losses.tiled_loss import Tile, TiledLossSpec, split_range, tiled_loss
+from sar_kd.models.lm_head import LazyLogits, LMHeads, forward_to_lm_head, text_config_of
 from sar_kd.models.memory_saving import Offload
 from sar_kd.runtime.precision import Precision
 
 
 @dataclass(frozen=True)
-class LossTerms(Sums):
+class LossTerms(SummedTerms):
     """Sums over a batch's target tokens, in nats, as fp32 scalars on the device; never a mean."""
 
     total: Tensor
-    """What is minimised, clamps applied."""
+    """The loss to minimise, with all clamps"""
     ce: Tensor
-    """Cross-entropy as it is, of text that is not the student's own: no clamp, no gradient."""
+    """Unclamped cross-entropy of text that is not on-policy; no gradient"""
     kd: Tensor
-    """The distillation term as it is: no floor, no gradient."""
-    nonfinite_rows: Tensor
-    """Rows of student logits that are not finite."""
-    teacher_rows_dropped: Tensor
-    """Teacher rows that are not finite, left out of the distillation term."""
+    """Unclamped distillation loss; no gradient"""
+    nonfinite_positions: Tensor
+    """Student positions whose logits are not finite"""
+    dropped_positions: Tensor
+    """Teacher positions left out of distillation because their logits are not finite"""
+
+
+LogitsAndStates = tuple[LazyLogits, Tensor | None]
+"""A model's logits at every position, and its last hidden states where the method needs them"""
 
 
 class Objective:
-    """alpha_ce * CE(text) + alpha_kd * distillation, clamped as the guards ask.
+    """alpha_ce * CE(text) + alpha_kd * distillation, with the logit and loss clamps.
 
-    With N target tokens in the batch, the total is N * clamp(alpha_ce * clamp(CE / N) + alpha_kd * KD / N): the
-    loss clamp acts on a micro-batch's means. Splitting a window otherwise therefore changes nothing as long as
-    no mean is above the limit.
+    With N target tokens in the batch, total = N * clamp(alpha_ce * clamp(CE / N) + alpha_kd * KD / N): the loss clamp
+    acts on the means of a micro-batch. So splitting a step into other micro-batches changes nothing unless a mean is
+    above the limit.
     """
 
     def __init__(
@@ -58,22 +62,21 @@ class Objective:
         offload: Offload | None = None,
         heads: LMHeads | None = None,
     ):
-        """offload: of a teacher that is there only while it reads; heads: of models that have been tried already"""
+        """offload: moves the teacher to the CPU after `precompute_teacher`; heads: LM heads verified earlier"""
         self.teacher, self.student, self.precision = teacher, student, precision
         self.alpha_ce, self.alpha_kd = config.alpha_ce, config.alpha_kd
         self.logit_clamp = LogitClamp(config.logit_clamp_style, config.logit_clamp)
         self.loss_clamp = LossClamp(config.loss_clamp_style, config.loss_clamp)
         self.heads, self._offload = heads or LMHeads(precision), offload
-        self._heard: dict[int, tuple] = {}
         for model in (student, teacher) if self.alpha_kd > 0 and teacher is not None else (student,):
-            self.heads.of(model)  # now, as it reads the device
-        self._tile_rows = positions_per_tile(config.loss_workspace_mb, aligner.pair.student_vocab_size)
+            self.heads.of(model)  # verified now, because that synchronises with the device
+        self._positions_per_tile = positions_per_tile(config.loss_workspace_mb, aligner.pair.student_vocab_size)
         self.distillation = None
         if self.alpha_kd > 0:
             self.distillation = build_distillation(config, aligner, student, teacher).to(precision.device)
 
     def parameters(self) -> list[nn.Parameter]:
-        """What is learned beside the student's own weights: the projection of hidden states, where there is one."""
+        """Trainable parameters beside the student's: the projection of hidden states, if any."""
         return [] if self.distillation is None else list(self.distillation.parameters())
 
     def state_dict(self) -> dict:
@@ -81,71 +84,85 @@ class Objective:
         return {} if self.distillation is None else self.distillation.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        """Put them back."""
+        """Restore them."""
         if self.distillation is not None:
             self.distillation.load_state_dict(state)
 
-    def __call__(self, batch: Batch, outputs: Outputs | None = None, scale: Tensor | float = 1.0) -> LossTerms:
-        """The terms of a batch. The teacher gets no gradient.
+    def __call__(
+        self, batch: Batch, outputs: ForwardOutputs | None = None, grad_scale: Tensor | float = 1.0
+    ) -> LossTerms:
+        """The loss of a batch, differentiable in the student alone.
 
-        outputs: as `read` gave them, read here if None
-        scale: what the total will be multiplied by before its backward; gradients are rounded to half with it
+        outputs: from `forward_models`, which is called if None
+        grad_scale: what the caller multiplies the total by before its backward; gradients are rounded to half with it
         """
-        outputs = self.read(batch) if outputs is None else outputs
+        outputs = self.forward_models(batch) if outputs is None else outputs
         outputs = dataclasses.replace(outputs, teacher=outputs.teacher and outputs.teacher.detach())
         count, targets = batch.num_target_tokens, batch.student.targets
-        alpha_ce = 0.0 if batch.is_on_policy else self.alpha_ce  # its own text teaches the student nothing
-        factor = None
-        if self.loss_clamp.style != "off" and alpha_ce > 0:
-            factor = lambda ce: self.loss_clamp.factor(ce / count)  # noqa: E731
-        if self.distillation is not None and self.distillation.covers_text:
-            tiles, compare = self.distillation.tiles(batch), self.distillation.compare
-            loss = Loss(tiles, targets, compare, alpha_ce, self.alpha_kd, self.logit_clamp, factor, scale)
-            sums = tiled_loss(loss, outputs.student, outputs.teacher)
-            kd = Learned(sums.kd, sums.raw_kd, sums.dropped)
+        alpha_ce = 0.0 if batch.is_on_policy else self.alpha_ce
+
+        def ce_factor(ce: Tensor) -> Tensor:
+            return self.loss_clamp.grad_factor(ce / count)
+
+        clamps = self.logit_clamp, ce_factor if self.loss_clamp.style != "off" and alpha_ce > 0 else None
+        method = self.distillation
+        if method is not None and method.covers_text:  # one pass over tiles for both terms
+            tiles, loss_and_grad = method.tiles(batch), method.loss_and_grad
+            spec = TiledLossSpec(tiles, targets, loss_and_grad, alpha_ce, self.alpha_kd, *clamps, grad_scale)
+            sums = tiled_loss(spec, outputs.student, outputs.teacher)
+            kd = DistillationTerms(sums.kd, sums.unclamped_kd, sums.dropped)
         else:
-            tiles = [Tile(rows) for rows in stretches_of(count, self._tile_rows)]
-            loss = Loss(tiles, targets, None, alpha_ce, 0.0, self.logit_clamp, factor, scale)
-            sums = tiled_loss(loss, outputs.student, None)
+            tiles = [Tile(part, slice(0), None, None) for part in split_range(count, self._positions_per_tile)]
+            spec = TiledLossSpec(tiles, targets, None, alpha_ce, 0.0, *clamps, grad_scale)
+            sums = tiled_loss(spec, outputs.student, None)
             zero = torch.zeros_like(sums.ce)
-            kd = Learned(zero, zero, zero) if self.distillation is None else self.distillation(batch, outputs)
+            kd = DistillationTerms(zero, zero, zero) if method is None else method(batch, outputs)
         mean = alpha_ce * self.loss_clamp(sums.ce / count) + self.alpha_kd * kd.loss / count
-        # Its value has the clamps; its slope, which knows their factors, comes from what was minimised.
-        mean = mean + (sums.minimised - sums.minimised.detach()) / count
-        raw_ce = torch.zeros_like(sums.raw_ce) if batch.is_on_policy else sums.raw_ce
-        return LossTerms(self.loss_clamp(mean) * count, raw_ce, kd.raw, sums.nonfinite, kd.dropped)
+        # The value has the clamps; the gradient is that of the tiled loss, in which the cross-entropy's clamp is.
+        mean = mean + (sums.total - sums.total.detach()) / count
+        unclamped_ce = torch.zeros_like(sums.unclamped_ce) if batch.is_on_policy else sums.unclamped_ce
+        return LossTerms(self.loss_clamp(mean) * count, unclamped_ce, kd.unclamped, sums.nonfinite, kd.dropped)
 
-    def read(self, batch: Batch, *, student_learns: bool = True, teacher_learns: bool = False) -> Outputs:
-        """What both models make of a batch, each with a graph if it learns; no teacher where nothing is distilled."""
-        needs_states = self.distillation is not None and self.distillation.needs_states
-        student = self._read(self.student, batch.student.input_ids, needs_states, student_learns)
-        of_targets = dataclasses.replace(student[0], states=student[0].states[batch.student.rows])
-        if self.distillation is None or batch.stored is not None:
-            return Outputs(of_targets, None if self.distillation is None else batch.stored)
-        teacher = self._heard.pop(id(batch), None)
-        if teacher is None:
-            teacher = self._read(self.teacher, batch.teacher.input_ids, needs_states, teacher_learns)
-        return Outputs(of_targets, teacher[0], student[1], teacher[1])
+    def forward_models(
+        self,
+        batch: Batch,
+        teacher_outputs: LogitsAndStates | None = None,
+        *,
+        student_grad: bool = True,
+        teacher_grad: bool = False,
+    ) -> ForwardOutputs:
+        """Run both models up to their LM heads, each with a graph if asked; the student alone without distillation.
 
-    def listen(self, batches: Sequence[Batch]) -> None:
-        """Before a step's first forward: a teacher that cannot stay reads all of its text now, and leaves."""
+        teacher_outputs: from `precompute_teacher`; the teacher is run if None
+        """
+        student, student_states = self._forward(self.student, batch.student.input_ids, student_grad)
+        student = dataclasses.replace(student, states=student.states[batch.student.positions])
+        if self.distillation is None or batch.cached_logits is not None:
+            return ForwardOutputs(student, None if self.distillation is None else batch.cached_logits)
+        if teacher_outputs is None:
+            teacher_outputs = self._forward(self.teacher, batch.teacher.input_ids, teacher_grad)
+        teacher, teacher_states = teacher_outputs
+        return ForwardOutputs(student, teacher, student_states, teacher_states)
+
+    def precompute_teacher(self, batches: Sequence[Batch]) -> list[LogitsAndStates | None]:
+        """Run an offloaded teacher on all micro-batches of a step, then move its weights to the CPU.
+
+        Returns: the `teacher_outputs` of each batch's `forward_models`; None for each if nothing is offloaded
+        """
         if self._offload is None or self.distillation is None:
-            return
-        needs_states = self.distillation.needs_states
-        # What an attempt that was broken off has left is not to be taken for another batch's.
-        self._heard = {
-            id(batch): self._read(self.teacher, batch.teacher.input_ids, needs_states, learns=False)
-            for batch in batches
-        }
-        self._offload.leave()
+            return [None] * len(batches)
+        outputs = [self._forward(self.teacher, batch.teacher.input_ids, needs_grad=False) for batch in batches]
+        self._offload.to_cpu_()
+        return [*outputs]
 
-    def _read(self, model: nn.Module, input_ids: Tensor, needs_states: bool, learns: bool):
-        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+    def _forward(self, model: nn.Module, input_ids: Tensor, needs_grad: bool) -> LogitsAndStates:
+        needs_states = self.distillation is not None and self.distillation.needs_states
+        with torch.set_grad_enabled(needs_grad and torch.is_grad_enabled()):
             return forward_to_lm_head(model, self.heads.of(model), input_ids, self.precision, needs_states)
 
 
-_KINDS: dict[str, type[Distillation]] = {
-    "projection": Projected,
+_METHODS: dict[str, type[Distillation]] = {
+    "projection": Projection,
     "strict": Strict,
     "alm": ChunkLikelihood,
     "uld": SortedProbabilities,
@@ -155,16 +172,18 @@ _KINDS: dict[str, type[Distillation]] = {
 def build_distillation(
     config: LossConfig, aligner: Aligner, student: nn.Module, teacher: nn.Module | None
 ) -> Distillation:
-    """The term that `--alignment` names. auto: token by token for equal tokenizers, else the projection.
+    """The method that `--alignment` names; for auto, token by token for equal tokenizers, else byte-prefix projection.
 
-    teacher: None for one whose rows are stored, which has no hidden states to learn from
+    teacher: None if its logits are cached; then there are no hidden states
     """
     if config.alignment == "hidden":
         widths = (text_config_of(model).hidden_size for model in (student, teacher))
         return HiddenStates(config, aligner, *widths)
-    kind: type[Distillation] = TokenLevel if aligner.pair.tables is None else Projected
-    term = (kind if config.alignment == "auto" else _KINDS[config.alignment])(config, aligner)
-    if teacher is None and isinstance(term, TokenLevel):
-        # No tile of teacher logits is made, so the student's may take the whole workspace.
-        term.tile_rows = positions_per_tile(config.loss_workspace_mb, aligner.pair.student_vocab_size)
-    return term
+    equal = aligner.pair.tables is None
+    kind = _METHODS.get(config.alignment, TokenLevel if equal else Projection)
+    method = kind(config, aligner)
+    takes_top_k = isinstance(method, TokenLevel) or (isinstance(method, Projection) and aligner.teacher_is_coarser)
+    if teacher is None and takes_top_k:
+        # No tile of the teacher's logits is made, so the student's tiles may use the whole workspace.
+        method.positions_per_tile = positions_per_tile(config.loss_workspace_mb, aligner.pair.student_vocab_size)
+    return method

@@ -1,6 +1,6 @@
-"""Arithmetic on tiles of logits, [V, n], one column for each row of text, a block of the vocabulary at a time.
+"""Arithmetic on tiles of logits [V, n], one column per position, a block of the vocabulary at a time.
 
-A block fits into a processor's cache, so that what happens to it in turn costs little more than its exponentials.
+A block fits into a processor's cache, so what is done to it in sequence costs little more than its exponentials.
 """
 
 from __future__ import annotations
@@ -15,104 +15,103 @@ import torch
 from torch import Tensor
 
 _BLOCK = {"cpu": 2**17, "cuda": 2**23}
-"""Numbers in a block: what a CPU core's cache holds several of; enough to keep a GPU busy."""
+"""Numbers in a block: a CPU core's cache holds several such blocks; on a GPU one is enough to keep it busy."""
 
-_MOST_BLOCKS: ContextVar[int | None] = ContextVar("most blocks", default=None)
+_MAX_BLOCKS: ContextVar[int | None] = ContextVar("max blocks", default=None)
 
 
-def blocks_of(tile: Tensor) -> Iterator[slice]:
-    """The tile [V, n] in stretches of its vocabulary."""
+def vocab_blocks(tile: Tensor) -> Iterator[slice]:
+    """Slices of the vocabulary that cover the tile [V, n]."""
     size = max(1, _BLOCK.get(tile.device.type, _BLOCK["cuda"]) // max(1, tile.shape[1]))
-    return (slice(first, first + size) for first in range(0, tile.shape[0], size)[: _MOST_BLOCKS.get()])
+    return (slice(first, first + size) for first in range(0, tile.shape[0], size)[: _MAX_BLOCKS.get()])
 
 
-def room_for(count: int) -> int:
-    """How many columns a tile has room for that is to hold so many: a multiple of 8, because products into rows of
-    another length take a third to a half longer; as many as there are where the next multiple would be much more.
+@contextlib.contextmanager
+def limit_blocks() -> Iterator[None]:
+    """Process only the first two blocks of every tile: enough for a dry run on fake tensors."""
+    former = _MAX_BLOCKS.set(2)
+    try:
+        yield
+    finally:
+        _MAX_BLOCKS.reset(former)
+
+
+def padded_width(count: int) -> int:
+    """The width to allocate for `count` positions: a multiple of 8, because matrix products into rows of another
+    length take a third to a half longer; `count` itself below 32, where the next multiple would be much more.
     """
     return count if count < 32 else -(-count // 8) * 8
 
 
-def flat(tile: Tensor) -> Tensor:
-    """The tile [V, n] in one row: z[v, n] is at v * tile.stride(0) + n. A tile may have room for more columns."""
+def flat_view(tile: Tensor) -> Tensor:
+    """The tile [V, n] as one dimension: z[v, n] is at v * tile.stride(0) + n; the stride may exceed n (padding)."""
     return tile.as_strided((len(tile) * tile.stride(0),), (1,)) if tile.shape[1] else tile.flatten()
 
 
-@contextlib.contextmanager
-def few_blocks() -> Iterator[None]:
-    """Of every tile only the first blocks, for tensors without numbers: what one block takes, all of them take."""
-    former = _MOST_BLOCKS.set(2)
-    try:
-        yield
-    finally:
-        _MOST_BLOCKS.reset(former)
-
-
-def column_logsumexp(tile: Tensor, temperature: float = 1.0, bound: float = math.inf) -> Tensor:
-    """log sum_v exp(z[v, n] / T) of each column, of logits within [-bound, bound].
+def logsumexp_per_position(tile: Tensor, temperature: float = 1.0, bound: float = math.inf) -> Tensor:
+    """log sum_v exp(z[v, n] / T) of logits clamped to [-bound, bound].
 
     tile: float32 [V, n]
     Returns: float32 [n]
     """
     peaks = tile.new_full((tile.shape[1],), -math.inf)
-    for block in blocks_of(tile):
+    for block in vocab_blocks(tile):
         peaks = torch.maximum(peaks, tile[block].amax(0))
     peaks = peaks.clamp(-bound, bound)
     totals = torch.zeros_like(peaks)
-    for block in blocks_of(tile):
+    for block in vocab_blocks(tile):
         part = tile[block] if bound == math.inf else tile[block].clamp(-bound, bound)
         part = part - peaks
         totals += exp_(part if temperature == 1.0 else part.div_(temperature)).sum(0)
     return peaks / temperature + totals.log()
 
 
-def finite_columns(tile: Tensor) -> Tensor:
-    """Which columns hold finite numbers only, in one pass: bool [n]; |z| <= 6.6e4, so that no sum can overflow."""
+def finite_positions(tile: Tensor) -> Tensor:
+    """Which positions have finite logits only, in one pass: bool [n]; |z| <= 6.6e4, so that no sum can overflow."""
     return tile.sum(0).isfinite()
 
 
-def silence_(tile: Tensor, keep: Tensor) -> Tensor:
-    """Set the columns that are not kept to 0, whatever they hold.
+def mask_positions_(tile: Tensor, keep: Tensor) -> Tensor:
+    """Set the logits of the positions that are not in `keep`, bool [n], to 0, whatever they are.
 
-    By their bits, because 0 times NaN is NaN, and a masked fill is ten times slower.
+    By a bitwise and, because 0 * NaN is NaN and masked_fill is ten times slower.
     """
     tile.view(torch.int32).bitwise_and_(-keep.to(torch.int32))
     return tile
 
 
-class Logs(NamedTuple):
-    """Log-probabilities, formed block by block: shift[n] + scale * tile[v, n]."""
+class LogProbs(NamedTuple):
+    """Log-probabilities computed block by block: shift[n] + scale * tile[v, n]."""
 
     tile: Tensor
     shift: Tensor
     scale: float
 
-    def at(self, block: slice) -> Tensor:
-        """Those of one block."""
+    @classmethod
+    def from_logits(cls, tile: Tensor, temperature: float) -> LogProbs:
+        """log softmax(z / T) over the vocabulary, without a second tile."""
+        return cls(tile, -logsumexp_per_position(tile, temperature), 1.0 / temperature)
+
+    def block(self, block: slice) -> Tensor:
+        """The log-probabilities of one block of the vocabulary."""
         return torch.add(self.shift, self.tile[block], alpha=self.scale)
 
 
-def normalised(tile: Tensor, temperature: float) -> Logs:
-    """log softmax of each column at a temperature."""
-    return Logs(tile, -column_logsumexp(tile, temperature), 1.0 / temperature)
-
-
-_LEAST = -87.0
-"""exp of it is 1.646e-38, and still a normal float32."""
+_MIN_EXPONENT = -87.0
+"""Its exp is 1.646e-38, still a normal float32."""
 
 
 def exp_(values: Tensor) -> Tensor:
-    """exp, in place, of float32 of any shape; what would be below 2e-38 is exactly 0.
+    """exp in place, of float32 of any shape; results below 2e-38 are exactly 0.
 
-    On a CPU what is below the least normal number takes the library that PyTorch has for it 12 to 35 times as long as
-    the rest, so that a vocabulary of which a tenth is absent takes more than twice as long
-    (`benchmarks/tile_costs.py`).
+    On a CPU, PyTorch's exp takes 12 to 35 times as long for results below the smallest normal number, so a tile in
+    which a tenth of the vocabulary is masked would take more than twice as long (`benchmarks/tile_costs.py`).
     """
     if values.device.type != "cpu":
         return values.exp_()
-    return torch.threshold_(values.clamp_min_(_LEAST).exp_(), 2e-38, 0.0)
+    return torch.threshold_(values.clamp_min_(_MIN_EXPONENT).exp_(), 2e-38, 0.0)
 
 
 def exp(values: Tensor) -> Tensor:
-    """The same, into a tensor of its own."""
+    """`exp_` into a new tensor."""
     return exp_(values.clone()) if values.device.type == "cpu" else values.exp()

@@ -1,16 +1,16 @@
-"""One step of a run on models without memory: what is alive at each moment of it, byte by byte.
+"""One step of a run on fake tensors: the live bytes of each phase, by category.
 
-The forwards, the loss and the backward are those of a run. What only numbers could tell is taken as it mostly is:
-blocks are full, and the teacher's text has as many tokens as the vocabularies' sizes suggest.
-
-What stands in for parts of a run that want numbers, while its memory is planned on tensors that have none.
+Forwards, objective and backward are those of a run. Where only the data could tell, typical values are assumed: blocks
+are full, and the number of teacher tokens follows from the vocabulary sizes. Stubs replace what needs tensor values.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,302 +19,330 @@ from torch import Tensor, nn
 
 from sar_kd.alignment.segments import positions_per_tile
 from sar_kd.config.fields import RunConfig
+from sar_kd.config.runs import OnPolicyConfig
 from sar_kd.data.batch import Batch, TokenBatch
 from sar_kd.evaluation.perplexity import log_probs_of
 from sar_kd.losses.distillation import Distillation
 from sar_kd.losses.objective import Objective
-from sar_kd.losses.tiled_loss import Compared, Slopes, Tile, stretches_of
-from sar_kd.models.lm_head import LMHeads
-from sar_kd.models.loading import num_rows
-from sar_kd.models.logit_tiles import few_blocks
+from sar_kd.losses.tiled_loss import Tile, TileGrad, TileLoss, split_range
+from sar_kd.models.generation import kv_cache_bytes
+from sar_kd.models.lm_head import LMHeads, backbone_of
+from sar_kd.models.loading import vocab_size_of
+from sar_kd.models.logit_tiles import limit_blocks
 from sar_kd.models.lora import add_adapter
 from sar_kd.models.memory_saving import (
-    BYTES_A_WEIGHT,
+    BYTES_PER_WEIGHT,
     Offload,
-    one_text_a_row,
+    assume_unpacked_sequences,
+    offloaded_parameters,
+    quantizable_layers,
     recompute_activations_,
-    roundable,
-    travelling,
 )
-from sar_kd.preflight.memory_estimate import CATEGORIES, Phase, Writing, alike, teacher_width, writing_sizes
-from sar_kd.preflight.memory_tracker import OFF_DEVICE, MemoryTracker, hollow, imagined, tensors_of
+from sar_kd.preflight.memory_tracker import OFF_DEVICE, MemoryTracker, fake_copy, fake_tensors
 from sar_kd.runtime.precision import Precision
 from sar_kd.teacher.moe.discovery import find_routers, router_parameters
 from sar_kd.teacher.moe.routing_hooks import Routing
 
+CATEGORIES = ("teacher", "student", "gradients", "optimizer", "activations", "loss")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase of a step, and the live bytes at its peak."""
+
+    name: str
+    bytes: Mapping[str, int]
+    """By category"""
+
+    @property
+    def total(self) -> int:
+        """Bytes of all categories."""
+        return sum(self.bytes.values())
+
 
 def dry_run(
     config: RunConfig,
-    skeletons: Mapping[str, nn.Module],
+    models: Mapping[str, nn.Module],
     device: torch.device,
     dtype: torch.dtype,
     keeps_gradients: bool = False,
 ) -> list[Phase]:
-    """The moments of a step of this run on this device.
+    """The phases of a step of this run on this device, and of an evaluation.
 
-    skeletons: 'student', and 'teacher' if there is one; on the meta device, or real; without adapters
-    keeps_gradients: their memory is kept from step to step, as DDP does
+    models: 'student', and 'teacher' if there is one; on the meta device, or real; without adapters
+    keeps_gradients: gradients stay allocated from step to step, as with DDP
 
-    Raises: whatever a model raises that does not run without numbers
+    Raises: whatever a model raises that needs tensor values
     """
-    if _adapts(config):  # before: peft moves modules, which those that are imagined cannot be
-        bare = hollow(skeletons["student"], torch.device("meta"), dtype).requires_grad_(True)
-        skeletons = {**skeletons, "student": add_adapter(bare, _lora(config))}
-    with imagined() as ledger, one_text_a_row(), few_blocks():
-        return _Rehearsal(config, skeletons, device, dtype, ledger, keeps_gradients).moments
+    lora = getattr(config, "lora", None)
+    if lora is not None and lora.lora_rank:  # now, as peft moves modules, which fake ones cannot be
+        base = fake_copy(models["student"], torch.device("meta"), dtype).requires_grad_(True)
+        models = {**models, "student": add_adapter(base, lora)}
+    with fake_tensors() as tracker, assume_unpacked_sequences(), limit_blocks():
+        run = _DryRun(config, models, Precision(device, dtype, 1.0), tracker, keeps_gradients)
+        run.sample()
+        with run.routing() as trained_routing:
+            run.step(trained_routing)
+        run.evaluate()
+    return run.phases
 
 
-def _lora(config: Any) -> Any:
-    return getattr(config, "lora", None)
-
-
-def _adapts(config: Any) -> bool:
-    lora = _lora(config)
-    return lora is not None and lora.lora_rank > 0
-
-
-class _Rehearsal:
-    """The parts of a run, and a step of it."""
+class _DryRun:
+    """Models, objective and optimizer state of a run, and its phases one after another."""
 
     def __init__(
         self,
         config: Any,
-        skeletons: Mapping[str, nn.Module],
-        device: torch.device,
-        dtype: torch.dtype,
-        ledger: MemoryTracker,
+        models: Mapping[str, nn.Module],
+        precision: Precision,
+        tracker: MemoryTracker,
         keeps_gradients: bool,
     ):
-        self.config, self.ledger, self.device, self.keeps_gradients = config, ledger, device, keeps_gradients
-        self.moments: list[Phase] = []
-        self.precision = Precision(device, dtype, 1.0)
-        self.student = self._student(skeletons["student"])
-        self.teacher: Any = None
-        if "teacher" in skeletons:
-            self.teacher = self._teacher(skeletons["teacher"], dtype)
-        self.heads = LMHeads(self.precision)
+        self.config, self.precision, self.tracker = config, precision, tracker
+        self.keeps_gradients, self.phases = keeps_gradients, list[Phase]()
+        self.student = self._student(models["student"])
+        self.teacher: Any = self._teacher(models["teacher"]) if "teacher" in models else None
+        self.heads = LMHeads(precision)
         for model in filter(None, (self.student, self.teacher)):
             self.heads.assume(model)
-        rows = [num_rows(model or self.student) for model in (self.student, self.teacher)]
-        self.width = config.data.block_size
-        self.widths = self.width, teacher_width(self.width, *rows)
-        same_token = torch.zeros(rows[1], dtype=torch.int64, device=device)
-        pair = SimpleNamespace(student_vocab_size=rows[0], teacher_vocab_size=rows[1], teacher_tokens=rows[1], tables=None)
-        aligner: Any = SimpleNamespace(pair=pair, same_token=same_token)
-        projects = config.loss.alignment == "projection" or not alike(*rows)
-        in_words = config.loss.alignment in ("auto", "projection")
-        # Hidden states are compared in less than likelihoods are.
-        stands_in = {"auto": "auto", "projection": "auto", "hidden": "alm"}
-        how = dataclasses.replace(config.loss, alignment=stands_in.get(config.loss.alignment, config.loss.alignment))
-        offloads = self.teacher is not None and config.memory.offloads_from(device)
-        self.offload: Any = StubOffload(ledger, self.teacher) if offloads else None
-        parts = self.teacher, self.student, how, aligner, self.precision, self.offload, self.heads
-        self.objective = Objective(*parts)
-        if self.objective.distillation is not None and in_words and projects:
-            self.objective.distillation = StubProjection(config.loss, aligner)
-        learned = [p for p in (*self.student.parameters(), *self.objective.parameters()) if p.requires_grad]
-        self._optimizer = [torch.empty_like(parameter) for parameter in (*learned, *learned)]  # AdamW's two moments
-        ledger.enter(self._optimizer, "optimizer")
-        for parameter in learned:
-            parameter.register_post_accumulate_grad_hook(lambda p: ledger.enter([p.grad], "gradients"))
-        self.learned = learned
-        # The loss is formed in tiles: a few show what any number of them takes.
-        self._most_rows = positions_per_tile(config.loss.loss_workspace_mb, rows[0])
-        self._write()
-        with self._routing() as routers:
-            self._step(routers)
-        self._evaluate()
+        loss, block_size = config.loss, config.data.block_size
+        vocab_sizes = [vocab_size_of(model or self.student) for model in (self.student, self.teacher)]
+        self.block_sizes = block_size, teacher_block_size(block_size, *vocab_sizes)
+        self.tile_size = positions_per_tile(loss.loss_workspace_mb, vocab_sizes[0])
+        sizes = dict(zip(("student_vocab_size", "teacher_vocab_size"), vocab_sizes, strict=True))
+        pair = SimpleNamespace(**sizes, num_teacher_tokens=vocab_sizes[1], tables=None)
+        aligner: Any = SimpleNamespace(pair=pair, same_token=self._empty(torch.int64, vocab_sizes[1]))
+        offloads = self.teacher is not None and loss.alpha_kd > 0 and config.memory.offloads_from(precision.device)
+        self.offload = StubOffload(tracker, self.teacher) if offloads else None
+        # A stub replaces projection; hidden states take less memory than chunk likelihoods.
+        alignment = {"projection": "auto", "hidden": "alm"}.get(loss.alignment, loss.alignment)
+        runnable = dataclasses.replace(loss, alignment=alignment)
+        self.objective = Objective(self.teacher, self.student, runnable, aligner, precision, self.offload, self.heads)
+        if loss.alpha_kd > 0 and alignment == "auto" and (loss.alignment == "projection" or not _alike(*vocab_sizes)):
+            self.objective.distillation = StubProjection(loss, aligner)
+        parameters = (*self.student.parameters(), *self.objective.parameters())
+        self.trainable = [parameter for parameter in parameters if parameter.requires_grad]
+        self.optimizer_state = [torch.empty_like(parameter) for parameter in 2 * self.trainable]  # AdamW's two moments
+        tracker.relabel(self.optimizer_state, "optimizer")
+        for parameter in self.trainable:
+            parameter.register_post_accumulate_grad_hook(lambda p: tracker.relabel([p.grad], "gradients"))
 
-    def _student(self, skeleton: nn.Module) -> nn.Module:
-        adapts = _adapts(self.config)
-        student: Any = hollow(skeleton, self.device, None if adapts else torch.float32)
-        student = student.train() if adapts else student.requires_grad_(True).train()
+    def _student(self, model: nn.Module) -> nn.Module:
+        has_adapter = hasattr(model, "peft_config")
+        student: Any = fake_copy(model, self.precision.device, None if has_adapter else torch.float32).train()
+        if not has_adapter:
+            student.requires_grad_(True)
         if self.config.memory.gradient_checkpointing:
             recompute_activations_(student, same_dropout=True)
-            if adapts:
+            if has_adapter:
                 student.enable_input_require_grads()
-        self.ledger.enter(tensors_of(student), "student")
+        self.tracker.relabel([*student.parameters(), *student.buffers()], "student")
         return student
 
-    def _teacher(self, skeleton: nn.Module, dtype: torch.dtype) -> nn.Module:
-        teacher = hollow(skeleton, self.device, dtype).requires_grad_(False).eval()
-        self.ledger.enter(tensors_of(teacher), "teacher")
+    def _teacher(self, model: nn.Module) -> nn.Module:
+        teacher = fake_copy(model, self.precision.device, self.precision.dtype).requires_grad_(False).eval()
+        self.tracker.relabel([*teacher.parameters(), *teacher.buffers()], "teacher")
         if self.config.memory.teacher_quantization != "off":
-            rounded = [layer.weight for layer in roundable(teacher)]
-            size = round(BYTES_A_WEIGHT * sum(weight.numel() for weight in rounded))
-            self._rounded = torch.empty(size, dtype=torch.uint8, device=self.device)
-            self.ledger.enter([self._rounded], "teacher")
-            self.ledger.enter(rounded, OFF_DEVICE)
-            for layer in roundable(teacher):  # each is put together while it computes
+            weights = [layer.weight for layer in quantizable_layers(teacher)]
+            self.quantized = self._empty(torch.uint8, round(BYTES_PER_WEIGHT * sum(w.numel() for w in weights)))
+            self.tracker.relabel([self.quantized], "teacher")
+            self.tracker.relabel(weights, OFF_DEVICE)
+            for layer in quantizable_layers(teacher):  # each is dequantized while it computes
                 layer.register_forward_pre_hook(lambda layer, _: (torch.empty_like(layer.weight), None)[1])
         return teacher
 
     @contextlib.contextmanager
-    def _routing(self) -> Iterator[Routing | None]:
-        """The teacher's routing; the one given if its routers learn."""
+    def routing(self) -> Iterator[Routing | None]:
+        """Open the teacher's routing; yields it if its routers are trained."""
         settings: Any = getattr(self.config, "routing", None)
-        word = "native" if settings is None or self.objective.distillation is None else settings.routing
-        specs = find_routers(self.teacher, settings.router_patterns) if word != "native" else []
-        word = "sar" if word == "auto" and specs else word
+        kind = "native" if settings is None or self.objective.distillation is None else settings.routing
+        specs = find_routers(self.teacher, settings.router_patterns) if kind != "native" else []
         if not specs:
             yield None
             return
-        rule = {"sar": "native" if settings.sar_routing == "native" else "all"}.get(word, word)
+        trains = kind in ("sar", "auto")
+        rule = kind if not trains else "native" if settings.sar_routing == "native" else "all"
         with Routing(self.teacher, specs, rule, settings.ka_lambda) as routing:
-            if word == "sar":
+            if trains:
                 for parameter in router_parameters(specs).values():
                     parameter.requires_grad_(True)
                 if settings.activation_checkpointing:
                     recompute_activations_(self.teacher)
-            yield routing if word == "sar" else None
+            yield routing if trains else None
 
     @contextlib.contextmanager
-    def _moment(self, name: str, label: str) -> Iterator[None]:
-        self.ledger.label = label
-        self.ledger.forget_peak()
+    def _phase(self, name: str, label: str) -> Iterator[None]:
+        """Record a phase, in which new storages count as `label`."""
+        self.tracker.label = label
+        self.tracker.reset_peak()
         yield
-        self.moments.append(Phase(name, {part: self.ledger.at_peak.get(part, 0) for part in CATEGORIES}))
+        self.phases.append(Phase(name, {category: self.tracker.at_peak.get(category, 0) for category in CATEGORIES}))
 
-    def _batch(self) -> Batch:
-        """Full blocks, every token of which is a target but the first. Of the targets there are as many as show what
-        the others take; see `_others`.
-        """
-        sides = []
-        for width in self.widths:
-            shape = self.config.train.per_device_batch_size, width
-            input_ids = torch.zeros(shape, dtype=torch.int64, device=self.device)
-            count = min(shape[0] * (width - 1), self._most_rows)
-            rows = torch.zeros(count, dtype=torch.int64, device=self.device)
-            sides.append(TokenBatch(input_ids, input_ids, rows, rows))
-        student, teacher = sides
-        own, others = student.rows, teacher.rows
-        ends = min(own, others, key=len)
-        alignment: Any = SimpleNamespace(
-            student_rows=own, teacher_rows=own, strict=own.bool(), student_chunks=own, teacher_chunks=others,
-            num_chunks=len(ends), student_ends=ends, teacher_ends=ends,
-        )  # fmt: skip
-        return Batch(student, teacher, alignment, ())
-
-    def _others(self, states: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """What the student's rows beyond those in `_batch` take, in the dtype of their states if no other."""
-        count = self.config.train.per_device_batch_size * (self.width - 1) - len(states)
-        return states.new_empty((count, states.shape[1]), dtype=dtype)
-
-    def _write(self) -> None:
-        train = self.config.train
-        own: Any = getattr(self.config, "on_policy", None)
-        sizes = own and writing_sizes(own, train.per_device_batch_size, train.grad_accum_steps, self.width)
-        if not sizes:
+    @torch.no_grad()
+    def sample(self) -> None:
+        """The generation of on-policy responses: the prefill is run; the KV cache and the sampler are formulas."""
+        settings: Any = getattr(self.config, "on_policy", None)
+        if settings is None or not settings.on_policy_fraction:
             return
-        writing = Writing(self.student.eval(), sizes, self.precision, own.sample_top_p < 1.0)
-        self.ledger.label = "activations"
-        cache = writing.full_cache()
-        with self._moment("writing", "activations"):
-            writing.end(cache)
-            del cache
-            writing.begin()
+        batch_size, prompt, total = largest_generation(settings, self.config.train, self.block_sizes[0])
+        backbone, lm_head = backbone_of(self.student.eval()), self.student.get_output_embeddings()
+        number_size = torch.finfo(self.precision.dtype).bits // 8
+        with self._phase("sampling", "activations"), self.precision.autocast():
+            mask = self._empty(torch.bool, batch_size, 1, prompt, prompt)  # prompts are padded
+            ids = self._empty(torch.int64, batch_size, prompt)
+            last = backbone(input_ids=ids, attention_mask=mask, use_cache=True).last_hidden_state[:, -1:].clone()
+            del mask, ids
+            held = [self._empty(torch.uint8, kv_cache_bytes(self.student, batch_size, total, number_size))]
+            sorts = _LOGITS_SORTED if settings.sample_top_p < 1.0 else 1
+            shape = batch_size, vocab_size_of(self.student)
+            held += [self._empty(torch.float32, *shape) for _ in range(_LOGITS_HELD)]
+            lm_head(last)
+            held += [self._empty(torch.float32, *shape) for _ in range(sorts)]
         self.student.train()
 
-    def _step(self, routers: Routing | None) -> None:
-        train, teacher_learns = self.config.train, False
-        with self._moment("start", "other"):
-            batch = self._batch()
-        if routers is not None:
-            teacher_learns = self.config.routing.sar_schedule == "joint"
-            if not teacher_learns:
-                self._routers_alone(batch)
-        if train.grad_accum_steps > 1 or self.keeps_gradients:  # from the second micro-batch on
-            for parameter in self.learned:
+    def step(self, trained_routing: Routing | None) -> None:
+        """A micro-batch from forward to backward, the last of several where there are several."""
+        accum_steps, trains_routers = self.config.train.grad_accum_steps, trained_routing is not None
+        joint = trains_routers and self.config.routing.sar_schedule == "joint"
+        with self._phase("start", "other"):
+            batch, num_rest = self._batch()
+        if trains_routers and not joint:
+            self._train_routers(batch)
+        if accum_steps > 1 or self.keeps_gradients:
+            for parameter in self.trainable:
                 parameter.grad = torch.empty_like(parameter)
-                self.ledger.enter([parameter.grad], "gradients")
-        heard = []
+                self.tracker.relabel([parameter.grad], "gradients")
+        teacher_outputs: list[Any] = [None]
+        rest = []
         if self.offload is not None:
-            with self._moment("teacher", "activations"):
-                heard.append(self._listen(batch))
-        with self._moment("forward", "activations"):
-            outputs = self.objective.read(batch, teacher_learns=teacher_learns)
-            others = [self._others(outputs.student.states)]
-        with self._moment("loss", "loss"):
-            others.append(self._others(outputs.student.states, torch.float32))  # their gradients
-            total = self.objective(batch, outputs, torch.ones((), device=self.device)).total
-            if teacher_learns:
+            with self._phase("teacher", "activations"):
+                teacher_outputs = self.objective.precompute_teacher([batch])
+                states = teacher_outputs[0][0].states
+                rest.append(states.new_empty((accum_steps - 1, *states.shape)))  # of the other micro-batches
+                del states
+        with self._phase("forward", "activations"):
+            outputs = self.objective.forward_models(batch, teacher_outputs.pop(), teacher_grad=joint)
+            states = outputs.student.states
+            rest.append(states.new_empty((num_rest, states.shape[1])))
+        with self._phase("loss", "loss"):
+            rest.append(states.new_empty((num_rest, states.shape[1]), dtype=torch.float32))  # their gradients
+            total = self.objective(batch, outputs, torch.ones((), device=self.precision.device)).total
+            if joint:
                 total = total + self._router_loss(batch, outputs)
-            del outputs
-        with self._moment("backward", "activations"):
+            del outputs, states
+        with self._phase("backward", "activations"):
             self.precision.backward(total / max(1, batch.num_target_tokens))
-            del total, others, heard
-        with self._moment("update", "other"):
+            del total, rest
+        with self._phase("update", "other"):
             pass
 
-    def _listen(self, batch: Batch) -> Tensor:
-        """The teacher reads and leaves; what it has said about the window's other micro-batches."""
-        self.objective.listen([batch])
-        ((readout, _),) = self.objective._heard.values()
-        return readout.states.new_empty((self.config.train.grad_accum_steps - 1, *readout.states.shape))
+    def _batch(self) -> tuple[Batch, int]:
+        """Full blocks with as many targets as fit one tile, as the loss of one tile takes as much as that of many; and
+        the number of the other targets, whose hidden states are to be added.
+        """
+        batch_size, sides = self.config.train.per_device_batch_size, []
+        for block_size in self.block_sizes:
+            input_ids = self._empty(torch.int64, batch_size, block_size)
+            positions = self._empty(torch.int64, min(batch_size * (block_size - 1), self.tile_size))
+            sides.append(TokenBatch(input_ids, input_ids, positions, positions))
+        student, teacher = (side.positions for side in sides)
+        ends = min(student, teacher, key=len)
+        alignment: Any = SimpleNamespace(
+            student_positions=student, teacher_positions=student, strict=student.bool(), student_chunks=student,
+            teacher_chunks=teacher, num_chunks=len(ends), student_ends=ends, teacher_ends=ends,
+        )  # fmt: skip
+        return Batch(*sides, alignment, ()), batch_size * (self.block_sizes[0] - 1) - len(student)
 
-    def _router_loss(self, batch: Batch, outputs) -> Tensor:
-        distillation: Any = self.objective.distillation
-        return distillation(batch, dataclasses.replace(outputs, student=outputs.student.detach())).loss
-
-    def _routers_alone(self, batch: Batch) -> None:
-        with self._moment("routers", "activations"):
-            outputs = self.objective.read(batch, student_learns=False, teacher_learns=True)
-            self.ledger.label = "loss"
+    def _train_routers(self, batch: Batch) -> None:
+        """The routers' own pass of `--sar_schedule two_stage`."""
+        with self._phase("routers", "activations"):
+            outputs = self.objective.forward_models(batch, student_grad=False, teacher_grad=True)
+            self.tracker.label = "loss"
             total = self._router_loss(batch, outputs)
             del outputs
-            self.ledger.label = "activations"
+            self.tracker.label = "activations"
             self.precision.backward(total)
             del total
         for parameter in self.teacher.parameters():
             parameter.grad = None
 
-    def _evaluate(self) -> None:
-        for parameter in () if self.keeps_gradients else self.learned:
-            parameter.grad = None
-        batch = self._batch()
-        if self.offload is not None:
-            self.offload.come()
-        with self._moment("evaluation", "activations"):
-            self._read(self.student, batch.student)
-            if self.teacher is not None:
-                self._read(self.teacher, batch.teacher)
+    def _router_loss(self, batch: Batch, outputs) -> Tensor:
+        distillation: Any = self.objective.distillation
+        return distillation(batch, dataclasses.replace(outputs, student=outputs.student.detach())).loss
 
-    def _read(self, model: nn.Module, batch: TokenBatch) -> None:
-        log_probs_of(model, batch, self.precision, self.heads, self.config.loss.loss_workspace_mb)
+    def evaluate(self) -> None:
+        """The evaluation of both models."""
+        for parameter in () if self.keeps_gradients else self.trainable:
+            parameter.grad = None
+        batch, _ = self._batch()
+        if self.offload is not None:
+            self.offload.to_device_()
+        with self._phase("evaluation", "activations"):
+            for model, side in ((self.student, batch.student), (self.teacher, batch.teacher)):
+                if model is not None:
+                    log_probs_of(model, side, self.precision, self.heads, self.config.loss.loss_workspace_mb)
+
+    def _empty(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.precision.device)
 
 
 class StubOffload(Offload):
-    """Moves in the ledger what another moves in memory."""
+    """Moves the teacher's weights in the tracker only."""
 
-    def __init__(self, ledger: MemoryTracker, teacher: nn.Module):
-        self._ledger, self._travelling = ledger, travelling(teacher)
+    def __init__(self, tracker: MemoryTracker, teacher: nn.Module):
+        self._tracker, self._parameters = tracker, offloaded_parameters(teacher)
 
-    def come(self) -> None:
-        """See `Offload`."""
-        self._ledger.enter(self._travelling, "teacher")
+    def to_device_(self) -> None:
+        self._tracker.relabel(self._parameters, "teacher")
 
-    def leave(self) -> None:
-        """See `Offload`."""
-        self._ledger.enter(self._travelling, OFF_DEVICE)
+    def to_cpu_(self) -> None:
+        self._tracker.relabel(self._parameters, OFF_DEVICE)
 
 
 class StubProjection(Distillation):
-    """Stands in for `projected.Projected`, which wants to know the text: the same tiles, and as much beside them."""
+    """Stands in for `losses.projection.loss.Projection`, which needs the text: as many tiles, and as much memory."""
 
     covers_text = True
-    _BESIDE = 1.3
-    """Of a pair of tiles, what comparing them takes beside the slopes; measured (`benchmarks/memory_plan.py`)"""
+    _SCRATCH = 1.3
+    """Memory of comparing two tiles, beside the gradient, over that of the tiles; measured"""
 
     def tiles(self, batch: Batch) -> list[Tile]:
-        """See `Distillation`."""
-        own, others = batch.student.rows, batch.teacher.rows
-        parts = stretches_of(len(own), self.tile_rows)
-        return [Tile(part, others[: (part.stop - part.start) * len(others) // len(own)], None, None) for part in parts]
+        student, teacher = batch.student.positions, batch.teacher.positions
+        parts, ratio = split_range(len(student), self.positions_per_tile), (len(teacher), len(student))
+        return [Tile(p, teacher[: (p.stop - p.start) * ratio[0] // ratio[1]], None, None) for p in parts]
 
-    def compare(self, student: Tensor, teacher: Any, part: object, learner: str | None) -> Compared:
-        """See `Distillation`."""
+    def loss_and_grad(self, student: Tensor, teacher: Any, part: object, grad_side: str | None) -> TileLoss:
         zero = student.new_zeros(())
-        beside = student.new_empty(round(self._BESIDE * (student.numel() + teacher.numel())))
-        del beside
-        slopes = torch.empty_like(teacher if learner == "teacher" else student)
-        return Compared(zero, zero, zero, Slopes(((0, slopes),)))
+        student.new_empty(round(self._SCRATCH * (student.numel() + teacher.numel())))  # and freed
+        grad = torch.empty_like(teacher if grad_side == "teacher" else student)
+        return TileLoss(zero, zero, zero, TileGrad(((0, grad),)))
+
+
+def teacher_block_size(block_size: int, student_vocab_size: int, teacher_vocab_size: int) -> int:
+    """Teacher tokens in a student's block, as the vocabularies suggest: bytes per token grow with log V."""
+    if _alike(student_vocab_size, teacher_vocab_size):
+        return block_size
+    return max(2, round(block_size * math.log(student_vocab_size) / math.log(teacher_vocab_size)))
+
+
+def _alike(*vocab_sizes: int) -> bool:
+    """Apart from padding, the sizes are those of one tokenizer."""
+    return max(vocab_sizes) <= 1.02 * min(vocab_sizes)
+
+
+_LOGITS_HELD, _LOGITS_SORTED = 3, 7
+"""32-bit tensors of [B, V] that `generate` holds to sample a token: in its forward (logits, these without what is not
+finite, probabilities), and beside them with --sample_top_p below 1 (sorted logits, their indices in 64 bits, both once
+more while they are sorted, probabilities)"""
+
+
+def largest_generation(config: OnPolicyConfig, train: Any, block_size: int) -> tuple[int, int, int]:
+    """The largest batch that a step generates: prompts, tokens of the longest one, tokens in the KV cache at the end.
+
+    All on-policy micro-batches of a step are generated at once. Prompts are padded to the longest, and as many tokens
+    follow as the shortest has room for; the last new token does not enter the cache.
+    """
+    batch_size = train.per_device_batch_size * math.ceil(train.grad_accum_steps * config.on_policy_fraction)
+    prompt = block_size - 1  # and a start token, and at least one new token
+    new_tokens = min(config.max_new_tokens, block_size - 1) if batch_size > 1 else 1
+    return batch_size, prompt, prompt + new_tokens - 1

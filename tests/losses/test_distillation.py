@@ -13,26 +13,26 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from sar_kd.alignment.batch_alignment import Continuations
-from sar_kd.alignment.segments import cut_segments
+from sar_kd.alignment.segments import build_segments
 from sar_kd.config.sections import LossConfig
 from sar_kd.data.batch import CachedTopK
-from sar_kd.data.dataset import Dataset
+from sar_kd.data.dataset import Dataset, build_dataset
 from sar_kd.data.samples import Document
 from sar_kd.embedded import STUDENT_DIR, TEACHER_DIR, split_of
 from sar_kd.losses.baselines import ChunkLikelihood, HiddenStates, SortedProbabilities, Strict
-from sar_kd.losses.distillation import Outputs, TokenLevel
+from sar_kd.losses.distillation import ForwardOutputs, TokenLevel
 from sar_kd.losses.objective import build_distillation
-from sar_kd.losses.projection.joint import Ways, add_other_ways
-from sar_kd.losses.projection.loss import Projected
-from sar_kd.losses.projection.marginals import Fold, coarse_log_probs, read
+from sar_kd.losses.projection.joint import ContinuationPaths, add_other_ways
+from sar_kd.losses.projection.loss import Projection
+from sar_kd.losses.projection.marginals import ClassMap, coarse_log_probs, read
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
-from tests.helpers.lm_heads import readout_of
+from tests.helpers.lm_heads import lazy_logits
 
 DIFFERENT = ["sp_from_byte", "byte_from_sp", "dummy_from_byte", "byte_from_dummy"]
 EQUAL = ["byte_from_byte", "sp_from_sp"]
 EVERY_PAIR = pytest.mark.parametrize("name", DIFFERENT)
 EVERY_DIRECTION = pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
-KINDS = {"projection": Projected, "strict": Strict, "alm": ChunkLikelihood, "uld": SortedProbabilities}
+KINDS = {"projection": Projection, "strict": Strict, "alm": ChunkLikelihood, "uld": SortedProbabilities}
 EVERY_KIND = pytest.mark.parametrize("alignment", [*KINDS, "hidden"])
 EVERY_PAIR_OF_TWO = pytest.mark.parametrize("name", ["sp_from_byte", "byte_from_sp"])
 EVERY_TERM = pytest.mark.parametrize(
@@ -54,8 +54,10 @@ def corpora(byte_tokenizer, sp_tokenizer, dummy_prefix_tokenizer, corpus_texts):
 
 
 def _corpus(documents, student, teacher, aligns=True) -> Dataset:
-    pair = TokenizerPair(student, teacher, student_rows=len(student), teacher_rows=len(teacher), aligns=aligns)
-    return Dataset(documents, pair, 24, 60)
+    pair = TokenizerPair(
+        student, teacher, student_vocab_size=len(student), teacher_vocab_size=len(teacher), aligns=aligns
+    )
+    return build_dataset(documents, pair, 24, 60)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +69,9 @@ class ModelOutputs:
     student_states: Tensor | None = None
     teacher_states: Tensor | None = None
 
-    def outputs(self) -> Outputs:
-        readouts = map(readout_of, (self.student_logits, self.teacher_logits))
-        return Outputs(*readouts, self.student_states, self.teacher_states)
+    def outputs(self) -> ForwardOutputs:
+        readouts = map(lazy_logits, (self.student_logits, self.teacher_logits))
+        return ForwardOutputs(*readouts, self.student_states, self.teacher_states)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +103,7 @@ def _cut(case, alignment, limit=10**9):
     """The case's batch with this alignment, in stretches of at most so many rows."""
     batch, aligner = case.batch, case.aligner
     coarser = aligner.teacher_is_coarser
-    segments = cut_segments(alignment, batch.num_target_tokens, batch.teacher.rows, coarser, limit)
+    segments = build_segments(alignment, batch.num_target_tokens, batch.teacher.positions, coarser, limit)
     return dataclasses.replace(batch, alignment=alignment, segments=segments)
 
 
@@ -137,9 +139,9 @@ def _assert_matches(case, alignment, naive, **settings):
     wanted.backward()
     assert wanted > 0.1
     torch.testing.assert_close(learned.loss.double(), wanted.detach(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(learned.raw.double(), wanted.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(learned.unclamped.double(), wanted.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grad.double(), leaf.grad, rtol=1e-4, atol=1e-5)
-    assert not learned.raw.requires_grad
+    assert not learned.unclamped.requires_grad
 
 
 # The definitions
@@ -180,7 +182,7 @@ def _naive_projected(case, student: Tensor, temperature=1.0, top_k=0, **kind) ->
     Of a teacher cut to its top k the others are one outcome more, or what ends a token. How it would go on is told by
     a row of which it says at least as much as it leaves unsaid.
     """
-    alignment, classes, is_coarser = case.batch.alignment, case.aligner.open_classes, case.aligner.teacher_is_coarser
+    alignment, classes, is_coarser = case.batch.alignment, case.aligner.shared_classes, case.aligner.teacher_is_coarser
     total, going_on, is_cut = student.new_zeros(()), {}, 0 < top_k < case.outputs.teacher_logits.shape[1]
     whole = [_weights(row, temperature) for row in case.outputs.teacher_logits.double()]
     teacher = [row * _told(row, top_k) for row in whole]
@@ -194,11 +196,11 @@ def _naive_projected(case, student: Tensor, temperature=1.0, top_k=0, **kind) ->
         counts = counts and p.sum() > 0 and t.sum() > 0
         return _divergence(p / p.sum(), t / t.sum(), **kind) if counts else 0.0
 
-    for rows, teacher_is_coarse in ((alignment.in_student, False), (alignment.in_teacher, True)):
+    for rows, teacher_is_coarse in ((alignment.student_continuations, False), (alignment.teacher_continuations, True)):
         coarse_side, fine_side = (teacher, student) if teacher_is_coarse else (student, teacher)
-        can_end, num_going_on = _can_end(rows), len(rows.fine_rows)
-        for row, coarse_row in enumerate(rows.coarse_rows.tolist()):
-            (own,) = (rows.outcome_rows == row).nonzero(as_tuple=True)
+        can_end, num_inside_classes = _can_end(rows), len(rows.fine_positions)
+        for row, coarse_row in enumerate(rows.coarse_positions.tolist()):
+            (own,) = (rows.class_continuations == row).nonzero(as_tuple=True)
             first, count = own.min(), len(own)
             _, tokens, outcomes = rows.coarse_entries[:, rows.coarse_entries[0] == row]
             coarse = _sums(coarse_side[coarse_row], tokens, outcomes - first, count)
@@ -208,8 +210,8 @@ def _naive_projected(case, student: Tensor, temperature=1.0, top_k=0, **kind) ->
             coarse = coarse / coarse.sum()
             if teacher_is_coarse == is_coarser:
                 going_on |= dict(zip(own.tolist(), coarse, strict=True))
-            if row < num_going_on:
-                fine_row = rows.fine_rows[row].item()
+            if row < num_inside_classes:
+                fine_row = rows.fine_positions[row].item()
                 _, tokens, outcomes = rows.fine_entries[:, rows.fine_entries[0] == row]
                 fine = _sums(fine_side[fine_row], tokens, outcomes - first, count)
                 if can_end[row] or (teacher_is_coarse and kind["direction"] != "reverse"):
@@ -220,10 +222,12 @@ def _naive_projected(case, student: Tensor, temperature=1.0, top_k=0, **kind) ->
                 fine = fine / fine.sum() if fine.sum() > 0 else fine
                 p, t = (fine, coarse) if teacher_is_coarse else (coarse, fine)
                 total = total + compared(p, t, sound[coarse_row if teacher_is_coarse else fine_row] and not says_little)
-    coarser = alignment.in_teacher if is_coarser else alignment.in_student
-    for place, (k, r) in enumerate(zip(alignment.student_rows.tolist(), alignment.teacher_rows.tolist(), strict=True)):
-        ended = alignment.ended[place].item()
-        counts = sound[r] and not (is_coarser and ended >= 0 and not sound[coarser.coarse_rows[ended]])
+    coarser = alignment.teacher_continuations if is_coarser else alignment.student_continuations
+    for place, (k, r) in enumerate(
+        zip(alignment.student_positions.tolist(), alignment.teacher_positions.tolist(), strict=True)
+    ):
+        ended = alignment.token_end[place].item()
+        counts = sound[r] and not (is_coarser and ended >= 0 and not sound[coarser.coarse_positions[ended]])
         if counts:
             t = _sums(teacher[r], classes.teacher_tokens, classes.teacher_classes, classes.count)
             p = _sums(student[k], classes.student_tokens, classes.student_classes, classes.count)
@@ -232,7 +236,7 @@ def _naive_projected(case, student: Tensor, temperature=1.0, top_k=0, **kind) ->
             if ended >= 0:
                 end = going_on[coarser.ends[ended].item()]
                 sides[coarse], rest = sides[coarse] * end, rest * end if is_coarser else rest
-                _, outcomes, ways = alignment.other_ways[:, alignment.other_ways[0] == place]
+                _, outcomes, ways = alignment.continuation_paths[:, alignment.continuation_paths[0] == place]
                 more = torch.stack([going_on[way] for way in ways.tolist()]) if len(ways) else sides[coarse][:0]
                 sides[coarse] = sides[coarse].index_add(0, outcomes, more)
             if is_cut:
@@ -245,7 +249,7 @@ def _naive_projected(case, student: Tensor, temperature=1.0, top_k=0, **kind) ->
 
 def _can_end(rows) -> list[bool]:
     """Of every row, whether the coarser side has a token that ends there."""
-    return torch.isin(rows.ends, rows.coarse_entries[2]).tolist()
+    return torch.isin(rows.end_classes, rows.coarse_entries[2]).tolist()
 
 
 def _partners(case) -> dict[int, int]:
@@ -266,7 +270,9 @@ def _naive_strict(case, student: Tensor, temperature=1.0, top_k=0, **kind) -> Te
     """Where both write the same token: both softmaxes over the shared tokens among the teacher's top k."""
     alignment, partners = case.batch.alignment, _partners(case)
     total = student.new_zeros(())
-    for k, r, strict in zip(alignment.student_rows, alignment.teacher_rows, alignment.strict.tolist(), strict=True):
+    for k, r, strict in zip(
+        alignment.student_positions, alignment.teacher_positions, alignment.strict.tolist(), strict=True
+    ):
         row = case.outputs.teacher_logits[r].double()
         if strict and row.isfinite().all():
             weights = _weights(row, temperature) * _told(row, top_k)
@@ -280,7 +286,7 @@ def _naive_strict(case, student: Tensor, temperature=1.0, top_k=0, **kind) -> Te
 def _naive_alm(case, student: Tensor, tau=5.0, floor=-math.inf) -> Tensor:
     """tau * the KL of the two verdicts on each chunk."""
     alignment, batch = case.batch.alignment, case.batch
-    teacher = case.outputs.teacher_logits[batch.teacher.rows].double()
+    teacher = case.outputs.teacher_logits[batch.teacher.positions].double()
     teacher = torch.where(teacher.isfinite().all(1, keepdim=True), teacher, math.nan)
     sides = [
         [logits.log_softmax(-1)[row, y] for row, y in enumerate(tokens.targets.tolist())]
@@ -301,9 +307,15 @@ def _naive_alm(case, student: Tensor, tau=5.0, floor=-math.inf) -> Tensor:
 @pytest.mark.parametrize(("name", "temperature"), [(name, 2.0) for name in DIFFERENT] + [("sp_from_byte", 1.0)])
 def test_the_projection_matches_its_definition(make_case, name, direction, temperature):
     case = make_case(name)
-    assert len(case.batch.alignment.student_rows) > 30
-    assert min(len(rows.ends) for rows in (case.batch.alignment.in_teacher, case.batch.alignment.in_student)) > 1
-    assert min(case.batch.alignment.other_ways.shape[1], int((case.batch.alignment.ended >= 0).sum())) > 10
+    assert len(case.batch.alignment.student_positions) > 30
+    assert (
+        min(
+            len(rows.end_classes)
+            for rows in (case.batch.alignment.teacher_continuations, case.batch.alignment.student_continuations)
+        )
+        > 1
+    )
+    assert min(case.batch.alignment.continuation_paths.shape[1], int((case.batch.alignment.token_end >= 0).sum())) > 10
     settings = {"temperature": temperature, "kd_direction": direction}
     _assert_matches(
         case, "projection", lambda z: _naive_projected(case, z, temperature, direction=direction), **settings
@@ -333,7 +345,7 @@ def test_the_token_level_divergence_matches_its_definition(make_case, name, dire
 
     def naive(student):
         total = student.new_zeros(())
-        for z, y in zip(student, case.outputs.teacher_logits[case.batch.teacher.rows].double(), strict=True):
+        for z, y in zip(student, case.outputs.teacher_logits[case.batch.teacher.positions].double(), strict=True):
             told = _told(y, top_k)
             sides = [(x / 2.0).softmax(-1) for x in (z, y)]
             total = total + _divergence(*(torch.cat([x[told], x[~told].sum()[None]]) for x in sides), direction)
@@ -349,7 +361,7 @@ def test_sorted_probabilities_match_their_definition_where_both_start_a_token(ma
 
     def naive(student):
         total = student.new_zeros(())
-        for k, r in zip(alignment.student_rows, alignment.teacher_rows, strict=True):
+        for k, r in zip(alignment.student_positions, alignment.teacher_positions, strict=True):
             p, t = ((row / 2.0).softmax(-1).sort(descending=True).values[:200] for row in (student[k], teacher[r]))
             total = total + (p - t).abs().sum()
         return total
@@ -380,7 +392,7 @@ def _starts(case, side: str) -> list[tuple[int, int, int]]:
     """Block, first byte and id of each token that a side predicts, in the order of its rows."""
     tokens, table = getattr(case.batch, side), case.aligner.pair.tables[side == "teacher"]
     found, at, block = [], 0, -1
-    for row, y in zip(tokens.rows.tolist(), tokens.targets.tolist(), strict=True):
+    for row, y in zip(tokens.positions.tolist(), tokens.targets.tolist(), strict=True):
         at, block = (at, block) if row // tokens.input_ids.shape[1] == block else (0, row // tokens.input_ids.shape[1])
         found.append((block, at, y))
         at += max(1, len(table.pieces[y]))
@@ -391,10 +403,10 @@ def _starts(case, side: str) -> list[tuple[int, int, int]]:
 def test_an_open_row_is_where_both_start_a_token_and_the_rows_predict_those_tokens(make_case, name):
     case = make_case(name)
     student, teacher = _starts(case, "student"), _starts(case, "teacher")
-    place_of = {r: i for i, r in enumerate(case.batch.teacher.rows.tolist())}
+    place_of = {r: i for i, r in enumerate(case.batch.teacher.positions.tolist())}
     met = {place[:2] for place in student} & {place[:2] for place in teacher}
     alignment = case.batch.alignment
-    pairs = list(zip(alignment.student_rows.tolist(), alignment.teacher_rows.tolist(), strict=True))
+    pairs = list(zip(alignment.student_positions.tolist(), alignment.teacher_positions.tolist(), strict=True))
     assert {student[k][:2] for k, _ in pairs} == met
     assert all(student[k][:2] == teacher[place_of[r]][:2] for k, r in pairs)
 
@@ -404,34 +416,34 @@ def _rows_that_ended(case, coarse: int, first: int) -> list[int]:
     found = case.batch.alignment
     if case.aligner.teacher_is_coarser != coarse:
         return []
-    places = (found.ended >= 0).nonzero().squeeze(1)
-    assert found.ended[places].sort().values.tolist() == list(range(first, first + len(places)))
-    rows = found.student_rows if coarse else found.teacher_rows
-    return rows[places[found.ended[places].argsort()]].tolist()
+    places = (found.token_end >= 0).nonzero().squeeze(1)
+    assert found.token_end[places].sort().values.tolist() == list(range(first, first + len(places)))
+    rows = found.student_positions if coarse else found.teacher_positions
+    return rows[places[found.token_end[places].argsort()]].tolist()
 
 
 @EVERY_PAIR_OF_TWO
-@pytest.mark.parametrize("coarse", [0, 1], ids=["in_student", "in_teacher"])
+@pytest.mark.parametrize("coarse", [0, 1], ids=["student_continuations", "teacher_continuations"])
 def test_a_continuation_is_conditioned_on_exactly_the_bytes_that_are_written(make_case, name, coarse):
     case = make_case(name)
     sides, tables = (_starts(case, "student"), _starts(case, "teacher")), case.aligner.pair.tables
-    place_of = {r: i for i, r in enumerate(case.batch.teacher.rows.tolist())}
-    rows = (case.batch.alignment.in_student, case.batch.alignment.in_teacher)[coarse]
-    assert len(rows.ends) > 1
-    num_going_on, can_end = len(rows.fine_rows), _can_end(rows)
-    assert can_end[:num_going_on] == rows.can_end.tolist()
-    assert (rows.outcome_rows < num_going_on).sum() == rows.num_going_on
-    fine_rows = rows.fine_rows.tolist() + _rows_that_ended(case, coarse, num_going_on)
-    for row, pair in enumerate(zip(rows.coarse_rows.tolist(), fine_rows, strict=True)):
+    place_of = {r: i for i, r in enumerate(case.batch.teacher.positions.tolist())}
+    rows = (case.batch.alignment.student_continuations, case.batch.alignment.teacher_continuations)[coarse]
+    assert len(rows.end_classes) > 1
+    num_inside_classes, can_end = len(rows.fine_positions), _can_end(rows)
+    assert can_end[:num_inside_classes] == rows.can_end.tolist()
+    assert (rows.class_continuations < num_inside_classes).sum() == rows.num_inside_classes
+    fine_positions = rows.fine_positions.tolist() + _rows_that_ended(case, coarse, num_inside_classes)
+    for row, pair in enumerate(zip(rows.coarse_positions.tolist(), fine_positions, strict=True)):
         own, begun = (
             sides[side][k if side == 0 else place_of[k]] for side, k in zip((coarse, 1 - coarse), pair, strict=True)
         )
         prefix = tables[coarse].pieces[own[2]][: begun[1] - own[1]]
         assert own[0] == begun[0]
         last_byte = own[1] + len(tables[coarse].pieces[own[2]])
-        assert own[1] < begun[1] < last_byte if row < num_going_on else begun[1] == last_byte
+        assert own[1] < begun[1] < last_byte if row < num_inside_classes else begun[1] == last_byte
         _, tokens, outcomes = rows.coarse_entries[:, rows.coarse_entries[0] == row]
-        last = outcomes == rows.ends[row]
+        last = outcomes == rows.end_classes[row]
         assert all(tables[coarse].pieces[v] == prefix for v in tokens[last].tolist())
         going_on = [tables[coarse].pieces[v] for v in tokens[~last].tolist()]
         assert all(piece.startswith(prefix) and len(piece) > len(prefix) for piece in going_on)
@@ -459,7 +471,7 @@ def _assert_same(case, alignment, other, order=None, rows=slice(None), **setting
     wanted, wanted_grad = _learned(other, "token", **settings)
     assert wanted.loss > 0.1
     torch.testing.assert_close(learned.loss / count, wanted.loss / count, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(learned.raw / count, wanted.raw / count, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(learned.unclamped / count, wanted.unclamped / count, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(grad, wanted_grad if order is None else wanted_grad[:, order], rtol=1e-5, atol=1e-6)
 
 
@@ -519,31 +531,34 @@ def test_a_student_with_permuted_ids_learns_the_same(make_case, permuted, alignm
 
 def _implied(case) -> Tensor:
     """What the teacher says of each of the student's tokens, by the projection; NaN where it says nothing of it."""
-    found, classes, outputs = case.batch.alignment, case.aligner.open_classes, case.outputs
-    rows, targets = found.in_teacher, case.batch.student.targets
-    fold = Fold(classes.teacher_tokens, classes.teacher_classes, classes.count)
+    found, classes, outputs = case.batch.alignment, case.aligner.shared_classes, case.outputs
+    rows, targets = found.teacher_continuations, case.batch.student.targets
+    fold = ClassMap(classes.teacher_tokens, classes.teacher_classes, classes.count)
     (whole,) = _cut(case, found).segments
-    tile, inside = outputs.teacher_logits[whole.teacher_rows].T.contiguous(), len(whole.in_student.fine_rows)
-    told = read(tile, fold, whole.num_open, inside, whole.in_teacher, 1.0)
+    tile, inside = (
+        outputs.teacher_logits[whole.teacher_positions].T.contiguous(),
+        len(whole.student_continuations.fine_positions),
+    )
+    told = read(tile, fold, whole.num_pairs, inside, whole.teacher_continuations, 1.0)
     going_on = coarse_log_probs(told.entries, rows)
-    ways = Ways(going_on, going_on[rows.ends], found.ended, found.other_ways)
+    ways = ContinuationPaths(going_on, going_on[rows.end_classes], found.token_end, found.continuation_paths)
     both = add_other_ways(told.open.log_softmax(0), ways).T
     class_of = torch.full((len(case.aligner.pair.student),), -1)
     class_of[classes.student_tokens] = classes.student_classes
-    own = class_of[targets[found.student_rows]]
+    own = class_of[targets[found.student_positions]]
     said = torch.full((len(targets),), math.nan, dtype=torch.float64)
-    said[found.student_rows] = torch.where(own < 0, math.nan, both[torch.arange(len(own)), own].double())
+    said[found.student_positions] = torch.where(own < 0, math.nan, both[torch.arange(len(own)), own].double())
     row, token, outcome = rows.fine_entries
-    written = token == targets[rows.fine_rows[row]]
-    assert said[rows.fine_rows].isnan().all()  # a token is either open or inside one of the teacher's
-    said[rows.fine_rows[row[written]]] = going_on[outcome[written]].double()
+    written = token == targets[rows.fine_positions[row]]
+    assert said[rows.fine_positions].isnan().all()  # a token is either open or inside one of the teacher's
+    said[rows.fine_positions[row[written]]] = going_on[outcome[written]].double()
     return said
 
 
 def _own(case) -> Tensor:
     """What the teacher says of each of its own tokens."""
     tokens = case.batch.teacher
-    rows = case.outputs.teacher_logits[tokens.rows].double().log_softmax(-1)
+    rows = case.outputs.teacher_logits[tokens.positions].double().log_softmax(-1)
     return rows.gather(1, tokens.targets[:, None]).squeeze(1)
 
 
@@ -555,8 +570,8 @@ def embedded_case():
     # The first of `read_text("transfer")`, without parsing the standard library.
     topics = sorted(pytest.importorskip("pydoc_data.topics").topics.items())
     documents = [Document(name, text) for name, text in topics if split_of(f"topic:{name}") == "transfer"][:20]
-    pair = TokenizerPair(*tokenizers, student_rows=len(tokenizers[0]), teacher_rows=len(tokenizers[1]))
-    corpus = Dataset(documents, pair, 256, 1024)
+    pair = TokenizerPair(*tokenizers, student_vocab_size=len(tokenizers[0]), teacher_vocab_size=len(tokenizers[1]))
+    corpus = build_dataset(documents, pair, 256, 1024)
     batch = corpus.batch([0, 1, 2, 3, *range(100, 104)])
     with torch.no_grad():
         logits = teacher(input_ids=batch.teacher.input_ids).logits.flatten(0, 1)
@@ -569,7 +584,7 @@ def test_the_teachers_likelihood_of_the_text_in_the_students_tokens_is_its_own(e
     said, own = _implied(embedded_case), _own(embedded_case).sum()
     unsaid = said.isnan()
     guess = math.log(len(embedded_case.aligner.pair.teacher))
-    assert len(embedded_case.batch.alignment.in_teacher.fine_rows) > 0.15 * len(said)
+    assert len(embedded_case.batch.alignment.teacher_continuations.fine_positions) > 0.15 * len(said)
     assert unsaid.float().mean() < 0.005
     assert own > 0.6 * -guess * len(_own(embedded_case))  # the teacher is far from uniform
     assert (said[~unsaid].sum() - guess * unsaid.sum()).item() == pytest.approx(own.item(), rel=0.03)
@@ -591,14 +606,14 @@ def test_stretches_hold_every_row_once_and_ask_for_one_row_of_the_former(make_ca
     case = make_case(name)
     segments = _cut(case, case.batch.alignment, limit).segments
     assert len(segments) > 1
-    owned = torch.cat([part.student_rows[part.counts > 0] for part in segments])
+    owned = torch.cat([part.student_positions[part.counts > 0] for part in segments])
     assert torch.equal(owned.sort().values, torch.arange(case.batch.num_target_tokens))
     assert [int((part.counts == 0).sum()) <= 1 for part in segments] == [True] * len(segments)
-    pairs = torch.cat([part.student_rows[: part.num_open] for part in segments])
-    assert torch.equal(pairs, case.batch.alignment.student_rows)
+    pairs = torch.cat([part.student_positions[: part.num_pairs] for part in segments])
+    assert torch.equal(pairs, case.batch.alignment.student_positions)
     if limit >= 30:
-        assert max(len(part.student_rows) for part in segments) <= limit
-        assert max(len(part.teacher_rows) for part in segments) <= limit
+        assert max(len(part.student_positions) for part in segments) <= limit
+        assert max(len(part.teacher_positions) for part in segments) <= limit
 
 
 @EVERY_PAIR
@@ -611,7 +626,7 @@ def test_a_batch_teaches_the_same_in_stretches_of_any_length(make_case, name, di
     case.batch = _cut(case, case.batch.alignment, limit)
     learned, grad = _learned(case, "projection", **settings)
     torch.testing.assert_close(learned.loss, whole.loss, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(learned.raw, whole.raw, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(learned.unclamped, whole.unclamped, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grad, whole_grad, rtol=1e-4, atol=1e-5)
 
 
@@ -663,7 +678,7 @@ def _oracle(case, ahead=0):
     """Both models put p = 1 on the token of the text, or on the one `ahead` of it."""
     for side, logits in (("student", case.outputs.student_logits), ("teacher", case.outputs.teacher_logits)):
         tokens = getattr(case.batch, side)
-        rows = torch.arange(len(tokens.targets)) if side == "student" else tokens.rows
+        rows = torch.arange(len(tokens.targets)) if side == "student" else tokens.positions
         logits.zero_()
         logits[rows, tokens.targets.roll(-ahead if side == "teacher" else 0)] = 40.0
     return case
@@ -672,7 +687,7 @@ def _oracle(case, ahead=0):
 @EVERY_PAIR
 def test_models_certain_of_the_text_have_a_chunk_likelihood_loss_of_exactly_zero(make_case, name):
     learned, grad = _learned(_oracle(make_case(name)), "alm")
-    assert learned.loss == learned.raw == 0.0
+    assert learned.loss == learned.unclamped == 0.0
     assert grad.abs().max() < 1e-6
 
 
@@ -689,9 +704,9 @@ def _shared_open_terms(case) -> set[tuple[int, int]]:
     found = case.batch.alignment
     if case.aligner.teacher_is_coarser:
         return set()
-    there = found.ended >= 0
-    before = found.in_student.coarse_rows[found.ended[there]]
-    return set(zip(found.student_rows[there].tolist(), before.tolist(), strict=True))
+    there = found.token_end >= 0
+    before = found.student_continuations.coarse_positions[found.token_end[there]]
+    return set(zip(found.student_positions[there].tolist(), before.tolist(), strict=True))
 
 
 def _changed(before: Tensor, after: Tensor) -> set[int]:
@@ -702,32 +717,39 @@ def _spoken_about(case, alignment, teacher_row: int) -> set[int]:
     """Student rows about which a teacher row speaks."""
     found, chunks = case.batch.alignment, case.batch.alignment.teacher_chunks
     if alignment == "alm":
-        chunk = chunks[case.batch.teacher.rows == teacher_row].item()
+        chunk = chunks[case.batch.teacher.positions == teacher_row].item()
         return set() if chunk < 0 else set((found.student_chunks == chunk).nonzero().squeeze(1).tolist())
-    rows = found.student_rows[found.teacher_rows == teacher_row].tolist()
+    rows = found.student_positions[found.teacher_positions == teacher_row].tolist()
     if alignment == "strict":
-        return set(found.student_rows[(found.teacher_rows == teacher_row) & found.strict].tolist())
+        return set(found.student_positions[(found.teacher_positions == teacher_row) & found.strict].tolist())
     rows += [before for row, before in _shared_open_terms(case) if row in rows]
-    for teacher_is_coarse, record in ((True, found.in_teacher), (False, found.in_student)):
-        size = len(record.fine_rows)
-        can_be = record.outcome_rows.bincount(minlength=len(record.ends)) - (~torch.tensor(_can_end(record))).long()
+    for teacher_is_coarse, record in ((True, found.teacher_continuations), (False, found.student_continuations)):
+        size = len(record.fine_positions)
+        can_be = (
+            record.class_continuations.bincount(minlength=len(record.end_classes))
+            - (~torch.tensor(_can_end(record))).long()
+        )
         told = can_be > 1  # of one outcome nothing is to be said
         here = (
-            told & (record.coarse_rows == teacher_row)
+            told & (record.coarse_positions == teacher_row)
             if teacher_is_coarse
-            else told[:size] & (record.fine_rows == teacher_row)
+            else told[:size] & (record.fine_positions == teacher_row)
         )
-        rows += (record.fine_rows if teacher_is_coarse else record.coarse_rows[:size])[here[:size]].tolist()
+        rows += (record.fine_positions if teacher_is_coarse else record.coarse_positions[:size])[here[:size]].tolist()
         if teacher_is_coarse and case.aligner.teacher_is_coarser:  # what else it could have written there
-            rows += found.student_rows[torch.isin(found.ended, here.nonzero().squeeze(1))].tolist()
+            rows += found.student_positions[torch.isin(found.token_end, here.nonzero().squeeze(1))].tolist()
     return set(rows)
 
 
 def _student_rows_going_on(case) -> set[int]:
     """Student rows that a continuation reads, or whose open row is weighted by one."""
     found = case.batch.alignment
-    weighted = found.student_rows[found.ended >= 0].tolist()
-    return {*found.in_teacher.fine_rows.tolist(), *found.in_student.coarse_rows.tolist(), *weighted}
+    weighted = found.student_positions[found.token_end >= 0].tolist()
+    return {
+        *found.teacher_continuations.fine_positions.tolist(),
+        *found.student_continuations.coarse_positions.tolist(),
+        *weighted,
+    }
 
 
 @EVERY_PAIR_OF_TWO
@@ -736,7 +758,7 @@ def test_a_teacher_row_changes_only_what_is_learned_where_it_speaks(make_case, n
     case, settings = make_case(name), {"temperature": 2.0}
     _, before = _learned(case, alignment, **settings)
     teacher, found = case.outputs.teacher_logits, []
-    for row in case.batch.teacher.rows[::8].tolist():
+    for row in case.batch.teacher.positions[::8].tolist():
         kept = teacher[row].clone()
         teacher[row] = kept.roll(1)
         found.append((_changed(before, _learned(case, alignment, **settings)[1]), _spoken_about(case, alignment, row)))
@@ -792,7 +814,9 @@ def test_the_gradient_of_strict_is_zero_outside_its_support_and_sums_to_zero_ins
     _, grad = _learned(case, "strict", teacher_top_k=top_k)
     alignment, partners = case.batch.alignment, _partners(case)
     support = torch.zeros_like(grad, dtype=torch.bool)
-    for k, r, strict in zip(alignment.student_rows, alignment.teacher_rows, alignment.strict.tolist(), strict=True):
+    for k, r, strict in zip(
+        alignment.student_positions, alignment.teacher_positions, alignment.strict.tolist(), strict=True
+    ):
         told = _told(case.outputs.teacher_logits[r], top_k).nonzero().squeeze(1).tolist()
         support[k, [partners[v] for v in told if strict and v in partners]] = True
     assert torch.equal(grad[~support], torch.zeros(int((~support).sum())))
@@ -802,14 +826,14 @@ def test_the_gradient_of_strict_is_zero_outside_its_support_and_sums_to_zero_ins
 @EVERY_PAIR_OF_TWO
 def test_the_projection_lowers_a_token_only_where_the_teacher_gives_its_outcome_less(make_case, name):
     case = make_case(name)
-    lacking, classes, alignment = _only_the_student_has(case), case.aligner.open_classes, case.batch.alignment
+    lacking, classes, alignment = _only_the_student_has(case), case.aligner.shared_classes, case.batch.alignment
     class_of = dict(zip(classes.student_tokens.tolist(), classes.student_classes.tolist(), strict=True))
     _, grad = _learned(case, "projection")
     with_class = [u for u in lacking if u in class_of]
     assert len(with_class) > 20
     inside = _student_rows_going_on(case)
     raised = lowered = 0
-    for k, r in zip(alignment.student_rows.tolist(), alignment.teacher_rows.tolist(), strict=True):
+    for k, r in zip(alignment.student_positions.tolist(), alignment.teacher_positions.tolist(), strict=True):
         if k in inside:
             continue
         own, other = case.outputs.student_logits[k].double().exp(), case.outputs.teacher_logits[r].double().exp()
@@ -827,14 +851,14 @@ def test_the_projection_lowers_a_token_only_where_the_teacher_gives_its_outcome_
 @EVERY_PAIR
 def test_a_step_of_the_projection_does_not_lower_a_favourite_whose_outcome_the_teacher_favours_more(make_case, name):
     case = make_case(name)
-    classes, alignment = case.aligner.open_classes, case.batch.alignment
+    classes, alignment = case.aligner.shared_classes, case.batch.alignment
     class_of = dict(zip(classes.student_tokens.tolist(), classes.student_classes.tolist(), strict=True))
     favourite = [u for u in _only_the_student_has(case) if u in class_of][5]
     members = classes.teacher_tokens[classes.teacher_classes == class_of[favourite]]
     case.outputs.student_logits[:, favourite] = 8.0
     case.outputs.teacher_logits[:, members[0]] = 20.0
     _, grad = _learned(case, "projection")
-    rows = sorted(set(alignment.student_rows.tolist()) - _student_rows_going_on(case))
+    rows = sorted(set(alignment.student_positions.tolist()) - _student_rows_going_on(case))
     assert len(rows) > 5
     after = case.outputs.student_logits - 0.1 * grad
     assert (after[rows, favourite] >= case.outputs.student_logits[rows, favourite]).all()
@@ -847,13 +871,13 @@ def test_a_strict_row_does_not_count_where_the_shared_tokens_hold_little_of_the_
     row = alignment.strict.nonzero()[4].item()
     lacking = next(v for v in range(len(case.aligner.same_token)) if case.aligner.same_token[v] < 0)
     _, before = _learned(case, "strict")
-    weights = case.outputs.teacher_logits[alignment.teacher_rows[row]]
+    weights = case.outputs.teacher_logits[alignment.teacher_positions[row]]
     for share, counts in ((0.85, True), (0.95, False)):
         weights[lacking] = -math.inf
         weights[lacking] = weights.logsumexp(0) + math.log(share / (1 - share))
         _, after = _learned(case, "strict")
-        assert after[alignment.student_rows[row]].any() == counts
-    assert before[alignment.student_rows[row]].any()
+        assert after[alignment.student_positions[row]].any() == counts
+    assert before[alignment.student_positions[row]].any()
 
 
 # float16, and what is not finite
@@ -870,7 +894,7 @@ def test_the_largest_float16_logits_give_finite_losses_and_gradients(make_case, 
         learned, grad = _learned(case, alignment, **settings)
         assert learned.loss.dtype is torch.float32
         assert learned.loss.isfinite()
-        assert learned.raw.isfinite()
+        assert learned.unclamped.isfinite()
         assert learned.dropped == 0
         assert grad.dtype is torch.float16
         assert grad.isfinite().all()
@@ -883,14 +907,14 @@ def _dropped_rows(case, alignment) -> Tensor:
     return {
         "projection": lambda: torch.cat(
             [
-                found.teacher_rows,
-                found.in_teacher.coarse_rows[: len(found.in_teacher.fine_rows)],
-                found.in_student.fine_rows,
+                found.teacher_positions,
+                found.teacher_continuations.coarse_positions[: len(found.teacher_continuations.fine_positions)],
+                found.student_continuations.fine_positions,
             ]
         ),
-        "alm": lambda: case.batch.teacher.rows,
+        "alm": lambda: case.batch.teacher.positions,
         "hidden": lambda: found.teacher_ends,
-    }.get(alignment, lambda: found.teacher_rows)()
+    }.get(alignment, lambda: found.teacher_positions)()
 
 
 @EVERY_KIND
@@ -900,7 +924,7 @@ def test_teacher_rows_that_are_not_finite_are_counted_and_teach_nothing(make_cas
     case = make_case(name)
     settings = {"temperature": 2.0, "kd_direction": "jsd", "logit_clamp_style": style, "logit_clamp": 30.0}
     whole, whole_grad = _learned(case, alignment, **settings)
-    bad = case.batch.teacher.rows[2::7]
+    bad = case.batch.teacher.positions[2::7]
     outputs = case.outputs.teacher_states if alignment == "hidden" else case.outputs.teacher_logits
     outputs[bad, torch.arange(len(bad)) % 5] = torch.tensor([math.inf, -math.inf, math.nan]).repeat(99)[: len(bad)]
     learned, grad = _learned(case, alignment, **settings)
@@ -925,8 +949,8 @@ def test_teacher_rows_that_are_not_finite_are_counted_and_teach_nothing(make_cas
 def test_an_open_row_is_left_out_where_it_is_not_known_whether_the_teacher_was_done(make_case, direction):
     case = make_case("sp_from_byte")
     found = case.batch.alignment
-    place = int((found.ended >= 0).nonzero()[3])
-    row, before = found.student_rows[place], found.in_teacher.coarse_rows[found.ended[place]]
+    place = int((found.token_end >= 0).nonzero()[3])
+    row, before = found.student_positions[place], found.teacher_continuations.coarse_positions[found.token_end[place]]
     whole, whole_grad = _learned(case, "projection", kd_direction=direction)
     case.outputs.teacher_logits[before, 0] = math.nan
     learned, grad = _learned(case, "projection", kd_direction=direction)
@@ -934,7 +958,7 @@ def test_an_open_row_is_left_out_where_it_is_not_known_whether_the_teacher_was_d
     assert not grad[row].any()
     assert 0 < learned.loss < whole.loss
     # It counts by the rows that are not finite themselves, and this one's own row is finite.
-    assert found.teacher_rows[place] != before
+    assert found.teacher_positions[place] != before
     assert learned.dropped == (_dropped_rows(case, "projection") == before).sum() > 0
 
 
@@ -943,7 +967,7 @@ def test_a_teacher_that_is_nowhere_finite_teaches_nothing(make_case, alignment):
     case = make_case("sp_from_byte")
     case.outputs.teacher_logits[:, 3] = case.outputs.teacher_states[:, 3] = math.nan
     learned, grad = _learned(case, alignment)
-    assert learned.loss == learned.raw == 0.0
+    assert learned.loss == learned.unclamped == 0.0
     assert not grad.any()
     assert learned.dropped == len(_dropped_rows(case, alignment))
 
@@ -952,15 +976,21 @@ def _without_rows(case, *fields: str):
     """The case in which a part of the alignment is empty."""
     alignment = case.batch.alignment
     none = {}
-    for side in ("in_teacher", "in_student"):
-        arrays = {k: v[..., :0] for k, v in vars(getattr(alignment, side)).items() if k != "num_going_on"}
-        none[side] = Continuations(**arrays, num_going_on=0)
-    rows = {name: getattr(alignment, name)[:0] for name in ("student_rows", "teacher_rows", "strict", "ended")}
-    no_ways = {"other_ways": alignment.other_ways[:, :0]}
+    for side in ("teacher_continuations", "student_continuations"):
+        arrays = {k: v[..., :0] for k, v in vars(getattr(alignment, side)).items() if k != "num_inside_classes"}
+        none[side] = Continuations(**arrays, num_inside_classes=0)
+    rows = {
+        name: getattr(alignment, name)[:0] for name in ("student_positions", "teacher_positions", "strict", "token_end")
+    }
+    no_ways = {"continuation_paths": alignment.continuation_paths[:, :0]}
     empty = {
-        "in_student": {"in_student": none["in_student"]},
-        "in_teacher": {"in_teacher": none["in_teacher"], "ended": torch.full_like(alignment.ended, -1), **no_ways},
-        "going_on": {**none, "ended": torch.full_like(alignment.ended, -1), **no_ways},
+        "student_continuations": {"student_continuations": none["student_continuations"]},
+        "teacher_continuations": {
+            "teacher_continuations": none["teacher_continuations"],
+            "token_end": torch.full_like(alignment.token_end, -1),
+            **no_ways,
+        },
+        "going_on": {**none, "token_end": torch.full_like(alignment.token_end, -1), **no_ways},
         "open": {**rows, **no_ways},
         "chunks": {
             "student_chunks": torch.full_like(alignment.student_chunks, -1),
@@ -970,7 +1000,7 @@ def _without_rows(case, *fields: str):
             "teacher_ends": alignment.teacher_ends[:0],
         },
     }
-    # "open" comes behind "in_teacher", whose rows it has none of.
+    # "open" comes behind "teacher_continuations", whose rows it has none of.
     changes = {key: value for name in sorted(fields) for key, value in empty[name].items()}
     batch = _cut(case, dataclasses.replace(alignment, **changes))
     return SimpleNamespace(**{**vars(case), "batch": batch})
@@ -980,7 +1010,7 @@ def _without_rows(case, *fields: str):
 def test_an_empty_alignment_teaches_nothing(make_case, alignment, direction, top_k):
     case = _without_rows(make_case("sp_from_byte"), "going_on", "open", "chunks")
     learned, grad = _learned(case, alignment, kd_direction=direction, teacher_top_k=top_k)
-    assert learned.loss == learned.raw == learned.dropped == 0
+    assert learned.loss == learned.unclamped == learned.dropped == 0
     assert not grad.any()
 
 
@@ -1037,28 +1067,30 @@ def test_a_cut_teacher_is_never_further_from_the_student_than_the_whole_one(make
 @pytest.mark.parametrize(
     ("name", "kept"),
     [
-        ("sp_from_byte", "in_teacher"), ("byte_from_sp", "in_teacher"), ("byte_from_sp", "open"),
-        ("byte_from_sp", "in_student"),
+        ("sp_from_byte", "teacher_continuations"), ("byte_from_sp", "teacher_continuations"), ("byte_from_sp", "open"),
+        ("byte_from_sp", "student_continuations"),
     ],
 )  # fmt: skip
 def test_a_row_of_which_the_teachers_top_tells_nothing_teaches_nothing(make_case, name, kept, direction):
     case = make_case(name)
-    case = _without_rows(case, *({"in_teacher", "in_student", "open"} - {kept}))
+    case = _without_rows(case, *({"teacher_continuations", "student_continuations", "open"} - {kept}))
     rows = getattr(case.batch.alignment, kept, None)
     told = {
-        "in_teacher": lambda: rows.coarse_entries[1],
-        "in_student": lambda: rows.fine_entries[1],
-        "open": lambda: case.aligner.open_classes.teacher_tokens,
+        "teacher_continuations": lambda: rows.coarse_entries[1],
+        "student_continuations": lambda: rows.fine_entries[1],
+        "open": lambda: case.aligner.shared_classes.teacher_tokens,
     }[kept]()
     silent = next(v for v in range(case.outputs.teacher_logits.shape[1]) if v not in told)
     case.outputs.teacher_logits[:, silent] = 50.0
     _, whole_grad = _learned(case, "projection", kd_direction="jsd")
-    if kept == "in_student":  # by every other token the teacher tells that the student's token ends, where one can
+    if (
+        kept == "student_continuations"
+    ):  # by every other token the teacher tells that the student's token ends, where one can
         assert not rows.can_end.all()
-        case.outputs.teacher_logits[rows.fine_rows[rows.can_end]] = math.nan
+        case.outputs.teacher_logits[rows.fine_positions[rows.can_end]] = math.nan
     learned, grad = _learned(case, "projection", kd_direction=direction, teacher_top_k=1)
     assert whole_grad.any()
-    assert abs(learned.loss) == abs(learned.raw) < 1e-6
+    assert abs(learned.loss) == abs(learned.unclamped) < 1e-6
     assert grad.abs().max() < 1e-6
 
 
@@ -1081,7 +1113,7 @@ def test_with_equal_tokenizers_the_teachers_rest_moves_all_other_tokens_alike(ma
     """In proportion to what the student gives them; strict, which knows no rest, leaves them."""
     case = make_case("byte_from_byte")
     _, grad = _learned(case, alignment, kd_direction=direction, teacher_top_k=3)
-    best = case.outputs.teacher_logits[case.batch.teacher.rows].topk(3).indices
+    best = case.outputs.teacher_logits[case.batch.teacher.positions].topk(3).indices
     told = torch.zeros_like(grad, dtype=torch.bool).scatter_(1, best, True)
     assert (grad[told] != 0).float().mean() > 0.99
     if alignment == "strict":
@@ -1098,10 +1130,10 @@ def test_with_equal_tokenizers_the_teachers_rest_moves_all_other_tokens_alike(ma
 def _stored(case, k: int, temperature: float) -> CachedTopK:
     """What a cache keeps of the case's teacher, made from its logits in float64."""
     tokens, logits = case.batch.teacher, case.outputs.teacher_logits.double()
-    log_probs = logits[tokens.rows].log_softmax(-1)
+    log_probs = logits[tokens.positions].log_softmax(-1)
     best = log_probs.topk(k)
     places = torch.zeros(len(logits), dtype=torch.int64)
-    places[tokens.rows] = torch.arange(len(tokens.rows))
+    places[tokens.positions] = torch.arange(len(tokens.positions))
     peaks, own = best.values[:, 0], log_probs.gather(1, tokens.targets[:, None])[:, 0]
     gaps = (best.values - peaks[:, None]).half()
     others = log_probs.scatter(1, best.indices, -math.inf)
@@ -1111,7 +1143,7 @@ def _stored(case, k: int, temperature: float) -> CachedTopK:
 
 def _learned_from_stored(case, alignment, k, **settings):
     term, logits = _build(case, alignment, **settings), case.outputs.student_logits.clone().requires_grad_()
-    learned = term(case.batch, Outputs(readout_of(logits), _stored(case, k, term.temperature)))
+    learned = term(case.batch, ForwardOutputs(lazy_logits(logits), _stored(case, k, term.temperature)))
     learned.loss.backward()
     return learned, logits.grad
 
@@ -1138,7 +1170,7 @@ def test_stored_rows_teach_what_the_definition_says_to_1e_3(make_case, name, ali
     wanted.backward()
     assert wanted > 0.1
     torch.testing.assert_close(learned.loss.double(), wanted.detach(), rtol=1e-3, atol=0.0)
-    torch.testing.assert_close(learned.raw.double(), wanted.detach(), rtol=1e-3, atol=0.0)
+    torch.testing.assert_close(learned.unclamped.double(), wanted.detach(), rtol=1e-3, atol=0.0)
     assert (grad - leaf.grad).norm() < 1e-3 * leaf.grad.norm()
 
 
@@ -1157,7 +1189,7 @@ def test_stored_rows_serve_the_terms_that_compare_no_tokens(make_case, name, ali
 @pytest.mark.parametrize("alignment", ["projection", "strict", "alm", "uld"])
 def test_a_stored_row_that_was_not_finite_is_dropped_and_counted_as_a_live_one(make_case, name, alignment):
     case, settings = make_case(name), {"temperature": 2.0, "teacher_top_k": 8}
-    bad = case.batch.alignment.teacher_rows[::3]
+    bad = case.batch.alignment.teacher_positions[::3]
     case.outputs.teacher_logits[bad, 5] = math.nan
     live, live_grad = _learned(case, alignment, **settings)
     learned, grad = _learned_from_stored(case, alignment, 8, **settings)
@@ -1192,7 +1224,7 @@ def test_the_normalized_clamp_floors_the_value_and_leaves_the_gradient(make_case
     wanted = naive(case, case.outputs.student_logits.double(), 2.0, direction=direction, floor=-4.0)
     torch.testing.assert_close(floored.loss.double(), wanted, rtol=1e-5, atol=1e-4)
     assert abs(floored.loss - free.loss) > 0.1
-    assert torch.equal(floored.raw, free.raw)
+    assert torch.equal(floored.unclamped, free.unclamped)
     assert torch.equal(grad, free_grad)
 
 
@@ -1204,7 +1236,7 @@ def test_the_normalized_clamp_floors_what_the_student_says_of_each_token_of_a_ch
     wanted = _naive_alm(case, case.outputs.student_logits.double(), floor=-10.0)
     torch.testing.assert_close(floored.loss.double(), wanted, rtol=1e-5, atol=1e-5)
     assert abs(floored.loss - free.loss) > 0.1
-    assert torch.equal(floored.raw, free.raw)
+    assert torch.equal(floored.unclamped, free.unclamped)
     assert grad.isfinite().all()
     assert (grad != 0).any(1).all()
 
@@ -1226,9 +1258,9 @@ def test_the_raw_clamp_is_no_clamp_of_the_clamped_logits_of_both(make_case, alig
     outside = case.outputs.student_logits.abs() > 10.0
     free, _ = _learned(case, alignment, **settings)
     torch.testing.assert_close(learned.loss, wanted.loss)
-    torch.testing.assert_close(learned.raw, free.raw)
+    torch.testing.assert_close(learned.unclamped, free.unclamped)
     torch.testing.assert_close(grad, wanted_grad.masked_fill(outside, 0.0))
-    assert abs(free.raw - wanted.raw) > 1e-3
+    assert abs(free.unclamped - wanted.unclamped) > 1e-3
     assert outside.any()
     assert wanted.loss > 0.1
 
@@ -1248,7 +1280,7 @@ def test_no_term_is_ever_negative(make_case, name, direction, alignment, top_k):
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(make_case):
     for alignment in [*KINDS, "token"]:
         case = make_case("byte_from_byte")
-        case.outputs.student_logits.copy_(case.outputs.teacher_logits[case.batch.teacher.rows])
+        case.outputs.student_logits.copy_(case.outputs.teacher_logits[case.batch.teacher.positions])
         learned, grad = _learned(case, alignment, temperature=2.0)
         assert abs(learned.loss) < 1e-4
         assert grad.abs().max() < 1e-5
@@ -1285,9 +1317,9 @@ def test_hidden_states_take_no_notice_of_logits(make_case):
 @pytest.mark.parametrize(
     ("alignment", "name", "kind"),
     [
-        ("auto", "sp_from_byte", Projected),
-        ("projection", "sp_from_byte", Projected),
-        ("projection", "byte_from_byte", Projected),
+        ("auto", "sp_from_byte", Projection),
+        ("projection", "sp_from_byte", Projection),
+        ("projection", "byte_from_byte", Projection),
         ("strict", "byte_from_byte", Strict),
         ("strict", "sp_from_byte", Strict),
         ("alm", "sp_from_byte", ChunkLikelihood),
@@ -1312,5 +1344,5 @@ def test_equal_tokenizers_are_compared_token_by_token(corpora, make_student, byt
 def test_only_different_tokenizers_have_continuations(make_case, corpora, name):
     case = make_case(name)
     alignment = case.batch.alignment
-    numbers = [len(record.ends) for record in (alignment.in_teacher, alignment.in_student)]
+    numbers = [len(record.end_classes) for record in (alignment.teacher_continuations, alignment.student_continuations)]
     assert numbers == [0, 0] if corpora[name].pair.equal else min(numbers) > 1

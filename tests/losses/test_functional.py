@@ -16,14 +16,14 @@ from sar_kd.losses.functional import (
     GroupSums,
     LogitClamp,
     LossClamp,
+    all_finite,
     chunk_likelihood,
-    finite_rows,
     log1mexp,
     sorted_distance,
     state_distance,
 )
 from sar_kd.losses.projection.marginals import on_support
-from tests.helpers.lm_heads import cross_entropy, readout_of
+from tests.helpers.lm_heads import cross_entropy, lazy_logits
 
 N, V = 7, 11
 FORWARD, REVERSE, JSD = Divergence("forward"), Divergence("reverse"), Divergence("jsd", 0.3)
@@ -31,7 +31,7 @@ EVERY_DIVERGENCE = pytest.mark.parametrize("divergence", [FORWARD, REVERSE, JSD]
 
 
 def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
-    return tiled_loss.target_log_probs(readout_of(logits), targets, 3)[0]
+    return tiled_loss.target_log_probs(lazy_logits(logits), targets, 3)[0]
 
 
 def _naive_softmax(row: Tensor, temperature: float = 1.0) -> Tensor:
@@ -618,11 +618,11 @@ def test_state_distance_leaves_rows_out():
 def test_finite_rows_finds_every_row_with_a_number_that_is_not_finite(bad, dtype):
     logits = _logits().to(dtype)
     logits[2, : len(bad)] = torch.tensor(bad, dtype=dtype)
-    assert finite_rows(logits).tolist() == [row != 2 for row in range(N)]
+    assert all_finite(logits).tolist() == [row != 2 for row in range(N)]
 
 
 def test_finite_rows_accepts_rows_whose_sum_overflows_float16():
-    assert finite_rows(torch.full((2, 1000), 65504.0, dtype=torch.float16)).all()
+    assert all_finite(torch.full((2, 1000), 65504.0, dtype=torch.float16)).all()
 
 
 # The clamps

@@ -12,13 +12,13 @@ from sar_kd.alignment.segments import positions_per_tile
 from sar_kd.config.sections import LossConfig
 from sar_kd.losses.distillation import TokenLevel
 from sar_kd.losses.functional import LogitClamp, LossClamp
-from sar_kd.losses.tiled_loss import Loss, Tile, stretches_of, target_log_probs, tiled_loss
+from sar_kd.losses.tiled_loss import Tile, TiledLossSpec, split_range, target_log_probs, tiled_loss
 from sar_kd.models.lm_head import LazyLogits, LMHead
-from sar_kd.models.logit_tiles import column_logsumexp, exp_, flat, room_for
+from sar_kd.models.logit_tiles import exp_, flat_view, logsumexp_per_position, padded_width
 from sar_kd.runtime.precision import Precision
 from tests.helpers.lm_heads import FLOAT32
 
-N, V, D, D_T = 35, 37, 5, 7  # more rows than a tile has room for just as many (see `room_for`)
+N, V, D, D_T = 35, 37, 5, 7  # more rows than a tile has room for just as many (see `padded_width`)
 HALF = Precision(torch.device("cpu"), torch.float16, 65536.0)
 EVERY_DIRECTION = pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
 TILE_ROWS = pytest.mark.parametrize("rows", [1, 4, N, 100])
@@ -67,14 +67,14 @@ def _naive_divergence(student: Tensor, teacher: Tensor, direction: str, beta: fl
 def _term(given, tile=N, **settings) -> TokenLevel:
     config = LossConfig(**({"temperature": 2.0, "logit_clamp_style": "off", "jsd_beta": 0.3} | settings))
     rows = len(given.head.weight), len(given.teacher_head.weight)
-    sizes = SimpleNamespace(student_vocab_size=rows[0], teacher_vocab_size=rows[1], teacher_tokens=min(rows))
+    sizes = SimpleNamespace(student_vocab_size=rows[0], teacher_vocab_size=rows[1], num_teacher_tokens=min(rows))
     term = TokenLevel(config, SimpleNamespace(pair=sizes))
-    term.tile_rows = tile
+    term.positions_per_tile = tile
     return term
 
 
 def _tiles(rows: int) -> list[Tile]:
-    return [Tile(part, part) for part in stretches_of(N, rows)]
+    return [Tile(part, part, None, None) for part in split_range(N, rows)]
 
 
 def _found(given, term, rows=N, ce=0.7, kd=0.6, precision=FLOAT32, scale=1.0, factor=None, learner="student"):
@@ -84,11 +84,11 @@ def _found(given, term, rows=N, ce=0.7, kd=0.6, precision=FLOAT32, scale=1.0, fa
     leaves = [None if x is None else x.clone().requires_grad_() for x in (states, head.weight, head.bias)]
     readouts = {side: LazyLogits(*parts, precision) for side, parts in sides.items()}
     readouts[learner] = LazyLogits(leaves[0], dataclasses.replace(head, weight=leaves[1], bias=leaves[2]), precision)
-    compare = term.compare if kd else None
+    compare = term.loss_and_grad if kd else None
     targets = given.targets if learner == "student" else None
-    loss = Loss(_tiles(rows), targets, compare, ce, kd, term.clamp, factor, scale, learner)
+    loss = TiledLossSpec(_tiles(rows), targets, compare, ce, kd, term.clamp, factor, scale, learner)
     sums = tiled_loss(loss, *readouts.values())
-    (sums.minimised * scale).backward()
+    (sums.total * scale).backward()
     return sums, [None if leaf is None else leaf.grad for leaf in leaves]
 
 
@@ -125,7 +125,7 @@ def _tensors(head: LMHead):
 def _assert_same(found, wanted, rtol=1e-5):
     sums, gradients = found
     total, ce, kd, wanted_gradients = wanted
-    for value, naive in ((sums.minimised, total), (sums.raw_ce, ce), (sums.raw_kd, kd)):
+    for value, naive in ((sums.total, total), (sums.unclamped_ce, ce), (sums.unclamped_kd, kd)):
         torch.testing.assert_close(value.double(), naive, rtol=rtol, atol=1e-5)
     for gradient, naive in zip(gradients, wanted_gradients, strict=True):
         assert (gradient is None) == (naive is None)
@@ -166,8 +166,8 @@ def test_a_teacher_learns_from_the_same_tiles(direction, rows):
     term = _term(given, kd_direction=direction)
     sums, gradients = _found(given, term, rows, learner="teacher")
     total, _, kd, wanted = _wanted(given, direction, learner="teacher")
-    torch.testing.assert_close(sums.minimised.double(), total, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(sums.raw_kd.double(), kd, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sums.total.double(), total, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sums.unclamped_kd.double(), kd, rtol=1e-5, atol=1e-5)
     for gradient, naive in zip(gradients[:2], wanted[:2], strict=True):
         torch.testing.assert_close(gradient.double(), naive, rtol=1e-4, atol=1e-5)
 
@@ -177,7 +177,7 @@ def test_either_term_may_stand_alone(ce, kd):
     given = _given()
     sums, gradients = _found(given, _term(given), 4, ce=ce, kd=kd)
     total, *_, wanted = _wanted(given, ce=ce, kd=kd)
-    torch.testing.assert_close(sums.minimised.double(), total, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sums.total.double(), total, rtol=1e-5, atol=1e-5)
     for gradient, naive in zip(gradients[:2], wanted[:2], strict=True):
         torch.testing.assert_close(gradient.double(), naive, rtol=1e-4, atol=1e-5)
 
@@ -186,10 +186,10 @@ def test_either_term_may_stand_alone(ce, kd):
 @pytest.mark.parametrize("rows", [4, N])
 def test_a_clamp_on_the_cross_entropy_reaches_its_gradient_alone(style, rows):
     given, clamp = _given(spread=2.0), LossClamp(style, 3.0)
-    factor = None if style == "off" else lambda ce: clamp.factor(ce / N)
+    factor = None if style == "off" else lambda ce: clamp.grad_factor(ce / N)
     sums, gradients = _found(given, _term(given), rows, factor=factor)
-    assert sums.raw_ce / N > 4.0
-    expected = {"scale": 3.0 / (sums.raw_ce / N).item(), "hard": 0.0, "off": 1.0}[style]
+    assert sums.unclamped_ce / N > 4.0
+    expected = {"scale": 3.0 / (sums.unclamped_ce / N).item(), "hard": 0.0, "off": 1.0}[style]
     *_, wanted = _wanted(given, ce=0.7 * expected)
     torch.testing.assert_close(gradients[0].double(), wanted[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gradients[1].double(), wanted[1], rtol=1e-4, atol=1e-5)
@@ -199,14 +199,14 @@ def test_a_clamp_on_the_cross_entropy_reaches_its_gradient_alone(style, rows):
 def test_a_row_that_counts_in_no_tile_teaches_no_text(rows):
     given = _given()
     counts = (torch.arange(N) % 3 > 0).float()
-    tiles = [tile._replace(counts=counts[tile.student]) for tile in _tiles(rows)]
+    tiles = [dataclasses.replace(tile, ce_mask=counts[tile.student]) for tile in _tiles(rows)]
     leaf = given.states.clone().requires_grad_()
-    loss = Loss(tiles, given.targets, None, 1.0, 0.0, LogitClamp())
+    loss = TiledLossSpec(tiles, given.targets, None, 1.0, 0.0, LogitClamp())
     sums = tiled_loss(loss, LazyLogits(leaf, given.head, FLOAT32), None)
-    sums.minimised.backward()
+    sums.total.backward()
     said = -_naive_logits(given.states.double(), _double(given.head)).log_softmax(-1)
     wanted = (said.gather(1, given.targets[:, None])[:, 0] * counts).sum()
-    torch.testing.assert_close(sums.raw_ce.double(), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sums.unclamped_ce.double(), wanted, rtol=1e-5, atol=1e-5)
     assert torch.equal((leaf.grad != 0).any(1), counts > 0)
 
 
@@ -216,8 +216,11 @@ def _double(head: LMHead) -> LMHead:
 
 def test_a_head_that_does_not_learn_gets_no_gradient_and_its_states_do():
     given = _given()
-    leaf, loss = given.states.clone().requires_grad_(), Loss(_tiles(4), given.targets, None, 1.0, 0.0, LogitClamp())
-    tiled_loss(loss, LazyLogits(leaf, given.head, FLOAT32), None).minimised.backward()
+    leaf, loss = (
+        given.states.clone().requires_grad_(),
+        TiledLossSpec(_tiles(4), given.targets, None, 1.0, 0.0, LogitClamp()),
+    )
+    tiled_loss(loss, LazyLogits(leaf, given.head, FLOAT32), None).total.backward()
     assert leaf.grad.any()
     assert given.head.weight.grad is None
 
@@ -246,16 +249,16 @@ def test_rows_that_are_not_finite_are_counted_wherever_they_are():
     given.states[[2, 9]] = torch.tensor([math.inf, math.nan])[:, None]
     sums, _ = _found(given, _term(given), 4)
     assert sums.nonfinite == 2
-    assert sums.minimised.isnan()
+    assert sums.total.isnan()
 
 
 def test_a_tile_fits_into_the_workspace_and_has_a_row_at_least():
     for workspace in (1, 8, 64, 256):
         for size in (97, 2048, 2 * 50257, 2 * 151936):
             rows, room = positions_per_tile(workspace, size), workspace * 2**20 / 4 / size
-            assert room_for(rows) <= max(1, 1.02 * room)
+            assert padded_width(rows) <= max(1, 1.02 * room)
             assert rows + 8 > room
-            assert rows == room_for(rows)
+            assert rows == padded_width(rows)
     assert positions_per_tile(64, 151936, 151936) == 56
     assert positions_per_tile(1, 10**9) == 1
 
@@ -264,7 +267,7 @@ def test_a_tile_fits_into_the_workspace_and_has_a_row_at_least():
 def test_the_normaliser_of_the_largest_float16_logits_is_exact(temperature):
     tile = torch.where(torch.randn(V, N) > 0, 6e4, -6e4)
     wanted = (tile.double() / temperature).logsumexp(0)
-    torch.testing.assert_close(column_logsumexp(tile, temperature).double(), wanted, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(logsumexp_per_position(tile, temperature).double(), wanted, rtol=1e-6, atol=0.0)
 
 
 # float16
@@ -291,7 +294,7 @@ def _naive_half(given, scale: float) -> list[Tensor]:
         student = torch.nn.functional.linear(leaves[0], leaves[1])
         teacher = torch.nn.functional.linear(given.teacher, given.teacher_head.weight)
     log_p, log_t = ((z.float() / 2.0).log_softmax(-1) for z in (student, teacher))
-    with HALF.products():
+    with HALF.matmul_context():
         (scale * 4.0 * (log_t.exp() * (log_t - log_p)).sum() / len(given.targets)).backward()
     return [leaf.grad / scale for leaf in leaves]
 
@@ -310,11 +313,11 @@ def test_float16_gradients_are_no_further_from_the_truth_than_those_of_the_usual
     naive = _naive_half(given, scale)
     leaves = [given.states.clone().requires_grad_(), given.head.weight.clone().requires_grad_()]
     readouts = LazyLogits(leaves[0], LMHead(leaves[1]), HALF), LazyLogits(given.teacher, given.teacher_head, HALF)
-    tiles = [Tile(part, part) for part in stretches_of(rows, 20)]
+    tiles = [Tile(part, part, None, None) for part in split_range(rows, 20)]
     term = _term(given)
-    loss = Loss(tiles, None, term.compare, 0.0, 1.0, term.clamp, scale=torch.tensor(scale / rows))
+    loss = TiledLossSpec(tiles, None, term.loss_and_grad, 0.0, 1.0, term.clamp, grad_scale=torch.tensor(scale / rows))
     sums = tiled_loss(loss, *readouts)
-    (sums.minimised * scale / rows).backward()
+    (sums.total * scale / rows).backward()
     for leaf, usual, exact in zip(leaves, naive, truth, strict=True):
         assert _error(leaf.grad / scale, exact) <= 1.05 * _error(usual, exact)
         assert _error(usual, exact) < 0.1
@@ -335,9 +338,11 @@ def test_gradients_too_small_for_half_survive_because_the_scale_is_in_them_when_
     for scale in (1.0, 65536.0):
         leaf = given.states.clone().requires_grad_()
         readouts = LazyLogits(leaf, given.head, HALF), LazyLogits(given.teacher, given.teacher_head, HALF)
-        loss = Loss([Tile(slice(None), slice(None))], None, term.compare, 0.0, 1e-5, term.clamp)
-        loss = dataclasses.replace(loss, scale=torch.tensor(scale / rows))
-        (tiled_loss(loss, *readouts).minimised * scale / rows).backward()
+        loss = TiledLossSpec(
+            [Tile(slice(None), slice(None), None, None)], None, term.loss_and_grad, 0.0, 1e-5, term.clamp
+        )
+        loss = dataclasses.replace(loss, grad_scale=torch.tensor(scale / rows))
+        (tiled_loss(loss, *readouts).total * scale / rows).backward()
         norms.append((leaf.grad / scale).norm())
     assert norms[1] > 0
     assert norms[0] < 0.5 * norms[1]
@@ -349,8 +354,8 @@ def test_a_tile_with_room_for_more_columns_holds_the_logits_and_is_written_to_by
     weight, bias = torch.randn(50, states.shape[1]), torch.randn(50)
     tile = LazyLogits(states, LMHead(weight, bias), FLOAT32).tile(slice(None))
     torch.testing.assert_close(tile, (states @ weight.T + bias).T)
-    assert tile.stride(0) == room_for(count)
-    flat(tile)[7 * tile.stride(0) + count - 1] = 5.0
+    assert tile.stride(0) == padded_width(count)
+    flat_view(tile)[7 * tile.stride(0) + count - 1] = 5.0
     assert tile[7, count - 1] == 5.0
 
 

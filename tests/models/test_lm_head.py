@@ -1,4 +1,4 @@
-"""Heads found by trying them: what is known of a model's logits, and what is left alone."""
+"""LM heads verified by running the model, and models whose logits are computed in another way."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def _model(name: str) -> nn.Module:
     model = MODELS[name]().eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(3.0)  # logits that a cap or a scale is seen in
+            parameter.mul_(3.0)  # large enough for a softcap or a scale to matter
         head = model.get_output_embeddings()
         if getattr(head, "bias", None) is not None:
             head.bias.normal_()
@@ -56,19 +56,18 @@ def _model(name: str) -> nn.Module:
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_the_tile_of_a_models_states_is_its_logits(name):
+def test_a_tile_computed_from_hidden_states_is_the_models_logits(name):
     model = _model(name)
     head = LMHeads(FLOAT32).of(model)
     assert head is not None
-    wanted = model(input_ids=INPUT_IDS, use_cache=False).logits.flatten(0, 1)
+    expected = model(input_ids=INPUT_IDS, use_cache=False).logits.flatten(0, 1)
     states = backbone_of(model)(input_ids=INPUT_IDS, use_cache=False).last_hidden_state.flatten(0, 1)
-    readout = LazyLogits(states, head, FLOAT32)
-    torch.testing.assert_close(readout.tile(slice(None)).T, wanted, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(readout.logits(), wanted, rtol=1e-5, atol=1e-5)
-    assert readout.vocab_size == wanted.shape[1]
+    logits = LazyLogits(states, head, FLOAT32)
+    torch.testing.assert_close(logits.tile(slice(None)).T, expected, rtol=1e-5, atol=1e-5)
+    assert logits.vocab_size == expected.shape[1]
 
 
-def test_what_a_configuration_says_of_its_head_is_found():
+def test_scale_softcap_and_bias_of_a_head_are_found():
     found = {name: LMHeads(FLOAT32).of(_model(name)) for name in ("llama", "gemma2", "granite", "cohere", "phi")}
     assert {name: head.scale for name, head in found.items() if head.scale != 1.0} == {
         "granite": 0.125,
@@ -83,7 +82,7 @@ def test_a_tied_head_is_the_embedding_itself():
     assert LMHeads(FLOAT32).of(model).weight is model.get_input_embeddings().weight
 
 
-def test_a_head_that_someone_listens_to_is_left_alone_while_they_do():
+def test_a_head_with_a_forward_hook_is_not_used():
     model, heads = _model("llama"), LMHeads(FLOAT32)
     assert heads.of(model) is not None
     handle = model.lm_head.register_forward_hook(lambda module, args, out: out)
@@ -93,7 +92,7 @@ def test_a_head_that_someone_listens_to_is_left_alone_while_they_do():
 
 
 class _Adapted(nn.Module):
-    """A head with a low-rank part beside its weight, which is zero at first."""
+    """A head with a low-rank adapter, which is zero at first."""
 
     def __init__(self, base: nn.Linear):
         super().__init__()
@@ -108,7 +107,7 @@ class _Adapted(nn.Module):
         return self.base(states) + self.up(self.down(states))
 
 
-def test_a_head_with_more_than_a_weight_and_a_bias_is_left_alone():
+def test_a_head_with_more_than_a_weight_and_a_bias_is_not_used():
     model = _model("llama")
     model.lm_head = _Adapted(model.lm_head)
     assert LMHeads(FLOAT32).of(model) is None
@@ -117,7 +116,7 @@ def test_a_head_with_more_than_a_weight_and_a_bias_is_left_alone():
 @pytest.mark.parametrize(
     "change", [lambda z: z * 1.5, lambda z: z.roll(1, -1), lambda z: z + 0.5], ids=["x", "roll", "+"]
 )
-def test_logits_that_come_about_in_another_way_are_left_alone(change):
+def test_a_model_that_changes_its_logits_after_the_head_is_noticed(change):
     model = _model("llama")
     forward = model.forward
 
@@ -130,13 +129,13 @@ def test_logits_that_come_about_in_another_way_are_left_alone(change):
     assert LMHeads(FLOAT32).of(model) is None
 
 
-def test_states_that_are_changed_before_the_head_are_noticed():
+def test_a_model_that_changes_its_states_before_the_head_is_noticed():
     model = _model("llama")
     model.lm_head.register_forward_pre_hook(lambda module, args: (args[0] * 2.0,))
     assert LMHeads(FLOAT32).of(model) is None
 
 
-def test_trying_a_head_draws_no_random_number_and_leaves_the_mode():
+def test_verifying_a_head_keeps_the_random_state_and_the_training_mode():
     model = _model("gpt2").train()
     state = torch.get_rng_state()
     assert LMHeads(FLOAT32).of(model) is not None

@@ -9,7 +9,7 @@ from sar_kd.commands.train import main as train
 from sar_kd.config.command_line import parse
 from sar_kd.config.presets import STABLE
 from sar_kd.config.sections import GuardConfig, LossConfig, OptimConfig, TeacherMemoryConfig
-from sar_kd.data.dataset import Dataset
+from sar_kd.data.dataset import build_dataset
 from sar_kd.data.samples import Document
 from sar_kd.errors import UsageError
 from sar_kd.evaluation.perplexity import evaluate
@@ -22,7 +22,7 @@ from sar_kd.runtime.precision import Precision, setup_precision
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 from sar_kd.training.guards import StepGuard
 from sar_kd.training.optimizer import build_optimizer
-from sar_kd.training.step import train_step
+from sar_kd.training.step import StepContext, train_step
 
 CPU = torch.device("cpu")
 KINDS = pytest.mark.parametrize("alignment", ["auto", "strict", "alm", "uld", "hidden"])
@@ -34,7 +34,7 @@ def corpora(byte_tokenizer, sp_tokenizer, corpus_texts):
 
     def corpus(teacher, **how):
         pair = TokenizerPair(sp_tokenizer, teacher, student_vocab_size=len(sp_tokenizer), teacher_vocab_size=len(teacher), **how)
-        return Dataset(documents, pair, 24, 60)
+        return build_dataset(documents, pair, 24, 60)
 
     return {
         "auto": corpus(byte_tokenizer, projects=True),
@@ -65,7 +65,8 @@ def _run(corpora, make_student, alignment="auto", dtype=torch.float32, offloads=
     )
 
     def step(number):
-        return train_step(corpus.micro_batches(number, 2, 3, 0), objective, optimizer, guard, precision, 1.0)
+        context = StepContext(objective, optimizer, guard, precision, 1.0)
+        return train_step(corpus.micro_batches(number, 2, 3, 0), context)
 
     return step, student, teacher, offload, gradients, objective, precision, corpus
 
@@ -123,15 +124,16 @@ def test_what_travels_is_all_but_the_head_and_comes_back_as_it_was(make_student)
         assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
-def test_a_batch_that_nobody_listened_to_is_read_all_the_same(corpora, make_student):
+def test_precomputed_teacher_outputs_give_the_loss_of_a_teacher_that_is_run(corpora, make_student):
     *_, offload, _, objective, _, corpus = _run(corpora, make_student, offloads=True)
     batch = corpus.batch([0, 1])
     plain = objective(batch).kd.item()
-    objective.precompute_teacher([batch])
+    (teacher_outputs,) = objective.precompute_teacher([batch])
     assert not offload.is_on_device
-    heard = objective(batch).kd.item()
+    precomputed = objective(batch, objective.forward_models(batch, teacher_outputs)).kd.item()
+    assert not offload.is_on_device
     again = objective(corpus.batch([0, 1])).kd.item()
-    assert plain == heard == again
+    assert plain == precomputed == again
     assert offload.is_on_device
 
 

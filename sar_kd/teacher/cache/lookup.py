@@ -1,13 +1,13 @@
-"""Where the rows of a text that was stored before lie: by document, and by token within the document.
+"""Finds the cached record of each target token of a run: by document, and by token within the document.
 
-A run may leave out documents that were stored, because its student's tokenizer cannot represent them, and may cut a
-conversation shorter. A document that the teacher's tokenizer now cuts otherwise, because the student's has changed its
-text, has no rows.
+A run may skip documents that are in the cache, because its student's tokenizer cannot represent them, and may cut a
+conversation shorter. A document whose teacher tokens differ from the cached ones, because the student's tokenizer has
+changed its text, has no records.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,58 +17,183 @@ from torch import Tensor
 
 from sar_kd.data.batch import CachedTopK
 from sar_kd.data.column_store import DamagedStore, open_column_store, strings_of
-from sar_kd.teacher.cache.format import Shards, cache_error, index_path, key_of
-from sar_kd.tokenization.token_stream import Block, Counting, TokenizedText
+from sar_kd.losses.tiled_loss import split_range
+from sar_kd.teacher.cache.format import Shards, cache_error, index_key, index_path
+from sar_kd.tokenization.token_stream import Block, TokenCount, TokenizedText
 
-_STRETCH = 2**20
+CHUNK = 2**20
+"""Tokens that are processed at once"""
 
 
 @dataclass(frozen=True)
 class CacheIndex:
-    """What a stored text says about its rows; arrays of files. Rows of plain documents come first."""
+    """The index of a cached text, memory-mapped. Records of plain documents come first, then conversations."""
 
     tokens: np.ndarray
-    """int32 [N]: what each row predicts"""
+    """int32 [N]: the target token of each record"""
     ends: np.ndarray
-    """int64 [N]: where that token ends in the joined text, in bytes; in tokens, where a tokenizer's have none"""
+    """int64 [N]: where that token ends in the concatenated text, in bytes; in tokens if the tokenizer has no bytes"""
     documents: np.ndarray
-    """int64 [D + 1]: rows before each document, and all"""
+    """int64 [D + 1]: records before each document, and of all"""
     names: Sequence[str]
-    """Of the documents, in order"""
-    windows: np.ndarray
-    """int64 [W]: rows of plain documents after which the teacher began anew"""
+    """Names of the documents, in order"""
+    block_ends: np.ndarray
+    """int64: records of plain documents before the end of each of the teacher's blocks, in which it read them"""
     num_conversations: int
-    """The last documents; each was read as a whole"""
+    """The last documents; the teacher read each as one block"""
 
 
 class CachedText:
-    """A text with what the teacher said of it."""
+    """A text whose teacher logits are cached."""
 
     def __init__(self, folder: Path, header: dict, text: str, temperature: float):
-        """header: of the cache in `folder`; text: one of `TEXTS`; temperature: the run's, if the cache has it
+        """text: one of `TEXTS`; temperature: of the run; it matters where the cache has it
 
-        Raises: UsageError if its index is damaged
+        Raises: UsageError if the index is damaged
         """
-        self.folder, self.shards, known = folder, Shards(folder, header, text), header["facts"]["temperatures"]
-        self.temperature = known.index(temperature if temperature in known else known[0]), temperature
-        """Its place among those of the cache, and itself"""
+        self.shards, temperatures = Shards(folder, header, text), header["metadata"]["temperatures"]
+        self.temperature = temperature
+        self.temperature_index = temperatures.index(temperature) if temperature in temperatures else 0
         path = index_path(folder, text)
         try:
-            columns, facts = open_column_store(path, key_of(header, text))
+            columns, metadata = open_column_store(path, index_key(header, text))
         except (DamagedStore, OSError) as error:
-            raise cache_error(folder, f"{path.relative_to(folder)} cannot be used ({error}); --overwrite") from None
+            reason = f"{path.relative_to(folder)} cannot be used ({error}); rebuild it with --overwrite"
+            raise cache_error(folder, reason) from None
         self.index = CacheIndex(
             columns["tokens"],
             columns["ends"],
             columns["documents"],
             strings_of(columns, "names"),
-            columns["windows"],
-            facts["num_conversations"],
+            columns["block_ends"],
+            metadata["num_conversations"],
         )
 
-    def beside(self, text: TokenizedText) -> CacheLookup:
-        """Its rows, found for the same text as a run reads it."""
-        return CacheLookup(text, self.index, self.shards, self.temperature)
+    def lookup(self, text: TokenizedText) -> CacheLookup:
+        """The records of the same text as a run tokenizes it."""
+        return CacheLookup(text, self.index, self)
+
+
+class CacheLookup:
+    """A run's text with the cached record of each target token of the teacher."""
+
+    def __init__(self, text: TokenizedText, index: CacheIndex, cached: CachedText | None = None):
+        """cached: the records; None if only their indices are needed"""
+        self.text, self.index, self._cached = text, index, cached
+        self.starts = plain_starts(text)
+        self._conversation_starts = text.conversations.ranges[:, 2]
+        stored = self._stored_documents()
+        self.first_records = np.where(stored >= 0, index.documents[stored], -1)
+        """int64 [documents]: index of the first record of each, -1 if it has none"""
+        self._drop_changed(stored)
+
+    def _stored_documents(self) -> np.ndarray:
+        """int64 [documents]: which cached document each one is, by name and order; -1 if it is not cached."""
+        names, stored_names = self.text.names, self.index.names
+        num_conversations = len(self._conversation_starts)
+        if (len(names), num_conversations) == (len(stored_names), self.index.num_conversations):
+            return np.arange(len(names))
+        found = np.full(len(names), -1, dtype=np.int64)
+        plain = len(names) - num_conversations, len(stored_names) - self.index.num_conversations
+        start = stored = 0
+        for end, stored_end in (plain, (len(names), len(stored_names))):
+            for document in range(start, end):
+                name = names[document]
+                match = next((i for i in range(stored, stored_end) if stored_names[i] == name), None)
+                if match is not None:
+                    found[document], stored = match, match + 1
+            start, stored = end, stored_end
+        return found
+
+    def _drop_changed(self, stored: np.ndarray) -> None:
+        """Unset the records of documents whose tokens differ from the cached ones."""
+        sizes = np.diff(self.index.documents)
+        num_plain = len(self.starts) - 1
+        self.first_records[:num_plain][sizes[stored[:num_plain]] != np.diff(self.starts)] = -1
+        for part in split_range(int(self.starts[-1]), CHUNK):
+            documents, records = self._plain_records(np.arange(part.start, part.stop))
+            differ = self.index.tokens[np.maximum(records, 0)] != self.text.teacher.ids[part]
+            self.first_records[documents[differ]] = -1
+        for number, (_, _, start, end) in enumerate(self.text.conversations.ranges.tolist(), num_plain):
+            first = self.first_records[number]
+            targets = self.text.teacher.ids[start:end][self.text.teacher.is_target[start:end]]
+            tokens = self.index.tokens[first : first + len(targets)]
+            if first >= 0 and (len(targets) > sizes[stored[number]] or not np.array_equal(targets, tokens)):
+                self.first_records[number] = -1
+
+    def _plain_records(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The document and the record index (-1: none) of each of some token positions in the plain documents."""
+        documents = np.searchsorted(self.starts[:-1], tokens, side="right") - 1
+        firsts = self.first_records[documents]
+        return documents, np.where(firsts < 0, -1, firsts + tokens - self.starts[documents])
+
+    @property
+    def num_missing(self) -> int:
+        """Documents without records."""
+        return int((self.first_records < 0).sum())
+
+    @property
+    def first_missing(self) -> list[str]:
+        """Names of the first five of them."""
+        return [self.text.names[int(i)] for i in np.flatnonzero(self.first_records < 0)[:5]]
+
+    def record_indices(self, start: int, end: int) -> np.ndarray:
+        """int64: the record of each target token in a block of the teacher's tokens, -1 for none."""
+        if start < self.starts[-1]:
+            return self._plain_records(np.arange(start, end))[1]
+        count = int(self.text.teacher.is_target[start:end].sum())
+        first = self.first_records[len(self.starts) - 1 + int(np.searchsorted(self._conversation_starts, start))]
+        return np.full(count, -1) if first < 0 else np.arange(first, first + count)
+
+    def records(self, blocks: Sequence[Block], positions: Tensor, num_positions: int) -> CachedTopK:
+        """The cached logits of a batch.
+
+        positions: int64 [N], ascending: which of the teacher's `num_positions` flattened positions predict a target
+        """
+        assert self._cached is not None
+        indices = [self.record_indices(block.teacher_start, block.teacher_end) for block in blocks]
+        records = self._cached.shards.take(np.concatenate(indices))
+        record_index = torch.zeros(num_positions, dtype=torch.int64)
+        record_index[positions] = torch.arange(len(positions))
+        tail_log_ratios = records["tail_log_ratios"][:, self._cached.temperature_index]
+        return CachedTopK(
+            record_index,
+            ids=torch.from_numpy(records["ids"].astype(np.int32)),
+            max_log_probs=torch.from_numpy(records["max_log_prob"].copy()),
+            log_prob_gaps=torch.from_numpy(records["log_prob_gaps"].copy()),
+            target_log_probs=torch.from_numpy(records["target_log_prob"].copy()),
+            tail_log_ratios=torch.from_numpy(tail_log_ratios.copy()),
+            temperature=self._cached.temperature,
+        )
+
+    def total_nats(self) -> tuple[float, int]:
+        """The teacher's loss over all targets of the text, and their number; nan if some have no record."""
+        assert self._cached is not None
+        total, count = 0.0, 0
+        plain = ((part.start, part.stop) for part in split_range(int(self.starts[-1]), CHUNK))
+        conversations = ((start, end) for _, _, start, end in self.text.conversations.ranges.tolist())
+        for start, end in (*plain, *conversations):
+            indices = self.record_indices(start, end)
+            total -= float(self._cached.shards.take(indices)["target_log_prob"].astype(np.float64).sum())
+            count += len(indices)
+        return total, count
+
+    def block_ends(self) -> np.ndarray:
+        """int64, ascending: where the teacher's blocks end, in its tokens of this text's plain documents."""
+        cached = np.flatnonzero(self.first_records[: len(self.starts) - 1] >= 0)
+        if not len(cached):
+            return self.starts[-1:][self.starts[-1:] > 0]
+        firsts, starts = self.first_records[cached], self.starts[cached]
+        sizes = self.starts[cached + 1] - starts
+        document = np.maximum(np.searchsorted(firsts, self.index.block_ends - 1, side="right") - 1, 0)
+        within = np.clip(self.index.block_ends - firsts[document], 0, sizes[document])
+        ends = np.union1d(starts[document] + within, self.starts[-1:])
+        return ends[ends > 0]
+
+    def record_ends(self, ends: np.ndarray) -> np.ndarray:
+        """int64: ends of ranges of this text's plain documents, as record indices; only those with records."""
+        records = self._plain_records(ends - 1)[1]
+        return records[records >= 0] + 1
 
 
 def plain_starts(text: TokenizedText) -> np.ndarray:
@@ -76,146 +201,6 @@ def plain_starts(text: TokenizedText) -> np.ndarray:
     count = len(text.names) - len(text.conversations)
     end = int(text.conversations[0].teacher_start) if len(text.conversations) else len(text.teacher.ids)
     starts = np.asarray(text.starts[:count])
-    if not isinstance(text.teacher.ends, Counting):
+    if not isinstance(text.teacher.ends, TokenCount):
         starts = np.searchsorted(text.teacher.ends[:end], starts, side="right")
     return np.append(starts, end).astype(np.int64)
-
-
-def split_range(size: int) -> Iterator[slice]:
-    """`size` rows in stretches that fit into memory."""
-    return (slice(first, min(first + _STRETCH, size)) for first in range(0, size, _STRETCH))
-
-
-class CacheLookup:
-    """A text beside its stored rows."""
-
-    def __init__(
-        self,
-        text: TokenizedText,
-        index: CacheIndex,
-        shards: Shards | None = None,
-        temperature: tuple[int, float] = (0, 1.0),
-    ):
-        """shards: where the rows are; None where only their places are asked for. temperature: as `CachedText`'s"""
-        self.text, self.index, self.shards, self.temperature = text, index, shards, temperature
-        self.starts = plain_starts(text)
-        self._talks = text.conversations.ranges[:, 2]
-        places = self._places()
-        self.firsts = np.where(places >= 0, index.documents[places], -1)
-        """int64 [documents]: the first stored row of each, -1 for none"""
-        self._compare(places)
-
-    @property
-    def num_unknown(self) -> int:
-        """Documents without rows."""
-        return int((self.firsts < 0).sum())
-
-    @property
-    def some_unknown(self) -> list[str]:
-        """The first of them."""
-        return [self.text.names[int(i)] for i in np.flatnonzero(self.firsts < 0)[:5]]
-
-    def _places(self) -> np.ndarray:
-        """int64 [documents]: which stored document each is, by name and order; -1 where there is none."""
-        count, talks = len(self.text.names), len(self._talks)
-        stored = len(self.index.names)
-        if (count, talks) == (stored, self.index.num_conversations):
-            return np.arange(count)
-        found = np.full(count, -1, dtype=np.int64)
-        ends = (count - talks, stored - self.index.num_conversations), (count, stored)
-        own = other = 0
-        for end, stored_end in ends:
-            while own < end:
-                name, at = self.text.names[own], other
-                while at < stored_end and self.index.names[at] != name:
-                    at += 1
-                if at < stored_end:
-                    found[own], other = at, at + 1
-                own += 1
-            other = stored_end
-        return found
-
-    def _compare(self, places: np.ndarray) -> None:
-        """Take the rows from every document whose tokens are not those stored."""
-        sizes = np.diff(self.index.documents)
-        plain = len(self.starts) - 1
-        self.firsts[:plain][sizes[places[:plain]] != np.diff(self.starts)] = -1
-        for part in split_range(int(self.starts[-1])):
-            documents, rows = self._plain(np.arange(part.start, part.stop))
-            wrong = self.index.tokens[np.maximum(rows, 0)] != self.text.teacher.ids[part]
-            self.firsts[documents[wrong]] = -1
-        for number, (_, _, start, end) in enumerate(self.text.conversations.ranges.tolist()):
-            place, row = places[plain + number], self.firsts[plain + number]
-            own = self.text.teacher.ids[start:end][self.text.teacher.is_target[start:end]]
-            stored = self.index.tokens[row : row + len(own)]
-            if row >= 0 and (len(own) > sizes[place] or not np.array_equal(own, stored)):
-                self.firsts[plain + number] = -1
-
-    def _plain(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The document of each of some tokens of plain documents, and its stored row, -1 for none."""
-        documents = np.searchsorted(self.starts[:-1], tokens, side="right") - 1
-        rows = self.firsts[documents]
-        return documents, np.where(rows < 0, -1, rows + tokens - self.starts[documents])
-
-    def rows(self, cuts: Sequence[Block], rows: Tensor, num_places: int) -> CachedTopK:
-        """What the teacher said of a batch.
-
-        rows: int64 [N], which of the teacher's `num_places` flattened logits predict something, ascending
-        """
-        assert self.shards is not None
-        found = self.shards.take(np.concatenate([self.rows_of(c.teacher_start, c.teacher_end) for c in cuts]))
-        places = torch.zeros(num_places, dtype=torch.int64)
-        places[rows] = torch.arange(len(rows))
-        place, temperature = self.temperature
-        return CachedTopK(
-            places,
-            ids=torch.from_numpy(found["ids"].astype(np.int32)),
-            peaks=torch.from_numpy(found["peak"].copy()),
-            gaps=torch.from_numpy(found["gaps"].copy()),
-            log_probs=torch.from_numpy(found["log_prob"].copy()),
-            rests=torch.from_numpy(found["rests"][:, place].copy()),
-            temperature=temperature,
-        )
-
-    def nats(self) -> tuple[float, int]:
-        """What the teacher makes of all the text that is predicted, and how many tokens that is; nan if not all is
-        known.
-        """
-        assert self.shards is not None
-        total, count = 0.0, 0
-        for start, end in self._spans():
-            rows = self.rows_of(start, end)
-            total -= float(self.shards.take(rows)["log_prob"].astype(np.float64).sum())
-            count += len(rows)
-        return total, count
-
-    def _spans(self) -> Iterator[tuple[int, int]]:
-        for part in split_range(int(self.starts[-1])):
-            yield part.start, part.stop
-        for _, _, start, end in self.text.conversations.ranges.tolist():
-            yield start, end
-
-    def rows_of(self, start: int, end: int) -> np.ndarray:
-        """int64: the stored row of each token to be predicted in a block of the teacher's tokens, -1 for none."""
-        if start < self.starts[-1]:
-            return self._plain(np.arange(start, end))[1]
-        count = int(self.text.teacher.is_target[start:end].sum())
-        row = self.firsts[len(self.starts) - 1 + int(np.searchsorted(self._talks, start))]
-        return np.full(count, -1) if row < 0 else np.arange(row, row + count)
-
-    def windows(self) -> np.ndarray:
-        """int64, ascending: where the stored windows end, in the teacher's tokens of this text's plain documents."""
-        known = np.flatnonzero(self.firsts[: len(self.starts) - 1] >= 0)
-        if not len(known):
-            return self.starts[-1:][self.starts[-1:] > 0]
-        rows, starts = self.firsts[known], self.starts[known]
-        sizes = self.starts[known + 1] - starts
-        before = np.maximum(np.searchsorted(rows, self.index.windows - 1, side="right") - 1, 0)
-        within = np.clip(self.index.windows - rows[before], 0, sizes[before])
-        ends = np.union1d(starts[before] + within, self.starts[-1:])
-        return ends[ends > 0]
-
-    def stored_ends(self, ends: np.ndarray) -> np.ndarray:
-        """int64: where stretches of this text's plain documents end among the stored rows; those with rows only."""
-        rows = self._plain(ends - 1)[1]
-        return rows[rows >= 0] + 1
