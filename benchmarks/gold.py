@@ -35,7 +35,7 @@ from sar_kd.commands.main import run  # noqa: E402
 from sar_kd.data.batch import Batch, TokenBatch  # noqa: E402
 from sar_kd.errors import UsageError  # noqa: E402
 from sar_kd.losses.objective import LossTerms, Objective  # noqa: E402
-from sar_kd.losses.tiled_loss import Loss, Tile, tiled_loss  # noqa: E402
+from sar_kd.losses.tiled_loss import Tile, TiledLossSpec, tiled_loss  # noqa: E402
 from sar_kd.models.lm_head import LazyLogits  # noqa: E402
 
 
@@ -50,13 +50,14 @@ class GoldObjective(Objective):
         self.lengths = [_piece_lengths(tokenizer) for tokenizer in self.tokenizers]
         self.gold = ULDLoss(gold, *self.tokenizers)
 
-    def __call__(self, batch: Batch, outputs=None, scale=1.0) -> LossTerms:
+    def __call__(self, batch: Batch, outputs=None, grad_scale=1.0) -> LossTerms:
         with self.precision.autocast():
             logits = self.student(input_ids=batch.student.input_ids, use_cache=False).logits
             with torch.no_grad():
                 teacher_logits = self.teacher(input_ids=batch.teacher.input_ids, use_cache=False).logits
-        predicting = logits.flatten(0, 1)[batch.student.rows]
-        text = Loss([Tile(slice(None))], batch.student.targets, None, 1.0, 0.0, self.logit_clamp)
+        predicting = logits.flatten(0, 1)[batch.student.positions]
+        tiles = [Tile(slice(None), slice(0), None, None)]
+        text = TiledLossSpec(tiles, batch.student.targets, None, 1.0, 0.0, self.logit_clamp)
         text = tiled_loss(text, LazyLogits(predicting, None, self.precision), None)
         gold = self.gold(
             logits.float(),
@@ -71,10 +72,10 @@ class GoldObjective(Objective):
         kd = gold * batch.num_target_tokens  # GOLD's is a mean
         return dataclasses.replace(
             LossTerms.zero(logits.device),
-            total=self.alpha_ce * text.minimised + self.alpha_kd * kd,
-            ce=text.raw_ce,
+            total=self.alpha_ce * text.total + self.alpha_kd * kd,
+            ce=text.unclamped_ce,
             kd=kd.detach(),
-            nonfinite_rows=text.nonfinite,
+            nonfinite_positions=text.nonfinite,
         )
 
 

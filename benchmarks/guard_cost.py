@@ -58,22 +58,22 @@ class Side:
         run.optimizer.zero_grad(set_to_none=True)
 
 
-def _all_columns(tile):
+def _all_positions(tile):
     return torch.ones(tile.shape[1], dtype=torch.bool, device=tile.device)
 
 
 @contextlib.contextmanager
 def _unchecked():
-    """Every row is taken to be finite."""
+    """Every position is taken to be finite."""
     users = tiled_loss, distillation, projection_loss
-    former = logit_tiles.finite_columns, logit_tiles.silence_
+    former = logit_tiles.finite_positions, logit_tiles.mask_positions_
     for module in users:
-        module.finite_columns, module.silence_ = _all_columns, lambda tile, keep: tile
+        module.finite_positions, module.mask_positions_ = _all_positions, lambda tile, keep: tile
     try:
         yield
     finally:
         for module in users:
-            module.finite_columns, module.silence_ = former
+            module.finite_positions, module.mask_positions_ = former
 
 
 def compare(flags: list[str], pairs: int, of_cpu: bool) -> dict[str, list[float]]:

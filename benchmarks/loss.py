@@ -23,9 +23,9 @@ from torch import Tensor
 
 from sar_kd.config.sections import LossConfig, PrecisionConfig
 from sar_kd.losses.distillation import TokenLevel
-from sar_kd.losses.tiled_loss import Loss, tiled_loss
+from sar_kd.losses.tiled_loss import TiledLossSpec, tiled_loss
 from sar_kd.models.lm_head import LazyLogits, LMHead
-from sar_kd.runtime.precision import Precision, setup
+from sar_kd.runtime.precision import Precision, setup_precision
 
 try:
     from trl.experimental.gkd.gkd_trainer import GKDTrainer
@@ -48,11 +48,12 @@ class Case:
         if precision.dtype is not torch.float32:
             self.teacher_weight = self.teacher_weight.to(precision.dtype)
         self.scale = SCALE if precision.dtype is torch.float16 else 1.0
-        sizes = SimpleNamespace(**dict.fromkeys(("student_rows", "teacher_rows", "teacher_tokens"), vocab_size))
+        names = "student_vocab_size", "teacher_vocab_size", "num_teacher_tokens"
+        sizes = SimpleNamespace(**dict.fromkeys(names, vocab_size))
         config = LossConfig(temperature=1.0, logit_clamp_style="off", loss_workspace_mb=workspace_mb)
         self.term = TokenLevel(config, SimpleNamespace(pair=sizes))
         self.batch = SimpleNamespace(
-            alignment=SimpleNamespace(teacher_rows=torch.arange(rows, device=precision.device))
+            alignment=SimpleNamespace(teacher_positions=torch.arange(rows, device=precision.device))
         )
 
     def leaves(self) -> tuple[Tensor, Tensor]:
@@ -63,7 +64,7 @@ class Case:
             return torch.nn.functional.linear(states, weight)
 
     def backward(self, loss: Tensor) -> None:
-        with self.precision.products():
+        with self.precision.matmul_context():
             (loss * self.scale / self.rows).backward()
 
 
@@ -72,8 +73,9 @@ def ours(case: Case) -> None:
     student = LazyLogits(states, LMHead(weight), case.precision)
     teacher = LazyLogits(case.teacher, LMHead(case.teacher_weight), case.precision)
     scale = torch.tensor(case.scale / case.rows, device=case.precision.device)
-    loss = Loss(case.term.tiles(case.batch), None, case.term.compare, 0.0, 1.0, case.term.clamp, scale=scale)
-    case.backward(tiled_loss(loss, student, teacher).minimised)
+    tiles, term = case.term.tiles(case.batch), case.term
+    spec = TiledLossSpec(tiles, None, term.loss_and_grad, 0.0, 1.0, term.clamp, grad_scale=scale)
+    case.backward(tiled_loss(spec, student, teacher).total)
 
 
 def naive(case: Case) -> None:
@@ -89,7 +91,7 @@ def floor(case: Case) -> None:
     states, weight, teacher, teacher_weight = (
         tensor.to(dtype) for tensor in (case.states, case.weight, case.teacher, case.teacher_weight)
     )
-    with case.precision.products():
+    with case.precision.matmul_context():
         logits, _ = states @ weight.T, teacher @ teacher_weight.T
         _, _ = logits @ weight, logits.T @ states
 
@@ -170,7 +172,7 @@ def main() -> None:
     )
     print("|---|---:|---:|---:|" + "---:|" * len(sides))
     for dtype in options.model_dtype:
-        precision = setup(PrecisionConfig(model_dtype=dtype, device=options.device), 0)
+        precision = setup_precision(PrecisionConfig(model_dtype=dtype, device=options.device), 0)
         for vocab_size in options.vocab_size:
             for rows in options.rows:
                 case = Case(vocab_size, rows, options.width, precision, options.loss_workspace_mb)
