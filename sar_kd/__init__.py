@@ -3,30 +3,40 @@
     from sar_kd import distill
     result = distill("embedded", "embedded", mode="precise", train_steps=100)
 
-Shapes, everywhere: B batch, T positions, V vocabulary (rows of the head), D hidden size, N flattened tokens that
-count, K of them that a teacher row speaks about, M and E entries of a vocabulary map, E experts where there is a
-router; `_s` student, `_t` teacher.
+Shapes, everywhere: B batch, T positions, V vocabulary size (of the LM head), D hidden size, N flattened positions that
+count, K those of them that are compared with the teacher (a tile's, in a tile), C classes shared by two vocabularies,
+or chunks of bytes, M tokens of a vocabulary map, E entries of an index array, or experts of a router; `_s` student,
+`_t` teacher.
 
-Reading order: `train_sar_kd_stable.py`, `step.train_step`, `objective`, `losses`, `guards`; then the way of the
-data, `data`, `alignment`, `tokens`.
+Reading order: `commands/train.py`, `training/step.py`, `losses/objective.py`, `training/guards.py`; then the way of the
+data: `data/sources.py`, `data/tokenized_text.py`, `data/blocks.py`, `data/dataset.py`, `alignment/aligner.py`.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 from sar_kd.version import __version__
 
 if TYPE_CHECKING:
     from sar_kd.api import Distilled, distill
+    from sar_kd.errors import TrainingDiverged, UsageError
+    from sar_kd.teacher.moe.router_checkpoint import load_router_update
 
-__all__ = ["Distilled", "__version__", "distill"]
+__all__ = ["Distilled", "TrainingDiverged", "UsageError", "__version__", "distill", "load_router_update"]
+
+_MODULES = {
+    "Distilled": "sar_kd.api",
+    "TrainingDiverged": "sar_kd.errors",
+    "UsageError": "sar_kd.errors",
+    "distill": "sar_kd.api",
+    "load_router_update": "sar_kd.teacher.moe.router_checkpoint",
+}
 
 
 def __getattr__(name: str):
-    """Load the Python interface when it is first asked for: the command line must not wait for it."""
-    if name not in ("distill", "Distilled"):
+    """Import a public name when it is first used: the command line must not wait for all of them."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'sar_kd' has no attribute '{name}'")
-    from sar_kd import api
-
-    return getattr(api, name)
+    return getattr(importlib.import_module(_MODULES[name]), name)

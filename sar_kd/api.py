@@ -1,4 +1,4 @@
-"""Distillation from Python, for notebooks: the same settings, guards and run folder as on the command line."""
+"""Distillation from Python: the same settings, guards and run folder as on the command line."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ ModelLike = str | Path | nn.Module | tuple[nn.Module, Any]
 
 TextsLike = str | Path | Iterable[str | Path | Mapping[str, Any]]
 
-_NAMED = {
+_PARAMETERS = {
     "teacher_model": "teacher",
     "student_model": "student",
     "train_file": "texts",
     "validation_file": "validation_texts",
 }
-"""Flags that `distill` has under another name."""
+"""The options that are parameters of `distill` under another name."""
 
 
 @dataclass(frozen=True)
 class Distilled:
-    """What came of it."""
+    """The result of `distill`."""
 
     student: nn.Module
-    """The best student by validation loss, in eval mode, as `student/` holds it"""
+    """The best student by validation loss, in eval mode; the one saved in `student/`"""
     tokenizer: Any
     summary: dict
     """`summary.json`"""
@@ -45,7 +45,7 @@ class Distilled:
     """The run folder; `report.html` in it, where matplotlib is installed"""
 
     def _repr_html_(self) -> str:
-        """The report, in a notebook."""
+        """The report, for a notebook."""
         report = self.folder / "report.html"
         if not report.is_file():
             return f"<p>{self.summary['status']}, perplexity {self.summary['val_ppl_final']:.2f}: {self.folder}</p>"
@@ -61,43 +61,43 @@ def distill(
     validation_texts: TextsLike | None = None,
     mode: str = "balanced",
     output_dir: str | Path | None = None,
-    **flags: Any,
+    **options: Any,
 ) -> Distilled:
     """Distil `teacher` into `student` on `texts`.
 
     teacher, student  a hub id or a directory; or a loaded model with its tokenizer, `(model, tokenizer)`. A loaded
-                      student is trained in place and ends with the last weights, a loaded teacher is frozen and cast to
-                      the run's dtype. 'embedded' is the pair shipped with the package
-    texts             a file (.txt, .jsonl, .jsonl.gz) or several (`Path`s); or the texts themselves: strings, or rows
-                      such as a .jsonl file holds ({"text": ...}, {"messages": [...]}, {"prompt": ..., "completion":
-                      ...}). None for the embedded text
+                      student is trained in place and ends with the last weights; a loaded teacher is frozen and cast to
+                      the run's dtype. 'embedded': the models shipped with the package
+    texts             a file (.txt, .jsonl, .jsonl.gz) or several (`Path`s); or the examples themselves, strings or
+                      dicts as in a .jsonl file: {"text": ...}, {"messages": [...]}, {"prompt": ..., "completion":
+                      ...}. None: the embedded text
     validation_texts  held-out text, likewise; by default 5 % of `texts`
-    mode, flags       as on the command line: train_steps=200, temperature=2.0, resume=True, ...
-    output_dir        the run folder. Texts that are handed over are written beside it, so that --resume finds them
+    output_dir        the run folder. Examples given in memory are written beside it, so that resume=True finds them
+    mode, options     as on the command line: train_steps=200, temperature=2.0, resume=True, ...
 
     Returns: `Distilled`: the best student, its tokenizer, the summary and the run folder
-    Raises: UsageError (a ValueError) naming the flag and the remedy; TrainingDiverged after an emergency stop, once all
-    is saved; KeyboardInterrupt at a second Ctrl-C (the first one saves, and the summary says 'interrupted')
+    Raises: UsageError (a ValueError) naming the option and the remedy; TrainingDiverged after an emergency stop, once
+    all is saved; KeyboardInterrupt at a second Ctrl-C (the first one saves, and the summary says 'interrupted')
     """
-    for flag, name in _NAMED.items():
-        if flag in flags:
-            raise UsageError(f"distill({flag}=...): is called {name} here")
+    for option, name in _PARAMETERS.items():
+        if option in options:
+            raise UsageError(f"distill({option}=...): is called {name} here")
     pairs: dict[str, tuple[nn.Module, Any]] = {}
-    values: dict[str, Any] = {"mode": mode, **flags}
-    for flag, model in (("teacher_model", teacher), ("student_model", student)):
-        values[flag] = _name_of(flag, model, pairs)
+    values: dict[str, Any] = {"mode": mode, **options}
+    for option, model in (("teacher_model", teacher), ("student_model", student)):
+        values[option] = _name_of(option, model, pairs)
     if values.get("teacher_cache") and "teacher_model" in pairs:
         raise UsageError(f"--teacher_cache {values['teacher_cache']}: give the teacher by name, not one in memory")
     if values.get("task") and "student_model" in pairs and not values.get("skip_baseline"):
         raise UsageError(
-            f"--task {values['task']}: a student in memory is there once, and cross-entropy alone would train another; "
+            f"--task {values['task']}: the baseline would need a second student, and the one in memory exists once; "
             "give skip_baseline=True"
         )
     folder = Path(output_dir or f"runs/{STABLE.run_name}-{time.strftime('%Y%m%d-%H%M%S')}")
     values["output_dir"] = str(folder)
-    for flag, given in (("train_file", texts), ("validation_file", validation_texts)):
-        if given is not None:
-            values[flag] = _files_of(flag, given, folder, values.get("text_field", "text"))
+    for option, examples in (("train_file", texts), ("validation_file", validation_texts)):
+        if examples is not None:
+            values[option] = _files_of(option, examples, folder, values.get("text_field", "text"))
     summary = train(configure(STABLE, values), LoadedModels(pairs))
     best, tokenizer = load_for_generation(
         "student_model", str(folder / "student"), values.get("trust_remote_code", False)
@@ -105,33 +105,33 @@ def distill(
     return Distilled(best, tokenizer, summary, folder)
 
 
-def _name_of(flag: str, model: ModelLike, pairs: dict[str, tuple[nn.Module, Any]]) -> str:
-    """What the settings call a model; one that is loaded is entered in `pairs`."""
+def _name_of(option: str, model: ModelLike, pairs: dict[str, tuple[nn.Module, Any]]) -> str:
+    """A model's name in the settings; a loaded model is added to `pairs`."""
     if isinstance(model, (str, Path)):
         return str(model)
     if isinstance(model, nn.Module):
-        raise UsageError(f"--{flag}: a loaded model needs its tokenizer: give (model, tokenizer)")
+        raise UsageError(f"--{option}: a loaded model needs its tokenizer: give (model, tokenizer)")
     if not (isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], nn.Module)):
         kind = type(model).__name__
-        raise UsageError(f"--{flag}: {kind} is neither a hub id, nor a directory, nor a (model, tokenizer) pair")
-    pairs[flag] = model
+        raise UsageError(f"--{option}: {kind} is neither a hub id, nor a directory, nor a (model, tokenizer) pair")
+    pairs[option] = model
     name = getattr(model[0], "name_or_path", "") or type(model[0]).__name__
     return f"{IN_MEMORY} {name}"
 
 
-def _files_of(flag: str, texts: TextsLike, folder: Path, text_field: str) -> list[str]:
-    """The files that hold these texts; what is handed over in memory is written into one, beside the run folder."""
+def _files_of(option: str, texts: TextsLike, folder: Path, text_field: str) -> list[str]:
+    """The files that hold these examples; those given in memory are written to one beside the run folder."""
     if isinstance(texts, (str, Path)):
         return [str(texts)]
-    rows: Sequence = list(texts)
-    if rows and all(isinstance(row, Path) for row in rows):
-        return [str(row) for row in rows]
-    wrong = next((row for row in rows if not isinstance(row, (str, Mapping))), None)
-    if wrong is not None or not rows:
-        found = "nothing" if not rows else type(wrong).__name__
-        raise UsageError(f"--{flag}: holds {found}; give texts, rows as of a .jsonl file, or paths")
-    objects = [{text_field: row} if isinstance(row, str) else dict(row) for row in rows]
-    path = folder.with_name(f"{folder.name}.{flag.removesuffix('_file')}.jsonl")
+    examples: Sequence = list(texts)
+    if examples and all(isinstance(example, Path) for example in examples):
+        return list(map(str, examples))
+    wrong = next((example for example in examples if not isinstance(example, (str, Mapping))), None)
+    if wrong is not None or not examples:
+        found = "nothing" if not examples else type(wrong).__name__
+        raise UsageError(f"--{option}: holds {found}; give texts, dicts as in a .jsonl file, or paths")
+    objects = [{text_field: each} if isinstance(each, str) else dict(each) for each in examples]
+    path = folder.with_name(f"{folder.name}.{option.removesuffix('_file')}.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in objects))
+    atomic_write(path, "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in objects))
     return [str(path)]

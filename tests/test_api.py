@@ -18,6 +18,7 @@ from sar_kd.embedded import STUDENT_DIR
 from sar_kd.errors import UsageError
 from sar_kd.models.loading import IN_MEMORY
 from sar_kd.runtime.signals import StopRequest
+from sar_kd.teacher.moe import router_checkpoint
 from sar_kd.training import trainer
 
 STEPS = {"train_steps": 2, "block_size": 32, "eval_steps": 1, "log_steps": 1, "student_lr": 3e-3, "device": "cpu"}
@@ -121,8 +122,12 @@ def test_the_report_is_shown_in_a_notebook(pairs, corpus_texts, tmp_path):
     assert shown.count('"') == 4  # nothing inside the page ends the attribute
 
 
-def test_importing_the_package_loads_no_torch():
-    assert "distill" in sar_kd.__all__
+def test_the_public_names_are_these_and_no_other():
+    names = {"Distilled", "TrainingDiverged", "UsageError", "__version__", "distill", "load_router_update"}
+    assert set(sar_kd.__all__) == names
+    assert sar_kd.UsageError is UsageError
+    assert sar_kd.load_router_update is router_checkpoint.load_router_update
+    assert all(getattr(sar_kd, name) is not None for name in names)
     with pytest.raises(AttributeError, match="no attribute 'destil'"):
         _ = sar_kd.destil
 
