@@ -1,4 +1,4 @@
-"""Clamps taken to the letter: what they would leave to learn, in figures, and a refusal where that is nothing."""
+"""What raw logit clamps and hard loss clamps leave to learn, and a refusal where that is nothing."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ from sar_kd.alignment.segments import positions_per_tile
 from sar_kd.config.sections import LossConfig
 from sar_kd.data.dataset import Dataset
 from sar_kd.errors import UsageError
-from sar_kd.losses.tiled_loss import stretches_of
+from sar_kd.losses.tiled_loss import split_range
 from sar_kd.models.lm_head import LMHeads, forward_to_lm_head
-from sar_kd.models.loading import Models, num_rows
+from sar_kd.models.loading import Models, vocab_size_of
 from sar_kd.runtime.precision import Precision
 
 
-def clamp_lines(loss: LossConfig, student_vocab: int, teacher_vocab: int) -> tuple[list[str], dict]:
-    """What the clamps do to these vocabularies, in lines and in figures."""
-    floor = raw_clamp_perplexity_floor(student_vocab, loss.logit_clamp)
-    largest = raw_clamp_largest_probability(teacher_vocab, loss.logit_clamp, loss.temperature)
-    letter = f"perplexity {floor:.2f} or more, teacher at most p = {largest:.2g}"
-    bound, fresh = f"Logits in [-{loss.logit_clamp:g}, {loss.logit_clamp:g}]", math.log(student_vocab)
+def clamp_lines(loss: LossConfig, student_vocab_size: int, teacher_vocab_size: int) -> tuple[list[str], dict]:
+    """The effect of the clamps for these vocabularies, as lines and as a record."""
+    floor = raw_clamp_perplexity_floor(student_vocab_size, loss.logit_clamp)
+    largest = raw_clamp_largest_probability(teacher_vocab_size, loss.logit_clamp, loss.temperature)
+    limits = f"perplexity {floor:.2f} or more, teacher at most p = {largest:.2g}"
+    bound = f"Logits in [-{loss.logit_clamp:g}, {loss.logit_clamp:g}]"
     of_logits = {
-        "raw": f"{bound} to the letter: {letter}",
-        "normalized": f"{bound}, normalized: no probability is capped (raw: {letter})",
+        "raw": f"{bound}, raw: {limits}",
+        "normalized": f"{bound}, normalized: no probability is capped (raw: {limits})",
         "off": "Logits are not clamped",
     }
+    fresh = f"a fresh student starts at ln V = {math.log(student_vocab_size):.2f}"
     of_loss = {
-        "hard": f"Loss above {loss.loss_clamp:g} has no gradient; a fresh student starts at ln V = {fresh:.2f}",
+        "hard": f"Loss above {loss.loss_clamp:g} has no gradient; {fresh}",
         "scale": f"Loss above {loss.loss_clamp:g} is scaled down to it, its gradient's direction kept",
         "off": "The loss is not clamped",
     }
-    figures = {"raw_perplexity_floor": floor, "raw_largest_teacher_probability": largest}
-    return [of_logits[loss.logit_clamp_style], of_loss[loss.loss_clamp_style]], figures
+    record = {"raw_perplexity_floor": floor, "raw_largest_teacher_probability": largest}
+    return [of_logits[loss.logit_clamp_style], of_loss[loss.loss_clamp_style]], record
 
 
 def check_clamps(
@@ -44,81 +45,68 @@ def check_clamps(
     start_loss: float,
     heads: LMHeads | None = None,
 ) -> list[str]:
-    """Lines to show about clamps taken to the letter; none for the default styles.
+    """Lines about raw and hard clamps; none for the default styles.
 
     start_loss: the student's validation loss before the first step, nats per token
-    heads: of models that have been tried already
-    Raises: UsageError with the figures, where a clamp leaves nothing to learn and `--force` is not given
+    heads: LM heads verified earlier
+    Raises: UsageError if a clamp leaves nothing to learn and `--force` is not given
     """
-    raw, hard = loss.logit_clamp_style == "raw", loss.loss_clamp_style == "hard"
-    if not (raw or hard):
+    raw = loss.logit_clamp_style == "raw"
+    if not raw and loss.loss_clamp_style != "hard":
         return []
-    student_vocab, teacher_vocab = num_rows(models.student), num_rows(models.teacher or models.student)
-    reasons = reasons_not_to_learn(
-        logit_clamp=loss.logit_clamp if raw else None,
-        loss_clamp=loss.loss_clamp if hard else None,
-        temperature=loss.temperature,
-        distils=loss.alpha_kd > 0,
-        student_vocab=student_vocab,
-        teacher_vocab=teacher_vocab,
-        start_loss=start_loss,
-        saturated=_saturated_share(models, validation, precision, loss, heads) if raw else 0.0,
-    )
-    if reasons and not loss.force:
-        raise UsageError(f"{reasons[0]}, or --force to try all the same")
-    notices = [f"Forced: {reason}" for reason in reasons]
+    student, teacher = vocab_size_of(models.student), vocab_size_of(models.teacher or models.student)
+    saturated = _saturated_share(models, validation, precision, loss, heads) if raw else 0.0
+    lines = [f"Forced: {reason}" for reason in require_learnable(loss, student, teacher, start_loss, saturated)]
     if raw:
-        floor = raw_clamp_perplexity_floor(student_vocab, loss.logit_clamp)
-        largest = raw_clamp_largest_probability(teacher_vocab, loss.logit_clamp, loss.temperature)
-        notices.append(
+        floor = raw_clamp_perplexity_floor(student, loss.logit_clamp)
+        largest = raw_clamp_largest_probability(teacher, loss.logit_clamp, loss.temperature)
+        lines.append(
             f"Raw logit clamp: no training perplexity below {floor:.4f}, no teacher probability above {largest:.4f}"
         )
-    return notices
+    return lines
 
 
-def reasons_not_to_learn(
-    *,
-    logit_clamp: float | None,
-    loss_clamp: float | None,
-    temperature: float,
-    distils: bool,
-    student_vocab: int,
-    teacher_vocab: int,
-    start_loss: float,
-    saturated: float,
+def require_learnable(
+    loss: LossConfig,
+    student_vocab_size: int,
+    teacher_vocab_size: int,
+    start_loss: float = 0.0,
+    saturated: float = 0.0,
 ) -> list[str]:
-    """Why clamps taken to the letter would leave this student nothing to learn; empty if they do not.
+    """The reasons why raw and hard clamps would leave this student nothing to learn; none for other styles.
 
-    logit_clamp  the bound of a raw logit clamp, None if the clamp has another style
-    loss_clamp   the bound of a hard loss clamp, None likewise
-    start_loss   the student's validation loss before the first step, nats per token
-    saturated    share of the student's logits outside the clamp on held-out text
+    start_loss: the student's validation loss before the first step, nats per token
+    saturated: share of the student's logits outside the clamp on held-out text
+    Raises: UsageError with the first reason, unless `--force` is given
     """
     reasons = []
-    if loss_clamp is not None and start_loss > loss_clamp:
+    if loss.loss_clamp_style == "hard" and start_loss > loss.loss_clamp:
         reasons.append(
             f"--loss_clamp_style hard: the student starts at {start_loss:.2f} nats per token (ln V = "
-            f"{math.log(student_vocab):.2f}), above --loss_clamp {loss_clamp:g}, where a hard clamp has zero gradient; "
-            "use --loss_clamp_style scale"
+            f"{math.log(student_vocab_size):.2f}), above --loss_clamp {loss.loss_clamp:g}, where a hard clamp has zero "
+            "gradient; use --loss_clamp_style scale"
         )
-    if logit_clamp is not None:
-        floor = raw_clamp_perplexity_floor(student_vocab, logit_clamp)
+    if loss.logit_clamp_style == "raw":
+        clamp, option, remedy = loss.logit_clamp, "--logit_clamp_style raw:", "; use --logit_clamp_style normalized"
+        floor = raw_clamp_perplexity_floor(student_vocab_size, clamp)
         if floor > 1.5:
             reasons.append(
-                f"--logit_clamp_style raw: with V = {student_vocab} and --logit_clamp {logit_clamp:g} no training "
-                f"perplexity below {floor:.2f} can be expressed; use --logit_clamp_style normalized"
+                f"{option} with V = {student_vocab_size} and --logit_clamp {clamp:g} no training perplexity below "
+                f"{floor:.2f} can be expressed{remedy}"
             )
-        largest = raw_clamp_largest_probability(teacher_vocab, logit_clamp, temperature)
-        if distils and largest < 0.1:
+        largest = raw_clamp_largest_probability(teacher_vocab_size, clamp, loss.temperature)
+        if loss.alpha_kd > 0 and largest < 0.1:
             reasons.append(
-                f"--logit_clamp_style raw: with V = {teacher_vocab} and --temperature {temperature:g} the teacher can "
-                f"give no token more than p = {largest:.4f}; use --logit_clamp_style normalized"
+                f"{option} with V = {teacher_vocab_size} and --temperature {loss.temperature:g} the teacher can give "
+                f"no token more than p = {largest:.4f}{remedy}"
             )
         if saturated > 0.5:
             reasons.append(
-                f"--logit_clamp_style raw: {saturated:.0%} of the student's logits lie outside "
-                f"[-{logit_clamp:g}, {logit_clamp:g}] and would have no gradient; use --logit_clamp_style normalized"
+                f"{option} {saturated:.0%} of the student's logits lie outside [-{clamp:g}, {clamp:g}] and would have "
+                f"no gradient{remedy}"
             )
+    if reasons and not loss.force:
+        raise UsageError(f"{reasons[0]}, or --force to try all the same")
     return reasons
 
 
@@ -126,13 +114,14 @@ def reasons_not_to_learn(
 def _saturated_share(
     models: Models, validation: Dataset, precision: Precision, loss: LossConfig, heads: LMHeads | None
 ) -> float:
+    """Share of the student's logits outside the clamp, on one held-out block."""
     batch = next(validation.token_batches("student", 1)).to(precision.device)
     head = (heads or LMHeads(precision)).of(models.student)
-    readout, _ = forward_to_lm_head(models.student, head, batch.input_ids, precision)
+    logits, _ = forward_to_lm_head(models.student, head, batch.input_ids, precision)
     outside = torch.zeros((), dtype=torch.int64, device=precision.device)
-    for rows in stretches_of(len(readout), positions_per_tile(loss.loss_workspace_mb, readout.vocab_size)):
-        outside += (readout.tile(rows).abs() > loss.logit_clamp).sum()
-    return outside.item() / (len(readout) * readout.vocab_size)
+    for positions in split_range(len(logits), positions_per_tile(loss.loss_workspace_mb, logits.vocab_size)):
+        outside += (logits.tile(positions).abs() > loss.logit_clamp).sum()
+    return outside.item() / (len(logits) * logits.vocab_size)
 
 
 def raw_clamp_perplexity_floor(vocab_size: int, clamp: float) -> float:
@@ -144,7 +133,7 @@ def raw_clamp_perplexity_floor(vocab_size: int, clamp: float) -> float:
 
 
 def raw_clamp_largest_probability(vocab_size: int, clamp: float, temperature: float) -> float:
-    """Largest probability that a softmax at `temperature` of logits in [-clamp, clamp] can give one token.
+    """Largest probability of one token under softmax at `temperature` of logits in [-clamp, clamp].
 
     1 / (1 + (V - 1) * exp(-2 * clamp / T))
     """

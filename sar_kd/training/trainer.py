@@ -1,4 +1,4 @@
-"""The loop around the step: show it; evaluate, save and stop when the calendar says so."""
+"""The training loop around the step: evaluate, log, save, rewind and stop on schedule."""
 
 from __future__ import annotations
 
@@ -6,280 +6,264 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
-
-import torch
+from typing import NamedTuple
 
 from sar_kd.config.fields import RunConfig
-from sar_kd.data.batch import Batch
 from sar_kd.data.dataset import Dataset
 from sar_kd.errors import TrainingDiverged, UsageError
-from sar_kd.evaluation.perplexity import Evaluation, evaluate, figures_of, shard_batches
-from sar_kd.losses.objective import Objective
+from sar_kd.evaluation.perplexity import Evaluation, evaluate
 from sar_kd.models.loading import Models
-from sar_kd.models.lora import exports
-from sar_kd.preflight.checks import describe
+from sar_kd.models.lora import models_to_save
+from sar_kd.preflight.checks import describe_text
 from sar_kd.preflight.clamp_checks import check_clamps
 from sar_kd.reporting.run_log import RunLog
-from sar_kd.runtime.precision import Precision
 from sar_kd.runtime.signals import StopRequest
-from sar_kd.teacher.base import NoTeacher
-from sar_kd.teacher.live import LiveTeacher
+from sar_kd.teacher.base import Teacher
 from sar_kd.training.batch_loader import BatchLoader
-from sar_kd.training.callbacks import Callback, Callbacks
+from sar_kd.training.callbacks import Callback, MicroBatches
 from sar_kd.training.checkpoint import TrainerState, load_checkpoint, save_checkpoint, save_student
-from sar_kd.training.guards import StepGuard, notices_of
+from sar_kd.training.guards import verdict_messages
 from sar_kd.training.on_policy import OnPolicy
 from sar_kd.training.optimizer import learning_rate_at, set_learning_rate_
-from sar_kd.training.parallel import SINGLE_DEVICE, ParallelStrategy
 from sar_kd.training.recovery import Recovery
-from sar_kd.training.step import StepReport, train_step
+from sar_kd.training.step import StepContext, StepReport, train_step
+
+
+class Datasets(NamedTuple):
+    """What a run trains on, and held-out text."""
+
+    train: Dataset
+    validation: Dataset
 
 
 class Trainer:
-    """A run: its parts, and the calendar of what happens when."""
+    """One run of training."""
 
     def __init__(
         self,
         config: RunConfig,
         models: Models,
-        train: Dataset,
-        validation: Dataset,
-        objective: Objective,
-        optimizer: torch.optim.Optimizer,
-        guard: StepGuard,
-        precision: Precision,
+        datasets: Datasets,
+        context: StepContext,
         log: RunLog,
-        routing: LiveTeacher | NoTeacher,
-        placement: ParallelStrategy = SINGLE_DEVICE,
-        companions: Sequence[Callback] = (),
+        teacher: Teacher,
+        callbacks: Sequence[Callback] = (),
         on_policy: OnPolicy | None = None,
     ):
-        self.placement, self.process_group = placement, placement.process_group
-        self.config, self.models, self.log, self.routing = config, models, log, routing
-        self.train, self.validation = train, validation
-        self.objective, self.optimizer, self.guard, self.precision = objective, optimizer, guard, precision
+        self.config, self.models, self.context, self.log, self.teacher = config, models, context, log, teacher
+        self.train, self.validation = datasets
+        self.process_group = context.strategy.process_group
         self.folder = Path(config.train.output_dir)
-        self.progress = TrainerState()
-        self.companions = Callbacks([*companions, on_policy] if on_policy is not None else companions)
-        self.recovery = Recovery(self.folder, train, objective, precision, placement)
-        self.feed = BatchLoader(train, config.train, routing.passes, placement.process_group, on_policy)
+        self.state = TrainerState()
+        self.recovery = Recovery(config, self.train, context)
+        self.callbacks = [self.recovery, *callbacks, *([] if on_policy is None else [on_policy])]
+        self.loader = BatchLoader(
+            self.train, config.train, teacher.passes, self.process_group, self.recovery, on_policy
+        )
 
     def run(self) -> dict:
-        """Train to `train_steps`, or to an interruption; the returned summary's `status` says which.
+        """Train to `train_steps`, or to a stop request; the returned summary's `status` tells which.
 
-        Raises: TrainingDiverged after an emergency stop, once everything is saved; UsageError if a resumed run
-        cannot be read, or preflight finds that nothing could be learned
+        Raises: TrainingDiverged after an emergency stop, once everything is saved; UsageError if a checkpoint cannot be
+        read, or preflight finds that nothing could be learned
         """
-        with self.routing:
-            return self._run()
+        started = time.monotonic()
+        with self.teacher:
+            try:
+                if self.config.train.resume:
+                    self._resume()
+                else:
+                    self._start()
+                with StopRequest(self.log.deadline if self.process_group.is_rank_zero else math.inf) as stop:
+                    status = self._train(stop, started)
+                if status == "finished":
+                    student_folder = self.folder / "student"
+                    self._log(m for callback in self.callbacks for m in callback.on_train_end(student_folder))
+                return self._write_summary(status)
+            except (RuntimeError, OSError):  # memory, a driver, a disk: the weights are still the last good ones
+                self._save_after_failure()
+                raise
+            finally:
+                self.loader.close()
+                self.log.close()
 
-    def _run(self) -> dict:
-        before = time.monotonic()
-        try:
-            if self.config.train.resume:
-                self._resume()
-            else:
-                self._begin()
-            with StopRequest(self.log.deadline if self.process_group.is_rank_zero else math.inf) as interruption:
-                status = self._train(interruption, before)
-            if status == "finished":
-                self._say(self.companions.finish(self.folder / "student"))
-            return self._finish(status)
-        except (RuntimeError, OSError):  # memory, a driver, a disk: the weights are still the last good ones
-            self._save_in_need()
-            raise
-        finally:
-            self.feed.close()
-            self.log.close()
+    def _start(self) -> None:
+        """Evaluate both models, refuse a run that cannot learn, save the student as it is."""
+        state, config, context = self.state, self.config, self.context
+        self._log([*describe_text(self.train, self.validation), *context.strategy.messages, *self.teacher.lines])
+        state.teacher, messages = self.teacher.evaluate_start(self.validation, context.precision)
+        self._log(messages)
+        evaluation = self._evaluate()
+        state.start = state.last = state.best = evaluation.metrics()
+        clamps = config.loss, self.models, self.validation, context.precision, evaluation.loss, context.objective.heads
+        self._log(context.strategy.inference(lambda: check_clamps(*clamps)))
+        self.log.print_start(state.start, state.teacher)
+        self._log(message for callback in self.callbacks for message in callback.on_train_begin())
+        self.process_group.on_rank_zero(lambda: self.log.open(0, config.train))
+        self._save_student()
+        self.log.log_start(state.start, state.teacher)
+        if self.recovery.can_rewind:
+            self._save()  # a checkpoint to go back to
 
-    def _train(self, interruption: StopRequest, before: float) -> str:
-        """All steps that are left; returns how it ended. `before`: when the run began."""
-        settings, progress = self.config.train, self.progress
-        while progress.step < settings.train_steps:
-            started = time.monotonic()
-            report, window = self._attempt()
-            progress.train_seconds += time.monotonic() - started
-            interrupted = self.process_group.any_rank(interruption.requested)
-            self._record(report)
-            self.recovery.note(progress.step, report, window)
-            lines, reason = self.companions.look(progress.step, report, window)
-            self._say(lines)
-            if report.verdict.emergency and self._rewinds():
-                progress = self._rewind(report)
+    def _resume(self) -> None:
+        step = self._load()
+        self.log.info(f"Resumed after step {step}")
+        self.process_group.on_rank_zero(lambda: self.log.open(step, self.config.train))
+
+    def _train(self, stop: StopRequest, started: float) -> str:
+        """Make the steps that are left; returns the run's status. started: when the run began"""
+        config = self.config.train
+        while self.state.step < config.train_steps:
+            report, micro_batches = self._step()
+            stop_requested = self.process_group.any_rank(stop.requested)
+            self._log_step(report)
+            reason = self._run_step_callbacks(report, micro_batches)
+            if report.verdict.emergency and self.recovery.can_rewind:
+                self._rewind(report)
                 continue
-            at_end = progress.step == settings.train_steps or report.verdict.emergency
-            if progress.step % settings.eval_steps == 0 or at_end:
+            step, at_end = self.state.step, self.state.step == config.train_steps or report.verdict.emergency
+            if step % config.eval_steps == 0 or at_end:
                 self._validate()
-            progress.seconds += time.monotonic() - before
-            before = time.monotonic()
+            self.state.seconds += time.monotonic() - started
+            started = time.monotonic()
             if report.verdict.emergency:
-                self._stop(report)
+                self._stop_diverged(report)
             if reason:
-                self._give_up(reason)
-            if progress.step % settings.save_steps == 0 or at_end or interrupted:
+                self._stop(f"stopped at step {step}: {reason}")
+            if step % config.save_steps == 0 or at_end or stop_requested:
                 self._save()
-            if interrupted and not at_end:
+            if stop_requested and not at_end:
                 return "interrupted"
         return "finished"
 
-    def _attempt(self) -> tuple[StepReport, Callable[[], list[Batch]]]:
-        """One step, and a way to the micro-batches that it was bad in, of whatever rank."""
-        step = self.progress.step
-        settings, factor = self.config, self.progress.rate_factor
+    def _step(self) -> tuple[StepReport, MicroBatches]:
+        """One attempted update, and a function that makes the micro-batches in which a NaN of it may lie."""
+        started, step, config = time.monotonic(), self.state.step, self.config
 
-        def rate_at(peak: float) -> float:
-            return factor * learning_rate_at(step, settings.train.train_steps, settings.optim, peak)
+        def lr_at(peak: float) -> float:
+            scale = self.recovery.state["lr_scale"]
+            return scale * learning_rate_at(step, config.train.train_steps, config.optim, peak)
 
-        set_learning_rate_(self.optimizer, rate_at(settings.optim.student_lr))
-        micro_batches, window = self.feed.take(step, frozenset(self.progress.left_out))
-        report = train_step(
-            micro_batches,
-            self.objective,
-            self.optimizer,
-            self.guard,
-            self.precision,
-            self.config.guards.max_grad_norm,
-            self.routing.learner_at(step, rate_at),
-            self.placement,
-        )
-        self.progress.step += 1
-        self.progress.tokens += report.num_target_tokens
-        return report, lambda: window(report)
+        set_learning_rate_(self.context.optimizer, lr_at(config.optim.student_lr))
+        micro_batches = self.loader.get(step)
+        self.context.routers = self.teacher.router_trainer_at(step, lr_at)
+        report = train_step(micro_batches, self.context)
+        self.state.step += 1
+        self.state.tokens += report.num_target_tokens
+        self.state.train_seconds += time.monotonic() - started
+        return report, partial(self.loader.nan_candidates, step, report, micro_batches)
 
-    def _record(self, report: StepReport) -> None:
-        verdict, progress = report.verdict, self.progress
-        record = {"step": progress.step, **dataclasses.asdict(report)}
-        del record["verdict"], record["rank"]
+    def _log_step(self, report: StepReport) -> None:
+        verdict, state, guard = report.verdict, self.state, self.context.guard
+        record = {"step": state.step, **dataclasses.asdict(report)}
+        del record["verdict"], record["first_nonfinite_rank"]
         record |= {name: value for name, value in (record.pop("routers") or {}).items() if value is not None}
         record |= {"applied": verdict.applied, "cause": verdict.cause, "norm_limit": verdict.norm_limit}
-        record |= self.companions.figures()
-        record["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        for callback in self.callbacks:
+            record |= callback.metrics()
+        record["learning_rate"] = self.context.optimizer.param_groups[0]["lr"]
         blocks = self.config.train.per_device_batch_size * self.config.train.grad_accum_steps
-        record["epoch"] = progress.step / self.routing.passes * blocks / len(self.train)
-        self.log.step(record, self.guard.success_rate, progress.tokens / max(1e-9, progress.train_seconds))
-        after = report.loss_scale if verdict.applied else self.precision.loss_scale.item()  # a host read, if skipped
-        scales = report.loss_scale, after
-        self._say(notices_of(progress.step, verdict, report.grad_norm, scales, self.config.guards))
+        record["epoch"] = state.step / self.teacher.passes * blocks / len(self.train)
+        self.log.log_step(record, guard.success_rate, state.tokens / max(1e-9, state.train_seconds))
+        # A host read, only if the step was skipped.
+        after = report.loss_scale if verdict.applied else self.context.precision.loss_scale.item()
+        loss_scales = report.loss_scale, after
+        self._log(verdict_messages(state.step, verdict, report.grad_norm, loss_scales, self.config.guards))
 
-    def _say(self, lines: Iterable[str]) -> None:
-        for line in lines:
-            self.log.say(line)
+    def _run_step_callbacks(self, report: StepReport, micro_batches: MicroBatches) -> str | None:
+        """The first reason to stop the run that a callback gives."""
+        results = [callback.on_step_end(self.state.step, report, micro_batches) for callback in self.callbacks]
+        self._log(message for messages, _ in results for message in messages)
+        return next((reason for _, reason in results if reason), None)
 
-    def _begin(self) -> None:
-        """Evaluate both models before the first step, refuse what cannot learn, keep the student as it is."""
-        self._say([*describe(self.train, self.validation), *self.placement.lines, *self.routing.lines])
-        self._say(self.routing.begin(self.validation, self.precision))
-        self.progress.teacher = self.routing.figures()
-        start = self._evaluate()
-        self.progress.start = self.progress.last = self.progress.best = figures_of(start)
-        clamps = self.config.loss, self.models, self.validation, self.precision, start.loss, self.objective.heads
-        self._say(self.placement.read(lambda: check_clamps(*clamps)))
-        self.log.say_start(self.progress.start, self.progress.teacher)
-        self._say(self.companions.begin())
-        self.process_group.on_rank_zero(lambda: self.log.start(0, self.config.train))
-        self._save_student()
-        self.log.begin(self.progress.start, self.progress.teacher)
-        if self.config.guards.on_divergence == "rewind":
-            self._save()  # somewhere to go back to
-
-    def _resume(self) -> None:
-        saved = load_checkpoint(self.folder / "checkpoint", **self._state())
-        self.progress = TrainerState(**saved)
-        self.companions.take_up(self.progress.companions)
-        self.log.say(f"Resumed after step {self.progress.step}")
-        self.process_group.on_rank_zero(lambda: self.log.start(self.progress.step, self.config.train))
+    def _log(self, messages: Iterable[str]) -> None:
+        for message in messages:
+            self.log.info(message)
 
     def _evaluate(self) -> Evaluation:
-        batches = shard_batches(
-            self.validation.token_batches("student", self.config.train.per_device_batch_size), self.process_group
+        return self.context.strategy.inference(
+            lambda: evaluate(
+                self.models.student,
+                self.validation.token_batches("student", self.config.train.per_device_batch_size),
+                self.validation.text.num_bytes,
+                self.context.precision,
+                self.process_group,
+                heads=self.context.objective.heads,
+                workspace_mb=self.config.loss.loss_workspace_mb,
+            )
         )
-        what = self.models.student, batches, self.validation.text.num_bytes, self.precision, self.process_group
-        how = {"heads": self.objective.heads, "workspace_mb": self.config.loss.loss_workspace_mb}
-        return self.placement.read(lambda: evaluate(*what, **how))
 
     def _validate(self) -> None:
-        progress, evaluation = self.progress, self._evaluate()
-        progress.last = figures_of(evaluation)
-        is_best = evaluation.loss < progress.best["val_loss"] or not math.isfinite(progress.best["val_loss"])
+        """Evaluate the student, save it if it is the best so far; evaluate routers that learn."""
+        state, evaluation = self.state, self._evaluate()
+        state.last = evaluation.metrics()
+        is_best = evaluation.loss < state.best["val_loss"] or not math.isfinite(state.best["val_loss"])
         if is_best:
-            progress.best, progress.best_step = progress.last, progress.step
+            state.best, state.best_step = state.last, state.step
             self._save_student()
-        routers, alarms = self.routing.watch(progress.step, self.validation, self.precision)
-        self.log.evaluation({"step": progress.step, **progress.last, **routers}, is_best)
-        self._say(alarms)
-
-    def _state(self) -> dict:
-        return {
-            "student": self.models.student,
-            "optimizer": self.optimizer,
-            "precision": self.precision,
-            "guard": self.guard,
-            "objective": self.objective,
-            "routing": self.routing,
-            "placement": self.placement,
-        }
+        routers, alarms = self.teacher.evaluate_routers(state.step, self.validation, self.context.precision)
+        self.log.log_evaluation({"step": state.step, **state.last, **routers}, is_best)
+        self._log(alarms)
 
     def _save_student(self) -> None:
-        tokenizer, weights = self.models.tokenizers.student, self.placement.weights()
+        tokenizer, weights = self.models.tokenizers.student, self.context.strategy.full_weights()
 
         def save() -> None:
-            for name, model in exports(self.models.student).items():
+            for name, model in models_to_save(self.models.student).items():
                 save_student(model, tokenizer, self.folder / name, weights)
 
         self.process_group.on_rank_zero(save)
 
     def _save(self) -> None:
-        self.routing.save(self.folder, self.progress.step)
-        self.progress.companions = self.companions.all_kept()
-        progress, keep = dataclasses.asdict(self.progress), self.config.train.keep_checkpoints
-        save_checkpoint(self.folder / "checkpoint", **self._state(), progress=progress, keep=keep)
+        self.teacher.save(self.folder, self.state.step)
+        self.state.callbacks = [callback.state for callback in self.callbacks]
+        keep = self.config.train.keep_checkpoints
+        save_checkpoint(self.folder / "checkpoint", self.context, self.teacher, self.state, keep)
 
-    def _save_in_need(self) -> None:
+    def _load(self) -> int:
+        """Load the last checkpoint; returns its step."""
+        self.state = load_checkpoint(self.folder / "checkpoint", self.context, self.teacher)
+        for callback, state in zip(self.callbacks, self.state.callbacks, strict=True):
+            callback.state = state
+        return self.state.step
+
+    def _save_after_failure(self) -> None:
         """A checkpoint after a failure that has nothing to do with the weights, if one can still be written."""
-        if self.process_group.size > 1:  # the others are elsewhere; what is saved takes all
+        if self.process_group.size > 1:  # a save is collective, and the other ranks are elsewhere
             return
-        if self.progress.step and self.guard.nan_batches < self.guard.max_nan_batches:  # a stopped run has saved
+        has_stopped = self.context.guard.consecutive_nan_batches >= self.config.guards.max_nan_batches  # and saved
+        if self.state.step and not has_stopped:
             with contextlib.suppress(RuntimeError, OSError, UsageError):
                 self._save()
 
-    def _rewinds(self) -> bool:
-        return self.config.guards.on_divergence == "rewind" and not self.progress.rewound_from
+    def _rewind(self, report: StepReport) -> None:
+        seconds = self.state.seconds
+        record = self.recovery.rewind(self.state.step, report, self._load)
+        self.state.seconds = seconds
+        self._save()  # so that a resumed run does not rewind again
+        self.log.log_rewind(record, len(self.train))
 
-    def _rewind(self, report: StepReport) -> TrainerState:
-        """Back to the last checkpoint, at half the rate and without the documents that were not finite."""
-        step, seconds = self.progress.step, self.progress.seconds
-        documents = self.recovery.explain(step, report, "The run went back to its last checkpoint, once.")["documents"]
-        left_out = self.recovery.offenders(report.verdict.cause)
-        self.progress = TrainerState(**load_checkpoint(self.folder / "checkpoint", **self._state()))
-        self.companions.take_up(self.progress.companions)
-        self.progress.rewound_from, self.progress.seconds = step, seconds
-        self.progress.rate_factor, self.progress.left_out = 0.5, left_out
-        self._save()  # so that a resumed run does not go back once more
-        record = {"step": self.progress.step, "rewound_from": step, "left_out": left_out, "documents": documents}
-        self.log.rewind(record, len(self.train))
-        return self.progress
-
-    def _stop(self, report: StepReport) -> None:
-        """Emergency stop: the weights are the last good ones; save them, write down why, and raise."""
-        count = self.guard.nan_batches
+    def _stop_diverged(self, report: StepReport) -> None:
+        """Emergency stop: the weights are the last good ones; save them, explain the NaN, and raise."""
+        count = self.context.guard.consecutive_nan_batches
         outcome = f"The run was stopped after {count} NaN batches in a row; its weights are the last good ones."
-        record = self.recovery.explain(self.progress.step, report, outcome)
-        self._save()
-        self._finish("emergency_stop")
-        raise TrainingDiverged(f"emergency stop after {count} consecutive NaN batches {self.recovery.in_short(record)}")
+        record = self.recovery.explain(self.state.step, report, outcome)
+        self._stop(f"emergency stop after {count} consecutive NaN batches {self.recovery.summary_line(record)}")
 
-    def _give_up(self, reason: str) -> None:
-        """A companion's emergency stop: the weights are in order, but nothing is learned."""
+    def _stop(self, message: str) -> None:
         self._save()
-        self._finish("emergency_stop")
-        raise TrainingDiverged(f"stopped at step {self.progress.step}: {reason}")
+        self._write_summary("emergency_stop")
+        raise TrainingDiverged(message)
 
-    def _finish(self, status: str) -> dict:
+    def _write_summary(self, status: str) -> dict:
         """Write and return `summary.json`."""
-        run = self.progress.summary(status, self.guard, self.precision)
-        run["peak_memory_bytes"] = max(self.process_group.all_gather_object(run["peak_memory_bytes"]))
-        summary = {**run, "embedded": self.models.embedded, **self.routing.summary(), **self.companions.summary()}
-        self.process_group.on_rank_zero(lambda: self.log.finish(summary))
+        summary = self.state.summary(status, self.context.guard, self.context.precision)
+        summary["peak_memory_bytes"] = max(self.process_group.all_gather_object(summary["peak_memory_bytes"]))
+        summary |= {"embedded": self.models.embedded, **self.teacher.summary()}
+        for callback in self.callbacks:
+            summary |= callback.summary()
+        self.process_group.on_rank_zero(lambda: self.log.log_summary(summary))
         return summary

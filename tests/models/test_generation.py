@@ -1,4 +1,4 @@
-"""What a model writes: against token-by-token references without cache or padding."""
+"""Generation, against token-by-token references without cache or padding."""
 
 import math
 from collections import Counter
@@ -14,16 +14,16 @@ STOPS = [2, 4]
 
 @pytest.fixture
 def model(make_student):
-    """A tiny Llama whose head is loud enough for its likeliest tokens to differ."""
+    """A tiny Llama with a head large enough for its likeliest tokens to differ."""
     made = make_student(60).eval().requires_grad_(False)
     made.lm_head.weight.data.mul_(30.0)
     return made
 
 
-def _greedy(model, prompt, room):
-    """The definition: the whole text is read anew for every token."""
+def _greedy(model, prompt, limit):
+    """The definition: a forward of the whole text for every token."""
     ids = list(prompt)
-    for _ in range(room):
+    for _ in range(limit):
         token = int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
         if token in STOPS:
             return Generation(ids[len(prompt) :], token)
@@ -31,28 +31,28 @@ def _greedy(model, prompt, room):
     return Generation(ids[len(prompt) :], None)
 
 
-@pytest.mark.parametrize("rooms", [[20, 20, 20], [3, 11, 20]])
-def test_greedy_text_is_that_of_one_prompt_at_a_time_without_a_cache(model, rooms):
-    written = generate(model, PROMPTS, stop_token_ids=STOPS, max_new_tokens=rooms)
-    assert written == [_greedy(model, prompt, room) for prompt, room in zip(PROMPTS, rooms, strict=True)]
-    assert len({tuple(each.ids) for each in written}) == 3
+@pytest.mark.parametrize("limits", [[20, 20, 20], [3, 11, 20]])
+def test_greedy_text_is_that_of_one_prompt_at_a_time_without_a_cache(model, limits):
+    generated = generate(model, PROMPTS, stop_token_ids=STOPS, max_new_tokens=limits)
+    assert generated == [_greedy(model, prompt, limit) for prompt, limit in zip(PROMPTS, limits, strict=True)]
+    assert len({tuple(each.ids) for each in generated}) == 3
 
 
 def test_a_stop_ends_a_text_and_is_no_part_of_it(model):
     free = _greedy(model, PROMPTS[0], 20).ids
     stop = free[5]
-    (written,) = generate(model, PROMPTS[:1], stop_token_ids=[stop], max_new_tokens=[20])
-    assert written == Generation(free[: free.index(stop)], stop)
+    (generated,) = generate(model, PROMPTS[:1], stop_token_ids=[stop], max_new_tokens=[20])
+    assert generated == Generation(free[: free.index(stop)], stop)
 
 
-def test_a_stop_just_beyond_the_room_is_not_read(model):
+def test_a_stop_just_beyond_the_limit_is_ignored(model):
     free = _greedy(model, PROMPTS[0], 20).ids
     first = free.index(free[5])
-    (written, _) = generate(model, PROMPTS[:2], stop_token_ids=[free[5]], max_new_tokens=[first, 20])
-    assert written == Generation(free[:first], None)
+    (generated, _) = generate(model, PROMPTS[:2], stop_token_ids=[free[5]], max_new_tokens=[first, 20])
+    assert generated == Generation(free[:first], None)
 
 
-def test_nothing_that_the_models_own_config_asks_for_takes_part(model):
+def test_the_models_own_generation_config_is_ignored(model):
     plain = generate(model, PROMPTS, stop_token_ids=STOPS, max_new_tokens=[20] * 3)
     model.generation_config.update(repetition_penalty=5.0, top_k=1, min_length=19, no_repeat_ngram_size=1)
     config = model.generation_config
@@ -74,30 +74,32 @@ def test_tokens_are_drawn_from_the_tempered_distribution(model, temperature, top
         mask = torch.zeros_like(expected)
         mask[kept] = 1.0
         expected = expected * mask / (expected * mask).sum()
-    written = generate(model, [prompt] * count, stop_token_ids=[59], max_new_tokens=[1] * count, temperature=temperature, top_p=top_p)
-    drawn = Counter(each.stop if each.stop is not None else each.ids[0] for each in written)
+    generated = generate(
+        model, [prompt] * count, stop_token_ids=[59], max_new_tokens=[1] * count, temperature=temperature, top_p=top_p
+    )
+    drawn = Counter(each.stop if each.stop is not None else each.ids[0] for each in generated)
     distance = sum(abs(drawn[token] / count - float(p)) for token, p in enumerate(expected)) / 2
     spread = sum(math.sqrt(float(p) * (1 - float(p)) / count) for p in expected) * math.sqrt(2 / math.pi) / 2
     assert distance < 1.5 * spread
     assert all(float(expected[token]) > 0 for token in drawn)
 
 
-def test_a_row_whose_logits_are_not_finite_is_broken_off_there_and_the_others_go_on(model):
+def test_a_sequence_ends_at_logits_that_are_not_finite_and_the_others_go_on(model):
     plain = [_greedy(model, prompt, 12) for prompt in PROMPTS]
     assert plain[0].ids[4] not in plain[1].ids + plain[2].ids
-    # Reading this token makes the row's logits NaN from there on.
+    # This token makes its sequence's logits NaN from there on.
     model.model.embed_tokens.weight.data[plain[0].ids[4]] = math.nan
     broken, *others = generate(model, PROMPTS, stop_token_ids=[58], max_new_tokens=[12] * 3)
     assert broken == Generation(plain[0].ids[:5], None, False)
     assert others == plain[1:]
 
 
-def test_a_prompt_that_is_not_finite_gives_nothing(model):
+def test_a_prompt_with_logits_that_are_not_finite_gives_nothing(model):
     model.model.embed_tokens.weight.data[9] = math.nan
     assert generate(model, PROMPTS[:1], stop_token_ids=STOPS, max_new_tokens=[5]) == [Generation([], None, False)]
 
 
-def test_no_graph_is_kept(model):
+def test_there_is_no_autograd_graph(model):
     model.requires_grad_(True)
     seen = []
     handle = model.lm_head.register_forward_hook(lambda *args: seen.append(args[-1]))

@@ -1,4 +1,4 @@
-"""LoRA: what learns, what is saved, and that merged and unmerged are one model."""
+"""LoRA: what is trained, what is saved, and that the merged model equals the unmerged."""
 
 import sys
 
@@ -9,7 +9,14 @@ import transformers
 
 from sar_kd.config.sections import LoraConfig
 from sar_kd.errors import UsageError
-from sar_kd.models.lora import add_adapter, describe_trainable, models_to_save, load_trainable, merged_model, save_trainable
+from sar_kd.models.lora import (
+    add_adapter,
+    describe_trainable,
+    load_trainable,
+    merged_model,
+    models_to_save,
+    save_trainable,
+)
 from sar_kd.models.memory_saving import recompute_activations_
 from sar_kd.training import checkpoint
 
@@ -25,7 +32,7 @@ def _student(make_student, dtype=torch.float32, tied=False, **settings):
 
 @torch.no_grad()
 def _trained(student):
-    """The adapter as it might be after training: its B is 0 when it begins."""
+    """The adapter as it might be after training: its B starts at 0."""
     torch.manual_seed(3)
     for name, value in student.named_parameters():
         if "lora_" in name:
@@ -39,11 +46,11 @@ def _logits(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_only_the_adapter_learns_and_it_is_float32_whatever_the_rest_is(make_student, dtype):
+def test_only_the_adapter_is_trainable_and_it_is_float32_whatever_the_rest_is(make_student, dtype):
     student = _student(make_student, dtype)
-    learned = {name: value.dtype for name, value in student.named_parameters() if value.requires_grad}
-    assert set(learned.values()) == {torch.float32}
-    assert all("lora_" in name for name in learned)
+    trainable = {name: value.dtype for name, value in student.named_parameters() if value.requires_grad}
+    assert set(trainable.values()) == {torch.float32}
+    assert all("lora_" in name for name in trainable)
     assert student.get_input_embeddings().weight.dtype is dtype
 
 
@@ -71,7 +78,7 @@ def test_gpt2s_transposed_layers_get_one_without_a_warning(recwarn):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("tied", [True, False])
-def test_merged_equals_unmerged_and_leaves_the_student_as_it_was(make_student, dtype, tied):
+def test_merged_equals_unmerged_and_leaves_the_student_unchanged(make_student, dtype, tied):
     student = _trained(_student(make_student, dtype, tied))
     before = {name: value.clone() for name, value in student.state_dict().items()}
     whole = merged_model(student).eval()
@@ -83,7 +90,7 @@ def test_merged_equals_unmerged_and_leaves_the_student_as_it_was(make_student, d
 
 
 def reloaded(model):
-    """The model with its buffers, which merging leaves to whoever loads the weights."""
+    """The model with its buffers, which the merged one lacks until its weights are loaded."""
     fresh = type(model)(model.config)
     fresh.load_state_dict(model.state_dict())
     return fresh.eval()
@@ -101,29 +108,29 @@ def test_transformers_loads_the_whole_and_peft_the_adapter(make_student, sp_toke
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
 
 
-def test_a_whole_student_is_exported_as_it_is(make_student):
+def test_a_student_without_an_adapter_is_saved_as_it_is(make_student):
     student = make_student(64)
     assert models_to_save(student) == {"student": student}
 
 
-def test_what_learned_is_saved_and_put_back_bit_for_bit(make_student, tmp_path):
+def test_trainable_weights_are_saved_and_loaded_bit_for_bit(make_student, tmp_path):
     student = _trained(_student(make_student))
-    save_trainable(student, tmp_path / "learned.safetensors")
+    save_trainable(student, tmp_path / "trainable.safetensors")
     other = _student(make_student)
-    load_trainable(other, tmp_path / "learned.safetensors")
+    load_trainable(other, tmp_path / "trainable.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), other.parameters(), strict=True))
     whole = sum(value.numel() for value in student.parameters()) * 4
-    assert (tmp_path / "learned.safetensors").stat().st_size < whole / 2
+    assert (tmp_path / "trainable.safetensors").stat().st_size < whole / 2
 
 
-def test_another_adapter_is_not_put_back(make_student, tmp_path):
-    save_trainable(_student(make_student), tmp_path / "learned.safetensors")
+def test_another_adapter_is_not_loaded(make_student, tmp_path):
+    save_trainable(_student(make_student), tmp_path / "trainable.safetensors")
     other = _student(make_student, lora_targets=("q_proj",))
     with pytest.raises(ValueError, match="another adapter"):
-        load_trainable(other, tmp_path / "learned.safetensors")
+        load_trainable(other, tmp_path / "trainable.safetensors")
 
 
-def test_the_run_says_what_learns(make_student):
+def test_a_line_counts_the_trainable_parameters(make_student):
     line = describe_trainable(_student(make_student, torch.float16))
     assert line.startswith("Trainable: ")
     assert line.endswith("in float32; the rest is frozen, in float16")

@@ -1,4 +1,4 @@
-"""`--per_device_batch_size auto`: the largest that fits and not more, in updates of as many blocks as ever."""
+"""`--per_device_batch_size auto`: the largest number that fits, with as many blocks in an update as without it."""
 
 import json
 from functools import cache
@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 import torch
 
-from sar_kd.commands.main import main as verbs
+from sar_kd.commands.main import main
 from sar_kd.commands.sft import SFT
 from sar_kd.commands.train import train
 from sar_kd.config.command_line import configure, parse
@@ -25,7 +25,7 @@ FLAGS = ["--per_device_batch_size", "auto", "--block_size", "64", "--device", "c
 
 @pytest.fixture
 def limited(monkeypatch):
-    """limited(bytes): a machine that has so much for a run and nothing else in it."""
+    """limited(bytes): a machine with so much free memory, and a process that holds none."""
     monkeypatch.setattr(environment, "resident_memory", lambda: 0)
     monkeypatch.setattr(memory_plan, "_LIBRARIES", {"cpu": 0})
 
@@ -41,7 +41,7 @@ def _parse(*flags: str):
 
 @cache
 def _needed(size: int, accum: int = 2) -> int:
-    """What a run with this batch size needs beside what the process holds; with several micro-batches or one."""
+    """Bytes at the peak of a run with this batch size, without the baseline; with several micro-batches or one."""
     config = parse(STABLE, [*FLAGS, "--per_device_batch_size", str(size), "--grad_accum_steps", str(accum)])
     return plan(config, MetaModels(config).models, CPU, torch.float32).peak.total
 
@@ -60,7 +60,7 @@ def test_the_largest_divisor_of_an_update_that_fits_is_taken_and_none_above_it(l
         assert found.per_device_batch_size == size // 2
 
 
-def test_where_all_fits_an_update_is_one_micro_batch_of_the_default_size(limited):
+def test_with_enough_memory_an_update_is_one_micro_batch_of_the_default_size(limited):
     limited(10**15)
     config = fit_batch_size(_parse(), SINGLE_PROCESS)
     assert (config.train.per_device_batch_size, config.train.grad_accum_steps) == (4, 1)
@@ -77,43 +77,43 @@ def test_a_task_and_fine_tuning_have_their_own_default(limited):
     assert (found.per_device_batch_size, found.grad_accum_steps) == (24, 1)
 
 
-def test_a_cpu_is_given_no_more_tokens_at_once_than_make_it_faster(limited, monkeypatch):
+def test_a_micro_batch_on_a_cpu_is_no_larger_than_makes_it_faster(limited, monkeypatch):
     limited(10**15)
-    monkeypatch.setattr(memory_plan, "MOST_TOKENS_ON_A_CPU", 8 * 64)
+    monkeypatch.setattr(memory_plan, "MAX_TOKENS_ON_CPU", 8 * 64)
     found = fit_batch_size(_parse("--grad_accum_steps", "8"), SINGLE_PROCESS).train
     assert (found.per_device_batch_size, found.grad_accum_steps) == (8, 4)
-    monkeypatch.setattr(memory_plan, "MOST_TOKENS_ON_A_CPU", 1)
+    monkeypatch.setattr(memory_plan, "MAX_TOKENS_ON_CPU", 1)
     assert fit_batch_size(_parse(), SINGLE_PROCESS).train.per_device_batch_size == 1
 
 
-def test_where_not_even_one_block_fits_the_line_says_so(limited):
+def test_if_not_even_one_block_fits_the_notice_says_so(limited):
     limited(2**20)
     config = fit_batch_size(_parse(), SINGLE_PROCESS)
     assert config.train.per_device_batch_size == 1
     assert "the fewest there are" in config.notices[-1]
 
 
-def test_a_number_is_left_as_it_is(monkeypatch):
+def test_a_number_is_unchanged(monkeypatch):
     monkeypatch.setattr(memory_plan, "plan", lambda *a: pytest.fail("planned"))
     config = parse(STABLE, ["--per_device_batch_size", "3"])
     assert fit_batch_size(config, SINGLE_PROCESS) is config
 
 
-def test_auto_is_a_word_of_this_flag_alone(capsys):
+def test_auto_is_a_value_of_this_option_alone(capsys):
     assert _parse().train.per_device_batch_size == AUTO
-    for words, reason in (
+    for argv, reason in (
         (["--per_device_batch_size", "many"], "'many' is not a whole number or auto"),
         (["--per_device_batch_size", "0"], "must be a number of at least 1"),
         (["--grad_accum_steps", "auto"], "'auto' is not a whole number"),
     ):
         with pytest.raises(UsageError, match=reason):
-            parse(STABLE, words)
+            parse(STABLE, argv)
     assert configure(STABLE, {"per_device_batch_size": "auto"}).train.per_device_batch_size == AUTO
     with pytest.raises(UsageError, match="--grad_accum_steps 'auto': must be a whole number"):
         configure(STABLE, {"grad_accum_steps": "auto"})
 
 
-def test_a_run_keeps_what_was_found_and_a_resumed_one_takes_it_over(tmp_path, limited, corpus_texts, capsys):
+def test_a_run_saves_the_batch_size_and_a_resumed_one_uses_it(tmp_path, limited, corpus_texts, capsys):
     path = tmp_path / "text.txt"
     path.write_text("\n".join(corpus_texts), encoding="utf-8")
     limited(int((1 + MARGIN) * _needed(2)) + 10**6)
@@ -132,7 +132,7 @@ def test_a_run_keeps_what_was_found_and_a_resumed_one_takes_it_over(tmp_path, li
         parse(STABLE, [*flags, "--grad_accum_steps", "3", "--resume"])
 
 
-def test_preflight_shows_what_auto_finds(capsys, tmp_path):
-    assert verbs(["preflight", *FLAGS[:-1], str(tmp_path / "run"), "--alpha_kd", "0", "--json"]) == 0
+def test_preflight_shows_the_batch_size(capsys, tmp_path):
+    assert main(["preflight", *FLAGS[:-1], str(tmp_path / "run"), "--alpha_kd", "0", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["batch_size"] == {"per_device_batch_size": 4, "grad_accum_steps": 1}

@@ -1,4 +1,4 @@
-"""`sar-kd preflight` and the start of a run: what is looked at before anything heavy, and what is refused."""
+"""`sar-kd preflight` and the start of a run: what is checked before weights are loaded, and what is refused."""
 
 import json
 import re
@@ -22,20 +22,20 @@ SECTIONS = {"ok", "versions", "device", "hub", "models", "clamps", "disk", "memo
 
 @pytest.fixture
 def text(tmp_path, corpus_texts):
-    """A text file of little more than nothing."""
+    """A small text file."""
     path = tmp_path / "text.txt"
     path.write_text("\n".join(corpus_texts), encoding="utf-8")
     return path
 
 
-def _preflight(capsys, *words):
+def _preflight(capsys, *argv):
     """Exit code, stdout and stderr."""
-    code = main(["preflight", *map(str, words)])
+    code = main(["preflight", *map(str, argv)])
     printed = capsys.readouterr()
     return code, printed.out, printed.err
 
 
-def test_preflight_says_what_a_run_would_find_and_trains_nothing(text, tmp_path, capsys):
+def test_preflight_prints_every_check_and_trains_nothing(text, tmp_path, capsys):
     flags = ("--train_file", text, "--output_dir", tmp_path / "run", "--block_size", 64, "--mode", "ultra-conservative")
     code, out, err = _preflight(capsys, *flags)
     assert (code, err) == (0, "")
@@ -59,7 +59,7 @@ def test_preflight_in_json_is_one_object_with_every_section(text, tmp_path, caps
     assert record["clamps"]["raw_perplexity_floor"] == pytest.approx(1 + 1023 * 2.718281828**-10, rel=1e-6)
 
 
-def test_a_refusal_is_exit_code_2_with_one_line_and_an_object_that_says_so(capsys):
+def test_a_refusal_is_exit_code_2_with_one_line_and_a_record_of_the_error(capsys):
     code, out, err = _preflight(capsys, "--teacher_model", "./nowhere", "--json")
     assert code == 2
     assert err == "error: --teacher_model ./nowhere: no such directory\n"
@@ -72,18 +72,16 @@ def test_a_refusal_is_exit_code_2_with_one_line_and_an_object_that_says_so(capsy
 Usage = namedtuple("Usage", "total used free")
 
 
-def test_a_disk_without_room_for_what_the_run_writes_is_refused_before_anything_is_loaded(
-    tmp_path, monkeypatch, capsys
-):
+def test_a_full_disk_is_refused_before_weights_are_loaded(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 10**6, 10**6))
     monkeypatch.setattr(loading, "_load_model", lambda *a: pytest.fail("weights were read"))
     assert run(train, ["--output_dir", str(tmp_path / "run")]) == 2
     line = capsys.readouterr().err
-    assert line.startswith(f"error: --output_dir {tmp_path / 'run'}: no room for what the run writes (")
+    assert line.startswith(f"error: --output_dir {tmp_path / 'run'}: no room for the run's files (")
     assert line.endswith("; free some, or lower --keep_checkpoints\n")
 
 
-def test_the_room_that_is_asked_for_is_the_room_that_a_run_takes(text, tmp_path):
+def test_the_disk_space_asked_for_is_what_a_run_takes(text, tmp_path):
     """Two checkpoints and a student on the disk; one more of each while they are replaced."""
     flags = ["--train_file", str(text), "--block_size", "64", "--train_steps", "2", "--save_steps", "1"]
     config = parse(FP16_SAFE, [*flags, "--output_dir", str(tmp_path / "run")])
@@ -96,7 +94,7 @@ def test_the_room_that_is_asked_for_is_the_room_that_a_run_takes(text, tmp_path)
     assert finding.record["needed_bytes"] == pytest.approx(at_most, rel=0.05)
 
 
-def test_a_run_begins_with_the_same_lines(text, tmp_path, capsys):
+def test_a_run_starts_with_the_same_lines(text, tmp_path, capsys):
     flags = [
         "--train_file",
         str(text),
@@ -111,14 +109,14 @@ def test_a_run_begins_with_the_same_lines(text, tmp_path, capsys):
     expected: list[str] = []
     checks.preflight(config, expected.append)
     train([*flags, "--mode", "ultra-conservative", "--model_dtype", "float16"])
-    # What the process holds already, and what is free, changes from one moment to the next.
+    # The memory of the process and the free memory change all the time.
     expected = [re.sub(r"[\d,.]+ [GM]B", "...", line) for line in expected]
     shown = [re.sub(r"[\d,.]+ [GM]B", "...", line) for line in capsys.readouterr().out.splitlines()]
     assert len(expected) >= 5
     assert [line for line in shown if line in expected] == expected
 
 
-def test_a_raw_clamp_that_leaves_nothing_to_learn_is_refused_before_anything_is_loaded(monkeypatch, tmp_path):
+def test_a_raw_clamp_that_leaves_nothing_to_learn_is_refused_before_weights_are_loaded(monkeypatch, tmp_path):
     monkeypatch.setattr(loading, "_load_model", lambda *a: pytest.fail("weights were read"))
     flags = ["--logit_clamp_style", "raw", "--temperature", "4", "--output_dir", str(tmp_path / "run")]
     with pytest.raises(UsageError, match="use --logit_clamp_style normalized, or --force"):
@@ -140,7 +138,7 @@ def test_two_ctrl_c_end_a_run_at_once_with_130(text, tmp_path, monkeypatch, caps
         assert line.startswith("interrupted at once; --resume continues")
 
 
-def test_a_wrong_text_field_is_one_line_with_the_fields_there_are(tmp_path, capsys):
+def test_a_wrong_text_field_is_one_line_with_the_fields_of_the_file(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text('{"body": "some text", "id": 1}\n')
     assert main(["preflight", "--train_file", str(tmp_path / "rows.jsonl")]) == 2
     assert "it has: body, id" in capsys.readouterr().err
