@@ -5,11 +5,11 @@
     python benchmarks/alignment.py --groups coarser finer --variants ce auto --seeds 0
 
 A group is a teacher, a student and a text; `ceiling_*` are pairs with equal tokenizers, whose gain over cross-entropy
-alone is what the other groups' gains are measured by. Cross-entropy alone is run for each group, because the blocks
+alone is the measure of the other groups' gains. Cross-entropy alone is run for each group, because the blocks
 of text end where both tokenizers end a token and so depend on the pair. `gold` is TRL's loss (`gold.py`), at several
-weights; it needs `--trl_python`, an interpreter that has `trl` beside this package's requirements, and is left out
-where there is none. Every run is a process of its own with one thread, `--jobs` at a time; the tables go to the
-terminal, the figures to `benchmarks/results/alignment.json`, where runs that are there already stay.
+weights; it needs `--trl_python`, an interpreter that has `trl` beside this package's requirements, and is skipped
+where there is none. Every run is its own process with one thread, `--jobs` at a time; the tables go to the terminal,
+the numbers to `benchmarks/results/alignment.json`; runs that are in the file are not repeated.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from sar_kd.config.command_line import parse
 from sar_kd.config.presets import STABLE
-from sar_kd.data.dataset import Dataset
+from sar_kd.data.dataset import build_dataset
 from sar_kd.data.sources import load_documents
 from sar_kd.evaluation.tokenizer_coverage import measure_coverage
 from sar_kd.models.loading import load_tokenizers
@@ -104,7 +104,7 @@ def strict_coverage(group: Group) -> float:
     config = parse(STABLE, [*flags, "--output_dir", "unused"])
     size = config.data.block_size
     return measure_coverage(
-        Dataset(load_documents(config.data)[0], load_tokenizers(config.models), size, 8 * size)
+        build_dataset(load_documents(config.data)[0], load_tokenizers(config.models), size, 8 * size)
     ).strict
 
 

@@ -4,8 +4,8 @@
     python benchmarks/alignment_cost.py --shape large --vocab_size 16000 --batch_size 2 --warmup 6 --steps 12
 
 Same architectures, same vocabulary sizes, same text, one process; whole steps, collation included, in turns. The
-models are fresh ones, because what a step costs does not depend on what they learned. `large` is a student of 8 layers
-512 wide and a teacher of 12 layers 768 wide: what is done to each logit is then less beside the products that make it.
+models are random, because the cost of a step does not depend on the weights. `large` is a student of 8 layers with 512
+features and a teacher of 12 layers with 768: there the work on each logit is small beside the products.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from sar_kd import embedded
 from sar_kd.commands.build_embedded import byte_level_bpe, sentencepiece_bpe, student_model, teacher_model
 from sar_kd.config.presets import MODES
 from sar_kd.config.runs import Config
-from sar_kd.data.dataset import Dataset
+from sar_kd.data.dataset import build_dataset
 from sar_kd.data.samples import Document
 from sar_kd.losses.objective import Objective
 from sar_kd.runtime.precision import setup_precision
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 from sar_kd.training.guards import StepGuard
 from sar_kd.training.optimizer import build_optimizer
-from sar_kd.training.step import train_step
+from sar_kd.training.step import StepContext, train_step
 
 RESULT = ROOT / "benchmarks" / "results" / "alignment_cost.json"
 BLOCK_SIZE = 256
@@ -57,7 +57,7 @@ class Run:
             model.resize_token_embeddings(rows)
         teacher.requires_grad_(False).eval()
         pair = TokenizerPair(student_tokenizer, teacher_tokenizer, student_vocab_size=rows, teacher_vocab_size=rows)
-        self.corpus = Dataset(
+        self.corpus = build_dataset(
             [Document(*item) for item in texts.items()],
             pair,
             BLOCK_SIZE,
@@ -73,7 +73,7 @@ class Run:
         """Seconds of one step, and the tokens that both models read in it."""
         started = time.perf_counter()
         batches = self.corpus.micro_batches(self.step, self.config.train.per_device_batch_size, 1, 0)
-        train_step(batches, self.objective, self.optimizer, self.guard, self.precision, 1.0)
+        train_step(batches, StepContext(self.objective, self.optimizer, self.guard, self.precision, 1.0))
         seconds = time.perf_counter() - started
         self.step += 1
         return seconds, sum(batch.student.input_ids.numel() + batch.teacher.input_ids.numel() for batch in batches)

@@ -1,13 +1,13 @@
-"""What `benchmarks/alignment.py` runs on: models with tokenizers of several kinds, English text, Python source.
+"""The inputs of `benchmarks/alignment.py`: models with tokenizers of several kinds, English text, Python source.
 
     python benchmarks/alignment_models.py                    # all of it, below benchmarks/models
     python benchmarks/alignment_models.py --only student_low english
 
-Everything is made from the installed interpreter and the embedded teacher, seeded; what is there already is kept. The
-models learn the `teacher` split of the embedded text, as the embedded pair does:
+Everything is made from the installed interpreter and the embedded teacher, seeded; what exists already is not made
+again. The models are trained on the `teacher` split of the embedded text, as the embedded pair does:
 
-    teacher_byte1024    the embedded teacher's body behind a byte-level BPE of 1024 tokens, trained on
-    teacher_python      the embedded teacher, trained on with Python source, of which it knows little otherwise
+    teacher_byte1024    the embedded teacher's backbone with a byte-level BPE of 1024 tokens, trained further
+    teacher_python      the embedded teacher, trained further on Python source
     student_byte1024    the embedded student's architecture, byte-level BPE of 1024 tokens
     student_byte2048    the same with the embedded teacher's own tokenizer
     student_low         the same with a space at the END of a word, so that few tokens are the teacher's

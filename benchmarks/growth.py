@@ -1,22 +1,22 @@
-"""What a step and its data take as they grow.
+"""Time and memory of a step and of its data as they grow.
 
     python benchmarks/growth.py
 
-Tokens a step (1 k to 16 k, one micro-batch of more and more blocks), vocabulary (2 k to 150 k rows in both heads) and
-text (1 to 16 times as much). A step is timed in its parts, because each of them grows in a way of its own:
+Tokens a step (1 k to 16 k, one micro-batch of more and more blocks), vocabulary (2 k to 150 k entries in both LM heads)
+and text (1 to 16 times as much). A step is timed in its parts, because each of them grows differently:
 
-    read      both models' forwards up to the hidden states: so much a token, whatever the vocabulary
-    loss      logits in tiles, their comparison, the gradients of states and head: so much a token and a column
-    backward  the student's layers, and the gradient of its embedding, which has a row for each token there is
-    update    unscale, norm, clip, AdamW: so much a parameter, once a step
+    forward   both models up to the hidden states: constant per token, whatever the vocabulary
+    loss      logit tiles, their comparison, the gradients of states and head: constant per token and vocabulary entry
+    backward  the student's layers, and the gradient of its embedding, which grows with the vocabulary
+    update    unscale, norm, clip, AdamW: constant per parameter, once a step
 
-"Flat" is the largest figure over the smallest, less 1; 10 % is what the arithmetic should keep to where it says flat.
-Memory is what a part adds at its peak to what was there before it: of `read` so much a token, of `loss` the workspace
-(`--loss_workspace_mb`), the head's gradient and that of the hidden states, whatever the number of columns and tokens
-else; and what a whole step, `step.train_step`, adds to weights and optimizer. Sizes take turns; medians.
+"Spread" is the largest number over the smallest, minus 1; at most 10 % is expected. Memory is what a part adds at its
+peak: `forward` an amount per token, `loss` the workspace (`--loss_workspace_mb`), the head's gradient and that of the
+hidden states, whatever the number of positions and vocabulary entries; and what a whole step,
+`training.step.train_step`, adds to weights and optimizer. Sizes take turns; medians.
 
-Text: CPU seconds to tokenise and cut it (for both tokenizers of the embedded pair), to connect the two tokenizations,
-and to make aligned batches from all over it.
+Text: CPU seconds to tokenize and pack it (for both tokenizers of the embedded pair), to align the two tokenizers, and
+to make aligned batches.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from paired import NEVER_SKIPS, Clock, Run, Shape, add_flags, device_of, make_pa
 from sar_kd import embedded
 from sar_kd.config.sections import ModelConfig
 from sar_kd.data.batch import Batch
-from sar_kd.data.dataset import Dataset
+from sar_kd.data.dataset import build_dataset
 from sar_kd.data.samples import Document
 from sar_kd.models.loading import load_tokenizers, vocab_size_of
 from sar_kd.training.optimizer import parameters_of
 
-CATEGORIES = ("read", "loss", "backward", "update")
+PARTS = ("forward", "loss", "backward", "update")
 BLOCK = 256
 TEACHER, STUDENT = Shape(256, 4), Shape(128, 4)
 
@@ -92,9 +92,9 @@ def measure(runs: dict[int, Run], rounds: int, of_cpu: bool) -> list[dict]:
     rows = []
     for size, run in runs.items():
         (batch,), student = run.batches(0), run.models.student
-        row = {"tokens": batch.student.input_ids.numel(), "columns": vocab_size_of(student), "bytes": bytes_of[size]}
+        row = {"tokens": batch.student.input_ids.numel(), "entries": vocab_size_of(student), "bytes": bytes_of[size]}
         row["parameters"] = sum(parameter.numel() for parameter in student.parameters())
-        rows.append(row | {part: statistics.median(each[part] for each in found[size][1:]) for part in CATEGORIES})
+        rows.append(row | {part: statistics.median(each[part] for each in found[size][1:]) for part in PARTS})
     return rows
 
 
@@ -110,60 +110,62 @@ def heading(first: str, *others: str) -> None:
 
 def grow_tokens(folder: Path, options: argparse.Namespace, dtype: str) -> dict:
     """Blocks in a step."""
-    flags = make_pair(folder, TEACHER, STUDENT, options.columns)
+    flags = make_pair(folder, TEACHER, STUDENT, options.entries)
     runs: dict[int, Run] = {}
     for tokens in options.tokens:
         sizes = ["--per_device_batch_size", str(tokens // BLOCK), "--block_size", str(BLOCK)]
         runs[tokens] = _run([*flags, *sizes], options, dtype, runs)
     rows = measure(runs, options.rounds, options.cpu_time)
     for row in rows:
-        for part in CATEGORIES[:3]:
+        for part in PARTS[:3]:
             row[f"{part}_us_a_token"] = 1e6 * row[part] / row["tokens"]
-        row["read_bytes_a_token"] = row["bytes"]["read"] / row["tokens"]
-    names = [*(f"{part}_us_a_token" for part in CATEGORIES[:3]), "read_bytes_a_token"]
-    flat = {name: spread([row[name] for row in rows]) for name in names}
+        row["forward_bytes_a_token"] = row["bytes"]["forward"] / row["tokens"]
+    names = [*(f"{part}_us_a_token" for part in PARTS[:3]), "forward_bytes_a_token"]
+    spreads = {name: spread([row[name] for row in rows]) for name in names}
     heading(
-        f"{dtype}, {options.columns} columns: tokens a step",
-        *("read, us a token", "loss, us a token", "backward, us a token", "update, ms", "read, bytes a token"),
+        f"{dtype}, vocabulary of {options.entries}: tokens a step",
+        *("forward, us a token", "loss, us a token", "backward, us a token", "update, ms", "forward, bytes a token"),
         *("loss, MB", "step, MB"),
     )
     for row in rows:
-        each = " | ".join(f"{row[f'{part}_us_a_token']:.1f}" for part in CATEGORIES[:3])
+        each = " | ".join(f"{row[f'{part}_us_a_token']:.1f}" for part in PARTS[:3])
         sizes = f"{row['bytes']['loss'] / 1e6:.0f} | {row['bytes']['step'] / 1e6:.0f}"
         print(f"| {row['tokens']:,} | {each} | {1e3 * row['update']:.1f} | {row[names[3]]:,.0f} | {sizes} |")
-    shown = " | ".join(f"{flat[name]:.1%}" for name in names[:3])
-    print(f"| flat within | {shown} | | {flat[names[3]]:.1%} | | |", flush=True)
-    return {"rows": rows, "flat_within": flat}
+    shown = " | ".join(f"{spreads[name]:.1%}" for name in names[:3])
+    print(f"| spread | {shown} | | {spreads[names[3]]:.1%} | | |", flush=True)
+    return {"rows": rows, "spread": spreads}
 
 
 def grow_vocabulary(folder: Path, options: argparse.Namespace, dtype: str) -> dict:
-    """Rows of both heads."""
+    """More vocabulary entries in both LM heads."""
     runs: dict[int, Run] = {}
-    for columns in options.vocab_size:
+    for entries in options.vocab_size:
         sizes = ["--per_device_batch_size", str(options.at_tokens // BLOCK), "--block_size", str(BLOCK)]
-        flags = make_pair(folder / str(columns), TEACHER, STUDENT, columns, num_tokens=2048)
-        runs[columns] = _run([*flags, *sizes], options, dtype, {})
+        flags = make_pair(folder / str(entries), TEACHER, STUDENT, entries, num_tokens=2048)
+        runs[entries] = _run([*flags, *sizes], options, dtype, {})
     rows = measure(runs, options.rounds, options.cpu_time)
     for row in rows:
-        row["read_us_a_token"] = 1e6 * row["read"] / row["tokens"]
-        row["loss_ns_a_token_and_column"] = 1e9 * row["loss"] / row["tokens"] / row["columns"]
+        row["forward_us_a_token"] = 1e6 * row["forward"] / row["tokens"]
+        row["loss_ns_a_token_and_entry"] = 1e9 * row["loss"] / row["tokens"] / row["entries"]
         row["update_ns_a_parameter"] = 1e9 * row["update"] / row["parameters"]
-    names = "read_us_a_token", "loss_ns_a_token_and_column", "update_ns_a_parameter"
-    flat = {name: spread([row[name] for row in rows]) for name in names}
+    names = "forward_us_a_token", "loss_ns_a_token_and_entry", "update_ns_a_parameter"
+    spreads = {name: spread([row[name] for row in rows]) for name in names}
     heading(
-        f"{dtype}, {options.at_tokens} tokens: columns",
-        *("read, us a token", "loss, ns a token and column", "backward, ms", "update, ns a parameter"),
+        f"{dtype}, {options.at_tokens} tokens: vocabulary",
+        *("forward, us a token", "loss, ns a token and entry", "backward, ms", "update, ns a parameter"),
         *("loss, MB", "of which head's gradient", "step, MB"),
     )
     for row in rows:
-        head = 4 * row["columns"] * STUDENT.width
+        head = 4 * row["entries"] * STUDENT.width
         sizes = " | ".join(f"{size / 1e6:.0f}" for size in (row["bytes"]["loss"], head, row["bytes"]["step"]))
         print(
-            f"| {row['columns']:,} | {row[names[0]]:.1f} | {row[names[1]]:.3f} | {1e3 * row['backward']:.0f} | "
+            f"| {row['entries']:,} | {row[names[0]]:.1f} | {row[names[1]]:.3f} | {1e3 * row['backward']:.0f} | "
             f"{row[names[2]]:.2f} | {sizes} |"
         )
-    print(f"| flat within | {flat[names[0]]:.1%} | {flat[names[1]]:.1%} | | {flat[names[2]]:.1%} | | | |", flush=True)
-    return {"rows": rows, "flat_within": flat}
+    print(
+        f"| spread | {spreads[names[0]]:.1%} | {spreads[names[1]]:.1%} | | {spreads[names[2]]:.1%} | | | |", flush=True
+    )
+    return {"rows": rows, "spread": spreads}
 
 
 def _run(flags: list[str], options: argparse.Namespace, dtype: str, others: dict[int, Run]) -> Run:
@@ -183,7 +185,7 @@ def grow_text(options: argparse.Namespace) -> dict:
         documents = [Document(f"{copy} {i}", text) for copy in range(times) for i, text in enumerate(whole)]
         num_bytes = sum(len(document.text.encode()) for document in documents)
         marks = [time.process_time()]
-        corpus = Dataset(documents, pair, BLOCK, 8 * BLOCK)
+        corpus = build_dataset(documents, pair, BLOCK, 8 * BLOCK)
         marks.append(time.process_time())
         corpus.batch([0])  # the first makes the maps of the whole text
         marks.append(time.process_time())
@@ -207,14 +209,14 @@ def grow_text(options: argparse.Namespace) -> dict:
     for times, found in turns.items():
         row = {"times": times, "bytes": found[0]["bytes"]}
         rows.append(row | {name: statistics.median(each[name] for each in found[1:]) for name in names})
-    flat = {name: spread([row[name] for row in rows]) for name in names}
+    spreads = {name: spread([row[name] for row in rows]) for name in names}
     each = "tokens and blocks, us a byte", "connecting, us a byte", "aligned batches, us a token"
     heading("text, times", "KB", *each)
     for row in rows:
         figures = " | ".join(f"{row[name]:.3f}" for name in names)
         print(f"| {row['times']} | {row['bytes'] / 1e3:.0f} | {figures} |")
-    print("| flat within | | " + " | ".join(f"{flat[name]:.1%}" for name in names) + " |", flush=True)
-    return {"rows": rows, "flat_within": flat}
+    print("| spread | | " + " | ".join(f"{spreads[name]:.1%}" for name in names) + " |", flush=True)
+    return {"rows": rows, "spread": spreads}
 
 
 def main() -> None:
@@ -224,7 +226,7 @@ def main() -> None:
     parser.add_argument("--text_rounds", type=int, default=3)
     parser.add_argument("--model_dtype", nargs="+", default=["float32"])
     parser.add_argument("--tokens", type=int, nargs="*", default=[1024, 2048, 4096, 8192, 16384], help="a step")
-    parser.add_argument("--columns", type=int, default=8192, help="of the heads while tokens grow")
+    parser.add_argument("--entries", type=int, default=8192, help="of the vocabulary, while tokens grow")
     parser.add_argument("--vocab_size", type=int, nargs="*", default=[2048, 8192, 32000, 75000, 150000])
     parser.add_argument("--at_tokens", type=int, default=1024, help="a step, while the vocabulary grows")
     parser.add_argument("--times", type=int, nargs="*", default=[1, 2, 4, 8, 16])

@@ -1,12 +1,12 @@
-"""What the guards cost: a step with all of them against a step with none, in turns.
+"""The cost of the guards: a step with all of them against a step with none, in turns.
 
     python benchmarks/guard_cost.py
 
-With all: `step.train_step` and the clamps as the script has them. With none: the same forwards, losses and optimizer
+With all: `training.step.train_step` and the clamps of the script. With none: the same forwards, losses and optimizer
 without clamps, finiteness checks, norm, clipping, verdict and host read; the loss scale stays, because half precision
-does not train without it. Both sides have models of their own; each pair of steps reads the same batch, the order
-alternates, and what counts is the median of the ratios of their CPU seconds (of the wall's on a GPU). One thread. The
-table goes to the terminal, the figures to `benchmarks/results/guard_cost.json`.
+does not train without it. Each side has its own models; each pair of steps has the same batch, the order
+alternates, and the result is the median of the ratios of their CPU seconds (wall seconds on a GPU). One thread. The
+table goes to the terminal, the numbers to `benchmarks/results/guard_cost.json`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Is every guard held by a scenario? Take the guards away one at a time and see which scenarios of the suite notice.
+"""Is every guard covered by a scenario? Remove the guards one at a time and see which scenarios of the suite fail.
 
     python benchmarks/guard_mutations.py [--only WORD]
 
@@ -60,8 +60,8 @@ MUTATIONS = (
              "self.nonfinite = self.nonfinite + (~is_finite).sum()",
              "self.nonfinite = self.nonfinite + (~is_finite).sum() * 0"),
     Mutation("the loss is checked", "training/step.py",
-             "forward_finite=nonfinite_rows == 0 and all(map(math.isfinite, losses)),",
-             "forward_finite=nonfinite_rows == 0,"),
+             "forward_finite=nonfinite_positions == 0 and all(map(math.isfinite, losses)),",
+             "forward_finite=nonfinite_positions == 0,"),
     Mutation("a bad forward is refused", "training/guards.py",
              "        if not forward_finite:\n", "        if False:\n"),
     Mutation("a norm that is not finite is refused", "training/guards.py",
@@ -121,8 +121,8 @@ MUTATIONS = (
              "    assert all(parameter.dtype is torch.float32 for parameter in trainable)", "    assert True"),
     # the figures that are told
     Mutation("evaluation is not clamped", "evaluation/perplexity.py",
-             "target_log_probs(readout.select(batch.positions), batch.targets, rows)[0]",
-             "target_log_probs(readout.select(batch.positions), batch.targets, rows, 5.0)[0]"),
+             "target_log_probs(readout.select(batch.positions), batch.targets, tile_size)[0]",
+             "target_log_probs(readout.select(batch.positions), batch.targets, tile_size, 5.0)[0]"),
     Mutation("perplexity weighs tokens", "evaluation/perplexity.py",
              "precision, heads, workspace_mb).double().sum()\n        num_tokens += len(batch.targets)",
              "precision, heads, workspace_mb).double().mean()\n        num_tokens += 1"),

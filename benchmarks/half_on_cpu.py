@@ -1,9 +1,9 @@
-"""What a float16 step costs on a CPU: PyTorch's own half kernels, products rounded once, and float32.
+"""The cost of a float16 step on a CPU: PyTorch's own half kernels, products rounded once, and float32.
 
     python benchmarks/half_on_cpu.py
 
 The embedded pair, default batch; the three take turns, step by step, from the same weights on the same text. Nothing
-else may run beside it. The table goes to the terminal, the figures to `benchmarks/results/half_on_cpu.json`.
+else may run beside it. The table goes to the terminal, the numbers to `benchmarks/results/half_on_cpu.json`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ sys.path.insert(0, str(ROOT))
 
 from sar_kd.config.command_line import parse  # noqa: E402
 from sar_kd.config.presets import FP16_SAFE  # noqa: E402
-from sar_kd.data.dataset import Dataset  # noqa: E402
+from sar_kd.data.dataset import build_dataset  # noqa: E402
 from sar_kd.data.sources import load_documents  # noqa: E402
 from sar_kd.losses.objective import Objective  # noqa: E402
 from sar_kd.models.loading import load_models  # noqa: E402
 from sar_kd.runtime.precision import setup_precision  # noqa: E402
 from sar_kd.training.guards import StepGuard  # noqa: E402
 from sar_kd.training.optimizer import build_optimizer  # noqa: E402
-from sar_kd.training.step import train_step  # noqa: E402
+from sar_kd.training.step import StepContext, train_step  # noqa: E402
 
 KINDS = {"native half": ("float16", False), "products rounded once": ("float16", True), "float32": ("float32", False)}
 
@@ -41,7 +41,7 @@ class Side:
         self.precision.emulates_float16 = emulates
         self.models = load_models(self.config, self.precision)
         limits = self.models.block_limits(self.config.data.block_size)
-        self.corpus = Dataset(
+        self.corpus = build_dataset(
             load_documents(self.config.data)[0],
             self.models.tokenizers,
             *limits,
@@ -50,12 +50,13 @@ class Side:
         pair = (self.models.teacher, self.models.student)
         self.objective = Objective(*pair, self.config.loss, self.corpus.aligner, self.precision)
         self.optimizer = build_optimizer(self.models.student, self.config.optim, self.objective.parameters())
-        self.guard = StepGuard(self.config.guards)
+        guard = StepGuard(self.config.guards)
+        self.context = StepContext(self.objective, self.optimizer, guard, self.precision, 0.5)
 
     def step(self, batches) -> tuple[float, float]:
         """Seconds and loss of one attempted update."""
         started = time.perf_counter()
-        report = train_step(batches, self.objective, self.optimizer, self.guard, self.precision, 0.5)
+        report = train_step(batches, self.context)
         return time.perf_counter() - started, report.loss
 
 

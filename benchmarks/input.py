@@ -1,17 +1,17 @@
-"""What it takes to read text: seconds and memory for each MB, as text grows.
+"""Seconds and memory for each MB of text, as text grows.
 
     python benchmarks/input.py
     python benchmarks/input.py --sizes 2000 --shapes jsonl --pairs equal --limit_mb 1000
 
-Each row is a process of its own that does what a run does before its first step (documents, tokens, blocks, the maps
-between the vocabularies) and then makes 200 batches from all over the text; nothing is kept between rows. Shapes: one
-line, a .txt file of many lines, a .jsonl of many documents. Pairs: the embedded pair's tokenizers, or the student's own
-on both sides.
+Each line of the table is its own process that does what a run does before its first step (documents, tokens, blocks,
+the maps between the vocabularies) and then makes 200 batches; nothing is shared between them. Shapes: one line, a .txt
+file of many lines, a .jsonl of many documents. Pairs: the embedded pair's tokenizers, or the student's own on both
+sides.
 
-Memory is counted in three ways. `anon` is the peak of RssAnon, sampled every 20 ms: what the process itself holds, and
-the figure that must stay flat. `rss` is getrusage's peak: it has the pages of mapped files too, which the system takes
+Memory is counted in three ways. `anon` is the peak of RssAnon, sampled every 20 ms: the process's own memory, which
+must not grow with the text. `rss` is getrusage's peak: it has the pages of mapped files too, which the system takes
 back when it wants them. `start` is RssAnon once Python, torch and both tokenizers are loaded. With --limit_mb the
-process may hold no more than so much (RLIMIT_DATA: heap, stacks and private memory, touched or not), or it fails.
+process may have no more than that (RLIMIT_DATA: heap, stacks and private memory, touched or not), or it fails.
 
 Seconds are CPU seconds of all threads, so that a busy machine does not distort them; wall seconds stand beside them.
 """
@@ -80,7 +80,7 @@ def measure(path: str, pair_name: str, limit_mb: int) -> dict:
 
     from sar_kd import embedded
     from sar_kd.config.sections import DataConfig
-    from sar_kd.data.dataset import Dataset
+    from sar_kd.data.dataset import build_dataset
     from sar_kd.data.sources import load_documents
     from sar_kd.data.token_cache import TokenCache
     from sar_kd.tokenization.tokenizer_pair import TokenizerPair
@@ -89,7 +89,7 @@ def measure(path: str, pair_name: str, limit_mb: int) -> dict:
         resource.setrlimit(resource.RLIMIT_DATA, (limit_mb * 10**6, limit_mb * 10**6))
     folders = embedded.STUDENT_DIR, embedded.STUDENT_DIR if pair_name == "equal" else embedded.TEACHER_DIR
     student, teacher = (transformers.AutoTokenizer.from_pretrained(str(folder)) for folder in folders)
-    pair = TokenizerPair(student, teacher, student_rows=len(student), teacher_rows=len(teacher))
+    pair = TokenizerPair(student, teacher, student_vocab_size=len(student), teacher_vocab_size=len(teacher))
     row: dict = {"start_mb": anonymous_mb()}
     meter = Meter()
 
@@ -105,8 +105,8 @@ def measure(path: str, pair_name: str, limit_mb: int) -> dict:
         with stage("load"):
             train, held_out = load_documents(DataConfig(train_file=(path,)))
         with stage("tokens"):
-            corpus = Dataset(train, pair, BLOCK_SIZE, 8 * BLOCK_SIZE, cache)
-        Dataset(held_out, pair, BLOCK_SIZE, 8 * BLOCK_SIZE, cache)
+            corpus = build_dataset(train, pair, BLOCK_SIZE, 8 * BLOCK_SIZE, cache)
+        build_dataset(held_out, pair, BLOCK_SIZE, 8 * BLOCK_SIZE, cache)
         with stage("maps"):
             corpus.micro_batches(0, BATCH_SIZE, 1, 0)
         with stage("batches"):
@@ -114,7 +114,7 @@ def measure(path: str, pair_name: str, limit_mb: int) -> dict:
                 corpus.micro_batches(step, BATCH_SIZE, 1, 0)
         row["disk_mb"] = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()) / 1e6
         with stage("again"):
-            Dataset(train, pair, BLOCK_SIZE, 8 * BLOCK_SIZE, cache)
+            build_dataset(train, pair, BLOCK_SIZE, 8 * BLOCK_SIZE, cache)
     row |= {"tokens": corpus.num_tokens, "blocks": len(corpus), "documents": len(corpus.text.names)}
     row |= {"anon_mb": meter.peak, "rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}
     return row

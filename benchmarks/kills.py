@@ -2,10 +2,10 @@
 
     python benchmarks/kills.py --kills 200
 
-A short float16 run of tiny models, a checkpoint after every step. Each trial starts it anew in a process of its own,
+A short float16 run of tiny models, a checkpoint after every step. Each trial starts it again in its own process,
 kills that at a random moment (every fourth: while a checkpoint is being written), resumes it as a user would, and
 compares weights, optimizer, loss scale, random numbers, counters, the saved student and `metrics.jsonl` with those of a
-run that was never touched, bit for bit. The report goes to the terminal and to `benchmarks/results/kills.md`. Exit code
+run that was never killed, bit for bit. The report goes to the terminal and to `benchmarks/results/kills.md`. Exit code
 1 unless every trial ends equal.
 """
 

@@ -1,16 +1,16 @@
-"""The memory plan beside what is measured: steps and evaluations of real models, each in a process of its own.
+"""The memory plan beside what is measured: steps and evaluations of real models, each in its own process.
 
     python benchmarks/memory_plan.py
     python benchmarks/memory_plan.py --only llama_32000 moe
 
-What is measured, in three ways: `allocated` is the peak of the allocator, every allocation and release as
-PyTorch's profiler reports it, kernels' own included; it is what the plan's parts predict. `ledger` counts storages
-while the real step runs. `resident` is the peak resident set of the process (Linux), against the plan with what the
-process held before. On a GPU there is one way: `torch.cuda.max_memory_allocated`, against the plan with what libraries
+Measured in three ways: `allocated` is the peak of the allocator, every allocation and release as
+PyTorch's profiler reports it, kernels' own included; the plan's categories predict it. `ledger` counts storages
+while the real step runs. `resident` is the peak resident set of the process (Linux), against the plan plus what the
+process had before. On a GPU there is one way: `torch.cuda.max_memory_allocated`, against the plan with what libraries
 take. Off by is (plan - measured) / measured.
 
 A step is the second one, when the optimizer has its state. Two steps, then an evaluation of both models; with
-`on_policy_fraction` the student writes behind full prompts first.
+`on_policy_fraction` responses to full prompts are sampled first.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def _invented(case: Case, config, dtype):
 
 def _embedded(config):
     """The pair that ships with the package, and its text: different tokenizers."""
-    from sar_kd.data.dataset import Dataset
+    from sar_kd.data.dataset import build_dataset
     from sar_kd.data.sources import load_documents
     from sar_kd.models.loading import load_meta_model, load_models
 
@@ -190,7 +190,7 @@ def _embedded(config):
     def go(config, precision):
         models = load_models(config, precision)
         texts = load_documents(config.data)
-        corpus = Dataset(
+        corpus = build_dataset(
             texts[0],
             models.tokenizers,
             *models.block_limits(config.data.block_size),
@@ -214,7 +214,7 @@ def _train(config, precision, teacher, student, aligner, batches, models=None, c
     from sar_kd.teacher.live import build_live_teacher
     from sar_kd.training.guards import StepGuard
     from sar_kd.training.optimizer import build_optimizer
-    from sar_kd.training.step import train_step
+    from sar_kd.training.step import StepContext, train_step
 
     if config.memory.gradient_checkpointing:
         recompute_activations_(student, same_dropout=True)
@@ -228,7 +228,7 @@ def _train(config, precision, teacher, student, aligner, batches, models=None, c
     with routing:
         for step in range(2):
             routers = routing.router_trainer_at(step, lambda peak: peak)
-            train_step(batches(step), objective, optimizer, guard, precision, 1.0, routers)
+            train_step(batches(step), StepContext(objective, optimizer, guard, precision, 1.0, routers))
         (first, *_) = batches(0)
         for model, batch in ((student, first.student), (teacher, first.teacher)):
             evaluate(model, [batch], 1, precision, heads=objective.heads, workspace_mb=config.loss.loss_workspace_mb)

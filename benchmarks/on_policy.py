@@ -1,10 +1,10 @@
-"""What it is worth that the student learns on its own text: unit conversion, the embedded pair, fine-tuned before.
+"""On-policy against off-policy distillation: unit conversion, the embedded pair, fine-tuned before.
 
     python benchmarks/on_policy.py
 
 Teacher and student are fine-tuned once, the student shortly. From there every run has the same number of steps, prompts
-and seeds; only text, divergence and routing differ. Each is one call of `train_sar_kd_stable.py` in a process of its
-own with one thread. Accuracy and answer rate are of the student at the end, on questions that no run has seen.
+and seeds; only text, divergence and routing differ. Each is one call of `train_sar_kd_stable.py` in its own
+process with one thread. Accuracy and answer rate are of the student at the end, on questions that no run has seen.
 """
 
 from __future__ import annotations

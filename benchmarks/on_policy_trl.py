@@ -1,11 +1,11 @@
-"""What a student learns on its own text here and in TRL's trainers: equal starts, prompts, steps and rates.
+"""On-policy distillation here and in TRL's trainers: equal starts, prompts, steps and rates.
 
     PYTHON_WITH_TRL benchmarks/on_policy_trl.py
 
 Unit conversion, the teacher of `on_policy.py`, and students of the embedded one's shape with its tokenizer or another
 (GOLD takes byte-level BPE only), fine-tuned shortly before. On-policy reverse KL at temperature 1 for all: ours,
 GKDTrainer (lmbda 1, beta 1) and GOLDTrainer (likewise; across tokenizers its hybrid ULD loss). AdamW, its rate and the
-clip are the same; the figures are of the student that each leaves, asked by our own benchmark. Needs `trl` and
+clip are the same; the students are evaluated by our own benchmark. Needs `trl` and
 `datasets` beside this package's requirements, and `benchmarks/alignment_models.py` run before.
 """
 
@@ -30,7 +30,7 @@ import transformers  # noqa: E402
 from on_policy import MODELS, fine_tune, spread_of  # noqa: E402
 
 from sar_kd.data import unit_questions  # noqa: E402
-from sar_kd.data.dataset import Dataset  # noqa: E402
+from sar_kd.data.dataset import build_dataset  # noqa: E402
 from sar_kd.data.unit_questions import task_questions  # noqa: E402
 from sar_kd.evaluation.perplexity import evaluate  # noqa: E402
 from sar_kd.evaluation.question_answering import answer_questions  # noqa: E402
@@ -129,8 +129,8 @@ def _templated(model: Path, folder: Path) -> Path:
 def _check_rendering(tokenizer, student: Path, messages: list[dict]) -> None:
     """Both sides are to read the very same tokens: what is fine-tuned on one rendering knows no other."""
     own = transformers.AutoTokenizer.from_pretrained(student)
-    pair = TokenizerPair(own, own, student_rows=len(own), teacher_rows=len(own))
-    (ours,) = Dataset(task_questions("train")[:1], pair, 256, 256).micro_batches(0, 1, 1, 0)
+    pair = TokenizerPair(own, own, student_vocab_size=len(own), teacher_vocab_size=len(own))
+    (ours,) = build_dataset(task_questions("train")[:1], pair, 256, 256).micro_batches(0, 1, 1, 0)
     theirs = tokenizer.apply_chat_template(messages, tokenize=False)
     assert tokenizer(theirs, add_special_tokens=False)["input_ids"] == ours.student.input_ids[0].tolist()
 
@@ -139,9 +139,9 @@ def asked(folder: Path) -> dict:
     """Accuracy and answer rate on the test questions, and bits per byte of their right answers."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    pair = TokenizerPair(tokenizer, tokenizer, student_rows=len(tokenizer), teacher_rows=len(tokenizer))
+    pair = TokenizerPair(tokenizer, tokenizer, student_vocab_size=len(tokenizer), teacher_vocab_size=len(tokenizer))
     precision = Precision(torch.device("cpu"), torch.float32, 1.0)
-    corpus = Dataset(task_questions("test"), pair, 256, 256)
+    corpus = build_dataset(task_questions("test"), pair, 256, 256)
     result = answer_questions(model, corpus, unit_questions.questions("test", unit_questions.COUNTS["test"]), precision)
     bits = evaluate(model, corpus.token_batches("student", 64), corpus.text.num_bytes, precision).bits_per_byte
     return {"accuracy": result.accuracy, "answer_rate": result.answer_rate, "bits_per_byte": bits}

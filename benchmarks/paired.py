@@ -1,8 +1,8 @@
-"""What the benchmarks of whole steps share: a run up to its first step, and how sides are timed beside each other.
+"""Shared by the benchmarks of whole steps: a run up to its first step, and paired timing.
 
-Sides take turns in one process, in an order that moves on, and what counts is the median over rounds of the ratio of
-two sides in the same round: what slows the machine for a while slows both. On a GPU its queue is empty before and after
-what is timed.
+Sides take turns in one process, in a rotating order, and the result is the median over rounds of the ratio of two sides
+in the same round: what slows the machine for a while slows both. On a GPU the queue is empty before and after each
+timing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sar_kd.config.fields import Command  # noqa: E402
 from sar_kd.config.presets import STABLE  # noqa: E402
 from sar_kd.config.runs import Config  # noqa: E402
 from sar_kd.data.batch import Batch  # noqa: E402
-from sar_kd.data.dataset import Dataset  # noqa: E402
+from sar_kd.data.dataset import build_dataset  # noqa: E402
 from sar_kd.data.sources import load_documents  # noqa: E402
 from sar_kd.losses.objective import Objective  # noqa: E402
 from sar_kd.models.loading import (  # noqa: E402
@@ -46,7 +46,7 @@ from sar_kd.runtime.precision import setup_precision  # noqa: E402
 from sar_kd.teacher.cached import open_teacher_cache  # noqa: E402
 from sar_kd.training.guards import StepGuard  # noqa: E402
 from sar_kd.training.optimizer import build_optimizer  # noqa: E402
-from sar_kd.training.step import StepReport, train_step  # noqa: E402
+from sar_kd.training.step import StepContext, StepReport, train_step  # noqa: E402
 
 NEVER_SKIPS = ("--skip_rule", "fixed", "--skip_grad_norm", "1e9")
 """A step that is skipped costs less."""
@@ -55,22 +55,21 @@ NEVER_SKIPS = ("--skip_rule", "fixed", "--skip_grad_norm", "1e9")
 class Run:
     """What a script has when its first step begins."""
 
-    def __init__(
-        self, flags: Sequence[str], command: Command[Config] = STABLE, given: LoadedModels = NO_LOADED_MODELS
-    ):
+    def __init__(self, flags: Sequence[str], command: Command[Config] = STABLE, given: LoadedModels = NO_LOADED_MODELS):
         """given: models that are in memory already, of another run"""
-        config, stored = open_teacher_cache(parse(command, list(flags)), SINGLE_PROCESS, _Quiet())
+        config, teacher_cache = open_teacher_cache(parse(command, list(flags)), SINGLE_PROCESS, lambda line: None)
         self.config, self.precision = config, setup_precision(config.precision, 0)
-        self.models = models = load_models(config, self.precision, stored.teacher, given)
+        self.models = models = load_models(config, self.precision, teacher_cache and teacher_cache.teacher, given)
         limits, texts = models.block_limits(config.data.block_size), load_documents(config.data)
-        answers = stored.texts(texts, models.tokenizers.teacher)
-        self.corpus = Dataset(
-            texts[0], models.tokenizers, *limits, stored=answers[0], loss_workspace_mb=config.loss.loss_workspace_mb
+        cached = teacher_cache.texts(texts, models.tokenizers.teacher)[0] if teacher_cache else None
+        self.corpus = build_dataset(
+            texts[0], models.tokenizers, *limits, cached_logits=cached, loss_workspace_mb=config.loss.loss_workspace_mb
         )
         sides = models.teacher, models.student
         self.objective = Objective(*sides, config.loss, self.corpus.aligner, self.precision)
         self.optimizer = build_optimizer(models.student, config.optim, self.objective.parameters())
-        self.guard = StepGuard(config.guards)
+        guard, limit = StepGuard(config.guards), config.guards.max_grad_norm
+        self.context = StepContext(self.objective, self.optimizer, guard, self.precision, limit)
 
     @property
     def given(self) -> LoadedModels:
@@ -86,15 +85,9 @@ class Run:
 
     def step(self, batches: list[Batch]) -> StepReport:
         """One update, as the scripts make it; applied, or the benchmark measured something else."""
-        limit = self.config.guards.max_grad_norm
-        report = train_step(batches, self.objective, self.optimizer, self.guard, self.precision, limit)
+        report = train_step(batches, self.context)
         assert report.verdict.applied, report
         return report
-
-
-class _Quiet:
-    def say(self, line: str) -> None:
-        """Nothing."""
 
 
 class Shape(NamedTuple):

@@ -1,11 +1,12 @@
-"""What making batches ahead is worth: whole steps with and without, in turns.
+"""Batches made ahead: whole steps with and without, in turns.
 
     python benchmarks/prefetch.py
 
 Rounds of steps of the embedded pair (different tokenizers, so that each batch is aligned), the same steps in each way:
-`off` makes a step's batches before it, `thread` is `sar_kd.prefetch`, `process` is torch's DataLoader with one worker
-process. A round's first step is not counted, because nothing could be made ahead of it. `wait` is what a step waited
-for its batches; the ratio is that of a round's seconds to those of `off` in the same turn, median over the turns.
+`off` makes a step's batches before it, `thread` is `training.batch_loader.Prefetch`, `process` is torch's DataLoader
+with one worker process. A round's first step is not counted, because nothing could be made ahead of it. `wait` is what
+a step waited for its batches; the ratio is that of a round's seconds to those of `off` in the same turn, median over
+the turns.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 from sar_kd.config.command_line import parse  # noqa: E402
 from sar_kd.config.presets import STABLE  # noqa: E402
 from sar_kd.data.batch import Batch  # noqa: E402
-from sar_kd.data.dataset import Dataset  # noqa: E402
+from sar_kd.data.dataset import Dataset, build_dataset  # noqa: E402
 from sar_kd.data.sources import load_documents  # noqa: E402
 from sar_kd.losses.objective import Objective  # noqa: E402
 from sar_kd.models.loading import load_models  # noqa: E402
@@ -37,7 +38,7 @@ from sar_kd.runtime.precision import setup_precision  # noqa: E402
 from sar_kd.training.batch_loader import Prefetch  # noqa: E402
 from sar_kd.training.guards import StepGuard  # noqa: E402
 from sar_kd.training.optimizer import build_optimizer  # noqa: E402
-from sar_kd.training.step import train_step  # noqa: E402
+from sar_kd.training.step import StepContext, train_step  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "prefetch.json"
 WAYS = ("off", "thread", "process")
@@ -64,7 +65,7 @@ def batches(way: str, steps: Steps, first: int, count: int) -> Iterator[list[Bat
         yield from (steps[number] for number in numbers)
     elif way == "thread":
         ahead = Prefetch(steps.__getitem__)
-        yield from (ahead.take(number, number + 1 if number + 1 in numbers else None) for number in numbers)
+        yield from (ahead.get(number, number + 1 if number + 1 in numbers else None) for number in numbers)
         ahead.close()
     else:
         loader = DataLoader(steps, batch_size=None, sampler=numbers, num_workers=1, prefetch_factor=1)
@@ -80,23 +81,24 @@ def main() -> None:
     precision = setup_precision(config.precision, 0)
     models = load_models(config, precision)
     limits = models.block_limits(config.data.block_size)
-    corpus = Dataset(
+    corpus = build_dataset(
         load_documents(config.data)[0], models.tokenizers, *limits, loss_workspace_mb=config.loss.loss_workspace_mb
     )
     objective = Objective(models.teacher, models.student, config.loss, corpus.aligner, precision)
     optimizer, guard = build_optimizer(models.student, config.optim, objective.parameters()), StepGuard(config.guards)
+    context = StepContext(objective, optimizer, guard, precision, 1.0)
     steps = Steps(corpus, config)
 
     def round_of(way: str, first: int) -> tuple[float, float]:
         """Seconds of a step, and of these what it waited, over all but the first."""
         source, waited = batches(way, steps, first, options.steps + 1), 0.0
-        train_step(next(source), objective, optimizer, guard, precision, 1.0)
+        train_step(next(source), context)
         started = time.perf_counter()
         for _ in range(options.steps):
             before = time.perf_counter()
-            window = next(source)
+            micro_batches = next(source)
             waited += time.perf_counter() - before
-            train_step(window, objective, optimizer, guard, precision, 1.0)
+            train_step(micro_batches, context)
         seconds = time.perf_counter() - started
         list(source)
         return seconds / options.steps, waited / options.steps

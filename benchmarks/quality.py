@@ -1,10 +1,10 @@
 """What distillation is worth on the embedded pair: bits per byte by variant, several seeds, same steps, same text.
 
-    python benchmarks/quality.py                      # the tables of the README
+    python benchmarks/quality.py                      # the tables of docs/quality.md
     python benchmarks/quality.py --variants ce kd --seeds 0 1 2
 
-Every run is one call of `train_sar_kd_stable.py` in a process of its own with one thread, as many at a time as
-`--jobs`. The table goes to the terminal, the figures to `benchmarks/results/quality.json`.
+Every run is one call of `train_sar_kd_stable.py` in its own process with one thread, as many at a time as
+`--jobs`. The table goes to the terminal, the numbers to `benchmarks/results/quality.json`.
 """
 
 from __future__ import annotations

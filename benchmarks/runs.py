@@ -1,8 +1,8 @@
-"""Runs of a script, each in a process of its own with one thread, kept in a file, and their table.
+"""Runs of a script, each in its own process with one thread, saved in a file, and their table.
 
-A run that the file already has is not made again, so an interrupted grid goes on where it stopped; `--fresh` on the
-benchmarks' command line makes all of them anew. Each run carries a digest of the package's source, and the table says
-so where its runs are not all of the present one.
+A run that is in the file is not repeated, so an interrupted grid continues; `--fresh` on the benchmarks' command line
+repeats all of them. Each run has a digest of the package's source, and the table has a note where not all runs are of
+the present source.
 """
 
 from __future__ import annotations
@@ -133,4 +133,4 @@ def add_flags(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--flags", default="", help="further flags for every run, in one string")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / output)
-    parser.add_argument("--fresh", action="store_true", help="make runs anew that --output already has")
+    parser.add_argument("--fresh", action="store_true", help="repeat runs that --output already has")

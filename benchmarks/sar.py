@@ -1,11 +1,11 @@
-"""What the teacher's routing is worth on the embedded pair: the student, and what becomes of the teacher, by routing.
+"""The teacher's routing on the embedded pair: student and teacher after training, by routing.
 
     python benchmarks/sar.py
 
-Same steps, same text, same seeds; only the routing differs (ka reads half of the text, twice). Every run is one call of
-`train_sar_kd_stable.py` in a process of its own with one thread. Blocks are short and a part of the validation text is
-read, so that the grid takes less than an hour on one core; figures are comparable within this table only. What a step
-costs is in `benchmarks/sar_cost.py`.
+Same steps, same text, same seeds; only the routing differs (ka sees half of the text, twice). Every run is one call of
+`train_sar_kd_stable.py` in its own process with one thread. Blocks are short and only a part of the validation text is
+used, so that the grid takes less than an hour on one core; numbers are comparable within this table only. The cost of a
+step is in `benchmarks/sar_cost.py`.
 """
 
 from __future__ import annotations

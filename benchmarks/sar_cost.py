@@ -1,8 +1,8 @@
-"""What routers that learn cost: time of a step by routing, teacher forwards, bytes that are kept for backward.
+"""The cost of trained routers: time of a step by routing, teacher forwards, bytes saved for backward.
 
     python benchmarks/sar_cost.py
 
-The embedded pair and its text in one process; everything that is timed is timed in turns, and medians are compared.
+The embedded pair and its text in one process; everything is timed in turns, and medians are compared.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sar_kd import embedded
 from sar_kd.config.presets import MODES
 from sar_kd.config.runs import Config
 from sar_kd.data.batch import Batch
-from sar_kd.data.dataset import Dataset
+from sar_kd.data.dataset import build_dataset
 from sar_kd.data.samples import Document
 from sar_kd.losses.objective import Objective
 from sar_kd.models.loading import load_models
@@ -33,7 +33,7 @@ from sar_kd.teacher.live import build_live_teacher
 from sar_kd.teacher.moe.router_training import FROZEN_ROUTERS
 from sar_kd.training.guards import StepGuard
 from sar_kd.training.optimizer import build_optimizer
-from sar_kd.training.step import train_step
+from sar_kd.training.step import StepContext, train_step
 
 RESULT = Path(__file__).parent / "results" / "sar_cost.json"
 SAR = {"routing": "sar", "sar_routing": "all"}
@@ -53,11 +53,12 @@ class Run:
     """One routing of the embedded pair, ready to step."""
 
     def __init__(self, flags: dict, texts: dict[str, str], batch_size: int, block_size: int):
-        self.config = Config.from_options({**MODES["precise"], "student_lr": 1e-3, "router_lr": 1e-3, **flags}, "precise")
+        values = {**MODES["precise"], "student_lr": 1e-3, "router_lr": 1e-3, **flags}
+        self.config = Config.from_options(values, "precise")
         self.precision = setup_precision(self.config.precision, 0)
         self.models = load_models(self.config, self.precision)
         limits = block_size, 8 * block_size
-        corpus = Dataset(
+        corpus = build_dataset(
             [Document(*item) for item in texts.items()],
             self.models.tokenizers,
             *limits,
@@ -72,9 +73,10 @@ class Run:
 
     def step(self) -> None:
         """One attempted update; what it measures for the log is left out."""
-        parts = self.objective, self.optimizer, self.guard, self.precision
+        routers = self.routing.router_trainer or FROZEN_ROUTERS
+        context = StepContext(self.objective, self.optimizer, self.guard, self.precision, 1.0, routers)
         with self.routing:
-            train_step([self.batch], *parts, 1.0, self.routing.router_trainer or FROZEN_ROUTERS)
+            train_step([self.batch], context)
 
     def forward(self) -> None:
         """The teacher alone, without a graph."""
@@ -167,7 +169,7 @@ def main() -> None:
     shares = [a / b for a, b in zip(kept["joint, checkpointing"], kept["joint"], strict=True)]
     for what, i in (("routers' whole pass", 0), ("teacher", 1)):
         plain, anew = (kept[name][i] / 1e6 for name in ("joint", "joint, checkpointing"))
-        print(f"Kept for backward, {what}: {plain:.1f} MB, with checkpointing {anew:.1f} MB ({shares[i]:.1%})")
+        print(f"Saved for backward, {what}: {plain:.1f} MB, with checkpointing {anew:.1f} MB ({shares[i]:.1%})")
     record = {"threads": torch.get_num_threads(), "torch": torch.__version__, **vars(options)}
     record |= {"step_seconds": steps, "teacher_seconds": teacher, "kept_bytes": kept}
     RESULT.write_text(json.dumps(record, indent=1) + "\n")

@@ -3,9 +3,10 @@
     python benchmarks/several_devices.py
 
 The embedded pair, two micro-batches of two blocks on each rank, gloo; one process once with the same four micro-batches
-and once with two of four blocks, which float16 rounds otherwise, with ranks or without. Prints a table and writes
+and once with two of four blocks, which float16 rounds differently, with ranks or without. Prints a table and writes
 `benchmarks/results/several_devices.json`. Exit code 1 unless gradients agree to 1e-5 with the same micro-batches, both
-ranks refuse the NaN without changing a bit, and a run of which one rank was killed ends, resumed, as one that was not.
+ranks refuse the NaN without changing a bit, and a run of which one rank was killed ends, resumed, as one that was not
+killed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch  # noqa: E402
 
 from sar_kd.config.command_line import parse  # noqa: E402
 from sar_kd.config.presets import STABLE  # noqa: E402
-from sar_kd.data.dataset import Dataset  # noqa: E402
+from sar_kd.data.dataset import build_dataset  # noqa: E402
 from sar_kd.data.sources import load_documents  # noqa: E402
 from sar_kd.losses.objective import Objective  # noqa: E402
 from sar_kd.models.loading import load_models  # noqa: E402
@@ -37,7 +38,7 @@ from sar_kd.training import trainer  # noqa: E402
 from sar_kd.training.guards import StepGuard  # noqa: E402
 from sar_kd.training.optimizer import build_optimizer, parameters_of  # noqa: E402
 from sar_kd.training.parallel import build_strategy  # noqa: E402
-from sar_kd.training.step import train_step  # noqa: E402
+from sar_kd.training.step import StepContext, train_step  # noqa: E402
 from tests.helpers import ranks  # noqa: E402
 
 TOLERANCE = 1e-5
@@ -54,7 +55,7 @@ def step(dtype: str, parallel: str, batch_size: int, bad_rank: int | None = None
     config = parse(STABLE, [*flags, "--mode", "precise", "--skip_rule", "fixed", "--skip_grad_norm", "1e9"])
     precision = setup_precision(config.precision, 0, process_group)
     models = load_models(config, precision)
-    corpus = Dataset(
+    corpus = build_dataset(
         load_documents(config.data)[1],
         models.tokenizers,
         *models.block_limits(64),
@@ -71,8 +72,8 @@ def step(dtype: str, parallel: str, batch_size: int, bad_rank: int | None = None
     parts = range(shares) if process_group.size == 1 else [process_group.rank]
     among = max(shares, process_group.size)
     batches = [batch for part in parts for batch in corpus.micro_batches(0, batch_size, 2, 0, part, among)]
-    guard = StepGuard(config.guards)
-    report = train_step(batches, objective, optimizer, guard, precision, 1e9, strategy=strategy)
+    context = StepContext(objective, optimizer, StepGuard(config.guards), precision, 1e9, strategy=strategy)
+    report = train_step(batches, context)
     same = all(map(torch.equal, before, (_whole(parameter) for parameter in parameters_of(optimizer))))
     figures = {"loss": report.loss, "norm": report.grad_norm, "tokens": report.num_target_tokens}
     return {"figures": figures, "cause": report.verdict.cause, "unchanged": same, "gradients": gradients}

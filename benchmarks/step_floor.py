@@ -1,24 +1,24 @@
-"""A whole step beside the least that it could be.
+"""A whole step beside the least that it could cost.
 
     python benchmarks/step_floor.py [--vocab_size 16000 32000]
 
 Live: our step, beside the teacher's forward and the student's forward and backward with plain cross-entropy. With a
 teacher cache: our step, beside the student's own training step, that is forward, backward with plain cross-entropy and
-the optimizer's step. Both floors are written here as one would without this package: the models called as they are,
+the optimizer's step. Both floors are written here without this package: plain model calls,
 whole logits, `torch.nn.functional.cross_entropy`, autograd, `GradScaler`; the same autocast, the same half products and
-the same AdamW as ours. Nothing of the comparison with the teacher is in them.
+the same AdamW as ours. They contain no distillation loss.
 
 Each side, in each round, on the same blocks of text:
 
     floor, live      teacher(ids), no gradient; student(ids); cross-entropy; backward
     floor, training  student(ids); cross-entropy; backward; unscale and AdamW's step
-    MODE             `step.train_step` with the whole teacher: losses, backward, norm, guard, clip, AdamW's step
-    MODE, cache      the same, with what a cache has kept of the teacher
+    MODE             `training.step.train_step` with a live teacher: losses, backward, norm, guard, clip, AdamW's step
+    MODE, cache      the same, with the teacher's cached logits
 
-`+ update` is the ratio to the live floor with AdamW's step in it, which a run cannot do without. Batches are made
+`+ update` is the ratio to the live floor with AdamW's step in it, which every run needs. Batches are made
 beforehand, as the prefetch thread makes them beside a step. Sides take turns in one process and share one student.
 
-Pairs: the embedded one (different tokenizers, so that the step also carries the teacher's distributions over), the same
+Pairs: the embedded one (different tokenizers, so that the step includes the projection), the same
 student with itself as teacher (equal tokenizers), and a Llama of 512 features and 8 layers under one of 768 and 12
 (equal tokenizers). Memory is what a step adds at its peak to weights and optimizer.
 """
@@ -89,7 +89,7 @@ class Floor:
             logits = self.models.student(input_ids=input_ids, use_cache=False).logits
         logits, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         loss = torch.nn.functional.cross_entropy(logits.float(), targets, ignore_index=-100)
-        with self.precision.products():
+        with self.precision.matmul_context():
             self._scaler.scale(loss).backward()
 
 

@@ -1,4 +1,4 @@
-"""The table of the stress suite: what a naive loop does in each scenario, as measured, and what this program does.
+"""The table of the stress suite: what a naive loop does in each scenario, measured, and what this program does.
 
     python benchmarks/stress.py
 

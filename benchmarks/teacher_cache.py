@@ -1,16 +1,16 @@
-"""What a teacher cache takes, how true it is, and that memory does not grow with the text: each beside a live teacher.
+"""A teacher cache beside a live teacher: size, error of losses and gradients, and memory as the text grows.
 
     python benchmarks/teacher_cache.py
     python benchmarks/teacher_cache.py --sizes 3 30
 
-First: bytes a token, what building took, what making a batch takes with the rows that are read, and how far the cached
-losses and gradients are from the live ones on the same batches; for the embedded pair also where the text was cut for a
-student with the teacher's own tokenizer, so that in many a block the teacher had read more than the student has. Two
-pairs: the embedded one, whose tokenizers differ; and a student of 5 M parameters with a vocabulary of 8,192 that is the
-teacher's too, made here from a seed. One thread, CPU seconds. What a step with a cache costs: `step_floor.py`.
+First: bytes a token, the cost of building, the cost of a batch with its records, and how far the cached losses and
+gradients are from the live ones on the same batches; for the embedded pair also where the text was cut for a student
+with the teacher's own tokenizer, so that in many blocks the teacher had more context than the student has. Two pairs:
+the embedded one, whose tokenizers differ; and a student of 5 M parameters with a vocabulary of 8,192 that is the
+teacher's too, made here from a seed. One thread, CPU seconds. The cost of a step with a cache: `step_floor.py`.
 
 Then, for a text of each of --sizes MB: the peak of the anonymous memory (RssAnon, every 20 ms) of a process that builds
-the cache with a tiny teacher, and of one that trains from it, beyond what each held before. Files that are mapped do
+the cache with a tiny teacher, and of one that trains from it, beyond what each had before. Files that are mapped do
 not count: the system takes them back. Linux.
 """
 
@@ -83,7 +83,7 @@ def difference(stored: Run, live: Run, batches: int = 4) -> dict:
     losses, gradients = [], []
     for number in range(batches):
         (batch,) = stored.batches(number)
-        (a, one), (b, other) = gradient(stored, batch), gradient(live, dataclasses.replace(batch, stored=None))
+        (a, one), (b, other) = gradient(stored, batch), gradient(live, dataclasses.replace(batch, cached_logits=None))
         losses.append(abs(a - b) / abs(b))
         gradients.append(float((one - other).norm() / other.norm()))
     return {"kd_loss": max(losses), "gradient": max(gradients)}

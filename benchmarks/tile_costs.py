@@ -1,9 +1,9 @@
-"""Why tiles are laid out and exponentials taken as they are: what a CPU takes for the alternatives.
+"""Layout of tiles and computation of exponentials: the cost of the alternatives on a CPU.
 
     python benchmarks/tile_costs.py
 
-A product into rows whose length is no multiple of 8 (`columns.room_for`), exp of what underflows (`divergence.exp_`),
-and memory that is new beside memory that is kept (`fold.Fold.carry`). Sides take turns; medians.
+Products into a length that is no multiple of 8 (`logit_tiles.padded_width`), exp of arguments that underflow
+(`logit_tiles.exp_`), and new memory beside reused memory (`ClassMap`). Sides take turns; medians.
 """
 
 from __future__ import annotations

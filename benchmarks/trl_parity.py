@@ -2,8 +2,8 @@
 
     PYTHON_WITH_TRL benchmarks/trl_parity.py
 
-Equal vocabularies, the same rows, both divided by the number of target tokens; a gradient's difference counts by the
-largest gradient. Needs `trl` beside this package's own requirements, in whichever environment. Exit code 1 if
+Equal vocabularies, the same positions, both divided by the number of target tokens; a gradient's difference counts by
+the largest gradient. Needs `trl` beside this package's own requirements, in whichever environment. Exit code 1 if
 anything differs by more than 1e-5.
 """
 

@@ -1,11 +1,11 @@
-"""A whole training step beside TRL's trainers: the same models, the same examples, each side in a process of its own.
+"""A whole training step beside TRL's trainers: the same models, the same examples, each side in its own process.
 
     PYTHON_WITH_TRL benchmarks/trl_trainers.py
 
 Off-policy forward KL: ours, GKDTrainer (lmbda 0, beta 0) and GOLDTrainer (likewise; for different tokenizers its ULD
 loss). On-policy reverse KL: ours (`--on_policy_fraction 1`), GKDTrainer (lmbda 1, beta 1), GOLDTrainer. Seconds a step
 are the medians over all rounds of the time from the end of one step to the end of the next, so that data, logging and
-sampling count. Memory is the peak of the process from the first step on, beyond what it held before it. Needs `trl` and
+sampling count. Memory is the peak of the process from the first step on, beyond what it had before it. Needs `trl` and
 `datasets` beside this package's requirements.
 """
 
