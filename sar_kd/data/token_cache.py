@@ -1,4 +1,4 @@
-"""Where the tokens of a large text are kept, so that it is tokenised once and need not fit into memory."""
+"""The token cache of large texts: each is tokenized once, and its tokens are memory-mapped."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ import numpy as np
 
 from sar_kd.data.column_store import ColumnStore, DamagedStore, open_column_store
 from sar_kd.errors import UsageError
-from sar_kd.runtime.console import say
-from sar_kd.runtime.files import LOCK, FolderLock, require_room
+from sar_kd.runtime.console import print_stderr
+from sar_kd.runtime.files import LOCK, FolderLock, atomic_rename, require_disk_space
 
 OFF = "off"
 
 _PARTIAL = ".partial"
 
 Contents = tuple[dict[str, np.ndarray], dict]
-"""Columns by name, and facts."""
+"""Columns by name, and metadata."""
 
 
-def _own_folder() -> Path:
-    """The user's own; the system's temporary folder, for a user without a home."""
+def _default_folder() -> Path:
+    """In the user's cache; in the system's temporary folder for a user without a home."""
     home = os.path.expanduser("~")
     cache = os.environ.get("XDG_CACHE_HOME") or (
         Path(home) / ".cache" if os.path.isabs(home) else tempfile.gettempdir()
@@ -37,59 +37,55 @@ def _own_folder() -> Path:
 
 
 class TokenCache:
-    """A folder of shelves, each under the digest of all that its contents depend on."""
+    """A folder of column stores, each named after the digest of all that its contents depend on."""
 
-    def __init__(self, setting: str, say: Callable[[str], None] = say):
-        """setting: `--token_cache`, a folder, 'off' or empty for the user's own; say: shows a line"""
-        self.keeps, self.say = setting != OFF, say
-        self.folder = Path(setting or _own_folder()) if self.keeps else Path(tempfile.gettempdir())
+    def __init__(self, setting: str, log: Callable[[str], None] = print_stderr):
+        """setting: `--token_cache`: a folder, 'off', or empty for the user's own; log: shows a line"""
+        self.is_on, self.log = setting != OFF, log
+        self.folder = Path(setting or _default_folder()) if self.is_on else Path(tempfile.gettempdir())
 
-    def get(self, what: dict, build: Callable[[ColumnStore], None], num_chars: int) -> Contents:
-        """The contents that `what` describes: those kept, if they are sound, else what `build` puts on a new shelf.
+    def get(self, key_parts: dict, build: Callable[[ColumnStore], None], num_chars: int) -> Contents:
+        """The cached contents if there are any and they are intact, else those that `build` adds to a new store.
 
-        what: everything that the contents depend on; num_chars: of the text that they are made of
+        key_parts: all that the contents depend on; num_chars: of the text
         Raises: UsageError if the folder cannot be written or has no room
         """
-        key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps(key_parts, sort_keys=True).encode()).hexdigest()
         path = self.folder / key[:32]
-        if self.keeps:
+        if self.is_on:
             try:
                 found = open_column_store(path, key)
-                self.say(f"Tokens: taken from {path}")
+                self.log(f"Tokens: read from {path}")
                 return found
-            except OSError:  # there is none, or what keeps us from reading it will keep us from writing, and be named
+            except OSError:  # there is none; if it cannot be read, it cannot be written either, which is an error below
                 pass
             except DamagedStore as damage:
-                self.say(f"Tokens: {path} is not trusted ({damage}); it is made anew")
-        self.say(f"Tokens: {num_chars / 1e6:,.0f} million characters are tokenised{', once' if self.keeps else ''}")
+                self.log(f"Tokens: {path} is damaged ({damage}); rebuilding it")
+        self.log(f"Tokens: tokenizing {num_chars / 1e6:,.0f} million characters{', once' if self.is_on else ''}")
         with self._writable():
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._sweep()
+            self._remove_leftovers()
             partial = Path(tempfile.mkdtemp(prefix=f"{key[:32]}-", suffix=_PARTIAL, dir=self.folder))
-        columns_in = partial / "columns"
-        shelf, lock = ColumnStore(columns_in), FolderLock(partial)
+        store, lock = ColumnStore(partial / "columns"), FolderLock(partial)
         try:
             with self._writable():
-                columns_in.mkdir()
+                (partial / "columns").mkdir()
                 lock.acquire()
-                build(shelf)
-                columns = shelf.finish()
-                if not self.keeps:
-                    return columns, shelf.facts
-                shelf.seal(key)
-                if self._replace(path, columns_in):
-                    self.say(f"Tokens: {shelf.num_bytes() / 1e6:,.0f} MB kept in {path}")
-                return columns, shelf.facts
+                build(store)
+                columns = store.finalize(key if self.is_on else None)
+                if self.is_on and self._publish(partial / "columns", path):
+                    self.log(f"Tokens: {store.num_bytes() / 1e6:,.0f} MB cached in {path}")
+                return columns, store.metadata
         finally:
-            shelf.close()
+            store.close()
             lock.release()
-            shutil.rmtree(partial, ignore_errors=True)  # what is mapped stays readable
-            weakref.finalize(self, shutil.rmtree, partial, ignore_errors=True)  # where it can only be removed unmapped
+            shutil.rmtree(partial, ignore_errors=True)  # a mapped file stays readable
+            weakref.finalize(self, shutil.rmtree, partial, ignore_errors=True)  # for systems where only then it can go
 
-    def require_room(self, num_bytes: int) -> None:
-        """Raise UsageError unless the folder has room for so much."""
+    def require_disk_space(self, num_bytes: int) -> None:
+        """Raise UsageError unless the folder's disk has `num_bytes` free."""
         remedy = "free some, or name another folder"
-        require_room(self.folder, num_bytes, "the text's tokens", flag="token_cache", remedy=remedy)
+        require_disk_space(self.folder, num_bytes, "the text's tokens", flag="token_cache", remedy=remedy)
 
     @contextmanager
     def _writable(self):
@@ -99,17 +95,16 @@ class TokenCache:
             fault = f"cannot be written ({error.strerror or error}); name another folder"
             raise UsageError(f"--token_cache {self.folder}: {fault}") from None
 
-    def _replace(self, path: Path, folder: Path) -> bool:
-        """Give a sealed folder its name; False where that cannot be had, and its contents serve this run only."""
+    def _publish(self, folder: Path, path: Path) -> bool:
+        """Give a finished folder its final name; if that fails, its contents serve this run only."""
         with suppress(OSError):
             path.unlink()
-        shutil.rmtree(path, ignore_errors=True)
         with suppress(OSError):
-            os.rename(folder, path)
+            atomic_rename(folder, path)
         return not folder.exists()
 
-    def _sweep(self) -> None:
-        """Remove what runs left that were killed while they tokenised."""
+    def _remove_leftovers(self) -> None:
+        """Remove the folders of runs that were killed while they tokenized."""
         for path in self.folder.glob(f"*{_PARTIAL}"):
             with suppress(UsageError):
                 if not (path / LOCK).exists():

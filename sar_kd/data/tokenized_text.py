@@ -1,38 +1,33 @@
-"""Documents as two streams of tokens over the same bytes.
+"""Documents to two token streams over the same bytes, with an end-of-text token after each plain document.
 
-Plain documents are joined, an end-of-text token after each, once in each tokenizer's tokens. Nothing of them is
-dropped: a document that a tokenizer cannot represent is left out by name. Conversations follow, each a block of its
-own, cut short where it exceeds a block. Text is taken lot by lot; the streams of a large one stay on the disk.
-
-Plain documents in lots that fit into memory, long ones in fragments, and the tokens of a lot on both sides.
+Plain documents come first, then conversations, each a block of its own and cut short where it exceeds one. Text is
+encoded chunk by chunk, so that it need not fit into memory; the streams of a large text stay on the disk. A document
+that a tokenizer changes is skipped as a whole and counted; a text that would lose too much is refused.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.metadata
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from sar_kd.data.blocks import cut_blocks
-from sar_kd.data.chat import render, writers_of
-from sar_kd.data.column_store import ColumnStore, strings_of
+from sar_kd.data.chat import ChatTemplate, chat_templates, num_tokens, render, truncate_conversation
+from sar_kd.data.column_store import Column, ColumnStore, strings_of
 from sar_kd.data.samples import Conversation, Sample
 from sar_kd.data.sources import StreamedDocuments
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.errors import UsageError
 from sar_kd.runtime.console import tokenizing_bar
 from sar_kd.tokenization.backends import encode
-from sar_kd.tokenization.long_text import Piece, encode_pieces, pieces_of, place_pieces
+from sar_kd.tokenization.long_text import TextPiece, encode_pieces, split_text
 from sar_kd.tokenization.token_stream import (
     RESPONSE,
     STOP,
-    Block,
     Blocks,
-    Counting,
-    Part,
+    Span,
+    TokenCount,
     TokenizedText,
     TokenStream,
     concatenate_spans,
@@ -40,320 +35,314 @@ from sar_kd.tokenization.token_stream import (
 from sar_kd.tokenization.token_table import TokenTable, fingerprint
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
+MAX_CHANGED_SHARE = 0.05
+"""Most of a text's bytes that may be skipped because a tokenizer changes them."""
+
 _SIDES = ("student", "teacher")
 
+_CHUNK = 2**20
+"""Characters encoded at once: a tokenizer takes some fifty bytes for each, and shares them among its threads."""
 
-def join(
+
+def tokenize(
     documents: Sequence[Sample] | StreamedDocuments,
     pair: TokenizerPair,
     limits: tuple[int, int] | None = None,
     cache: TokenCache | None = None,
 ) -> TokenizedText:
-    """Tokenize every document on both sides and join them, plain documents before conversations.
+    """Encode all documents with both tokenizers, plain documents before conversations.
 
-    limits: most tokens of a conversation for the student and the teacher, start token excluded; None for no limit
-    cache: where the tokens of a large text are kept; None keeps all of it in memory
-    Raises: UsageError if none of them can be represented
+    limits: most tokens of a conversation for student and teacher, start token excluded; None for no limit
+    cache: for the tokens of a large text; None: all of it stays in memory
+    Raises: UsageError if a tokenizer changes too much of the text, or no document is left
     """
 
-    def build(shelf: ColumnStore) -> None:
-        _Joiner(pair, limits, shelf).join(documents, cache)
+    def build(store: ColumnStore) -> None:
+        _TextWriter(pair, limits, store).add(documents, cache)
 
     if cache is not None and isinstance(documents, StreamedDocuments):
-        columns, facts = cache.get(_what(documents, pair, limits), build, documents.num_chars)
+        columns, metadata = cache.get(_cache_key(documents, pair, limits), build, documents.num_chars)
     else:
-        shelf = ColumnStore()
-        build(shelf)
-        columns, facts = shelf.finish(), shelf.facts
-    streams = [_stream(columns, side, pair) for side in _SIDES[: facts["sides"]]]
-    names, left_out, truncated = (strings_of(columns, name) for name in ("names", "left_out", "truncated"))
+        store = ColumnStore()
+        build(store)
+        columns, metadata = store.finalize(), store.metadata
+    _check_changed(metadata)
+    names, skipped, truncated = (strings_of(columns, name) for name in ("names", "skipped_documents", "truncated"))
     if not len(names):
-        shown = ", ".join(left_out[:3])
-        remedy = "; raise --block_size" if any("within a block" in name for name in left_out) else ""
+        shown = ", ".join(skipped[:3])
+        remedy = "; raise --block_size" if any("within a block" in name for name in skipped) else ""
         raise UsageError(f"--train_file: no document holds text that both tokenizers can represent ({shown}){remedy}")
+    streams = [_stream(columns, side, pair) for side in _SIDES if f"{side}_ids" in columns]
     return TokenizedText(
         student=streams[0],
         teacher=streams[-1],
         names=names,
         starts=columns["starts"],
-        num_bytes=facts["num_bytes"],
-        left_out=left_out,
+        num_bytes=metadata["num_bytes"],
+        skipped_documents=skipped,
         conversations=Blocks(columns["conversations"]),
         truncated=truncated,
-        dropped_tokens=facts["dropped_tokens"],
-        without_template=tuple(facts["without_template"]),
+        dropped_tokens=metadata["dropped_tokens"],
+        without_template=tuple(metadata["without_template"]),
     )
 
 
 def _stream(columns: dict[str, np.ndarray], side: str, pair: TokenizerPair) -> TokenStream:
     ids = columns[f"{side}_ids"]
-    ends = Counting(len(ids)) if pair.tables is None else columns[f"{side}_ends"]
+    ends = TokenCount(len(ids)) if pair.tables is None else columns[f"{side}_ends"]
     return TokenStream(ids, ends, columns[f"{side}_has_dummy"], columns[f"{side}_is_target"])
 
 
-def _what(documents: StreamedDocuments, pair: TokenizerPair, limits: tuple[int, int] | None) -> dict:
+def _cache_key(documents: StreamedDocuments, pair: TokenizerPair, limits: tuple[int, int] | None) -> dict:
     """All that the streams depend on."""
-    tables = [table and [*table.end_ids, table.dummy_prefix, table.nfc] for table in pair.tables or ()]
     return {
         "text": documents.digest,
         "tokenizers": [fingerprint(pair.student), fingerprint(pair.teacher), importlib.metadata.version("tokenizers")],
         "ends": [pair.student_start, pair.student_end, pair.teacher_start, pair.teacher_end],
-        "tables": tables,
+        "tables": [[*table.end_ids, table.dummy_prefix, table.nfc] for table in pair.tables or ()],
         "limits": limits if documents.has_conversations else None,
     }
 
 
-class _Joiner:
-    """Writes the columns of a `TokenizedText`."""
+def _check_changed(metadata: dict) -> None:
+    """Raise UsageError if too much of the text is skipped because a tokenizer changes it."""
+    share = metadata["changed_bytes"] / max(1, metadata["changed_bytes"] + metadata["num_bytes"])
+    if share > MAX_CHANGED_SHARE:
+        whose, example = metadata["first_change"]
+        raise UsageError(
+            f"--{whose}_model: its tokenizer changes text ({example}); {share:.1%} of the bytes would be skipped, more "
+            f"than {MAX_CHANGED_SHARE:.0%}; use another model"
+        )
 
-    def __init__(self, pair: TokenizerPair, limits: tuple[int, int] | None, shelf: ColumnStore):
-        self.pair, self.limits, self.shelf = pair, limits, shelf
-        self.ends = [0] if pair.tables is None else [0, 0]
-        """By side, where its last token ends"""
-        for side in _SIDES[: len(self.ends)]:
-            shelf.add(f"{side}_ids", "int32")
-            shelf.add(f"{side}_has_dummy", "bool")
-            shelf.add(f"{side}_is_target", "bool")
-            if pair.tables is not None:
-                shelf.add(f"{side}_ends", "int64")
-        shelf.add("starts", "int64")
-        shelf.add("conversations", "int64", 4)
-        shelf.add_strings("names", "left_out", "truncated")
-        shelf.facts |= {"sides": len(self.ends), "num_bytes": 0, "dropped_tokens": 0, "without_template": []}
-        self.num_bytes = 0
-        self._pending: list[list[list[Part]]] = [[] for _ in self.ends]
-        self._opened: list[str | None] = []
-        """Of what is pending, the name of the document that it opens"""
-        self._skips = False
-        self._before: tuple[dict[str, int], list[int], int] = {}, [], 0
-        """Sizes of the columns, `ends` and `num_bytes` where the document that is being entered begins"""
 
-    def join(self, documents: Sequence[Sample] | StreamedDocuments, cache: TokenCache | None) -> None:
-        """Enter all documents, plain ones first."""
-        is_large, num_chars = isinstance(documents, StreamedDocuments), 0
+class _StreamColumns:
+    """The columns of one `TokenStream`."""
+
+    def __init__(self, store: ColumnStore, side: str, has_ends: bool):
+        self.ids = store.add(f"{side}_ids", "int32")
+        self.has_dummy = store.add(f"{side}_has_dummy", "bool")
+        self.is_target = store.add(f"{side}_is_target", "bool")
+        self.ends: Column | None = store.add(f"{side}_ends", "int64") if has_ends else None
+        self.last_end = 0
+        """Where the last token ends"""
+
+    def append(self, stream: TokenStream) -> np.ndarray:
+        """Append tokens; int64 [N], where each ends in the whole stream."""
+        ends = self.last_end + np.asarray(stream.ends)
+        self.ids.append(stream.ids)
+        self.has_dummy.append(stream.has_dummy)
+        self.is_target.append(stream.is_target)
+        if self.ends is not None:
+            self.ends.append(ends)
+        self.last_end = int(ends[-1]) if len(ends) else self.last_end
+        return ends
+
+
+class _TextWriter:
+    """Appends documents to the columns of a `TokenizedText`."""
+
+    def __init__(self, pair: TokenizerPair, limits: tuple[int, int] | None, store: ColumnStore):
+        self.pair, self.limits, self.store = pair, limits, store
+        self.tables: Sequence[TokenTable | None] = pair.tables or (None,)
+        """One for each stream: a single stream where the tokenizers are equal"""
+        self.streams = [_StreamColumns(store, _SIDES[i], table is not None) for i, table in enumerate(self.tables)]
+        self.starts = store.add("starts", "int64")
+        self.conversations = store.add("conversations", "int64", 4)
+        self.names = store.add_strings("names")
+        self.skipped_documents = store.add_strings("skipped_documents")
+        self.truncated = store.add_strings("truncated")
+        self.num_bytes = self.dropped_tokens = self.changed_bytes = 0
+        self.without_template: tuple[str, ...] = ()
+        self.first_change: tuple[str, str] | None = None
+        """Whose tokenizer first changes text, and how"""
+        self._pending: list[list[list[Span]]] = [[] for _ in self.streams]
+        """By stream, pieces of plain documents that are not appended yet"""
+        self._pending_names: list[str | None] = []
+        """Of each pending piece, the name of the document that begins with it"""
+        self._skip_reason = ""
+        """Why the document at hand is skipped: '', 'empty' or 'changed'"""
+        self._checkpoint: tuple[dict[str, int], list[int], int] = {}, [], 0
+        """Sizes of the columns, last ends and `num_bytes` before the document at hand, if it has several pieces"""
+
+    def add(self, documents: Sequence[Sample] | StreamedDocuments, cache: TokenCache | None) -> None:
+        """Append all documents, and set the store's metadata."""
+        streamed, num_chars = isinstance(documents, StreamedDocuments), 0
         if isinstance(documents, StreamedDocuments):
-            num_chars, talks = documents.num_chars, documents.has_conversations
+            num_chars, has_conversations = documents.num_chars, documents.has_conversations
         else:
-            talks = any(isinstance(sample, Conversation) for sample in documents)
-        with tokenizing_bar(num_chars, is_large) as bar:
-            for number, size in enumerate(self._lots(documents, talks)):
+            has_conversations = any(isinstance(sample, Conversation) for sample in documents)
+        with tokenizing_bar(num_chars, streamed) as bar:
+            for number, size in enumerate(self._add_chunks(documents, has_conversations)):
                 bar.update(size)
-                if not number and cache is not None and is_large:
-                    cache.require_room(self.shelf.num_bytes() * (num_chars - size) // max(1, size))
-        self.shelf.facts["num_bytes"] = self.num_bytes
+                if not number and cache is not None and streamed:
+                    cache.require_disk_space(self.store.num_bytes() * (num_chars - size) // max(1, size))
+        self.store.metadata = {
+            "num_bytes": self.num_bytes,
+            "dropped_tokens": self.dropped_tokens,
+            "without_template": list(self.without_template),
+            "changed_bytes": self.changed_bytes,
+            "first_change": self.first_change,
+        }
 
-    def _lots(self, documents: Sequence[Sample] | StreamedDocuments, talks: bool) -> Iterator[int]:
-        """Enter the documents lot by lot; the characters of each lot, once it is entered."""
-        for lot in lots_of(documents, self.pair):
-            self._add_plain(lot)
-            yield sum(len(fragment.piece.text) for fragment in lot)
-        writers = writers_of(self.pair) if talks else []
-        for some in conversations_of(documents) if talks else ():
-            self._add_conversations(some, writers)
-            yield sum(talk.num_chars for talk in some)
+    def _add_chunks(self, documents: Iterable[Sample], has_conversations: bool) -> Iterator[int]:
+        """Append the documents chunk by chunk; the characters of each chunk, once it is appended."""
+        for pieces in chunks_of_pieces(documents, self.pair):
+            self._add_plain(pieces)
+            yield sum(len(piece.text) for piece in pieces)
+        if has_conversations:
+            templates = chat_templates(self.pair)
+            found = (sample for sample in documents if isinstance(sample, Conversation))
+            for conversations in _in_chunks(found, lambda conversation: conversation.num_chars):
+                self._add_conversations(conversations, templates)
+                yield sum(conversation.num_chars for conversation in conversations)
 
-    def _add_plain(self, lot: list[Fragment]) -> None:
-        """Enter a lot of plain text: all of it is to be learned, an end-of-text token after each document."""
-        encoded = [encode_lot(lot, self.pair, side) for side in range(len(self.ends))]
-        for fragment, *found in zip(lot, *encoded, strict=True):
-            if fragment.opens:
-                self._skips = False
-            if fragment.opens and not fragment.closes:
+    def _add_plain(self, pieces: list[TextPiece]) -> None:
+        """Append a chunk of plain text: all of it is predicted, and an end-of-text token after each document."""
+        for piece, ids, dummies in encode_chunk(pieces, self.pair):
+            if piece.is_first:
+                self._skip_reason = ""
+            if piece.is_first and not piece.is_last:
                 self._flush()
-                self._before = self.shelf.sizes(), [*self.ends], self.num_bytes
-            if self._skips:
+                self._checkpoint = self.store.sizes(), [stream.last_end for stream in self.streams], self.num_bytes
+            if not self._skip_reason and (None in dummies or not len(ids[0])):
+                self._skip_document(piece, ids, dummies)
+            num_bytes = len(piece.text.encode())
+            if self._skip_reason:
+                self.changed_bytes += num_bytes if self._skip_reason == "changed" else 0
                 continue
-            if any(side is None for side in found) or not len(found[0].ids):
-                self._leave_out(fragment)
-                continue
-            # A space that both sides put there is text to both; one that only one side puts there is not text.
-            is_text = all(side.dummy for side in found)
-            for side, (ids, ends, dummy) in enumerate(found):
-                parts = [Part(ids, RESPONSE, bool(dummy), is_text, ends)]
-                if fragment.closes:
-                    parts.append(Part([(self.pair.student_end, self.pair.teacher_end)[side]], STOP))
-                self._pending[side].append(parts)
-            self._opened.append(fragment.name if fragment.opens else None)
-            self.num_bytes += len(fragment.piece.text.encode())
+            # A space that both tokenizers put before the text is text; one that only one of them puts is not.
+            is_text = all(dummies)
+            for side, (own, dummy) in enumerate(zip(ids, dummies, strict=True)):
+                spans = [Span(own, RESPONSE, bool(dummy), is_text)]
+                if piece.is_last:
+                    spans.append(Span([(self.pair.student_end, self.pair.teacher_end)[side]], STOP))
+                self._pending[side].append(spans)
+            self._pending_names.append(piece.document if piece.is_first else None)
+            self.num_bytes += num_bytes
         self._flush()
 
-    def _leave_out(self, fragment: Fragment) -> None:
-        """Name a document that cannot be represented, and forget what is entered of it."""
-        self._skips = True
-        if not (fragment.opens and fragment.closes):
-            self._pending, self._opened = [[] for _ in self.ends], []
-            sizes, self.ends, self.num_bytes = self._before
-            self.shelf.truncate(sizes)
-        self.shelf.append_strings("left_out", [fragment.name])
+    def _skip_document(self, piece: TextPiece, ids: Sequence, dummies: Sequence[int | None]) -> None:
+        """Skip the document of a piece that is empty or changed, and take back what is appended of it."""
+        self._skip_reason = "changed" if None in dummies else "empty"
+        if None in dummies:
+            side = dummies.index(None)
+            change = self.pair.token_tables[side].describe_change(ids[side], piece.text)
+            self.first_change = self.first_change or (_SIDES[side], change)
+        if not (piece.is_first and piece.is_last):
+            num_bytes = self.num_bytes
+            sizes, last_ends, self.num_bytes = self._checkpoint
+            self.changed_bytes += num_bytes - self.num_bytes if None in dummies else 0
+            self._pending, self._pending_names = [[] for _ in self.streams], []
+            self.store.truncate(sizes)
+            for stream, last_end in zip(self.streams, last_ends, strict=True):
+                stream.last_end = last_end
+        self.skipped_documents.append([piece.document])
 
     def _flush(self) -> None:
-        """Write what is pending."""
-        if self._opened:
-            opens = np.array([name is not None for name in self._opened], dtype=bool)
-            self._write(self._pending, self.pair.tables or (None,), opens)
-            self.shelf.append_strings("names", [name for name in self._opened if name is not None])
-            self._pending, self._opened = [[] for _ in self.ends], []
+        """Append what is pending."""
+        if self._pending_names:
+            self._append(self._pending, np.array([name is not None for name in self._pending_names]))
+            self.names.append([name for name in self._pending_names if name is not None])
+            self._pending, self._pending_names = [[] for _ in self.streams], []
 
-    def _write(self, sides: list[list[list[Part]]], tables: Sequence[TokenTable | None], opens: np.ndarray) -> list:
-        """Append documents, or stretches of them, of which some open one; by side int64, where their tokens begin."""
+    def _append(self, sides: list[list[list[Span]]], is_first: np.ndarray) -> list[np.ndarray]:
+        """Append documents, or pieces of which some are the first of a document.
+
+        Returns: by stream int64, the number of tokens before each, and of all
+        """
         bounds = []
-        for side, (documents, table) in enumerate(zip(sides, tables, strict=True)):
+        for side, (documents, table, columns) in enumerate(zip(sides, self.tables, self.streams, strict=True)):
             stream, found = concatenate_spans(documents, table)
-            first, ends = self.shelf.sizes()[f"{_SIDES[side]}_ids"], self.ends[side] + np.asarray(stream.ends)
+            num_before, end_before = len(columns.ids), columns.last_end
+            ends = columns.append(stream)
             if not side:
-                at = found[:-1][opens]
-                self.shelf.append("starts", np.where(at > 0, ends[at - 1], self.ends[side]))
-            for name in ("ids", "has_dummy", "is_target"):
-                self.shelf.append(f"{_SIDES[side]}_{name}", getattr(stream, name))
-            if self.pair.tables is not None:
-                self.shelf.append(f"{_SIDES[side]}_ends", ends)
-            self.ends[side] = int(ends[-1]) if len(ends) else self.ends[side]
-            bounds.append(first + found)
+                firsts = found[:-1][is_first]
+                self.starts.append(np.where(firsts > 0, ends[firsts - 1], end_before))
+            bounds.append(num_before + found)
         return bounds
 
-    def _add_conversations(self, talks: list[Conversation], writers: list) -> None:
-        """Enter a lot of conversations, each cut where it exceeds `limits`."""
-        rendered, facts = render(talks, self.pair, writers), self.shelf.facts
-        names, left_out, truncated = [], rendered.left_out, []
-        sides: list[list[list[Part]]] = [[] for _ in self.ends]
-        facts["without_template"] = list(rendered.without_template)
+    def _add_conversations(self, conversations: list[Conversation], templates: list[ChatTemplate]) -> None:
+        """Append a chunk of conversations, each cut short where it exceeds `limits`."""
+        rendered = render(conversations, self.pair, templates)
+        names, skipped, truncated = [], rendered.skipped_documents, []
+        sides: list[list[list[Span]]] = [[] for _ in self.streams]
+        self.without_template = rendered.without_template
+        self.changed_bytes += rendered.changed_bytes
+        changes = ((template.whose, template.change) for template in templates if template.change)
+        self.first_change = self.first_change or next(changes, None)
         for name, *whole in zip(rendered.names, *rendered.sides, strict=True):
-            kept = within(whole, rendered.tables, self.limits) if self.limits else whole
+            kept = truncate_conversation(whole, rendered.tables, self.limits) if self.limits else whole
             if kept is None:
-                left_out.append(f"{name} (no response begins within a block)")
+                skipped.append(f"{name} (no response begins within a block)")
                 continue
-            for side, parts in zip(sides, kept, strict=True):
-                side.append(parts)
+            for side, spans in zip(sides, kept, strict=True):
+                side.append(spans)
             names.append(name)
-            responses = (part for part in kept[0] if part.kind == RESPONSE)
-            self.num_bytes += sum(int(rendered.tables[0].lengths[p.ids].sum()) - p.has_dummy for p in responses)
-            lost = _num_tokens(whole[0], learned=True) - _num_tokens(kept[0], learned=True)
-            facts["dropped_tokens"] += lost
-            truncated += [name] if lost else []
+            responses = (span for span in kept[0] if span.kind == RESPONSE)
+            self.num_bytes += sum(int(rendered.tables[0].lengths[s.ids].sum()) - s.has_dummy for s in responses)
+            dropped = num_tokens(whole[0], targets=True) - num_tokens(kept[0], targets=True)
+            self.dropped_tokens += dropped
+            truncated += [name] if dropped else []
         if names:
-            bounds = self._write(sides, self.pair.tables or (None,), np.ones(len(names), dtype=bool))
+            bounds = self._append(sides, np.ones(len(names), dtype=bool))
             student, teacher = bounds[0], bounds[-1]
-            self.shelf.append("conversations", np.stack([student[:-1], student[1:], teacher[:-1], teacher[1:]], axis=1))
-        for column, texts in (("names", names), ("left_out", left_out), ("truncated", truncated)):
-            self.shelf.append_strings(column, texts)
+            self.conversations.append(np.stack([student[:-1], student[1:], teacher[:-1], teacher[1:]], axis=1))
+        self.names.append(names)
+        self.skipped_documents.append(skipped)
+        self.truncated.append(truncated)
 
 
-def within(whole: list[list[Part]], tables: list[TokenTable], limits: tuple[int, int]) -> list[list[Part]] | None:
-    """A conversation on each side, cut at the last place within the limits where both end a token.
-
-    None if nothing that is to be learned is left
-    """
-    if _num_tokens(whole[0]) <= limits[0] and _num_tokens(whole[-1]) <= limits[1]:
-        return whole
-    ends = [concatenate_spans([parts], table)[0].ends for parts, table in zip(whole, tables, strict=True)]
-    try:
-        block: Block = next(cut_blocks(ends[0], ends[-1], *limits))
-    except UsageError:
-        return None
-    kept = [_first(parts, end) for parts, end in zip(whole, (block.student_end, block.teacher_end), strict=False)]
-    return kept if all(_num_tokens(parts, learned=True) for parts in kept) else None
+def chunks_of_pieces(samples: Iterable[Sample], pair: TokenizerPair) -> Iterator[list[TextPiece]]:
+    """All plain documents among `samples`, in order, in pieces of about `_CHUNK` characters together."""
+    yield from _in_chunks(_pieces(samples, pair), lambda piece: len(piece.text))
 
 
-def _first(parts: list[Part], num_tokens: int) -> list[Part]:
-    """The first tokens of a conversation."""
-    kept: list[Part] = []
-    for part in parts:
-        if num_tokens > 0:
-            kept.append(part._replace(ids=part.ids[:num_tokens]))
-        num_tokens -= len(part.ids)
-    return kept
-
-
-def _num_tokens(parts: list[Part], learned: bool = False) -> int:
-    return sum(len(part.ids) for part in parts if part.kind >= RESPONSE or not learned)
-
-
-_LOT = 2**20
-"""Characters: tokenizers take some fifty bytes for each, while they work, and share a lot among their threads."""
-
-
-class Fragment(NamedTuple):
-    """A stretch of a plain document; of a short one, all of it."""
-
-    name: str
-    piece: Piece
-    opens: bool
-    closes: bool
-    """It is its document's first, its last"""
-
-
-class Encoded(NamedTuple):
-    """A fragment in one tokenizer's tokens."""
-
-    ids: np.ndarray
-    """int32 [N]"""
-    ends: np.ndarray | None
-    """int64 [N]: where each ends in the fragment, in bytes, where the tokens have no bytes of their own"""
-    dummy: int
-    """Bytes that the tokenizer puts before it: 0, or 1 for a dummy space; anything else is another text."""
-
-
-def lots_of(samples: Iterable[Sample], pair: TokenizerPair) -> Iterator[list[Fragment]]:
-    """All plain documents among `samples`, in order, as lots of fragments."""
-    yield from _in_lots(_fragments(samples, pair), lambda fragment: len(fragment.piece.text))
-
-
-def conversations_of(samples: Iterable[Sample]) -> Iterator[list[Conversation]]:
-    """All conversations among `samples`, in order, in lots."""
-    found = (sample for sample in samples if isinstance(sample, Conversation))
-    yield from _in_lots(found, lambda conversation: conversation.num_chars)
-
-
-def _in_lots(items: Iterable, size_of) -> Iterator[list]:
-    lot, size = [], 0
+def _in_chunks(items: Iterable, size_of: Callable) -> Iterator[list]:
+    chunk, size = [], 0
     for item in items:
-        lot.append(item)
+        chunk.append(item)
         size += size_of(item)
-        if size >= _LOT:
-            yield lot
-            lot, size = [], 0
-    if lot:
-        yield lot
+        if size >= _CHUNK:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
-def _fragments(samples: Iterable[Sample], pair: TokenizerPair) -> Iterator[Fragment]:
-    encoders = [_ids_of(pair, side) for side in range(1 if pair.tables is None else 2)]
+def _pieces(samples: Iterable[Sample], pair: TokenizerPair) -> Iterator[TextPiece]:
+    encoders = [functools.partial(encode, tokenizer) for tokenizer in _tokenizers(pair)]
     for sample in samples:
         if isinstance(sample, Conversation):
             continue
-        opens, last = True, Piece("", "")
+        is_first, last = True, TextPiece("", "")
         try:
-            pieces = pieces_of(_checked(sample.chunks()), encoders, pair.canonical)
+            pieces = split_text(_encodable(sample.chunks()), encoders, pair.canonical)
             last = next(pieces, last)
             for piece in pieces:
-                yield Fragment(sample.name, last, opens, closes=False)
-                opens, last = False, piece
-        except UnicodeEncodeError:  # half a surrogate pair, which JSON can write and no encoding can
-            last = Piece("", "")
-        yield Fragment(sample.name, last, opens, closes=True)
+                yield last._replace(document=sample.name, is_first=is_first, is_last=False)
+                is_first, last = False, piece
+        except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold and no encoding can
+            last = TextPiece("", "")
+        yield last._replace(document=sample.name, is_first=is_first)
 
 
-def _checked(chunks: Iterable[str]) -> Iterator[str]:
+def _tokenizers(pair: TokenizerPair) -> list:
+    return [pair.student] if pair.tables is None else [pair.student, pair.teacher]
+
+
+def _encodable(chunks: Iterable[str]) -> Iterator[str]:
     for chunk in chunks:
         chunk.encode()
         yield chunk
 
 
-def _ids_of(pair: TokenizerPair, side: int):
-    tokenizer = (pair.student, pair.teacher)[side]
-    if pair.tables is not None and pair.tables[side] is None:
-        return lambda texts: [ids for ids, _ in place_pieces(tokenizer, [Piece(text, "") for text in texts])]
-    return functools.partial(encode, tokenizer)
-
-
-def encode_lot(lot: Sequence[Fragment], pair: TokenizerPair, side: int) -> list[Encoded | None]:
-    """A lot in the tokens of one side (0 student, 1 teacher); None for what its tokenizer cannot represent."""
-    tokenizer, pieces = (pair.student, pair.teacher)[side], [fragment.piece for fragment in lot]
-    table = pair.tables[side] if pair.tables else None
-    if pair.tables and table is None:
-        return [Encoded(ids, ends, 0) if len(ids) else None for ids, ends in place_pieces(tokenizer, pieces)]
-    found: list[Encoded | None] = []
-    for piece, ids in zip(pieces, encode_pieces(functools.partial(encode, tokenizer), pieces), strict=True):
-        dummy = int(table.lengths[ids].sum()) - len(piece.text.encode()) if table else 0
-        found.append(Encoded(ids, None, dummy) if dummy in (0, table is not None and table.dummy_prefix) else None)
-    return found
+def encode_chunk(pieces: Sequence[TextPiece], pair: TokenizerPair) -> Iterator[tuple]:
+    """Each piece; by stream, its int32 ids [N]; and by stream, its `TokenTable.dummy_bytes`."""
+    ids = [encode_pieces(functools.partial(encode, tokenizer), pieces) for tokenizer in _tokenizers(pair)]
+    dummies: list[list] = [[0] * len(pieces)]
+    if pair.tables is not None:
+        dummies = [
+            [table.dummy_bytes(own, piece.text) for own, piece in zip(side, pieces, strict=True)]
+            for table, side in zip(pair.tables, ids, strict=True)
+        ]
+    return zip(pieces, zip(*ids, strict=True), zip(*dummies, strict=True), strict=True)

@@ -1,4 +1,4 @@
-"""How much of a text two tokenizers allow to be compared, and how: what a run prints and `audit` reports."""
+"""How much of a text can be compared across two tokenizers: what a run prints at its start and `audit` reports."""
 
 from __future__ import annotations
 
@@ -12,121 +12,114 @@ from sar_kd.data.dataset import Dataset
 from sar_kd.runtime.console import first_few
 from sar_kd.tokenization.token_table import TokenTable
 
-_MOST_TOKENS = 2**18
+_MAX_TOKENS = 2**18
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """Shares are of the student's tokens that are learned, in the first part of the text."""
+    """How two tokenizations of the first part of a text meet. Shares are of the student's target tokens."""
 
     equal: bool
-    """Both tokenizers are the same"""
+    """The tokenizers are equal"""
     num_tokens: int
-    """The student's tokens that were looked at"""
+    """The student's target tokens in that part"""
     strict: float
-    """Share that is one teacher token too, of the same bytes"""
+    """Share that has the same bytes as one teacher token"""
     strict_by_class: dict[str, float]
-    """The same among tokens with a digit, of white space alone, with a byte outside ASCII; nan where there is none"""
+    """The same among tokens with a digit, of white space alone, with a byte outside ASCII; nan if there are none"""
     chunks_per_token: float
-    """Smallest common spans per student token"""
-    straddling: float
-    """Share of those spans in which several tokens of both sides overlap"""
+    """Aligned chunks per student token"""
+    overlapping: float
+    """Share of the chunks with several tokens on both sides, some of which overlap"""
     both_start: float
-    """Positions at which both start a token, per student token"""
+    """Boundaries at which both start a token, per student token"""
     inside_teacher: float
-    """Positions at which the student starts a token inside one of the teacher's, per student token"""
+    """Boundaries at which the student starts a token inside one of the teacher's, per student token"""
     inside_student: float
-    """Positions at which the teacher starts a token inside one of the student's, per student token"""
+    """Boundaries at which the teacher starts a token inside one of the student's, per student token"""
     coarser: str
-    """'teacher' or 'student': whose tokens are the longer ones"""
+    """'teacher' or 'student': whose tokens are longer"""
     shared_tokens: int
-    """Tokens of exactly the same bytes in both vocabularies"""
+    """Tokens with equal bytes in both vocabularies"""
     student_tokens: int
     teacher_tokens: int
     """Sizes of the vocabularies"""
-    left_out: tuple[str, ...]
+    skipped_documents: tuple[str, ...]
     """Documents that are empty or that a tokenizer cannot represent"""
 
     @property
-    def mix(self) -> str:
-        """What `--alignment auto` makes of it, in words."""
+    def auto_alignment(self) -> str:
+        """What `--alignment auto` does with these tokenizers."""
         if self.equal:
             return "token by token, the tokenizers are equal"
         finer = "student" if self.coarser == "teacher" else "teacher"
         return f"projection of the {self.coarser}'s tokens onto the {finer}'s, at every byte where either starts one"
 
     def lines(self) -> list[str]:
-        """All of it for a person to read."""
-        by_class = [(f"  ... {name}", share) for name, share in self.strict_by_class.items()]
-        shares = [("same token on both sides (strict)", self.strict), *by_class]
-        shares += [
-            ("both start a token", self.both_start),
-            ("starts inside a teacher token", self.inside_teacher),
-            ("a teacher token starts inside it", self.inside_student),
-        ]
-        lines = [
+        """A table for people."""
+        shares = {
+            "same token on both sides (strict)": self.strict,
+            **{f"  ... {name}": share for name, share in self.strict_by_class.items()},
+            "both start a token": self.both_start,
+            "starts inside a teacher token": self.inside_teacher,
+            "a teacher token starts inside it": self.inside_student,
+        }
+        return [
             f"Vocabularies: teacher {self.teacher_tokens:,}, student {self.student_tokens:,}, "
-            f"{self.shared_tokens:,} tokens of the same bytes; the {self.coarser}'s tokens are the longer ones",
+            f"{self.shared_tokens:,} tokens of the same bytes; the {self.coarser}'s tokenizer is coarser",
             f"Of {self.num_tokens:,} student tokens:",
-            *(f"  {name:<36}{share:>8.1%}" if share == share else f"  {name:<36}{'none':>8}" for name, share in shares),
-            f"Common spans: {self.chunks_per_token:.3f} per student token; "
-            f"in {self.straddling:.1%} of them tokens overlap",
-            f"--alignment auto: {self.mix}",
+            *(f"  {name:<36}{'none' if np.isnan(share) else f'{share:.1%}':>8}" for name, share in shares.items()),
+            f"Aligned chunks: {self.chunks_per_token:.3f} per student token; in {self.overlapping:.1%} of them tokens "
+            "overlap",
+            f"--alignment auto: {self.auto_alignment}",
         ]
-        return lines
 
 
-def name_left_out(documents: Sequence[str]) -> list[str]:
-    """A line about documents that are empty or that a tokenizer cannot represent; none where there are none."""
+def skipped_lines(documents: Sequence[str]) -> list[str]:
+    """A line about documents that are empty or that a tokenizer cannot represent, if there are any."""
     reason = "that are empty or that a tokenizer cannot represent"
-    return [f"Left out {len(documents)} documents {reason}: {first_few(documents)}"] if documents else []
+    return [f"Skipped {len(documents)} documents {reason}: {first_few(documents)}"] if documents else []
 
 
-def measure_coverage(corpus: Dataset) -> Coverage:
-    """Lay the two tokenizations of a text over each other and count.
-
-    corpus: with tables of exact bytes for both tokenizers (`TokenizerPair.is_exact`)
-    """
-    pair, text = corpus.pair, corpus.text
-    last = next((block for block in corpus.blocks if block.student_end >= _MOST_TOKENS), corpus.blocks[-1])
-    student, teacher = text.student, text.teacher
-    student_ends, teacher_ends = student.ends[: last.student_end], teacher.ends[: last.teacher_end]
-    learned = student.is_target[: last.student_end]
-    ids = student.ids[: last.student_end]
-    chunks = find_chunks(student_ends, teacher_ends)
-    strict = np.append(chunks.strict, False)[chunks.student] & learned
-    num_tokens = int(learned.sum())
-    # Of a conversation only what is learned counts.
-    spans = np.unique(chunks.student[learned])
-    spans = spans[spans < len(chunks.ends)]
-    found = find_boundaries(student_ends, teacher_ends)
-    counts = learned[found.student]
-    in_teacher, in_student = found.teacher_written > 0, found.student_written > 0
-    student_table, teacher_table = pair.exact_tables
-    classes = {name: members[ids] & learned for name, members in _classes(student_table).items()}
+def measure_coverage(dataset: Dataset) -> Coverage:
+    """Compare the two tokenizations of a text. dataset: of a pair with token tables."""
+    pair, text = dataset.pair, dataset.text
+    last = next((block for block in dataset.blocks if block.student_end >= _MAX_TOKENS), dataset.blocks[-1])
+    ids, is_target = text.student.ids[: last.student_end], text.student.is_target[: last.student_end]
+    ends = text.student.ends[: last.student_end], text.teacher.ends[: last.teacher_end]
+    num_tokens = int(is_target.sum())
+    chunks = find_chunks(*ends)
+    is_strict = np.append(chunks.strict, False)[chunks.student] & is_target
+    target_chunks = np.unique(chunks.student[is_target])
+    target_chunks = target_chunks[target_chunks < len(chunks.ends)]
+    boundaries = find_boundaries(*ends)
+    counts = is_target[boundaries.student]
+    in_teacher, in_student = boundaries.teacher_prefix_length > 0, boundaries.student_prefix_length > 0
+    student_table, teacher_table = pair.token_tables
+    classes = {name: members[ids] & is_target for name, members in _classes(student_table).items()}
     shared = {piece for piece in student_table.pieces if piece} & set(teacher_table.pieces)
     return Coverage(
         equal=pair.equal,
         num_tokens=num_tokens,
-        strict=strict.sum() / num_tokens,
+        strict=is_strict.sum() / num_tokens,
         strict_by_class={
-            name: strict[members].mean() if members.any() else np.nan for name, members in classes.items()
+            name: is_strict[members].mean() if members.any() else np.nan for name, members in classes.items()
         },
-        chunks_per_token=len(spans) / num_tokens,
-        straddling=chunks.overlapping[spans].mean(),
+        chunks_per_token=len(target_chunks) / num_tokens,
+        overlapping=chunks.overlapping[target_chunks].mean(),
         both_start=(counts & ~in_teacher & ~in_student).sum() / num_tokens,
         inside_teacher=(counts & in_teacher).sum() / num_tokens,
         inside_student=(counts & in_student).sum() / num_tokens,
-        coarser="teacher" if corpus.aligner.teacher_is_coarser else "student",
+        coarser="teacher" if dataset.aligner.teacher_is_coarser else "student",
         shared_tokens=len(shared),
         student_tokens=len(pair.student),
         teacher_tokens=len(pair.teacher),
-        left_out=tuple(text.left_out),
+        skipped_documents=tuple(text.skipped_documents),
     )
 
 
 def _classes(table: TokenTable) -> dict[str, np.ndarray]:
-    """bool [V] for each class of tokens that is known to be cut differently."""
+    """bool [V] for each class of tokens that tokenizers are known to cut differently."""
     tests = {
         "digits": lambda piece: any(0x30 <= byte <= 0x39 for byte in piece),
         "whitespace": lambda piece: bool(piece) and not piece.strip(),

@@ -28,7 +28,7 @@ from sar_kd.config.sections import EMBEDDED, ModelConfig
 from sar_kd.errors import UsageError
 from sar_kd.models.lm_head import backbone_of
 from sar_kd.models.memory_saving import Offload, quantization_options, recompute_activations_
-from sar_kd.runtime.hub import reason_of
+from sar_kd.runtime.hub import explain_hub_error
 from sar_kd.runtime.precision import Precision
 from sar_kd.tokenization.backends import encode
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair, UnfitTokenizer
@@ -346,4 +346,4 @@ def _with_usage_errors(flag: str, name: str, load):
     try:
         return load()
     except _LOADING_ERRORS as error:
-        raise UsageError(f"--{flag} {name}: cannot be loaded ({reason_of(error, name)})") from None
+        raise UsageError(f"--{flag} {name}: cannot be loaded ({explain_hub_error(error, name)})") from None

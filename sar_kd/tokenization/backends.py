@@ -1,8 +1,8 @@
-"""How each kind of tokenizer cuts plain text, and how its ids become bytes: one reader for each way to define them.
+"""Ids of plain text and bytes of ids, from each kind of tokenizer.
 
-Kinds are told apart by what a tokenizer holds, so that no package need be installed: a Rust backend (byte-level or
-SentencePiece-like), a tiktoken encoding, a SentencePiece processor, mistral-common's wrapper of either, or none.
-What is read here is a claim; `tokens.build_token_table` verifies it.
+The kind follows from the objects that a tokenizer holds, so that no package need be installed: a Rust backend
+(byte-level or SentencePiece-like), a tiktoken encoding, a SentencePiece processor, mistral-common's wrapper of either,
+or none. Bytes read here are a claim; `token_table.build_token_table` verifies them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from itertools import accumulate
 from typing import NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -27,7 +26,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Vocabulary(NamedTuple):
-    """What a tokenizer's definition says of its ids; ids without a token are in neither dictionary."""
+    """The ids of a tokenizer's definition; ids without a token are in neither dictionary."""
 
     strings: dict[int, str]
     """The vocabulary's own spelling."""
@@ -38,7 +37,7 @@ class Vocabulary(NamedTuple):
 
 
 def encode(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Ids of each text: no special token added, and text that looks like a special token stays text."""
+    """Ids of each text. No special token is added, and text that looks like a special token stays text."""
     backend = _backend_of(tokenizer)
     if backend is not None:
         if type(backend.model).__name__ == "Unigram":
@@ -51,35 +50,15 @@ def encode(tokenizer, texts: list[str]) -> list[list[int]]:
     model = _model_of(tokenizer)
     if hasattr(model, "encode_ordinary_batch"):
         return model.encode_ordinary_batch(texts)
-    cut = [tokenizer.tokenize(text, split_special_tokens=True) for text in texts]
-    return [tokenizer.convert_tokens_to_ids(tokens) for tokens in cut]
-
-
-def tells_characters(tokenizer) -> bool:
-    """Whether the tokenizer tells which characters each token comes from."""
-    return _backend_of(tokenizer) is not None
-
-
-def encode_by_characters(tokenizer, texts: list[str]) -> list[tuple[list[int], list[int]]]:
-    """Ids of each text, and the byte of the text at which each token ends, as the tokenizer tells it in characters.
-
-    For a tokenizer that changes text, whose bytes mean nothing: good enough to cut both sides' text at the same places.
-    The last token ends where the text does.
-    tokenizer: one that `tells_characters`
-    """
-    placed = []
-    for text, encoding in zip(texts, _backend_of(tokenizer).encode_batch(texts, add_special_tokens=False), strict=True):
-        byte_of = list(accumulate((len(character.encode()) for character in text), initial=0))
-        ends = list(accumulate((byte_of[end] for _, end in encoding.offsets), max))
-        placed.append((encoding.ids, [*ends[:-1], byte_of[-1]] if ends else []))
-    return placed
+    tokens = [tokenizer.tokenize(text, split_special_tokens=True) for text in texts]
+    return [tokenizer.convert_tokens_to_ids(each) for each in tokens]
 
 
 _MARKED: WeakSet = WeakSet()
 
 
 def _backend_of(tokenizer):
-    """The Rust tokenizer, set to take all text as text, to cut nothing off and to pad nothing; None if it has none."""
+    """The Rust tokenizer, without special tokens in text, truncation and padding; None if there is none."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
@@ -99,7 +78,7 @@ _COPIES: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def _without_look_alikes(tokenizer, backend):
-    """A copy that cuts "</s>" and "<0x41>" in two, because a Unigram model takes them for its pieces of that name."""
+    """A copy that splits "</s>" and "<0x41>" in two, because a Unigram model takes them for its pieces of that name."""
     size, copy = _COPIES.get(tokenizer, (0, None))
     if size != len(tokenizer):
         special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
@@ -123,8 +102,8 @@ def _mistral_common(tokenizer):
 def _model_of(tokenizer):
     """The tiktoken encoding or SentencePiece processor that a tokenizer without a Rust backend holds; else None."""
     inner = _mistral_common(tokenizer)
-    held = vars(tokenizer).values() if inner is None else [inner._model]
-    return next((x for x in held if hasattr(x, "encode_ordinary_batch") or hasattr(x, "piece_to_id")), None)
+    attributes = vars(tokenizer).values() if inner is None else [inner._model]
+    return next((x for x in attributes if hasattr(x, "encode_ordinary_batch") or hasattr(x, "piece_to_id")), None)
 
 
 def unnamed_end(tokenizer) -> int | None:
@@ -136,9 +115,9 @@ def unnamed_end(tokenizer) -> int | None:
 
 
 def read_vocabulary(tokenizer) -> Vocabulary:
-    """Spelling and bytes of every id as the tokenizer's definition gives them; special tokens have no bytes.
+    """Spelling and bytes of every id by the tokenizer's definition; special tokens have no bytes.
 
-    Raises: ValueError if the definition does not say what the bytes are
+    Raises: ValueError if the definition does not give the bytes
     """
     vocabulary = _read_model(tokenizer)
     added = getattr(tokenizer, "added_tokens_decoder", None)
@@ -216,7 +195,7 @@ def _kinds(part) -> list[str]:
 
 
 def _byte_level_reader() -> Callable[[str], bytes]:
-    """The printable character that byte-level BPE writes for each byte, inverted.
+    """The inverse of byte-level BPE's table from bytes to printable characters.
 
     Source: Radford et al., 2019 (GPT-2), whose published encoder defines the table
     """

@@ -1,4 +1,7 @@
-"""One tokenizer's tokens of a text: their ids, where they end in it, and which of them are to be predicted."""
+"""A text as one tokenizer's stream of tokens: their ids, the byte at which each ends, and which are to be predicted.
+
+`TokenizedText` holds the streams of both models over the same bytes; a `Block` is one training example of them.
+"""
 
 from __future__ import annotations
 
@@ -12,25 +15,23 @@ import numpy as np
 from sar_kd.tokenization.token_table import Ids, TokenTable
 
 TEMPLATE, PROMPT, RESPONSE, STOP = range(4)
-"""Kinds of parts; from RESPONSE on they are to be learned."""
+"""Kinds of spans; RESPONSE and STOP are predicted."""
 
 
-class Part(NamedTuple):
-    """A run of one model's tokens."""
+class Span(NamedTuple):
+    """Consecutive tokens of one kind."""
 
     ids: Ids
     kind: int
-    """GLUE: no bytes. PROMPT and RESPONSE: bytes of the text. STOP: the last token is one virtual byte."""
+    """TEMPLATE: no bytes. PROMPT and RESPONSE: bytes of the text. STOP: one byte for the last token, none before it."""
     has_dummy: bool = False
-    """A content that begins with a space which the text does not have."""
+    """The tokenizer put a space (its dummy prefix) before a text that does not begin with one."""
     dummy_is_text: bool = False
-    """Both models read that space, so it is text to both."""
-    ends: Ids | None = None
-    """Where each token ends in the part, in bytes, for a tokenizer whose tokens have no bytes of their own."""
+    """Both tokenizers put that space, so it counts as text."""
 
 
-class Counting(Sequence):
-    """1, 2, 3 ...: where tokens end that count one each, without an array of them."""
+class TokenCount(Sequence):
+    """The numbers 1 to N, without an array of them: the ends of tokens that count one each."""
 
     def __init__(self, size: int):
         self._numbers = range(1, size + 1)
@@ -46,54 +47,53 @@ class Counting(Sequence):
         return np.arange(1, len(self) + 1, dtype=dtype or np.int64)
 
 
-Ends = np.ndarray | Counting
+Ends = np.ndarray | TokenCount
 
 
 @dataclass(frozen=True)
 class TokenStream:
-    """All documents in one tokenizer's tokens; arrays in memory, or of files."""
+    """All documents in one tokenizer's tokens; the arrays are in memory or memory-mapped."""
 
     ids: np.ndarray
     """int32 [N]"""
     ends: Ends
-    """int64 [N]: where each token ends in the joined text, in bytes, a stop token counting one and what a chat template
-    adds none; in tokens where the tokenizers are equal and no bytes are needed."""
+    """int64 [N]: where each token ends in the joined text. In bytes, a stop token counting one and a template's token
+    none; in tokens where the tokenizers are equal, since no bytes are needed."""
     has_dummy: np.ndarray
-    """bool [N]: the token's bytes begin with a space that the text, as both models read it, does not have."""
+    """bool [N]: the token's bytes begin with a space that is not in the text as both models read it."""
     is_target: np.ndarray
     """bool [N]: the token is to be predicted."""
 
 
-def concatenate_spans(documents: Sequence[list[Part]], table: TokenTable | None) -> tuple[TokenStream, np.ndarray]:
-    """One tokenizer's stream of documents in parts, and int64 [documents + 1]: its tokens before each, and all.
+def concatenate_spans(documents: Sequence[list[Span]], table: TokenTable | None) -> tuple[TokenStream, np.ndarray]:
+    """Join documents to one stream.
 
-    table: None where tokens count one each, or the parts say themselves where their tokens end
+    table: the tokens' bytes; None where tokens count one each
+    Returns: the stream; int64 [documents + 1], the number of tokens before each document, and of all
     """
-    part_ids, *columns, part_ends = zip(*chain.from_iterable(documents), strict=True)
-    part_kinds, has_dummy, is_text = map(np.array, columns)
-    counts = np.fromiter(map(len, part_ids), dtype=np.int64, count=len(part_ids))
+    span_ids, kinds, has_dummy, is_text = zip(*chain.from_iterable(documents), strict=True)
+    span_kinds = np.array(kinds, dtype=np.uint8)
+    counts = np.fromiter(map(len, span_ids), dtype=np.int64, count=len(span_ids))
     bounds = np.append(0, np.cumsum(counts))[np.cumsum([0, *map(len, documents)])]
-    ids = np.concatenate([np.asarray(part, dtype=np.int32) for part in part_ids])
-    kinds = np.repeat(part_kinds.astype(np.uint8), counts)
-    flags, is_target = np.zeros(len(ids), dtype=bool), kinds >= RESPONSE
-    if table is None and any(ends is not None for ends in part_ends):
-        placed = (np.diff(ends, prepend=0) if ends is not None else np.ones(1, dtype=np.int64) for ends in part_ends)
-        return TokenStream(ids, np.cumsum(np.concatenate(list(placed))), flags, is_target), bounds
+    ids = np.concatenate([np.asarray(span, dtype=np.int32) for span in span_ids])
+    token_kinds = np.repeat(span_kinds, counts)
+    dummy, is_target = np.zeros(len(ids), dtype=bool), token_kinds >= RESPONSE
     if table is None:
-        return TokenStream(ids, Counting(len(ids)), flags, is_target), bounds
+        return TokenStream(ids, TokenCount(len(ids)), dummy, is_target), bounds
     lasts = np.cumsum(counts) - 1
-    flags[(lasts - counts + 1)[has_dummy & ~is_text]] = True
-    widths = table.lengths[ids] - flags
-    widths[(kinds == TEMPLATE) | (kinds == STOP)] = 0
-    widths[lasts[part_kinds == STOP]] = 1
-    return TokenStream(ids, np.cumsum(widths), flags, is_target), bounds
+    dummy[(lasts - counts + 1)[np.array(has_dummy) & ~np.array(is_text)]] = True
+    num_bytes = table.lengths[ids] - dummy
+    num_bytes[(token_kinds == TEMPLATE) | (token_kinds == STOP)] = 0
+    num_bytes[lasts[span_kinds == STOP]] = 1
+    return TokenStream(ids, np.cumsum(num_bytes), dummy, is_target), bounds
 
 
 CHUNK_TOKENS = 2**18
+"""Tokens, or blocks, of a memory-mapped array that are read at a time."""
 
 
 class Block(NamedTuple):
-    """One stretch of text as index ranges into both streams."""
+    """One example: the same text as index ranges of both streams."""
 
     student_start: int
     student_end: int
@@ -134,23 +134,23 @@ class Blocks(Sequence[Block]):
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """All documents as one stream for each model; one and the same where the tokenizers are equal."""
+    """All documents as one stream for each model; one and the same stream where the tokenizers are equal."""
 
     student: TokenStream
     teacher: TokenStream
     names: Sequence[str]
     """Names of the documents, in order."""
     starts: np.ndarray
-    """int64: where each of them starts, in the unit of `TokenStream.ends`."""
+    """int64: where each document starts, in the unit of `TokenStream.ends`."""
     num_bytes: int
     """Bytes of the text that is predicted."""
-    left_out: Sequence[str]
-    """Names of the documents that are empty or that a tokenizer cannot represent, of conversations with the reason."""
+    skipped_documents: Sequence[str]
+    """Names of the documents that are empty or that a tokenizer changes; of conversations with the reason."""
     conversations: Blocks
     """The last documents: one block each."""
     truncated: Sequence[str]
     """Names of the conversations that are cut short."""
     dropped_tokens: int
-    """Tokens that the student would predict in what is cut off."""
+    """The student's target tokens in what is cut off."""
     without_template: tuple[str, ...]
-    """'student', 'teacher': whose conversations are written in our template, for want of its own."""
+    """'student', 'teacher': whose tokenizer has no chat template, so that conversations take `DEFAULT_TEMPLATE`."""

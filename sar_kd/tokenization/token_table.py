@@ -1,12 +1,13 @@
-"""The exact bytes of every token, for any tokenizer that can be shown to keep text as it is.
+"""The exact bytes of every token id.
 
-Alignment trusts neither `offset_mapping` (zero-width in some tokenizers, the same span for every piece of a
-character in others) nor decoded strings (every broken piece of a character decodes to the same U+FFFD). It
-reads the bytes out of the tokenizer's own definition and verifies them on text built to break them.
+Alignment uses neither `offset_mapping` (zero-width in some tokenizers, the same span for every piece of a character in
+others) nor decoded strings (every broken piece of a character decodes to the same U+FFFD). The bytes come from the
+tokenizer's own definition and are verified on text built to break them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import random
@@ -23,7 +24,7 @@ from sar_kd.tokenization.backends import METASPACE, STOP_TOKENS, Vocabulary, enc
 Ids = Sequence[int] | np.ndarray
 
 CONTENT, SPECIAL, END, UNKNOWN, PADDED = range(5)
-"""Kinds of ids: text, no text, ends a text, what the vocabulary lacks, a row of the head without a token."""
+"""Kinds of ids: text, no text, ends a text, stands for unknown text, padding of the LM head without a token."""
 
 PROBES = (
     "Hello world", "Hello  world ", " leading", "trailing ", "  two", "a", " ", "   ", "x" * 300, "ab " * 100,
@@ -38,7 +39,7 @@ PROBES = (
     "\ufb01ligature \u2460 \u00bd \u2126 \u212b", "nbsp\u00a0here zero\u200bwidth \u2028line \ufefflate bom",
     "\u0120 \u2581 <0x41> </s> <s> <unk> <|endoftext|> [UNK] ##ing",
 )  # fmt: skip
-"""Text that tokenizers are known to change: spaces, line ends, marks, joiners, scripts, look-alikes of tokens."""
+"""Text that some tokenizers change: spaces, line ends, marks, joiners, scripts, look-alikes of tokens."""
 
 _FUZZ_RANGES = (
     (0x20, 0x7E), (0x20, 0x7E), (0x61, 0x7A), (0x30, 0x39), (0x00, 0x1F), (0xA0, 0x24F), (0x300, 0x36F),
@@ -57,12 +58,12 @@ _FUZZ_PIECES = (
 
 @dataclass(frozen=True)
 class TokenTable:
-    """What each id of one tokenizer adds to the text."""
+    """The bytes and the kind of each id of one tokenizer; V ids, the LM head's padding included."""
 
     pieces: list[bytes]
-    """Exact bytes by id; b"" where the id adds none: special tokens, unknown, rows of the head without a token."""
+    """Exact bytes by id; b"" where the id adds none: special and unknown tokens, padding."""
     strings: list[str]
-    """The vocabulary's own spelling by id; "" for rows of the head without a token."""
+    """The vocabulary's own spelling by id; "" for padding."""
     kinds: np.ndarray = field(compare=False)
     """uint8 [V]: CONTENT, SPECIAL, END, UNKNOWN or PADDED by id."""
     end_id: int
@@ -74,7 +75,11 @@ class TokenTable:
     dummy_prefix: bool
     """The tokenizer puts one space before the text, as Llama 2's does; some only where the text has none."""
     nfc: bool
+    """The tokenizer normalises text to NFC."""
     metaspace: bool
+    """U+2581 stands for a space."""
+    change: str
+    """The first change of text that verification found, such as "'A' becomes 'a'"; "" where text is kept."""
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -83,12 +88,33 @@ class TokenTable:
 
     def spell(self, ids: Iterable[int]) -> bytes:
         """The bytes of some tokens."""
-        return _spell(self.pieces, ids)
+        return b"".join([self.pieces[i] for i in ids])
 
     def canonical(self, text: str) -> str:
         """The text as this tokenizer sees it; both models read the same canonical text."""
         text = text.replace(METASPACE, " ") if self.metaspace else text
         return unicodedata.normalize("NFC", text) if self.nfc else text
+
+    def dummy_bytes(self, ids: Ids, text: str) -> int | None:
+        """Bytes that the tokenizer put before a canonical text: 0, or 1 for a dummy space; None if it changes the text.
+
+        ids: of `text`. Their bytes are compared one by one only for a tokenizer that is known to change text.
+        """
+        content = text.encode()
+        dummy = int(self.lengths[ids].sum()) - len(content)
+        if dummy not in (0, int(self.dummy_prefix)):
+            return None
+        return None if self.change and self.spell(ids) != b" " * dummy + content else dummy
+
+    def describe_change(self, ids: Ids, text: str) -> str:
+        """The first difference between `text` and the bytes of its `ids`: "'Hello' becomes 'hello'"."""
+        decoded = self.spell(ids).decode("utf-8", "replace")
+        if self.dummy_prefix and not text.startswith(" "):
+            decoded = decoded.removeprefix(" ")
+        pairs = enumerate(zip(text, decoded, strict=False))
+        first = next((i for i, (a, b) in pairs if a != b), min(len(text), len(decoded)))
+        part = slice(max(0, first - 30), max(0, first - 30) + 40)
+        return f"{text[part]!r} becomes {decoded[part]!r}"
 
 
 @lru_cache(maxsize=1)
@@ -106,7 +132,7 @@ def _fuzz_piece(draw: random.Random) -> str:
 
 
 def same_tokenizer(a, b) -> bool:
-    """Equal vocabularies that cut the probe texts alike."""
+    """Equal vocabularies that give the same ids for the probe texts."""
     return a.get_vocab() == b.get_vocab() and encode(a, list(PROBES)) == encode(b, list(PROBES))
 
 
@@ -123,69 +149,76 @@ def start_and_end(tokenizer) -> tuple[int, int]:
 
 
 def fingerprint(tokenizer) -> str:
-    """A digest of what a tokenizer does: its definition, chat template and special tokens, and how it cuts text."""
+    """A digest of a tokenizer: its definition, chat template and special tokens, and its ids of the probe texts."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    cuts = [[int(i) for i in ids] for ids in encode(tokenizer, [*PROBES, *fuzz_texts()])]
+    encoded = [[int(i) for i in ids] for ids in encode(tokenizer, [*PROBES, *fuzz_texts()])]
     parts = [type(tokenizer).__name__, backend.to_str() if backend else None, sorted(tokenizer.get_vocab().items())]
-    parts += [cuts, getattr(tokenizer, "chat_template", None), sorted(map(str, tokenizer.special_tokens_map.items()))]
+    parts += [
+        encoded,
+        getattr(tokenizer, "chat_template", None),
+        sorted(map(str, tokenizer.special_tokens_map.items())),
+    ]
     return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 _TABLES: WeakKeyDictionary = WeakKeyDictionary()
 
 
-def build_token_table(tokenizer, num_rows: int, stop_ids: tuple[int, ...] = ()) -> TokenTable:
-    """The table of a transformers tokenizer, verified on `PROBES` and `fuzz_texts()`; built once and kept.
+def build_token_table(tokenizer, vocab_size: int, stop_ids: tuple[int, ...] = ()) -> TokenTable:
+    """The table of a transformers tokenizer, verified on `PROBES` and `fuzz_texts()`; built once and cached.
 
-    num_rows: rows of the model's head; stop_ids: further ids that end a text, as a generation config names them
-    Raises: ValueError with the reason and an example, if the tokenizer changes text or its bytes cannot be known
+    vocab_size: of the model's LM head; stop_ids: further ids that end a text, as a generation config names them
+    Raises: ValueError with the reason, if the tokens' bytes cannot be known or the tokenizer has no end-of-text token
     """
     tables = _TABLES.setdefault(tokenizer, {})
-    key = (num_rows, tuple(stop_ids), len(tokenizer))
+    key = (vocab_size, tuple(stop_ids), len(tokenizer))
     if key not in tables:
         start, end = start_and_end(tokenizer)
-        table = _table_of(tokenizer, read_vocabulary(tokenizer), num_rows, start, end, stop_ids)
-        _verify(tokenizer, table)
-        tables[key] = table
+        table = _table_of(tokenizer, read_vocabulary(tokenizer), vocab_size, start, end, stop_ids)
+        tables[key] = dataclasses.replace(table, change=_find_change(tokenizer, table))
     return tables[key]
 
 
-def _table_of(tokenizer, vocabulary: Vocabulary, num_rows, start, end, stop_ids) -> TokenTable:
-    ids = vocabulary.strings
-    rows = range(max(num_rows, 1 + max(ids)))
-    pieces, strings = [vocabulary.pieces.get(i, b"") for i in rows], [ids.get(i, "") for i in rows]
+def _table_of(tokenizer, vocabulary: Vocabulary, vocab_size, start, end, stop_ids) -> TokenTable:
+    spellings = vocabulary.strings
+    ids = range(max(vocab_size, 1 + max(spellings)))
+    pieces, strings = [vocabulary.pieces.get(i, b"") for i in ids], [spellings.get(i, "") for i in ids]
     pieces[start] = pieces[end] = b""
-    known_stops = {i for i, string in ids.items() if string in STOP_TOKENS and not pieces[i]}
-    end_ids = sorted({end} | known_stops | (set(stop_ids) & ids.keys()))
-    kinds = np.full(len(rows), PADDED, dtype=np.uint8)
-    kinds[list(ids)] = [CONTENT if pieces[i] else SPECIAL for i in ids]
-    if tokenizer.unk_token_id in ids:
+    known_stops = {i for i, string in spellings.items() if string in STOP_TOKENS and not pieces[i]}
+    end_ids = sorted({end} | known_stops | (set(stop_ids) & spellings.keys()))
+    kinds = np.full(len(ids), PADDED, dtype=np.uint8)
+    kinds[list(spellings)] = [CONTENT if pieces[i] else SPECIAL for i in spellings]
+    if tokenizer.unk_token_id in spellings:
         kinds[tokenizer.unk_token_id] = UNKNOWN
     kinds[end_ids] = END
-    dummy_prefix = _spell(pieces, encode(tokenizer, ["a b"])[0]).startswith(b" a")
-    nfc = _spell(pieces, _own_ids(tokenizer, "e\u0301")).strip() == "\u00e9".encode()
-    return TokenTable(pieces, strings, kinds, end, tuple(end_ids), start, dummy_prefix, nfc, vocabulary.metaspace)
+    table = TokenTable(
+        pieces, strings, kinds, end, tuple(end_ids), start,
+        dummy_prefix=False, nfc=False, metaspace=vocabulary.metaspace, change="",
+    )  # fmt: skip
+    return dataclasses.replace(
+        table,
+        dummy_prefix=table.spell(encode(tokenizer, ["a b"])[0]).startswith(b" a"),
+        nfc=table.spell(_called_ids(tokenizer, "e\u0301")).strip() == "\u00e9".encode(),
+    )
 
 
-def _spell(pieces: list[bytes], ids: Iterable[int]) -> bytes:
-    return b"".join([pieces[i] for i in ids])
-
-
-def _own_ids(tokenizer, text: str) -> list[int]:
-    """The ids that the tokenizer gives when it is called, after whatever it does to the text first."""
+def _called_ids(tokenizer, text: str) -> list[int]:
+    """The ids that calling the tokenizer gives, after all that it does to the text before it encodes."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _verify(tokenizer, table: TokenTable) -> None:
+def _find_change(tokenizer, table: TokenTable) -> str:
+    """The first change of a probe or fuzz text; "" for none.
+
+    Raises: ValueError if calling the tokenizer gives other ids than the encoding inside it
+    """
     texts = [table.canonical(text) for text in (*PROBES, *fuzz_texts())]
     encoded = encode(tokenizer, texts)
+    called = [i for i in _called_ids(tokenizer, texts[0]) if table.pieces[i]]
+    if called != [i for i in encoded[0] if table.pieces[i]]:
+        raise ValueError(f"does not encode text as the encoding inside it does: {texts[0]!r} becomes {called[:10]}")
     for text, ids in zip(texts, encoded, strict=True):
-        read = table.spell(ids)
-        if read != text.encode() and not (table.dummy_prefix and read == b" " + text.encode()):
-            shown = read.decode("utf-8", "replace")
-            same = next((i for i, (a, b) in enumerate(zip(text, shown, strict=False)) if a != b), 0)
-            part = slice(max(0, same - 30), max(0, same - 30) + 40)
-            raise ValueError(f"does not keep text as it is: {text[part]!r} becomes {shown[part]!r}")
-    own = [i for i in _own_ids(tokenizer, texts[0]) if table.pieces[i]]
-    if own != [i for i in encoded[0] if table.pieces[i]]:
-        raise ValueError(f"does not cut text as the encoding inside it does: {texts[0]!r} becomes {own[:10]}")
+        decoded, content = table.spell(ids), text.encode()
+        if decoded != content and not (table.dummy_prefix and decoded == b" " + content):
+            return table.describe_change(ids, text)
+    return ""

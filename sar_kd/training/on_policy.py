@@ -1,4 +1,4 @@
-"""On-policy distillation: in which micro-batches the student's own text stands, and what becomes of it.
+"""On-policy distillation: which micro-batches hold responses of the student, their generation, the replay buffer.
 
 Sources: GKD (arXiv 2306.13649, Algorithm 1); with a mixture-of-experts teacher arXiv 2502.12947, Algorithms 1 and 2,
 where a step begins with the student's responses.
@@ -10,6 +10,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,199 +19,21 @@ from sar_kd.config.runs import Config, OnPolicyConfig
 from sar_kd.data.batch import Batch
 from sar_kd.data.dataset import Dataset
 from sar_kd.errors import UsageError
-from sar_kd.models.generation import ISSUES, Generation, write
+from sar_kd.models.generation import ISSUES, Generation, generate
 from sar_kd.models.loading import Models
 from sar_kd.runtime.distributed import ProcessGroup
 from sar_kd.runtime.precision import Precision
-from sar_kd.training.callbacks import Callback
+from sar_kd.training.callbacks import Callback, MicroBatches, StepResult
 from sar_kd.training.rollouts import Prompt, Response, Rollouts
 from sar_kd.training.step import StepReport
 
-_FIRST, _LATE = 10, 10
-"""Sampled steps that say how varied the responses are at first, and of late."""
+_NUM_COMPARED = 10
+"""Steps with generation whose share of distinct tokens is averaged: the first ones, and the last ones."""
 
 _COLLAPSE = 0.5
 
 _COUNTS = ("responses", "tokens", "ended", "empty", "cut_off")
-"""Of all responses: tokens, without the one a response stops with; cut_off: there was no room for more."""
-
-
-class OnPolicy(Callback):
-    """Writes the responses of the on-policy micro-batches, and keeps those that are to be learned from again."""
-
-    def __init__(
-        self,
-        config: OnPolicyConfig,
-        models: Models,
-        train: Dataset,
-        limits: tuple[int, int],
-        precision: Precision,
-        seed: int,
-    ):
-        """limits: most tokens that a block may hold for each model, start token included
-
-        Raises: UsageError where the student's bytes are not known, so that a teacher could not read them
-        """
-        super().__init__()
-        if train.pair.tables is not None and not train.pair.is_exact:
-            raise UsageError(
-                f"--on_policy_fraction {config.on_policy_fraction:g}: a tokenizer changes text, so that the teacher "
-                "cannot read exactly what the student writes; leave the flag out"
-            )
-        self.config, self.student, self.precision, self.seed = config, models.student, precision, seed
-        self.responses = Rollouts(train, *limits)
-        self._stops = self.responses.stops()
-        self._figures: dict = {}
-        self.kept = {
-            "replay": [],
-            "step": -1,
-            "own": {},
-            "sampling_seconds": 0.0,
-            "first": [],
-            "late": [],
-            "alarmed": False,
-        }
-        self.kept["totals"] = dict.fromkeys((*_COUNTS, *ISSUES), 0)
-
-    def is_on_policy(self, place: int) -> bool:
-        """Does the student's own text stand in this micro-batch, counted from the start of the run?
-
-        floor((i + 1) f) > floor(i f): the exact share, evenly spread
-        """
-        return _strikes(place, self.config.on_policy_fraction)
-
-    def micro_batches(self, step: int, made: Sequence[Batch | list[int]]) -> list[Batch]:
-        """The micro-batches of a step, responses written for those that are given as the blocks of their prompts.
-
-        step: the same for several attempts on the same text, which then read the same responses
-        """
-        self._figures = {}
-        places = [i for i, each in enumerate(made) if not isinstance(each, Batch)]
-        if not places:
-            return list(made)  # type: ignore[arg-type]
-        started = time.monotonic()
-        if self.kept["step"] != step:
-            self.kept |= {"step": step, "own": {}}
-            self._answer(step, len(made), {place: made[place] for place in places})  # type: ignore[misc]
-        batches = []
-        for place, each in enumerate(made):
-            own = self.kept["own"].get(str(place))
-            if isinstance(each, Batch):
-                batches.append(each)
-            elif own:
-                batches.append(self.responses.batch([_response(row) for row in own]))
-            else:  # nothing was left of any response: the text that was there
-                batches.append(self.responses.train.batch(each))
-        self.kept["sampling_seconds"] += time.monotonic() - started
-        return batches
-
-    def _answer(self, step: int, num_micro: int, blocks_of: dict[int, list[int]]) -> None:
-        """Enter each place's responses in `kept`: from those kept, or written now, all in one go."""
-        asked: dict[int, list[Prompt]] = {}
-        for place, blocks in blocks_of.items():
-            random = np.random.default_rng([self.seed, step, place])
-            number = math.floor((step * num_micro + place) * self.config.on_policy_fraction)
-            replay = self.kept["replay"]
-            if replay and _strikes(number, self.config.replay_fraction):
-                picks = random.choice(len(replay), min(len(blocks), len(replay)), replace=False)
-                self.kept["own"][str(place)] = [replay[pick] for pick in picks]
-                continue
-            asked[place] = [self.responses.prompt_of(block, random) for block in blocks]
-        if not asked:
-            return
-        prompts = [prompt for own in asked.values() for prompt in own]
-        written = iter(zip(prompts, self._write(step, prompts), strict=True))
-        found: list[Generation] = []
-        faults: Counter = Counter()
-        for place, own in asked.items():
-            pairs = [next(written) for _ in own]
-            kept, wrong = self.responses.usable(pairs)
-            self.kept["own"][str(place)] = [_row(response) for response in kept]
-            found += [each for _, each in pairs]
-            faults.update(wrong)
-        if self.config.replay_size:
-            rows = [row for place in asked for row in self.kept["own"][str(place)]]
-            self.kept["replay"] = [*self.kept["replay"], *rows][-self.config.replay_size :]
-        self._count(found, faults)
-
-    def _write(self, step: int, prompts: list[Prompt]) -> list[Generation]:
-        student, config = self.student, self.config
-        was_training = student.training
-        student.eval()
-        seed = int(np.random.SeedSequence([self.seed, step]).generate_state(1)[0])
-        with self.precision.same_random(), self.precision.autocast():
-            torch.manual_seed(seed)
-            written = write(
-                student,
-                [self.responses.ids_of(prompt) for prompt in prompts],
-                stops=self._stops,
-                rooms=[self.responses.room_of(prompt, config.max_new_tokens) for prompt in prompts],
-                temperature=config.sample_temperature,
-                top_p=config.sample_top_p,
-            )
-        student.train(was_training)
-        return written
-
-    def _count(self, found: list[Generation], faults: Counter) -> None:
-        lengths = [len(each.ids) for each in found]
-        shares = [len(set(each.ids)) / len(each.ids) for each in found if each.ids]
-        counts = {
-            "responses": len(found),
-            "tokens": sum(lengths),
-            "ended": sum(each.stop is not None for each in found),
-            "empty": sum(not each.ids and each.stop is not None for each in found),
-            "cut_off": sum(each.stop is None and each.is_finite for each in found),
-            **faults,
-        }
-        self.kept["totals"] = {name: total + counts.get(name, 0) for name, total in self.kept["totals"].items()}
-        distinct = sum(shares) / len(shares) if shares else 0.0
-        if len(self.kept["first"]) < _FIRST:
-            self.kept["first"].append(distinct)
-        self.kept["late"] = [*self.kept["late"], distinct][-_LATE:]
-        self._figures |= {
-            "responses": len(found),
-            "response_length": sum(lengths) / len(found),
-            "response_distinct_tokens": distinct,
-            "response_end_rate": counts["ended"] / len(found),
-            "response_faults": {fault: count for fault, count in faults.items() if count},
-        }
-
-    def figures(self) -> dict:
-        """Of the last step, for its record."""
-        return self._figures
-
-    def note(self, step: int, report: StepReport, micro_batches: Sequence[Batch]) -> tuple[list[str], str | None]:
-        """An alarm, once, where the student has come to repeat itself."""
-        first, late = self.kept["first"], self.kept["late"]
-        if self.kept["alarmed"] or len(first) < _FIRST or len(late) < _LATE:
-            return [], None
-        before, now = (sum(values) / len(values) for values in (first, late))
-        if now >= _COLLAPSE * before:
-            return [], None
-        self.kept["alarmed"] = True
-        return [
-            f"Step {step}: the student repeats itself: {now:.0%} of a response's tokens are distinct, {before:.0%} at "
-            "first. Lower --student_lr or --on_policy_fraction, or give --alpha_ce weight."
-        ], None
-
-    def summary(self) -> dict:
-        """All that was written, and how long it took."""
-        totals = self.kept["totals"]
-        counts, faults = ({name: totals[name] for name in names} for names in (_COUNTS, ISSUES))
-        return {"on_policy": {"sampling_seconds": self.kept["sampling_seconds"], **counts, "faults": faults}}
-
-
-def _strikes(place: int, share: float) -> bool:
-    return math.floor((place + 1) * share) > math.floor(place * share)
-
-
-def _row(response: Response) -> list:
-    """As a checkpoint holds it."""
-    return [list(response.prompt), response.ids, response.stop]
-
-
-def _response(row: list) -> Response:
-    return Response(Prompt(*row[0]), row[1], row[2])
+"""Of all responses: tokens without the stop token; cut_off: at `max_new_tokens`."""
 
 
 def build_on_policy(
@@ -221,13 +44,169 @@ def build_on_policy(
     precision: Precision,
     process_group: ProcessGroup,
 ) -> OnPolicy | None:
-    """None where the student writes nothing. Raises: UsageError with several processes, and as `OnPolicy`"""
-    settings = config.on_policy
-    if not settings.on_policy_fraction:
+    """None if no micro-batch is on-policy. Raises: UsageError with several processes"""
+    fraction = config.on_policy.on_policy_fraction
+    if not fraction:
         return None
     if process_group.size > 1:
         raise UsageError(
-            f"--on_policy_fraction {settings.on_policy_fraction:g}: takes one process, and {process_group.size} are running; "
-            "start it without torchrun"
+            f"--on_policy_fraction {fraction:g}: takes one process, and {process_group.size} are running; start it "
+            "without torchrun"
         )
-    return OnPolicy(settings, models, train, limits, precision, config.train.seed)
+    return OnPolicy(config.on_policy, models, train, limits, precision, config.train.seed)
+
+
+class OnPolicy(Callback):
+    """Generates the responses of the on-policy micro-batches, and keeps a replay buffer of them."""
+
+    def __init__(
+        self,
+        config: OnPolicyConfig,
+        models: Models,
+        train: Dataset,
+        limits: tuple[int, int],
+        precision: Precision,
+        seed: int,
+    ):
+        """limits: most tokens of a block for each model, start token included"""
+        super().__init__()
+        self.config, self.student, self.precision, self.seed = config, models.student, precision, seed
+        self.rollouts = Rollouts(train, *limits)
+        self._stop_token_ids = self.rollouts.stop_token_ids()
+        self._metrics: dict = {}
+        self.state: dict[str, Any] = {"replay": [], "step": -1, "responses": {}, "sampling_seconds": 0.0}
+        self.state |= {"early_distinct": [], "late_distinct": [], "alarmed": False}
+        self.state["totals"] = dict.fromkeys((*_COUNTS, *ISSUES), 0)
+
+    def is_on_policy(self, index: int) -> bool:
+        """Is the micro-batch on-policy, counted from the start of the run?
+
+        floor((i + 1) f) > floor(i f): the exact share, evenly spread
+        """
+        return _is_due(index, self.config.on_policy_fraction)
+
+    def micro_batches(self, step: int, made: Sequence[Batch | list[int]]) -> list[Batch]:
+        """The micro-batches of a step.
+
+        step: the same for consecutive steps on the same text, which then have the same responses
+        made: a batch, or for an on-policy micro-batch the blocks of its prompts
+        """
+        self._metrics = {}
+        blocks = {index: item for index, item in enumerate(made) if not isinstance(item, Batch)}
+        started = time.monotonic()
+        if blocks and self.state["step"] != step:
+            self.state |= {"step": step, "responses": {}}
+            self._fill_responses(step, len(made), blocks)
+        batches = []
+        for index, item in enumerate(made):
+            responses = self.state["responses"].get(str(index))
+            if isinstance(item, Batch):
+                batches.append(item)
+            elif responses:
+                batches.append(self.rollouts.batch([_from_json(response) for response in responses]))
+            else:  # no response is usable: the text itself
+                batches.append(self.rollouts.train.batch(item))
+        if blocks:
+            self.state["sampling_seconds"] += time.monotonic() - started
+        return batches
+
+    def _fill_responses(self, step: int, num_micro_batches: int, blocks: dict[int, list[int]]) -> None:
+        """Set the responses of each on-policy micro-batch: from the replay buffer, or generated, all in one batch."""
+        prompts: dict[int, list[Prompt]] = {}
+        responses, replay = self.state["responses"], self.state["replay"]
+        for index, own_blocks in blocks.items():
+            rng = np.random.default_rng([self.seed, step, index])
+            num_before = math.floor((step * num_micro_batches + index) * self.config.on_policy_fraction)
+            if replay and _is_due(num_before, self.config.replay_fraction):
+                picks = rng.choice(len(replay), min(len(own_blocks), len(replay)), replace=False)
+                responses[str(index)] = [replay[pick] for pick in picks]
+            else:
+                prompts[index] = [self.rollouts.sample_prompt(block, rng) for block in own_blocks]
+        if not prompts:
+            return
+        generations = self._generate(step, [prompt for own in prompts.values() for prompt in own])
+        remaining, issues = iter(generations), Counter[str]()
+        for index, own in prompts.items():
+            usable, own_issues = self.rollouts.keep_usable([(prompt, next(remaining)) for prompt in own])
+            responses[str(index)] = [_to_json(response) for response in usable]
+            issues.update(own_issues)
+        if self.config.replay_size:
+            new = [response for index in prompts for response in responses[str(index)]]
+            self.state["replay"] = [*replay, *new][-self.config.replay_size :]
+        self._count(generations, issues)
+
+    def _generate(self, step: int, prompts: list[Prompt]) -> list[Generation]:
+        student, config = self.student, self.config
+        was_training = student.training
+        student.eval()
+        seed = int(np.random.SeedSequence([self.seed, step]).generate_state(1)[0])
+        with self.precision.fork_rng(), self.precision.autocast():
+            torch.manual_seed(seed)
+            generations = generate(
+                student,
+                [self.rollouts.prompt_ids(prompt) for prompt in prompts],
+                stop_token_ids=self._stop_token_ids,
+                max_new_tokens=[self.rollouts.max_new_tokens(prompt, config.max_new_tokens) for prompt in prompts],
+                temperature=config.sample_temperature,
+                top_p=config.sample_top_p,
+            )
+        student.train(was_training)
+        return generations
+
+    def _count(self, generations: list[Generation], issues: Counter) -> None:
+        state, lengths = self.state, [len(generation.ids) for generation in generations]
+        distinct_shares = [len(set(g.ids)) / len(g.ids) for g in generations if g.ids]
+        distinct = sum(distinct_shares) / len(distinct_shares) if distinct_shares else 0.0
+        counts = {
+            "responses": len(generations),
+            "tokens": sum(lengths),
+            "ended": sum(g.stop is not None for g in generations),
+            "empty": sum(not g.ids and g.stop is not None for g in generations),
+            "cut_off": sum(g.stop is None and g.is_finite for g in generations),
+            **issues,
+        }
+        state["totals"] = {name: total + counts.get(name, 0) for name, total in state["totals"].items()}
+        state["early_distinct"] = [*state["early_distinct"], distinct][:_NUM_COMPARED]
+        state["late_distinct"] = [*state["late_distinct"], distinct][-_NUM_COMPARED:]
+        self._metrics |= {
+            "responses": len(generations),
+            "response_length": sum(lengths) / len(generations),
+            "response_distinct_tokens": distinct,
+            "response_end_rate": counts["ended"] / len(generations),
+            "response_faults": {issue: count for issue, count in issues.items() if count},
+        }
+
+    def metrics(self) -> dict:
+        return self._metrics
+
+    def on_step_end(self, step: int, report: StepReport, micro_batches: MicroBatches) -> StepResult:
+        """An alarm, once, if the student repeats itself: half as many distinct tokens as at first."""
+        early, late = self.state["early_distinct"], self.state["late_distinct"]
+        if self.state["alarmed"] or len(early) < _NUM_COMPARED:
+            return [], None
+        before, now = sum(early) / len(early), sum(late) / len(late)
+        if now >= _COLLAPSE * before:
+            return [], None
+        self.state["alarmed"] = True
+        return [
+            f"Step {step}: the student repeats itself: {now:.0%} of a response's tokens are distinct, {before:.0%} at "
+            "first. Lower --student_lr or --on_policy_fraction, or give --alpha_ce weight."
+        ], None
+
+    def summary(self) -> dict:
+        totals = self.state["totals"]
+        counts, issues = ({name: totals[name] for name in names} for names in (_COUNTS, ISSUES))
+        return {"on_policy": {"sampling_seconds": self.state["sampling_seconds"], **counts, "faults": issues}}
+
+
+def _is_due(index: int, share: float) -> bool:
+    return math.floor((index + 1) * share) > math.floor(index * share)
+
+
+def _to_json(response: Response) -> list:
+    """A response as a checkpoint holds it."""
+    return [list(response.prompt), response.ids, response.stop]
+
+
+def _from_json(response: list) -> Response:
+    return Response(Prompt(*response[0]), response[1], response[2])

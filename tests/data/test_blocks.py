@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from sar_kd.data import blocks
-from sar_kd.data.blocks import cut_blocks
+from sar_kd.data.blocks import pack_streams
 from sar_kd.errors import UsageError
-from sar_kd.tokenization.token_stream import Block, Blocks, Counting
+from sar_kd.tokenization.token_stream import Block, Blocks, TokenCount
 
 
 def _cut_by_definition(student, teacher, max_student, max_teacher) -> list[tuple]:
@@ -37,7 +37,7 @@ def test_windows_do_not_show(seed, window, limits, monkeypatch):
     student, teacher = _two_streams(seed)
     wanted = _cut_by_definition(student.tolist(), teacher.tolist(), *limits)
     # What has no bytes at the very end of the text is no block's.
-    assert [tuple(block) for block in _until_error(cut_blocks(student, teacher, *limits))][: len(wanted)] == wanted
+    assert [tuple(block) for block in _until_error(pack_streams(student, teacher, *limits))][: len(wanted)] == wanted
 
 
 def _until_error(found):
@@ -51,25 +51,25 @@ def _until_error(found):
 @pytest.mark.parametrize("size", [1, 9, 10, 11, 95])
 def test_tokens_that_count_one_each_fill_blocks(window, size, monkeypatch):
     monkeypatch.setattr(blocks, "CHUNK_TOKENS", window)
-    ends = Counting(size)
-    found = list(cut_blocks(ends, ends, 10, 10))
+    ends = TokenCount(size)
+    found = list(pack_streams(ends, ends, 10, 10))
     assert found == [(i, min(i + 10, size)) * 2 for i in range(0, size, 10)]
-    assert found == list(cut_blocks(np.arange(1, size + 1), np.arange(1, size + 1), 10, 10))
+    assert found == list(pack_streams(np.arange(1, size + 1), np.arange(1, size + 1), 10, 10))
 
 
 def test_only_so_many_tokens_are_cut_as_are_asked_for():
-    ends = Counting(100)
-    assert list(cut_blocks(ends, ends, 30, 30, (70, 70))) == [(0, 30, 0, 30), (30, 60, 30, 60), (60, 70, 60, 70)]
+    ends = TokenCount(100)
+    assert list(pack_streams(ends, ends, 30, 30, (70, 70))) == [(0, 30, 0, 30), (30, 60, 30, 60), (60, 70, 60, 70)]
 
 
 @pytest.mark.parametrize("window", [1, 2**18])
 def test_a_stretch_without_a_common_end_is_an_error_at_its_byte(window, monkeypatch):
     monkeypatch.setattr(blocks, "CHUNK_TOKENS", window)
     student, teacher = np.arange(1, 40) * 2, np.append(np.arange(1, 10) * 2, np.arange(10, 40) * 2 + 1)
-    found = cut_blocks(student, teacher, 8, 8)
+    found = pack_streams(student, teacher, 8, 8)
     assert next(found) == (0, 8, 0, 8)
     assert next(found) == (8, 9, 8, 9)
-    with pytest.raises(UsageError, match="--block_size 9: a stretch of text from byte 18 on"):
+    with pytest.raises(UsageError, match="--block_size 9: from byte 18 of the text on"):
         next(found)
 
 
@@ -85,7 +85,7 @@ def test_many_blocks_are_a_sequence_of_blocks():
 
 
 def test_counting_is_an_array_that_is_not_there():
-    ends, array = Counting(9), np.arange(1, 10)
+    ends, array = TokenCount(9), np.arange(1, 10)
     assert (len(ends), ends[0], ends[-1]) == (9, 1, 9)
     for part in (slice(None), slice(2, 5), slice(7, 20), slice(4, 4), slice(None, None, 3)):
         assert np.array_equal(ends[part], array[part])

@@ -13,10 +13,10 @@ import torch
 from sar_kd.config.sections import DataConfig
 from sar_kd.data.batch import IGNORE_INDEX
 from sar_kd.data.chat import render
-from sar_kd.data.dataset import Dataset
+from sar_kd.data.dataset import build_dataset
 from sar_kd.data.samples import Conversation, Document, Message
 from sar_kd.data.sources import load_documents
-from sar_kd.data.tokenized_text import join
+from sar_kd.data.tokenized_text import tokenize
 from sar_kd.errors import UsageError
 from sar_kd.evaluation.perplexity import evaluate
 from sar_kd.runtime.precision import Precision
@@ -114,7 +114,7 @@ def tokenizers(request):
 
 
 def _pair(student, teacher, **settings):
-    return TokenizerPair(student, teacher, student_rows=len(student), teacher_rows=len(teacher), **settings)
+    return TokenizerPair(student, teacher, student_vocab_size=len(student), teacher_vocab_size=len(teacher), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -328,7 +328,7 @@ def test_one_conversation_alone_is_not_split(tmp_path):
 def test_a_conversation_has_the_tokens_that_its_chat_template_gives_it(tokenizers, name, talk):
     tokenizer = tokenizers[name]
     turns = [(role, text.strip()) for role, text in (SYSTEM if talk == "system" else TALKS[talk])]
-    stream = join([_talk(turns)], _pair(tokenizer, tokenizer)).student
+    stream = tokenize([_talk(turns)], _pair(tokenizer, tokenizer)).student
     assert stream.ids.tolist() == _own_ids(tokenizer, turns)
 
 
@@ -338,7 +338,7 @@ def test_a_conversation_reads_as_its_chat_template_writes_it(tokenizers, name, t
     tokenizer, turns = tokenizers[name], [(role, text.strip()) for role, text in TALKS[talk]]
     messages = [{"role": role, "content": text} for role, text in turns]
     written = tokenizer.apply_chat_template(messages, tokenize=False)
-    stream = join([_talk(turns)], _pair(tokenizer, tokenizer)).student
+    stream = tokenize([_talk(turns)], _pair(tokenizer, tokenizer)).student
     opening = tokenizer.bos_token if written.startswith(tokenizer.bos_token) else ""
     assert opening + tokenizer.decode(stream.ids.tolist()) == written
 
@@ -346,7 +346,7 @@ def test_a_conversation_reads_as_its_chat_template_writes_it(tokenizers, name, t
 def test_of_several_templates_the_default_one_is_taken(tokenizers):
     tokenizer = copy.deepcopy(tokenizers["chatml"])
     tokenizer.chat_template = {"tool_use": GEMMA, "default": CHATML}
-    stream = join([_talk(SYSTEM)], _pair(tokenizer, tokenizer)).student
+    stream = tokenize([_talk(SYSTEM)], _pair(tokenizer, tokenizer)).student
     assert stream.ids.tolist() == _own_ids(tokenizers["chatml"], SYSTEM)
 
 
@@ -354,7 +354,7 @@ def test_of_several_templates_the_default_one_is_taken(tokenizers):
 def test_contents_are_exactly_the_same_text_on_both_sides(pairs, names):
     rendered = render(TALK_LIST, pairs[names])
     assert rendered.names == list(TALKS)
-    assert rendered.left_out == []
+    assert rendered.skipped_documents == []
     for side, table in zip(rendered.sides, rendered.tables, strict=True):
         for parts, talk in zip(side, TALK_LIST, strict=True):
             texts = [m.content.strip() if STRIPS & {*names} else m.content for m in talk.messages]
@@ -446,7 +446,7 @@ def test_a_stop_token_behind_other_words_is_not_the_responses(tokenizers):
 def test_an_empty_message_keeps_the_glue_around_it(tokenizers):
     for name in ("llama2", "chatml"):
         turns = [("user", ""), ("assistant", "x"), ("user", "y"), ("assistant", ""), ("user", "z"), ("assistant", "w")]
-        stream = join([_talk(turns)], _pair(tokenizers[name], tokenizers[name])).student
+        stream = tokenize([_talk(turns)], _pair(tokenizers[name], tokenizers[name])).student
         assert tokenizers[name].decode(stream.ids.tolist()) == tokenizers[name].decode(
             _own_ids(tokenizers[name], turns)
         )
@@ -459,7 +459,7 @@ def test_two_plain_texts_follow_one_another(tokenizers):
     for name in ("none", "none2"):
         tokenizer = tokenizers[name]
         talk = _talk([("user", "Two tokenizers cut"), ("assistant", " the same text")], plain=True)
-        text = join([talk], _pair(tokenizer, tokenizer))
+        text = tokenize([talk], _pair(tokenizer, tokenizer))
         assert text.without_template == ()
         assert tokenizer.decode(text.student.ids[:-1].tolist()) == "Two tokenizers cut the same text"
         assert text.student.ids[-1] == tokenizer.eos_token_id
@@ -467,19 +467,19 @@ def test_two_plain_texts_follow_one_another(tokenizers):
 
 def test_a_completion_without_a_space_gets_none(tokenizers):
     tokenizer = tokenizers["none2"]
-    text = join([_talk([("user", "1969"), ("assistant", "12.5")], plain=True)], _pair(tokenizer, tokenizer))
+    text = tokenize([_talk([("user", "1969"), ("assistant", "12.5")], plain=True)], _pair(tokenizer, tokenizer))
     assert tokenizer.decode(text.student.ids[:-1].tolist()) == "196912.5"
 
 
 def test_two_plain_texts_are_turns_to_a_model_with_a_template(pairs, tokenizers):
     turns = [("user", "Two tokenizers cut"), ("assistant", " the same text")]
-    text = join([_talk(turns, plain=True)], pairs["none", "chatml"])
+    text = tokenize([_talk(turns, plain=True)], pairs["none", "chatml"])
     assert text.teacher.ids.tolist() == _own_ids(tokenizers["chatml"], turns)
     assert tokenizers["none"].decode(text.student.ids[:-1].tolist()) == "Two tokenizers cut the same text"
 
 
 def test_messages_take_a_neutral_template_and_the_text_says_for_which_model(pairs, tokenizers):
-    text = join([_talk(SYSTEM + TALKS["one turn"])], pairs["none", "chatml"])
+    text = tokenize([_talk(SYSTEM + TALKS["one turn"])], pairs["none", "chatml"])
     assert text.without_template == ("student",)
     shown = [i for i in text.student.ids.tolist() if i != tokenizers["none"].eos_token_id]
     assert tokenizers["none"].decode(shown) == (
@@ -487,10 +487,10 @@ def test_messages_take_a_neutral_template_and_the_text_says_for_which_model(pair
         "User:\nWhat follows a token?\n\nAssistant:\nIt is not known before."
     )
     assert text.student.ids.tolist().count(tokenizers["none"].eos_token_id) == 2
-    assert join([_talk(SYSTEM)], _pair(tokenizers["chatml"], tokenizers["none"])).without_template == ("teacher",)
+    assert tokenize([_talk(SYSTEM)], _pair(tokenizers["chatml"], tokenizers["none"])).without_template == ("teacher",)
     alone = _pair(tokenizers["none"], tokenizers["none"])
-    assert join([_talk(SYSTEM)], alone).without_template == ("student", "teacher")
-    assert join([_talk(SYSTEM)], pairs["llama2", "chatml"]).without_template == ()
+    assert tokenize([_talk(SYSTEM)], alone).without_template == ("student", "teacher")
+    assert tokenize([_talk(SYSTEM)], pairs["llama2", "chatml"]).without_template == ()
 
 
 # Templates that cannot be used
@@ -513,14 +513,14 @@ def test_a_template_that_does_not_keep_the_messages_is_refused_with_the_reason(t
     broken.chat_template = BROKEN[fault].replace("\n", "\\n")
     sides = (broken, tokenizers["gemma"]) if whose == "student" else (tokenizers["gemma"], broken)
     with pytest.raises(UsageError, match=rf"talk \(the {whose}'s chat template {fault}"):
-        join([_talk(TALKS["one turn"])], _pair(*sides))
+        tokenize([_talk(TALKS["one turn"])], _pair(*sides))
 
 
-def test_a_conversation_that_one_template_refuses_is_left_out_by_name(pairs):
+def test_a_conversation_that_one_template_refuses_is_skipped_by_name(pairs):
     talks = [_talk(SYSTEM, "with"), _talk(TALKS["one turn"], "without")]
-    corpus = Dataset(talks, pairs["gemma", "chatml"], 400, 400)
+    corpus = build_dataset(talks, pairs["gemma", "chatml"], 400, 400)
     assert corpus.text.names == ["without"]
-    assert corpus.text.left_out == ["with (the student's chat template refuses it: System role not supported)"]
+    assert corpus.text.skipped_documents == ["with (the student's chat template refuses it: System role not supported)"]
 
 
 def test_a_text_that_a_template_strips_is_stripped_for_both(pairs):
@@ -535,41 +535,41 @@ def test_a_template_whose_glue_depends_on_the_text_is_seen(tokenizers):
     tokenizer = copy.deepcopy(tokenizers["chatml"])
     tokenizer.chat_template = CHATML.replace("m['content']", "(m['content'].split('</think>') | last)")
     talks = [_talk([("user", "a"), ("assistant", "<think>b</think>c")], "thinks"), _talk(TALKS["one turn"])]
-    text = join(talks, _pair(tokenizer, tokenizer))
+    text = tokenize(talks, _pair(tokenizer, tokenizer))
     assert text.names == ["talk"]
-    assert text.left_out == ["thinks (the student's chat template changes the text of a message)"]
+    assert text.skipped_documents == ["thinks (the student's chat template changes the text of a message)"]
 
 
 @pytest.mark.parametrize("bad", ["\ud800", "\u2581"])
 @pytest.mark.parametrize("names", [("gemma", "chatml"), ("chatml", "chatml")])
-def test_text_that_is_hard_to_hold_is_canonical_or_left_out(pairs, names, bad):
+def test_text_that_is_hard_to_encode_is_canonical_or_skipped(pairs, names, bad):
     talks = [_talk([("user", "a"), ("assistant", f"b{bad}c")], "bad"), _talk(TALKS["one turn"])]
     rendered = render(talks, pairs[names])
     if bad == "\ud800":
-        assert rendered.left_out == ["bad (is no Unicode text)"]
+        assert rendered.skipped_documents == ["bad (is no Unicode text)"]
         return
     wanted = "b c" if "gemma" in names else "b\u2581c"
     for side, table in zip(rendered.sides, rendered.tables, strict=True):
         assert _text(next(part for part in side[0] if part.kind == RESPONSE), table) == wanted
 
 
-def test_a_conversation_that_a_tokenizer_cannot_represent_is_left_out_by_name(tokenizers):
+def test_a_conversation_that_a_tokenizer_changes_is_skipped_by_name(tokenizers):
     lacking = copy.deepcopy(tokenizers["chatml"])
     pair = _pair(lacking, tokenizers["gemma"])
     table = pair.tables[0]
     table.pieces[encode(lacking, ["\u20ac"])[0][0]] = b"?!"  # as if the bytes were other ones
     table.__dict__.pop("lengths", None)
     talks = [_talk([("user", "a"), ("assistant", "\u20ac")], "bad"), _talk(TALKS["one turn"])]
-    assert render(talks, pair).left_out == ["bad (the student's tokenizer cannot represent it)"]
+    assert render(talks, pair).skipped_documents == ["bad (the student's tokenizer changes its text)"]
 
 
 def test_equal_tokenizers_with_different_templates_name_the_remedy(tokenizers):
     other = copy.deepcopy(tokenizers["chatml"])
     other.chat_template = None
     with pytest.raises(UsageError, match=r"--alignment auto: .*chat templates differ.*use --alignment projection"):
-        join([_talk(TALKS["one turn"])], _pair(tokenizers["chatml"], other))
+        tokenize([_talk(TALKS["one turn"])], _pair(tokenizers["chatml"], other))
     pair = _pair(tokenizers["chatml"], other, aligns=True)
-    text = join([_talk(TALKS["one turn"])], pair)
+    text = tokenize([_talk(TALKS["one turn"])], pair)
     assert text.student.ids.tolist() == _own_ids(tokenizers["chatml"], TALKS["one turn"])
     assert text.teacher.ids.tolist() != text.student.ids.tolist()
 
@@ -580,7 +580,7 @@ def test_equal_tokenizers_with_different_templates_name_the_remedy(tokenizers):
 @pytest.mark.parametrize("names", CROSS)
 def test_glue_has_no_width_and_stops_are_one_byte_on_both_sides(pairs, names):
     rendered = render(TALK_LIST, pairs[names])
-    text = join(TALK_LIST, pairs[names])
+    text = tokenize(TALK_LIST, pairs[names])
     for parts, table, stream in zip(rendered.sides, rendered.tables, (text.student, text.teacher), strict=True):
         widths, at = np.diff(stream.ends, prepend=0), 0
         for part in (part for talk in parts for part in talk):
@@ -598,7 +598,7 @@ def test_glue_has_no_width_and_stops_are_one_byte_on_both_sides(pairs, names):
 
 @pytest.mark.parametrize("names", CROSS + EQUAL)
 def test_the_bytes_of_a_text_are_those_of_its_responses(pairs, names):
-    text = join([Document("d", "caf\u00e9"), *TALK_LIST], pairs[names])
+    text = tokenize([Document("d", "caf\u00e9"), *TALK_LIST], pairs[names])
     strip = str.strip if STRIPS & {*names} else str
     responses = [strip(m.content) for talk in TALK_LIST for m in talk.messages if m.is_target]
     assert text.num_bytes == len("caf\u00e9".encode()) + sum(len(response.encode()) for response in responses)
@@ -607,7 +607,7 @@ def test_the_bytes_of_a_text_are_those_of_its_responses(pairs, names):
 @pytest.mark.parametrize("names", CROSS + EQUAL)
 def test_every_response_and_its_stop_token_is_predicted_once_and_nothing_else(pairs, names):
     rendered = render(TALK_LIST, pairs[names])
-    corpus = Dataset(TALK_LIST, pairs[names], 400, 400)
+    corpus = build_dataset(TALK_LIST, pairs[names], 400, 400)
     for which, side in zip(("student", "teacher"), (rendered.sides[0], rendered.sides[-1]), strict=True):
         wanted = [i for parts in side for part in parts if part.kind in (RESPONSE, STOP) for i in part.ids]
         batches = list(corpus.token_batches(which, 2))
@@ -624,11 +624,11 @@ def test_every_response_and_its_stop_token_is_predicted_once_and_nothing_else(pa
 @pytest.mark.parametrize("names", CROSS + EQUAL)
 def test_a_conversation_has_a_block_of_its_own(pairs, names):
     documents = [Document("first", "word " * 300), *TALK_LIST, Document("last", "word " * 300)]
-    corpus = Dataset(documents, pairs[names], 400, 400)
+    corpus = build_dataset(documents, pairs[names], 400, 400)
     named = [corpus.documents_of(block) for block in range(len(corpus))]
     assert named[-len(TALKS) :] == [[name] for name in TALKS]
     assert {name for names in named[: -len(TALKS)] for name in names} == {"first", "last"}
-    plain = Dataset([documents[0], documents[-1]], pairs[names], 400, 400)
+    plain = build_dataset([documents[0], documents[-1]], pairs[names], 400, 400)
     assert corpus.blocks[: len(plain)] == plain.blocks
     for both in ("student", "teacher"):
         size = len(getattr(plain.text, both).ids)
@@ -650,7 +650,7 @@ LONG = [
 @pytest.mark.parametrize("limits", [(60, 1000), (1000, 60), (90, 90)])
 def test_a_long_conversation_is_cut_to_the_same_text_on_both_sides(pairs, names, limits):
     pair = pairs[names]
-    whole, corpus = join([_talk(LONG)], pair), Dataset([_talk(LONG)], pair, *limits)
+    whole, corpus = tokenize([_talk(LONG)], pair), build_dataset([_talk(LONG)], pair, *limits)
     ((student_start, student_end, teacher_start, teacher_end),) = corpus.blocks
     assert (student_start, teacher_start) == (0, 0)
     assert student_end < limits[0]
@@ -677,7 +677,7 @@ def test_the_bytes_of_a_cut_conversation_are_those_that_are_left(pairs, names):
     pair = pairs[names]
     for limit in range(30, 120, 7):
         talk = _talk([("user", "a"), ("assistant", "caf\u00e9 \u65e5\u672c " * 20)])
-        text = Dataset([talk], pair, limit, 4 * limit).text
+        text = build_dataset([talk], pair, limit, 4 * limit).text
         table = _table(pair.student)
         said = b"".join(table.pieces[i] for i in text.student.ids[text.student.is_target])
         response = talk.messages[1].content.encode()
@@ -686,25 +686,25 @@ def test_the_bytes_of_a_cut_conversation_are_those_that_are_left(pairs, names):
 
 
 @pytest.mark.parametrize("names", CROSS + EQUAL)
-def test_a_conversation_without_room_for_a_response_is_left_out_by_name(pairs, names):
+def test_a_conversation_without_room_for_a_response_is_skipped_by_name(pairs, names):
     late = [("user", "Words, words, words; " * 20), ("assistant", "word")]
     for limits in ((60, 1000), (1000, 60), (2, 2)):
         talks = [_talk(late, "late"), Document("plain", "word word")]
-        corpus = Dataset(talks, pairs[names], *limits)
+        corpus = build_dataset(talks, pairs[names], *limits)
         assert corpus.text.names == ["plain"]
-        assert corpus.text.left_out == ["late (no response begins within a block)"]
+        assert corpus.text.skipped_documents == ["late (no response begins within a block)"]
     with pytest.raises(UsageError, match=r"no document holds text .*late \(no response begins within a block\)"):
-        Dataset([_talk(late, "late")], pairs[names], 60, 60)
+        build_dataset([_talk(late, "late")], pairs[names], 60, 60)
 
 
 def test_a_conversation_that_just_fits_is_whole(pairs):
     pair = pairs["gemma", "chatml"]
-    whole = join([_talk(LONG)], pair)
+    whole = tokenize([_talk(LONG)], pair)
     limits = [len(stream.ids) + 1 for stream in (whole.student, whole.teacher)]
-    corpus = Dataset([_talk(LONG)], pair, *limits)
+    corpus = build_dataset([_talk(LONG)], pair, *limits)
     assert corpus.text.truncated == []
     assert corpus.blocks == [(0, limits[0] - 1, 0, limits[1] - 1)]
-    assert Dataset([_talk(LONG)], pair, limits[0] - 4, limits[1]).text.truncated == ["talk"]
+    assert build_dataset([_talk(LONG)], pair, limits[0] - 4, limits[1]).text.truncated == ["talk"]
 
 
 # The comparison of two models
@@ -712,16 +712,16 @@ def test_a_conversation_that_just_fits_is_whole(pairs):
 
 @pytest.mark.parametrize("names", CROSS)
 def test_only_tokens_of_responses_are_compared_and_pairs_say_the_same(pairs, names):
-    corpus = Dataset([*TALK_LIST, _talk(LONG, "long")], pairs[names], 90, 200)
+    corpus = build_dataset([*TALK_LIST, _talk(LONG, "long")], pairs[names], 90, 200)
     blocks = list(range(len(corpus)))
     batch = corpus.batch(blocks)
     a = batch.alignment
     student_table, teacher_table = corpus.pair.tables
     teacher_next = torch.nn.functional.pad(batch.teacher.labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
-    teacher_tokens = teacher_next[a.teacher_rows]
-    assert len(a.student_rows) > 30
+    teacher_tokens = teacher_next[a.teacher_positions]
+    assert len(a.student_positions) > 30
     assert (teacher_tokens != IGNORE_INDEX).all()
-    student_tokens = batch.student.targets[a.student_rows]
+    student_tokens = batch.student.targets[a.student_positions]
     student_ends, teacher_ends = set(student_table.end_ids), set(teacher_table.end_ids)
     stops = 0
     for token, other, strict in zip(student_tokens.tolist(), teacher_tokens.tolist(), a.strict.tolist(), strict=True):
@@ -734,13 +734,15 @@ def test_only_tokens_of_responses_are_compared_and_pairs_say_the_same(pairs, nam
             assert mine != theirs
     assert stops == sum(token in student_ends for token in batch.student.targets.tolist()) >= len(TALKS)
     assert stops == sum(token in teacher_ends for token in batch.teacher.targets.tolist())
-    for row, teacher_row in zip(batch.student.rows[a.student_rows].tolist(), a.teacher_rows.tolist(), strict=True):
+    for row, teacher_row in zip(
+        batch.student.positions[a.student_positions].tolist(), a.teacher_positions.tolist(), strict=True
+    ):
         assert row // batch.student.input_ids.shape[1] == teacher_row // batch.teacher.input_ids.shape[1]
 
 
 @pytest.mark.parametrize("names", [names for names in CROSS if not {"llama2", "none2"} & {*names}])
 def test_every_token_of_a_response_is_in_a_chunk_that_says_the_same(pairs, names):
-    corpus = Dataset(TALK_LIST, pairs[names], 400, 400)
+    corpus = build_dataset(TALK_LIST, pairs[names], 400, 400)
     batch = corpus.batch(list(range(len(corpus))))
     said = []
     for one, chunks, table in (
@@ -757,10 +759,10 @@ def test_every_token_of_a_response_is_in_a_chunk_that_says_the_same(pairs, names
 
 
 def test_equal_tokenizers_compare_every_token_of_the_responses(pairs):
-    corpus = Dataset(TALK_LIST, pairs["chatml", "chatml"], 400, 400)
+    corpus = build_dataset(TALK_LIST, pairs["chatml", "chatml"], 400, 400)
     batch = corpus.batch([0, 2, 4])
-    assert torch.equal(batch.alignment.teacher_rows, batch.student.rows)
-    assert len(batch.student.rows) == int((batch.student.labels != IGNORE_INDEX).sum())
+    assert torch.equal(batch.alignment.teacher_positions, batch.student.positions)
+    assert len(batch.student.positions) == int((batch.student.labels != IGNORE_INDEX).sum())
 
 
 # Evaluation
@@ -791,7 +793,7 @@ def test_perplexity_is_that_of_a_plain_loop_over_the_responses(tokenizers, make_
             if learned[position]:
                 nats -= log_probs[position - 1, ids[position]].item()
                 count += 1
-    corpus = Dataset(talks, _pair(tokenizer, tokenizer), 400, 400)
+    corpus = build_dataset(talks, _pair(tokenizer, tokenizer), 400, 400)
     precision = Precision(torch.device("cpu"), torch.float32, 1.0)
     found = evaluate(model, corpus.token_batches("student", batch_size), corpus.text.num_bytes, precision)
     assert found.num_tokens == count == corpus.num_tokens

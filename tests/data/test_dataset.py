@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 from sar_kd import embedded
 from sar_kd.config.sections import DataConfig
 from sar_kd.data.batch import IGNORE_INDEX
-from sar_kd.data.dataset import Dataset
-from sar_kd.data.samples import Document
+from sar_kd.data.dataset import Dataset, build_dataset
+from sar_kd.data.samples import Conversation, Document, Message
 from sar_kd.data.sources import load_documents
 from sar_kd.errors import UsageError
 from sar_kd.tokenization.backends import encode
@@ -47,11 +47,11 @@ def documents(corpus_texts):
 
 @pytest.fixture(scope="module")
 def corpora(pairs, documents):
-    return {names: Dataset(documents, pair, STUDENT_LIMIT, TEACHER_LIMIT) for names, pair in pairs.items()}
+    return {names: build_dataset(documents, pair, STUDENT_LIMIT, TEACHER_LIMIT) for names, pair in pairs.items()}
 
 
-def _pair(student, teacher) -> TokenizerPair:
-    return TokenizerPair(student, teacher, student_rows=len(student), teacher_rows=len(teacher))
+def _pair(student, teacher, **how) -> TokenizerPair:
+    return TokenizerPair(student, teacher, student_vocab_size=len(student), teacher_vocab_size=len(teacher), **how)
 
 
 def _side(corpus: Dataset, which: str):
@@ -109,7 +109,7 @@ def test_both_models_read_the_same_bytes_in_every_block(corpora, documents, name
 @pytest.mark.parametrize("opening", ["", "\n", "\u65e5"])
 def test_no_block_is_longer_than_its_limits(pairs, names, opening):
     documents = [Document(str(n), opening + "ab" * n) for n in range(1, 40)]
-    corpus = Dataset(documents, pairs[names], STUDENT_LIMIT, TEACHER_LIMIT)
+    corpus = build_dataset(documents, pairs[names], STUDENT_LIMIT, TEACHER_LIMIT)
     for which, limit in (("student", STUDENT_LIMIT), ("teacher", TEACHER_LIMIT)):
         if which == "student" or corpus.pair.tables is not None:
             assert max(batch.input_ids.shape[1] for batch in corpus.token_batches(which, 1)) <= limit
@@ -134,11 +134,11 @@ def test_a_block_names_the_documents_that_it_holds_a_part_of(corpora, documents,
 
 def test_text_without_a_common_boundary_names_the_block_size(crossed_pair):
     with pytest.raises(UsageError, match=r"--block_size 8: .*raise it"):
-        Dataset([Document("ab", "ab" * 50)], crossed_pair, 8, 64)
+        build_dataset([Document("ab", "ab" * 50)], crossed_pair, 8, 64)
 
 
 def test_text_whose_common_boundary_is_within_the_block_is_read(crossed_pair):
-    corpus = Dataset([Document("ab", "ababab c " * 5)], crossed_pair, 8, 64)
+    corpus = build_dataset([Document("ab", "ababab c " * 5)], crossed_pair, 8, 64)
     assert _text_of_blocks(corpus, "student") == _text_of_blocks(corpus, "teacher")
 
 
@@ -176,8 +176,8 @@ def test_rows_and_targets_are_the_shifted_labels(corpora, names):
     batch = corpora[names].batch([0, 3, 1])
     for one in (batch.student, batch.teacher):
         shifted = torch.cat([one.labels[:, 1:], torch.full((3, 1), IGNORE_INDEX)], dim=1).flatten()
-        assert torch.equal(one.rows, (shifted != IGNORE_INDEX).nonzero().squeeze(1))
-        assert torch.equal(one.targets, shifted[one.rows])
+        assert torch.equal(one.positions, (shifted != IGNORE_INDEX).nonzero().squeeze(1))
+        assert torch.equal(one.targets, shifted[one.positions])
     assert batch.num_target_tokens == len(batch.student.targets)
 
 
@@ -186,16 +186,16 @@ def test_equal_tokenizers_are_aligned_row_by_row(corpora):
     batch = corpus.batch([2, 0])
     every = list(range(batch.num_target_tokens))
     a = batch.alignment
-    assert a.in_student is a.in_teacher is None
-    assert a.ended.tolist() == [-1] * len(every)
+    assert a.student_continuations is a.teacher_continuations is None
+    assert a.token_end.tolist() == [-1] * len(every)
     assert torch.equal(batch.student.input_ids, batch.teacher.input_ids)
-    assert a.student_rows.tolist() == a.student_chunks.tolist() == a.teacher_chunks.tolist() == every
-    assert torch.equal(a.teacher_rows, batch.student.rows)
+    assert a.student_positions.tolist() == a.student_chunks.tolist() == a.teacher_chunks.tolist() == every
+    assert torch.equal(a.teacher_positions, batch.student.positions)
     assert a.strict.all()
     assert a.num_chunks == len(every)
     # The position that has read a token is the one behind the row that predicts it.
-    assert torch.equal(a.student_ends, batch.student.rows + 1)
-    assert torch.equal(a.teacher_ends, batch.student.rows + 1)
+    assert torch.equal(a.student_ends, batch.student.positions + 1)
+    assert torch.equal(a.teacher_ends, batch.student.positions + 1)
 
 
 @pytest.mark.parametrize("names", PAIRS)
@@ -203,11 +203,11 @@ def test_every_target_row_is_indexed_within_its_batch(corpora, names):
     corpus = corpora[names]
     batch = corpus.batch([5, 0, len(corpus) - 1])
     a = batch.alignment
-    assert 0 < len(a.student_rows) <= batch.num_target_tokens
-    assert a.student_rows.max() < batch.num_target_tokens
+    assert 0 < len(a.student_positions) <= batch.num_target_tokens
+    assert a.student_positions.max() < batch.num_target_tokens
     assert len(a.student_chunks) == batch.num_target_tokens
     assert len(a.teacher_chunks) == len(batch.teacher.targets)
-    assert set(a.teacher_rows.tolist()) <= set(batch.teacher.rows.tolist())
+    assert set(a.teacher_positions.tolist()) <= set(batch.teacher.positions.tolist())
     assert a.student_ends.max() < batch.student.input_ids.numel()
     assert a.teacher_ends.max() < batch.teacher.input_ids.numel()
 
@@ -250,7 +250,7 @@ def test_epochs_and_seeds_are_ordered_differently(corpora):
 
 
 def test_the_blocks_of_a_step_do_not_depend_on_the_steps_before_it(pairs, documents, corpora):
-    fresh = Dataset(documents, pairs["sp", "byte"], STUDENT_LIMIT, TEACHER_LIMIT)
+    fresh = build_dataset(documents, pairs["sp", "byte"], STUDENT_LIMIT, TEACHER_LIMIT)
     in_order = _order(corpora["sp", "byte"], range(60), batch_size=2)
     backwards = [_order(fresh, [step], batch_size=2) for step in reversed(range(60))]
     assert [block for blocks in reversed(backwards) for block in blocks] == in_order
@@ -270,45 +270,116 @@ def test_the_blocks_of_a_step_do_not_depend_on_how_its_window_is_split(corpora, 
 @pytest.mark.parametrize("names", CROSS)
 @pytest.mark.parametrize("text", ["x", " ", "\n", "\U0001f600", "\U0001f600\U0001f468\u200d\U0001f469", "\u65e5"])
 def test_the_smallest_documents_are_read(pairs, names, text):
-    corpus = Dataset([Document("small", text)], pairs[names], 24, 40)
-    assert corpus.text.left_out == []
+    corpus = build_dataset([Document("small", text)], pairs[names], 24, 40)
+    assert corpus.text.skipped_documents == []
     assert _text_of_blocks(corpus, "student") == [text.encode() + END]
     assert len(corpus.batch([0]).student.targets) == corpus.num_tokens
 
 
 @pytest.mark.parametrize("names", PAIRS)
 @pytest.mark.parametrize("bad", ["", "half a pair: \ud83d"])
-def test_a_document_that_no_tokenizer_can_hold_is_left_out_by_name(pairs, names, bad):
-    corpus = Dataset([Document("a", "first"), Document("bad", bad), Document("b", "last")], pairs[names], 24, 40)
-    assert corpus.text.left_out == ["bad"]
+def test_a_document_that_no_tokenizer_can_encode_is_skipped_by_name(pairs, names, bad):
+    corpus = build_dataset([Document("a", "first"), Document("bad", bad), Document("b", "last")], pairs[names], 24, 40)
+    assert corpus.text.skipped_documents == ["bad"]
     assert corpus.text.names == ["a", "b"]
     assert corpus.documents_of(0) == ["a", "b"]
     assert corpus.text.num_bytes == len("firstlast")
 
 
-def test_a_document_that_one_tokenizer_changes_is_left_out_by_name(byte_tokenizer, sp_tokenizer):
-    definition = json.loads(byte_tokenizer.backend_tokenizer.to_str())
-    definition["normalizer"] = {"type": "Replace", "pattern": {"String": "colour"}, "content": "color"}
-    american = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(definition)), eos_token="<|endoftext|>"
-    )
-    documents = [Document("uk", "the colour of"), Document("us", "the color of")]
-    corpus = Dataset(documents, _pair(sp_tokenizer, american), 24, 40)
-    assert corpus.text.left_out == ["uk"]
-    assert corpus.text.num_bytes == len("the color of")
-
-
 @pytest.mark.parametrize("names", [("sp", "byte"), ("byte", "sp")])
 def test_both_models_read_the_canonical_text(pairs, names):
-    corpus = Dataset([Document("a", "one\u2581two")], pairs[names], 24, 40)
-    assert corpus.text.left_out == []
+    corpus = build_dataset([Document("a", "one\u2581two")], pairs[names], 24, 40)
+    assert corpus.text.skipped_documents == []
     assert _text_of_blocks(corpus, "student") == _text_of_blocks(corpus, "teacher") == [b"one two" + END]
 
 
 @pytest.mark.parametrize("names", PAIRS)
 def test_a_corpus_without_a_document_that_can_be_read_is_a_usage_error(pairs, names):
     with pytest.raises(UsageError, match=r"no document holds text.*\(a, b\)"):
-        Dataset([Document("a", ""), Document("b", "\ud800")], pairs[names], 24, 40)
+        build_dataset([Document("a", ""), Document("b", "\ud800")], pairs[names], 24, 40)
+
+
+# Tokenizers that change text
+
+
+def _changing(byte_tokenizer, normalizer):
+    definition = json.loads(byte_tokenizer.backend_tokenizer.to_str())
+    tokenizer = Tokenizer.from_str(json.dumps(definition | {"normalizer": normalizer}))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+
+@pytest.fixture(scope="module")
+def changing(byte_tokenizer):
+    """Tokenizers that the verification finds out (it has upper case, and accents), and one that it does not."""
+    replace = {"type": "Replace", "pattern": {"String": "colour"}, "content": "color"}
+    normalizers = {"lower case": {"type": "Lowercase"}, "decomposed": {"type": "NFD"}, "american": replace}
+    return {name: _changing(byte_tokenizer, normalizer) for name, normalizer in normalizers.items()}
+
+
+CHANGED = {
+    "lower case": ("UPPER", "'UPPER' becomes 'upper'"),
+    "decomposed": ("\u00e9t\u00e9", "'\u00e9t\u00e9' becomes 'e\u0301te\u0301'"),
+    "american": ("colour", "'colour' becomes 'color'"),
+}
+ALIGNMENTS = {"auto": {}, "uld": {"aligns": True, "projects": False}}
+
+
+def _mostly_kept(text: str, percent: int) -> list[Document]:
+    """Documents of which one, so many percent of all bytes, is `text`."""
+    size = len(text.encode())
+    return [Document("kept", "a" * (size * (100 - percent) // percent)), Document("changed", text)]
+
+
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+@pytest.mark.parametrize("kind", CHANGED)
+def test_a_text_of_which_a_tokenizer_changes_a_little_goes_on_without_it(changing, sp_tokenizer, kind, alignment):
+    text, _ = CHANGED[kind]
+    for sides in ((sp_tokenizer, changing[kind]), (changing[kind], sp_tokenizer)):
+        documents = _mostly_kept(text, percent=3)
+        found = build_dataset(documents, _pair(*sides, **ALIGNMENTS[alignment]), 24, 40)
+        assert (found.text.names, found.text.skipped_documents) == (["kept"], ["changed"])
+        assert found.text.num_bytes == len(documents[0].text)
+        assert _text_of_blocks(found, "student") == _text_of_blocks(found, "teacher")
+
+
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+@pytest.mark.parametrize("kind", CHANGED)
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_a_text_of_which_a_tokenizer_changes_too_much_is_refused_with_an_example(
+    changing, sp_tokenizer, kind, whose, alignment
+):
+    text, example = CHANGED[kind]
+    sides = (changing[kind], sp_tokenizer) if whose == "student" else (sp_tokenizer, changing[kind])
+    pair = _pair(*sides, **ALIGNMENTS[alignment])
+    build_dataset(_mostly_kept(text, percent=5), pair, 24, 40)
+    with pytest.raises(UsageError) as refusal:
+        build_dataset(_mostly_kept(text, percent=10), pair, 24, 40)
+    assert str(refusal.value) == (
+        f"--{whose}_model: its tokenizer changes text ({example}); 10.0% of the bytes would be skipped, more than 5%; "
+        "use another model"
+    )
+
+
+def test_what_a_tokenizer_changes_is_no_matter_where_both_are_equal(changing):
+    found = build_dataset([Document("a", "UPPER")], _pair(changing["lower case"], changing["lower case"]), 24, 40)
+    assert (found.text.names, found.text.skipped_documents) == (["a"], [])
+
+
+def test_text_that_is_skipped_for_another_reason_does_not_count(changing, sp_tokenizer):
+    documents = [Document("empty", ""), Document("bad", "UPPER \ud800"), Document("kept", "lower")]
+    found = build_dataset(documents, _pair(sp_tokenizer, changing["lower case"]), 24, 40)
+    assert found.text.skipped_documents == ["empty", "bad"]
+
+
+def test_a_change_of_a_conversation_counts_its_targets(changing, sp_tokenizer):
+    pair = _pair(sp_tokenizer, changing["lower case"])
+    messages = Message("user", "a question", False), Message("assistant", "UPPER", True)
+    changed = Conversation("changed", messages, plain=True)
+    kept = changed._replace(name="kept", messages=(messages[0], Message("assistant", "a" * 95, True)))
+    found = build_dataset([kept, changed], pair, 200, 200)
+    assert found.text.skipped_documents == ["changed (the teacher's tokenizer changes its text)"]
+    with pytest.raises(UsageError, match=r"--teacher_model: .* \('UPPER' becomes 'upper'\); 9.5% of the bytes"):
+        build_dataset([kept, changed, changed], pair, 200, 200)
 
 
 # Files

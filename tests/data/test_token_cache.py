@@ -1,4 +1,4 @@
-"""A large text's tokens stay on the disk, are made once, and are trusted only where every byte is as it was written."""
+"""A large text's tokens stay on the disk, are made once, and are used only where every byte is as it was written."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 from sar_kd.config.sections import DataConfig
 from sar_kd.data import column_store, samples, sources, token_cache, tokenized_text
 from sar_kd.data.column_store import ColumnStore, strings_of
-from sar_kd.data.dataset import Dataset
+from sar_kd.data.dataset import Dataset, build_dataset
 from sar_kd.data.samples import Document
 from sar_kd.data.sources import StreamedDocuments, load_documents
 from sar_kd.data.token_cache import TokenCache
@@ -21,7 +21,7 @@ from sar_kd.tokenization.token_table import fingerprint
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
 ROWS = [{"text": f"Line {n}: a student reads what the teacher wrote. " * 3} for n in range(60)]
-TALKS = [{"prompt": f"question {n}", "completion": "an answer"} for n in range(8)]
+CONVERSATIONS = [{"prompt": f"question {n}", "completion": "an answer"} for n in range(8)]
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def pair(sp_tokenizer, byte_tokenizer) -> TokenizerPair:
 
 
 def _pair(student, teacher) -> TokenizerPair:
-    return TokenizerPair(student, teacher, student_rows=len(student), teacher_rows=len(teacher))
+    return TokenizerPair(student, teacher, student_vocab_size=len(student), teacher_vocab_size=len(teacher))
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def _text(path, rows, monkeypatch) -> StreamedDocuments:
 
 
 class _Cache(TokenCache):
-    """A cache that remembers what it said."""
+    """A cache that remembers its log lines."""
 
     def __init__(self, setting):
         self.lines: list[str] = []
@@ -67,7 +67,9 @@ def _same(one: Dataset, other: Dataset) -> bool:
         streams = [getattr(side, name) for side in sides for name in ("ids", "ends", "has_dummy", "is_target")]
         return [np.asarray(array) for array in [*streams, corpus.text.starts, corpus.blocks.ranges]]
 
-    facts = [(list(c.text.names), list(c.text.left_out), c.text.num_bytes, c.documents_of(0)) for c in (one, other)]
+    facts = [
+        (list(c.text.names), list(c.text.skipped_documents), c.text.num_bytes, c.documents_of(0)) for c in (one, other)
+    ]
     batches = [corpus.micro_batches(3, 2, 1, 0)[0] for corpus in (one, other)]
     equal = [
         np.array_equal(*both) and both[0].dtype == both[1].dtype
@@ -77,33 +79,32 @@ def _same(one: Dataset, other: Dataset) -> bool:
     return all(equal) and facts[0] == facts[1] and tokens[0] == tokens[1] and tokens[2] == tokens[3]
 
 
-# Shelves
+# Column stores
 
 
 @pytest.fixture(params=["memory", "disk"])
-def empty_shelf(request, tmp_path):
+def empty_store(request, tmp_path):
     if request.param == "disk":
-        (tmp_path / "shelf").mkdir()
-    return ColumnStore(tmp_path / "shelf" if request.param == "disk" else None)
+        (tmp_path / "store").mkdir()
+    return ColumnStore(tmp_path / "store" if request.param == "disk" else None)
 
 
-def test_columns_grow_and_shrink_alike_in_memory_and_on_the_disk(empty_shelf):
-    empty_shelf.add("numbers", "int32")
-    empty_shelf.add("pairs", "int64", 2)
-    empty_shelf.add("nothing", "bool")
-    empty_shelf.add_strings("names")
-    empty_shelf.append("numbers", np.arange(5))
-    empty_shelf.append("pairs", [[1, 2], [3, 4]])
-    empty_shelf.append_strings("names", ["a", "", "\ud83d\u65e5"])
-    sizes = empty_shelf.sizes()
-    empty_shelf.append("numbers", [7, 8])
-    empty_shelf.append("pairs", np.zeros((0, 2)))
-    empty_shelf.append_strings("names", ["gone"])
-    assert empty_shelf.num_bytes() == 7 * 4 + 2 * 16 + len("a") + 3 + 3 + len("gone") + 4 * 8
-    empty_shelf.truncate(sizes)
-    empty_shelf.append("numbers", [9])
-    empty_shelf.append_strings("names", ["last"])
-    found = empty_shelf.finish()
+def test_columns_grow_and_shrink_alike_in_memory_and_on_the_disk(empty_store):
+    numbers, pairs = empty_store.add("numbers", "int32"), empty_store.add("pairs", "int64", 2)
+    empty_store.add("nothing", "bool")
+    names = empty_store.add_strings("names")
+    numbers.append(np.arange(5))
+    pairs.append([[1, 2], [3, 4]])
+    names.append(["a", "", "\ud83d\u65e5"])
+    sizes = empty_store.sizes()
+    numbers.append([7, 8])
+    pairs.append(np.zeros((0, 2)))
+    names.append(["gone"])
+    assert empty_store.num_bytes() == 7 * 4 + 2 * 16 + len("a") + 3 + 3 + len("gone") + 4 * 8
+    empty_store.truncate(sizes)
+    numbers.append([9])
+    names.append(["last"])
+    found = empty_store.finalize()
     assert found["numbers"].tolist() == [0, 1, 2, 3, 4, 9]
     assert found["numbers"].dtype == np.int32
     assert found["pairs"].tolist() == [[1, 2], [3, 4]]
@@ -124,26 +125,26 @@ def test_columns_grow_and_shrink_alike_in_memory_and_on_the_disk(empty_shelf):
 def test_a_text_on_the_disk_is_the_text_in_memory(pair, sp_tokenizer, text, tmp_path, setting, equal):
     pair = _pair(sp_tokenizer, sp_tokenizer) if equal else pair
     cache = _Cache("off" if setting == "off" else tmp_path / "cache")
-    in_memory = Dataset(list(text), pair, 24, 60)
+    in_memory = build_dataset(list(text), pair, 24, 60)
     for _ in range(2):
-        assert _same(Dataset(text, pair, 24, 60, cache), in_memory)
+        assert _same(build_dataset(text, pair, 24, 60, cache), in_memory)
 
 
 def test_the_arrays_of_a_large_text_are_files(pair, text, cache):
-    found = Dataset(text, pair, 24, 60, cache).text
+    found = build_dataset(text, pair, 24, 60, cache).text
     for array in (found.student.ids, found.teacher.ends, found.student.is_target, found.starts):
         assert not array.flags.writeable
         assert isinstance(array.base, np.memmap)
 
 
 def test_tokens_are_made_once(pair, text, cache, monkeypatch):
-    first = Dataset(text, pair, 24, 60, cache)
-    monkeypatch.setattr(tokenized_text, "lots_of", None)  # nothing is tokenised any more
-    assert _same(Dataset(text, pair, 24, 60, cache), first)
-    assert _same(Dataset(text, pair, 48, 60, cache), Dataset(text, pair, 48, 60, cache))
-    assert cache.lines[0] == "Tokens: 0 million characters are tokenised, once"
-    assert cache.lines[1].endswith(f" MB kept in {_entries(cache)[0]}")
-    assert cache.lines[2:] == [f"Tokens: taken from {_entries(cache)[0]}"] * 3
+    first = build_dataset(text, pair, 24, 60, cache)
+    monkeypatch.setattr(tokenized_text, "chunks_of_pieces", None)  # nothing is tokenized any more
+    assert _same(build_dataset(text, pair, 24, 60, cache), first)
+    assert _same(build_dataset(text, pair, 48, 60, cache), build_dataset(text, pair, 48, 60, cache))
+    assert cache.lines[0] == "Tokens: tokenizing 0 million characters, once"
+    assert cache.lines[1].endswith(f" MB cached in {_entries(cache)[0]}")
+    assert cache.lines[2:] == [f"Tokens: read from {_entries(cache)[0]}"] * 3
 
 
 def _entries(cache) -> list:
@@ -153,20 +154,20 @@ def _entries(cache) -> list:
 def test_other_text_another_tokenizer_and_another_library_are_other_entries(
     pair, text, cache, byte_tokenizer, tmp_path, monkeypatch
 ):
-    Dataset(text, pair, 24, 60, cache)
-    Dataset(text, _pair(byte_tokenizer, byte_tokenizer), 24, 60, cache)
-    Dataset(_text(tmp_path / "other.jsonl", ROWS[1:], monkeypatch), pair, 24, 60, cache)
+    build_dataset(text, pair, 24, 60, cache)
+    build_dataset(text, _pair(byte_tokenizer, byte_tokenizer), 24, 60, cache)
+    build_dataset(_text(tmp_path / "other.jsonl", ROWS[1:], monkeypatch), pair, 24, 60, cache)
     monkeypatch.setattr(tokenized_text.importlib.metadata, "version", lambda name: "0")
-    Dataset(text, pair, 24, 60, cache)
+    build_dataset(text, pair, 24, 60, cache)
     assert len(_entries(cache)) == 4
 
 
-@pytest.mark.parametrize("talks", [False, True])
-def test_block_sizes_share_an_entry_unless_conversations_are_cut_by_them(pair, tmp_path, cache, monkeypatch, talks):
-    text = _text(tmp_path / "rows.jsonl", [*ROWS, *TALKS * talks], monkeypatch)
-    Dataset(text, pair, 24, 60, cache)
-    Dataset(text, pair, 36, 60, cache)
-    assert len(_entries(cache)) == 1 + talks
+@pytest.mark.parametrize("chats", [False, True])
+def test_block_sizes_share_an_entry_unless_conversations_are_cut_by_them(pair, tmp_path, cache, monkeypatch, chats):
+    text = _text(tmp_path / "rows.jsonl", [*ROWS, *CONVERSATIONS * chats], monkeypatch)
+    build_dataset(text, pair, 24, 60, cache)
+    build_dataset(text, pair, 36, 60, cache)
+    assert len(_entries(cache)) == 1 + chats
 
 
 def test_a_fingerprint_depends_on_what_a_tokenizer_does(byte_tokenizer, sp_tokenizer, dummy_prefix_tokenizer):
@@ -197,7 +198,7 @@ def _edit(path, **changes):
 def _add_column(entry, name):
     """Name a file that is no column, with its own size and digest."""
     columns = json.loads((entry / "header.json").read_text())["columns"]
-    found = {"kind": "uint8", "width": 0, "size": (entry / name).stat().st_size}
+    found = {"dtype": "uint8", "width": 0, "size": (entry / name).stat().st_size}
     columns[name] = {**found, "sha256": files.file_digest(entry / name)}
     _edit(entry / "header.json", columns=columns)
 
@@ -216,26 +217,26 @@ DAMAGES = {
     "another format": lambda e: _edit(e / "header.json", format=0),
     "another text's": lambda e: _edit(e / "header.json", key="0" * 64),
     "a column outside": lambda e: _add_column(e, "../../rows.jsonl"),
-    "objects": lambda e: _edit(e / "header.json", columns={"names": {"kind": "object", "width": 0, "size": 1}}),
+    "objects": lambda e: _edit(e / "header.json", columns={"names": {"dtype": "object", "width": 0, "size": 1}}),
     "a size that is no number": lambda e: _edit(e / "header.json", columns={"names": {
-        "kind": "uint8", "width": 0, "size": "many", "sha256": ""}}),
+        "dtype": "uint8", "width": 0, "size": "many", "sha256": ""}}),
     "a file": lambda e: (__import__("shutil").rmtree(e), e.write_text("text")),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_or_foreign_entry_is_named_and_made_anew(pair, text, cache, damage, tmp_path, monkeypatch):
+def test_a_damaged_or_foreign_entry_is_named_and_rebuilt(pair, text, cache, damage, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first = Dataset(list(text), pair, 24, 60)
-    Dataset(text, pair, 24, 60, cache)
+    first = build_dataset(list(text), pair, 24, 60)
+    build_dataset(text, pair, 24, 60, cache)
     (entry,) = _entries(cache)
     DAMAGES[damage](entry)
-    assert _same(Dataset(text, pair, 24, 60, cache), first)
-    assert cache.lines[2].startswith(f"Tokens: {entry} is not trusted (")
-    assert cache.lines[2].endswith("); it is made anew")
+    assert _same(build_dataset(text, pair, 24, 60, cache), first)
+    assert cache.lines[2].startswith(f"Tokens: {entry} is damaged (")
+    assert cache.lines[2].endswith("); rebuilding it")
     assert len(cache.lines) == 5
-    assert _same(Dataset(text, pair, 24, 60, cache), first)
-    assert cache.lines[5:] == [f"Tokens: taken from {entry}"]
+    assert _same(build_dataset(text, pair, 24, 60, cache), first)
+    assert cache.lines[5:] == [f"Tokens: read from {entry}"]
     assert not (tmp_path / "harmed").exists()
 
 
@@ -243,10 +244,10 @@ def test_without_a_cache_nothing_stays(pair, text, tmp_path, monkeypatch):
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(token_cache.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
     cache = _Cache("off")
-    corpus = Dataset(text, pair, 24, 60, cache)
+    corpus = build_dataset(text, pair, 24, 60, cache)
     assert list((tmp_path / "temporary").iterdir()) == []
     assert corpus.micro_batches(0, 2, 1, 0)[0].num_target_tokens > 0
-    assert cache.lines == ["Tokens: 0 million characters are tokenised"]
+    assert cache.lines == ["Tokens: tokenizing 0 million characters"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, UsageError])
@@ -254,9 +255,9 @@ def test_an_interruption_leaves_nothing_behind(pair, text, cache, monkeypatch, e
     def stop(*args):
         raise error
 
-    monkeypatch.setattr(tokenized_text, "encode_lot", stop)
+    monkeypatch.setattr(tokenized_text, "encode_chunk", stop)
     with pytest.raises(error):
-        Dataset(text, pair, 24, 60, cache)
+        build_dataset(text, pair, 24, 60, cache)
     assert list(cache.folder.iterdir()) == []
 
 
@@ -267,7 +268,7 @@ def test_what_a_killed_run_left_is_removed_and_what_a_living_one_writes_is_not(p
     (dead / LOCK).write_text("1")
     lock = FolderLock(living)
     lock.acquire()
-    Dataset(text, pair, 24, 60, cache)
+    build_dataset(text, pair, 24, 60, cache)
     assert not dead.exists()
     assert living.exists()
     lock.release()
@@ -276,19 +277,19 @@ def test_what_a_killed_run_left_is_removed_and_what_a_living_one_writes_is_not(p
 def test_a_folder_that_cannot_be_written_is_named(pair, text, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=rf"--token_cache {tmp_path}/file/in: cannot be written \(Not a directory\)"):
-        Dataset(text, pair, 24, 60, _Cache(tmp_path / "file" / "in"))
+        build_dataset(text, pair, 24, 60, _Cache(tmp_path / "file" / "in"))
 
 
-def test_a_disk_without_room_is_said_after_the_first_lot(pair, text, cache, monkeypatch):
-    monkeypatch.setattr(tokenized_text, "_LOT", 500)
+def test_a_disk_without_room_is_an_error_after_the_first_chunk(pair, text, cache, monkeypatch):
+    monkeypatch.setattr(tokenized_text, "_CHUNK", 500)
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: type("", (), {"free": 2**24}))
     with pytest.raises(UsageError, match=r"--token_cache .*: no room for the text's tokens .*name another folder"):
-        Dataset(text, pair, 24, 60, cache)
+        build_dataset(text, pair, 24, 60, cache)
     assert list(cache.folder.iterdir()) == []
 
 
-def test_small_text_is_kept_nowhere(pair, cache):
-    Dataset([Document("a", "some words")], pair, 24, 60, cache)
+def test_small_text_is_not_cached(pair, cache):
+    build_dataset([Document("a", "some words")], pair, 24, 60, cache)
     assert not cache.folder.exists()
 
 
@@ -306,13 +307,11 @@ def test_the_cache_is_the_users_own_unless_another_is_named(tmp_path, monkeypatc
 
 def test_a_header_is_read_before_any_column(tmp_path):
     made = ColumnStore(tmp_path)
-    made.add("numbers", "int64")
-    made.append("numbers", [1, 2])
-    made.finish()
-    made.facts["a"] = 1
-    made.seal("key")
-    columns, facts = column_store.open_column_store(tmp_path, "key")
-    assert (columns["numbers"].tolist(), facts) == ([1, 2], {"a": 1})
+    made.add("numbers", "int64").append([1, 2])
+    made.metadata["a"] = 1
+    made.finalize("key")
+    columns, metadata = column_store.open_column_store(tmp_path, "key")
+    assert (columns["numbers"].tolist(), metadata) == ([1, 2], {"a": 1})
     with pytest.raises(column_store.DamagedStore, match="it holds something else"):
         column_store.open_column_store(tmp_path, "other")
     with pytest.raises(FileNotFoundError):

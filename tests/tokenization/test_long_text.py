@@ -9,12 +9,12 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from sar_kd.data import tokenized_text
-from sar_kd.data.dataset import Dataset
+from sar_kd.data.dataset import build_dataset
 from sar_kd.data.samples import Conversation, Document, Message
-from sar_kd.data.tokenized_text import join
+from sar_kd.data.tokenized_text import tokenize
 from sar_kd.tokenization import long_text
 from sar_kd.tokenization.backends import encode
-from sar_kd.tokenization.long_text import encode_behind, encode_texts, pieces_of
+from sar_kd.tokenization.long_text import encode_after, encode_texts, split_text
 from sar_kd.tokenization.token_stream import TokenizedText
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
@@ -49,8 +49,8 @@ def tokenizers(byte_tokenizer, sp_tokenizer, dummy_prefix_tokenizer, corpus_text
 @pytest.fixture
 def small_pieces(monkeypatch):
     monkeypatch.setattr(long_text, "PIECE", 300)
-    monkeypatch.setattr(long_text, "_AROUND", 64)
-    monkeypatch.setattr(tokenized_text, "_LOT", 1000)
+    monkeypatch.setattr(long_text, "_CONTEXT", 64)
+    monkeypatch.setattr(tokenized_text, "_CHUNK", 1000)
 
 
 def _chunks(text, size=777):
@@ -65,13 +65,13 @@ def _chunks(text, size=777):
 def test_the_tokens_of_the_pieces_are_those_of_the_whole(tokenizers, small_pieces, kind, name):
     tokenizer, text = tokenizers[kind], TEXTS[name]
     (found,), (whole,) = encode_texts(tokenizer, [text]), encode(tokenizer, [text])
-    assert len(list(pieces_of(_chunks(text), [lambda texts: encode(tokenizer, texts)]))) > 3
+    assert len(list(split_text(_chunks(text), [lambda texts: encode(tokenizer, texts)]))) > 3
     assert np.array_equal(found, whole)
 
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_pieces_lose_nothing_and_none_is_long(tokenizers, small_pieces, name):
-    cut = list(pieces_of(_chunks(TEXTS[name]), [lambda texts: encode(tokenizers["byte"], texts)]))
+    cut = list(split_text(_chunks(TEXTS[name]), [lambda texts: encode(tokenizers["byte"], texts)]))
     assert "".join(piece.text for piece in cut) == TEXTS[name]
     assert max(len(piece.text) for piece in cut) <= 300 + 64
     assert min(len(piece.text) for piece in cut[:-1]) >= 150
@@ -80,8 +80,8 @@ def test_pieces_lose_nothing_and_none_is_long(tokenizers, small_pieces, name):
 
 def test_text_is_cut_behind_a_line_end_else_before_a_word(tokenizers, small_pieces):
     encoders = [lambda texts: encode(tokenizers["byte"], texts)]
-    assert {piece.text[-1] for piece in [*pieces_of([TEXTS["lines"]], encoders)][:-1]} == {"\n"}
-    assert {piece.text[0] for piece in [*pieces_of([TEXTS["one line"]], encoders)][1:]} == {" "}
+    assert {piece.text[-1] for piece in [*split_text([TEXTS["lines"]], encoders)][:-1]} == {"\n"}
+    assert {piece.text[0] for piece in [*split_text([TEXTS["one line"]], encoders)][1:]} == {" "}
 
 
 def _merging(byte_tokenizer, pair):
@@ -97,14 +97,14 @@ def _merging(byte_tokenizer, pair):
 
 def test_no_place_is_taken_that_would_part_a_token(byte_tokenizer, small_pieces):
     tokenizer, text = _merging(byte_tokenizer, ("a", "b")), "xx" + "ab" * 1000
-    cut = list(pieces_of([text], [lambda texts: encode(tokenizer, texts)]))
+    cut = list(split_text([text], [lambda texts: encode(tokenizer, texts)]))
     assert {piece.text[0] for piece in cut[1:]} == {"a"}
 
 
 def test_a_place_must_suit_every_tokenizer(byte_tokenizer, small_pieces):
     first, second = (_merging(byte_tokenizer, pair) for pair in (("a", "b"), ("b", "c")))
     text = "xx" + "abc" * 800
-    cut = list(pieces_of([text], [lambda texts: encode(first, texts), lambda texts: encode(second, texts)]))
+    cut = list(split_text([text], [lambda texts: encode(first, texts), lambda texts: encode(second, texts)]))
     assert len(cut) > 3
     assert {piece.text[0] for piece in cut[1:]} == {"a"}
 
@@ -113,7 +113,7 @@ def test_where_no_place_suits_the_text_is_still_cut(small_pieces):
     def encoder(texts):
         return [[len(text)] for text in texts]  # no cut leaves the tokens as they were
 
-    cut = list(pieces_of([TEXTS["one line"]], [encoder]))
+    cut = list(split_text([TEXTS["one line"]], [encoder]))
     assert "".join(piece.text for piece in cut) == TEXTS["one line"]
     assert len(cut) > 3
 
@@ -127,7 +127,7 @@ def test_a_normaliser_is_not_cut_in_the_middle(tokenizers, small_pieces):
         return unicodedata.normalize("NFC", part)
 
     for encoder in (lambda texts: encode(tokenizers["byte"], texts), lambda texts: [[len(text)] for text in texts]):
-        cut = list(pieces_of([text], [encoder], canonical))
+        cut = list(split_text([text], [encoder], canonical))
         assert len(cut) > 3
         assert "".join(piece.text for piece in cut) == canonical(text)
 
@@ -135,14 +135,14 @@ def test_a_normaliser_is_not_cut_in_the_middle(tokenizers, small_pieces):
 def test_a_long_text_behind_an_anchor_has_no_space_before_it(tokenizers, small_pieces):
     tokenizer, text = tokenizers["dummy_prefix"], TEXTS["one line"]
     opening, whole = encode(tokenizer, ["\n", "\n" + text])
-    assert np.array_equal(encode_behind(tokenizer, "\n", text), whole[len(opening) :])
+    assert np.array_equal(encode_after(tokenizer, "\n", text), whole[len(opening) :])
 
 
 # Corpora of pieces
 
 
 def _pair(student, teacher, **how) -> TokenizerPair:
-    return TokenizerPair(student, teacher, student_rows=len(student), teacher_rows=len(teacher), **how)
+    return TokenizerPair(student, teacher, student_vocab_size=len(student), teacher_vocab_size=len(teacher), **how)
 
 
 def _facts(text: TokenizedText) -> list:
@@ -168,27 +168,35 @@ MIXED = [
 def test_a_text_in_pieces_and_lots_is_the_text_at_once(tokenizers, student, teacher, monkeypatch):
     pair = _pair(tokenizers[student], tokenizers[teacher])
     monkeypatch.setattr(long_text, "PIECE", 10**6)
-    at_once = join(MIXED, pair)
+    at_once = tokenize(MIXED, pair)
     monkeypatch.setattr(long_text, "PIECE", 300)
-    monkeypatch.setattr(long_text, "_AROUND", 64)
-    monkeypatch.setattr(tokenized_text, "_LOT", 1000)
-    assert _facts(join(MIXED, pair)) == _facts(at_once)
-    assert list(at_once.left_out) == ["empty", "torn"]
+    monkeypatch.setattr(long_text, "_CONTEXT", 64)
+    monkeypatch.setattr(tokenized_text, "_CHUNK", 1000)
+    assert _facts(tokenize(MIXED, pair)) == _facts(at_once)
+    assert list(at_once.skipped_documents) == ["empty", "torn"]
 
 
-def test_a_text_placed_by_characters_is_the_same_in_pieces(tokenizers, byte_tokenizer, small_pieces, monkeypatch):
+@pytest.mark.parametrize("kind", ["sp", "byte"])
+def test_a_tokenizer_that_changes_text_skips_the_same_documents_in_pieces(
+    tokenizers, byte_tokenizer, small_pieces, monkeypatch, kind
+):
+    monkeypatch.setattr(tokenized_text, "MAX_CHANGED_SHARE", 1)
     definition = json.loads(byte_tokenizer.backend_tokenizer.to_str())
     lower = Tokenizer.from_str(json.dumps(definition))
     lower.normalizer = normalizers.Lowercase()
     lossy = transformers.PreTrainedTokenizerFast(tokenizer_object=lower, eos_token="<|endoftext|>")
-    pair, documents = _pair(tokenizers["sp"], lossy, tolerant=True), [d for d in MIXED if isinstance(d, Document)]
-    assert pair.tables[1] is None
-    found = _facts(join(documents, pair))
+    documents = [*MIXED, *(Document(name, TEXTS[name].lower()) for name in TEXTS)]
+    pair = _pair(tokenizers[kind], lossy)
+    found = tokenize(documents, pair)
     monkeypatch.setattr(long_text, "PIECE", 10**6)
-    assert found == _facts(join(documents, pair))
+    assert _facts(found) == _facts(tokenize(documents, pair))
+    assert list(found.names) == ["short", "last", *TEXTS]
+    talk = "talk (the teacher's tokenizer changes its text)"
+    assert list(found.skipped_documents) == ["first", "empty", "torn", talk]
 
 
-def test_a_long_document_that_turns_out_unfit_leaves_no_trace(byte_tokenizer, sp_tokenizer, small_pieces):
+def test_a_long_document_that_is_skipped_late_leaves_no_trace(byte_tokenizer, sp_tokenizer, small_pieces, monkeypatch):
+    monkeypatch.setattr(tokenized_text, "MAX_CHANGED_SHARE", 1)
     definition = json.loads(byte_tokenizer.backend_tokenizer.to_str())
     definition["normalizer"] = {"type": "Replace", "pattern": {"String": "colour"}, "content": "color"}
     american = transformers.PreTrainedTokenizerFast(
@@ -196,13 +204,15 @@ def test_a_long_document_that_turns_out_unfit_leaves_no_trace(byte_tokenizer, sp
     )
     pair, plain = _pair(sp_tokenizer, american), TEXTS["lines"]
     documents = [Document("a", "first"), Document("uk", plain + "colour" + plain), Document("b", plain)]
-    found = join(documents, pair)
-    assert (list(found.names), list(found.left_out)) == (["a", "b"], ["uk"])
-    assert _facts(found)[:9] == _facts(join([documents[0], documents[2]], pair))[:9]
+    found = tokenize(documents, pair)
+    assert (list(found.names), list(found.skipped_documents)) == (["a", "b"], ["uk"])
+    assert _facts(found)[:9] == _facts(tokenize([documents[0], documents[2]], pair))[:9]
     assert found.num_bytes == len("first" + plain)
 
 
 def test_blocks_of_a_long_document_name_it(tokenizers, small_pieces):
-    corpus = Dataset([Document("a", "x"), Document("long", TEXTS["lines"])], _pair(*[tokenizers["sp"]] * 2), 24, 24)
+    corpus = build_dataset(
+        [Document("a", "x"), Document("long", TEXTS["lines"])], _pair(*[tokenizers["sp"]] * 2), 24, 24
+    )
     assert corpus.documents_of(0) == ["a", "long"]
     assert corpus.documents_of(len(corpus) - 1) == ["long"]

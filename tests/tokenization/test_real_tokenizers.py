@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from sar_kd.data.dataset import Dataset
+from sar_kd.data.dataset import build_dataset
 from sar_kd.data.samples import Document
 from sar_kd.evaluation.tokenizer_coverage import measure_coverage
 from sar_kd.tokenization.backends import encode
@@ -297,10 +297,10 @@ CODE = PYTHON * 5
 
 def _measured(student, teacher, text: str) -> tuple[float, float, float]:
     """Strict share of the student's tokens, chunks per student token, share of chunks in which tokens overlap."""
-    pair = TokenizerPair(student, teacher, student_rows=0, teacher_rows=0, aligns=True)
-    corpus = Dataset([Document("text", text)], pair, 4096, 8192)
+    pair = TokenizerPair(student, teacher, student_vocab_size=0, teacher_vocab_size=0, aligns=True)
+    corpus = build_dataset([Document("text", text)], pair, 4096, 8192)
     found = measure_coverage(corpus)
-    return found.strict, found.chunks_per_token, found.straddling
+    return found.strict, found.chunks_per_token, found.overlapping
 
 
 def _by_hand(student, teacher, text: str) -> tuple[float, float]:

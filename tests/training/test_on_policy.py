@@ -13,7 +13,7 @@ import torch
 
 from sar_kd.config.runs import Config, OnPolicyConfig
 from sar_kd.config.sections import LossConfig, OptimConfig
-from sar_kd.data.dataset import Dataset
+from sar_kd.data.dataset import build_dataset
 from sar_kd.data.samples import Conversation, Document, Message
 from sar_kd.errors import UsageError
 from sar_kd.losses.objective import Objective
@@ -25,7 +25,7 @@ from sar_kd.training.guards import StepGuard
 from sar_kd.training.on_policy import OnPolicy, build_on_policy
 from sar_kd.training.optimizer import build_optimizer
 from sar_kd.training.rollouts import Prompt, Rollouts
-from sar_kd.training.step import train_step
+from sar_kd.training.step import StepContext, train_step
 from tests.helpers.runs import (
     argv_of,
     assert_equal_runs,
@@ -55,9 +55,9 @@ def make_corpus(byte_tokenizer, sp_tokenizer, corpus_texts):
     def make(kind="different", documents=None, limits=LIMITS):
         student = sp_tokenizer
         teacher = byte_tokenizer if kind == "different" else sp_tokenizer
-        pair = TokenizerPair(student, teacher, student_rows=len(student), teacher_rows=len(teacher))
+        pair = TokenizerPair(student, teacher, student_vocab_size=len(student), teacher_vocab_size=len(teacher))
         documents = documents or [Document(f"d{i}", text) for i, text in enumerate(corpus_texts[:40])]
-        return Dataset(documents, pair, *limits)
+        return build_dataset(documents, pair, *limits)
 
     return make
 
@@ -96,7 +96,7 @@ def _overfit(student, batch, steps=150):
     """Teach a student by heart what a batch says."""
     optimizer = torch.optim.Adam(student.parameters(), lr=1e-2)
     for _ in range(steps):
-        logits = student(input_ids=batch.student.input_ids).logits.flatten(0, 1)[batch.student.rows]
+        logits = student(input_ids=batch.student.input_ids).logits.flatten(0, 1)[batch.student.positions]
         torch.nn.functional.cross_entropy(logits, batch.student.targets).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -124,7 +124,7 @@ def test_a_greedy_students_gradients_are_those_of_the_same_text_off_policy(
     given = corpus.batch(blocks)
     _overfit(models.student, given)
     writer = _on_policy(models, corpus, sample_temperature=0.0, max_new_tokens=40)
-    writer.responses.prompt_of = _whole_prompt(writer.responses) if text == "plain" else writer.responses.prompt_of
+    writer.rollouts.sample_prompt = _empty_prompt if text == "plain" else writer.rollouts.sample_prompt
     (sampled,) = writer.micro_batches(0, [blocks])
     for side in ("student", "teacher"):
         assert torch.equal(getattr(sampled, side).input_ids, getattr(given, side).input_ids)
@@ -137,9 +137,9 @@ def test_a_greedy_students_gradients_are_those_of_the_same_text_off_policy(
     assert max(float((x - y).abs().max()) for x, y in zip(ours, theirs, strict=True)) < 1e-6 * largest
 
 
-def _whole_prompt(responses):
-    """A prompt without a token: the student writes the whole block."""
-    return lambda block, random: Prompt(block, 0, 0)
+def _empty_prompt(block, rng):
+    """A prompt without a token: the response is the whole block."""
+    return Prompt(block, 0, 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -162,7 +162,7 @@ def test_only_the_response_is_predicted_and_both_models_read_its_very_bytes(make
     _overfit(models.student, corpus.batch(blocks), 40)
     writer = _on_policy(models, corpus, max_new_tokens=20)
     (batch,) = writer.micro_batches(0, [blocks])
-    rows = writer.kept["own"]["0"]
+    rows = writer.state["responses"]["0"]
     assert batch.blocks == tuple(row[0][0] for row in rows)
     student, teacher = _spelt(corpus, batch, 0), _spelt(corpus, batch, 1)
     assert student == teacher
@@ -179,14 +179,14 @@ def test_only_the_response_is_predicted_and_both_models_read_its_very_bytes(make
 
 
 def test_a_plain_block_is_cut_at_every_place_where_both_end_a_token_equally_often(make_corpus):
-    responses = Rollouts(make_corpus(), *LIMITS)
-    sides = [responses._part(responses.train.blocks[0], side) for side in range(2)]
+    rollouts = Rollouts(make_corpus(), *LIMITS)
+    sides = [rollouts._stream(rollouts.train.blocks[0], side) for side in range(2)]
     common = sorted(set(sides[0].ends[:-1].tolist()) & set(sides[1].ends[:-1].tolist()))
     found = Counter()
     for seed in range(3000):
-        prompt = responses.prompt_of(0, np.random.default_rng(seed))
-        assert sides[0].ends[prompt.student - 1] == sides[1].ends[prompt.teacher - 1]
-        found[int(sides[0].ends[prompt.student - 1])] += 1
+        prompt = rollouts.sample_prompt(0, np.random.default_rng(seed))
+        assert sides[0].ends[prompt.num_student_tokens - 1] == sides[1].ends[prompt.num_teacher_tokens - 1]
+        found[int(sides[0].ends[prompt.num_student_tokens - 1])] += 1
     assert sorted(found) == common
     assert max(found.values()) < 2 * 3000 / len(common)
 
@@ -195,9 +195,9 @@ def test_a_conversation_is_answered_at_its_last_response(make_corpus):
     messages = [("user", "One?"), ("assistant", "First."), ("user", "Two?"), ("assistant", "Second.")]
     talk = Conversation("t", tuple(Message(role, text, role == "assistant") for role, text in messages), False)
     corpus = make_corpus("different", [talk], limits=(96, 96))
-    prompt = Rollouts(corpus, 96, 96).prompt_of(0, np.random.default_rng(0))
+    prompt = Rollouts(corpus, 96, 96).sample_prompt(0, np.random.default_rng(0))
     for side, (stream, size) in enumerate(
-        ((corpus.text.student, prompt.student), (corpus.text.teacher, prompt.teacher))
+        ((corpus.text.student, prompt.num_student_tokens), (corpus.text.teacher, prompt.num_teacher_tokens))
     ):
         spell = corpus.pair.tables[side].spell
         assert spell(stream.ids[:size].tolist()).decode().endswith("Two?\n\nAssistant:\n")
@@ -217,58 +217,58 @@ def _byte(corpus, byte):
 
 
 def _usable(corpus, ids, stop=None, finite=True, limits=LIMITS):
-    responses = Rollouts(corpus, *limits)
-    kept, faults = responses.usable([(Prompt(0, 1, 1), Generation(ids, stop, finite))])
-    return responses, kept, {fault: count for fault, count in faults.items() if count}
+    rollouts = Rollouts(corpus, *limits)
+    kept, issues = rollouts.keep_usable([(Prompt(0, 1, 1), Generation(ids, stop, finite))])
+    return rollouts, kept, {issue: count for issue, count in issues.items() if count}
 
 
 def test_half_a_character_at_the_end_is_cut_off_and_counted(make_corpus):
     corpus = make_corpus()
     whole, euro = _ids(corpus, "It costs"), "\u20ac".encode()
-    responses, kept, faults = _usable(corpus, [*whole, *(_byte(corpus, byte) for byte in euro[:2])])
-    assert (kept[0].ids, faults) == (whole, {"broken_utf8": 1})
-    assert _spelt(corpus, responses.batch(kept), 1) == [b"It costs"]
-    _, kept, faults = _usable(corpus, [*whole, *(_byte(corpus, byte) for byte in euro)])
-    assert (len(kept[0].ids), faults) == (len(whole) + 3, {})
+    rollouts, kept, issues = _usable(corpus, [*whole, *(_byte(corpus, byte) for byte in euro[:2])])
+    assert (kept[0].ids, issues) == (whole, {"broken_utf8": 1})
+    assert _spelt(corpus, rollouts.batch(kept), 1) == [b"It costs"]
+    _, kept, issues = _usable(corpus, [*whole, *(_byte(corpus, byte) for byte in euro)])
+    assert (len(kept[0].ids), issues) == (len(whole) + 3, {})
 
 
 def test_what_follows_a_byte_that_is_no_text_is_cut_off_with_the_stop_token(make_corpus):
     corpus = make_corpus()
     whole = _ids(corpus, "It costs")
     broken = [*whole, _byte(corpus, 0xFF), *_ids(corpus, " more")]
-    _, kept, faults = _usable(corpus, broken, stop=corpus.pair.student_end)
-    assert (kept[0].ids, kept[0].stop, faults) == (whole, None, {"broken_utf8": 1})
+    _, kept, issues = _usable(corpus, broken, stop=corpus.pair.student_end)
+    assert (kept[0].ids, kept[0].stop, issues) == (whole, None, {"broken_utf8": 1})
 
 
 def test_a_special_token_in_the_middle_ends_the_response_and_is_counted(make_corpus):
     corpus = make_corpus()
     whole = _ids(corpus, "It costs")
-    _, kept, faults = _usable(corpus, [*whole, corpus.pair.student_start, *whole], stop=corpus.pair.student_end)
-    assert (kept[0].ids, kept[0].stop, faults) == (whole, None, {"special": 1})
+    _, kept, issues = _usable(corpus, [*whole, corpus.pair.student_start, *whole], stop=corpus.pair.student_end)
+    assert (kept[0].ids, kept[0].stop, issues) == (whole, None, {"special": 1})
 
 
 def test_an_empty_response_is_its_stop_token_to_both(make_corpus):
     corpus = make_corpus()
-    responses, kept, faults = _usable(corpus, [], stop=corpus.pair.student_end)
-    batch = responses.batch(kept)
-    assert faults == {}
+    rollouts, kept, issues = _usable(corpus, [], stop=corpus.pair.student_end)
+    batch = rollouts.batch(kept)
+    assert issues == {}
     assert batch.student.targets.tolist() == [corpus.pair.student_end]
     assert batch.teacher.targets.tolist() == [corpus.pair.teacher_end]
-    assert len(batch.alignment.student_rows) == 1
+    assert len(batch.alignment.student_positions) == 1
 
 
 @pytest.mark.parametrize("finite", [True, False])
 def test_nothing_at_all_is_left_out_and_counted(finite, make_corpus):
-    _, kept, faults = _usable(make_corpus(), [], finite=finite)
-    assert (kept, faults) == ([], {"nothing": 1} | ({} if finite else {"nonfinite": 1}))
+    _, kept, issues = _usable(make_corpus(), [], finite=finite)
+    assert (kept, issues) == ([], {"nothing": 1} | ({} if finite else {"nonfinite": 1}))
 
 
 def test_a_response_that_the_teacher_cannot_hold_is_cut_where_both_end_a_token(make_corpus):
     corpus = make_corpus()
     ids = _ids(corpus, "Words, words, words; commas, colons: and (parentheses) [brackets] {braces}.")
-    responses, kept, faults = _usable(corpus, ids, corpus.pair.student_end, limits=(200, 20))
-    batch = responses.batch(kept)
-    assert faults == {"too_long": 1}
+    rollouts, kept, issues = _usable(corpus, ids, corpus.pair.student_end, limits=(200, 20))
+    batch = rollouts.batch(kept)
+    assert issues == {"too_long": 1}
     assert kept[0].stop is None
     assert 5 < batch.teacher.input_ids.shape[1] <= 20
     assert _spelt(corpus, batch, 0) == _spelt(corpus, batch, 1)
@@ -278,20 +278,20 @@ def test_a_response_that_the_teacher_cannot_hold_is_cut_where_both_end_a_token(m
 def test_a_response_that_the_teachers_tokenizer_would_change_is_left_out_and_counted(make_corpus, monkeypatch):
     corpus = make_corpus()
     monkeypatch.setattr("sar_kd.training.rollouts.encode_inside", lambda *_: None)
-    _, kept, faults = _usable(corpus, _ids(corpus, "It costs"))
-    assert (kept, faults) == ([], {"unrepresentable": 1})
+    _, kept, issues = _usable(corpus, _ids(corpus, "It costs"))
+    assert (kept, issues) == ([], {"unrepresentable": 1})
 
 
 def test_a_teacher_that_puts_a_space_before_its_text_puts_none_before_a_response(
     sp_tokenizer, dummy_prefix_tokenizer, corpus_texts
 ):
-    sizes = {"student_rows": len(sp_tokenizer), "teacher_rows": len(dummy_prefix_tokenizer)}
+    sizes = {"student_vocab_size": len(sp_tokenizer), "teacher_vocab_size": len(dummy_prefix_tokenizer)}
     pair = TokenizerPair(sp_tokenizer, dummy_prefix_tokenizer, **sizes)
-    corpus = Dataset([Document("d", " ".join(corpus_texts[:5]))], pair, *LIMITS)
+    corpus = build_dataset([Document("d", " ".join(corpus_texts[:5]))], pair, *LIMITS)
     for text in ("costs", " costs", "  two", "\n"):
-        responses, kept, faults = _usable(corpus, _ids(corpus, text))
-        assert faults == {}
-        assert _spelt(corpus, responses.batch(kept), 1) == [text.encode()]
+        rollouts, kept, issues = _usable(corpus, _ids(corpus, text))
+        assert issues == {}
+        assert _spelt(corpus, rollouts.batch(kept), 1) == [text.encode()]
 
 
 # Which micro-batches, and what is kept
@@ -321,7 +321,7 @@ def test_responses_depend_on_the_seed_and_the_step_and_on_no_other_random_number
         writer = _on_policy(models, corpus, seed=seed)
         writer.micro_batches(step, [[0, 1], [2, 3]])
         assert torch.equal(torch.get_rng_state(), state)
-        return writer.kept["own"]
+        return writer.state["responses"]
 
     assert ids(0) == ids(0, before=7)
     assert ids(0) != ids(1)
@@ -348,11 +348,11 @@ def test_responses_that_are_kept_stand_for_writing_in_their_share(make_corpus, m
     seen = []
     for step in range(20):
         writer.micro_batches(step, [[step, step + 1]])
-        assert len(writer.kept["replay"]) <= 6
-        seen.append(json.dumps(writer.kept["own"]["0"]))
+        assert len(writer.state["replay"]) <= 6
+        seen.append(json.dumps(writer.state["responses"]["0"]))
     assert len(calls) == 5
     assert sum(seen.count(each) > 1 for each in set(seen)) > 0
-    assert writer.kept["totals"]["responses"] == 10
+    assert writer.state["totals"]["responses"] == 10
 
 
 _WRITE = on_policy.write
@@ -364,7 +364,7 @@ def test_a_student_that_comes_to_repeat_itself_is_told_of_once(make_corpus, make
     said = []
     for step, found in enumerate([*[varied] * 15, *[stuck] * 15]):
         writer._count(found, Counter())
-        said += writer.note(step, None, [])[0]
+        said += writer.on_step_end(step, None, None)[0]
     assert len(said) == 1
     assert "repeats itself" in said[0]
 
@@ -376,20 +376,13 @@ def test_where_every_response_is_lost_the_text_itself_stands(make_corpus, make_m
     (batch,) = writer.micro_batches(0, [[0, 1]])
     assert not batch.is_on_policy
     assert torch.equal(batch.student.input_ids, corpus.batch([0, 1]).student.input_ids)
-    assert writer.kept["totals"]["nonfinite"] == writer.kept["totals"]["nothing"] == 2
+    assert writer.state["totals"]["nonfinite"] == writer.state["totals"]["nothing"] == 2
 
 
 def test_several_processes_are_refused_in_one_line(make_corpus, make_models):
     config = Config(on_policy=OnPolicyConfig(on_policy_fraction=0.5))
     with pytest.raises(UsageError, match=r"--on_policy_fraction 0.5: takes one process, and 2 are running"):
         build_on_policy(config, make_models(), make_corpus(), LIMITS, None, SimpleNamespace(size=2))
-
-
-def test_a_tokenizer_whose_bytes_are_not_known_is_refused(make_corpus, make_models):
-    corpus = make_corpus()
-    corpus.pair = SimpleNamespace(tables=(None, None), is_exact=False)
-    with pytest.raises(UsageError, match="changes text"):
-        _on_policy(make_models(), corpus)
 
 
 # A step
@@ -406,7 +399,8 @@ def test_one_denominator_over_its_own_text_and_the_text_that_is_given(dtype, mak
     objective = Objective(models.teacher, models.student, config, corpus.aligner, precision)
     terms = [objective(batch) for batch in (own, given)]
     optimizer = build_optimizer(models.student, OptimConfig(), [])
-    report = train_step([own, given], objective, optimizer, StepGuard(Config().guards), precision, 0.5)
+    context = StepContext(objective, optimizer, StepGuard(Config().guards), precision, 0.5)
+    report = train_step([own, given], context)
     counts = [batch.num_target_tokens for batch in (own, given)]
     assert report.num_target_tokens == sum(counts)
     assert report.ce_loss == pytest.approx(terms[1].ce.item() / counts[1], rel=1e-5)
@@ -441,7 +435,7 @@ def test_a_run_on_its_own_text_says_what_was_written_and_prints_no_cross_entropy
     assert not any("ce=" in line for line in steps)
     assert [record["ce_loss"] for record in read_metrics(folder, "step")] == [None] * 4
     (line,) = (line for line in out if line.startswith("  wrote "))
-    assert line.startswith("  wrote 16 responses of ")
+    assert line.startswith("  generated 16 responses of ")
     found = read_json(folder / "summary.json")["on_policy"]
     assert found["responses"] == 16
     assert 0 < found["tokens"] <= 16 * 12
