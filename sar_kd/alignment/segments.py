@@ -1,7 +1,7 @@
-"""What of a batch's text two models can be compared on, whole and in stretches that can be compared alone.
+"""Splits the alignment of a batch into segments whose logits are formed and compared one segment at a time.
 
-Index arrays only. A stretch ends where both tokenizers start a token: there every token before has ended on both sides,
-so that nothing but that one row is asked by the stretches on both sides of it.
+A segment ends at a common boundary. Every token before has ended there on both sides, so two neighbours share nothing
+but the pair of positions at that boundary.
 """
 
 from __future__ import annotations
@@ -18,174 +18,172 @@ from sar_kd.alignment.batch_alignment import Alignment, Continuations
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows of both models, in an order of their own: first those at whose byte both start a token, in pairs; then those
-    where one side starts a token inside a token of the other; then the rest.
+    """Positions of both models in an order of their own: first the pairs at common boundaries; then those where one
+    side starts a token inside a token of the other; then the rest.
     """
 
-    student_rows: Tensor
-    """int64 [n]: of the student's N"""
-    teacher_rows: Tensor
-    """int64 [m]: of the teacher's flattened logits"""
+    student_positions: Tensor
+    """int64 [n]: among the student's N"""
+    teacher_positions: Tensor
+    """int64 [m]: in the teacher's flattened logits"""
     counts: Tensor
-    """float32 [n]: 1 for the student's rows that belong to this stretch, 0 for one that it shares with the former"""
-    num_open: int
-    in_teacher: Continuations
-    """Its rows are places among `teacher_rows` (coarse) and `student_rows` (fine)"""
-    in_student: Continuations
+    """float32 [n]: 1 for the student positions of this segment, 0 for the one that it shares with the segment before"""
+    num_pairs: int
+    teacher_continuations: Continuations
+    """Positions are indices into `teacher_positions` (coarse) and `student_positions` (fine)"""
+    student_continuations: Continuations
     """The same with the sides exchanged"""
-    ended: Tensor
-    """int64 [num_open]: for each pair the continuation of the coarser side that ended there, or -1"""
-    other_ways: Tensor
-    """int64 [3, X]: a pair, an open outcome, and the outcome of that continuation which is the same"""
+    token_end: Tensor
+    """int64 [num_pairs]: as in `Alignment`"""
+    continuation_paths: Tensor
+    """int64 [3, X]: as in `Alignment`"""
 
 
 def positions_per_tile(workspace_mb: int, *vocab_sizes: int) -> int:
     """Most positions of a tile for the float32 logits of these vocabularies to fit into the workspace; at least one.
 
-    A multiple of 8 (see `models.logit_tiles.room_for`), also where one more is 2 % more than the workspace.
+    A multiple of 8 (see `models.logit_tiles.padded_width`), also where one more is 2 % more than the workspace.
     """
     bytes_per_position, workspace = 4 * sum(vocab_sizes), workspace_mb * 2**20
     positions = workspace * 51 // (50 * bytes_per_position) // 8 * 8
     return positions if positions >= 32 else max(1, workspace // bytes_per_position)
 
 
-def cut_segments(
-    alignment: Alignment, num_student: int, teacher_rows: Tensor, teacher_is_coarser: bool, limit: int
+def build_segments(
+    alignment: Alignment, num_student: int, teacher_positions: Tensor, teacher_is_coarser: bool, limit: int
 ) -> tuple[Segment, ...]:
-    """Cut a batch into stretches of at most `limit` rows of either side, where the text allows it.
+    """Split a batch into segments of at most `limit` positions of either side, where the text allows it.
 
-    num_student: N; teacher_rows: int64 [N_t], the rows that predict something, of the teacher's flattened logits
+    num_student: N; teacher_positions: int64 [N_t], those of the teacher's flattened logits that predict a target
     """
-    assert alignment.in_student is not None
-    assert alignment.in_teacher is not None
-    records = alignment.in_student, alignment.in_teacher
-    return _Cutter(alignment, records, num_student, teacher_rows, int(teacher_is_coarser)).segments(limit)
+    segmenter = _Segmenter(alignment, num_student, teacher_positions, int(teacher_is_coarser))
+    ends = [-1]
+    while ends[-1] < segmenter.num_pairs:
+        ends.append(segmenter.next_end(ends[-1], limit))
+    return tuple(segmenter.segment(*span) for span in itertools.pairwise(ends))
 
 
-_Span = tuple[int, int]
+_Range = tuple[int, int]
 
 
-class _Cutter:
-    """A batch's alignment with both sides' rows counted by what they predict; lists of two: student, teacher."""
+class _Segmenter:
+    """A batch's alignment, with the positions of both sides counted by target; lists of two: student, teacher."""
 
-    def __init__(
-        self,
-        alignment: Alignment,
-        records: tuple[Continuations, Continuations],
-        num_student: int,
-        teacher_rows: Tensor,
-        coarser: int,
-    ):
-        """records: inside the student's tokens, which is then the coarser, and inside the teacher's"""
-        self.alignment, self.coarser, self.teacher_rows = alignment, coarser, teacher_rows.numpy()
-        self.sizes = [num_student, len(teacher_rows)]
-        self.pairs = [alignment.student_rows.numpy(), self._place(alignment.teacher_rows)]
-        self.records = records
-        self.coarse = [self.records[0].coarse_rows.numpy(), self._place(self.records[1].coarse_rows)]
-        self.fine = [self._place(self.records[0].fine_rows), self.records[1].fine_rows.numpy()]
-        self.ends = [record.ends.numpy() for record in self.records]
-        self.coarse_entries = [record.coarse_entries.numpy() for record in self.records]
-        self.fine_entries = [record.fine_entries.numpy() for record in self.records]
+    def __init__(self, alignment: Alignment, num_student: int, teacher_positions: Tensor, coarser: int):
+        student, teacher = alignment.student_continuations, alignment.teacher_continuations
+        assert student is not None
+        assert teacher is not None
+        self.alignment, self.coarser, self.teacher_positions = alignment, coarser, teacher_positions.numpy()
+        self.num_positions = [num_student, len(teacher_positions)]
+        self.pairs = [alignment.student_positions.numpy(), self._by_target(alignment.teacher_positions)]
+        self.num_pairs = len(self.pairs[0])
+        self.records = student, teacher
+        self.coarse = [student.coarse_positions.numpy(), self._by_target(teacher.coarse_positions)]
+        self.fine = [self._by_target(student.fine_positions), teacher.fine_positions.numpy()]
+        self.first_classes = [np.append(0, record.end_classes.numpy() + 1) for record in self.records]
 
-    def _place(self, teacher_rows: Tensor) -> np.ndarray:
-        return np.searchsorted(self.teacher_rows, teacher_rows.numpy())
+    def _by_target(self, teacher_positions: Tensor) -> np.ndarray:
+        return np.searchsorted(self.teacher_positions, teacher_positions.numpy())
 
-    def segments(self, limit: int) -> tuple[Segment, ...]:
-        bounds = [-1]
-        while bounds[-1] < len(self.pairs[0]):
-            bounds.append(self._next(bounds[-1], limit))
-        return tuple(self._stretch(*span) for span in itertools.pairwise(bounds))
-
-    def _lows(self, pair: int) -> list[int]:
-        """Each side's row of a pair that ends a stretch; -1 at the start of the batch."""
-        return [-1 if pair < 0 else int(rows[pair]) for rows in self.pairs]
-
-    def _next(self, start: int, limit: int) -> int:
-        """The pair that ends the stretch behind pair `start`; one more than there are for the end of the batch."""
-        num_pairs, lows = len(self.pairs[0]), self._lows(start)
-        if all(size - low <= limit for size, low in zip(self.sizes, lows, strict=True)):
-            return num_pairs
-        # One row is left for the former pair, of which its last row is asked as well.
-        ends = [np.searchsorted(rows, low + limit) - 1 for rows, low in zip(self.pairs, lows, strict=True)]
+    def next_end(self, start: int, limit: int) -> int:
+        """The pair that ends the segment after pair `start`; `num_pairs` for the end of the batch."""
+        shared = self._positions_of(start)
+        if all(count - position <= limit for count, position in zip(self.num_positions, shared, strict=True)):
+            return self.num_pairs
+        # One position is left for the pair before, whose last token may continue into this segment.
+        ends = [np.searchsorted(own, first + limit) - 1 for own, first in zip(self.pairs, shared, strict=True)]
         return max(min(map(int, ends)), start + 1)
 
-    def _stretch(self, start: int, end: int) -> Segment:
-        first, last = start + 1, min(end + 1, len(self.pairs[0]))
-        lows = self._lows(start)
-        highs = [
-            size if end == len(self.pairs[0]) else int(rows[end])
-            for size, rows in zip(self.sizes, self.pairs, strict=True)
-        ]
-        runs = [self._runs(i, max(0, lows[i]), highs[i]) for i in range(2)]
-        asked = [np.concatenate([self.coarse[i][slice(*run)] for run in runs[i]]) for i in range(2)]
-        own = np.arange(lows[0] + 1, min(highs[0] + 1, self.sizes[0]))
-        orders, coarse = [], []
-        for i in range(2):
-            ahead = np.concatenate([self.pairs[i][first:last], self.fine[1 - i][slice(*runs[1 - i][0])]])
-            rest = np.setdiff1d(np.concatenate([asked[i], own]) if i == 0 else asked[i], ahead)
+    def _positions_of(self, pair: int) -> list[int]:
+        """The position of each side at a pair; -1 before the first."""
+        return [-1 if pair < 0 else int(positions[pair]) for positions in self.pairs]
+
+    def segment(self, start: int, end: int) -> Segment:
+        """The segment after pair `start`, up to and with pair `end`."""
+        first_pair, pair_end = start + 1, min(end + 1, self.num_pairs)
+        num_pairs, shared = pair_end - first_pair, self._positions_of(start)
+        lasts = self.num_positions if end == self.num_pairs else self._positions_of(end)
+        ranges = [self._ranges(side, max(0, shared[side]), lasts[side]) for side in range(2)]
+        coarse = [np.concatenate([self.coarse[i][slice(*span)] for span in ranges[i]]) for i in range(2)]
+        own = np.arange(shared[0] + 1, min(lasts[0] + 1, self.num_positions[0]))
+        orders, records = [], []
+        for side in range(2):
+            inside = ranges[1 - side][0]
+            ahead = np.concatenate([self.pairs[side][first_pair:pair_end], self.fine[1 - side][slice(*inside)]])
+            rest = np.setdiff1d(np.concatenate([coarse[0], own]) if side == 0 else coarse[1], ahead)
             order = np.concatenate([ahead, rest])
-            places = np.zeros(highs[i] - lows[i] + 1, dtype=np.int64)
-            places[order - lows[i]] = np.arange(len(order))
+            index = np.zeros(lasts[side] - shared[side] + 1, dtype=np.int64)
+            index[order - shared[side]] = np.arange(len(order))
             orders.append(order)
-            coarse.append(places[asked[i] - lows[i]])
-        num_open = last - first
-        parts = [self._part(i, runs[i], coarse[i], num_open) for i in range(2)]
-        ended, ways = self._ways(first, last, runs[self.coarser])
+            records.append(self._continuations(side, ranges[side], index[coarse[side] - shared[side]], num_pairs))
+        token_end, paths = self._token_ends(first_pair, pair_end, ranges[self.coarser])
         return Segment(
-            torch.from_numpy(orders[0]),
-            torch.from_numpy(self.teacher_rows[orders[1]]),
-            torch.from_numpy((orders[0] > lows[0]).astype(np.float32)),
-            num_open,
-            parts[1],
-            parts[0],
-            torch.from_numpy(ended),
-            torch.from_numpy(ways),
+            student_positions=torch.from_numpy(orders[0]),
+            teacher_positions=torch.from_numpy(self.teacher_positions[orders[1]]),
+            counts=torch.from_numpy((orders[0] > shared[0]).astype(np.float32)),
+            num_pairs=num_pairs,
+            teacher_continuations=records[1],
+            student_continuations=records[0],
+            token_end=torch.from_numpy(token_end),
+            continuation_paths=torch.from_numpy(paths),
         )
 
-    def _runs(self, i: int, low: int, high: int) -> tuple[_Span, _Span]:
-        """The continuations of one kind whose coarse rows are within [low, high): those that go on, those that ended."""
-        rows, size = self.coarse[i], len(self.fine[i])
-        going_on = np.searchsorted(rows[:size], [low, high])
-        return tuple(going_on.tolist()), tuple((size + np.searchsorted(rows[size:], [low, high])).tolist())
+    def _ranges(self, side: int, low: int, high: int) -> tuple[_Range, _Range]:
+        """The continuations with coarse positions in [low, high): those inside a token, those at a common boundary."""
+        positions, num_inside = self.coarse[side], len(self.fine[side])
+        inside = np.searchsorted(positions[:num_inside], [low, high])
+        at_boundary = num_inside + np.searchsorted(positions[num_inside:], [low, high])
+        return tuple(inside.tolist()), tuple(at_boundary.tolist())
 
-    def _outcomes(self, i: int, run: _Span) -> _Span:
-        """The outcomes of a run of continuations."""
-        firsts = np.append(0, self.ends[i] + 1)
-        return int(firsts[run[0]]), int(firsts[run[1]])
+    def _class_ranges(self, side: int, ranges: tuple[_Range, _Range]) -> tuple[_Range, _Range]:
+        """The classes of such continuations."""
+        firsts = self.first_classes[side]
+        inside, at_boundary = ((int(firsts[start]), int(firsts[end])) for start, end in ranges)
+        return inside, at_boundary
 
-    def _part(self, i: int, runs: tuple[_Span, _Span], coarse_rows: np.ndarray, num_open: int) -> Continuations:
-        """Some continuations, with rows, outcomes and entries counted from 0."""
-        (a, b), (c, d) = runs
-        of_first, of_second = (self._outcomes(i, run) for run in runs)
-        shift = of_second[0] - (of_first[1] - of_first[0])  # of the outcomes of those that ended
-        record = self.records[i]
+    def _continuations(
+        self, side: int, ranges: tuple[_Range, _Range], coarse_positions: np.ndarray, num_pairs: int
+    ) -> Continuations:
+        """The continuations of a segment, with positions, continuations and classes counted from 0."""
+        inside, at_boundary = ranges
+        inside_classes, boundary_classes = self._class_ranges(side, ranges)
+        num_inside, num_inside_classes = inside[1] - inside[0], inside_classes[1] - inside_classes[0]
+        # Those at a common boundary follow directly on those inside.
+        shift, class_shift = at_boundary[0] - num_inside, boundary_classes[0] - num_inside_classes
+        record = self.records[side]
 
-        def entries(found: np.ndarray, span: _Span, rows: int, outcomes: int) -> np.ndarray:
-            found = found[:, slice(*np.searchsorted(found[0], span))]
-            return found - np.array([[rows], [0], [outcomes]])
+        def entries(found: Tensor, span: _Range, first: int, first_class: int) -> np.ndarray:
+            part = found.numpy()[:, slice(*np.searchsorted(found[0].numpy(), span))]
+            return part - np.array([[first], [0], [first_class]])
 
-        coarse = [
-            entries(self.coarse_entries[i], (a, b), a, of_first[0]),
-            entries(self.coarse_entries[i], (c, d), c - (b - a), shift),
-        ]
-        ends = np.concatenate([self.ends[i][a:b] - of_first[0], self.ends[i][c:d] - shift])
-        counts = np.diff(ends, prepend=-1)
+        coarse_entries = (
+            entries(record.coarse_entries, inside, inside[0], inside_classes[0]),
+            entries(record.coarse_entries, at_boundary, shift, class_shift),
+        )
+        ends = record.end_classes.numpy()
+        ends = np.concatenate([ends[slice(*inside)] - inside_classes[0], ends[slice(*at_boundary)] - class_shift])
         return Continuations(
-            torch.from_numpy(coarse_rows),
-            torch.arange(num_open, num_open + b - a),
-            torch.from_numpy(np.concatenate(coarse, axis=1)),
-            torch.from_numpy(entries(self.fine_entries[i], (a, b), a, of_first[0])),
-            torch.from_numpy(np.repeat(np.arange(len(ends)), counts)),
-            torch.from_numpy(ends),
-            record.can_end[a:b],
-            of_first[1] - of_first[0],
+            coarse_positions=torch.from_numpy(coarse_positions),
+            fine_positions=torch.arange(num_pairs, num_pairs + num_inside),
+            coarse_entries=torch.from_numpy(np.concatenate(coarse_entries, axis=1)),
+            fine_entries=torch.from_numpy(entries(record.fine_entries, inside, inside[0], inside_classes[0])),
+            class_continuations=torch.from_numpy(np.repeat(np.arange(len(ends)), np.diff(ends, prepend=-1))),
+            end_classes=torch.from_numpy(ends),
+            can_end=record.can_end[slice(*inside)],
+            num_inside_classes=num_inside_classes,
         )
 
-    def _ways(self, first: int, last: int, runs: tuple[_Span, _Span]) -> tuple[np.ndarray, np.ndarray]:
-        (a, b), (c, _) = runs
-        of_first, of_second = (self._outcomes(self.coarser, run) for run in runs)
-        ended = self.alignment.ended.numpy()[first:last]
-        ways = self.alignment.other_ways.numpy()
-        ways = ways[:, slice(*np.searchsorted(ways[0], [first, last]))]
-        shift = of_second[0] - (of_first[1] - of_first[0])
-        return np.where(ended < 0, -1, ended - c + (b - a)), ways - np.array([[first], [0], [shift]])
+    def _token_ends(
+        self, first_pair: int, pair_end: int, ranges: tuple[_Range, _Range]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`token_end` and `continuation_paths` of a segment; `ranges` of the coarser side's continuations."""
+        inside, at_boundary = ranges
+        inside_classes, boundary_classes = self._class_ranges(self.coarser, ranges)
+        shift = at_boundary[0] - (inside[1] - inside[0])
+        class_shift = boundary_classes[0] - (inside_classes[1] - inside_classes[0])
+        token_end, paths = (
+            self.alignment.token_end.numpy()[first_pair:pair_end],
+            self.alignment.continuation_paths.numpy(),
+        )
+        paths = paths[:, slice(*np.searchsorted(paths[0], [first_pair, pair_end]))]
+        return np.where(token_end < 0, -1, token_end - shift), paths - np.array([[first_pair], [0], [class_shift]])
