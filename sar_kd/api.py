@@ -40,7 +40,7 @@ class Distilled:
     """The best student by validation loss, in eval mode; the one saved in `student/`"""
     tokenizer: Any
     summary: dict
-    """`summary.json`"""
+    """The values of `summary.json`"""
     folder: Path
     """The run folder; `report.html` in it, where matplotlib is installed"""
 

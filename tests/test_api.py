@@ -20,6 +20,7 @@ from sar_kd.models.loading import IN_MEMORY
 from sar_kd.runtime.signals import StopRequest
 from sar_kd.teacher.moe import router_checkpoint
 from sar_kd.training import trainer
+from sar_kd.version import RUN_FORMAT
 
 STEPS = {"train_steps": 2, "block_size": 32, "eval_steps": 1, "log_steps": 1, "student_lr": 3e-3, "device": "cpu"}
 
@@ -55,7 +56,8 @@ def test_the_result_is_the_best_student_its_tokenizer_the_summary_and_the_folder
     assert isinstance(result, Distilled)
     assert not result.student.training
     assert result.folder == tmp_path / "run"
-    assert result.summary == json.loads((tmp_path / "run" / "summary.json").read_text())
+    saved = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert saved == {"format": RUN_FORMAT, **result.summary}
     assert json.loads((tmp_path / "run" / "config.json").read_text())["mode"] == "precise"
     ids = torch.tensor([result.tokenizer("The loss scale")["input_ids"]])
     with torch.no_grad():
