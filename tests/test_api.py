@@ -41,11 +41,11 @@ def test_loaded_models_and_texts_give_the_run_that_their_files_give(pairs, corpu
     for name, (model, tokenizer) in zip(("teacher", "student"), pairs, strict=True):
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-    rows = [{"text": text} for text in corpus_texts]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    files = {"teacher_model": "teacher", "student_model": "student", "train_file": "rows.jsonl", "output_dir": "a"}
-    words = [word for flag, name in files.items() for word in (f"--{flag}", str(tmp_path / name))]
-    train([*words, *(str(word) for flag, value in STEPS.items() for word in (f"--{flag}", value))])
+    examples = [{"text": text} for text in corpus_texts]
+    (tmp_path / "examples.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
+    files = {"teacher_model": "teacher", "student_model": "student", "train_file": "examples.jsonl", "output_dir": "a"}
+    words = [word for option, name in files.items() for word in (f"--{option}", str(tmp_path / name))]
+    train([*words, *(str(word) for option, value in STEPS.items() for word in (f"--{option}", value))])
     result = distill(*pairs, corpus_texts, output_dir=tmp_path / "b", **STEPS)
     assert _losses(tmp_path / "a") == _losses(tmp_path / "b")
     assert result.summary["val_ppl_final"] < result.summary["val_ppl_start"]
@@ -67,13 +67,17 @@ def test_the_result_is_the_best_student_its_tokenizer_the_summary_and_the_folder
             assert torch.equal(pairs[1][0].eval()(ids).logits, expected)
 
 
-def test_rows_may_be_conversations_and_held_out_text_may_be_handed_over(pairs, corpus_texts, tmp_path):
-    rows = [{"prompt": text, "completion": " and so on."} for text in corpus_texts[:8]]
+def test_examples_may_be_conversations_and_held_out_text_may_be_in_memory(pairs, corpus_texts, tmp_path):
+    examples = [{"prompt": text, "completion": " and so on."} for text in corpus_texts[:8]]
     distill(
-        *pairs, rows, validation_texts=corpus_texts[8:16], output_dir=tmp_path / "run", **STEPS | {"block_size": 128}
+        *pairs,
+        examples,
+        validation_texts=corpus_texts[8:16],
+        output_dir=tmp_path / "run",
+        **STEPS | {"block_size": 128},
     )
-    kept = [json.loads(line) for line in (tmp_path / "run.train.jsonl").read_text().splitlines()]
-    assert kept == rows
+    saved = [json.loads(line) for line in (tmp_path / "run.train.jsonl").read_text().splitlines()]
+    assert saved == examples
     held_out = (tmp_path / "run.validation.jsonl").read_text().splitlines()
     assert [json.loads(line)["text"] for line in held_out] == corpus_texts[8:16]
 
@@ -102,7 +106,7 @@ def test_a_run_from_python_is_resumed_in_python_and_nowhere_else(pairs, corpus_t
         ({"teacher": 3}, "--teacher_model: int is neither a hub id"),
     ],
 )
-def test_what_cannot_be_is_one_line_that_names_the_flag(arguments, expected, tmp_path):
+def test_an_error_is_one_line_that_names_the_option(arguments, expected, tmp_path):
     with pytest.raises(UsageError) as caught:
         distill(**{"texts": ["a b c"], "output_dir": tmp_path / "run", **arguments})
     assert str(caught.value).startswith(expected)
@@ -183,10 +187,10 @@ def test_outside_the_main_thread_the_deadline_alone_counts():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.parametrize("flag", ["teacher_model", "student_model", "train_file", "validation_file"])
-def test_a_flag_that_has_another_name_here_is_not_passed_over(flag):
-    with pytest.raises(UsageError, match=rf"distill\({flag}=...\): is called "):
-        distill(**{flag: "somewhere"})
+@pytest.mark.parametrize("option", ["teacher_model", "student_model", "train_file", "validation_file"])
+def test_an_option_that_has_another_name_here_is_refused(option):
+    with pytest.raises(UsageError, match=rf"distill\({option}=...\): is called "):
+        distill(**{option: "somewhere"})
 
 
 def test_a_student_in_memory_has_a_task_without_a_baseline(tmp_path, monkeypatch):

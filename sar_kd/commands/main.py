@@ -1,16 +1,16 @@
-"""`sar-kd COMMAND`, and `python -m sar_kd COMMAND`: the commands and the exit codes.
+"""`sar-kd COMMAND`, or `python -m sar_kd COMMAND`.
 
-train           distil a teacher into a student (as train_sar_kd_stable.py does)
-preflight       check a run before it starts; trains nothing
-cache           run a teacher once over a text and keep its logits
-report          report.html of a run, or of several side by side
-generate        continue a prompt with the teacher and the student, before and after
+train           distil a teacher into a student, as train_sar_kd_stable.py does
+preflight       check a run before it starts; nothing is trained
+cache           run a teacher once over a text and store its logits
+report          show a run, or compare several, on one HTML page
+generate        continue a prompt with the teacher, the student before and the student after
 sft             fine-tune a model on questions with answers
-explain         what went wrong in a log of losses and gradient norms
-forensics       why a step of a run was not finite, and what to try
-audit           how much of a text two tokenizers let be compared
-routers         the routers of a mixture-of-experts model
-embedded        train the embedded pair again
+explain         find the likely cause of the losses and gradient norms in a training log
+forensics       show why a step of a run was not finite, and what to try
+audit           show how two tokenizers align on a text
+routers         list the routers of a mixture-of-experts model
+embedded        train the embedded models again
 
 sar-kd COMMAND --help lists the options of a command.
 """
@@ -24,6 +24,7 @@ from collections.abc import Callable
 
 import torch
 
+from sar_kd.config.command_line import program_name
 from sar_kd.errors import TrainingDiverged, UsageError
 from sar_kd.runtime.distributed import current_process_group
 from sar_kd.version import __version__
@@ -43,11 +44,11 @@ COMMANDS = {
     "routers": "sar_kd.commands.routers",
     "embedded": "sar_kd.commands.build_embedded",
 }
-"""The module of each command; its `main(argv)` returns a summary."""
+"""The module of each command; its `main(argv)` returns a dict with `status`."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command that `argv` begins with; 2 where there is none of that name. Exit codes as `run`."""
+    """Run the command that `argv` begins with; returns the exit code, as `run`, and 2 for an unknown command."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--version"]:
         print(f"sar-kd {__version__}")
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         return DONE
     if argv[0] not in COMMANDS:
         nearest = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(COMMANDS)}"
+        hint = f"did you mean {nearest[0]}?" if nearest else f"the commands are {', '.join(COMMANDS)}"
         print(f"error: {argv[0]}: no such command; {hint}", file=sys.stderr)
         return USAGE
     command = importlib.import_module(COMMANDS[argv[0]])
@@ -65,17 +66,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(main: Callable[[list[str] | None], dict], argv: list[str] | None = None, resumable: bool = True) -> int:
-    """Run a command's `main` and turn its result into an exit code; of several processes one prints the line.
+    """Run a command's `main` and turn its result into an exit code; of several processes one prints the error.
 
-    0 done; 2 something to mend, said in one line; 3 emergency stop; 130 interrupted
-    resumable: it leaves checkpoints from which `--resume` continues, as the command `train` alone does
+    0 done; 2 an error that the user can mend, in one line; 3 emergency stop; 130 interrupted
+    resumable: the command saves checkpoints from which `--resume` continues
     """
     try:
         summary = main(argv)
     except UsageError as error:
         return _report(f"error: {error}", USAGE)
     except torch.cuda.OutOfMemoryError:
-        remedy = "give --per_device_batch_size auto, or see what takes how much: python -m sar_kd preflight"
+        remedy = f"give --per_device_batch_size auto, or see what needs the memory: {program_name()} preflight"
         return _report(f"error: out of GPU memory; {remedy}", USAGE)
     except TrainingDiverged as error:
         return _report(str(error), DIVERGED)
@@ -86,7 +87,7 @@ def run(main: Callable[[list[str] | None], dict], argv: list[str] | None = None,
         return _report(
             f"error: {line}; --resume continues from the last checkpoint, if there is one", USAGE, follows=True
         )
-    except OSError as error:  # a disk that is full, a folder that went away
+    except OSError as error:  # such as a full disk
         reason = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
         rest = "; what was saved before is intact, --resume continues from there" if resumable else ""
         return _report(f"error: {reason}{rest}", USAGE)
@@ -98,7 +99,7 @@ def run(main: Callable[[list[str] | None], dict], argv: list[str] | None = None,
 
 
 def _report(line: str, code: int, follows: bool = False) -> int:
-    """follows: another process has the reason"""
+    """Print an error; returns the code. follows: from a failure of another process, which reports the cause"""
     if current_process_group().should_report(line, follows):
-        print("\\n".join(line.splitlines()), file=sys.stderr)  # a value that was given may hold ends of lines
+        print("\\n".join(line.splitlines()), file=sys.stderr)  # a value in it may contain newlines
     return code

@@ -20,9 +20,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, corpus_texts):
     """A short run of the embedded pair."""
-    folder = tmp_path_factory.mktemp("verbs")
+    folder = tmp_path_factory.mktemp("runs")
     (folder / "text.txt").write_text("\n".join(corpus_texts), encoding="utf-8")
-    flags = [
+    argv = [
         "--train_file",
         folder / "text.txt",
         "--block_size",
@@ -32,32 +32,32 @@ def run(tmp_path_factory, corpus_texts):
         "--output_dir",
         folder / "run",
     ]
-    train([str(word) for word in flags])
+    train([str(word) for word in argv])
     return folder / "run"
 
 
-def test_every_verb_is_told_of(capsys):
+def test_every_command_is_listed(capsys):
     assert main([]) == 0
-    told = capsys.readouterr().out
-    assert all(f"\n{verb} " in told for verb in COMMANDS)
+    shown = capsys.readouterr().out
+    assert all(f"\n{command} " in shown for command in COMMANDS)
 
 
-@pytest.mark.parametrize("verb", sorted(COMMANDS))
-def test_every_verb_answers_to_help_with_its_flags(verb, capsys):
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_shows_its_help(command, capsys):
     with pytest.raises(SystemExit) as ended:
-        main([verb, "--help"])
+        main([command, "--help"])
     assert ended.value.code == 0
     assert "usage: " in capsys.readouterr().out
 
 
-def test_a_misspelt_verb_is_answered_with_the_nearest(capsys):
+def test_a_misspelt_command_is_answered_with_the_nearest(capsys):
     assert main(["preflihgt"]) == 2
     assert capsys.readouterr().err == "error: preflihgt: no such command; did you mean preflight?\n"
     assert main(["zzz"]) == 2
-    assert "there are train, preflight" in capsys.readouterr().err
+    assert "the commands are train, preflight" in capsys.readouterr().err
 
 
-def test_the_version_is_told(capsys):
+def test_the_version_is_printed(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"sar-kd {__version__}\n"
 
@@ -71,10 +71,10 @@ def test_the_usage_names_the_command_that_was_called(called, shown, monkeypatch,
         main(["report", "--help"])
     assert f"usage: {shown} RUN_DIR [RUN_DIR ...] [options]" in capsys.readouterr().out
     assert program_name() in shown
-    for verb in COMMANDS:
+    for command in COMMANDS:
         with pytest.raises(SystemExit):
-            main([verb, "--help"])
-        assert f"usage: {program_name()} {verb} " in capsys.readouterr().out
+            main([command, "--help"])
+        assert f"usage: {program_name()} {command} " in capsys.readouterr().out
 
 
 def test_the_package_promises_its_types_and_installs_its_command():
@@ -111,16 +111,16 @@ def test_no_line_of_generate_ends_with_spaces_and_an_empty_text_is_named(run, te
     assert lines[first + 1 :] == shown
 
 
-def test_what_generate_shows_of_the_student_is_what_the_saved_student_writes(run, capsys):
+def test_generate_shows_the_text_that_the_saved_student_generates(run, capsys):
     assert main(["generate", str(run), "The default value", "--max_new_tokens", "12", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     pipe = transformers.pipeline("text-generation", model=str(run / "student"))
-    (written,) = pipe("The default value", max_new_tokens=12, do_sample=False)
-    assert written["generated_text"] == "The default value" + shown["student, after"]
+    (generated,) = pipe("The default value", max_new_tokens=12, do_sample=False)
+    assert generated["generated_text"] == "The default value" + shown["student, after"]
     assert shown.keys() == {"prompt", "teacher", "student, before", "student, after"}
 
 
-def test_the_same_seed_draws_the_same_text_and_another_draws_another(run, capsys):
+def test_the_same_seed_samples_the_same_text_and_another_samples_another(run, capsys):
     texts = []
     for seed in ("1", "1", "2"):
         words = ["--sample_temperature", "1.5", "--seed", seed, "--max_new_tokens", "20", "--json"]
@@ -140,6 +140,6 @@ def test_the_same_seed_draws_the_same_text_and_another_draws_another(run, capsys
         (["{run}", "x", "--device", "cuda:9"], "--device cuda:9"),
     ],
 )
-def test_what_generate_cannot_do_is_one_line(run, words, expected, capsys):
+def test_an_error_of_generate_is_one_line(run, words, expected, capsys):
     assert main(["generate", *(word.format(run=run) for word in words)]) == 2
     assert expected in capsys.readouterr().err.splitlines()[0]

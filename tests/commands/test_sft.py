@@ -1,4 +1,4 @@
-"""`python -m sar_kd sft`: whole runs with tiny models, and the broken recipes it is there for, as they were."""
+"""`python -m sar_kd sft`: whole runs with tiny models, and the broken recipes that it replaces."""
 
 import ast
 import contextlib
@@ -130,7 +130,7 @@ def test_the_loss_is_on_the_answers_only(inputs, tmp_path, data, sp_tokenizer):
     assert not any("plain text" in line for line in out)
 
 
-def test_plain_text_is_learned_whole_and_the_run_says_so(inputs, tmp_path):
+def test_plain_text_is_learned_whole_and_the_run_shows_it(inputs, tmp_path):
     code, out, _ = _run(_argv(inputs, tmp_path / "run", data="text.jsonl"))
     assert code == 0
     assert any("plain text: all of it is learned" in line for line in out)
@@ -158,7 +158,7 @@ def test_the_first_loss_and_gradient_are_those_of_the_definition(inputs, tmp_pat
     assert first["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
-# The calendar
+# Epochs and steps
 
 
 @pytest.mark.parametrize(
@@ -174,8 +174,8 @@ def test_the_first_loss_and_gradient_are_those_of_the_definition(inputs, tmp_pat
     ],
 )
 def test_epochs_become_steps(given, steps, saves):
-    calendar = SftTrainConfig(per_device_batch_size=4, **given).in_steps(40)
-    assert (calendar.train_steps, calendar.save_steps) == (steps, saves)
+    train = SftTrainConfig(per_device_batch_size=4, **given).in_steps(40)
+    assert (train.train_steps, train.save_steps) == (steps, saves)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_checkpoints_are_written_when_asked(inputs, tmp_path, strategy, expected
     assert found == expected
 
 
-def test_a_quick_check_prints_every_step_with_finite_figures(inputs, tmp_path):
+def test_a_quick_check_prints_every_step_with_finite_metrics(inputs, tmp_path):
     code, out, _ = _run(_argv(inputs, tmp_path / "run", "--max_steps", 3, "--model_dtype", "float16"))
     printed = _printed(out)
     assert (code, len(printed)) == (0, 3)
@@ -197,10 +197,10 @@ def test_a_quick_check_prints_every_step_with_finite_figures(inputs, tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_a_resumed_run_equals_an_untouched_one_bit_for_bit(inputs, tmp_path, rank):
-    flags = ("--lora_rank", rank, "--lora_dropout", 0.1, "--save_strategy", "steps", "--save_steps", 3)
-    flags += ("--model_dtype", "float16", "--lr_schedule", "constant")
-    assert _run(_argv(inputs, tmp_path / "whole", *flags))[0] == 0
-    assert _run(_argv(inputs, tmp_path / "parts", *flags, "--max_steps", 3))[0] == 0
+    options = ("--lora_rank", rank, "--lora_dropout", 0.1, "--save_strategy", "steps", "--save_steps", 3)
+    options += ("--model_dtype", "float16", "--lr_schedule", "constant")
+    assert _run(_argv(inputs, tmp_path / "whole", *options))[0] == 0
+    assert _run(_argv(inputs, tmp_path / "parts", *options, "--max_steps", 3))[0] == 0
     resumed = ["sft", "--resume", "--output_dir", str(tmp_path / "parts"), "--max_steps", "0"]
     assert _run(resumed)[0] == 0
     whole, parts = _steps(tmp_path / "whole"), _steps(tmp_path / "parts")
@@ -325,8 +325,8 @@ def test_without_clipping_an_exploding_loss_ends_in_nan_and_here_in_a_stop_with_
     lines = _naive(model, _rows(sp_tokenizer), rate=100.0)
     assert not all(value.isfinite().all() for value in model.parameters())
     assert _explained(tmp_path, lines) in ("exploding", "weights became nan")
-    flags = ("--learning_rate", 100, "--max_grad_norm", 1e9, "--model_dtype", "float16", "--train_steps", 40)
-    code, out, err = _run(_argv(inputs, tmp_path / "run", *flags, "--warmup_steps", 0, "--log_steps", 1))
+    options = ("--learning_rate", 100, "--max_grad_norm", 1e9, "--model_dtype", "float16", "--train_steps", 40)
+    code, out, err = _run(_argv(inputs, tmp_path / "run", *options, "--warmup_steps", 0, "--log_steps", 1))
     assert code == 3
     assert "emergency stop after 10 consecutive NaN batches (cause: forward" in err[0]
     assert "'loss': nan" in "\n".join(out)  # printed as what it is
@@ -341,8 +341,8 @@ def test_with_clipping_the_same_loss_falls(inputs, tmp_path):
 
 
 def test_a_model_that_float16_cannot_hold_is_stopped_with_its_module(inputs, tmp_path):
-    flags = ("--model_dtype", "float16", "--train_steps", 20)
-    code, _, err = _run(_argv(inputs, tmp_path / "run", *flags, model="loud"))
+    options = ("--model_dtype", "float16", "--train_steps", 20)
+    code, _, err = _run(_argv(inputs, tmp_path / "run", *options, model="loud"))
     assert code == 3
     assert "fp16 range" in err[0]
     assert diagnose(read_log(tmp_path / "run")).name == "forward overflow"
@@ -352,7 +352,7 @@ def test_a_model_that_float16_cannot_hold_is_stopped_with_its_module(inputs, tmp
 
 
 def _masking(monkeypatch, without_targets, chosen):
-    """Every batch that `chosen` accepts, by its step, comes without labels."""
+    """Batches of the steps that `chosen` accepts have no labels."""
     plain = BatchLoader._micro_batches
 
     def micro_batches(self, step, *args):
@@ -387,16 +387,17 @@ def test_more_than_one_percent_of_them_ends_in_an_explanation(inputs, tmp_path, 
 def test_a_gradient_of_zero_for_three_steps_stops_with_its_cause(inputs, tmp_path, monkeypatch):
     plain = trainer.train_step
 
-    def without_gradient(batches, objective, *args):
+    def without_gradient(batches, context):
         with pytest.MonkeyPatch.context() as patch:
-            call = type(objective).__call__
+            kind = type(context.objective)
+            call = kind.__call__
 
             def flat(self, *args):
                 terms = call(self, *args)
                 return type(terms)(terms.total * 0.0, *terms.values()[1:])
 
-            patch.setattr(type(objective), "__call__", flat)
-            return plain(batches, objective, *args)
+            patch.setattr(kind, "__call__", flat)
+            return plain(batches, context)
 
     monkeypatch.setattr(trainer, "train_step", without_gradient)
     code, _, err = _run(_argv(inputs, tmp_path / "run"))
@@ -406,13 +407,13 @@ def test_a_gradient_of_zero_for_three_steps_stops_with_its_cause(inputs, tmp_pat
 
 def test_a_loss_of_zero_for_three_steps_stops_with_its_cause_and_two_do_not():
     batch = Fake(num_target_tokens=3, blocks=(0,))
-    vitals = TargetChecks(Fake(documents_of=lambda block: ["a"]))
-    said = []
+    checks = TargetChecks(Fake(documents_of=lambda block: ["a"]))
+    reasons = []
     for loss in (0.0, 0.0, 1.0, 0.0, 0.0, 0.0):
         report = Fake(verdict=Fake(applied=True), loss=loss, grad_norm=1.0)
-        said.append(vitals.note(1, report, [batch])[1])
-    assert said[:5] == [None] * 5
-    assert "3 steps running the loss is exactly 0" in said[5]
+        reasons.append(checks.on_step_end(1, report, lambda: [batch])[1])
+    assert reasons[:5] == [None] * 5
+    assert "3 steps running the loss is exactly 0" in reasons[5]
 
 
 # The task
@@ -444,7 +445,7 @@ def test_a_task_and_a_file_exclude_each_other(inputs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "line"),
+    ("options", "line"),
     [
         (("--epochs", "0"), "--epochs 0"),
         (("--save_strategy", "never"), "--save_strategy"),
@@ -453,24 +454,24 @@ def test_a_task_and_a_file_exclude_each_other(inputs, tmp_path):
         (("--max_grad_norm", "0"), "--max_grad_norm 0"),
     ],
 )
-def test_a_wrong_flag_is_one_line(inputs, tmp_path, flags, line):
-    code, _, err = _run(_argv(inputs, tmp_path / "run", *flags))
+def test_a_wrong_option_is_one_line(inputs, tmp_path, options, line):
+    code, _, err = _run(_argv(inputs, tmp_path / "run", *options))
     assert (code, len(err)) == (2, 1)
     assert line in err[0]
 
 
-def test_help_names_every_flag(capsys):
+def test_help_names_every_option(capsys):
     with pytest.raises(SystemExit):
         main(["sft", "--help"])
     text = capsys.readouterr().out
-    for flag in (
+    for option in (
         "epochs", "train_steps", "max_steps", "learning_rate", "lora_rank", "lora_targets", "save_strategy", "task",
         "model_dtype", "max_grad_norm", "warmup_steps", "per_device_batch_size", "gradient_checkpointing",
     ):  # fmt: skip
-        assert f"--{flag}" in text
+        assert f"--{option}" in text
 
 
-def test_a_run_in_another_verbs_folder_is_not_resumed(tmp_path):
+def test_a_run_in_the_folder_of_another_command_is_not_resumed(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"format": RUN_FORMAT, "mode": "balanced"}))
     with pytest.raises(UsageError, match="no mode is called balanced"):
         sft.main(["--resume", "--output_dir", str(tmp_path)])

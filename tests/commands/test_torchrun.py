@@ -1,4 +1,4 @@
-"""Whole runs in two processes on a CPU: files, words, resuming, stopping, and what happens when one process dies."""
+"""Whole runs in two processes on a CPU: files, output, resuming, stopping, and the death of one process."""
 
 import contextlib
 import io
@@ -18,16 +18,16 @@ import torch
 import transformers
 
 import train_sar_kd_stable
-from sar_kd.commands import main
+from sar_kd.commands import main, train
 from sar_kd.config.sections import DataConfig
-from sar_kd.data.dataset import Dataset
+from sar_kd.data.dataset import build_dataset
 from sar_kd.data.sources import load_documents
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 from sar_kd.training import trainer
 from tests.helpers import ranks
+from tests.helpers.runs import latest_checkpoint, read_json, read_metrics, untimed
 
 ROOT = Path(__file__).parents[2]
-TIMING = {"tokens_per_second", "peak_memory_bytes", "wall_seconds", "seconds", "train_seconds"}
 
 
 @pytest.fixture(scope="module")
@@ -70,29 +70,12 @@ def _run(folder, argv, change=None):
     return ranks.run(folder, ranks.script, argv, change)
 
 
-def _json(path):
-    return json.loads(Path(path).read_text())
-
-
-def _metrics(folder, event):
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in records if record["event"] == event]
-
-
-def _checkpoint(folder):
-    return folder / "checkpoint" / (folder / "checkpoint" / "latest").read_text()
-
-
-def _untimed(record):
-    return {k: _untimed(v) for k, v in record.items() if k not in TIMING} if isinstance(record, dict) else record
-
-
 def _codes(ended):
     return [end.code for end in ended]
 
 
 def _lines(ended):
-    """What all processes have said on stderr."""
+    """The lines of all processes on stderr."""
     return [line for end in ended for line in end.err]
 
 
@@ -126,11 +109,11 @@ def _die():
 def finished(request, inputs, tmp_path_factory):
     """Four steps in float16 by two processes."""
     folder = tmp_path_factory.mktemp(request.param)
-    ended = _run(folder / "told", _argv(inputs, folder / "run", "--parallel", request.param))
+    ended = _run(folder / "output", _argv(inputs, folder / "run", "--parallel", request.param))
     return SimpleNamespace(folder=folder / "run", ended=ended, parallel=request.param)
 
 
-def test_two_processes_finish_and_the_first_tells_and_writes_for_both(finished):
+def test_two_processes_finish_and_the_first_prints_and_writes_for_both(finished):
     assert _codes(finished.ended) == [0, 0]
     assert _lines(finished.ended) == []
     assert finished.ended[0].out.startswith("Mode balanced")
@@ -141,25 +124,25 @@ def test_two_processes_finish_and_the_first_tells_and_writes_for_both(finished):
     }  # fmt: skip
 
 
-def test_the_figures_are_those_of_all_ranks(finished, inputs, tmp_path):
+def test_the_metrics_are_those_of_all_ranks(finished, inputs, tmp_path):
     assert _alone(_argv(inputs, tmp_path / "run", batch=4, steps=1)).code == 0
-    alone, both = (_json(folder / "summary.json") for folder in (tmp_path / "run", finished.folder))
+    alone, both = (read_json(folder / "summary.json") for folder in (tmp_path / "run", finished.folder))
     names = ("val_ppl_start", "val_bits_per_byte_start", "teacher_val_ppl", "teacher_val_bits_per_byte")
     assert [both[name] for name in names] == pytest.approx([alone[name] for name in names], rel=1e-3)
-    step, *_ = _metrics(tmp_path / "run", "step")
-    first, *_ = _metrics(finished.folder, "step")
+    step, *_ = read_metrics(tmp_path / "run", "step")
+    first, *_ = read_metrics(finished.folder, "step")
     assert first["num_target_tokens"] == step["num_target_tokens"]
     assert first["loss"] == pytest.approx(step["loss"], rel=0.05)  # other dropout
-    assert both["tokens"] == sum(record["num_target_tokens"] for record in _metrics(finished.folder, "step"))
+    assert both["tokens"] == sum(record["num_target_tokens"] for record in read_metrics(finished.folder, "step"))
     assert both["val_ppl_final"] < both["val_ppl_start"]
 
 
 def test_the_student_is_saved_whole_and_is_the_one_that_was_measured(finished):
     student = transformers.AutoModelForCausalLM.from_pretrained(finished.folder / "student")
     assert student.lm_head.weight is student.model.embed_tokens.weight
-    saved = safetensors.torch.load_file(_checkpoint(finished.folder) / "student.safetensors")
+    saved = safetensors.torch.load_file(latest_checkpoint(finished.folder) / "student.safetensors")
     own = student.state_dict()
-    assert _json(finished.folder / "summary.json")["best_step"] == 4
+    assert read_json(finished.folder / "summary.json")["best_step"] == 4
     assert saved.keys() < own.keys()  # a tied weight once
     assert all(torch.equal(own[name], value) for name, value in saved.items())
 
@@ -168,26 +151,26 @@ def test_a_signal_to_one_rank_ends_both_with_130_and_resumed_they_equal_a_run_ne
     finished, inputs, tmp_path
 ):
     argv = _argv(inputs, tmp_path / "run", "--parallel", finished.parallel)
-    ended = _run(tmp_path / "told", argv, _Changed(_interrupt, at=3, rank=1))
+    ended = _run(tmp_path / "output", argv, _Changed(_interrupt, at=3, rank=1))
     assert _codes(ended) == [130, 130]
     assert _lines(ended) == []
-    assert _json(tmp_path / "run" / "summary.json")["status"] == "interrupted"
-    assert _json(_checkpoint(tmp_path / "run") / "progress.json")["progress"]["step"] == 3
+    assert read_json(tmp_path / "run" / "summary.json")["status"] == "interrupted"
+    assert read_json(latest_checkpoint(tmp_path / "run") / "progress.json")["progress"]["step"] == 3
     ended = _run(tmp_path / "resumed", ["--resume", "--output_dir", str(tmp_path / "run")])
     assert _codes(ended) == [0, 0]
     _assert_equal_runs(finished.folder, tmp_path / "run")
 
 
 def _assert_equal_runs(a, b):
-    states = [torch.load(_checkpoint(run) / "state.pt", weights_only=True) for run in (a, b)]
+    states = [torch.load(latest_checkpoint(run) / "state.pt", weights_only=True) for run in (a, b)]
     assert len(states[0]["others"]) == 1
     rng = [states[0]["precision"]["rng"]["torch"], states[0]["others"][0]["rng"]["torch"]]
     assert not torch.equal(*rng)
     assert _written(states[0]) == _written(states[1])
-    weights = [_written(safetensors.torch.load_file(_checkpoint(run) / "student.safetensors")) for run in (a, b)]
+    weights = [_written(safetensors.torch.load_file(latest_checkpoint(run) / "student.safetensors")) for run in (a, b)]
     assert weights[0] == weights[1]
     assert (a / "metrics.jsonl").read_text() == (b / "metrics.jsonl").read_text()
-    assert _untimed(_json(a / "summary.json")) == _untimed(_json(b / "summary.json"))
+    assert untimed(read_json(a / "summary.json")) == untimed(read_json(b / "summary.json"))
 
 
 def _written(state):
@@ -208,7 +191,7 @@ def test_another_number_of_processes_cannot_resume_a_run(finished, tmp_path):
 
 def test_a_rank_that_is_killed_is_named_by_the_other_in_seconds_and_the_run_resumes(inputs, tmp_path):
     argv = _argv(inputs, tmp_path / "run", "--eval_steps", 100, steps=6)
-    started = ranks.start(tmp_path / "told", ranks.script, argv, _Changed(_die, at=4, rank=1))
+    started = ranks.start(tmp_path / "output", ranks.script, argv, _Changed(_die, at=4, rank=1))
     started.processes[1].join(60)
     killed = time.monotonic()
     started.processes[0].join(60)
@@ -220,17 +203,17 @@ def test_a_rank_that_is_killed_is_named_by_the_other_in_seconds_and_the_run_resu
     assert "--resume" in line
     assert seconds < 20
     assert _codes(_run(tmp_path / "resumed", ["--resume", "--output_dir", str(tmp_path / "run")])) == [0, 0]
-    steps = _metrics(tmp_path / "run", "step")
+    steps = read_metrics(tmp_path / "run", "step")
     assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
 
 
 def test_an_emergency_stop_ends_both_with_3_and_one_line(inputs, tmp_path):
-    ended = _run(tmp_path / "told", _argv(inputs, tmp_path / "run", steps=50, student="loud"))
+    ended = _run(tmp_path / "output", _argv(inputs, tmp_path / "run", steps=50, student="loud"))
     assert _codes(ended) == [3, 3]
     (line,) = _lines(ended)
     assert "10 consecutive" in line
     assert "down_proj" in line
-    summary, crash = (_json(tmp_path / "run" / name) for name in ("summary.json", "crash/crash.json"))
+    summary, crash = (read_json(tmp_path / "run" / name) for name in ("summary.json", "crash/crash.json"))
     assert (summary["steps"], summary["skipped"]["forward"]) == (10, 10)
     assert (crash["cause"], crash["verdict"]) == ("forward", "fp16 range")
 
@@ -245,12 +228,12 @@ class _Unreadable:
         def read(module, inputs, output):
             return torch.where((inputs[0] == self.token)[..., None], torch.nan, output)
 
-        class Trainer(train_sar_kd_stable.Trainer):
+        class Trainer(train.Trainer):
             def _train(self, *args):
                 self.models.student.get_input_embeddings().register_forward_hook(read)
                 return super()._train(*args)
 
-        train_sar_kd_stable.Trainer = Trainer
+        train.Trainer = Trainer
 
 
 class _WithoutGradient:
@@ -263,39 +246,39 @@ class _WithoutGradient:
             if output.requires_grad:
                 output.register_hook(lambda grad: grad * torch.inf)
 
-        def train_step(micro_batches, objective, *args):
+        def train_step(micro_batches, context):
             calls.append(1)
             if len(calls) == 2 and rank == 1:
-                objective.student.model.norm.register_forward_hook(overflow)
-            return original(micro_batches, objective, *args)
+                context.objective.student.model.norm.register_forward_hook(overflow)
+            return original(micro_batches, context)
 
         trainer.train_step = train_step
 
 
 def test_gradients_that_stay_infinite_on_one_rank_stop_both_with_the_same_weights(inputs, tmp_path):
     more = ("--model_dtype", "float32", "--student_model", inputs / "plain", "--eval_steps", 100)
-    ended = _run(tmp_path / "told", _argv(inputs, tmp_path / "run", *more, steps=50), _WithoutGradient())
+    ended = _run(tmp_path / "output", _argv(inputs, tmp_path / "run", *more, steps=50), _WithoutGradient())
     assert _codes(ended) == [3, 3]
-    summary = _json(tmp_path / "run" / "summary.json")
+    summary = read_json(tmp_path / "run" / "summary.json")
     assert (summary["applied"], summary["skipped"]["gradient"]) == (1, 10)
     assert all("10 consecutive NaN batches" in line for line in _lines(ended))
-    crash = _json(tmp_path / "run" / "crash" / "crash.json")
+    crash = read_json(tmp_path / "run" / "crash" / "crash.json")
     assert crash["cause"] == "gradient"
 
 
 @pytest.mark.parametrize(
     ("parallel", "rewinds"), [("ddp", False), ("fsdp", False), ("ddp", True), ("fsdp", True)], ids=lambda v: str(v)
 )
-def test_a_document_that_only_the_second_rank_reads_is_named_and_left_out_by_both(
+def test_a_document_that_only_the_second_rank_reads_is_named_and_skipped_by_both(
     inputs, tmp_path, parallel, rewinds, corpus_texts
 ):
     texts = [f"{number}: {text}" for number, text in enumerate(corpus_texts[:30])]
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    (tmp_path / "examples.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     (tmp_path / "held_out.txt").write_text("\n".join(corpus_texts[30:36]))
-    files = {"train_file": (str(tmp_path / "rows.jsonl"),), "validation_file": (str(tmp_path / "held_out.txt"),)}
+    files = {"train_file": (str(tmp_path / "examples.jsonl"),), "validation_file": (str(tmp_path / "held_out.txt"),)}
     names = [transformers.AutoTokenizer.from_pretrained(inputs / which) for which in ("student", "teacher")]
-    rows = dict(zip(("student_vocab_size", "teacher_vocab_size"), map(len, names), strict=True))
-    corpus = Dataset(load_documents(DataConfig(**files))[0], TokenizerPair(*names, **rows, aligns=True), 32, 256)
+    sizes = dict(zip(("student_vocab_size", "teacher_vocab_size"), map(len, names), strict=True))
+    corpus = build_dataset(load_documents(DataConfig(**files))[0], TokenizerPair(*names, **sizes, aligns=True), 32, 256)
     tokens = [set(corpus.batch([block]).student.input_ids.flatten().tolist()) for block in range(len(corpus))]
     held_out = set(names[0].encode(" ".join(corpus_texts[30:36])))
     own = {block: mine.difference(held_out, *tokens[:block], *tokens[block + 1 :]) for block, mine in enumerate(tokens)}
@@ -311,15 +294,15 @@ def test_a_document_that_only_the_second_rank_reads_is_named_and_left_out_by_bot
     more += ("--parallel", parallel, "--grad_accum_steps", 1, "--eval_steps", 100, "--seed", seed)
     more += ("--on_divergence", "rewind", "--max_nan_batches", 1) if rewinds else ()
     argv = _argv(inputs, tmp_path / "run", *more, steps=5, batch=1)
-    ended = _run(tmp_path / "told", argv, _Unreadable(token))
+    ended = _run(tmp_path / "output", argv, _Unreadable(token))
     assert _codes(ended) == [0, 0]
-    skipped = [record["step"] for record in _metrics(tmp_path / "run", "step") if record["cause"] == "forward"]
+    skipped = [record["step"] for record in read_metrics(tmp_path / "run", "step") if record["cause"] == "forward"]
     assert skipped == ([] if rewinds else [step + 1])
     if rewinds:
-        (record,) = _metrics(tmp_path / "run", "rewind")
-        assert record["rewound_from"] == step + 1 == _json(tmp_path / "run" / "summary.json")["rewound_from"]
+        (record,) = read_metrics(tmp_path / "run", "rewind")
+        assert record["rewound_from"] == step + 1 == read_json(tmp_path / "run" / "summary.json")["rewound_from"]
         assert bad in record["left_out"]
-    crash = _json(tmp_path / "run" / "crash" / "crash.json")
+    crash = read_json(tmp_path / "run" / "crash" / "crash.json")
     assert crash["documents"] == corpus.documents_of(bad)
     assert len(crash["documents"]) < 4
 
@@ -331,8 +314,8 @@ def test_a_document_that_only_the_second_rank_reads_is_named_and_left_out_by_bot
         (("--student_model", "./nowhere"), ("--student_model ./nowhere", "no such directory")),
     ],
 )
-def test_what_the_user_can_mend_is_said_once_and_both_exit_with_2(inputs, tmp_path, more, parts):
-    ended = _run(tmp_path / "told", _argv(inputs, tmp_path / "run", *more))
+def test_an_error_of_the_user_is_printed_once_and_both_exit_with_2(inputs, tmp_path, more, parts):
+    ended = _run(tmp_path / "output", _argv(inputs, tmp_path / "run", *more))
     assert _codes(ended) == [2, 2]
     (line,) = _lines(ended)
     assert all(part in line for part in parts)
@@ -350,10 +333,10 @@ def test_routers_learn_alike_in_two_processes_and_in_one(inputs, tmp_path):
     more = ("--routing", "sar", "--sar_routing", "all", "--alpha_kd", 0.5, "--router_lr", 1e-3)
     more += ("--model_dtype", "float32", "--student_model", inputs / "plain")
     both, alone = tmp_path / "both", tmp_path / "alone"
-    assert _codes(_run(tmp_path / "told", _argv(inputs, both, *more, steps=2))) == [0, 0]
+    assert _codes(_run(tmp_path / "output", _argv(inputs, both, *more, steps=2))) == [0, 0]
     assert _alone(_argv(inputs, alone, *more, batch=4, steps=2)).code == 0
     for name in ("router_kl", "router_balance", "router_grad_norm", "router_entropy", "kd_loss"):
-        own, other = ([record[name] for record in _metrics(run, "step")] for run in (both, alone))
+        own, other = ([record[name] for record in read_metrics(run, "step")] for run in (both, alone))
         assert own == pytest.approx(other, rel=1e-4)
     updates = [safetensors.torch.load_file(run / "router_update.safetensors") for run in (both, alone)]
     assert all(torch.allclose(updates[0][name], updates[1][name], atol=1e-5) for name in updates[1])
@@ -365,7 +348,7 @@ def test_routers_learn_alike_in_two_processes_and_in_one(inputs, tmp_path):
 
 
 @pytest.mark.long
-def test_torchrun_starts_it_and_a_wrong_flag_is_said_once(inputs, tmp_path):
+def test_torchrun_starts_it_and_a_wrong_option_is_printed_once(inputs, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     argv = [str(ROOT / "train_sar_kd_stable.py"), *_argv(inputs, tmp_path / "run", "--temprature", "2")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

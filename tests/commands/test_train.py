@@ -17,9 +17,9 @@ import pytest
 import torch
 import transformers
 
-from sar_kd.commands import audit, main
+from sar_kd.commands import audit, main, train
 from sar_kd.config.sections import DataConfig, GuardConfig, OptimConfig
-from sar_kd.data.dataset import Dataset
+from sar_kd.data.dataset import build_dataset
 from sar_kd.data.sources import load_documents
 from sar_kd.errors import UsageError
 from sar_kd.evaluation.perplexity import evaluate
@@ -30,6 +30,8 @@ from sar_kd.runtime.signals import StopRequest
 from sar_kd.training import checkpoint, trainer
 from sar_kd.training.guards import CAUSES, StepGuard
 from sar_kd.training.optimizer import build_optimizer
+from sar_kd.training.step import StepContext
+from sar_kd.version import RUN_FORMAT
 from tests.helpers.runs import (
     ROOT,
     argv_of,
@@ -73,15 +75,14 @@ def _student(folder):
 def finished(request, inputs, tmp_path_factory):
     """Three steps in float16: folder, summary, stdout, and the models in memory."""
     folder, script = tmp_path_factory.mktemp("runs") / request.param, load_script(request.param)
-    run, load_models = SimpleNamespace(folder=folder), script.load_models
+    run, load_models, out = SimpleNamespace(folder=folder), train.load_models, io.StringIO()
 
     def load_and_keep(*args):
         run.models = load_models(*args)
         return run.models
 
-    script.load_models = load_and_keep
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr(train, "load_models", load_and_keep)
         run.summary = script.main(argv_of(inputs, folder))
     run.out = out.getvalue()
     return run
@@ -118,7 +119,7 @@ def test_the_summary_has_the_designs_keys(finished):
     summary = read_json(finished.folder / "summary.json")
     assert summary.keys() >= SUMMARY_KEYS
     assert summary["skipped"].keys() == set(CAUSES)
-    assert summary == finished.summary
+    assert summary == {"format": RUN_FORMAT, **finished.summary}
 
 
 def test_the_summary_agrees_with_the_metrics(finished):
@@ -152,7 +153,7 @@ def test_the_saved_tokenizer_is_the_students(finished, sp_tokenizer):
 
 def test_the_reported_perplexity_is_that_of_the_saved_student(finished, inputs):
     _, held_out = load_documents(DataConfig(train_file=(str(inputs / "text.txt"),)))
-    corpus = Dataset(held_out, finished.models.tokenizers, *finished.models.block_limits(32))
+    corpus = build_dataset(held_out, finished.models.tokenizers, *finished.models.block_limits(32))
     precision = Precision(CPU, torch.float32, 1.0)
     saved = _student(finished.folder / "student")
     found = evaluate(saved, corpus.token_batches("student", 1), corpus.text.num_bytes, precision)
@@ -165,7 +166,7 @@ def test_lines_are_plain_where_stdout_is_no_terminal(finished):
     assert "\x1b" not in finished.out
 
 
-def test_steps_and_evaluations_are_told_in_these_words(finished):
+def test_steps_and_evaluations_are_printed_in_this_form(finished):
     lines = finished.out.splitlines()
     number = r"\d+\.\d{4}"
     step = re.compile(rf"Step (\d+): avg_loss={number} \(kd={number}, ce={number}\) success_rate=\d+%")
@@ -307,7 +308,7 @@ def _finish(process):
     return process.returncode, out, err
 
 
-def test_a_script_that_is_done_exits_0_and_says_nothing_on_stderr(inputs, tmp_path):
+def test_a_script_that_is_done_exits_0_and_prints_nothing_on_stderr(inputs, tmp_path):
     code, out, err = _finish(_start("train_sar_kd_fp16_safe", argv_of(inputs, tmp_path / "run", steps=1)))
     assert (code, err) == (0, "")
     assert out.startswith("Mode ultra-conservative")
@@ -345,11 +346,11 @@ def _going_bad(train_step, bad_steps, is_bad=lambda ids, micro_batches: True):
             return output * math.inf
         return output
 
-    def going_bad(micro_batches, objective, *args):
+    def going_bad(micro_batches, step_context):
         calls.append(1)
         context["micro_batches"] = micro_batches
         if len(calls) in bad_steps:
-            student = objective.student
+            student = step_context.objective.student
             context["handles"] = context.get("handles") or [
                 student.get_input_embeddings().register_forward_pre_hook(remember),
                 student.model.layers[0].mlp.down_proj.register_forward_hook(overflow),
@@ -357,7 +358,7 @@ def _going_bad(train_step, bad_steps, is_bad=lambda ids, micro_batches: True):
         else:
             for handle in context.pop("handles", ()):
                 handle.remove()
-        return train_step(micro_batches, objective, *args)
+        return train_step(micro_batches, step_context)
 
     return going_bad
 
@@ -377,7 +378,7 @@ def test_ten_bad_batches_in_a_row_stop_the_run_with_3(stopped):
     assert summary["nan_batches_max_consecutive"] == 10
 
 
-def test_the_stop_is_said_in_one_line_with_cause_and_remedy(stopped):
+def test_the_stop_is_printed_in_one_line_with_cause_and_remedy(stopped):
     (line,) = stopped.err
     parts = ("10 consecutive", "cause: forward", "down_proj", "float16", "--model_dtype float32", "crash.md")
     assert all(part in line for part in parts)
@@ -454,7 +455,7 @@ def test_the_report_is_about_the_micro_batch_that_was_bad(inputs, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    ("flag", "value", "remedy"),
+    ("option", "value", "remedy"),
     [
         ("--student_model", "./nowhere", "no such directory"),
         ("--teacher_model", "/nowhere/at/all", "no such directory"),
@@ -465,8 +466,8 @@ def test_the_report_is_about_the_micro_batch_that_was_bad(inputs, tmp_path, monk
         ("--temperature", "0", "above 0"),
     ],
 )
-def test_what_the_user_can_mend_is_one_line_and_exit_code_2(inputs, tmp_path, flag, value, remedy):
-    assert_refused(argv_of(inputs, tmp_path / "run", flag, value), flag, remedy)
+def test_an_error_of_the_user_is_one_line_and_exit_code_2(inputs, tmp_path, option, value, remedy):
+    assert_refused(argv_of(inputs, tmp_path / "run", option, value), option, remedy)
     assert not (tmp_path / "run").exists()
 
 
@@ -500,26 +501,26 @@ def test_a_refused_start_leaves_the_run_it_was_to_overwrite(finished, inputs, tm
     assert (folder / "student" / "model.safetensors").exists()
 
 
-def test_a_hard_clamp_on_a_fresh_student_is_refused_with_the_figures(inputs, tmp_path):
+def test_a_hard_clamp_on_a_fresh_student_is_refused_with_the_numbers(inputs, tmp_path):
     argv = argv_of(inputs, tmp_path / "run", "--loss_clamp_style", "hard", "--loss_clamp", 5)
     assert_refused(argv, "--loss_clamp_style hard", "ln V = 6.25", "--loss_clamp 5", "--force")
 
 
-def test_force_trains_under_a_hard_clamp_and_says_so(inputs, tmp_path):
+def test_force_trains_under_a_hard_clamp_and_shows_it(inputs, tmp_path):
     more = ("--loss_clamp_style", "hard", "--loss_clamp", 5, "--force")
     code, out, _ = run_script(argv_of(inputs, tmp_path / "run", *more, steps=1))
     assert code == 0
     assert any(line.startswith("Forced: --loss_clamp_style hard") for line in out)
 
 
-def test_a_document_that_is_left_out_is_named(inputs, tmp_path, corpus_texts):
-    rows = [json.dumps({"text": "\n".join(corpus_texts)}), r'{"text": "half a pair \ud800 here"}']
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+def test_a_skipped_document_is_named(inputs, tmp_path, corpus_texts):
+    examples = [json.dumps({"text": "\n".join(corpus_texts)}), r'{"text": "half a pair \ud800 here"}']
+    (tmp_path / "examples.jsonl").write_text("\n".join(examples))
     (tmp_path / "held_out.txt").write_text("\n".join(corpus_texts[:9]))
-    more = ("--train_file", tmp_path / "rows.jsonl", "--validation_file", tmp_path / "held_out.txt")
+    more = ("--train_file", tmp_path / "examples.jsonl", "--validation_file", tmp_path / "held_out.txt")
     code, out, _ = run_script(argv_of(inputs, tmp_path / "run", *more, steps=1))
     assert code == 0
-    assert any("rows.jsonl:2" in line for line in out)
+    assert any("examples.jsonl:2" in line for line in out)
 
 
 # Checkpoints that are not finished
@@ -529,20 +530,17 @@ def test_a_document_that_is_left_out_is_named(inputs, tmp_path, corpus_texts):
 def saving(request, tmp_path, make_student):
     """A folder with a checkpoint after step 1, and a state that has moved on since."""
     student = make_student(64, num_hidden_layers=1, tie_word_embeddings=request.param)
-    state = {
-        "student": student,
-        "optimizer": build_optimizer(student, OptimConfig()),
-        "precision": Precision(CPU, torch.float16, 1024.0),
-        "guard": StepGuard(GuardConfig()),
-        "objective": torch.nn.Linear(3, 2),  # of which it needs no more than its state
-        "routing": torch.nn.Linear(2, 3),  # likewise
-    }
-    checkpoint.save_checkpoint(tmp_path / "checkpoint", **state, progress={"step": 1})
-    learned = [*student.parameters(), *state["objective"].parameters(), *state["routing"].parameters()]
+    learned, teacher = torch.nn.Linear(3, 2), torch.nn.Linear(2, 3)  # stand-ins that have a state
+    objective = SimpleNamespace(student=student, state_dict=learned.state_dict, load_state_dict=learned.load_state_dict)
+    precision = Precision(CPU, torch.float16, 1024.0)
+    optimizer = build_optimizer(student, OptimConfig())
+    context = StepContext(objective, optimizer, StepGuard(GuardConfig()), precision, 1.0)
+    checkpoint.save_checkpoint(tmp_path / "checkpoint", context, teacher, checkpoint.TrainerState(step=1))
+    learned = [*student.parameters(), *learned.parameters(), *teacher.parameters()]
     former = [parameter.detach().clone() for parameter in learned]
     for parameter in learned:
         parameter.data.add_(1.0)
-    return SimpleNamespace(folder=tmp_path / "checkpoint", state=state, former=former, learned=learned)
+    return SimpleNamespace(folder=tmp_path / "checkpoint", parts=(context, teacher), former=former, learned=learned)
 
 
 class Killed(Exception):
@@ -572,8 +570,8 @@ def test_a_checkpoint_killed_half_way_leaves_the_former_one(saving, monkeypatch,
     with monkeypatch.context() as patch:
         patch.setattr(place, how)
         with pytest.raises(Killed):
-            checkpoint.save_checkpoint(saving.folder, **saving.state, progress={"step": 2})
-    assert checkpoint.load_checkpoint(saving.folder, **saving.state) == {"step": 1}
+            checkpoint.save_checkpoint(saving.folder, *saving.parts, checkpoint.TrainerState(step=2))
+    assert checkpoint.load_checkpoint(saving.folder, *saving.parts).step == 1
     assert equal_weights([p.data for p in saving.learned], saving.former)
 
 
@@ -583,8 +581,8 @@ def test_a_checkpoint_killed_while_clearing_up_is_the_new_one(saving, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda path, **how: remove(path, **how) if "ignore_errors" in how else _raise())
         with pytest.raises(Killed):
-            checkpoint.save_checkpoint(saving.folder, **saving.state, progress={"step": 2}, keep=1)
-    assert checkpoint.load_checkpoint(saving.folder, **saving.state) == {"step": 2}
+            checkpoint.save_checkpoint(saving.folder, *saving.parts, checkpoint.TrainerState(step=2), keep=1)
+    assert checkpoint.load_checkpoint(saving.folder, *saving.parts).step == 2
     assert equal_weights([p.data for p in saving.learned], moved)
 
 
@@ -592,8 +590,8 @@ def test_what_a_kill_left_is_cleared_away_by_the_next_checkpoint(saving):
     for name in (".step-00000002.partial", ".step-00000007.partial", "step-00000009"):
         (saving.folder / name).mkdir()
         (saving.folder / name / "student.safetensors").write_bytes(b"half")
-    assert checkpoint.load_checkpoint(saving.folder, **saving.state) == {"step": 1}
-    checkpoint.save_checkpoint(saving.folder, **saving.state, progress={"step": 2})
+    assert checkpoint.load_checkpoint(saving.folder, *saving.parts).step == 1
+    checkpoint.save_checkpoint(saving.folder, *saving.parts, checkpoint.TrainerState(step=2))
     assert {path.name for path in saving.folder.iterdir()} == {"latest", "step-00000001", "step-00000002"}
 
 
@@ -607,7 +605,7 @@ def test_a_text_killed_half_way_leaves_the_former_one(tmp_path, monkeypatch):
 
 def test_no_checkpoint_at_all_is_a_usage_error(saving, tmp_path):
     with pytest.raises(UsageError, match="no checkpoint"):
-        checkpoint.load_checkpoint(tmp_path / "elsewhere", **saving.state)
+        checkpoint.load_checkpoint(tmp_path / "elsewhere", *saving.parts)
 
 
 @pytest.mark.parametrize("templates", ["{{ messages }}", {"default": "{{ messages }}", "tool_use": "{{ tools }}"}])
@@ -624,10 +622,10 @@ def test_a_student_is_saved_again_whatever_its_chat_templates(tmp_path, template
 
 
 def test_running_out_of_gpu_memory_is_one_line_with_the_remedy(capsys):
-    def main(argv):
+    def too_large(argv):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
 
-    assert main.run(main) == main.USAGE
+    assert main.run(too_large) == main.USAGE
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "--per_device_batch_size" in error
@@ -637,11 +635,11 @@ def test_the_saved_student_generates_and_ends_where_its_tokenizer_ends(finished,
     config = transformers.GenerationConfig.from_pretrained(finished.folder / "student")
     assert (config.eos_token_id, config.pad_token_id) == (2, sp_tokenizer.eos_token_id)
     pipe = transformers.pipeline("text-generation", model=str(finished.folder / "student"))
-    (written,) = pipe("The loss scale", max_new_tokens=5)
-    assert written["generated_text"].startswith("The loss scale")
+    (generated,) = pipe("The loss scale", max_new_tokens=5)
+    assert generated["generated_text"].startswith("The loss scale")
 
 
-def test_the_card_beside_the_student_has_the_summarys_figures(finished):
+def test_the_card_beside_the_student_has_the_summarys_metrics(finished):
     card, summary = (finished.folder / "student" / "README.md").read_text(), finished.summary
     best = f"| student, this one (step 3) | {summary['val_ppl_best']:.2f} | {summary['val_bits_per_byte_best']:.4f} |"
     assert best in card
@@ -649,7 +647,7 @@ def test_the_card_beside_the_student_has_the_summarys_figures(finished):
 
 
 @pytest.mark.parametrize("eos", [None, 2])
-def test_a_generation_config_that_samples_without_saying_so_is_saved_all_the_same(tmp_path, make_student, eos):
+def test_a_generation_config_that_is_not_consistent_is_saved_all_the_same(tmp_path, make_student, eos):
     student = make_student(64, num_hidden_layers=1)
     student.generation_config = transformers.GenerationConfig(eos_token_id=eos)
     student.generation_config.temperature = 0.6
@@ -660,7 +658,7 @@ def test_a_generation_config_that_samples_without_saying_so_is_saved_all_the_sam
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device", "x"), KeyboardInterrupt()])
-def test_only_what_can_be_resumed_speaks_of_resuming(capsys, monkeypatch, error):
+def test_only_a_command_that_can_be_resumed_names_resume(capsys, monkeypatch, error):
     def fail(argv):
         raise error
 

@@ -1,37 +1,22 @@
 """`--task units` for the distillation scripts: teacher and baseline first, then the run, then one table of all."""
 
-import contextlib
-import importlib.util
-import io
-import json
 from pathlib import Path
 
 import pytest
 
-from sar_kd.commands import main, unit_task
+from sar_kd.commands import unit_task
 from sar_kd.config.command_line import parse
 from sar_kd.config.presets import STABLE
 from sar_kd.data import unit_questions
-
-ROOT = Path(__file__).parents[2]
-
-
-def _script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.helpers.runs import read_json, read_metrics, run_script
 
 
-def _run(folder, *more, script="train_sar_kd_stable"):
+def _run(folder, *more):
     argv = [
         "--task", "units", "--output_dir", str(folder), "--train_steps", "4", "--task_teacher_steps", "3",
         "--per_device_batch_size", "2", "--eval_steps", "2", "--log_steps", "2", *map(str, more),
     ]  # fmt: skip
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main.run(_script(script).main, argv)
-    return code, out.getvalue().splitlines(), err.getvalue().splitlines()
+    return run_script(argv)
 
 
 @pytest.fixture(scope="module")
@@ -50,20 +35,16 @@ def done(small, tmp_path_factory):
     return folder, out
 
 
-def _json(path):
-    return json.loads(Path(path).read_text())
-
-
 def test_teacher_and_baseline_are_runs_of_their_own_beside_it(done):
     folder, _ = done
-    teacher, baseline = (_json(f"{folder}-{name}/summary.json") for name in ("teacher", "cross-entropy"))
+    teacher, baseline = (read_json(f"{folder}-{name}/summary.json") for name in ("teacher", "cross-entropy"))
     assert (teacher["status"], teacher["steps"]) == ("finished", 3)
     assert (baseline["status"], baseline["steps"]) == ("finished", 4)
-    assert _json(folder / "config.json")["models"]["teacher_model"] == f"{folder}-teacher/student"
+    assert read_json(folder / "config.json")["models"]["teacher_model"] == f"{folder}-teacher/student"
     assert teacher["val_ppl_final"] < teacher["val_ppl_start"]
 
 
-def test_each_part_says_first_what_it_is_for(done):
+def test_each_part_begins_with_its_purpose(done):
     _, out = done
     starts = [i for i, line in enumerate(out) if line.startswith(("Supervised fine-tuning", "Mode "))]
     assert len(starts) == 3
@@ -73,25 +54,18 @@ def test_each_part_says_first_what_it_is_for(done):
 
 def test_the_baseline_differs_in_the_teacher_only(done):
     folder, _ = done
-    run, baseline = _json(folder / "config.json"), _json(f"{folder}-cross-entropy/config.json")
+    run, baseline = read_json(folder / "config.json"), read_json(f"{folder}-cross-entropy/config.json")
     assert baseline["loss"] == run["loss"] | {"alpha_kd": 0.0}
     assert baseline["guards"] == run["guards"]
     assert baseline["optim"]["learning_rate"] == run["optim"]["student_lr"]
-    a, b = (
-        [
-            record
-            for line in Path(f"{path}/metrics.jsonl").read_text().splitlines()
-            if (record := json.loads(line))["event"] == "step"
-        ]
-        for path in (folder, f"{folder}-cross-entropy")
-    )
+    a, b = (read_metrics(Path(path), "step") for path in (folder, f"{folder}-cross-entropy"))
     assert a[0]["ce_loss"] == pytest.approx(b[0]["ce_loss"], rel=1e-5)  # the same batch, the same student
     assert [r["num_target_tokens"] for r in a] == [r["num_target_tokens"] for r in b]
 
 
 def test_accuracy_and_answer_rate_stand_beside_perplexity_for_all_four(done):
     folder, out = done
-    summary = _json(folder / "summary.json")
+    summary = read_json(folder / "summary.json")
     assert summary["benchmark_result"].keys() == {"student_start", "student_end", "student", "teacher"}
     assert summary["cross_entropy_only"].keys() >= {"val_ppl_best", "accuracy", "answer_rate"}
     header = max(i for i, line in enumerate(out) if "answer rate" in line and "perplexity" in line)  # the last run's
@@ -99,17 +73,17 @@ def test_accuracy_and_answer_rate_stand_beside_perplexity_for_all_four(done):
     assert {name.split(" (")[0] for name in rows} == {
         "student, start", "student, end", "student, best", "student without teacher", "teacher"
     }  # fmt: skip
-    assert all(len(figures) == 4 for figures in rows.values())
+    assert all(len(metrics) == 4 for metrics in rows.values())
 
 
-def test_the_same_command_takes_what_is_finished_as_it_is(done, monkeypatch):
+def test_the_same_command_uses_finished_runs_as_they_are(done, monkeypatch):
     folder, _ = done
     monkeypatch.setattr(unit_task, "fine_tune", lambda config: pytest.fail("trained again"))
-    before = _json(f"{folder}-teacher/summary.json")
+    before = read_json(f"{folder}-teacher/summary.json")
     code, out, err = _run(folder)
     assert (code, out) == (2, [])
     assert "holds a run; --resume continues it" in err[0]
-    assert _json(f"{folder}-teacher/summary.json") == before
+    assert read_json(f"{folder}-teacher/summary.json") == before
 
 
 def test_without_a_task_nothing_comes_before(monkeypatch):
@@ -123,6 +97,6 @@ def test_the_baseline_can_be_left_out(small, tmp_path):
     code, out, err = _run(tmp_path / "run", "--skip_baseline", "--task_teacher_steps", "0")
     assert (code, err) == (0, [])
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    scores = _json(tmp_path / "run" / "summary.json")["benchmark_result"]
+    scores = read_json(tmp_path / "run" / "summary.json")["benchmark_result"]
     assert scores.keys() == {"student", "teacher", "student_start", "student_end"}
     assert not any("without teacher" in line for line in out)

@@ -1,4 +1,4 @@
-"""The command line: legal values, precedence, modes, and what a resumed run takes over."""
+"""The command line: legal values, precedence, modes, and what a resumed run keeps."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from sar_kd.config.sections import LossConfig
 from sar_kd.errors import UsageError
 from sar_kd.version import RUN_FORMAT
 
-FLAGS = [
+OPTIONS = [
     "teacher_model", "student_model", "trust_remote_code", "teacher_cache",
     "train_file", "validation_file", "text_field", "dataset_name", "dataset_config_name", "task",
     "task_teacher_steps", "skip_baseline", "block_size", "token_cache",
@@ -114,7 +114,7 @@ def _message(line: str) -> str:
     return str(caught.value)
 
 
-def _flags(config: Config) -> dict:
+def _options(config: Config) -> dict:
     sections = {name: part for name, part in config.to_dict().items() if name not in ("format", "mode")}
     return {name: value for section in sections.values() for name, value in section.items()}
 
@@ -125,7 +125,7 @@ def _save(config: Config, folder) -> None:
 
 
 @pytest.mark.parametrize(("line", "value", "remedy"), BAD_VALUES)
-def test_a_bad_value_is_refused_by_flag_value_and_remedy(line, value, remedy):
+def test_a_bad_value_is_refused_by_option_value_and_remedy(line, value, remedy):
     message = _message(line)
     assert message.startswith(line.split()[0])
     assert value in message
@@ -142,7 +142,7 @@ def test_a_bad_value_is_refused_by_flag_value_and_remedy(line, value, remedy):
         ("--resume", ("--resume", "--output_dir")),
     ],
 )
-def test_flags_that_contradict_each_other_are_refused_by_name(line, both):
+def test_options_that_contradict_each_other_are_refused_by_name(line, both):
     message = _message(line)
     assert all(name in message for name in both)
 
@@ -162,27 +162,27 @@ def test_a_seed_that_no_generator_takes_is_refused(seed):
     ("typed", "meant"),
     [("--temprature", "--temperature"), ("--student-lr", "--student_lr"), ("--train_step", "--train_steps")],
 )
-def test_an_unknown_flag_is_answered_with_the_nearest(typed, meant):
+def test_an_unknown_option_is_answered_with_the_nearest(typed, meant):
     assert _message(f"{typed} 3") == f"{typed}: no such option; did you mean {meant}?"
 
 
-def test_an_unknown_flag_like_no_other_is_pointed_to_the_help():
+def test_an_unknown_option_like_no_other_is_pointed_to_the_help():
     assert _message("--zzz 1") == "--zzz: no such option; --help lists the options"
 
 
-def test_a_value_behind_a_switch_is_answered_with_what_the_switch_says():
+def test_a_value_after_an_option_without_one_is_answered_with_the_options_help():
     assert _message("--resume runs/first") == (
         "--resume: takes no value, not 'runs/first'; its help: continue the run in --output_dir from its checkpoint"
     )
     assert _message("runs/first --resume") == "'runs/first': belongs to no option"
 
 
-def test_a_missing_value_is_refused_by_flag():
+def test_a_missing_value_is_refused_by_option():
     assert _message("--train_steps").startswith("--train_steps")
 
 
-def test_the_flags_are_these():
-    assert [item.name for section in SECTIONS.values() for item in dataclasses.fields(section)] == FLAGS
+def test_the_options_are_these():
+    assert [item.name for section in SECTIONS.values() for item in dataclasses.fields(section)] == OPTIONS
 
 
 def test_the_alignments_are_these_and_each_direction_goes_with_each():
@@ -198,7 +198,7 @@ def test_every_mode_distils_forward_from_the_whole_teacher_and_chooses_the_align
     assert (loss.alignment, loss.kd_direction, loss.teacher_top_k, loss.alm_tau) == ("auto", "forward", 0, 5.0)
 
 
-def test_a_flag_wins_over_the_mode():
+def test_an_option_wins_over_the_mode():
     config = _parse("--temperature 3 --mode precise --max_grad_norm 0.25")
     assert (config.loss.temperature, config.guards.max_grad_norm) == (3.0, 0.25)
     assert config.loss.alpha_kd == MODES["precise"]["alpha_kd"]
@@ -210,7 +210,7 @@ def test_a_mode_wins_over_the_script():
     assert config.precision.model_dtype == "float16"
 
 
-def test_a_flag_wins_over_the_script():
+def test_an_option_wins_over_the_script():
     assert _parse("--model_dtype float32", FP16_SAFE).precision.model_dtype == "float32"
 
 
@@ -247,8 +247,8 @@ def test_precise_has_no_clamp_and_an_adaptive_limit():
     )
 
 
-def test_every_mode_sets_existing_flags_only():
-    assert {name for values in MODES.values() for name in values} <= set(FLAGS)
+def test_every_mode_sets_existing_options_only():
+    assert {name for values in MODES.values() for name in values} <= set(OPTIONS)
 
 
 @pytest.mark.parametrize("line", ["", "--teacher_model elsewhere", "--mode precise"])
@@ -267,7 +267,7 @@ def test_a_rate_given_by_hand_and_a_students_own_are_used_as_they_are(line):
 
 
 @pytest.mark.parametrize(
-    ("line", "rate", "is_said"),
+    ("line", "rate", "is_shown"),
     [
         ("", 1e-5 * EMBEDDED_ROUTER_LR_FACTOR, False),
         ("--routing auto", 1e-5 * EMBEDDED_ROUTER_LR_FACTOR, True),
@@ -278,10 +278,10 @@ def test_a_rate_given_by_hand_and_a_students_own_are_used_as_they_are(line):
         ("--routing auto --teacher_model elsewhere", 1e-5, False),
     ],
 )
-def test_the_routers_rate_is_multiplied_for_the_embedded_teacher(line, rate, is_said):
+def test_the_routers_rate_is_multiplied_for_the_embedded_teacher(line, rate, is_shown):
     config = _parse(line)
     assert config.routing.router_lr == pytest.approx(rate)
-    assert sum(f"= {rate:g}, because the embedded teacher" in notice for notice in config.notices) == is_said
+    assert sum(f"= {rate:g}, because the embedded teacher" in notice for notice in config.notices) == is_shown
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_the_routers_rate_is_multiplied_for_the_embedded_teacher(line, rate, is_
 )
 def test_config_json_gives_back_an_equal_config(line):
     config = _parse(line, FP16_SAFE)
-    again = Config.from_options(_flags(_through_json(config)), config.mode)
+    again = Config.from_options(_options(_through_json(config)), config.mode)
     assert again == config
 
 
@@ -304,7 +304,7 @@ def _through_json(config: Config):
     return type("Saved", (), {"to_dict": staticmethod(lambda: saved)})
 
 
-def test_configs_that_differ_in_one_flag_are_not_equal():
+def test_configs_that_differ_in_one_option_are_not_equal():
     assert _parse("--output_dir out --seed 1") != _parse("--output_dir out --seed 2")
 
 
@@ -322,7 +322,7 @@ def test_resume_takes_the_saved_config_whatever_the_script(tmp_path):
     _save(saved, tmp_path)
     resumed = _parse(f"--resume --output_dir {tmp_path}", STABLE)
     assert resumed.mode == "precise"
-    assert {**_flags(resumed), "resume": False} == _flags(saved)
+    assert {**_options(resumed), "resume": False} == _options(saved)
 
 
 @pytest.mark.parametrize(
@@ -334,20 +334,20 @@ def test_resume_refuses_to_become_another_run(tmp_path, change):
     assert all(word in message for word in (*change.split(), "the run to resume has"))
 
 
-def test_resume_accepts_a_flag_repeated_with_its_saved_value(tmp_path):
+def test_resume_accepts_an_option_repeated_with_its_saved_value(tmp_path):
     _save(_parse(f"--output_dir {tmp_path} --temperature 1.25 --train_file a.txt"), tmp_path)
     resumed = _parse(f"--resume --output_dir {tmp_path} --temperature 1.25 --train_file a.txt --mode balanced")
     assert resumed.loss.temperature == 1.25
 
 
-def test_resume_may_run_longer_and_says_so(tmp_path):
+def test_resume_may_run_longer_and_shows_it(tmp_path):
     _save(_parse(f"--output_dir {tmp_path} --train_steps 10"), tmp_path)
     resumed = _parse(f"--resume --output_dir {tmp_path} --train_steps 20")
     assert resumed.train.train_steps == 20
     assert "--train_steps 20" in resumed.notices[0]
 
 
-def test_resume_may_log_and_save_at_other_times_without_a_word(tmp_path):
+def test_resume_may_log_and_save_at_other_times_without_a_notice(tmp_path):
     _save(_parse(f"--output_dir {tmp_path}"), tmp_path)
     resumed = _parse(f"--resume --output_dir {tmp_path} --eval_steps 7 --save_steps 8 --log_steps 9")
     assert (resumed.train.eval_steps, resumed.train.save_steps, resumed.train.log_steps) == (7, 8, 9)
@@ -388,12 +388,12 @@ def test_help_shows_the_scripts_defaults(script, shown, capsys, monkeypatch):
     assert f"({script.defaults['mode']})" in texts["mode"]
 
 
-def test_help_has_a_group_for_each_section_and_every_flag(capsys, monkeypatch):
+def test_help_has_a_group_for_each_section_and_every_option(capsys, monkeypatch):
     text = _help(STABLE, capsys, monkeypatch)
     assert [line[:-1] for line in text.splitlines() if line[:1].isupper() and line.endswith(":")] == [
         "Models", "Text", "Loss", "Routing", "On-policy", "Optimizer", "Precision", "Memory", "Guards", "Run"
     ]  # fmt: skip
-    assert all(f"  --{name}" in text for name in FLAGS)
+    assert all(f"  --{name}" in text for name in OPTIONS)
 
 
 def _help(script, capsys, monkeypatch) -> str:

@@ -1,4 +1,4 @@
-"""Whole runs of the two scripts with tiny models: inputs, command lines, and what a run left."""
+"""Whole runs of the two scripts with tiny models: inputs, command lines, and what a run leaves."""
 
 import contextlib
 import importlib.util
@@ -94,13 +94,15 @@ def equal_weights(a, b) -> bool:
     return a == b
 
 
-def _untimed(record):
+def untimed(record):
+    """The record without times and memory."""
     if isinstance(record, dict):
-        return {key: _untimed(value) for key, value in record.items() if key not in TIMING}
-    return [_untimed(value) for value in record] if isinstance(record, list) else record
+        return {key: untimed(value) for key, value in record.items() if key not in TIMING}
+    return [untimed(value) for value in record] if isinstance(record, list) else record
 
 
 def interrupting(train_step, after):
+    """train_step, with a SIGINT in call number `after`."""
     calls = []
 
     def interrupting(*args):
@@ -113,21 +115,20 @@ def interrupting(train_step, after):
 
 
 def assert_equal_runs(a, b):
+    """Two run folders are equal, times aside: checkpoint, student, metrics and summary."""
     states = [torch.load(latest_checkpoint(run) / "state.pt", weights_only=True) for run in (a, b)]
     assert states[0]["optimizer"]["state"]
     assert equal_weights(*states)
     assert equal_weights(*(read_weights(latest_checkpoint(run) / "student.safetensors") for run in (a, b)))
     assert equal_weights(*(read_weights(run / "student" / "model.safetensors") for run in (a, b)))
     progress = [read_json(latest_checkpoint(run) / "progress.json") for run in (a, b)]
-    assert _untimed(progress[0]) == _untimed(progress[1])
+    assert untimed(progress[0]) == untimed(progress[1])
     assert (a / "metrics.jsonl").read_text() == (b / "metrics.jsonl").read_text()
-    assert _untimed(read_json(a / "summary.json")) == _untimed(read_json(b / "summary.json"))
-
-
-# What the user can mend
+    assert untimed(read_json(a / "summary.json")) == untimed(read_json(b / "summary.json"))
 
 
 def assert_refused(argv, *parts):
+    """The script exits with 2 and one line, which names an option and holds these parts."""
     code, _, err = run_script([str(word) for word in argv])
     assert code == 2
     (line,) = err
