@@ -1,4 +1,4 @@
-"""`python -m sar_kd audit`: what two tokenizers have in common on a text, before anything is trained."""
+"""`python -m sar_kd audit`: how much of a text two tokenizers let be compared."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from sar_kd.config.command_line import parse
 from sar_kd.config.fields import Command, RunConfig
 from sar_kd.config.sections import DataConfig, ModelConfig, OutputConfig
-from sar_kd.data.dataset import Dataset
+from sar_kd.data.dataset import build_dataset
 from sar_kd.data.sources import load_documents
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.evaluation.tokenizer_coverage import measure_coverage, skipped_lines
 from sar_kd.models.loading import load_tokenizers
-from sar_kd.runtime.console import wrap_lines
 from sar_kd.runtime.files import json_safe
 
 
@@ -29,7 +28,7 @@ class AuditConfig(RunConfig):
 
 AUDIT = Command(
     name="audit",
-    description="What two tokenizers have in common on a text; nothing is trained.",
+    description="How much of a text two tokenizers let be compared; nothing is trained.",
     config=AuditConfig,
 )
 
@@ -43,12 +42,11 @@ def main(argv: list[str]) -> dict:
     pair = load_tokenizers(config.models)
     texts, _ = load_documents(config.data)
     cache = TokenCache(config.data.token_cache)
-    corpus = Dataset(texts, pair, config.data.block_size, 8 * config.data.block_size, cache)
-    coverage = measure_coverage(corpus)
-    record = {**dataclasses.asdict(coverage), "mix": coverage.mix}
-    print(
-        json.dumps(json_safe(record), indent=2)
-        if config.output.json
-        else wrap_lines(*coverage.lines(), *skipped_lines(coverage.skipped_documents))
-    )
+    dataset = build_dataset(texts, pair, config.data.block_size, 8 * config.data.block_size, cache)
+    coverage = measure_coverage(dataset)
+    if config.output.json:
+        record = {**dataclasses.asdict(coverage), "auto_alignment": coverage.auto_alignment}
+        print(json.dumps(json_safe(record), indent=2))
+    else:
+        print("\n".join([*coverage.lines(), *skipped_lines(coverage.skipped_documents)]))
     return {"status": "finished"}

@@ -96,8 +96,8 @@ def shard_batches(batches: Iterable[TokenBatch], process_group: ProcessGroup) ->
     if group and process_group.rank < len(group):
         yield group[process_group.rank]
     elif group:
-        none = group[0].rows[:0]
-        yield dataclasses.replace(group[0], rows=none, targets=none)
+        none = group[0].positions[:0]
+        yield dataclasses.replace(group[0], positions=none, targets=none)
 
 
 def log_probs_of(
@@ -111,7 +111,7 @@ def log_probs_of(
     with eval_mode(model, precision) as used:
         readout, _ = forward_to_lm_head(model, head, batch.input_ids, used)
         tile_size = positions_per_tile(workspace_mb, readout.vocab_size)
-        return target_log_probs(readout.at(batch.rows), batch.targets, tile_size)[0]
+        return target_log_probs(readout.select(batch.positions), batch.targets, tile_size)[0]
 
 
 @contextlib.contextmanager
@@ -121,7 +121,7 @@ def eval_mode(model: nn.Module, precision: Precision) -> Iterator[Precision]:
     A model with float32 weights (the student) computes in float32, as its saved copy will.
     """
     was_training = model.training
-    used = precision.in_float32() if next(model.parameters()).dtype is torch.float32 else precision
+    used = precision.as_float32() if next(model.parameters()).dtype is torch.float32 else precision
     model.eval()
     try:
         with torch.no_grad(), used.autocast():

@@ -1,4 +1,4 @@
-"""How many questions a model answers, and how many of the answers are right: greedy generation, in batches."""
+"""Accuracy on questions with a known answer: greedy generation, in batches."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from sar_kd.runtime.precision import Precision
 
 _BATCH_SIZE = 100
 
-_ROOM = 16
-"""Tokens that an answer may be longer than the longest one that is right."""
+_EXTRA_TOKENS = 16
+"""Tokens by which an answer may exceed the longest right one"""
 
 
 @dataclass(frozen=True)
 class AnswerScores:
-    """What a model makes of questions that it has not seen."""
+    """A model's answers to questions that it was not trained on."""
 
     num_right: int
     num_answered: int
@@ -40,47 +40,51 @@ class AnswerScores:
         """Share of the questions whose answer holds a number between the tags."""
         return self.num_answered / self.num_questions
 
-    def line(self, who: str) -> str:
-        """For people: what was found, and of whom."""
+    def line(self, label: str) -> str:
+        """For people. label: which model it is."""
         return (
             f"benchmark_result.accuracy={self.accuracy:.3f}  benchmark_result.answer_rate={self.answer_rate:.3f}  "
-            f"({who}, {self.num_questions} questions)"
+            f"({label}, {self.num_questions} questions)"
         )
 
 
 def answer_questions(
-    model: nn.Module, corpus: Dataset, questions: list[Question], precision: Precision, *, which: str = "student",
-    label: str = "Benchmark",
-) -> AnswerScores:  # fmt: skip
-    """Let `model` answer every question, in eval mode, in which it is not left.
+    model: nn.Module,
+    dataset: Dataset,
+    questions: list[Question],
+    precision: Precision,
+    *,
+    which: str = "student",
+    label: str = "Questions",
+) -> AnswerScores:
+    """Let `model` answer every question, in eval mode.
 
-    corpus: the questions as conversations under their own text's name, as training reads them; a question that it
-    leaves out counts as not answered
-    which: whose tokens, 'student' or 'teacher'
+    dataset: the questions as conversations, named after their text; one that it skips counts as not answered
+    which: whose tokens, 'student' or 'teacher'; label: of the progress bar
     """
     by_name = {question.text: question for question in questions}
-    asked = [by_name[name] for name in corpus.text.names]
-    given = []
+    asked = [by_name[name] for name in dataset.text.names]
+    answers: list[str] = []
     with tqdm(total=len(asked), desc=label, leave=False, disable=not sys.stdout.isatty(), file=sys.stdout) as bar:
-        for answers in _answers(model, corpus, precision, which):
-            given += answers
-            bar.update(len(answers))
-    numbers = [parse_answer(answer) for answer in given]
-    right = sum(question.is_right(number) for question, number in zip(asked, numbers, strict=True))
-    return AnswerScores(right, sum(number is not None for number in numbers), len(questions))
+        for batch in _answers(model, dataset, precision, which):
+            answers += batch
+            bar.update(len(batch))
+    numbers = [parse_answer(answer) for answer in answers]
+    num_right = sum(question.is_right(number) for question, number in zip(asked, numbers, strict=True))
+    return AnswerScores(num_right, sum(number is not None for number in numbers), len(questions))
 
 
-def _answers(model: nn.Module, corpus: Dataset, precision: Precision, which: str) -> Iterator[list[str]]:
-    """What the model writes behind each question, a batch at a time."""
-    tokenizer, end = getattr(corpus.pair, which), getattr(corpus.pair, f"{which}_end")
-    for batch in corpus.token_batches(which, _BATCH_SIZE):
+def _answers(model: nn.Module, dataset: Dataset, precision: Precision, which: str) -> Iterator[list[str]]:
+    """The generated answers, a batch at a time."""
+    tokenizer, end = getattr(dataset.pair, which), getattr(dataset.pair, f"{which}_end")
+    for batch in dataset.token_batches(which, _BATCH_SIZE):
         is_target = batch.labels != IGNORE_INDEX
         lengths = is_target.sum(1)
         firsts = is_target.int().argmax(1)
-        # What ends an answer is what training put behind it: the end of text, or the template's own token.
+        # An answer ends with what follows it in training: the end of text, or the chat template's own token.
         stops = {end, *batch.labels.gather(1, (firsts + lengths - 1)[:, None]).flatten().tolist()}
         prompts = [ids[:first].tolist() for ids, first in zip(batch.input_ids, firsts.tolist(), strict=True)]
-        rooms = [int(lengths.max()) + _ROOM] * len(prompts)
+        max_new_tokens = [int(lengths.max()) + _EXTRA_TOKENS] * len(prompts)
         with eval_mode(model, precision):
-            written = generate(model, prompts, stop_token_ids=sorted(stops), max_new_tokens=rooms)
-        yield tokenizer.batch_decode([answer.ids for answer in written], skip_special_tokens=True)
+            answers = generate(model, prompts, stop_token_ids=sorted(stops), max_new_tokens=max_new_tokens)
+        yield tokenizer.batch_decode([answer.ids for answer in answers], skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""Perplexity read tile by tile: the figure of whole logits in float64, without whole logits."""
+"""Perplexity computed tile by tile: equal to that of whole logits in float64, without whole logits."""
 
 import math
 
@@ -18,7 +18,7 @@ from sar_kd.runtime.precision import Precision
 
 CPU = torch.device("cpu")
 VOCAB, WIDTH = 6000, 16
-ONE_MB = {"workspace_mb": 1}  # tiles of 43 rows
+ONE_MB = {"workspace_mb": 1}  # tiles of 43 positions
 
 
 def _batch(shape=(4, 33), ragged=True) -> TokenBatch:
@@ -26,8 +26,8 @@ def _batch(shape=(4, 33), ragged=True) -> TokenBatch:
     labels = input_ids.clone()
     labels[:, 0] = IGNORE_INDEX
     if ragged:
-        for row in range(len(labels)):
-            labels[row, 5 + 7 * row :] = IGNORE_INDEX
+        for i in range(len(labels)):
+            labels[i, 5 + 7 * i :] = IGNORE_INDEX
     return TokenBatch(input_ids, labels, *next_token_targets(labels))
 
 
@@ -36,12 +36,12 @@ def _llama(**overrides):
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(vocab_size=VOCAB, hidden_size=WIDTH, tie_word_embeddings=False, **settings)
     )
-    model.lm_head.weight.data.mul_(30.0)  # logits of a size that a softmax shows
+    model.lm_head.weight.data.mul_(30.0)  # logits far enough apart for a softmax
     return model
 
 
 class _OwnHead(torch.nn.Linear):
-    """Logits in another way than a product."""
+    """Logits by another computation than a matrix product."""
 
     def forward(self, states):
         return torch.nn.functional.linear(states, self.weight).sin()
@@ -75,10 +75,10 @@ def _nats(model, batches) -> float:
     nats = 0.0
     for batch in batches:
         log_probs = model.double().eval()(input_ids=batch.input_ids, use_cache=False).logits.log_softmax(-1)
-        for row, labels in enumerate(batch.labels):
-            for place in range(1, len(labels)):
-                if labels[place] != IGNORE_INDEX:
-                    nats -= log_probs[row, place - 1, labels[place]].item()
+        for i, labels in enumerate(batch.labels):
+            for t in range(1, len(labels)):
+                if labels[t] != IGNORE_INDEX:
+                    nats -= log_probs[i, t - 1, labels[t]].item()
     return nats
 
 
@@ -90,21 +90,21 @@ def test_the_nats_of_tiles_are_those_of_whole_logits_in_float64(name):
     assert found.nats == pytest.approx(_nats(model, batches), rel=2e-6)
 
 
-def test_a_half_teacher_is_read_as_its_own_logits_would_be():
+def test_a_float16_teacher_has_the_loss_of_its_own_logits():
     model, batch = _llama().half(), _batch()
     precision = Precision(CPU, torch.float16, 1.0)
     found = evaluate(model, [batch], 100, precision, **ONE_MB)
     with torch.no_grad(), precision.autocast():
         logits = model(input_ids=batch.input_ids, use_cache=False).logits
     wanted = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1)[batch.rows].double(), batch.targets, reduction="sum"
+        logits.flatten(0, 1)[batch.positions].double(), batch.targets, reduction="sum"
     )
     assert logits.dtype is torch.float16
     assert found.nats == pytest.approx(wanted.item(), rel=1e-6)
 
 
 class _Largest(TorchDispatchMode):
-    """The most numbers that any tensor had."""
+    """The size of the largest tensor."""
 
     count = 0
 
@@ -121,26 +121,27 @@ def test_no_tensor_of_an_evaluation_exceeds_the_workspace_or_the_head(workspace_
     heads.of(model)
     with _Largest() as largest:
         evaluate(model, [batch], 100, precision, heads=heads, workspace_mb=workspace_mb)
-    assert largest.count <= 1.02 * workspace_mb * 2**20 / 4 < len(batch.rows) * VOCAB / 5  # see `positions_per_tile`
+    workspace = workspace_mb * 2**20 / 4
+    assert largest.count <= 1.02 * workspace < len(batch.positions) * VOCAB / 5  # see `positions_per_tile`
 
 
-def test_a_head_that_is_waited_for_is_called():
+def test_an_lm_head_with_a_forward_hook_is_called():
     model, seen = _llama(), []
     model.lm_head.register_forward_hook(lambda *_: seen.append(1))
     evaluate(model, [_batch()], 100, Precision(CPU, torch.float32, 1.0))
-    assert len(seen) == 2  # it is tried once
+    assert len(seen) == 2  # once to verify it
 
 
 def test_a_batch_without_targets_adds_nothing():
     model, batch = _llama(), _batch()
-    none = TokenBatch(batch.input_ids, batch.labels, batch.rows[:0], batch.targets[:0])
+    none = TokenBatch(batch.input_ids, batch.labels, batch.positions[:0], batch.targets[:0])
     precision = Precision(CPU, torch.float32, 1.0)
     both, one = (evaluate(model, batches, 100, precision).nats for batches in ([batch, none], [batch]))
     assert both == one
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_one_logit_that_is_not_finite_makes_the_perplexity_nan(value):
+def test_one_nonfinite_logit_makes_the_perplexity_nan(value):
     model = _llama()
     model.lm_head.weight.data[17] = value
     assert math.isnan(evaluate(model, [_batch()], 100, Precision(CPU, torch.float32, 1.0), **ONE_MB).perplexity)
@@ -149,7 +150,7 @@ def test_one_logit_that_is_not_finite_makes_the_perplexity_nan(value):
 def test_the_share_of_saturated_logits_is_that_of_whole_logits():
     model, batch, precision = _llama(), _batch((1, 40)), Precision(CPU, torch.float32, 1.0)
 
-    class Held:
+    class Validation:
         def token_batches(self, which, batch_size):
             yield batch
 
@@ -159,4 +160,4 @@ def test_the_share_of_saturated_logits_is_that_of_whole_logits():
         logits = model(input_ids=batch.input_ids, use_cache=False).logits
     wanted = (logits.abs() > 0.7).double().mean().item()
     assert 0.01 < wanted < 0.99
-    assert _saturated_share(models, Held(), precision, loss, None) == pytest.approx(wanted, abs=1e-4)
+    assert _saturated_share(models, Validation(), precision, loss, None) == pytest.approx(wanted, abs=1e-4)
