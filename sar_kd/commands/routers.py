@@ -1,4 +1,4 @@
-"""`python -m sar_kd routers`: the routers of a mixture-of-experts model, before anything is trained."""
+"""`python -m sar_kd routers`: lists the routers of a mixture-of-experts model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ROUTERS = Command(
 def main(argv: list[str]) -> dict:
     """Print a line for each router of `--model`; `--json` for programs. No weights are read.
 
-    Raises: UsageError for what the user can mend, a model that has no routers among it
+    Raises: UsageError for what the user can mend
     """
     config = parse(ROUTERS, argv)
     model = load_meta_model("model", config.model, config.trust_remote_code)
@@ -46,29 +46,31 @@ def main(argv: list[str]) -> dict:
 
 
 def router_lines(records: list[dict]) -> list[str]:
-    """The records of `describe_routers` as a table for people."""
+    """A table of the records of `describe_routers`."""
     if not records:
         return ["Dense: no routers"]
-    header = ("router", "class", "weights", "experts", "score", "weights add up to", "routing", "trainable", "found by")
-    rows = [header, *(_row(record) for record in records)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    header = ("router", "class", "weights", "experts", "score", "weights sum to", "routing", "trainable", "found by")
+    rows = [header, *(_cells(record) for record in records)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     total = sum(record["trainable"] for record in records)
-    silent = sum(not record["native_gradient"] for record in records)
+    num_without = sum(not record["native_gradient"] for record in records)
     lines.append(f"{len(records)} routers, {total:,} parameters that --routing sar trains")
-    if silent:
-        lines.append(f"{silent} of them have no gradient under the model's own routing (one expert, weight always 1)")
+    if num_without:
+        lines.append(
+            f"{num_without} of them have no gradient in the native routing (one expert, weight always 1)"
+        )
     return lines
 
 
-def _row(record: dict) -> tuple[str, ...]:
+def _cells(record: dict) -> tuple[str, ...]:
     return (
         record["name"],
         record["class"],
         ", ".join("x".join(map(str, shape)) for shape in record["shapes"].values()),
         f"{record['top_k']} of {record['num_experts']}",
         record["score"],
-        f"{record['scale']:g}" if record["normalised"] else f"what they are, times {record['scale']:g}",
+        f"{record['scale']:g}" if record["normalised"] else f"not normalised, times {record['scale']:g}",
         record["routing"],
         f"{record['trainable']:,}",
         record["found_by"],

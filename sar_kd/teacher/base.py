@@ -1,8 +1,8 @@
-"""A run in which nothing is distilled, as the calendar sees it."""
+"""The contract between a run and its teacher: all that the training loop calls."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sar_kd.data.dataset import Dataset
@@ -10,44 +10,46 @@ from sar_kd.runtime.precision import Precision
 from sar_kd.teacher.moe.router_training import FROZEN_ROUTERS, FrozenRouters
 
 
-class NoTeacher:
-    """What a run asks of its teacher, where there is none."""
+class Teacher:
+    """A run's teacher; a context around the run. The defaults are those of a teacher without routers or state."""
 
     passes = 1
-    lines: tuple[str, ...] = ()
+    """Consecutive steps on the same text"""
+    lines: Sequence[str] = ()
+    """Shown when the run starts"""
 
-    def __enter__(self) -> NoTeacher:
+    def __enter__(self) -> Teacher:
         return self
 
     def __exit__(self, *exception) -> None:
-        """Nothing to put back."""
+        """Restore the teacher model."""
 
-    def learner_at(self, step: int, rate_at: Callable[[float], float]) -> FrozenRouters:
-        """No routers, so none that learn."""
+    def router_trainer_at(self, step: int, lr_at: Callable[[float], float]) -> FrozenRouters:
+        """The routers' part of training step `step`. lr_at: the learning rate of this step for a given peak."""
         return FROZEN_ROUTERS
 
-    def begin(self, validation: Dataset, precision: Precision) -> list[str]:
-        """Nothing to measure."""
-        return []
+    def evaluate_start(self, validation: Dataset, precision: Precision) -> tuple[dict, list[str]]:
+        """Evaluate the teacher before the first step: `val_ppl` and `val_bits_per_byte`, and lines to show."""
+        return {}, []
 
-    def figures(self) -> dict:
-        """Nothing was measured."""
-        return {}
-
-    def watch(self, step: int, validation: Dataset, precision: Precision) -> tuple[dict, list[str]]:
-        """Nothing to watch."""
+    def evaluate_routers(self, step: int, validation: Dataset, precision: Precision) -> tuple[dict, list[str]]:
+        """Evaluate routers that learn: metrics for the log, and lines about new alarms."""
         return {}, []
 
     def save(self, folder: Path, step: int) -> None:
-        """Nothing to keep."""
+        """Write what the teacher has learned to the run folder."""
 
     def summary(self) -> dict:
-        """Nothing for `summary.json`."""
+        """The teacher's entries of `summary.json`."""
         return {}
 
     def state_dict(self) -> dict:
-        """Nothing that a resumed run must know."""
+        """The state that a resumed run needs."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Nothing to put back."""
+        """Restore the state. Raises: ValueError if the state belongs to another teacher."""
+
+
+class NoTeacher(Teacher):
+    """The teacher of a run without distillation."""

@@ -1,4 +1,4 @@
-"""Tiny random models of every mixture-of-experts architecture that the routers of are known."""
+"""Tiny random models of every mixture-of-experts architecture whose routers are known."""
 
 import torch
 import transformers
@@ -86,7 +86,7 @@ NATIVE_ONLY = {
 
 
 def make_causal(architecture: str, **overrides):
-    """A seeded model, frozen and in eval mode, whose routers have opinions."""
+    """A seeded model, frozen and in eval mode, whose routers have clearly different logits."""
     prefix, settings, parent, router, _ = CAUSAL[architecture]
     settings = {**({} if architecture == "dbrx" else _SHARED), **settings, **overrides}
     config = "Llama4Text" if architecture == "llama4" else prefix

@@ -1,4 +1,4 @@
-"""Whole runs with a mixture-of-experts teacher: its routing, what is kept of its routers, alarms, and resuming."""
+"""Whole runs with a mixture-of-experts teacher: its routing, the router update, alarms, and resuming."""
 
 import copy
 
@@ -12,7 +12,7 @@ from sar_kd.teacher import live
 from sar_kd.teacher.moe import router_metrics
 from sar_kd.teacher.moe.discovery import find_routers, router_parameters
 from sar_kd.teacher.moe.router_checkpoint import hash_frozen, load_router_update, read_router_update, save_router_update
-from sar_kd.teacher.moe.router_metrics import alarms_of
+from sar_kd.teacher.moe.router_metrics import find_alarms
 from sar_kd.teacher.moe.routing_hooks import Routing
 from sar_kd.training import trainer
 from tests.helpers.runs import (
@@ -56,7 +56,7 @@ def finished(request, inputs, tmp_path_factory):
     return folder, out
 
 
-def test_a_run_says_how_the_teacher_routes_and_what_became_of_it(finished):
+def test_a_run_shows_the_routing_and_the_teachers_perplexity(finished):
     _, out = finished
     (line,) = (line for line in out if line.startswith("--routing sar; 1 routers of 4 experts, 2 of them"))
     assert "128 parameters learn" in line
@@ -65,7 +65,7 @@ def test_a_run_says_how_the_teacher_routes_and_what_became_of_it(finished):
     assert any(line.strip().startswith("teacher, own routing, end") for line in out)
 
 
-def test_the_metrics_have_the_routers_figures(finished):
+def test_the_run_log_has_the_routers_metrics(finished):
     folder, _ = finished
     steps, evaluations = read_metrics(folder, "step"), read_metrics(folder, "evaluation")
     assert all(record.keys() >= ROUTER_KEYS for record in steps)
@@ -82,13 +82,13 @@ def test_the_metrics_have_the_routers_figures(finished):
         assert {"teacher_val_ppl_native", "teacher_val_ppl_routed"} <= record.keys()
 
 
-def test_the_effect_is_measured_at_every_line_and_not_between(inputs, tmp_path):
+def test_the_effect_is_measured_at_log_steps_only(inputs, tmp_path):
     assert run_script(argv_of(inputs, tmp_path / "run", *SAR, "--log_steps", 2, steps=4))[0] == 0
     measured = [record["step"] for record in read_metrics(tmp_path / "run", "step") if "router_effect" in record]
     assert measured == [2, 4]
 
 
-def test_the_summary_tells_where_the_teacher_began_and_ended(finished, inputs):
+def test_the_summary_has_the_teacher_at_the_start_and_at_the_end(finished, inputs):
     folder, _ = finished
     summary, last = read_json(folder / "summary.json"), read_metrics(folder, "evaluation")[-1]
     assert (summary["routing"], summary["experts"]) == ("sar", "all")
@@ -99,15 +99,15 @@ def test_the_summary_tells_where_the_teacher_began_and_ended(finished, inputs):
     assert summary["frozen_sha256"] == hash_frozen(teacher, _routers_of(teacher))
 
 
-# What is kept of the routers
+# The router update
 
 
-def test_the_update_loads_into_the_very_teacher_and_into_nothing_else_of_it(finished, inputs, tmp_path):
+def test_the_update_loads_into_the_same_teacher_and_changes_nothing_else_of_it(finished, inputs, tmp_path):
     folder, _ = finished
     teacher, plain = _teacher(inputs), _teacher(inputs)
-    about = load_router_update(teacher, folder / "router_update.safetensors")
-    assert about["base_model"] == str(inputs / "teacher")
-    assert (about["dtype"], about["sar_routing"], about["step"]) == ("float16", "all", 4)
+    metadata = load_router_update(teacher, folder / "router_update.safetensors")
+    assert metadata["base_model"] == str(inputs / "teacher")
+    assert (metadata["dtype"], metadata["sar_routing"], metadata["step"]) == ("float16", "all", 4)
     learned, _ = read_router_update(folder / "router_update.safetensors")
     for name, value in teacher.state_dict().items():
         if name in learned:
@@ -125,8 +125,9 @@ def test_a_float32_teacher_with_the_update_is_the_runs_own_to_the_bit(inputs, tm
     folder = tmp_path / "run"
     assert run_script(argv_of(inputs, folder, *SAR, "--model_dtype", "float32", steps=3))[0] == 0
     learned, _ = read_router_update(folder / "router_update.safetensors")
-    state = torch.load(latest_checkpoint(folder) / "state.pt", weights_only=True)["routing"]["learner"]["parameters"]
-    assert all(torch.equal(learned[name], state[name]) for name in state)
+    state = torch.load(latest_checkpoint(folder) / "state.pt", weights_only=True)
+    routers = state["teacher"]["router_trainer"]["parameters"]
+    assert all(torch.equal(learned[name], routers[name]) for name in routers)
     teacher = _teacher(inputs, torch.float32)
     before = _logits(teacher, "all")
     load_router_update(teacher, folder / "router_update.safetensors")
@@ -134,7 +135,7 @@ def test_a_float32_teacher_with_the_update_is_the_runs_own_to_the_bit(inputs, tm
     assert not torch.equal(_logits(teacher, "all"), before)
 
 
-def test_an_update_refuses_every_other_teacher_and_leaves_it_as_it_was(finished, inputs, tmp_path):
+def test_an_update_refuses_every_other_teacher_and_leaves_it_unchanged(finished, inputs, tmp_path):
     folder, _ = finished
     path = folder / "router_update.safetensors"
     other = _teacher(inputs)
@@ -154,7 +155,7 @@ def test_an_update_refuses_every_other_teacher_and_leaves_it_as_it_was(finished,
         assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
-def test_a_file_that_is_no_update_is_named(finished, inputs, tmp_path):
+def test_a_file_that_is_no_update_is_refused(finished, inputs, tmp_path):
     folder, _ = finished
     with pytest.raises(UsageError, match="is no router update"):
         load_router_update(_teacher(inputs), folder / "student" / "model.safetensors")
@@ -165,22 +166,22 @@ def test_a_file_that_is_no_update_is_named(finished, inputs, tmp_path):
         load_router_update(_teacher(inputs), tmp_path / "torn")
 
 
-def test_an_update_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_an_update_is_written_atomically(tmp_path, monkeypatch):
     path = tmp_path / "router_update.safetensors"
     save_router_update(path, {"a": torch.ones(2)}, {"step": 1})
     monkeypatch.setattr("os.replace", lambda *a: (_ for _ in ()).throw(OSError("killed")))
-    with pytest.raises(OSError, match="killed"):
+    with pytest.raises(UsageError, match=r"cannot be written .*killed"):
         save_router_update(path, {"a": torch.zeros(2)}, {"step": 2})
-    values, about = read_router_update(path)
-    assert (values["a"].tolist(), about) == ([1.0, 1.0], {"step": 1})
+    values, metadata = read_router_update(path)
+    assert (values["a"].tolist(), metadata) == ([1.0, 1.0], {"step": 1})
 
 
-def test_a_teacher_that_changes_during_the_run_stops_it_before_anything_is_saved(inputs, tmp_path, monkeypatch):
+def test_a_frozen_tensor_that_changes_stops_the_run_before_anything_is_saved(inputs, tmp_path, monkeypatch):
     plain = trainer.train_step
 
-    def meddling(micro_batches, objective, *args):
-        objective.teacher.model.norm.weight.data.add_(1e-2)
-        return plain(micro_batches, objective, *args)
+    def meddling(micro_batches, context):
+        context.objective.teacher.model.norm.weight.data.add_(1e-2)
+        return plain(micro_batches, context)
 
     monkeypatch.setattr(trainer, "train_step", meddling)
     code, _, err = run_script(argv_of(inputs, tmp_path / "run", *SAR))
@@ -231,25 +232,25 @@ def test_a_run_cannot_go_on_with_another_teacher(inputs, tmp_path):
     )
 
 
-# Which routing it is
+# The choice of the routing
 
 
 @pytest.mark.parametrize(
-    ("more", "word", "line"),
+    ("more", "routing", "line"),
     [
         ((), "sar", "--routing auto: sar, because the teacher is a mixture of experts; 1 routers of 4 experts"),
         (("--teacher_model", "dense_teacher"), "native", "--routing auto: native, because the teacher is dense"),
-        (("--alpha_kd", 0), "native", "--routing auto: native, because no teacher is heard"),
+        (("--alpha_kd", 0), "native", "--routing auto: native, because distillation is off"),
         (("--alignment", "hidden"), "native", "--routing auto: native, because --alignment hidden compares no"),
     ],
 )
-def test_auto_is_sar_for_a_mixture_of_experts_and_says_so_in_one_line(inputs, tmp_path, more, word, line):
+def test_auto_is_sar_for_a_mixture_of_experts_and_shows_the_reason(inputs, tmp_path, more, routing, line):
     more = tuple(inputs / part if part == "dense_teacher" else part for part in more)
     code, out, _ = run_script(argv_of(inputs, tmp_path / "run", "--routing", "auto", *more, steps=1))
     assert code == 0
     assert sum(shown.startswith(line) for shown in out) == 1
-    assert read_json(tmp_path / "run" / "summary.json")["routing"] == word
-    assert (tmp_path / "run" / "router_update.safetensors").exists() == (word == "sar")
+    assert read_json(tmp_path / "run" / "summary.json")["routing"] == routing
+    assert (tmp_path / "run" / "router_update.safetensors").exists() == (routing == "sar")
 
 
 @pytest.mark.parametrize(
@@ -263,7 +264,7 @@ def test_auto_is_sar_for_a_mixture_of_experts_and_says_so_in_one_line(inputs, tm
         (("--routing", "sar", "--router_patterns", ".*q_proj"), ("--router_patterns", "q_proj", "is no router")),
     ],
 )
-def test_a_routing_that_cannot_be_is_refused_in_one_line(inputs, tmp_path, more, parts):
+def test_an_impossible_routing_is_refused_in_one_line(inputs, tmp_path, more, parts):
     more = tuple(inputs / part if part == "dense_teacher" else part for part in more)
     assert_refused(argv_of(inputs, tmp_path / "run", *more), *parts)
     assert not (tmp_path / "run").exists()
@@ -273,7 +274,7 @@ def test_a_routing_that_cannot_be_is_refused_in_one_line(inputs, tmp_path, more,
 def test_sar_keeps_every_expert_active_unless_that_makes_the_teacher_much_worse(
     inputs, tmp_path, monkeypatch, largest, experts
 ):
-    monkeypatch.setattr(live, "LARGEST_LOSS", largest)
+    monkeypatch.setattr(live, "MAX_PERPLEXITY_INCREASE", largest)
     code, out, _ = run_script(argv_of(inputs, tmp_path / "run", "--routing", "sar", steps=2))
     assert code == 0
     assert read_json(tmp_path / "run" / "summary.json")["experts"] == experts
@@ -281,8 +282,8 @@ def test_sar_keeps_every_expert_active_unless_that_makes_the_teacher_much_worse(
 
 
 @pytest.mark.parametrize("routing", ["all", "ka"])
-def test_a_routing_asked_for_by_name_is_kept_and_a_much_worse_teacher_is_said(inputs, tmp_path, monkeypatch, routing):
-    monkeypatch.setattr(live, "LARGEST_LOSS", -1.0)
+def test_a_routing_named_by_the_user_is_used_and_a_much_worse_teacher_is_shown(inputs, tmp_path, monkeypatch, routing):
+    monkeypatch.setattr(live, "MAX_PERPLEXITY_INCREASE", -1.0)
     code, out, _ = run_script(argv_of(inputs, tmp_path / "run", "--routing", routing, steps=1))
     assert code == 0
     assert any("the student learns from a weaker teacher" in line for line in out)
@@ -290,7 +291,7 @@ def test_a_routing_asked_for_by_name_is_kept_and_a_much_worse_teacher_is_said(in
 
 
 @pytest.mark.parametrize(("routing", "texts"), [("ka", [0, 0, 1, 1]), ("all", [0, 1, 2, 3])])
-def test_ka_reads_the_same_text_in_several_steps(inputs, tmp_path, monkeypatch, routing, texts):
+def test_ka_uses_the_same_text_in_several_steps(inputs, tmp_path, monkeypatch, routing, texts):
     read, plain = [], Dataset.micro_blocks
 
     def reading(self, step, *args):
@@ -323,12 +324,12 @@ def _measured(**changes):
     ],
 )
 def test_alarms_are_two_percent_of_perplexity_and_half_of_the_entropy(now, names):
-    assert [name for name, _ in alarms_of(_measured(), _measured(**now))] == names
+    assert [name for name, _ in find_alarms(_measured(), _measured(**now))] == names
 
 
 @pytest.mark.parametrize("stops", [True, False])
-def test_an_alarm_is_said_once_and_stops_the_routers_if_asked(inputs, tmp_path, monkeypatch, stops):
-    monkeypatch.setattr(router_metrics, "LEAST_ENTROPY", 1.5)  # whatever the routers do
+def test_an_alarm_is_shown_once_and_stops_the_routers_on_demand(inputs, tmp_path, monkeypatch, stops):
+    monkeypatch.setattr(router_metrics, "MIN_ENTROPY_RATIO", 1.5)  # whatever the routers do
     folder, more = tmp_path / "run", ("--router_stop_on_drift",) if stops else ()
     code, out, _ = run_script(argv_of(inputs, folder, *SAR, *more, steps=6))
     assert code == 0

@@ -1,8 +1,8 @@
-"""Which modules of a mixture-of-experts model are its routers, and how each of them weighs its experts.
+"""Finds the routers of a mixture-of-experts model, and how each of them weighs its experts.
 
-Found by class name where transformers' class is known, else by structure, or by `--router_patterns`. Everything
-found is validated: what looks like a feed-forward gate, has another width than there are experts, or is too large
-to be a router is an error that says so, because training the wrong tensor would go unnoticed.
+Routers are found by class name where transformers' class is known, else by structure, or by `--router_patterns`. All
+are validated: a module that looks like a feed-forward gate, has another width than there are experts, or is too large
+for a router is an error, because training the wrong tensor would go unnoticed.
 """
 
 from __future__ import annotations
@@ -16,30 +16,32 @@ from torch import nn
 
 from sar_kd.errors import UsageError
 
-LARGEST_SHARE = 0.01
-"""Routers of published models hold 0.002 to 0.04 % of the parameters."""
+MAX_PARAMETER_SHARE = 0.01
+"""Of a model's parameters; the routers of published models hold 0.002 to 0.04 %."""
 
-# Beside a router's weights, or among them, but no part of what may learn: balancing statistics and fixed tables.
+# Parameters of router modules that are not trained: balancing statistics and fixed tables.
 _NEVER_TRAINED = ("e_score_correction_bias", "balancing_biases", "tid2eid", "moe_statics", "per_expert_scale")
 
 _NO_ROUTER = re.compile(r"(gate|up|down|gate_up|[qkvo])_proj|shared_(expert|experts|mlp)(_gate)?|lm_head|embed_tokens")
 
-_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_CONFIG_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)
 class Gate:
-    """How a router's logits become its experts' weights: weight = scale * score, over the chosen experts."""
+    """How a router turns logits into expert weights: weight = scale * score, for the chosen experts."""
 
     score: str
-    """'softmax' or 'sigmoid'; 'unknown' for a class found by structure, until `routing.verify` has compared it"""
+    """'softmax' or 'sigmoid'; 'unknown' for a router found by structure, until `routing_hooks.verify` recognises it"""
     normalised: bool | str
-    """The chosen experts' weights add up to `scale`; a string names the router's attribute that says so"""
+    """The weights of the chosen experts sum to `scale`; a string names the attribute of the router that holds this"""
     returns: str = "weights"
-    """weights  (logits, weights [N, k], indices [N, k]): the hook gives it other ones
+    """What the router module returns:
+
+    weights  (logits, weights [N, k], indices [N, k])
     scores   (scores [N, E], logits): every expert computes, scaled by its score
-    logits   logits alone: the block around it chooses, by its `top_k`
-    native   no routing but the model's own is possible"""
+    logits   logits alone: the block around it selects `top_k` experts
+    native   an output for which only the model's own routing is possible"""
     scale: float = 1.0
 
 
@@ -73,7 +75,7 @@ REGISTRY = MappingProxyType(
         ),
         "DeepseekV2TopkRouter": Gate("softmax", False),
         "JambaTopKRouter": Gate("softmax", False),
-        # Two slots, each of them normalised by itself.
+        # Two slots, each normalised on its own.
         "PhimoeTopKRouter": Gate("softmax", True, scale=2.0),
         "MiniMaxM2TopKRouter": Gate("sigmoid", True),
         "Llama4Router": Gate("sigmoid", False, "scores"),
@@ -93,56 +95,55 @@ class RouterSpec:
     """Full name of the module"""
     module: nn.Module
     block: nn.Module
-    """The module that contains it and its experts"""
+    """The module that contains the router and its experts"""
     num_experts: int
     top_k: int
     gate: Gate
     """`normalised` and `scale` as this router has them"""
     trainable: tuple[str, ...]
-    """Full names of the parameters that make its logits"""
+    """Full names of the parameters that produce the logits"""
     found_by: str
     """'class', 'structure' or 'pattern'"""
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What may learn, by full name."""
+        """The trainable parameters, by full name."""
         return {name: self.module.get_parameter(name.removeprefix(f"{self.name}.")) for name in self.trainable}
 
     @property
     def overridable(self) -> bool:
-        """It can be given another routing than the model's own."""
+        """Its routing can be replaced."""
         return self.gate.returns != "native"
 
     @property
     def has_native_gradient(self) -> bool:
-        """Its logits have a gradient under the model's own routing: a single weight that is always 1 has none."""
+        """Its logits get a gradient under the model's own routing; a single weight that is always 1 has none."""
         return not (self.top_k == 1 and self.gate.normalised)
 
 
 def find_routers(model: nn.Module, patterns: tuple[str, ...] = ()) -> list[RouterSpec]:
     """Every router of `model`, in the order of its modules, validated; empty for a dense model.
 
-    patterns: regular expressions that match the full names of the routers; by default they are found
-    Raises: UsageError naming the module and the reason, where what was found cannot be a model's routers
+    patterns: regular expressions for the full names of the routers; empty to find them by class and structure
+    Raises: UsageError naming the module and the reason, if a module found cannot be a router
     """
     modules = dict(model.named_modules())
-    # A router may itself contain modules whose names look like one (a classifier, statistics): the outermost counts.
     blocks = {name: module for name, module in modules.items() if _experts_of(module) is not None}
     if patterns:
         chosen = _matching(modules, patterns)
     else:
         chosen = {name: "class" for name, module in modules.items() if type(module).__name__ in REGISTRY}
+        parents = {_parent(router) for router in chosen}
         for name, block in blocks.items():
-            if not any(_parent(router) == name for router in chosen):
+            if name not in parents:
                 chosen |= dict.fromkeys(_by_structure(name, block, _num_experts(model, block)), "structure")
-    specs = [_spec(model, modules, name, how) for name, how in chosen.items()]
-    specs = [spec for name in modules for spec in specs if spec.name == name]
+    specs = [_spec(model, modules, name, chosen[name]) for name in modules if name in chosen]
     _validate(model, specs, blocks)
     return specs
 
 
 def _matching(modules: dict[str, nn.Module], patterns: tuple[str, ...]) -> dict[str, str]:
-    chosen: dict[str, str] = {}
+    matched: dict[str, str] = {}
     for pattern in patterns:
         try:
             found = [name for name in modules if re.fullmatch(pattern, name)]
@@ -151,10 +152,10 @@ def _matching(modules: dict[str, nn.Module], patterns: tuple[str, ...]) -> dict[
         if not found:
             raise UsageError(
                 f"--router_patterns {pattern}: matches the full name of no module; "
-                "`python -m sar_kd routers --model M` lists what is found without it"
+                "`python -m sar_kd routers --model M` lists the routers found without it"
             )
-        chosen |= dict.fromkeys(found, "pattern")
-    return chosen
+        matched |= dict.fromkeys(found, "pattern")
+    return matched
 
 
 def _parent(name: str) -> str:
@@ -162,7 +163,7 @@ def _parent(name: str) -> str:
 
 
 def _experts_of(module: nn.Module) -> nn.Module | None:
-    """The child that holds the routed experts; shared ones are run for every token and need no router."""
+    """The child that holds the routed experts. Shared experts run for every token and have no router."""
     for name, child in module.named_children():
         if name.endswith("experts") and not name.startswith("shared") and next(child.parameters(), None) is not None:
             return child
@@ -170,7 +171,7 @@ def _experts_of(module: nn.Module) -> nn.Module | None:
 
 
 def _num_experts(model: Any, block: nn.Module) -> int | None:
-    """Experts of a block: by their own tensors or number, else by the config; None if nothing says it."""
+    """Number of experts of a block, from its modules and tensors, else from the config; None if unknown."""
     experts: Any = _experts_of(block)
     if experts is not None:
         if isinstance(experts, (nn.ModuleList, nn.ModuleDict)):
@@ -181,12 +182,12 @@ def _num_experts(model: Any, block: nn.Module) -> int | None:
         if isinstance(getattr(experts, "num_experts", None), int):
             return experts.num_experts
     text = model.config.get_text_config()
-    counts = [getattr(text, name, None) for name in _COUNTS]
+    counts = [getattr(text, name, None) for name in _CONFIG_COUNTS]
     return next((count for count in counts if isinstance(count, int)), None)
 
 
 def _by_structure(name: str, block: nn.Module, num_experts: int | None) -> list[str]:
-    """Children of a block that hold a matrix with one row for each expert."""
+    """Children of a block with a weight matrix [experts, ...]."""
     found = []
     for child_name, child in block.named_children():
         if child is _experts_of(block) or _NO_ROUTER.fullmatch(child_name):
@@ -198,7 +199,7 @@ def _by_structure(name: str, block: nn.Module, num_experts: int | None) -> list[
 
 def _spec(model: nn.Module, modules: dict[str, nn.Module], name: str, found_by: str) -> RouterSpec:
     module, block = modules[name], modules[_parent(name)]
-    kind = type(module).__name__
+    module_class = type(module).__name__
     refused = [part for part in name.split(".") if _NO_ROUTER.fullmatch(part)]
     if refused:
         raise UsageError(
@@ -216,15 +217,15 @@ def _spec(model: nn.Module, modules: dict[str, nn.Module], name: str, found_by: 
             f"--router_patterns: {name} ({shapes}) cannot be a router of {num_experts or 'no'} experts, "
             "whose weight has one row for each; give patterns that match routers only"
         )
-    gate = REGISTRY.get(kind, Gate("unknown", False))
+    gate = REGISTRY.get(module_class, Gate("unknown", False))
     normalised = getattr(module, gate.normalised) if isinstance(gate.normalised, str) else gate.normalised
     if gate.returns == "logits":
         normalised = block.moe_normalize_expert_weights is not None
     scale = gate.scale * getattr(module, "routed_scaling_factor", 1.0)
     gate = Gate(gate.score, bool(normalised), gate.returns, float(scale))
-    top_k = _FIXED_TOP_K.get(kind) or getattr(module, "top_k", None) or getattr(block, "top_k", None)
+    top_k = _FIXED_TOP_K.get(module_class) or getattr(module, "top_k", None) or getattr(block, "top_k", None)
     if top_k is None:
-        raise UsageError(f"--router_patterns: {name} ({kind}) does not say how many experts a token takes (top_k)")
+        raise UsageError(f"--router_patterns: {name} ({module_class}) has no number of experts per token (top_k)")
     return RouterSpec(name, module, block, num_experts, top_k, gate, trainable, found_by)
 
 
@@ -241,19 +242,18 @@ def _validate(model: nn.Module, specs: list[RouterSpec], blocks: dict[str, nn.Mo
         names = " and ".join(spec.name for spec in specs if _parent(spec.name) == doubled[0])
         raise UsageError(f"--router_patterns: {names} would both route {doubled[0]}; name the one that does")
     total = sum(parameter.numel() for parameter in model.parameters())
-    routers = sum(parameter.numel() for spec in specs for parameter in spec.parameters.values())
-    if routers > LARGEST_SHARE * total:
+    routers = sum(parameter.numel() for parameter in router_parameters(specs).values())
+    if routers > MAX_PARAMETER_SHARE * total:
         raise UsageError(
             f"--router_patterns: the routers found hold {routers / total:.1%} of the model's parameters, more than the "
-            f"{LARGEST_SHARE:.0%} that a router can be; give patterns that match routers only"
+            f"{MAX_PARAMETER_SHARE:.0%} that a router can be; give patterns that match routers only"
         )
 
 
 def require_routers(model: nn.Module, specs: list[RouterSpec], routing: str, trains_natively: bool) -> None:
-    """Refuse a routing that the routers found in `model` cannot have.
+    """Raise UsageError, with the reason and the remedy, if the routers of `model` do not support a routing.
 
     routing: 'all', 'sar' or 'ka'; trains_natively: under the model's own routing (`--sar_routing native`)
-    Raises: UsageError with the reason and the remedy
     """
     if not specs:
         count = _num_experts(model, model) or 0
@@ -270,21 +270,21 @@ def require_routers(model: nn.Module, specs: list[RouterSpec], routing: str, tra
             f"--routing {routing}: {type(fixed[0].module).__name__} ({fixed[0].name}) allows no routing but its own; "
             "use --routing native"
         )
-    silent = [spec for spec in specs if not spec.has_native_gradient]
-    if silent and trains_natively:
+    without_gradient = [spec for spec in specs if not spec.has_native_gradient]
+    if without_gradient and trains_natively:
         raise UsageError(
-            f"--sar_routing native: {silent[0].name} takes one expert and normalises its weight, which is then 1 "
-            "whatever the router says, so its gradient is identically zero; use --sar_routing all"
+            f"--sar_routing native: {without_gradient[0].name} takes one expert and normalises its weight, which is "
+            "then 1 for any logits, so its gradient is identically zero; use --sar_routing all"
         )
 
 
 def router_parameters(specs: list[RouterSpec]) -> dict[str, nn.Parameter]:
-    """What may learn in all routers, by full name."""
+    """The trainable parameters of all routers, by full name."""
     return {name: parameter for spec in specs for name, parameter in spec.parameters.items()}
 
 
 def describe_routers(specs: list[RouterSpec]) -> list[dict]:
-    """A record for each router, of plain values."""
+    """A JSON-compatible record for each router."""
     return [
         {
             "name": spec.name,

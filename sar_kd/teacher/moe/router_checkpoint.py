@@ -1,10 +1,9 @@
-"""`router_update.safetensors`: what routers have learned, and the proof that nothing else of the model has changed."""
+"""`router_update.safetensors`: trained router weights, and digests that prove the rest of the model unchanged."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sar_kd.errors import TrainingDiverged, UsageError
+from sar_kd.runtime.files import atomic_write
 
 FILE = "router_update.safetensors"
 
@@ -20,11 +20,11 @@ _FORMAT = "sar_kd router update 1"
 
 
 class FrozenTeacherChanged(TrainingDiverged):
-    """A tensor of the teacher that must never change has changed."""
+    """A frozen tensor of the teacher has changed."""
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every tensor, by name."""
+    """SHA-256 over name, dtype, shape and bytes of every tensor, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().to("cpu").contiguous()
@@ -35,32 +35,30 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def hash_frozen(model: nn.Module, routers: Iterable[str]) -> str:
-    """SHA-256 of every parameter and saved buffer of `model` but those named `routers`."""
-    named = set(routers)
-    return hash_tensors({name: tensor for name, tensor in model.state_dict().items() if name not in named})
+    """SHA-256 of every parameter and persistent buffer of `model` except those named in `routers`."""
+    excluded = set(routers)
+    return hash_tensors({name: tensor for name, tensor in model.state_dict().items() if name not in excluded})
 
 
 def hash_routers(values: Mapping[str, Tensor]) -> str:
-    """SHA-256 of routers' values in float32, so that it does not depend on the dtype they are kept in."""
+    """SHA-256 of router weights in float32, so that it does not depend on the dtype they are stored in."""
     return hash_tensors({name: tensor.detach().float() for name, tensor in values.items()})
 
 
-def save_router_update(path: Path, routers: Mapping[str, Tensor], about: Mapping[str, object]) -> None:
-    """Write the routers' tensors in float32, by their full names, and `about` as metadata. Whole or not at all.
+def save_router_update(path: Path, routers: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
+    """Write router weights in float32 under their full names, and the metadata; atomic.
 
-    about: `base_model`, `frozen_sha256` and `initial_sha256` at least; plain values
+    metadata: at least `base_model`, `dtype`, `frozen_sha256` and `initial_sha256`; JSON-compatible values
     """
-    partial = path.with_name(f".{path.name}.partial")
-    metadata = {"format": _FORMAT, **{key: json.dumps(value) for key, value in about.items()}}
     values = {name: tensor.detach().float().cpu().contiguous() for name, tensor in routers.items()}
-    safetensors.torch.save_file(values, str(partial), metadata)
-    os.replace(partial, path)
+    header = {"format": _FORMAT, **{key: json.dumps(value) for key, value in metadata.items()}}
+    atomic_write(path, lambda partial: safetensors.torch.save_file(values, str(partial), header))
 
 
 def read_router_update(path: Path | str) -> tuple[dict[str, Tensor], dict]:
     """The tensors and the metadata of a router update.
 
-    Raises: UsageError if the file is none, or cannot be read
+    Raises: UsageError if the file cannot be read, or is something else
     """
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
@@ -75,25 +73,25 @@ def read_router_update(path: Path | str) -> tuple[dict[str, Tensor], dict]:
 
 @torch.no_grad()
 def load_router_update(teacher: nn.Module, path: Path | str) -> dict:
-    """Put learned routers into the model that they were learned in, in place; nothing else of it changes.
+    """Load trained routers, in place, into the model that they were trained in; nothing else of it changes.
 
-    `teacher` keeps its dtypes, and works and saves in transformers as before. The routers were learned with every
-    expert active unless the returned metadata's `sar_routing` says 'native'.
+    `teacher` keeps its dtypes and stays an ordinary transformers model. The routers were trained with every expert
+    active unless the returned metadata's `sar_routing` is 'native'.
 
     Returns: the metadata
-    Raises: UsageError if `teacher` is not the very model that the update was made for; it is then left as it was
+    Raises: UsageError if `teacher` is not the model that the update was made for; it is then left unchanged
     """
-    values, about = read_router_update(path)
-    own = dict(teacher.named_parameters())
-    strange = [name for name, value in values.items() if name not in own or own[name].shape != value.shape]
-    if strange:
-        raise UsageError(f"router update {path}: the teacher has no router {strange[0]} of that shape")
-    if hash_frozen(teacher, values) != about["frozen_sha256"]:
+    values, metadata = read_router_update(path)
+    parameters = dict(teacher.named_parameters())
+    for name, value in values.items():
+        if name not in parameters or parameters[name].shape != value.shape:
+            raise UsageError(f"router update {path}: the teacher has no router {name} of that shape")
+    if hash_frozen(teacher, values) != metadata["frozen_sha256"]:
         raise UsageError(
-            f"router update {path}: was made for another teacher; load {about['base_model']} in {about['dtype']}"
+            f"router update {path}: was made for another teacher; load {metadata['base_model']} in {metadata['dtype']}"
         )
-    if hash_routers({name: own[name] for name in values}) != about["initial_sha256"]:
+    if hash_routers({name: parameters[name] for name in values}) != metadata["initial_sha256"]:
         raise UsageError(f"router update {path}: the teacher's routers are not those that it began with")
     for name, value in values.items():
-        own[name].copy_(value)
-    return about
+        parameters[name].copy_(value)
+    return metadata

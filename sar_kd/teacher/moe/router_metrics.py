@@ -1,8 +1,6 @@
-"""What a teacher's routers do on held-out text, and when it is alarming."""
+"""Routers on held-out text: entropy, expert usage, and alarms when the teacher drifts or its routers collapse."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 
@@ -12,81 +10,74 @@ from sar_kd.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from sar_kd.teacher.moe.router_training import entropy, router_probs
 from sar_kd.teacher.moe.routing_hooks import Routing
 
-LARGEST_DRIFT = 0.02
-"""Alarm when the teacher's perplexity has risen by this share."""
+MAX_DRIFT = 0.02
+"""Alarm when the teacher's perplexity has risen by more than this share."""
 
-LEAST_ENTROPY = 0.5
-"""Alarm when the routers' mean entropy has fallen below this share of what it was."""
+MIN_ENTROPY_RATIO = 0.5
+"""Alarm when the routers' mean entropy has fallen below this share of its initial value."""
 
 
-class Shares:
-    """Collects what the routers do while a model is evaluated."""
+class RouterStatistics:
+    """Entropy and expert usage, summed over the batches of an evaluation."""
 
     def __init__(self, routing: Routing, process_group: ProcessGroup = SINGLE_PROCESS):
         self.routing, self.process_group = routing, process_group
-        self._entropy = self._count = 0.0
-        self._chosen = [torch.zeros(spec.num_experts) for spec in routing.specs]
+        self._entropy = self._num_positions = 0.0
+        self._counts = [torch.zeros(spec.num_experts) for spec in routing.specs]
 
-    def watch(self, batches: Iterator[TokenBatch]) -> Iterator[TokenBatch]:
-        """The same batches; each is looked at once its reader asks for the next one."""
-        for batch in batches:
-            yield batch
-            self._add(batch.rows)  # asked for the next batch, the reader has run the model on this one
+    def add(self, batch: TokenBatch) -> None:
+        """Add the last forward, which was on `batch`."""
+        for spec, counts, logits in zip(self.routing.specs, self._counts, self.routing.logits, strict=True):
+            logits = logits[batch.positions.to(logits.device)]
+            self._entropy += entropy(router_probs(spec.gate, logits)).sum().item() / len(self._counts)
+            chosen = logits.topk(spec.top_k).indices.flatten().cpu()
+            counts += torch.bincount(chosen, minlength=spec.num_experts)
+        self._num_positions += len(batch.positions)
 
-    def _add(self, rows: torch.Tensor) -> None:
-        for spec, chosen, logits in zip(self.routing.specs, self._chosen, self.routing.logits, strict=True):
-            logits = logits[rows.to(logits.device)]
-            self._entropy += entropy(router_probs(spec.gate, logits)).sum().item() / len(self._chosen)
-            best = logits.topk(spec.top_k).indices.flatten().cpu()
-            chosen += torch.bincount(best, minlength=spec.num_experts)
-        self._count += len(rows)
+    def metrics(self) -> dict:
+        """Over all ranks; {} without routers.
 
-    def figures(self) -> dict:
-        """Mean entropy in [0, 1], and by router the share of each expert in the tokens' k largest logits; {} without
-        routers.
+        router_entropy  mean entropy in [0, 1]
+        router_usage    for each router, the share of each expert among the top k of all tokens
         """
         if not self.routing.specs:
             return {}
-        sizes = [len(chosen) for chosen in self._chosen]
-        entropies, count, *counts = self.process_group.all_reduce_sum(
-            [self._entropy, self._count, *torch.cat(self._chosen).tolist()]
+        entropies, num_positions, *flat_counts = self.process_group.all_reduce_sum(
+            [self._entropy, self._num_positions, *torch.cat(self._counts).tolist()]
         )
+        by_router = torch.tensor(flat_counts).split([len(counts) for counts in self._counts])
         usage = {
-            spec.name: [round(share, 4) for share in (chosen / chosen.sum()).tolist()]
-            for spec, chosen in zip(self.routing.specs, torch.tensor(counts).split(sizes), strict=True)
+            spec.name: [round(share, 4) for share in (counts / counts.sum()).tolist()]
+            for spec, counts in zip(self.routing.specs, by_router, strict=True)
         }
-        return {"router_entropy": entropies / count, "router_usage": usage}
+        return {"router_entropy": entropies / num_positions, "router_usage": usage}
 
 
-def figures_of(evaluation: Evaluation, how: str) -> dict:
-    """The teacher's perplexity and bits per byte under 'native' or 'routed', the run's routing."""
+def teacher_metrics(evaluation: Evaluation, routing: str) -> dict[str, float]:
+    """The teacher's metrics for the run log. routing: 'native', or 'routed' for the run's routing."""
     return {
-        f"teacher_val_ppl_{how}": evaluation.perplexity,
-        f"teacher_val_bits_per_byte_{how}": evaluation.bits_per_byte,
+        f"teacher_val_ppl_{routing}": evaluation.perplexity,
+        f"teacher_val_bits_per_byte_{routing}": evaluation.bits_per_byte,
     }
 
 
-def alarms_of(start: dict, now: dict) -> list[tuple[str, str]]:
-    """What is alarming in `now` beside `start`, both as `teacher_routing` measures them: a name and a line each."""
+def find_alarms(start: dict, now: dict) -> list[tuple[str, str]]:
+    """The alarms that the metrics `now` raise lookup those at the `start` of the run: a name and a line each."""
     found = []
-    for how in ("native", "routed"):
-        before, after = (figures[f"teacher_val_ppl_{how}"] for figures in (start, now))
-        if not after <= (1 + LARGEST_DRIFT) * before:  # nan alarms too
-            found.append(
-                (
-                    f"drift_{how}",
-                    f"the teacher's perplexity ({how} routing) went from {before:.2f} to {after:.2f}, by more than "
-                    f"{LARGEST_DRIFT:.0%}: its routers follow the student too far; raise --router_anchor or lower "
-                    "--router_lr",
-                )
+    remedy = "raise --router_anchor or lower --router_lr"
+    for routing in ("native", "routed"):
+        before, after = (metrics[f"teacher_val_ppl_{routing}"] for metrics in (start, now))
+        if not after <= (1 + MAX_DRIFT) * before:  # nan raises an alarm too
+            line = (
+                f"the teacher's perplexity ({routing} routing) went from {before:.2f} to {after:.2f}, by more than "
+                f"{MAX_DRIFT:.0%}: its routers follow the student too far; {remedy}"
             )
+            found.append((f"drift_{routing}", line))
     before, after = start["router_entropy"], now["router_entropy"]
-    if not after >= LEAST_ENTROPY * before:
-        found.append(
-            (
-                "entropy",
-                f"the routers' entropy fell from {before:.3f} to {after:.3f}, below {LEAST_ENTROPY:.0%}: they collapse "
-                "onto few experts; raise --router_anchor or lower --router_lr",
-            )
+    if not after >= MIN_ENTROPY_RATIO * before:
+        line = (
+            f"the routers' entropy fell from {before:.3f} to {after:.3f}, below {MIN_ENTROPY_RATIO:.0%}: they collapse "
+            f"onto few experts; {remedy}"
         )
+        found.append(("entropy", line))
     return found

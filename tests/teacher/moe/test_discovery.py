@@ -1,4 +1,4 @@
-"""Which modules are routers: by name on every architecture, and what is refused with its reason."""
+"""Finding routers: on every architecture by name and by structure, and refusals with their reason."""
 
 import json
 
@@ -33,7 +33,7 @@ def test_routers_are_found_by_their_exact_names(architecture):
 
 
 @EVERY
-def test_what_may_learn_is_the_routers_weight_and_bias_alone(architecture):
+def test_only_the_routers_weight_and_bias_are_trainable(architecture):
     model = make_causal(architecture)
     expected = {f"{name}.{key}" for name in router_names(architecture) for key in CAUSAL[architecture][4]}
     found = router_parameters(find_routers(model))
@@ -142,7 +142,7 @@ def test_one_expert_that_keeps_its_probability_is_not(architecture):
     require_routers(model, find_routers(model), "sar", trains_natively=True)
 
 
-def test_the_verb_lists_the_embedded_teachers_routers(capsys):
+def test_the_command_lists_the_embedded_teachers_routers(capsys):
     assert main(["routers"]) == 0
     shown = capsys.readouterr().out
     assert "model.layers.0.mlp.gate  Qwen3MoeTopKRouter  8x192    2 of 8" in shown
@@ -152,19 +152,19 @@ def test_the_verb_lists_the_embedded_teachers_routers(capsys):
     assert [record["name"] for record in records] == [f"model.layers.{layer}.mlp.gate" for layer in range(4)]
 
 
-def test_the_verb_reads_no_weights(tmp_path, capsys):
+def test_the_command_reads_no_weights(tmp_path, capsys):
     make_causal("olmoe").config.save_pretrained(tmp_path)
     assert main(["routers", "--model", str(tmp_path)]) == 0
     assert "OlmoeTopKRouter" in capsys.readouterr().out
 
 
-def test_the_verb_says_that_a_model_is_dense_and_that_a_router_is_silent(tmp_path, capsys):
+def test_the_command_shows_a_dense_model_and_a_router_without_gradient(tmp_path, capsys):
     make_dense().config.save_pretrained(tmp_path)
     assert main(["routers", "--model", str(tmp_path)]) == 0
     assert capsys.readouterr().out == "Dense: no routers\n"
     make_causal("mixtral", num_experts_per_tok=1).config.save_pretrained(tmp_path)
     main(["routers", "--model", str(tmp_path)])
-    assert "2 of them have no gradient under the model's own routing" in capsys.readouterr().out
+    assert "2 of them have no gradient in the native routing" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_the_verb_says_that_a_model_is_dense_and_that_a_router_is_silent(tmp_pat
         (["--model", ""], "error: --model '': give a directory or a hub id"),
     ],
 )
-def test_the_verb_answers_a_mistake_in_one_line(argv, line, capsys):
+def test_the_command_refuses_a_mistake_in_one_line(argv, line, capsys):
     assert main(["routers", *argv]) == 2
     assert capsys.readouterr().err == f"{line}\n"
 

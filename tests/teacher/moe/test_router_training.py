@@ -1,4 +1,4 @@
-"""Routers that learn: the gradient they get, what a step changes and what it never does, in both schedules."""
+"""Routers that learn: their gradient, what a step changes and what it never changes, in both schedules."""
 
 import copy
 import dataclasses
@@ -10,7 +10,7 @@ import torch
 
 from sar_kd.config.runs import RoutingConfig
 from sar_kd.config.sections import GuardConfig, LossConfig, OptimConfig
-from sar_kd.data.dataset import Dataset
+from sar_kd.data.dataset import build_dataset
 from sar_kd.data.samples import Document
 from sar_kd.losses.functional import GroupSums
 from sar_kd.losses.objective import Objective
@@ -31,7 +31,7 @@ from sar_kd.tokenization.token_stream import Block
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 from sar_kd.training.guards import StepGuard
 from sar_kd.training.optimizer import build_optimizer, parameters_of
-from sar_kd.training.step import train_step
+from sar_kd.training.step import StepContext, train_step
 
 CPU = torch.device("cpu")
 HALF_OR_FLOAT = pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["float16", "float32"])
@@ -42,32 +42,32 @@ KINDS = pytest.mark.parametrize(("tokenizers", "alignment"), [*SMOOTH, ("differe
 
 
 @pytest.fixture(scope="module")
-def corpora(byte_tokenizer, sp_tokenizer, corpus_texts):
+def datasets(byte_tokenizer, sp_tokenizer, corpus_texts):
     documents = [Document(str(number), text) for number, text in enumerate(corpus_texts)]
     pairs = {
         "equal": (byte_tokenizer, byte_tokenizer),
         "different": (sp_tokenizer, byte_tokenizer),
         "coarser": (byte_tokenizer, sp_tokenizer),
     }
-    return {name: _corpus(documents, *pair) for name, pair in pairs.items()}
+    return {name: _dataset(documents, *pair) for name, pair in pairs.items()}
 
 
-def _corpus(documents, student, teacher):
-    pair = TokenizerPair(student, teacher, student_rows=len(student), teacher_rows=len(teacher))
-    return Dataset(documents, pair, 24, 60)
+def _dataset(documents, student, teacher):
+    pair = TokenizerPair(student, teacher, student_vocab_size=len(student), teacher_vocab_size=len(teacher))
+    return build_dataset(documents, pair, 24, 60)
 
 
 @pytest.fixture
-def make_run(corpora, make_student, make_teacher):
+def make_run(datasets, make_student, make_teacher):
     """make_run(rule, dtype, tokenizers, ...): a step with a tiny mixture of experts; rule 'sar' or one of `Routing`."""
     opened = []
 
     def make(rule="sar", dtype=torch.float32, tokenizers="equal", scale=1024.0, dropout=0.0, loss=None, **routing):
-        corpus = corpora[tokenizers]
-        student = make_student(len(corpus.pair.student), num_hidden_layers=1, attention_dropout=dropout)
-        teacher = make_teacher(len(corpus.pair.teacher), attention_dropout=0.5)  # which must never be on
+        dataset = datasets[tokenizers]
+        student = make_student(len(dataset.pair.student), num_hidden_layers=1, attention_dropout=dropout)
+        teacher = make_teacher(len(dataset.pair.teacher), attention_dropout=0.5)  # which must never be on
         for model in (student, teacher):
-            model.lm_head.weight.data.mul_(20.0)  # opinions: a fresh head is all but uniform
+            model.lm_head.weight.data.mul_(20.0)  # a fresh LM head is almost uniform
         generator = torch.Generator().manual_seed(6)
         for layer in teacher.model.layers:
             layer.mlp.gate.weight.data.normal_(std=0.5, generator=generator)
@@ -77,8 +77,8 @@ def make_run(corpora, make_student, make_teacher):
         no_clamps = {"logit_clamp_style": "off", "loss_clamp_style": "off"}
         losses = LossConfig(**({"alpha_kd": 0.5, "alpha_ce": 0.5} | no_clamps | (loss or {})))
         settings = RoutingConfig(**({"router_lr": 1e-3} | routing))
-        run = SimpleNamespace(corpus=corpus, student=student, teacher=teacher, precision=precision, settings=settings)
-        run.objective = Objective(teacher, student, losses, corpus.aligner, precision)
+        run = SimpleNamespace(dataset=dataset, student=student, teacher=teacher, precision=precision, settings=settings)
+        run.objective = Objective(teacher, student, losses, dataset.aligner, precision)
         run.optimizer = build_optimizer(student, OptimConfig(student_lr=1e-3), run.objective.parameters())
         run.guard = StepGuard(GuardConfig(skip_grad_norm=1e9, skip_rule="fixed"))
         run.routing = Routing(teacher, find_routers(teacher), "all" if rule == "sar" else rule)
@@ -86,9 +86,9 @@ def make_run(corpora, make_student, make_teacher):
         opened.append(run.routing)
         run.routers = FROZEN_ROUTERS
         if rule == "sar":
-            run.routers = RouterTrainer(run.objective, run.routing, settings, losses, corpus.aligner)
+            run.routers = RouterTrainer(run.objective, run.routing, settings, losses, dataset.aligner)
         run.step = lambda batches, clip=1e9: train_step(
-            batches, run.objective, run.optimizer, run.guard, run.precision, clip, run.routers
+            batches, StepContext(run.objective, run.optimizer, run.guard, run.precision, clip, run.routers)
         )
         return run
 
@@ -99,7 +99,7 @@ def make_run(corpora, make_student, make_teacher):
 
 
 def _batches(run, *groups):
-    return [run.corpus.batch(list(group)) for group in groups]
+    return [run.dataset.batch(list(group)) for group in groups]
 
 
 def _bits(tensors):
@@ -120,7 +120,7 @@ def _everything(run):
 
 def _router_loss(run, batch):
     """The routers' loss per target token and their gradients, by name."""
-    outputs = run.objective.read(batch, student_learns=False, teacher_learns=True)
+    outputs = run.objective.forward_models(batch, student_grad=False, teacher_grad=True)
     loss = run.routers.terms(batch, outputs).total / batch.num_target_tokens
     if loss.requires_grad:
         loss.backward()
@@ -133,24 +133,24 @@ def _router_loss(run, batch):
 # The terms
 
 
-def _naive_imbalance(shares, blocks):
+def _naive_load_balancing(probs, blocks):
     values = []
     for block in range(3):
-        rows = [row for row, b in zip(shares.tolist(), blocks, strict=True) if b == block]
-        loads = [sum(row[e] for row in rows) for e in range(4)]
+        tokens = [token for token, b in zip(probs.tolist(), blocks, strict=True) if b == block]
+        loads = [sum(token[e] for token in tokens) for e in range(4)]
         mean = sum(loads) / 4
-        values.append(sum((load - mean) ** 2 for load in loads) / 4 / mean**2 if rows else 0.0)
+        values.append(sum((load - mean) ** 2 for load in loads) / 4 / mean**2 if tokens else 0.0)
     return values
 
 
-def test_imbalance_is_the_squared_coefficient_of_variation_of_each_block():
-    shares = (torch.randn(7, 4, dtype=torch.float64) * 2).softmax(-1)
+def test_load_balancing_loss_is_the_squared_coefficient_of_variation_of_each_block():
+    probs = (torch.randn(7, 4, dtype=torch.float64) * 2).softmax(-1)
     blocks = [0, 0, 0, 2, 2, 2, 2]
-    found = load_balancing_loss(shares, GroupSums(torch.tensor(blocks), 3))
-    assert found.tolist() == pytest.approx(_naive_imbalance(shares, blocks), rel=1e-12)
+    found = load_balancing_loss(probs, GroupSums(torch.tensor(blocks), 3))
+    assert found.tolist() == pytest.approx(_naive_load_balancing(probs, blocks), rel=1e-12)
 
 
-def test_imbalance_is_zero_with_zero_gradient_where_experts_share_alike_and_its_largest_where_one_has_all():
+def test_load_balancing_loss_is_zero_with_zero_gradient_for_equal_shares_and_largest_for_one_expert():
     logits = torch.zeros(6, 4, requires_grad=True)
     one_block = GroupSums(torch.zeros(6, dtype=torch.int64), 1)
     value = load_balancing_loss(router_probs(Gate("softmax", True), logits), one_block)
@@ -171,11 +171,11 @@ def test_the_gradients_of_the_terms_pass_gradcheck(score):
     assert torch.autograd.gradcheck(lambda w: relative_change(w, initial), logits)
 
 
-def test_entropy_is_one_where_all_are_alike_and_zero_where_one_counts():
+def test_entropy_is_one_for_equal_probabilities_and_zero_for_one_expert():
     assert entropy(torch.full((2, 8), 1 / 8)).tolist() == pytest.approx([1.0, 1.0])
     assert entropy(torch.eye(4)).tolist() == [0.0] * 4
-    shares = torch.tensor([[0.7, 0.2, 0.1, 0.0]], dtype=torch.float64)
-    assert entropy(shares).item() == pytest.approx(-sum(p * math.log(p) for p in (0.7, 0.2, 0.1)) / math.log(4))
+    probs = torch.tensor([[0.7, 0.2, 0.1, 0.0]], dtype=torch.float64)
+    assert entropy(probs).item() == pytest.approx(-sum(p * math.log(p) for p in (0.7, 0.2, 0.1)) / math.log(4))
 
 
 def test_the_relative_change_is_that_of_norms():
@@ -235,11 +235,14 @@ def test_the_routers_loss_is_forward_kl_of_the_whole_teacher_whatever_the_studen
     run = make_run(loss={"kd_direction": "reverse", "teacher_top_k": 3, "logit_clamp_style": "raw", "temperature": 2.0})
     (batch,) = _batches(run, range(3))
     with torch.no_grad():
-        outputs = run.objective.read(batch)
+        outputs = run.objective.forward_models(batch)
         found = run.routers.terms(batch, outputs).divergence.item()
     t, p = (
         (logits.double() / 2.0).log_softmax(-1)
-        for logits in (outputs.teacher.logits()[batch.alignment.teacher_rows], outputs.student.logits())
+        for logits in (
+            outputs.teacher.tile(slice(None)).T[batch.alignment.teacher_positions],
+            outputs.student.tile(slice(None)).T,
+        )
     )
     assert found == pytest.approx(4.0 * (t.exp() * (t - p)).sum().item(), rel=1e-5)
 
@@ -248,7 +251,7 @@ def test_the_routers_loss_is_forward_kl_of_the_whole_teacher_whatever_the_studen
 def test_neither_loss_gives_the_other_side_a_gradient(make_run, tokenizers, alignment):
     run = make_run(tokenizers=tokenizers, loss={"alignment": alignment})
     (batch,) = _batches(run, range(3))
-    outputs = run.objective.read(batch, teacher_learns=True)
+    outputs = run.objective.forward_models(batch, teacher_grad=True)
     run.objective(batch, outputs).total.backward(retain_graph=True)
     assert all(parameter.grad is None for parameter in run.teacher.parameters())
     assert all(parameter.grad is not None for parameter in run.student.parameters())
@@ -280,7 +283,7 @@ def test_each_regulariser_adds_its_own_gradient(make_run, term):
 @DIRECTIONS
 def test_a_router_step_lowers_the_routers_own_divergence_on_the_same_text(make_run, schedule, tokenizers, direction):
     run = make_run(tokenizers=tokenizers, sar_schedule=schedule, router_direction=direction, router_beta=0.0)
-    run.routers.measures = True
+    run.routers.measures_effect = True
     for group in range(4):
         effect = run.step(_batches(run, [2 * group, 2 * group + 1])).routers.router_effect
         assert effect[f"{direction}_kl_after"] < effect[f"{direction}_kl_before"]
@@ -289,7 +292,7 @@ def test_a_router_step_lowers_the_routers_own_divergence_on_the_same_text(make_r
 @SCHEDULES
 def test_with_the_sign_of_the_loss_turned_the_same_step_raises_it(make_run, schedule, monkeypatch):
     run = make_run(sar_schedule=schedule, router_beta=0.0, router_anchor=0.0)
-    run.routers.measures = True
+    run.routers.measures_effect = True
     plain = RouterTrainer.terms
     turned = lambda self, *args: (t := plain(self, *args)) and dataclasses.replace(t, total=-t.total)  # noqa: E731
     monkeypatch.setattr(RouterTrainer, "terms", turned)
@@ -312,7 +315,7 @@ def test_with_a_rate_of_zero_the_student_learns_what_it_learns_from_all(make_run
 
 
 @HALF_OR_FLOAT
-def test_two_stage_teaches_with_the_updated_routers_and_joint_with_those_before(make_run, dtype):
+def test_two_stage_distils_from_the_updated_routers_and_joint_with_those_before(make_run, dtype):
     losses = {}
     for schedule in ("two_stage", "joint"):
         run = make_run(dtype=dtype, sar_schedule=schedule, router_lr=0.1)
@@ -324,7 +327,7 @@ def test_two_stage_teaches_with_the_updated_routers_and_joint_with_those_before(
 
 
 @SCHEDULES
-def test_only_the_routers_of_the_teacher_move_and_the_hash_says_so(make_run, schedule):
+def test_only_the_routers_of_the_teacher_move_and_the_hash_shows_it(make_run, schedule):
     run = make_run(sar_schedule=schedule, tokenizers="different")
     before = {name: value.clone() for name, value in run.teacher.state_dict().items()}
     for step in range(50):
@@ -335,14 +338,14 @@ def test_only_the_routers_of_the_teacher_move_and_the_hash_says_so(make_run, sch
     assert {id(p) for p in parameters_of(run.routers.optimizer)} == {id(p) for p in run.routers.parameters.values()}
 
 
-def test_a_frozen_tensor_that_changed_is_found_out(make_run):
+def test_a_frozen_tensor_that_changed_is_detected(make_run):
     run = make_run()
     run.teacher.model.norm.weight.data[0] += 1e-6
     with pytest.raises(FrozenTeacherChanged):
         run.routers.check_frozen()
 
 
-def test_the_hash_does_not_see_the_routers(make_run):
+def test_the_hash_excludes_the_routers(make_run):
     run = make_run()
     before = hash_frozen(run.teacher, run.routers.parameters)
     for parameter in run.routers.parameters.values():
@@ -372,9 +375,9 @@ def test_the_teacher_stays_in_eval_mode_and_its_dropout_off(make_run):
 # Accumulation and padding
 
 
-def _ragged(corpus):
-    """The same corpus in which every second block has grown by its neighbour."""
-    ragged, blocks = copy.copy(corpus), corpus.blocks
+def _ragged(dataset):
+    """The same dataset in which every second block has grown by its neighbour."""
+    ragged, blocks = copy.copy(dataset), dataset.blocks
     ragged.blocks = []
     for first in range(0, 12, 3):
         a, b, c = blocks[first : first + 3]
@@ -389,7 +392,7 @@ def test_accumulation_and_padding_change_nothing(make_run, schedule, tokenizers)
     moves, reports = [], []
     for groups in ([range(8)], [[block] for block in range(8)]):
         run = make_run(tokenizers=tokenizers, sar_schedule=schedule, router_beta=0.5, router_anchor=0.5)
-        run.corpus = _ragged(run.corpus)
+        run.dataset = _ragged(run.dataset)
         for parameter in run.routers.parameters.values():
             parameter.data.add_(0.01)
         gradients = []
@@ -409,7 +412,7 @@ def test_accumulation_and_padding_change_nothing(make_run, schedule, tokenizers)
 
 
 def _poison_student(run, block, other):
-    own, rest = (set(run.corpus.batch([i]).student.input_ids[0].tolist()) for i in (block, other))
+    own, rest = (set(run.dataset.batch([i]).student.input_ids[0].tolist()) for i in (block, other))
     run.student.get_input_embeddings().weight.data[min(own - rest)] = math.nan
 
 
@@ -429,10 +432,10 @@ def test_a_bad_student_leaves_every_bit_of_the_routers_too(make_run, schedule, d
 
 @SCHEDULES
 @HALF_OR_FLOAT
-def test_a_norm_above_the_limit_takes_the_routers_update_back(make_run, schedule, dtype):
+def test_a_norm_above_the_limit_rolls_the_routers_update_back(make_run, schedule, dtype):
     run = make_run(dtype=dtype, sar_schedule=schedule)
     run.step(_batches(run, [3]))
-    run.guard.skip_grad_norm = 1e-9
+    run.guard.settings = dataclasses.replace(run.guard.settings, skip_grad_norm=1e-9)
     before = _everything(run)
     assert run.step(_batches(run, [0])).verdict.cause == "norm"
     assert _same(before, _everything(run))
@@ -501,11 +504,11 @@ def test_a_router_that_learns_still_costs_one_host_read(make_run, schedule, monk
     assert reads == ["tolist"]
 
 
-# Activations computed anew
+# Recomputed activations
 
 
 def _saved_bytes(run, batch):
-    """Bytes that the teacher's graph keeps for backward, the recomputed layers' inputs among them."""
+    """Bytes that the teacher's graph saves for the backward, with the inputs of recomputed layers."""
     kept = {}
 
     def keep(tensor):
@@ -536,7 +539,7 @@ def test_recomputed_activations_give_the_same_step_in_a_fraction_of_the_memory(m
     assert not any(module.training for module in anew.teacher.modules())
 
 
-def test_what_is_kept_for_backward_is_under_a_quarter(make_run):
+def test_recomputation_saves_less_than_a_quarter_for_the_backward(make_run):
     plain, anew = make_run(tokenizers="different"), make_run(tokenizers="different")
     recompute_activations_(anew.teacher)
     (batch,) = _batches(plain, range(8))

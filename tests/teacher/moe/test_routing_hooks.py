@@ -1,4 +1,4 @@
-"""Another routing than a model's own: equal to its definition and the models' own switch, and gone without a trace."""
+"""Replaced routing: equal to its definition and to the models' own top_k, and removed without a trace."""
 
 import pytest
 import torch
@@ -21,8 +21,8 @@ def _logits(model):
         return model(input_ids=IDS, use_cache=False).logits
 
 
-def _seen(specs, run):
-    """What the blocks are told by their routers while `run` runs, by name."""
+def _outputs(specs, run):
+    """The outputs of the routers while `run` runs, by name."""
     outputs = {}
 
     def hook_of(name):
@@ -36,7 +36,7 @@ def _seen(specs, run):
 
 
 @SWITCHED
-def test_all_equals_the_models_own_switch(architecture):
+def test_all_equals_the_model_with_top_k_set_to_all_experts(architecture):
     model, switched = make_causal(architecture), make_causal(architecture)
     with Routing(model, find_routers(model), "all"):
         logits = _logits(model)
@@ -79,11 +79,11 @@ def test_an_error_inside_restores_too():
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "olmoe", "deepseek_v3", "gpt_oss", "phimoe", "jamba"])
-def test_the_weights_of_all_are_the_shares_of_all_logits(architecture):
+def test_the_weights_of_all_are_the_probabilities_of_all_experts(architecture):
     model = make_causal(architecture)
     specs = find_routers(model)
     with Routing(model, specs, "all") as routing:
-        outputs = _seen(specs, lambda: _logits(model))
+        outputs = _outputs(specs, lambda: _logits(model))
         recorded = routing.logits
     for spec, logits in zip(specs, recorded, strict=True):
         _, weights, indices = outputs[spec.name]
@@ -100,7 +100,7 @@ def test_the_formula_reproduces_the_models_own_weights(architecture):
     model = make_causal(architecture)
     specs = find_routers(model)
     for spec in specs:
-        logits, weights, indices = _seen(specs, lambda: _logits(model))[spec.name]
+        logits, weights, indices = _outputs(specs, lambda: _logits(model))[spec.name]
         torch.testing.assert_close(weights_of(spec.gate, logits, indices), weights, rtol=1e-5, atol=1e-6)
 
 
@@ -112,27 +112,27 @@ def test_the_gradient_of_the_weights_is_that_of_their_definition():
             assert torch.autograd.gradcheck(lambda z, g=gate, i=indices: weights_of(g, z, i), (logits,))
 
 
-# One expert left out
+# One expert dropped
 
 
-def _left_out(model, specs, routing):
-    outputs = _seen(specs, lambda: _logits(model))
+def _dropped(model, specs, routing):
+    outputs = _outputs(specs, lambda: _logits(model))
     return [set(range(EXPERTS)) - set(row) for spec in specs for row in outputs[spec.name][2].tolist()], routing.logits
 
 
-def test_ka_without_chance_leaves_out_the_smallest_logit():
+def test_ka_without_chance_drops_the_smallest_logit():
     model = make_causal("mixtral")
     specs = find_routers(model)
     with Routing(model, specs, "ka", ka_lambda=0.0) as routing:
-        left_out, logits = _left_out(model, specs, routing)
-    assert left_out == [{int(row.argmin())} for router in logits for row in router]
+        dropped, logits = _dropped(model, specs, routing)
+    assert dropped == [{int(row.argmin())} for router in logits for row in router]
 
 
-def test_ka_weights_are_a_softmax_over_what_is_left():
+def test_ka_weights_are_a_softmax_over_the_others():
     model = make_causal("olmoe")  # whose own weights are not normalised
     specs = find_routers(model)
     with Routing(model, specs, "ka") as routing:
-        outputs = _seen(specs, lambda: _logits(model))
+        outputs = _outputs(specs, lambda: _logits(model))
         logits = routing.logits
     for spec, router in zip(specs, logits, strict=True):
         _, weights, indices = outputs[spec.name]
@@ -163,7 +163,7 @@ def test_ka_lambda_is_the_share_of_tokens_that_are_drawn():
     assert share == pytest.approx(0.75 + 0.25 * 0.25, abs=0.01)
 
 
-def test_ka_repeats_its_choices_when_a_layer_is_computed_anew_and_draws_again_in_the_next_forward():
+def test_ka_repeats_its_choices_when_a_layer_is_recomputed_and_draws_again_in_the_next_forward():
     model = make_causal("mixtral")
     specs = find_routers(model)
     for spec in specs:
@@ -185,7 +185,7 @@ def test_ka_repeats_its_choices_when_a_layer_is_computed_anew_and_draws_again_in
 
     assert all(torch.equal(a, b) for a, b in zip(gradients(False), gradients(True), strict=True))
     with Routing(model, specs, "ka", ka_lambda=1.0) as routing:
-        first, second = (_left_out(model, specs, routing)[0] for _ in range(2))
+        first, second = (_dropped(model, specs, routing)[0] for _ in range(2))
     assert first != second
 
 
@@ -221,7 +221,7 @@ def _router_gradients(model, mode):
 
 
 @EVERY
-def test_every_row_of_every_router_has_a_gradient_in_all(architecture):
+def test_every_expert_of_every_router_has_a_gradient_in_all(architecture):
     for gradient in _router_gradients(make_causal(architecture), "all"):
         rows = gradient.flatten(1).norm(dim=1) if gradient.ndim == 2 else gradient.abs()
         assert (rows > 1e-9).all()
@@ -252,14 +252,14 @@ def test_the_recorded_logits_carry_the_graph():
 def test_half_models_keep_their_dtypes(dtype):
     model = make_causal("qwen3_moe").to(dtype)
     specs = find_routers(model)
-    native = _seen(specs, lambda: _logits(model))
+    native = _outputs(specs, lambda: _logits(model))
     with Routing(model, specs, "all"):
-        routed = _seen(specs, lambda: _logits(model))
+        routed = _outputs(specs, lambda: _logits(model))
     for spec in specs:
         assert [part.dtype for part in routed[spec.name]] == [part.dtype for part in native[spec.name]]
 
 
-# What is verified before a run
+# Verified before a run
 
 
 RECOGNISED = sorted(set(CAUSAL) - {"phimoe", "llama4", "dbrx"})
@@ -277,7 +277,7 @@ def test_an_unknown_routers_gate_is_recognised_by_its_output(architecture, monke
 
 
 @pytest.mark.parametrize("architecture", ["phimoe", "llama4"])
-def test_an_unknown_router_that_is_none_of_the_known_kinds_is_refused(architecture, monkeypatch):
+def test_an_unknown_router_of_no_known_kind_is_refused(architecture, monkeypatch):
     model = make_causal(architecture)
     monkeypatch.setattr(discovery, "REGISTRY", {})
     with pytest.raises(UsageError, match="use --routing native"):
@@ -293,7 +293,7 @@ def test_a_router_that_returns_probabilities_as_logits_is_refused(monkeypatch):
         verify(model, find_routers(model), lambda: _logits(model))
 
 
-def test_a_router_that_is_never_asked_is_refused():
+def test_a_router_that_does_not_run_is_refused():
     model = make_causal("mixtral")
     specs = find_routers(model)
     with pytest.raises(UsageError, match="takes no part in a forward"):
