@@ -1,6 +1,6 @@
-"""`sar-kd cache`: run the teacher once over a text and keep what it says of every token, for any student.
+"""`sar-kd cache`: run the teacher once over a text and cache its logits for every token, for any student.
 
-Interrupted or killed, the same command goes on behind the last whole shard, and ends with the same bytes.
+After an interruption or a kill, the same command goes on after the last finished shard, and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ from sar_kd.data.sources import digest_of, load_documents
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.errors import UsageError
 from sar_kd.models.loading import TeacherInfo, load_teacher, load_tokenizers
-from sar_kd.runtime.console import wrap_lines
 from sar_kd.runtime.distributed import join_process_group
-from sar_kd.runtime.files import LOCK, FolderLock, json_safe, require_disk_space
+from sar_kd.runtime.files import LOCK_FILES, FolderLock, json_safe, require_disk_space
 from sar_kd.runtime.precision import setup_precision
-from sar_kd.teacher.cache.builder import SHARD_ROWS, CacheBuilder, CacheText
+from sar_kd.teacher.cache.builder import SHARD_SIZE, CacheBuilder, TeacherText
 from sar_kd.teacher.cache.format import (
     FORMAT,
     HEADER,
@@ -37,7 +36,7 @@ from sar_kd.teacher.cache.format import (
     cache_error,
     check_compatible,
     read_header,
-    record_of_facts,
+    record_dtype,
     remove_unnamed,
     write_header,
 )
@@ -46,8 +45,7 @@ from sar_kd.tokenization.token_table import fingerprint
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair, UnfitTokenizer
 
 _INDEX_BYTES = 12
-"""Of a row in its text's index: its token, and where that ends"""
-
+"""Of a record in the index: the target token, and where it ends"""
 
 CACHE = Command(
     name="cache",
@@ -57,7 +55,7 @@ CACHE = Command(
 
 
 def main(argv: list[str]) -> dict:
-    """Build the cache that the command line asks for, or what is missing of it.
+    """Build the cache that the command line asks for, or the missing part of it.
 
     Raises: UsageError for what the user can mend
     """
@@ -79,100 +77,108 @@ def main(argv: list[str]) -> dict:
 
 def _build(config: CachingConfig, folder: Path) -> dict:
     settings, data = config.cache, config.data
-    _require_own(folder, settings.overwrite)
+    _prepare_folder(folder, settings.overwrite)
     precision = setup_precision(config.precision, 0)
-    teacher, tokenizer, about = load_teacher(settings, precision)
-    about = replace(about, limit=min(about.limit or 8 * data.block_size, 8 * data.block_size))
-    own, cutter = _pairs(config, tokenizer, about)
-    if settings.teacher_top_k >= own.num_teacher_tokens:
-        raise UsageError(
-            f"--teacher_top_k {settings.teacher_top_k}: the teacher has {own.num_teacher_tokens} tokens; keep fewer"
-        )
+    teacher, tokenizer, info = load_teacher(settings, precision)
+    info = replace(info, limit=min(info.limit or 8 * data.block_size, 8 * data.block_size))
+    teacher_pair, student_pair = _tokenizer_pairs(config, tokenizer, info)
+    if settings.teacher_top_k >= teacher_pair.num_teacher_tokens:
+        num_tokens = teacher_pair.num_teacher_tokens
+        raise UsageError(f"--teacher_top_k {settings.teacher_top_k}: the teacher has {num_tokens} tokens; give fewer")
     documents = load_documents(data)
-    facts = {
+    metadata = {
         "text": [digest_of(text) for text in documents],
         "tokenizer": fingerprint(tokenizer),
         "teacher": model_fingerprint(settings.teacher_model, settings.trust_remote_code),
-        "teacher_rows": about.vocab_size,
-        "num_tokens": own.num_teacher_tokens,
-        "stop_ids": list(about.stop_ids),
-        "teacher_limit": about.limit,
+        "vocab_size": info.vocab_size,
+        "num_tokens": teacher_pair.num_teacher_tokens,
+        "stop_ids": list(info.stop_ids),
+        "limit": info.limit,
         "block_size": data.block_size,
-        "windows": "" if cutter is None else fingerprint(cutter.student),
+        "block_tokenizer": "" if student_pair is None else fingerprint(student_pair.student),
         "teacher_top_k": settings.teacher_top_k,
-        "temperatures": settings.floats(),
+        "temperatures": settings.temperature_values(),
         "dtype": str(precision.dtype).removeprefix("torch."),
         "batch_size": settings.per_device_batch_size,
-        "shard_rows": SHARD_ROWS,
+        "shard_size": SHARD_SIZE,
     }
-    header = _header(folder, facts)
-    cache = TokenCache(data.token_cache)
-    texts = [CacheText(text, own, cutter, data.block_size, about.limit, cache) for text in documents]
+    header = _open_header(folder, metadata)
+    token_cache = TokenCache(data.token_cache)
+    texts = [
+        TeacherText(text, teacher_pair, student_pair, data.block_size, info.limit, token_cache) for text in documents
+    ]
+    _print_plan(settings.teacher_model, folder, header, texts)
     builder = CacheBuilder(config, folder, header, precision, teacher)
-    kept = _announce(settings.teacher_model, folder, header, texts)
-    total = sum(text.num_rows for text in texts)
+    total = sum(text.num_records for text in texts)
     with tqdm(
-        total=total, initial=kept, unit=" tokens", unit_scale=True, desc="Asking the teacher",
+        total=total, initial=_num_cached(header), unit=" tokens", unit_scale=True, desc="Running the teacher",
         disable=not sys.stderr.isatty(), file=sys.stderr,
     ) as bar:  # fmt: skip
         try:
             for name, text in zip(TEXTS, texts, strict=True):
-                for count in builder.shards(name, text):
+                for count in builder.build(name, text):
                     bar.update(count)
         except KeyboardInterrupt:
             bar.close()
-            done = sum(rows for name in TEXTS for rows, _ in header["shards"][name])
-            print(f"Interrupted: {done:,} of {total:,} tokens are kept; the same command goes on")
+            print(f"Interrupted: {_num_cached(header):,} of {total:,} tokens are cached; the same command goes on")
             return {"status": "interrupted"}
     header["complete"] = True
     write_header(folder, header)
-    return _report(folder, header, texts, config.output.json)
+    return _report(folder, header, config.output.json)
 
 
-def _require_own(folder: Path, overwrite: bool) -> None:
-    """Make sure that the folder is a cache's, or empty; empty it if it is to be overwritten."""
-    own = {LOCK, HEADER, f".{HEADER}.partial", *TEXTS}
+def _prepare_folder(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that holds something else than a cache; empty it with `--overwrite`."""
+    own = {*LOCK_FILES, HEADER, f".{HEADER}.partial", *TEXTS}
     if any(path.name not in own for path in folder.iterdir()):
         raise cache_error(folder, "holds something else; name another folder")
     if overwrite:
         with suppress(FileNotFoundError):
-            (folder / HEADER).unlink()  # first, so that no header names what is not there
+            (folder / HEADER).unlink()  # first, so that no header names missing shards
         for text in TEXTS:
             shutil.rmtree(folder / text, ignore_errors=True)
 
 
-def _pairs(config: CachingConfig, tokenizer: Any, about: TeacherInfo) -> tuple[TokenizerPair, TokenizerPair | None]:
-    """The teacher's tokenizer with itself, by bytes if it keeps them; and with that of the student that cuts the text,
-    if one is named that reads otherwise.
+def _tokenizer_pairs(
+    config: CachingConfig, tokenizer: Any, info: TeacherInfo
+) -> tuple[TokenizerPair, TokenizerPair | None]:
+    """The teacher's tokenizer on both sides, by bytes if it keeps them; and the pair of the student whose blocks the
+    text is cut into, if that student has another tokenizer.
     """
-    both = partial(
-        TokenizerPair, tokenizer, tokenizer, student_vocab_size=about.vocab_size, teacher_vocab_size=about.vocab_size, projects=False
+    build_pair = partial(
+        TokenizerPair,
+        tokenizer,
+        tokenizer,
+        student_vocab_size=info.vocab_size,
+        teacher_vocab_size=info.vocab_size,
+        projects=False,
     )
-    own = both()
-    with suppress(UnfitTokenizer):  # students with the same tokenizer need no bytes, and no document is skipped for them
-        aligned = both(aligns=True, stop_ids=(about.stop_ids, about.stop_ids))
-        own = own if aligned.token_tables[0].change else aligned
-    if not config.cache.tokenizer_of:
-        return own, None
-    names = replace(config.cache, student_model=config.cache.tokenizer_of)
-    cutter = load_tokenizers(names, aligns=False)
-    return own, None if cutter.equal else cutter
+    teacher_pair = build_pair()
+    # Students with the same tokenizer need no bytes, so no document is skipped for them.
+    with suppress(UnfitTokenizer):
+        aligned = build_pair(aligns=True, stop_ids=(info.stop_ids, info.stop_ids))
+        teacher_pair = teacher_pair if aligned.token_tables[0].change else aligned
+    if not config.cache.block_tokenizer:
+        return teacher_pair, None
+    names = replace(config.cache, student_model=config.cache.block_tokenizer)
+    student_pair = load_tokenizers(names, aligns=False)
+    return teacher_pair, None if student_pair.equal else student_pair
 
 
-def _header(folder: Path, facts: dict) -> dict:
-    """The header of the cache that is begun, or of a new one.
+def _open_header(folder: Path, metadata: dict) -> dict:
+    """The header of an unfinished or finished cache in the folder, its shards checked; else a new one, written.
 
-    Raises: UsageError if the one that is begun is another, or a whole shard of it is damaged
+    Raises: UsageError if the cache there was made with other metadata, or a shard is damaged
     """
     if not (folder / HEADER).exists():
-        header = {"format": FORMAT, "facts": facts, "complete": False, "shards": {text: [] for text in TEXTS}}
+        header = {"format": FORMAT, "metadata": metadata, "complete": False, "shards": {text: [] for text in TEXTS}}
         for text in TEXTS:
             shutil.rmtree(folder / text, ignore_errors=True)
         write_header(folder, header)
         return header
     header = read_header(folder)
     try:
-        check_compatible(folder, header, facts)
+        check_compatible(folder, header, metadata)
     except UsageError as error:
         raise UsageError(f"{error}; name another folder, or --overwrite") from None
     for text in TEXTS:
@@ -183,35 +189,40 @@ def _header(folder: Path, facts: dict) -> dict:
     return header
 
 
-def _announce(teacher: str, folder: Path, header: dict, texts: list[CacheText]) -> int:
-    """Say how much will be written, and see that there is room for it; the tokens that are there already."""
-    facts = header["facts"]
-    size = record_of_facts(facts).itemsize + _INDEX_BYTES
-    total = sum(text.num_rows for text in texts)
-    kept = sum(rows for text in TEXTS for rows, _ in header["shards"][text])
-    said = [
-        f"Teacher {teacher} in {facts['dtype']}, {facts['teacher_top_k']} likeliest of {facts['num_tokens']:,} tokens: "
-        f"{size} bytes a token, {total:,} tokens, {total * size / 1e6:,.1f} MB in {folder}"
-    ]
-    if kept:
-        said.append(f"Going on: {kept:,} of {total:,} tokens are there")
-    print(wrap_lines(*said))
+def _num_cached(header: dict) -> int:
+    """Records in the finished shards."""
+    return sum(num_records for text in TEXTS for num_records, _ in header["shards"][text])
+
+
+def _print_plan(teacher: str, folder: Path, header: dict, texts: list[TeacherText]) -> None:
+    """Print how much will be written. Raises UsageError if the disk has no space for it."""
+    metadata, num_cached = header["metadata"], _num_cached(header)
+    size = record_dtype(metadata).itemsize + _INDEX_BYTES
+    total = sum(text.num_records for text in texts)
+    print(
+        f"Teacher {teacher} in {metadata['dtype']}, {metadata['teacher_top_k']} likeliest of "
+        f"{metadata['num_tokens']:,} tokens: {size} bytes a token, {total:,} tokens, {total * size / 1e6:,.1f} MB in "
+        f"{folder}"
+    )
+    if num_cached:
+        print(f"Going on: {num_cached:,} of {total:,} tokens are cached")
     remedy = "free some, lower --teacher_top_k, or name another folder"
-    require_disk_space(folder, (total - kept) * size, "what the teacher says", flag="teacher_cache", remedy=remedy)
-    return kept
+    missing = (total - num_cached) * size
+    require_disk_space(folder, missing, "the teacher's logits", flag="teacher_cache", remedy=remedy)
 
 
-def _report(folder: Path, header: dict, texts: list[CacheText], as_json: bool) -> dict:
-    """Say what is there, and how good the teacher is on the held-out text."""
-    stored = [Shards(folder, header, name) for name in TEXTS]
-    rows = sum(map(len, stored))
+def _report(folder: Path, header: dict, as_json: bool) -> dict:
+    """Print the size of the cache, and the teacher's loss on the held-out text."""
+    train, validation = (Shards(folder, header, text) for text in TEXTS)
+    num_tokens = len(train) + len(validation)
     num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    nats = stored[1].nats() / texts[1].num_rows
-    figures = {"tokens": rows, "bytes": num_bytes, "bytes_per_token": num_bytes / rows, "teacher_val_loss": nats}
+    loss = validation.total_nats() / len(validation)
+    metrics = {"tokens": num_tokens, "bytes": num_bytes, "bytes_per_token": num_bytes / num_tokens,
+               "teacher_val_loss": loss}  # fmt: skip
     if as_json:
-        print(json.dumps(json_safe(figures), indent=2))
+        print(json.dumps(json_safe(metrics), indent=2))
     else:
-        heard = f"the teacher's PPL on held-out text is {np.exp(nats):.2f}"
-        how_much = f"{rows:,} tokens, {num_bytes / 1e6:,.1f} MB, {num_bytes / rows:.0f} bytes a token"
-        print(wrap_lines(f"Kept: {how_much}; {heard}", f"Use it: give a run --teacher_cache {folder}"))
-    return {"status": "finished", **figures}
+        size = f"{num_tokens:,} tokens, {num_bytes / 1e6:,.1f} MB, {num_bytes / num_tokens:.0f} bytes a token"
+        print(f"Cached: {size}; the teacher's PPL on held-out text is {np.exp(loss):.2f}")
+        print(f"Use it: give a run --teacher_cache {folder}")
+    return {"status": "finished", **metrics}

@@ -1,13 +1,13 @@
-"""A text as a teacher will read it for its cache: all documents that it can represent, in windows, whoever the student.
+"""Runs a teacher over a text and writes its cache, whoever the student will be.
 
-A conversation is read as a whole, as far as the teacher can, so that a run may cut it anywhere. Plain text is read in
-windows, cut as a run with one student would cut it: where that student's blocks end, the teacher begins anew.
+The teacher reads a conversation as one block, as far as its limit allows, so that a run may cut it anywhere. It reads
+plain text in the blocks of a run with one student, and starts anew where that student's blocks end.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,181 +17,176 @@ from torch import nn
 from sar_kd.alignment.segments import positions_per_tile
 from sar_kd.config.runs import CachingConfig
 from sar_kd.data.batch import MASKED_LOGIT, TokenBatch
-from sar_kd.data.blocks import cut
+from sar_kd.data.blocks import pack
 from sar_kd.data.column_store import ColumnStore
-from sar_kd.data.dataset import Dataset
-from sar_kd.data.samples import Sample
-from sar_kd.data.sources import StreamedDocuments
+from sar_kd.data.dataset import Dataset, build_dataset
+from sar_kd.data.sources import Documents
 from sar_kd.data.token_cache import TokenCache
-from sar_kd.losses.distillation import top_of
-from sar_kd.losses.tiled_loss import stretches_of
+from sar_kd.data.tokenized_text import tokenize
+from sar_kd.losses.distillation import top_k_of
+from sar_kd.losses.tiled_loss import split_range
 from sar_kd.models.lm_head import LMHeads, forward_to_lm_head
-from sar_kd.models.logit_tiles import column_logsumexp
+from sar_kd.models.logit_tiles import logsumexp_per_position
+from sar_kd.runtime.files import atomic_rename
 from sar_kd.runtime.precision import Precision
-from sar_kd.teacher.cache.format import index_path, key_of, record_of_facts, shard_path, write_header, write_shard
-from sar_kd.teacher.cache.lookup import CacheIndex, CacheLookup, plain_starts, split_range
-from sar_kd.tokenization.token_stream import Blocks
+from sar_kd.teacher.cache.format import index_key, index_path, record_dtype, shard_path, write_header, write_shard
+from sar_kd.teacher.cache.lookup import CHUNK, CacheIndex, CacheLookup, plain_starts
+from sar_kd.tokenization.token_stream import Blocks, TokenizedText
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
+SHARD_SIZE = 2**14
+"""Records in a shard, more where `_MAX_SHARDS` asks for it; a kill costs at most one shard"""
 
-class CacheText:
-    """One text, its windows and its rows."""
+_MAX_SHARDS = 1024
+"""For one text: the header names each shard and is rewritten after each"""
+
+
+class CacheBuilder:
+    """Runs the teacher and writes shards."""
+
+    def __init__(self, config: CachingConfig, folder: Path, header: dict, precision: Precision, teacher: nn.Module):
+        self.folder, self.header, self.precision, self.teacher = folder, header, precision, teacher
+        metadata = header["metadata"]
+        self.k, self.num_tokens, self.temperatures = (
+            metadata[name] for name in ("teacher_top_k", "num_tokens", "temperatures")
+        )
+        self.batch_size, self.shard_size = metadata["batch_size"], metadata["shard_size"]
+        self.dtype = record_dtype(metadata)
+        self.tile_size = positions_per_tile(config.cache.loss_workspace_mb, metadata["vocab_size"])
+        self._heads = LMHeads(precision)
+
+    def build(self, name: str, text: TeacherText) -> Iterator[int]:
+        """Write the missing shards of a text; yields the number of target tokens of each batch after its forward."""
+        path, shards = index_path(self.folder, name), self.header["shards"][name]
+        if not path.exists():
+            text.write_index(path, index_key(self.header, name))
+        firsts = np.arange(0, len(text.dataset.blocks), self.batch_size)
+        sizes = np.add.reduceat(text.block_sizes, firsts)
+        parts = _shard_parts(sizes, max(self.shard_size, text.num_records // _MAX_SHARDS))
+        for number, part in enumerate(parts):
+            if number < len(shards):
+                continue
+            found = []
+            for batch in text.dataset.token_batches_at("teacher", firsts[part].tolist(), self.batch_size):
+                found.append(self._records(batch.to(self.precision.device)))
+                yield len(found[-1])
+            records = np.concatenate(found)
+            digest = write_shard(shard_path(self.folder, name, number), records)
+            shards.append([len(records), digest])
+            write_header(self.folder, self.header)
+
+    @torch.no_grad()
+    def _records(self, batch: TokenBatch) -> np.ndarray:
+        """The records of a batch's target tokens."""
+        logits, _ = forward_to_lm_head(self.teacher, self._heads.of(self.teacher), batch.input_ids, self.precision)
+        records = np.zeros(len(batch.positions), dtype=self.dtype)
+        for part in split_range(len(batch.positions), self.tile_size):
+            tile = logits.tile(batch.positions[part])
+            top, logsumexp = top_k_of(tile, self.k, self.num_tokens, 1.0), logsumexp_per_position(tile)
+            targets = tile.gather(0, batch.targets[None, part])[0]
+            for field, logit in (("target_log_prob", targets), ("max_log_prob", top.logits[0])):
+                log_prob = (logit - logsumexp).masked_fill(~top.is_finite, torch.nan)
+                records[field][part] = log_prob.cpu().numpy()
+            records["ids"][part] = top.ids.T.cpu().numpy()
+            records["log_prob_gaps"][part] = (top.logits - top.logits[0]).half().T.cpu().numpy()
+            others = tile.scatter_(0, top.ids, MASKED_LOGIT)
+            for i, temperature in enumerate(self.temperatures):
+                ratio = logsumexp_per_position(others, temperature) - (top.logits / temperature).logsumexp(0)
+                records["tail_log_ratios"][part, i] = ratio.masked_fill(~top.is_finite, torch.nan).half().cpu().numpy()
+        return records
+
+
+def _shard_parts(sizes: np.ndarray, shard_size: int) -> Iterator[slice]:
+    """Slices of batches with these sizes that hold at least `shard_size` records each; the last may hold fewer."""
+    first = count = 0
+    for stop, size in enumerate(sizes.tolist(), 1):
+        count += size
+        if count >= shard_size or stop == len(sizes):
+            yield slice(first, stop)
+            first, count = stop, 0
+
+
+class TeacherText:
+    """A text as the teacher reads it: all documents that its tokenizer can represent, in blocks."""
 
     def __init__(
         self,
-        documents: Sequence[Sample] | StreamedDocuments,
-        own: TokenizerPair,
-        cutter: TokenizerPair | None,
+        documents: Documents,
+        teacher_pair: TokenizerPair,
+        student_pair: TokenizerPair | None,
         block_size: int,
         limit: int,
-        cache: TokenCache,
+        token_cache: TokenCache,
     ):
-        """own: the teacher's tokenizer on both sides; cutter: with the student's whose blocks the windows are to be
+        """teacher_pair: the teacher's tokenizer on both sides
 
-        block_size: tokens of a block for that student; limit: most that the teacher reads; both with a start token
+        student_pair: of the student whose blocks the teacher's are to be; None for one with the teacher's tokenizer
+        block_size: tokens in a block of that student; limit: most tokens in one of the teacher's, start token included
         """
-        self.corpus = Dataset(documents, own, limit, limit, cache)
-        text = self.corpus.text
+        text = tokenize(documents, teacher_pair, (limit - 1, limit - 1), token_cache)
         self._starts = plain_starts(text)
-        if cutter is None:
-            plain = cut(text, min(block_size, limit) - 1, limit - 1).ranges[:, 3]
-            ends = plain[: len(plain) - len(text.conversations)]
+        if student_pair is None:
+            ends = _plain_ends(text, pack(text, min(block_size, limit) - 1, limit - 1))
         else:
-            ends = self._ends_of(Dataset(documents, cutter, block_size, limit, cache))
-        self.windows = self._whole(ends, limit - 1)
-        bounds = np.append(0, self.windows)
+            student = build_dataset(documents, student_pair, block_size, limit, token_cache)
+            ends = self._block_ends_of(student, text)
+        self.block_ends = self._complete(ends, limit - 1)
+        bounds = np.append(0, self.block_ends)
         plain = np.stack([bounds[:-1], bounds[1:]] * 2, axis=1)
-        self.corpus.blocks = Blocks(np.concatenate([plain, text.conversations.ranges]))
+        self.dataset = Dataset(text, Blocks(np.concatenate([plain, text.conversations.ranges])), teacher_pair)
         is_target = text.teacher.is_target
-        talks = [int(is_target[start:end].sum()) for _, _, start, end in text.conversations.ranges.tolist()]
-        self.block_rows = np.append(np.diff(bounds), np.array(talks, dtype=np.int64))
-        """int64 [blocks]: rows that each of them has"""
-        self._documents = np.append(self._starts, self._starts[-1] + np.cumsum(talks, dtype=np.int64))
+        counts = [int(is_target[start:end].sum()) for _, _, start, end in text.conversations.ranges.tolist()]
+        targets = np.array(counts, dtype=np.int64)
+        self.block_sizes = np.append(np.diff(bounds), targets)
+        """int64 [blocks]: records of each block"""
+        self._first_records = np.append(self._starts, self._starts[-1] + np.cumsum(targets))
 
     @property
-    def num_rows(self) -> int:
-        """Tokens that are predicted."""
-        return int(self.block_rows.sum())
+    def num_records(self) -> int:
+        """The target tokens."""
+        return int(self.block_sizes.sum())
 
-    def _ends_of(self, other: Dataset) -> np.ndarray:
-        """Where another corpus of the same text has its blocks' ends."""
-        text = self.corpus.text
-        # Of conversations nothing is asked.
-        index = CacheIndex(text.teacher.ids, text.teacher.ids[:0], self._rows_before_talks(), text.names,
-                      self._starts[:0], len(text.conversations))  # fmt: skip
-        match = CacheLookup(other.text, index)
-        plain = other.blocks.ranges[: len(other.blocks) - len(other.text.conversations), 3]
-        return match.stored_ends(plain)
+    def _block_ends_of(self, student: Dataset, text: TokenizedText) -> np.ndarray:
+        """Where the student's blocks of plain documents end in the teacher's tokens of `text`."""
+        documents = np.append(self._starts, np.full(len(text.conversations), self._starts[-1]))  # no conversations
+        index = CacheIndex(
+            text.teacher.ids, text.teacher.ids[:0], documents, text.names, self._starts[:0], len(text.conversations)
+        )
+        return CacheLookup(student.text, index).record_ends(_plain_ends(student.text, student.blocks))
 
-    def _rows_before_talks(self) -> np.ndarray:
-        return np.append(self._starts, np.full(len(self.corpus.text.conversations), self._starts[-1]))
-
-    def _whole(self, ends: np.ndarray, most: int) -> np.ndarray:
-        """These ends, and more where a window would exceed the teacher, or text would belong to none."""
+    def _complete(self, ends: np.ndarray, limit: int) -> np.ndarray:
+        """These ends, the end of the plain text, and more where a block would exceed the limit."""
         ends = np.union1d(ends, self._starts[-1:])
         ends = ends[ends > 0]
         sizes = np.diff(ends, prepend=0)
         more = [
-            np.linspace(end - size, end, -(-size // most) + 1).astype(np.int64)[1:-1]
-            for end, size in zip(ends[sizes > most].tolist(), sizes[sizes > most].tolist(), strict=True)
+            np.linspace(end - size, end, -(-size // limit) + 1).astype(np.int64)[1:-1]
+            for end, size in zip(ends[sizes > limit].tolist(), sizes[sizes > limit].tolist(), strict=True)
         ]
         return np.union1d(ends, np.concatenate([ends[:0], *more]))
 
     def write_index(self, folder: Path, key: str) -> None:
-        """Write what a run needs to find rows, as a whole or not at all."""
+        """Write the index through which a run finds its records; atomic."""
         partial = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        text, shelf = self.corpus.text, ColumnStore(partial)
-        shelf.facts = {"num_conversations": len(text.conversations)}
-        for name, kind in (("tokens", "int32"), ("ends", "int64"), ("documents", "int64"), ("windows", "int64")):
-            shelf.add(name, kind)
-        shelf.add_strings("names")
-        for part in split_range(int(self._starts[-1])):
-            self._append(shelf, part)
-        for _, _, start, end in text.conversations.ranges.tolist():
-            self._append(shelf, slice(start, end))
-        shelf.append("documents", self._documents)
-        shelf.append("windows", self.windows)
-        for part in split_range(len(text.names)):
-            shelf.append_strings("names", text.names[part])
-        shelf.finish()
-        shelf.seal(key)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-
-    def _append(self, shelf: ColumnStore, part: slice) -> None:
-        stream = self.corpus.text.teacher
-        is_row = stream.is_target[part]
-        shelf.append("tokens", stream.ids[part][is_row])
-        shelf.append("ends", np.asarray(stream.ends[part])[is_row])
+        text, store = self.dataset.text, ColumnStore(partial)
+        store.metadata = {"num_conversations": len(text.conversations)}
+        tokens, ends = store.add("tokens", "int32"), store.add("ends", "int64")
+        conversations = (slice(start, end) for _, _, start, end in text.conversations.ranges.tolist())
+        for part in (*split_range(int(self._starts[-1]), CHUNK), *conversations):
+            is_target = text.teacher.is_target[part]
+            tokens.append(text.teacher.ids[part][is_target])
+            ends.append(np.asarray(text.teacher.ends[part])[is_target])
+        store.add("documents", "int64").append(self._first_records)
+        store.add("block_ends", "int64").append(self.block_ends)
+        names = store.add_strings("names")
+        for part in split_range(len(text.names), CHUNK):
+            names.append(text.names[part])
+        store.finalize(key)
+        atomic_rename(partial, folder)
 
 
-SHARD_ROWS = 2**14
-"""Rows after which a shard is closed, unless the text is so large that this would make too many: what a kill costs"""
-
-_MOST_SHARDS = 1024
-"""Of a text: the header names each, and is written after each"""
-
-
-class CacheBuilder:
-    """Asks the teacher, and writes shards."""
-
-    def __init__(self, config: CachingConfig, folder: Path, header: dict, precision: Precision, teacher: nn.Module):
-        self.folder, self.header, self.precision, self.teacher = folder, header, precision, teacher
-        facts = header["facts"]
-        self.k, self.num_tokens, self.batch_size = facts["teacher_top_k"], facts["num_tokens"], facts["batch_size"]
-        self.record, self.temperatures = record_of_facts(facts), facts["temperatures"]
-        self.tile_rows = positions_per_tile(config.cache.loss_workspace_mb, facts["teacher_rows"])
-        self._heads = LMHeads(precision)
-
-    def shards(self, name: str, text: CacheText) -> Iterator[int]:
-        """Write the shards of a text that are missing; the tokens of each batch, once it is read."""
-        path, done = index_path(self.folder, name), self.header["shards"][name]
-        if not path.exists():
-            text.write_index(path, key_of(self.header, name))
-        firsts = np.arange(0, len(text.corpus.blocks), self.batch_size)
-        sizes = np.add.reduceat(text.block_rows, firsts)
-        for number, span in enumerate(
-            _shard_spans(sizes, max(self.header["facts"]["shard_rows"], text.num_rows // _MOST_SHARDS))
-        ):
-            if number < len(done):
-                continue
-            parts = []
-            for batch in text.corpus.token_batches_at("teacher", firsts[span].tolist(), self.batch_size):
-                parts.append(self._rows(batch.to(self.precision.device)))
-                yield len(parts[-1])
-            rows = np.concatenate(parts)
-            digest = write_shard(shard_path(self.folder, name, number), rows)
-            done.append([len(rows), digest])
-            write_header(self.folder, self.header)
-
-    @torch.no_grad()
-    def _rows(self, batch: TokenBatch) -> np.ndarray:
-        """The records of a batch's rows."""
-        readout, _ = forward_to_lm_head(self.teacher, self._heads.of(self.teacher), batch.input_ids, self.precision)
-        found = np.zeros(len(batch.rows), dtype=self.record)
-        for part in stretches_of(len(batch.rows), self.tile_rows):
-            tile = readout.tile(batch.rows[part])
-            top, normaliser = top_of(tile, self.k, self.num_tokens, 1.0), column_logsumexp(tile)
-            own = tile.gather(0, batch.targets[None, part])[0] - normaliser
-            peaks = top.logits[0] - normaliser
-            for field, values in (("log_prob", own), ("peak", peaks)):
-                found[field][part] = values.masked_fill(~top.sound, torch.nan).cpu().numpy()
-            found["ids"][part] = top.ids.T.cpu().numpy()
-            found["gaps"][part] = (top.logits - top.logits[0]).half().T.cpu().numpy()
-            others = tile.scatter_(0, top.ids, MASKED_LOGIT)
-            for place, temperature in enumerate(self.temperatures):
-                rest = column_logsumexp(others, temperature) - (top.logits / temperature).logsumexp(0)
-                found["rests"][part, place] = rest.masked_fill(~top.sound, torch.nan).half().cpu().numpy()
-        return found
-
-
-def _shard_spans(sizes: np.ndarray, least: int) -> Iterator[slice]:
-    """Batches of these many rows in lots of at least so many; the last may have fewer."""
-    first = count = 0
-    for number, size in enumerate(sizes.tolist(), 1):
-        count += size
-        if count >= least or number == len(sizes):
-            yield slice(first, number)
-            first, count = number, 0
+def _plain_ends(text: TokenizedText, blocks: Blocks) -> np.ndarray:
+    """Where the blocks of plain documents end in the teacher's tokens; conversations come last."""
+    return blocks.ranges[: len(blocks) - len(text.conversations), 3]

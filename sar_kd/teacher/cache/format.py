@@ -1,12 +1,12 @@
-"""The files of a teacher cache: a header that is checked, and for each text an index and shards of rows.
+"""The files of a teacher cache: a verified header and, for each text, an index and shards of records.
 
-    header.json              facts that all of it depends on, and the digest of every finished shard; digested itself
-    train/index/             columns: the token of each row, where it ends, the documents, the windows
-    train/00000.rows ...     one record a row: see `record_of`
-    validation/ ...          the same of the held-out text
+    header.json                  metadata that everything depends on, the digest of each finished shard, its own digest
+    train/index/                 columns: target tokens, their ends, the documents, the teacher's blocks
+    train/00000.records ...      one record per target token: see `record_dtype`
+    validation/ ...              the same for the held-out text
 
-A shard is written under another name and given its own when it is whole; then the header, replaced as one, names it.
-So a kill leaves finished shards and at most one file that the header does not name.
+Each file is written atomically, a shard before the header that names it. So a kill leaves finished shards, and at most
+one file that the header does not name.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,56 +23,62 @@ import numpy as np
 from sar_kd.errors import UsageError
 from sar_kd.runtime.files import atomic_write, file_digest
 
-TEXTS = ("train", "validation")
-
-FORMAT = 1
+FORMAT = 2
+"""Version of all these files; a cache of another one is refused"""
 
 HEADER = "header.json"
 
-_OPEN_SHARDS = 64
+TEXTS = ("train", "validation")
 
-_NAMES = {
+RESUMES = {"flag": "teacher_cache", "remedy": "then the same command goes on"}
+"""How an atomic write is refused where the disk is full"""
+
+_MAX_OPEN_SHARDS = 64
+
+_DIFFERENCES = {
     "text": "another text",
     "tokenizer": "another tokenizer of the teacher's",
     "teacher": "another teacher",
     "block_size": "another --block_size",
     "teacher_top_k": "another --teacher_top_k",
-    "windows": "windows cut for another student's tokenizer",
+    "block_tokenizer": "blocks cut for another student's tokenizer",
     "dtype": "another --model_dtype",
     "batch_size": "another --per_device_batch_size",
     "temperatures": "other --temperatures",
 }
-"""What the facts that a user decides on are called"""
+"""In an error message, by name in the metadata; the names that an option determines"""
 
 
-def record_of(k: int, num_tokens: int, num_temperatures: int) -> np.dtype:
-    """What is stored of a row, packed.
+def record_dtype(metadata: dict) -> np.dtype:
+    """The packed record of one target token, from a header's metadata (k = teacher_top_k).
 
-    log_prob  float32, of the token that the text has there, nats
-    peak      float32, of the likeliest token; nan for a row of logits that were not finite
-    ids       the k likeliest tokens, the likeliest first; 16 bits each where they suffice
-    gaps      float16 [k], log-probability of each minus `peak`
-    rests     float16, by temperature T: log sum exp(z / T) of all other tokens, minus that of these k
+    target_log_prob  float32, log-probability of the target token, nats
+    max_log_prob     float32, the largest log-probability, nats; nan where the logits were not finite
+    ids              [k], the k likeliest tokens, the likeliest first; uint16 where that suffices, else int32
+    log_prob_gaps    float16 [k], log-probability of each minus the largest, nats
+    tail_log_ratios  float16, for each temperature T: log sum exp(z / T) over all other tokens, minus that over these k
     """
-    ids = "<u2" if num_tokens <= 2**16 else "<i4"
-    of_row = [("log_prob", "<f4"), ("peak", "<f4")]
-    return np.dtype([*of_row, ("ids", ids, (k,)), ("gaps", "<f2", (k,)), ("rests", "<f2", (num_temperatures,))])
-
-
-def record_of_facts(facts: dict) -> np.dtype:
-    """The same, as a header's facts say."""
-    return record_of(facts["teacher_top_k"], facts["num_tokens"], len(facts["temperatures"]))
+    k, ids = metadata["teacher_top_k"], "<u2" if metadata["num_tokens"] <= 2**16 else "<i4"
+    return np.dtype(
+        [
+            ("target_log_prob", "<f4"),
+            ("max_log_prob", "<f4"),
+            ("ids", ids, (k,)),
+            ("log_prob_gaps", "<f2", (k,)),
+            ("tail_log_ratios", "<f2", (len(metadata["temperatures"]),)),
+        ]
+    )
 
 
 def cache_error(folder: Path, reason: str) -> UsageError:
-    """What is wrong with a cache, in one line."""
+    """An error about a cache, in one line."""
     return UsageError(f"--teacher_cache {folder}: {reason}")
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    """The header of a cache, finished or not.
+    """The verified header of a cache, which may be unfinished.
 
-    Raises: UsageError if there is none, or it is not what was written
+    Raises: UsageError if it is missing, damaged, or of another version
     """
     path = folder / HEADER
     if not path.is_file():
@@ -81,65 +86,60 @@ def read_header(folder: Path) -> dict[str, Any]:
         raise cache_error(folder, f"{where}; make one with `python -m sar_kd cache --teacher_cache {folder}`")
     try:
         header = json.loads(path.read_bytes())
-        own = header.pop("sha256")
-        known = header["format"] == FORMAT
+        digest = header.pop("sha256")
+        is_known = header["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise cache_error(folder, f"{HEADER} cannot be read ({error}); make the cache anew with --overwrite") from None
-    if not known:
-        raise cache_error(folder, f"was written by another version (format {header['format']}); make it anew")
-    if own != _digest(header):
-        raise cache_error(folder, f"{HEADER} is damaged; make the cache anew with --overwrite")
+        raise cache_error(folder, f"{HEADER} cannot be read ({error}); rebuild the cache with --overwrite") from None
+    if not is_known:
+        reason = f"was written by another version (format {header['format']})"
+        raise cache_error(folder, f"{reason}; rebuild the cache with --overwrite")
+    if digest != _digest(header):
+        raise cache_error(folder, f"{HEADER} is damaged; rebuild the cache with --overwrite")
     return header
 
 
 def write_header(folder: Path, header: dict[str, Any]) -> None:
-    """Replace the header, so that a kill leaves the old one or the new."""
+    """Replace the header, with its digest."""
     text = json.dumps({**header, "sha256": _digest(header)}, indent=1) + "\n"
-    atomic_write(folder / HEADER, text, "teacher_cache", "then the same command goes on")
+    atomic_write(folder / HEADER, text, **RESUMES)
 
 
-def _digest(header: dict) -> str:
-    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
+def check_compatible(folder: Path, header: dict, metadata: dict) -> None:
+    """Raise UsageError, naming the first difference, unless the cache was made with this metadata."""
+    for name, value in metadata.items():
+        stored = header["metadata"].get(name)
+        if stored != value:
+            shown = f" ({stored}, not {value})" if isinstance(value, (int, str)) and len(str(value)) < 20 else ""
+            raise cache_error(folder, f"was made with {_DIFFERENCES.get(name, f'another {name}')}{shown}")
 
 
-def key_of(header: dict, text: str) -> str:
-    """The key of a text's index: of all that it depends on."""
-    return f"{text} {_digest(header['facts'])}"
+def index_key(header: dict, text: str) -> str:
+    """Identifies the index of a text: a digest of all that it depends on."""
+    return f"{text} {_digest(header['metadata'])}"
 
 
-def check_compatible(folder: Path, header: dict, facts: dict) -> None:
-    """Raise UsageError, naming the first of these facts that the cache was made with otherwise."""
-    for name, value in facts.items():
-        if header["facts"].get(name) != value:
-            had = header["facts"].get(name)
-            shown = f" ({had}, not {value})" if isinstance(value, (int, str)) and len(str(value)) < 20 else ""
-            raise cache_error(folder, f"was made with {_NAMES.get(name, f'another {name}')}{shown}")
+def _digest(values: dict) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def index_path(folder: Path, text: str) -> Path:
-    """Where a text's index lies."""
+    """The folder of a text's index."""
     return folder / text / "index"
 
 
 def shard_path(folder: Path, text: str, number: int) -> Path:
-    """Where a shard lies."""
-    return folder / text / f"{number:05d}.rows"
+    """The file of a shard."""
+    return folder / text / f"{number:05d}.records"
 
 
-def write_shard(path: Path, rows: np.ndarray) -> str:
-    """Write a shard as a whole; its digest."""
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        rows.tofile(file)
-        file.flush()
-        os.fsync(file.fileno())
-    digest = file_digest(partial)
-    os.replace(partial, path)
-    return digest
+def write_shard(path: Path, records: np.ndarray) -> str:
+    """Write a shard; returns its digest."""
+    atomic_write(path, records.tofile, **RESUMES)
+    return file_digest(path)
 
 
 def remove_unnamed(folder: Path, header: dict, text: str) -> None:
-    """Remove what a kill left: files that the header does not name."""
+    """Remove the files that a kill left and the header does not name."""
     named = {shard_path(folder, text, number) for number in range(len(header["shards"][text]))}
     for path in (folder / text).glob("*.*"):
         if path.is_file() and path not in named:
@@ -148,57 +148,50 @@ def remove_unnamed(folder: Path, header: dict, text: str) -> None:
 
 
 class Shards:
-    """The rows of a text, memory-mapped."""
+    """The records of a text, memory-mapped."""
 
     def __init__(self, folder: Path, header: dict, text: str):
-        facts = header["facts"]
-        self.folder, self.text = folder, text
-        self.record = record_of_facts(facts)
+        self.folder, self.text, self.dtype = folder, text, record_dtype(header["metadata"])
         self.digests = [digest for _, digest in header["shards"][text]]
-        self.ends = np.cumsum([rows for rows, _ in header["shards"][text]], dtype=np.int64)
-        # A map takes one of the files that a process may have open.
-        self._map = lru_cache(maxsize=_OPEN_SHARDS)(self._open)
+        self.ends = np.cumsum([num_records for num_records, _ in header["shards"][text]], dtype=np.int64)
+        # Each map takes one of the files that a process may have open.
+        self._map = lru_cache(maxsize=_MAX_OPEN_SHARDS)(self._open)
 
     def __len__(self) -> int:
-        """Rows in all finished shards."""
         return int(self.ends[-1]) if len(self.ends) else 0
 
     @property
     def num_bytes(self) -> int:
-        return len(self) * self.record.itemsize
+        return len(self) * self.dtype.itemsize
 
     def check(self, number: int) -> int:
-        """Compare a shard with its size and digest; its bytes.
+        """Compare a shard with its size and digest; returns its size in bytes.
 
-        Raises: UsageError if it is missing or another
+        Raises: UsageError if it is missing or damaged
         """
         path = shard_path(self.folder, self.text, number)
-        size = int(np.diff(self.ends, prepend=0)[number]) * self.record.itemsize
+        name, size = path.relative_to(self.folder), int(np.diff(self.ends, prepend=0)[number]) * self.dtype.itemsize
         if not path.is_file() or path.is_symlink() or path.stat().st_size != size:
-            raise cache_error(
-                self.folder, f"{path.relative_to(self.folder)} is missing or has another size; --overwrite"
-            )
+            raise cache_error(self.folder, f"{name} is missing or has another size; rebuild it with --overwrite")
         if file_digest(path) != self.digests[number]:
-            raise cache_error(
-                self.folder, f"{path.relative_to(self.folder)} is damaged (another digest); make it anew, --overwrite"
-            )
+            raise cache_error(self.folder, f"{name} is damaged (another digest); rebuild it with --overwrite")
         return size
 
-    def take(self, positions: np.ndarray) -> np.ndarray:
-        """The records at some positions, int64 [N]; where one is negative, a row that nothing is known of."""
-        found = np.zeros(len(positions), dtype=self.record)
-        found["peak"] = found["log_prob"] = np.nan
-        numbers = np.searchsorted(self.ends, positions, side="right")
-        for number in np.unique(numbers[positions >= 0]):
-            chosen = (numbers == number) & (positions >= 0)
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """The records at int64 [N] indices; one without log-probabilities where an index is negative."""
+        records = np.zeros(len(indices), dtype=self.dtype)
+        records["max_log_prob"] = records["target_log_prob"] = np.nan
+        numbers = np.searchsorted(self.ends, indices, side="right")
+        for number in np.unique(numbers[indices >= 0]):
+            chosen = (numbers == number) & (indices >= 0)
             first = int(self.ends[number - 1]) if number else 0
-            found[chosen] = self._map(int(number))[positions[chosen] - first]
-        return found
+            records[chosen] = self._map(int(number))[indices[chosen] - first]
+        return records
 
-    def nats(self) -> float:
-        """What the teacher makes of all these tokens: the sum of -log p, in float64."""
+    def total_nats(self) -> float:
+        """The teacher's loss over all targets: the sum of -log p, in float64."""
         maps = (self._map(number) for number in range(len(self.digests)))
-        return -sum(float(rows["log_prob"].astype(np.float64).sum()) for rows in maps)
+        return -sum(float(records["target_log_prob"].astype(np.float64).sum()) for records in maps)
 
     def _open(self, number: int) -> np.ndarray:
-        return np.memmap(shard_path(self.folder, self.text, number), self.record, "r")
+        return np.memmap(shard_path(self.folder, self.text, number), self.dtype, "r")

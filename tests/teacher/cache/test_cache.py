@@ -1,4 +1,4 @@
-"""The teacher cache: as a run without it to 1e-3, the same bytes after a kill, and refused where it is not sound."""
+"""The teacher cache: the losses of a live run to 1e-3, the same bytes after a kill, and refused where it is damaged."""
 
 import contextlib
 import hashlib
@@ -19,8 +19,8 @@ import torch
 from sar_kd.commands import cache, main
 from sar_kd.config.command_line import parse
 from sar_kd.config.presets import STABLE
-from sar_kd.data.blocks import cut_at
-from sar_kd.data.dataset import Dataset
+from sar_kd.data.blocks import pack
+from sar_kd.data.dataset import build_dataset
 from sar_kd.data.samples import Document
 from sar_kd.data.sources import load_documents
 from sar_kd.errors import UsageError
@@ -54,11 +54,11 @@ def inputs(tmp_path_factory, make_student, make_teacher, sp_tokenizer, byte_toke
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     (folder / "text.txt").write_text("\n".join(corpus_texts), encoding="utf-8")
-    rows = [{"text": "\n".join(corpus_texts[i : i + 6])} for i in range(0, len(corpus_texts), 6)]
+    examples = [{"text": "\n".join(corpus_texts[i : i + 6])} for i in range(0, len(corpus_texts), 6)]
     for number in range(6):
         question, answer = corpus_texts[2 * number : 2 * number + 2]
-        rows.insert(3 * number, {"prompt": question, "completion": answer})
-    (folder / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        examples.insert(3 * number, {"prompt": question, "completion": answer})
+    (folder / "mixed.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples), encoding="utf-8")
     return folder
 
 
@@ -71,7 +71,7 @@ def _model_flags(inputs, student="student", teacher="teacher"):
 
 
 def _build(inputs, folder, *more, student="student", text="text.txt", dtype="float32"):
-    """Build a cache; what it printed."""
+    """Build a cache; returns its output."""
     out = io.StringIO()
     argv = [*_model_flags(inputs, student), *_text(inputs, text), "--model_dtype", dtype, "--device", "cpu"]
     argv += ["--teacher_cache", str(folder), "--teacher_top_k", str(K), "--per_device_batch_size", "3"]
@@ -95,46 +95,40 @@ def built(inputs, tmp_path_factory):
     return get
 
 
-class _Log:
-    def say(self, line):
-        """Nothing."""
-
-
-class _Side:
+class _Run:
     """A run up to its first step."""
 
     def __init__(self, flags):
-        config, stored = open_teacher_cache(parse(STABLE, flags), SINGLE_PROCESS, _Log())
+        config, reader = open_teacher_cache(parse(STABLE, flags), SINGLE_PROCESS, lambda line: None)
         self.config, self.precision = config, setup_precision(config.precision, 0)
-        self.models = load_models(config, self.precision, stored.teacher)
+        self.models = load_models(config, self.precision, reader and reader.teacher)
         limits, texts = self.models.block_limits(config.data.block_size), load_documents(config.data)
-        answers = stored.texts(texts, self.models.tokenizers.teacher)
-        both = zip(texts, answers, strict=True)
-        self.corpus, self.validation = (Dataset(t, self.models.tokenizers, *limits, stored=a) for t, a in both)
+        cached = reader.texts(texts, self.models.tokenizers.teacher)[0] if reader else None
+        self.dataset = build_dataset(texts[0], self.models.tokenizers, *limits, cached_logits=cached)
         sides = self.models.teacher, self.models.student
-        self.objective = Objective(*sides, config.loss, self.corpus.aligner, self.precision)
+        self.objective = Objective(*sides, config.loss, self.dataset.aligner, self.precision)
 
-    def learned(self, blocks):
-        """The terms of a batch, and the gradient of its total, unscaled."""
+    def terms_and_gradient(self, blocks):
+        """The terms of a batch, and the unscaled gradient of its total."""
         self.models.student.zero_grad()
-        batch = self.corpus.batch(blocks)
+        batch = self.dataset.batch(blocks)
         scale = self.precision.loss_scale / batch.num_target_tokens
-        terms = self.objective(batch, scale=scale)
+        terms = self.objective(batch, grad_scale=scale)
         (terms.total * scale).backward()
         grads = [p.grad.flatten() for p in self.models.student.parameters() if p.grad is not None]
         return terms, torch.cat(grads) / self.precision.loss_scale
 
 
-def _sides(inputs, folder, *more, student="student", text="text.txt", dtype="float32"):
+def _runs(inputs, folder, *more, student="student", text="text.txt", dtype="float32"):
     common = [*_model_flags(inputs, student), *_text(inputs, text), "--model_dtype", dtype, "--device", "cpu"]
     common += ["--alpha_kd", "0.6", "--alpha_ce", "0.4", "--output_dir", "none", *map(str, more)]
-    return _Side([*common, "--teacher_cache", str(folder)]), _Side([*common, "--teacher_top_k", str(K)])
+    return _Run([*common, "--teacher_cache", str(folder)]), _Run([*common, "--teacher_top_k", str(K)])
 
 
 def _assert_same(cached, live):
-    assert [tuple(block) for block in cached.corpus.blocks] == [tuple(block) for block in live.corpus.blocks]
-    for blocks in ([0, 1, 2], [len(live.corpus) - 2, len(live.corpus) - 1]):
-        (own, own_grad), (terms, grad) = cached.learned(blocks), live.learned(blocks)
+    assert [tuple(block) for block in cached.dataset.blocks] == [tuple(block) for block in live.dataset.blocks]
+    for blocks in ([0, 1, 2], [len(live.dataset) - 2, len(live.dataset) - 1]):
+        (own, own_grad), (terms, grad) = cached.terms_and_gradient(blocks), live.terms_and_gradient(blocks)
         assert terms.kd > 0.1
         for name in ("total", "ce", "kd"):
             torch.testing.assert_close(getattr(own, name), getattr(terms, name), rtol=1e-3, atol=0.0)
@@ -147,26 +141,26 @@ def _assert_same(cached, live):
 @pytest.mark.parametrize("student", ["equal_student", "student"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_losses_and_gradients_are_those_of_a_live_teacher(inputs, built, student, temperature):
-    _assert_same(*_sides(inputs, built(student=student), *CLAMPS, "--temperature", temperature, student=student))
+    _assert_same(*_runs(inputs, built(student=student), *CLAMPS, "--temperature", temperature, student=student))
 
 
 @pytest.mark.parametrize("student", ["equal_student", "student"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_they_are_with_conversations_and_in_true_float16_too(inputs, built, student, dtype):
+def test_so_are_they_with_conversations_and_in_true_float16(inputs, built, student, dtype):
     how = {"student": student, "text": "mixed.jsonl", "dtype": dtype}
-    _assert_same(*_sides(inputs, built(**how), *CLAMPS, "--temperature", 2.0, **how))
+    _assert_same(*_runs(inputs, built(**how), *CLAMPS, "--temperature", 2.0, **how))
 
 
 @pytest.mark.parametrize("alignment", ["strict", "alm", "uld", "projection"])
 @pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
 def test_every_alignment_and_direction_is_served(inputs, built, alignment, direction):
     more = ("--alignment", alignment, "--kd_direction", direction, "--temperature", 1.5)
-    _assert_same(*_sides(inputs, built(student="student"), *more))
+    _assert_same(*_runs(inputs, built(student="student"), *more))
 
 
-def test_fewer_tokens_than_are_kept_are_those_of_a_live_teacher_cut_to_as_many(inputs, built):
+def test_fewer_tokens_than_are_cached_are_those_of_a_live_teacher_with_the_same_top_k(inputs, built):
     common = [*_model_flags(inputs), *_text(inputs), "--device", "cpu", "--output_dir", "none", "--teacher_top_k", "4"]
-    cached, live = _Side([*common, "--teacher_cache", str(built(student="student"))]), _Side(common)
+    cached, live = _Run([*common, "--teacher_cache", str(built(student="student"))]), _Run(common)
     assert cached.objective.distillation.top_k == 4
     _assert_same(cached, live)
 
@@ -175,34 +169,32 @@ def test_fewer_tokens_than_are_kept_are_those_of_a_live_teacher_cut_to_as_many(i
 def test_another_temperature_is_served_by_a_cache_that_was_made_for_it(inputs, tmp_path, student):
     _build(inputs, tmp_path / "cache", "--temperatures", "3", "0.5", student=student)
     for temperature in (3.0, 0.5):
-        _assert_same(*_sides(inputs, tmp_path / "cache", "--temperature", temperature, student=student))
+        _assert_same(*_runs(inputs, tmp_path / "cache", "--temperature", temperature, student=student))
 
 
-def test_the_rows_keep_what_the_teacher_says(inputs, built):
+def test_the_records_hold_the_teachers_log_probabilities(inputs, built):
     """Every record against a teacher run block by block, in float64 from its logits."""
     folder = built(student="equal_student")
-    live = _sides(inputs, folder, student="equal_student")[1]
-    rows = format.Shards(folder, format.read_header(folder), "train").take(np.arange(live.corpus.num_tokens))
+    live = _runs(inputs, folder, student="equal_student")[1]
+    records = format.Shards(folder, format.read_header(folder), "train").take(np.arange(live.dataset.num_tokens))
     first = 0
-    for block in range(len(live.corpus)):
-        batch = live.corpus.batch([block]).teacher
+    for block in range(len(live.dataset)):
+        batch = live.dataset.batch([block]).teacher
         with torch.no_grad():
             logits = live.models.teacher(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.positions].double()
-        log_probs, own = logits.log_softmax(-1), rows[first : first + len(batch.positions)]
+        log_probs, own = logits.log_softmax(-1), records[first : first + len(batch.positions)]
         first += len(batch.positions)
-        said = log_probs.gather(1, batch.targets[:, None])[:, 0]
-        assert np.allclose(own["log_prob"], said, atol=1e-5)
+        targets = log_probs.gather(1, batch.targets[:, None])[:, 0]
+        assert np.allclose(own["target_log_prob"], targets, atol=1e-5)
         ids = torch.from_numpy(own["ids"].astype(np.int64))
-        kept = torch.from_numpy(own["peak"][:, None].astype(np.float64) + own["gaps"])
-        assert torch.allclose(log_probs.gather(1, ids), kept, atol=1e-5, rtol=1e-3)
+        top = torch.from_numpy(own["max_log_prob"][:, None].astype(np.float64) + own["log_prob_gaps"])
+        assert torch.allclose(log_probs.gather(1, ids), top, atol=1e-5, rtol=1e-3)
         assert torch.equal(log_probs.topk(K).indices[:, 0], ids[:, 0])
-        for place, temperature in enumerate((1.0, 1.5, 2.0)):
-            shares = (logits / temperature).softmax(-1)
-            told = shares.gather(1, ids).sum(1)
-            assert torch.allclose(
-                ((1 - told) / told).log(), torch.from_numpy(own["rests"][:, place]).double(), atol=2e-3
-            )
-    assert first == live.corpus.num_tokens
+        for i, temperature in enumerate((1.0, 1.5, 2.0)):
+            mass = (logits / temperature).softmax(-1).gather(1, ids).sum(1)
+            ratios = torch.from_numpy(own["tail_log_ratios"][:, i]).double()
+            assert torch.allclose(((1 - mass) / mass).log(), ratios, atol=2e-3)
+    assert first == live.dataset.num_tokens
 
 
 # Runs
@@ -231,7 +223,7 @@ def _run(argv):
 
 
 @pytest.mark.parametrize("student", ["equal_student", "student"])
-def test_a_run_with_the_cache_has_the_figures_of_one_with_the_teacher(inputs, built, tmp_path, student):
+def test_a_run_with_the_cache_has_the_metrics_of_one_with_the_teacher(inputs, built, tmp_path, student):
     folder = built(student=student, text="mixed.jsonl")
     summaries = []
     for name, more in (("cached", ["--teacher_cache", folder]), ("live", ["--teacher_top_k", K])):
@@ -256,7 +248,7 @@ def test_one_cache_serves_students_with_other_tokenizers(inputs, built, tmp_path
         summary = json.loads((tmp_path / student / "summary.json").read_text())
         assert summary["teacher_val_ppl"] > 1.0
         assert summary["skipped"]["forward"] == 0
-    assert "stretches of plain text, which take" in out
+    assert "The teacher read plain text in" in out
 
 
 def test_the_weights_of_the_teacher_are_never_loaded(inputs, built, tmp_path):
@@ -294,11 +286,11 @@ class _Killed(BaseException):
 @pytest.mark.parametrize("moment", ["index", "write_shard", "rename", "header"])
 @pytest.mark.parametrize("after", [1, 3])
 def test_a_build_that_was_killed_goes_on_and_ends_with_the_same_bytes(inputs, tmp_path, monkeypatch, moment, after):
-    monkeypatch.setattr(cache, "SHARD_ROWS", 500)
+    monkeypatch.setattr(cache, "SHARD_SIZE", 500)
     how = {"student": "student", "text": "mixed.jsonl"}
     _build(inputs, tmp_path / "whole", **how)
     wanted = _content(tmp_path / "whole")
-    assert sum(name.endswith(".rows") for name in wanted) >= 4
+    assert sum(name.endswith(".records") for name in wanted) >= 4
     calls = []
 
     def dies(function, before):
@@ -315,11 +307,11 @@ def test_a_build_that_was_killed_goes_on_and_ends_with_the_same_bytes(inputs, tm
 
     with monkeypatch.context() as patch:
         if moment == "index":
-            patch.setattr(builder.CacheText, "write_index", dies(builder.CacheText.write_index, before=after == 3))
+            patch.setattr(builder.TeacherText, "write_index", dies(builder.TeacherText.write_index, before=after == 3))
         elif moment == "write_shard":  # the shard is whole, the header does not name it
             patch.setattr(builder, "write_shard", dies(builder.write_shard, before=False))
         elif moment == "rename":  # the shard is written, not yet under its name
-            patch.setattr(format.os, "replace", dies(format.os.replace, before=True))
+            patch.setattr(os, "replace", dies(os.replace, before=True))
         else:
             patch.setattr(builder, "write_header", dies(builder.write_header, before=False))
         with contextlib.suppress(_Killed):
@@ -334,7 +326,7 @@ def test_a_build_that_was_killed_goes_on_and_ends_with_the_same_bytes(inputs, tm
 
 
 class _SigkilledWriting:
-    """A build that is killed in the middle of its `number`-th write, when a share of the bytes is on the disk."""
+    """A build that is killed in the middle of its `number`-th atomic write, with a share of the file on the disk."""
 
     def __init__(self, inputs, folder, number, share):
         self.inputs, self.folder, self.number, self.share = inputs, folder, number, share
@@ -343,13 +335,14 @@ class _SigkilledWriting:
         writes, fsync = [], os.fsync
 
         def interrupted(file):
-            writes.append(file)
+            if Path(f"/proc/self/fd/{file}").resolve().name.startswith("."):  # neither the index nor a folder
+                writes.append(file)
             if len(writes) == self.number:
                 os.ftruncate(file, int(self.share * os.fstat(file).st_size))
                 os.kill(os.getpid(), signal.SIGKILL)
             fsync(file)
 
-        os.fsync, cache.SHARD_ROWS = interrupted, 200
+        os.fsync, cache.SHARD_SIZE = interrupted, 200
         _build(self.inputs, self.folder, text="mixed.jsonl")
         return 0
 
@@ -357,7 +350,7 @@ class _SigkilledWriting:
 def test_a_build_under_repeated_sigkill_in_the_middle_of_a_write_ends_with_the_same_bytes(
     inputs, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(cache, "SHARD_ROWS", 200)
+    monkeypatch.setattr(cache, "SHARD_SIZE", 200)
     _build(inputs, tmp_path / "whole", text="mixed.jsonl")
     wanted, folder, draw = _content(tmp_path / "whole"), tmp_path / "cache", random.Random(7)
     num_shards = []
@@ -367,9 +360,9 @@ def test_a_build_under_repeated_sigkill_in_the_middle_of_a_write_ends_with_the_s
         (ended,) = ranks.run(tmp_path / f"{attempt}", dies, size=1)
         assert ended.code == -signal.SIGKILL, ended.err
         assert any(name.endswith(".partial") for name in _content(folder))
-        num_shards.append(sum(name.endswith(".rows") for name in _content(folder)))
+        num_shards.append(sum(name.endswith(".records") for name in _content(folder)))
     assert num_shards == sorted(num_shards)
-    assert 0 < num_shards[-1] < sum(name.endswith(".rows") for name in wanted)
+    assert 0 < num_shards[-1] < sum(name.endswith(".records") for name in wanted)
     _build(inputs, folder, text="mixed.jsonl")
     assert _content(folder) == wanted
 
@@ -382,19 +375,19 @@ def test_a_finished_cache_is_left_as_it_is(inputs, built):
     assert _content(folder) == before
 
 
-def test_the_size_is_said_before_and_is_the_size_that_is_written(inputs, tmp_path):
+def test_the_size_is_printed_before_and_is_the_size_that_is_written(inputs, tmp_path):
     out = _build(inputs, tmp_path / "cache").splitlines()
-    said = re.search(r"(\d+) bytes a token, ([\d,]+) tokens", out[0])
-    rows = sum(p.stat().st_size for p in (tmp_path / "cache").rglob("*.rows"))
+    printed = re.search(r"(\d+) bytes a token, ([\d,]+) tokens", out[0])
+    records = sum(p.stat().st_size for p in (tmp_path / "cache").rglob("*.records"))
     index = sum((tmp_path / "cache" / text / "index" / name).stat().st_size for text in TEXTS for name in
                 ("tokens", "ends"))  # fmt: skip
-    assert int(said[1]) * int(said[2].replace(",", "")) == rows + index
+    assert int(printed[1]) * int(printed[2].replace(",", "")) == records + index
 
 
 def test_a_disk_without_room_is_one_line(inputs, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("sar_kd.runtime.files.shutil.disk_usage", lambda _: usage)
-    with pytest.raises(UsageError, match=r"--teacher_cache .*no room for what the teacher says.*--teacher_top_k"):
+    with pytest.raises(UsageError, match=r"--teacher_cache .*no room for the teacher's logits.*--teacher_top_k"):
         _build(inputs, tmp_path / "cache")
 
 
@@ -405,7 +398,7 @@ def test_a_disk_without_room_is_one_line(inputs, tmp_path, monkeypatch):
         (["--block_size", 32], r"another --block_size \(48, not 32\)"),
         (["--per_device_batch_size", 2], r"another --per_device_batch_size"),
         (["--model_dtype", "float16"], r"another --model_dtype \(float32, not float16\)"),
-        (["--teacher_top_k", 600], "the teacher has 600 tokens; keep fewer"),
+        (["--teacher_top_k", 600], "the teacher has 600 tokens; give fewer"),
         (["--temperatures", 1, 3], "other --temperatures"),
         (["--temperatures", 1, "warm"], "--temperatures 1 warm: must be numbers above 0"),
     ],
@@ -429,7 +422,7 @@ def test_another_text_or_teacher_is_not_gone_on_with_and_overwrite_begins_anew(i
         with pytest.raises(UsageError, match=reason):
             _build(inputs, folder, *flags)
     _build(inputs, folder, "--train_file", inputs / "mixed.jsonl", "--overwrite")
-    assert _content(folder).keys() >= {"header.json", "train/00000.rows", "validation/index/header.json"}
+    assert _content(folder).keys() >= {"header.json", "train/00000.records", "validation/index/header.json"}
 
 
 def test_a_folder_of_something_else_is_not_touched(inputs, tmp_path):
@@ -466,14 +459,14 @@ def test_a_flipped_byte_is_refused_wherever_it_is(inputs, built, tmp_path):
     ("more", "reason"),
     [
         (["--routing", "sar"], "its routers learn; leave the cache out, or --routing native"),
-        (["--routing", "all"], "--routing all asks other experts"),
-        (["--routing", "ka"], "--routing ka asks other experts"),
+        (["--routing", "all"], "--routing all activates other experts"),
+        (["--routing", "ka"], "--routing ka activates other experts"),
         (["--alignment", "hidden"], "holds no hidden states"),
         (["--on_policy_fraction", 0.5], "holds a fixed text"),
         (["--logit_clamp_style", "raw", "--force"], "holds no logits"),
-        (["--alpha_kd", 0], "no teacher is heard"),
+        (["--alpha_kd", 0], "distillation is off"),
         (["--temperature", 3], "serves --temperature 1, 1.5, 2, not 3; make it with --temperatures"),
-        (["--teacher_top_k", 17], "holds 16 tokens of each row, fewer than --teacher_top_k 17"),
+        (["--teacher_top_k", 17], "holds 16 tokens per position, fewer than --teacher_top_k 17"),
         (["--block_size", 32], r"another --block_size (48, not 32)"),
         (["--teacher_model", "dense"], "another teacher"),
         (["--teacher_model", "retrained"], "another teacher"),
@@ -499,7 +492,7 @@ def test_a_task_that_fine_tunes_its_teacher_first_has_no_cache_of_it(built, tmp_
     argv = ["--task", "units", "--teacher_cache", built(student="student"), "--output_dir", tmp_path / "run"]
     code, _, err = _run([str(word) for word in argv])
     assert (code, len(err)) == (2, 1)
-    assert "--task fine-tunes the embedded teacher first" in err[0]
+    assert "--task first fine-tunes the embedded teacher" in err[0]
 
 
 def test_another_tokenizer_of_the_teachers_is_refused(inputs, built, tmp_path):
@@ -513,30 +506,33 @@ def test_another_tokenizer_of_the_teachers_is_refused(inputs, built, tmp_path):
     assert "another tokenizer of the teacher's" in err[0]
 
 
-def test_the_verb_says_a_wrong_flag_in_one_line(capsys, tmp_path, monkeypatch):
+def test_the_command_refuses_a_wrong_option_in_one_line(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for argv, said in (
+    for argv, message in (
         (["--teacher_topk", "8"], "did you mean --teacher_top_k?"),
         (["--teacher_top_k", "0"], "--teacher_top_k 0: must be a number of at least 1"),
         (["--teacher_model", "./nowhere"], "no such directory"),
     ):
         assert main.main(["cache", *argv]) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
-# Documents and windows
+# Documents and blocks
 
 
-def _corpus(documents, student, teacher, **how):
+def _dataset(documents, student, teacher, **how):
     sizes = {"student_vocab_size": len(student), "teacher_vocab_size": len(teacher)}
-    return Dataset(documents, TokenizerPair(student, teacher, **sizes, aligns=True), 24, 60, **how)
+    return build_dataset(documents, TokenizerPair(student, teacher, **sizes, aligns=True), 24, 60, **how)
 
 
-def _index(corpus, windows):
-    text = corpus.text
+def _index(dataset):
+    """Of a cache for which the teacher read the text as one block."""
+    text = dataset.text
+    size = len(text.teacher.ids)
     starts = np.searchsorted(text.teacher.ends, text.starts, side="right")
-    return CacheIndex(text.teacher.ids, text.teacher.ends, np.append(starts, len(text.teacher.ids)), list(text.names),
-                 np.array(windows), 0)  # fmt: skip
+    return CacheIndex(
+        text.teacher.ids, text.teacher.ends, np.append(starts, size), list(text.names), np.array([size]), 0
+    )
 
 
 @pytest.fixture(scope="module")
@@ -544,39 +540,39 @@ def documents(corpus_texts):
     return [Document(str(number), text) for number, text in enumerate(corpus_texts)]
 
 
-def test_rows_are_found_by_document_where_a_run_leaves_some_out(documents, sp_tokenizer, byte_tokenizer):
-    whole = _corpus(documents, byte_tokenizer, byte_tokenizer)
-    index = _index(whole, [len(whole.text.teacher.ids)])
+def test_records_are_found_by_document_where_a_run_skips_some(documents, sp_tokenizer, byte_tokenizer):
+    whole = _dataset(documents, byte_tokenizer, byte_tokenizer)
+    index = _index(whole)
     kept = [d for number, d in enumerate(documents) if number % 3 != 1]
-    part = _corpus(kept, sp_tokenizer, byte_tokenizer)
-    match = CacheLookup(part.text, index)
-    assert match.num_unknown == 0
-    rows = match.rows_of(0, len(part.text.teacher.ids))
-    assert np.array_equal(index.tokens[rows], part.text.teacher.ids)
-    assert len(np.unique(rows)) == len(rows) < len(index.tokens)
+    part = _dataset(kept, sp_tokenizer, byte_tokenizer)
+    lookup = CacheLookup(part.text, index)
+    assert lookup.num_missing == 0
+    indices = lookup.record_indices(0, len(part.text.teacher.ids))
+    assert np.array_equal(index.tokens[indices], part.text.teacher.ids)
+    assert len(np.unique(indices)) == len(indices) < len(index.tokens)
 
 
-def test_a_document_that_is_read_otherwise_has_no_rows(documents, sp_tokenizer, byte_tokenizer):
-    whole = _corpus(documents, byte_tokenizer, byte_tokenizer)
+def test_a_document_with_other_tokens_has_no_records(documents, sp_tokenizer, byte_tokenizer):
+    whole = _dataset(documents, byte_tokenizer, byte_tokenizer)
     changed = [d._replace(text=d.text + "!") if d.name == "3" else d for d in documents]
     changed = [d._replace(text=d.text[:-1] + "#") if d.name == "7" else d for d in changed]
-    part = _corpus([*changed, Document("new", "Not there before.")], sp_tokenizer, byte_tokenizer)
-    match = CacheLookup(part.text, _index(whole, [len(whole.text.teacher.ids)]))
-    assert match.some_unknown == ["3", "7", "new"]
-    starts = np.append(match.starts, 0)
-    assert np.all(match.rows_of(int(starts[3]), int(starts[4])) == -1)
-    assert np.all(match.rows_of(int(starts[4]), int(starts[5])) >= 0)
+    part = _dataset([*changed, Document("new", "Not there before.")], sp_tokenizer, byte_tokenizer)
+    lookup = CacheLookup(part.text, _index(whole))
+    assert lookup.first_missing == ["3", "7", "new"]
+    starts = np.append(lookup.starts, 0)
+    assert np.all(lookup.record_indices(int(starts[3]), int(starts[4])) == -1)
+    assert np.all(lookup.record_indices(int(starts[4]), int(starts[5])) >= 0)
 
 
 @pytest.mark.parametrize("size", [7, 24, 59])
 @pytest.mark.parametrize("pair", ["sp_from_byte", "byte_from_sp", "byte_from_byte"])
-def test_blocks_cover_all_text_and_end_where_windows_do(documents, sp_tokenizer, byte_tokenizer, size, pair):
+def test_blocks_cover_all_text_and_end_where_the_teachers_do(documents, sp_tokenizer, byte_tokenizer, size, pair):
     tokenizers = {"sp": sp_tokenizer, "byte": byte_tokenizer}
     student, teacher = map(tokenizers.get, pair.split("_from_"))
-    text = _corpus(documents, student, teacher).text
+    text = _dataset(documents, student, teacher).text
     last = len(text.teacher.ids)
     ends = np.append(np.arange(size, last, size), last)
-    blocks = cut_at(text, ends, 20, 40).ranges
+    blocks = pack(text, 20, 40, ends).ranges
     assert np.array_equal(blocks[1:, [0, 2]], blocks[:-1, [1, 3]])
     assert blocks[0, [0, 2]].tolist() == [0, 0]
     assert blocks[-1, [1, 3]].tolist() == [len(text.student.ids), last]
@@ -589,13 +585,13 @@ def test_blocks_cover_all_text_and_end_where_windows_do(documents, sp_tokenizer,
         assert common[common <= end].max(initial=0) in [0, *student_ends]
 
 
-def test_windows_that_fit_are_the_blocks(documents, sp_tokenizer, byte_tokenizer):
-    plain = _corpus(documents, sp_tokenizer, byte_tokenizer)
-    again = cut_at(plain.text, plain.blocks.ranges[:, 3], 23, 59)
+def test_blocks_of_the_teacher_that_fit_are_the_blocks(documents, sp_tokenizer, byte_tokenizer):
+    plain = _dataset(documents, sp_tokenizer, byte_tokenizer)
+    again = pack(plain.text, 23, 59, plain.blocks.ranges[:, 3])
     assert again == Blocks(plain.blocks.ranges)
 
 
-def test_a_teacher_that_is_in_memory_is_no_stored_one(make_teacher, byte_tokenizer, built, inputs):
+def test_a_teacher_in_memory_has_no_cache(make_teacher, byte_tokenizer, built, inputs):
     from sar_kd.api import distill
 
     teacher = make_teacher(len(byte_tokenizer)), byte_tokenizer
