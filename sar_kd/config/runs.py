@@ -39,8 +39,9 @@ class RoutingConfig:
 
     routing: str = option(
         "native",
-        "native: the teacher's own top-k; all: every expert; ka: all experts but one (see --ka_lambda); sar: the routers "
-        "learn from the student (see --sar_routing); auto: sar for a mixture of experts, native for a dense teacher",
+        "native: the teacher's own top-k; all: every expert; ka: all experts but one (see --ka_lambda); sar: the "
+        "routers learn from the student (see --sar_routing); auto: sar for a mixture of experts, native for a dense "
+        "teacher",
         choices=("auto", "native", "all", "sar", "ka"),
     )
     router_patterns: tuple[str, ...] = option((), ROUTER_PATTERNS, metavar="REGEX")

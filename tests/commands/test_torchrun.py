@@ -163,8 +163,8 @@ def test_a_signal_to_one_rank_ends_both_with_130_and_resumed_they_equal_a_run_ne
 
 def _assert_equal_runs(a, b):
     states = [torch.load(latest_checkpoint(run) / "state.pt", weights_only=True) for run in (a, b)]
-    assert len(states[0]["others"]) == 1
-    rng = [states[0]["precision"]["rng"]["torch"], states[0]["others"][0]["rng"]["torch"]]
+    assert len(states[0]["other_ranks"]) == 1
+    rng = [states[0]["precision"]["rng"]["torch"], states[0]["other_ranks"][0]["rng"]["torch"]]
     assert not torch.equal(*rng)
     assert _written(states[0]) == _written(states[1])
     weights = [_written(safetensors.torch.load_file(latest_checkpoint(run) / "student.safetensors")) for run in (a, b)]
