@@ -55,14 +55,6 @@ class _Turns(NamedTuple):
     """By side: the template's text before each content, and after the last."""
 
 
-class _Content(NamedTuple):
-    """A content in a model's tokens."""
-
-    ids: Ids
-    has_dummy: bool
-    """It begins with a dummy space"""
-
-
 class _SkippedConversation(ValueError):
     """Why a conversation is skipped."""
 
@@ -92,9 +84,11 @@ def render(
             changed_bytes += sum(len(message.content.encode()) for message in messages if message.is_target)
             continue
         names.append(name)
-        is_text = [all(content.has_dummy for content in same) for same in zip(*contents, strict=True)]
+        # A dummy space that both tokenizers put is text to both models.
+        is_text = [all(span.has_dummy for span in same) for same in zip(*contents, strict=True)]
         for side, template in enumerate(templates):
-            sides[side].append(template.spans(each, each.separators[side], contents[side], is_text))
+            own = [span._replace(dummy_is_text=both) for span, both in zip(contents[side], is_text, strict=True)]
+            sides[side].append(template.interleave(each.separators[side], own))
     without = tuple(template.whose for template in templates if template.took_default)
     if without and len(templates) == 1:
         without = "student", "teacher"
@@ -196,21 +190,24 @@ class ChatTemplate:
 
     # Tokens
 
-    def encode_contents(self, turns: list[_Turns], side: int) -> list[list[_Content] | None]:
+    def encode_contents(self, turns: list[_Turns], side: int) -> list[list[Span] | None]:
         """The contents of each conversation; None for one with a content that the tokenizer changes.
 
         side: of this template in `_Turns.separators`
         """
         encoded = iter(encode_texts(self.tokenizer, [text for each in turns for text in each.contents]))
-        found: list[list[_Content] | None] = []
+        found: list[list[Span] | None] = []
         for each in turns:
-            texts = zip(each.contents, each.separators[side], strict=False)
-            contents = [self._content(next(encoded), text, before, not i) for i, (text, before) in enumerate(texts)]
-            unchanged = [content for content in contents if content is not None]
-            found.append(unchanged if len(unchanged) == len(contents) else None)
+            messages = zip(each.conversation.messages, each.contents, each.separators[side], strict=False)
+            spans = [
+                self._encode_content(next(encoded), RESPONSE if message.is_target else PROMPT, text, separator, not i)
+                for i, (message, text, separator) in enumerate(messages)
+            ]
+            unchanged = [span for span in spans if span is not None]
+            found.append(unchanged if len(unchanged) == len(spans) else None)
         return found
 
-    def _content(self, ids: Ids | None, text: str, separator: str, first: bool) -> _Content | None:
+    def _encode_content(self, ids: Ids | None, kind: int, text: str, separator: str, first: bool) -> Span | None:
         dummy = None if ids is None else self.table.dummy_bytes(ids, text)
         if ids is None or dummy is None:
             self.change = self.change or self.table.describe_change([] if ids is None else ids, text)
@@ -219,8 +216,8 @@ class ChatTemplate:
             for anchor in ANCHORS:
                 own = encode_after(self.tokenizer, anchor, text)
                 if own is not None:
-                    return _Content(own, False)
-        return _Content(ids, bool(dummy))
+                    return Span(own, kind)
+        return Span(ids, kind, bool(dummy))
 
     def _puts_dummy_after(self, separator: str, first: bool) -> bool:
         """Would the tokenizer, given the whole rendered text, put a dummy space between a separator and a content?"""
@@ -231,25 +228,21 @@ class ChatTemplate:
             self._dummy_after[separator] = self._template_ids(separator + "a") == apart
         return self._dummy_after[separator]
 
-    def spans(self, turns: _Turns, separators: list[str], contents: list[_Content], is_text: list[bool]) -> list[Span]:
-        """Template text, contents and stop tokens in order.
-
-        is_text: for each content, whether its dummy space is text to both models
-        """
-        spans, messages = [], turns.conversation.messages
+    def interleave(self, separators: list[str], contents: list[Span]) -> list[Span]:
+        """Template text, contents and stop tokens in order."""
+        spans: list[Span] = []
         for i, separator in enumerate(separators):
-            if i < len(contents) and contents[i].has_dummy and separator.endswith(" "):
+            is_last = i == len(contents)
+            if not is_last and contents[i].has_dummy and separator.endswith(" "):
                 separator = separator[:-1]  # the dummy space stands for it
-            ids = self._ids_of_separator(separator, not i, i == len(contents))
-            if i and messages[i - 1].is_target:
+            ids = self._ids_of_separator(separator, not i, is_last)
+            if i and contents[i - 1].kind == RESPONSE:
                 num_stop = self._num_stop_tokens(separator, ids)
                 spans.append(Span(ids[:num_stop] if num_stop else [self.table.end_id], STOP))
                 ids = ids[num_stop:]
             if ids:
                 spans.append(Span(ids, TEMPLATE))
-            if i < len(contents):
-                kind = RESPONSE if messages[i].is_target else PROMPT
-                spans.append(Span(contents[i].ids, kind, contents[i].has_dummy, is_text[i]))
+            spans += contents[i : i + 1]
         return spans
 
     def _num_stop_tokens(self, separator: str, ids: list[int]) -> int:

@@ -17,8 +17,7 @@ from sar_kd.alignment.aligner import Aligner
 from sar_kd.alignment.segments import Segment, build_segments
 from sar_kd.data.batch import Batch, CachedTopK, TokenBatch, token_batch
 from sar_kd.data.blocks import pack
-from sar_kd.data.samples import Sample
-from sar_kd.data.sources import StreamedDocuments
+from sar_kd.data.sources import Documents
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.data.tokenized_text import tokenize
 from sar_kd.tokenization.token_stream import Block, Blocks, TokenizedText
@@ -54,7 +53,7 @@ class CachedLogits(Protocol):
 
 
 def build_dataset(
-    documents: Sequence[Sample] | StreamedDocuments,
+    documents: Documents,
     pair: TokenizerPair,
     max_student: int,
     max_teacher: int,

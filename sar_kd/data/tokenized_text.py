@@ -16,7 +16,7 @@ import numpy as np
 from sar_kd.data.chat import ChatTemplate, chat_templates, num_tokens, render, truncate_conversation
 from sar_kd.data.column_store import Column, ColumnStore, strings_of
 from sar_kd.data.samples import Conversation, Sample
-from sar_kd.data.sources import StreamedDocuments
+from sar_kd.data.sources import Documents, StreamedDocuments
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.errors import UsageError
 from sar_kd.runtime.console import tokenizing_bar
@@ -45,7 +45,7 @@ _CHUNK = 2**20
 
 
 def tokenize(
-    documents: Sequence[Sample] | StreamedDocuments,
+    documents: Documents,
     pair: TokenizerPair,
     limits: tuple[int, int] | None = None,
     cache: TokenCache | None = None,
@@ -164,7 +164,7 @@ class _TextWriter:
         self._checkpoint: tuple[dict[str, int], list[int], int] = {}, [], 0
         """Sizes of the columns, last ends and `num_bytes` before the document at hand, if it has several pieces"""
 
-    def add(self, documents: Sequence[Sample] | StreamedDocuments, cache: TokenCache | None) -> None:
+    def add(self, documents: Documents, cache: TokenCache | None) -> None:
         """Append all documents, and set the store's metadata."""
         streamed, num_chars = isinstance(documents, StreamedDocuments), 0
         if isinstance(documents, StreamedDocuments):

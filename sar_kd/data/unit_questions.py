@@ -1,16 +1,16 @@
-"""Questions about units, and what counts as a right answer: the task of `--task units`.
+"""Questions about units, and their right answers: the task of `--task units`.
 
-A question is a number of two digits, the unit it is in and the unit that is wanted, in one of several wordings. Its
-answer shows the step that leads to the number and puts that between tags:
+A question asks for a number of two digits to be converted from one unit to another, in one of several wordings. The
+answer shows the calculation and puts the result between tags:
 
     How many feet are 8.4 m?    8.4*3.28=26.2+1.3=<answer>28</answer>
 
-A conversion is worked out digit by digit, so that a small model can do it for a number that it has not met. Answers are
-rounded to two digits, which is within 5 % for every number, and 5 % is what an answer may be off.
+A conversion is calculated digit by digit, so that a small model can do it for a number that is not in the training
+text. Answers are rounded to two digits, which is within 5 % for every number, and 5 % is the tolerance of an answer.
 
-The hash of a number's digits and its two units puts a question into a split, whatever its wording, its direction and
-the place of its decimal point: who was trained on 84 feet in metres has not seen 8.4 m in feet answered, nor the other
-way round, in another split. So a table of the training questions answers none of the held-out ones.
+The split of a question follows from a hash of the number's digits and the two units, whatever its wording, its
+direction and the place of its decimal point: 84 feet in metres and 8.4 m in feet are in the same split. So a table of
+the training questions answers none of the held-out ones.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SPLITS = {"train": 0.8, "validation": 0.9, "test": 1.0}
 """Upper end of each split on [0, 1), in order."""
 
 COUNTS = {"train": 20000, "validation": 500, "test": 500}
-"""Questions that a run takes of each split; validation gives the perplexity, test the accuracy."""
+"""Questions of each split in a run; validation gives the perplexity, test the accuracy."""
 
 TOLERANCE = 0.05
 """An answer is right within this share of the true value."""
@@ -53,7 +53,7 @@ FACTORS: dict[str, dict[tuple[str, str], float]] = {
     "speed": {("m/s", "km/h"): 3.6, ("mph", "km/h"): 1.609344},
     "data": {("MB", "kB"): 1000, ("GB", "MB"): 1000, ("bytes", "bits"): 8},
 }  # fmt: skip
-"""How many of the second unit are one of the first, by quantity; asked in both directions. Prefixes are decimal."""
+"""By quantity: how many of the second unit one of the first is; used in both directions. Prefixes are decimal."""
 
 _TEMPERATURES = {
     ("celsius", "fahrenheit"): (range(1, 100), lambda x: 1.8 * x + 32),
@@ -73,7 +73,7 @@ class Question:
     """A key of `FACTORS`, or 'temperature'"""
     text: str
     answer: str
-    """What a model is trained to write: the step and, between the tags, `true_value` in two digits"""
+    """The target: the calculation and, between the tags, `true_value` in two digits"""
     true_value: float
     split: str
 
@@ -83,7 +83,7 @@ class Question:
 
 
 def questions(split: str, count: int, seed: int = 0) -> list[Question]:
-    """The first `count` questions of a split, all of them different, in the order that `seed` gives.
+    """The first `count` questions of a split, all different, in the random order of `seed`.
 
     split: a key of `SPLITS`
     Raises: ValueError if the split has fewer
@@ -96,7 +96,7 @@ def questions(split: str, count: int, seed: int = 0) -> list[Question]:
 
 
 def parse_answer(text: str) -> float | None:
-    """The number between the first pair of tags; None if there is no pair, or something else is between them."""
+    """The number between the first pair of tags; None if there is no pair, or no number between them."""
     found = _ANSWER.search(text)
     try:
         number = float(found[1]) if found else math.nan
@@ -135,11 +135,11 @@ def _generate() -> Iterator[Question]:
 
 
 def _steps(value: str, factor: float) -> str:
-    """The conversion, and what the last digit and the digits before it come to: '8.4*3.28=26.2+1.3='."""
-    named = f"{value}*{_rounded(factor, 3)}=" if factor > 1 else f"{value}/{_rounded(1 / factor, 3)}="
+    """The calculation, in products of the last digit and of the digits before it: '8.4*3.28=26.2+1.3='."""
+    formula = f"{value}*{_rounded(factor, 3)}=" if factor > 1 else f"{value}/{_rounded(1 / factor, 3)}="
     moves_point = math.log10(factor) == round(math.log10(factor))
     terms = _terms(value, factor)
-    return named + (f"{terms}=" if "+" in terms and not moves_point else "")
+    return formula + (f"{terms}=" if "+" in terms and not moves_point else "")
 
 
 def _terms(value: str, factor: float) -> str:
@@ -175,8 +175,8 @@ def split_of(value: str, source: str, target: str) -> str:
 
 
 def task_questions(split: str) -> list[Conversation]:
-    """The questions of `--task units` as conversations, each under its own text's name. split: one of `SPLITS`"""
+    """The questions of `--task units` as conversations named by their text. split: a key of `SPLITS`"""
     return [
-        Conversation(asked.text, (Message("user", asked.text, False), Message("assistant", asked.answer, True)), True)
-        for asked in questions(split, COUNTS[split])
+        Conversation(each.text, (Message("user", each.text, False), Message("assistant", each.answer, True)), True)
+        for each in questions(split, COUNTS[split])
     ]

@@ -1,18 +1,17 @@
-"""The embedded pair and its text: what a run uses when it is given no model and no text of its own.
+"""The embedded models and their text, the defaults of a run without a model and text of its own.
 
-The text is technical English that every CPython carries: the language reference (`pydoc_data.topics`) and
-the docstrings of the standard library, read from the installed interpreter with `ast`; nothing of it is
-stored here. A document is one topic, one module's docstring, or one top-level class or function with all
-docstrings inside it. The hash of a document's name puts it into a split, so that the same document falls
-into the same split under every Python version (shares of the documents):
+The text is technical English that every CPython contains: the language reference (`pydoc_data.topics`) and the
+docstrings of the standard library, read from the installed interpreter with `ast`; none of it is stored here. A
+document is one topic, one module's docstring, or one top-level class or function with all docstrings inside it. Its
+split follows from a hash of its name and is the same under every Python version (shares of the documents):
 
-    teacher 60 %      trained the embedded models, never used by a run
-    transfer 30 %     what a run trains on
-    validation 5 %    what a run reports
-    test 5 %          untouched, for benchmarks
+    teacher 60 %      for training the embedded models, never used by a run
+    transfer 30 %     for the training of a run
+    validation 5 %    for its perplexity
+    test 5 %          for benchmarks only
 
-Teacher and transfer text are disjoint because a teacher that has memorised the transfer text teaches nothing.
-The models beside this file are made by `python -m sar_kd embedded` (`build.py`).
+Teacher and transfer text are disjoint because a teacher that has memorised the transfer text has nothing to teach.
+The models beside this file are trained by `python -m sar_kd embedded` (`commands/build_embedded.py`).
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ STUDENT_DIR = Path(__file__).parent / "student"
 SPLITS = {"teacher": 0.60, "transfer": 0.90, "validation": 0.95, "test": 1.0}
 """Upper end of each split on [0, 1), in order."""
 
-# Not documentation of the library: tests, vendored and generated trees, and what only some builds carry.
+# Not documentation of the library: tests, vendored and generated trees, and modules that only some builds have.
 _SKIPPED = {
     "test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo", "ensurepip",
     "pydoc_data", "encodings", "lib-dynload", "distutils",
@@ -38,7 +37,7 @@ _DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def split_of(name: str) -> str:
-    """The split that the document `name` belongs to, by the SHA-256 of the name."""
+    """The split of the document `name`, from the SHA-256 of the name."""
     position = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
     return next(split for split, end in SPLITS.items() if position < end)
 
@@ -46,7 +45,7 @@ def split_of(name: str) -> str:
 def read_text(*splits: str) -> list[dict[str, str]]:
     """The documents of each of the given splits, by name, in a fixed order.
 
-    Takes about 3 seconds: the standard library's sources are parsed, never imported.
+    Takes about 3 seconds: the sources of the standard library are parsed, never imported.
     """
     found: dict[str, dict[str, str]] = {split: {} for split in SPLITS}
     for name, text in _documents():
@@ -55,7 +54,7 @@ def read_text(*splits: str) -> list[dict[str, str]]:
 
 
 def read_modules() -> Iterator[tuple[str, bytes]]:
-    """Path below the standard library and source of every module that the text is made of, in a fixed order."""
+    """Path below the standard library and source of each module of the text, in a fixed order."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         module = path.relative_to(root)

@@ -279,7 +279,7 @@ def test_the_text_column_of_a_dataset_wins(serve):
 
 def test_a_bad_row_of_a_dataset_is_named(serve):
     serve(train=_Split([{"messages": [HELLO, ANSWER]}, {"messages": [HELLO]}]))
-    with pytest.raises(UsageError, match="--dataset_name x: train row 1: 'messages' holds nothing to learn"):
+    with pytest.raises(UsageError, match="--dataset_name x: train example 1: 'messages' holds nothing to learn"):
         load_documents(DataConfig(dataset_name="x"))
 
 

@@ -116,14 +116,14 @@ def test_a_long_file_of_blanks_holds_no_text(tmp_path, small_is_large):
 
 
 def test_a_line_beyond_measure_is_refused_by_its_number(tmp_path, monkeypatch):
-    monkeypatch.setattr(samples, "_LONGEST_LINE", 2**20)
+    monkeypatch.setattr(samples, "_MAX_LINE", 2**20)
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + json.dumps({"text": "b" * 2**20}))
     with pytest.raises(UsageError, match=r"a.jsonl: line 2 exceeds 1 MB; give it as a .txt file of its own"):
         _load(tmp_path / "a.jsonl")
 
 
 def test_no_more_is_held_out_than_can_be_measured_often(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_MOST_HELD_OUT", 1000)
+    monkeypatch.setattr(sources, "_MAX_HELD_OUT", 1000)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{n:09} " * 10}) + "\n" for n in range(5000)))
     train, validation = _load(tmp_path / "a.jsonl")
     assert sum(len(document.text) for document in validation) == 1000
