@@ -2,6 +2,11 @@
 
 import dataclasses
 import json
+import os
+
+# Tests in parallel have a thread each, and so has what they start; torch reads this when it is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -197,9 +202,14 @@ def without_targets():
     def mask(batch):
         none = torch.zeros(0, dtype=torch.int64)
         labels = torch.full_like(batch.student.labels, IGNORE_INDEX)
-        student = dataclasses.replace(batch.student, labels=labels, rows=none, targets=none)
+        student = dataclasses.replace(batch.student, labels=labels, positions=none, targets=none)
         alignment = dataclasses.replace(
-            batch.alignment, student_rows=none, teacher_rows=none, strict=none.bool(), student_chunks=none, num_chunks=0
+            batch.alignment,
+            student_positions=none,
+            teacher_positions=none,
+            strict=none.bool(),
+            student_chunks=none,
+            num_chunks=0,
         )
         return dataclasses.replace(batch, student=student, alignment=alignment)
 
