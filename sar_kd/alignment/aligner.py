@@ -1,7 +1,7 @@
-"""Which row of the teacher speaks about which row of the student, and over which outcomes, batch by batch.
+"""Aligns the two tokenizations of a text: the `Alignment` of each batch, made in the collator.
 
-Index arrays only; the arithmetic on them is in `projection` and `losses`. Rows come already shifted: the row of a
-token is the one that predicts it.
+Index arrays only; the arithmetic on logits is in `losses`. Positions are shifted already: a token's position is the one
+that predicts it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -24,39 +23,38 @@ from sar_kd.alignment.vocabulary_map import ClassTable, VocabularyMap, same_toke
 from sar_kd.tokenization.token_stream import Block, TokenizedText, TokenStream
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
-_LEARN_FROM = 2**20
-"""Student tokens of the text from which the vocabulary maps learn."""
+_FIT_TOKENS = 2**20
+"""Student tokens of the text that the vocabulary maps are fitted to."""
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """One block's part of an alignment, in numpy, before the batch is put together."""
+class _Candidates(NamedTuple):
+    """Boundaries at which one tokenizer starts a token and the other's last token may continue."""
 
-    open: np.ndarray
-    """int64 [4, K]: student row, teacher row, strict, and the position among all starts of the finer side"""
-    in_teacher: np.ndarray
-    """int64 [5, K']: student row, teacher row, whether the teacher's token goes on, that token, its written bytes"""
-    in_student: np.ndarray
-    """int64 [5, K'']: student row, teacher row, whether the student's token goes on, that token, its written bytes"""
-    student_chunks: np.ndarray
-    teacher_chunks: np.ndarray
-    ends: np.ndarray
-    """int64 [2, C]: flattened positions, student first"""
+    positions: tuple[np.ndarray, np.ndarray]
+    """int64 [K]: student positions, teacher positions: of the token that may continue, and of the one that starts"""
+    continues: np.ndarray
+    """bool [K]: the token does continue in the text"""
+    tokens: np.ndarray
+    """int64 [K]: the token that may continue"""
+    prefix_lengths: np.ndarray
+    """int64 [K]: bytes of it before the boundary"""
+    index: np.ndarray
+    """int64: for each boundary of the text its candidate, -1 for none"""
 
 
-class _GoingOn(NamedTuple):
-    """Continuations inside the tokens of one side, and the outcomes that they have."""
+class _ContinuationTables(NamedTuple):
+    """The continuations of one side in a batch, and their classes."""
 
     record: Continuations
-    places: np.ndarray
-    """int64: where in the record each of the rows is that were asked for, -1 where it cannot go on"""
-    outcomes: list[ClassTable]
-    outcome_of: np.ndarray
-    """int64 [K]: which of the outcomes each row of the record has"""
+    index: np.ndarray
+    """int64: index in the record of each candidate, -1 where no token of the vocabulary continues"""
+    tables: list[ClassTable]
+    table_of: np.ndarray
+    """int64 [K]: index in `tables` of each continuation"""
 
 
 class Aligner:
-    """A text in two tokenizations, and the comparisons that it allows."""
+    """A text in two tokenizations, and which positions and classes of its batches are compared."""
 
     def __init__(
         self,
@@ -66,251 +64,256 @@ class Aligner:
         loss_workspace_mb: int | None = None,
         teacher_is_cached: bool = False,
     ):
-        """blocks: the blocks of `text`, of which the first teach the vocabulary maps
+        """blocks: the blocks of `text`; the vocabulary maps are fitted to the first of them
 
         loss_workspace_mb: memory for the logits of one segment, MiB; None: a batch is one segment
-        teacher_is_cached: its logits come from a cache, cut to the top k
+        teacher_is_cached: the teacher's logits come from a cache, cut to the top k
         """
-        self.pair, self._text = pair, text
+        self.pair, self._text, self._blocks = pair, text, blocks
         self.teacher_is_coarser = len(text.teacher.ids) <= len(text.student.ids)
-        self._blocks = blocks
         self.segment_size = sys.maxsize
         """Most positions of either side in a segment"""
         if loss_workspace_mb is not None:
-            # No tile of a cached teacher's logits is made where its tokenizer is the coarser.
             sizes = [pair.student_vocab_size]
-            if not (teacher_is_cached and self.teacher_is_coarser):
+            if not (teacher_is_cached and self.teacher_is_coarser):  # else no tile of teacher logits is made
                 sizes.append(pair.teacher_vocab_size)
             self.segment_size = positions_per_tile(loss_workspace_mb, *sizes)
-        self._open_of: dict[bytes, np.ndarray] = {}
+        self._paths_by_prefix: dict[bytes, np.ndarray] = {}
 
-    def over(self, text: TokenizedText) -> Aligner:
-        """The same comparisons on another text; what the vocabularies share stays as the first text has it."""
-        if self.pair.projects and self.pair.is_exact:
-            _ = self._open, self._open_class
+    def for_text(self, text: TokenizedText) -> Aligner:
+        """An aligner of another text, with the shared classes of this one."""
+        if self.pair.projects and self.pair.tables is not None:
+            _ = self._shared_table, self._shared_class_of  # fitted now, to the first text
         other = copy.copy(self)
         other._text = text
         return other
 
     @cached_property
     def _maps(self) -> tuple[VocabularyMap, VocabularyMap]:
-        """Outcomes inside the student's tokens, and inside the teacher's."""
-        student, teacher = self.pair.exact_tables
+        """The map with the student as the coarse side, and the one with the teacher."""
+        student, teacher = self.pair.token_tables
         maps = VocabularyMap(student, teacher, self.pair.teacher), VocabularyMap(teacher, student, self.pair.student)
-        last = next((block for block in self._blocks if block.student_end >= _LEARN_FROM), self._blocks[-1])
+        last = next((block for block in self._blocks if block.student_end >= _FIT_TOKENS), self._blocks[-1])
         streams = self._text.student, self._text.teacher
         found = find_boundaries(streams[0].ends[: last.student_end], streams[1].ends[: last.teacher_end])
         ids = streams[0].ids[found.student], streams[1].ids[found.teacher]
-        written = found.student_written, found.teacher_written
+        prefix_lengths = found.student_prefix_length, found.teacher_prefix_length
         plain = ~(streams[0].has_dummy[found.student] | streams[1].has_dummy[found.teacher])
         for coarse, vocabulary_map in enumerate(maps):
-            begins = plain & (written[1 - coarse] == 0)
-            vocabulary_map.learn(ids[coarse][begins], written[coarse][begins], ids[1 - coarse][begins])
+            starts = plain & (prefix_lengths[1 - coarse] == 0)
+            vocabulary_map.fit_(ids[coarse][starts], prefix_lengths[coarse][starts], ids[1 - coarse][starts])
         return maps
 
     @cached_property
-    def _open(self) -> ClassTable:
-        return self._maps[self.teacher_is_coarser].open()
+    def _shared_table(self) -> ClassTable:
+        return self._maps[self.teacher_is_coarser].at_common_boundary()
 
     @cached_property
-    def open_classes(self) -> SharedClasses:
-        """Outcomes where both start a token, of tokenizers that have exact tables."""
-        coarse = self._open.coarse_tokens, self._open.coarse_outcomes
-        fine = self._open.fine_tokens, self._open.fine_outcomes
+    def shared_classes(self) -> SharedClasses:
+        """The classes at a common boundary."""
+        table = self._shared_table
+        coarse, fine = (table.coarse_tokens, table.coarse_classes), (table.fine_tokens, table.fine_classes)
         student, teacher = (fine, coarse) if self.teacher_is_coarser else (coarse, fine)
-        return SharedClasses(self._open.count, *map(torch.from_numpy, (*student, *teacher)))
+        return SharedClasses(table.num_classes, *map(torch.from_numpy, (*student, *teacher)))
 
     @cached_property
     def same_token(self) -> Tensor:
-        """int64 [V_t]: the student token of exactly the same bytes, -1 where there is none; likewise."""
-        return torch.from_numpy(same_token_map(*self.pair.exact_tables))
+        """int64 [V_t]: the student token of exactly the same bytes, -1 where there is none."""
+        return torch.from_numpy(same_token_map(*self.pair.token_tables))
 
     @cached_property
-    def _open_class(self) -> np.ndarray:
-        """int64 [V]: the open outcome of each token of the finer side, -1 for none."""
-        outcomes = self._open
-        found = np.full(len(self.pair.exact_tables[not self.teacher_is_coarser].pieces), -1, dtype=np.int64)
-        found[outcomes.fine_tokens] = outcomes.fine_outcomes
-        return found
+    def _shared_class_of(self) -> np.ndarray:
+        """int64 [V]: the shared class of each token of the finer vocabulary, -1 for none."""
+        finer = self.pair.token_tables[not self.teacher_is_coarser]
+        class_of = np.full(len(finer.pieces), -1, dtype=np.int64)
+        class_of[self._shared_table.fine_tokens] = self._shared_table.fine_classes
+        return class_of
 
-    def align_equal(self, rows: Tensor) -> Alignment:
-        """The alignment of a batch that both models read in the same tokens; `rows` int64 [N] as in `TokenBatch`."""
-        every, none = torch.arange(len(rows)), torch.zeros(3, 0, dtype=torch.int64)
-        strict, ended = torch.ones(len(rows), dtype=torch.bool), torch.full_like(every, -1)
-        return Alignment(every, rows, strict, None, None, ended, none, every, every, len(rows), rows + 1, rows + 1)
-
-    def align(self, cuts: Sequence[Block], student_width: int, teacher_width: int) -> Alignment:
-        """The alignment of a batch of blocks, each one row of inputs of these widths, start token first."""
-        pieces, num_student, num_coarser, num_chunks = [], 0, 0, 0
-        for number, cut in enumerate(cuts):
-            piece = self._align_block(cut)
-            coarser = piece.in_teacher if self.teacher_is_coarser else piece.in_student
-            for rows in (piece.open, piece.in_teacher, piece.in_student):
-                rows[0] += num_student
-                rows[1] += number * teacher_width
-            for numbers, first in (
-                (piece.open[3], num_coarser),
-                (piece.student_chunks, num_chunks),
-                (piece.teacher_chunks, num_chunks),
-            ):
-                numbers[numbers >= 0] += first
-            piece.ends[0] += number * student_width
-            piece.ends[1] += number * teacher_width
-            num_student += len(piece.student_chunks)
-            num_coarser += coarser.shape[1]
-            num_chunks += piece.ends.shape[1]
-            pieces.append(vars(piece).values())
-        joined = [np.concatenate(parts, axis=-1) for parts in zip(*pieces, strict=True)]
-        open_rows, in_teacher, in_student, student_chunks, teacher_chunks, ends = joined
-        inside_student = inside_teacher = None
-        ended, other_ways = np.full(open_rows.shape[1], -1), np.zeros((3, 0), dtype=np.int64)
-        if self.pair.projects:
-            found = self._continuations(in_student, 0), self._continuations(in_teacher, 1)
-            inside_student, inside_teacher = found[0].record, found[1].record
-            coarse = found[self.teacher_is_coarser]
-            ended = np.where(open_rows[3] >= 0, coarse.places[open_rows[3]], -1) if len(coarse.places) else ended
-            other_ways = self._other_ways(ended, coarse)
+    def align_equal(self, positions: Tensor) -> Alignment:
+        """The alignment of a batch that both models read in the same tokens; `TokenBatch.positions`, int64 [N]."""
+        every = torch.arange(len(positions))
         return Alignment(
-            student_rows=torch.from_numpy(open_rows[0].copy()),
-            teacher_rows=torch.from_numpy(open_rows[1].copy()),
-            strict=torch.from_numpy(open_rows[2].astype(bool)),
-            in_teacher=inside_teacher,
-            in_student=inside_student,
-            ended=torch.from_numpy(ended),
-            other_ways=torch.from_numpy(other_ways),
-            student_chunks=torch.from_numpy(student_chunks),
-            teacher_chunks=torch.from_numpy(teacher_chunks),
-            num_chunks=num_chunks,
-            student_ends=torch.from_numpy(ends[0].copy()),
-            teacher_ends=torch.from_numpy(ends[1].copy()),
+            student_positions=every,
+            teacher_positions=positions,
+            strict=torch.ones(len(positions), dtype=torch.bool),
+            teacher_continuations=None,
+            student_continuations=None,
+            token_end=torch.full_like(every, -1),
+            continuation_paths=torch.zeros(3, 0, dtype=torch.int64),
+            student_chunks=every,
+            teacher_chunks=every,
+            num_chunks=len(positions),
+            student_ends=positions + 1,
+            teacher_ends=positions + 1,
         )
 
-    def _align_block(self, cut: Block) -> _Piece:
-        """One block's alignment, with rows, chunks and positions counted from the block's own start."""
-        sides = [_Side(self._text.student, cut.student_start, cut.student_end)]
-        sides.append(_Side(self._text.teacher, cut.teacher_start, cut.teacher_end))
-        row_of = np.cumsum(sides[0].is_target) - 1
-        chunks = find_chunks(sides[0].ends, sides[1].ends)
-        sound = np.ones(len(chunks.ends), dtype=bool)
-        for side, members in zip(sides, (chunks.student, chunks.teacher), strict=True):
-            sound[members[side.spoils & (members < len(sound))]] = False
-        number_of = np.append(np.where(sound, np.cumsum(sound) - 1, -1), -1)
-        lasts = np.stack([np.searchsorted(side.ends, chunks.ends[sound]) for side in sides])
+    def align(self, blocks: Sequence[Block], student_width: int, teacher_width: int) -> Alignment:
+        """The alignment of a batch of blocks, each one row of inputs of these widths, start token first."""
+        student = _BatchTokens(self._text.student, [block[:2] for block in blocks], student_width)
+        teacher = _BatchTokens(self._text.teacher, [block[2:] for block in blocks], teacher_width)
+        student_positions, teacher_positions = np.cumsum(student.is_target) - 1, teacher.inputs - 1
+        found = find_boundaries(student.ends, teacher.ends)
+        common = (found.student_prefix_length == 0) & (found.teacher_prefix_length == 0)
+        common &= student.is_usable[found.student] & teacher.is_usable[found.teacher]
 
-        found = find_boundaries(sides[0].ends, sides[1].ends)
-        in_student, slots_student = self._behind(found, 0, sides, row_of)
-        in_teacher, slots_teacher = self._behind(found, 1, sides, row_of)
-        slots = slots_teacher if self.teacher_is_coarser else slots_student
-        both = (found.student_written == 0) & (found.teacher_written == 0)
-        both &= sides[0].usable[found.student] & sides[1].usable[found.teacher]
-        strict = chunks.strict[chunks.student[found.student[both]]]
-        return _Piece(
-            np.stack([row_of[found.student[both]], found.teacher[both], strict, slots[both]]),
-            in_teacher,
-            in_student,
-            number_of[chunks.student][sides[0].is_target],
-            number_of[chunks.teacher][sides[1].is_target],
-            1 + lasts,
+        chunks = find_chunks(student.ends, teacher.ends)
+        is_valid = np.ones(len(chunks.ends), dtype=bool)
+        for side, chunk_of in ((student, chunks.student), (teacher, chunks.teacher)):
+            is_valid[chunk_of[side.invalidates_chunk]] = False
+        numbers = np.append(np.where(is_valid, np.cumsum(is_valid) - 1, -1), -1)
+        chunk_ends = chunks.ends[is_valid]
+
+        student_continuations = teacher_continuations = None
+        token_end, paths = np.full(np.count_nonzero(common), -1), np.zeros((3, 0), dtype=np.int64)
+        if self.pair.projects:
+            positions = student_positions, teacher_positions
+            candidates = [self._find_candidates(found, i, (student, teacher), positions) for i in range(2)]
+            continuations = [self._continuations(each, i) for i, each in enumerate(candidates)]
+            student_continuations, teacher_continuations = (each.record for each in continuations)
+            coarser, index = continuations[self.teacher_is_coarser], candidates[self.teacher_is_coarser].index[common]
+            if len(coarser.index):
+                token_end = np.where(index >= 0, coarser.index[index], -1)
+            paths = self._continuation_paths(token_end, coarser)
+        return Alignment(
+            student_positions=torch.from_numpy(student_positions[found.student[common]]),
+            teacher_positions=torch.from_numpy(teacher_positions[found.teacher[common]]),
+            strict=torch.from_numpy(chunks.strict[chunks.student[found.student[common]]]),
+            teacher_continuations=teacher_continuations,
+            student_continuations=student_continuations,
+            token_end=torch.from_numpy(token_end),
+            continuation_paths=torch.from_numpy(paths),
+            student_chunks=torch.from_numpy(
+                np.where(student.is_trailing, -1, numbers[chunks.student])[student.is_target]
+            ),
+            teacher_chunks=torch.from_numpy(
+                np.where(teacher.is_trailing, -1, numbers[chunks.teacher])[teacher.is_target]
+            ),
+            num_chunks=len(chunk_ends),
+            student_ends=torch.from_numpy(student.inputs[np.searchsorted(student.ends, chunk_ends)]),
+            teacher_ends=torch.from_numpy(teacher.inputs[np.searchsorted(teacher.ends, chunk_ends)]),
         )
 
-    def _behind(
-        self, found: Boundaries, coarse: int, sides: list[_Side], row_of: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Where the other side starts a token behind bytes with which `coarse` (0 student, 1 teacher) may not be done.
+    def _find_candidates(
+        self,
+        found: Boundaries,
+        coarse: int,
+        sides: tuple[_BatchTokens, _BatchTokens],
+        positions: tuple[np.ndarray, np.ndarray],
+    ) -> _Candidates:
+        """Where the other side starts a token and the last token of `coarse` (0 student, 1 teacher) may continue.
 
-        Everywhere for the coarser side; for the other one only inside its tokens, where it certainly is not.
+        For the coarser tokenizer at every such boundary; for the finer one only inside its tokens, where it does
+        continue.
 
-        Returns: int64 [5, K]: student row, teacher row, whether the token does go on, the token, its written bytes; and
-        for each contact its place among them, -1 for none
+        positions: of every token of the student and of the teacher
         """
-        tokens, written = (found.student, found.teacher), (found.student_written, found.teacher_written)
-        at = sides[coarse].starts[tokens[coarse]] + written[coarse]
-        before = np.searchsorted(sides[coarse].starts, at, side="left") - 1  # holds the byte before
-        wanted = (written[1 - coarse] == 0) & (at > 0) & ((written[coarse] > 0) | (coarse == self.teacher_is_coarser))
-        wanted &= sides[1 - coarse].usable[tokens[1 - coarse]] & sides[coarse].usable[before]
-        before = before[wanted]
-        rows = (row_of[before], tokens[1][wanted]) if coarse == 0 else (row_of[tokens[0][wanted]], before)
-        lengths = at[wanted] - sides[coarse].starts[before]
-        places = np.where(wanted, np.cumsum(wanted) - 1, -1)
-        goes_on, ids = written[coarse][wanted] > 0, sides[coarse].ids[before].astype(np.int64)
-        return np.stack([*rows, goes_on, ids, lengths]), places
-
-    def _continuations(self, rows: np.ndarray, coarse: int) -> _GoingOn:
-        """The continuations of some `_Piece.in_student` (coarse 0) or `in_teacher` (1)."""
-        pieces, width = self.pair.exact_tables[coarse].pieces, rows[4].max(initial=0) + 1
-        keys, inverse = np.unique(rows[3] * width + rows[4], return_inverse=True)
-        prefixes = [pieces[key // width][: key % width] for key in keys.tolist()]
-        behind = [self._maps[coarse].behind(prefix) for prefix in prefixes]
-        known = np.array([outcomes is not None for outcomes in behind], dtype=bool)[inverse]
-        # Those that do go on come first.
-        order = np.argsort(~rows[2].astype(bool), kind="stable")
-        order = order[known[order]]
-        places = np.full(len(known), -1)
-        places[order] = np.arange(len(order))
-        rows, inverse, size = rows[:, order], inverse[order], int(rows[2, order].sum())
-        used, inverse = np.unique(inverse, return_inverse=True)
-        found = [outcomes for i in used if (outcomes := behind[i]) is not None]
-        counts = np.array([outcomes.count for outcomes in found], dtype=np.int64)[inverse]
-        firsts = np.cumsum(counts) - counts
-        coarse_lists = [(outcomes.coarse_tokens, outcomes.coarse_outcomes) for outcomes in found]
-        fine_lists = [(outcomes.fine_tokens, outcomes.fine_outcomes) for outcomes in found]
-        can_end = np.array([outcomes.can_end for outcomes in found], dtype=bool)[inverse[:size]]
-        record = Continuations(
-            torch.from_numpy(rows[coarse].copy()),
-            torch.from_numpy(rows[1 - coarse, :size].copy()),
-            torch.from_numpy(_entries(coarse_lists, inverse, firsts)),
-            torch.from_numpy(_entries(fine_lists, inverse[:size], firsts[:size])),
-            torch.from_numpy(np.repeat(np.arange(len(inverse)), counts)),
-            torch.from_numpy(firsts + counts - 1),
-            torch.from_numpy(can_end),
-            int(counts[:size].sum()),
+        tokens = found.student, found.teacher
+        prefix_lengths = found.student_prefix_length, found.teacher_prefix_length
+        own, other = sides[coarse], sides[1 - coarse]
+        boundary = own.starts[tokens[coarse]] + prefix_lengths[coarse]
+        last = np.searchsorted(own.starts, boundary, side="left") - 1  # holds the byte before
+        wanted = (prefix_lengths[1 - coarse] == 0) & (boundary > own.block_starts[tokens[coarse]])
+        wanted &= (prefix_lengths[coarse] > 0) | (coarse == self.teacher_is_coarser)
+        wanted &= other.is_usable[tokens[1 - coarse]] & own.is_usable[last]
+        last, following = last[wanted], tokens[1 - coarse][wanted]
+        student, teacher = (last, following) if coarse == 0 else (following, last)
+        return _Candidates(
+            (positions[0][student], positions[1][teacher]),
+            prefix_lengths[coarse][wanted] > 0,
+            own.ids[last].astype(np.int64),
+            boundary[wanted] - own.starts[last],
+            np.where(wanted, np.cumsum(wanted) - 1, -1),
         )
-        return _GoingOn(record, places, found, inverse)
 
-    def _other_ways(self, ended: np.ndarray, coarse: _GoingOn) -> np.ndarray:
-        """`Alignment.other_ways`: what the coarser side could have written by going on instead of ending."""
-        (places,) = (ended >= 0).nonzero()
-        firsts = np.append(0, coarse.record.ends.numpy() + 1)[ended[places]]
-        lists = [(same[0], same[1]) for same in map(self._same_open, coarse.outcomes)]
-        ways = _entries(lists, coarse.outcome_of[ended[places]], firsts)
-        ways[0] = places[ways[0]]
-        return ways
+    def _continuations(self, candidates: _Candidates, coarse: int) -> _ContinuationTables:
+        """The continuations among the candidates of the student (coarse 0) or the teacher (1)."""
+        pieces, width = self.pair.token_tables[coarse].pieces, candidates.prefix_lengths.max(initial=0) + 1
+        keys, prefix_of = np.unique(candidates.tokens * width + candidates.prefix_lengths, return_inverse=True)
+        by_prefix = [self._maps[coarse].after_prefix(pieces[key // width][: key % width]) for key in keys.tolist()]
+        can_continue = np.array([table is not None for table in by_prefix], dtype=bool)[prefix_of]
+        order = np.argsort(~candidates.continues, kind="stable")  # those inside a token come first
+        order = order[can_continue[order]]
+        index = np.full(len(can_continue), -1)
+        index[order] = np.arange(len(order))
+        num_inside = int(candidates.continues[order].sum())
 
-    def _same_open(self, outcomes: ClassTable) -> np.ndarray:
-        """int64 [2, X]: the open outcomes that are also outcomes of a continuation, and which; each once."""
-        if outcomes.prefix not in self._open_of:
-            classes, own = np.unique(self._open_class[outcomes.leaders], return_index=True)
-            self._open_of[outcomes.prefix] = np.stack([classes, own])[:, classes >= 0]
-        return self._open_of[outcomes.prefix]
+        used, table_of = np.unique(prefix_of[order], return_inverse=True)
+        tables = [table for i in used if (table := by_prefix[i]) is not None]
+        counts = np.array([table.num_classes for table in tables], dtype=np.int64)[table_of]
+        first_classes = np.cumsum(counts) - counts
+        coarse_lists = [(table.coarse_tokens, table.coarse_classes) for table in tables]
+        fine_lists = [(table.fine_tokens, table.fine_classes) for table in tables]
+        can_end = np.array([table.can_end for table in tables], dtype=bool)[table_of[:num_inside]]
+        record = Continuations(
+            coarse_positions=torch.from_numpy(candidates.positions[coarse][order]),
+            fine_positions=torch.from_numpy(candidates.positions[1 - coarse][order[:num_inside]]),
+            coarse_entries=torch.from_numpy(_entries(coarse_lists, table_of, first_classes)),
+            fine_entries=torch.from_numpy(_entries(fine_lists, table_of[:num_inside], first_classes[:num_inside])),
+            class_continuations=torch.from_numpy(np.repeat(np.arange(len(table_of)), counts)),
+            end_classes=torch.from_numpy(first_classes + counts - 1),
+            can_end=torch.from_numpy(can_end),
+            num_inside_classes=int(counts[:num_inside].sum()),
+        )
+        return _ContinuationTables(record, index, tables, table_of)
+
+    def _continuation_paths(self, token_end: np.ndarray, coarser: _ContinuationTables) -> np.ndarray:
+        """`Alignment.continuation_paths`: classes that the coarser side also reaches if its token does not end."""
+        (pairs,) = (token_end >= 0).nonzero()
+        continuations = token_end[pairs]
+        first_classes = np.append(0, coarser.record.end_classes.numpy() + 1)[continuations]
+        lists = [(paths[0], paths[1]) for paths in map(self._paths_of, coarser.tables)]
+        paths = _entries(lists, coarser.table_of[continuations], first_classes)
+        paths[0] = pairs[paths[0]]
+        return paths
+
+    def _paths_of(self, table: ClassTable) -> np.ndarray:
+        """int64 [2, X]: the shared classes that are also classes of a continuation, each once, and which ones."""
+        if table.prefix not in self._paths_by_prefix:
+            shared, own = np.unique(self._shared_class_of[table.representatives], return_index=True)
+            self._paths_by_prefix[table.prefix] = np.stack([shared, own])[:, shared >= 0]
+        return self._paths_by_prefix[table.prefix]
 
 
-class _Side:
-    """One tokenizer's tokens of a block."""
+class _BatchTokens:
+    """One tokenizer's tokens of a batch, block after block, with the bytes counted through all blocks."""
 
-    def __init__(self, stream: TokenStream, start: int, end: int):
-        first_byte = stream.ends[start - 1] if start else 0
-        self.ids, self.is_target = stream.ids[start:end], stream.is_target[start:end]
-        self.ends = stream.ends[start:end] - first_byte
+    def __init__(self, stream: TokenStream, ranges: Sequence[tuple[int, ...]], width: int):
+        """ranges: of the blocks in the stream; width: of a row of inputs, start token first"""
+        spans = [slice(*span) for span in ranges]
+        counts = np.array([span.stop - span.start for span in spans])
+        bounds = np.array([[stream.ends[i - 1] if i else 0 for i in span] for span in ranges], dtype=np.int64)
+        lengths = bounds[:, 1] - bounds[:, 0]
+        block_ends = np.cumsum(lengths)
+        self.ids = np.concatenate([stream.ids[span] for span in spans])
+        self.is_target = np.concatenate([stream.is_target[span] for span in spans])
+        self.block_starts = np.repeat(block_ends - lengths, counts)
+        self.ends = np.concatenate([stream.ends[span] for span in spans]) + np.repeat(block_ends - bounds[:, 1], counts)
         self.starts = np.concatenate([[0], self.ends[:-1]])
-        dummy = stream.has_dummy[start:end]
-        # What a token with a dummy space of its own says is not what the text says; what is no target is not learned.
-        self.usable = self.is_target & ~dummy
-        # A template's token has no bytes, and does not spoil the chunk that it stands before.
-        self.spoils = ~self.usable & ((self.ends > self.starts) | dummy)
+        firsts = np.cumsum(counts) - counts
+        self.inputs = np.arange(len(self.ids)) + np.repeat(1 + width * np.arange(len(spans)) - firsts, counts)
+        """Index of each token in the flattened inputs"""
+        dummy = np.concatenate([stream.has_dummy[span] for span in spans])
+        # A token with a dummy space has bytes that are not in the text; what is no target is not learned.
+        self.is_usable = self.is_target & ~dummy
+        # Without bytes behind the last chunk of a block, and in none.
+        self.is_trailing = self.starts == np.repeat(block_ends, counts)
+        # A template's token has no bytes, and leaves the chunk that it stands before valid.
+        self.invalidates_chunk = ~self.is_usable & ((self.ends > self.starts) | dummy) & ~self.is_trailing
 
 
-def _entries(lists: list[tuple[np.ndarray, np.ndarray]], inverse: np.ndarray, firsts: np.ndarray) -> np.ndarray:
-    """Row, token and outcome of each entry: row r holds list `inverse[r]`, its outcomes counted from `firsts[r]`.
+def _entries(lists: list[tuple[np.ndarray, np.ndarray]], list_of: np.ndarray, first_classes: np.ndarray) -> np.ndarray:
+    """The entries of continuations: i has list `list_of[i]`, with its classes counted from `first_classes[i]`.
 
-    Returns: int64 [3, E], rows ascending
+    lists: tokens, and the class of each
+    Returns: int64 [3, E]: continuation, ascending; token; class
     """
-    if not len(inverse):
+    if not len(list_of):
         return np.zeros((3, 0), dtype=np.int64)
     sizes = np.array([len(tokens) for tokens, _ in lists], dtype=np.int64)
     starts = np.cumsum(sizes) - sizes
-    lengths = sizes[inverse]
-    rows = np.repeat(np.arange(len(inverse)), lengths)
-    within = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    picks = np.repeat(starts[inverse], lengths) + within
-    tokens, outcomes = (np.concatenate([entry[i] for entry in lists])[picks] for i in range(2))
-    return np.stack([rows, tokens, outcomes + np.repeat(firsts, lengths)])
+    lengths = sizes[list_of]
+    continuations = np.repeat(np.arange(len(list_of)), lengths)
+    within = np.arange(len(continuations)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    picks = np.repeat(starts[list_of], lengths) + within
+    tokens, classes = (np.concatenate([entry[i] for entry in lists])[picks] for i in range(2))
+    return np.stack([continuations, tokens, classes + np.repeat(first_classes, lengths)])

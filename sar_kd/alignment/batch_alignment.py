@@ -1,4 +1,8 @@
-"""The index arrays that a batch carries: which teacher position belongs to which student position."""
+"""The index arrays that a batch carries: which positions of the two models are compared, and over which shared classes.
+
+A position is that of a logits vector, so it belongs to the token that it predicts. The student's positions are counted
+among the N that predict a target, the teacher's in its flattened logits [B * T_t].
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SharedClasses:
-    """The classes where both tokenizers start a token: the same for every such row."""
+    """The classes at a common boundary, where both tokenizers start a token: the same for every such position."""
 
-    count: int
+    num_classes: int
     student_tokens: Tensor
-    """int64 [M_s]: student ids that take part, ascending"""
+    """int64 [M_s]: student ids that have a class, ascending"""
     student_classes: Tensor
-    """int64 [M_s]: the class of each; every class has at least one"""
+    """int64 [M_s]: the class of each; every class has at least one token"""
     teacher_tokens: Tensor
     """int64 [M_t]"""
     teacher_classes: Tensor
@@ -24,58 +28,58 @@ class SharedClasses:
 
 @dataclass(frozen=True)
 class Continuations:
-    """Rows where one tokenizer starts a token behind bytes with which the other, the coarser, may not be done.
+    """K places where one tokenizer (fine) starts a token, and the other's (coarse) last token may continue.
 
-    The row of the coarser side is the one that predicted the token to which those bytes belong, and is conditioned on
-    them: it goes on with one of the tokens that extend them, or ends there. Each row has its own outcomes, numbered
-    through all rows; the last of a row is that the token ends.
+    The coarse position is the one that predicts that last token. Conditioned on the token's bytes up to the place (its
+    prefix), the token is one of those that extend the prefix, or it ends there. Each continuation has classes of its
+    own, numbered across all K; its last class is that the token ends.
 
-    In the first K_1 of the K rows it goes on in the text, and only the finer side starts a token. In the others both
-    do, and the row only tells what the coarser side might have written instead.
+    The first K_1 are inside a token of the text: it does continue, and only the fine side starts a token. The others
+    are at common boundaries, where the token ended; only the coarse side's probabilities are needed there.
     """
 
-    coarse_rows: Tensor
+    coarse_positions: Tensor
     """int64 [K]"""
-    fine_rows: Tensor
-    """int64 [K_1]: both count the student's N rows, or the rows of the teacher's flattened logits"""
+    fine_positions: Tensor
+    """int64 [K_1]"""
     coarse_entries: Tensor
-    """int64 [3, E]: row, id, outcome"""
+    """int64 [3, E]: continuation, token id, class"""
     fine_entries: Tensor
-    """int64 [3, E']: the same of the first K_1 rows; no token stands for the end, which is whatever else may begin"""
-    outcome_rows: Tensor
-    """int64 [O]: the row of each outcome, ascending"""
-    ends: Tensor
-    """int64 [K]: the last outcome of each row"""
+    """int64 [3, E']: the same of the first K_1. No token means the end: all that are not listed here do"""
+    class_continuations: Tensor
+    """int64 [O]: the continuation of each class, ascending"""
+    end_classes: Tensor
+    """int64 [K]: the last class of each continuation, that the token ends"""
     can_end: Tensor
-    """bool [K_1]: the coarser vocabulary has a token that ends there"""
-    num_going_on: int
-    """O_1: outcomes of the first K_1 rows"""
+    """bool [K_1]: the coarse vocabulary has a token that is the prefix itself"""
+    num_inside_classes: int
+    """O_1: classes of the first K_1"""
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """What of a batch's text the two models can be compared on."""
+    """The positions of a batch at which the two models can be compared."""
 
-    student_rows: Tensor
-    """int64 [K]: rows, of the student's N, at whose byte the teacher starts a token too"""
-    teacher_rows: Tensor
-    """int64 [K]: the teacher's row there, in its flattened logits"""
+    student_positions: Tensor
+    """int64 [K]: student positions at a common boundary, one of a pair each"""
+    teacher_positions: Tensor
+    """int64 [K]: the teacher position of each pair"""
     strict: Tensor
     """bool [K]: both predict a token of the same bytes"""
-    in_teacher: Continuations | None
-    """Rows where the student starts a token behind bytes with which the teacher's may not be done"""
-    in_student: Continuations | None
+    teacher_continuations: Continuations | None
+    """Where the student starts a token and the teacher's last token may continue; None without projection"""
+    student_continuations: Continuations | None
     """The same with the sides exchanged"""
-    ended: Tensor
-    """int64 [K]: for each of `student_rows` the continuation of the coarser side that ended there, or -1"""
-    other_ways: Tensor
-    """int64 [3, X]: one of `student_rows`, an open outcome, and the outcome of that continuation which is the same"""
+    token_end: Tensor
+    """int64 [K]: for each pair the coarser tokenizer's continuation that ends there, -1 for none"""
+    continuation_paths: Tensor
+    """int64 [3, X]: pair, shared class, and the class of the pair's continuation that has the same next token"""
     student_chunks: Tensor
     """int64 [N]: the chunk of each token that the student predicts, -1 for none"""
     teacher_chunks: Tensor
     """int64 [N_t]: the same for the teacher"""
     num_chunks: int
     student_ends: Tensor
-    """int64 [num_chunks]: where in the flattened input the student has read the chunk to its end"""
+    """int64 [num_chunks]: index in the flattened student inputs at which each chunk is complete"""
     teacher_ends: Tensor
     """int64 [num_chunks]"""

@@ -1,7 +1,6 @@
-"""Where two tokenizations of the same bytes meet, and what it takes to compare two tokenizers.
+"""Token boundaries and chunks of two tokenizations of the same bytes, from the byte at which each token ends.
 
-Everything here is numpy on the host, done before the loop, from the byte at which each token ends; no loop over
-tokens. Positions come as indices of tokens; which row of the logits predicts a token is `data`'s business.
+numpy on the host, before the loop, without a loop over tokens. Tokens are given by their index in the stream.
 """
 
 from __future__ import annotations
@@ -13,20 +12,20 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Boundaries:
-    """Every byte at which a token starts on either side, and the two tokens that hold it."""
+    """Every byte at which a token starts on either side, and the token of each side that holds the byte."""
 
     student: np.ndarray
-    """int64 [K]: the student token that holds the byte, ascending"""
+    """int64 [K]: the student's token, ascending"""
     teacher: np.ndarray
-    """int64 [K]: the teacher token that holds it, ascending"""
-    student_written: np.ndarray
-    """int64 [K]: bytes of the student token before it"""
-    teacher_written: np.ndarray
-    """int64 [K]: bytes of the teacher token before it; of the two counts at least one is 0"""
+    """int64 [K]: the teacher's token, ascending"""
+    student_prefix_length: np.ndarray
+    """int64 [K]: bytes of the student's token before the boundary"""
+    teacher_prefix_length: np.ndarray
+    """int64 [K]: the same for the teacher; at least one of the two is 0, both are at a common boundary"""
 
 
 def find_boundaries(student_ends: np.ndarray, teacher_ends: np.ndarray) -> Boundaries:
-    """Lay two tokenizations of the same bytes over each other; tokens without bytes hold none. O((S + T) log).
+    """The boundaries of both tokenizations, ascending; tokens without bytes hold none. O((S + T) log).
 
     student_ends, teacher_ends: int64 [S], [T], ascending; the byte at which each token ends, from a common start at
     0 to a common end
@@ -65,24 +64,24 @@ class Chunks:
 
 
 def ends_on_both(student_ends: np.ndarray, teacher_ends: np.ndarray) -> np.ndarray:
-    """bool [len(student_ends)]: a teacher token ends there too. Arguments as for `find_boundaries`."""
+    """bool [S]: whether a teacher token ends where each student token does. Arguments as for `find_boundaries`."""
     # Both are sorted, so this is their intersection, many times faster than `np.intersect1d`.
     places = np.searchsorted(teacher_ends, student_ends)
     return teacher_ends[np.minimum(places, len(teacher_ends) - 1)] == student_ends
 
 
 def find_chunks(student_ends: np.ndarray, teacher_ends: np.ndarray) -> Chunks:
-    """Cut the text at every byte where a token ends on both sides. Arguments as for `find_boundaries`.
+    """Split the text at every byte where a token ends on both sides. Arguments as for `find_boundaries`.
 
     A token without bytes behind the last chunk belongs to none: its number is the number of chunks.
     """
-    cuts = student_ends[ends_on_both(student_ends, teacher_ends) & (np.diff(student_ends, prepend=0) > 0)]
+    ends = student_ends[ends_on_both(student_ends, teacher_ends) & (np.diff(student_ends, prepend=0) > 0)]
     members, sizes = [], []
-    for ends in (student_ends, teacher_ends):
-        starts = _starts(ends)
-        members.append(np.searchsorted(cuts, starts, side="right"))
-        sizes.append(np.bincount(members[-1][ends > starts], minlength=len(cuts)))
-    return Chunks(members[0], members[1], cuts, np.stack(sizes))
+    for token_ends in (student_ends, teacher_ends):
+        starts = _starts(token_ends)
+        members.append(np.searchsorted(ends, starts, side="right"))
+        sizes.append(np.bincount(members[-1][token_ends > starts], minlength=len(ends)))
+    return Chunks(members[0], members[1], ends, np.stack(sizes))
 
 
 def _starts(ends: np.ndarray) -> np.ndarray:

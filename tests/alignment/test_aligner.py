@@ -23,7 +23,7 @@ from sar_kd.alignment.byte_alignment import find_chunks
 from sar_kd.alignment.segments import positions_per_tile
 from sar_kd.alignment.vocabulary_map import VocabularyMap
 from sar_kd.data.batch import Batch
-from sar_kd.data.dataset import Dataset
+from sar_kd.data.dataset import Dataset, build_dataset
 from sar_kd.data.samples import Conversation, Document, Message
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
@@ -64,7 +64,7 @@ def documents(corpus_texts):
 
 @pytest.fixture(scope="module")
 def corpora(pairs, documents):
-    return {names: Dataset(documents, pair, 24, 40) for names, pair in pairs.items()}
+    return {names: build_dataset(documents, pair, 24, 40) for names, pair in pairs.items()}
 
 
 def _pair(student, teacher, **options) -> TokenizerPair:
@@ -109,17 +109,17 @@ def _tokens(corpus: Dataset, batch: Batch, which: str, place: int) -> list[Token
 class Spoken(NamedTuple):
     """The alignment of one block, in indices of the block's own tokens."""
 
-    open: list[tuple[int, int, bool]]
+    pairs: list[tuple[int, int, bool]]
     """Student token, teacher token, strict"""
-    in_student: list[tuple[int, int, frozenset]]
+    student_continuations: list[tuple[int, int, frozenset]]
     """Student token that goes on, teacher token, and the outcomes: student ids, teacher ids, and is it the end"""
-    in_teacher: list[tuple[int, int, frozenset]]
+    teacher_continuations: list[tuple[int, int, frozenset]]
     """The same, the teacher's token being the one that goes on"""
-    ended: list[tuple[int, int, int, frozenset]]
+    token_end: list[tuple[int, int, int, frozenset]]
     """Student and teacher token of an open row, the token of the coarser side that ended there and might have gone on,
     and the outcomes of that: coarser ids, and is it the end
     """
-    other_ways: list[tuple[int, int, frozenset]]
+    continuation_paths: list[tuple[int, int, frozenset]]
     """Student and teacher token of an open row, and which open outcomes are which outcomes of its continuation"""
     chunks: list[tuple[list[int], list[int], int, int]]
     """Student tokens and teacher tokens of each chunk, and the last of each side"""
@@ -129,7 +129,7 @@ def _spoken(corpus: Dataset, batch: Batch) -> list[Spoken]:
     """Each block's alignment; the token that a row of the logits predicts is the input behind it."""
     a = batch.alignment
     widths = batch.student.input_ids.shape[1], batch.teacher.input_ids.shape[1]
-    rows = batch.student.rows
+    rows = batch.student.positions
     found = [Spoken([], [], [], [], [], []) for _ in batch.blocks]
 
     def place_of(student: int, teacher: int) -> tuple[int, tuple[int, int]]:
@@ -140,33 +140,35 @@ def _spoken(corpus: Dataset, batch: Batch) -> list[Spoken]:
         assert place == other
         return place, (token, teacher_token)
 
-    where = [place_of(*pair) for pair in zip(a.student_rows.tolist(), a.teacher_rows.tolist(), strict=True)]
+    where = [place_of(*pair) for pair in zip(a.student_positions.tolist(), a.teacher_positions.tolist(), strict=True)]
     for (place, tokens), strict in zip(where, a.strict.tolist(), strict=True):
-        found[place].open.append((*tokens, strict))
-    for side, record in enumerate((a.in_student, a.in_teacher)):
-        pairs = zip(record.coarse_rows.tolist(), record.fine_rows.tolist(), strict=False)
+        found[place].pairs.append((*tokens, strict))
+    for side, record in enumerate((a.student_continuations, a.teacher_continuations)):
+        pairs = zip(record.coarse_positions.tolist(), record.fine_positions.tolist(), strict=False)
         for pair, outcomes in zip(pairs, _outcomes(record), strict=False):
             place, tokens = place_of(*(pair if side == 0 else pair[::-1]))
             sided = frozenset((fine, coarse, end) if side else (coarse, fine, end) for coarse, fine, end in outcomes)
-            (found[place].in_student, found[place].in_teacher)[side].append((*tokens, sided))
+            (found[place].student_continuations, found[place].teacher_continuations)[side].append((*tokens, sided))
     coarse = int(corpus.aligner.teacher_is_coarser)
-    record = (a.in_student, a.in_teacher)[coarse]
-    own = [list(range(first, end)) for first, end in zip([0, *(record.ends + 1)], record.ends, strict=False)]
-    other_ways, outcomes = [set() for _ in where], _outcomes(record)
-    for row, open_outcome, outcome in a.other_ways.T.tolist():
-        assert open_outcome not in dict(other_ways[row])
-        other_ways[row].add((open_outcome, own[a.ended[row]].index(outcome)))
-    for (place, tokens), continuation, ways in zip(where, a.ended.tolist(), other_ways, strict=True):
+    record = (a.student_continuations, a.teacher_continuations)[coarse]
+    own = [
+        list(range(first, end)) for first, end in zip([0, *(record.end_classes + 1)], record.end_classes, strict=False)
+    ]
+    continuation_paths, outcomes = [set() for _ in where], _outcomes(record)
+    for row, open_outcome, outcome in a.continuation_paths.T.tolist():
+        assert open_outcome not in dict(continuation_paths[row])
+        continuation_paths[row].add((open_outcome, own[a.token_end[row]].index(outcome)))
+    for (place, tokens), continuation, ways in zip(where, a.token_end.tolist(), continuation_paths, strict=True):
         if continuation < 0:
             assert not ways
             continue
-        assert continuation >= len(record.fine_rows)  # those that go on come first
-        row = int(record.coarse_rows[continuation])
+        assert continuation >= len(record.fine_positions)  # those that go on come first
+        row = int(record.coarse_positions[continuation])
         other, held = divmod(row if coarse else int(rows[row]), widths[coarse])
         assert place == other
-        found[place].ended.append((*tokens, held, frozenset((ids, end) for ids, _, end in outcomes[continuation])))
-        found[place].other_ways.append((*tokens, frozenset(ways)))
-    told = a.ended[a.ended >= 0].tolist()
+        found[place].token_end.append((*tokens, held, frozenset((ids, end) for ids, _, end in outcomes[continuation])))
+        found[place].continuation_paths.append((*tokens, frozenset(ways)))
+    told = a.token_end[a.token_end >= 0].tolist()
     assert len(set(told)) == len(told)
     for place, chunk in _chunks(batch):
         found[place].chunks.append(chunk)
@@ -179,7 +181,7 @@ def _chunks(batch: Batch):
     widths = batch.student.input_ids.shape[1], batch.teacher.input_ids.shape[1]
     members = [([], []) for _ in range(a.num_chunks)]
     places = [set() for _ in range(a.num_chunks)]
-    sides = (batch.student.rows, a.student_chunks), (batch.teacher.rows, a.teacher_chunks)
+    sides = (batch.student.positions, a.student_chunks), (batch.teacher.positions, a.teacher_chunks)
     for side, (own, chunks) in enumerate(sides):
         assert len(own) == len(chunks)
         for row, chunk in zip(own.tolist(), chunks.tolist(), strict=True):
@@ -197,16 +199,16 @@ def _chunks(batch: Batch):
 
 def _outcomes(record) -> list[frozenset]:
     """The outcomes of each continuation: coarser ids, finer ids, and is it the end."""
-    members = [(set(), set()) for _ in record.outcome_rows]
+    members = [(set(), set()) for _ in record.class_continuations]
     for side, entries in enumerate((record.coarse_entries, record.fine_entries)):
         for row, token, outcome in entries.T.tolist():
-            assert row == record.outcome_rows[outcome]
+            assert row == record.class_continuations[outcome]
             assert token not in members[outcome][side]
             members[outcome][side].add(token)
-    rows = [set() for _ in record.coarse_rows]
-    ends, going_on = set(record.ends.tolist()), len(record.fine_rows)
-    for outcome, (row, (coarse, fine)) in enumerate(zip(record.outcome_rows.tolist(), members, strict=True)):
-        assert (row < going_on) == (outcome < record.num_going_on)
+    rows = [set() for _ in record.coarse_positions]
+    ends, going_on = set(record.end_classes.tolist()), len(record.fine_positions)
+    for outcome, (row, (coarse, fine)) in enumerate(zip(record.class_continuations.tolist(), members, strict=True)):
+        assert (row < going_on) == (outcome < record.num_inside_classes)
         assert bool(fine) == (row < going_on and outcome not in ends)
         rows[row].add((frozenset(coarse), frozenset(fine), outcome in ends))
     for outcomes, can_end in zip(rows, record.can_end.tolist(), strict=False):
@@ -222,15 +224,15 @@ def _holders(tokens: list[Token]) -> dict[int, int]:
 
 def _by_table(aligner: Aligner, coarse: int, prefix: bytes) -> frozenset | None:
     """The outcomes that the vocabulary map gives behind `prefix`, as student ids, teacher ids, and is it the end."""
-    found = aligner._maps[coarse].behind(prefix)
+    found = aligner._maps[coarse].after_prefix(prefix)
     if found is None:
         return None
-    members = [(set(), set()) for _ in range(found.count)]
-    for token, outcome in zip(found.coarse_tokens.tolist(), found.coarse_outcomes.tolist(), strict=True):
+    members = [(set(), set()) for _ in range(found.num_classes)]
+    for token, outcome in zip(found.coarse_tokens.tolist(), found.coarse_classes.tolist(), strict=True):
         members[outcome][coarse].add(token)
-    for token, outcome in zip(found.fine_tokens.tolist(), found.fine_outcomes.tolist(), strict=True):
+    for token, outcome in zip(found.fine_tokens.tolist(), found.fine_classes.tolist(), strict=True):
         members[outcome][1 - coarse].add(token)
-    return frozenset((frozenset(a), frozenset(b), n == found.count - 1) for n, (a, b) in enumerate(members))
+    return frozenset((frozenset(a), frozenset(b), n == found.num_classes - 1) for n, (a, b) in enumerate(members))
 
 
 def _expected(corpus: Dataset, batch: Batch, place: int) -> Spoken:
@@ -257,14 +259,14 @@ def _expected(corpus: Dataset, batch: Batch, place: int) -> Spoken:
                     at_byte[byte] = before, told, _other_ways(corpus.aligner, prefix)
                 else:
                     pair = (before, here[1]) if coarse == 0 else (here[0], before)
-                    (found.in_student, found.in_teacher)[coarse].append((*pair, outcomes))
+                    (found.student_continuations, found.teacher_continuations)[coarse].append((*pair, outcomes))
         if all(starts) and all(usable):
             student, teacher = (side[i] for side, i in zip(sides, here, strict=True))
-            found.open.append((*here, student.said == teacher.said))
+            found.pairs.append((*here, student.said == teacher.said))
             if byte in at_byte:
                 before, told, ways = at_byte[byte]
-                found.ended.append((*here, before, told))
-                found.other_ways.append((*here, ways))
+                found.token_end.append((*here, before, told))
+                found.continuation_paths.append((*here, ways))
     ends = [np.cumsum([len(token.said) for token in tokens]) for tokens in sides]
     cut = find_chunks(*ends)
     for chunk, end in enumerate(cut.ends.tolist()):
@@ -278,11 +280,11 @@ def _expected(corpus: Dataset, batch: Batch, place: int) -> Spoken:
 
 def _other_ways(aligner: Aligner, prefix: bytes) -> frozenset:
     """The open outcomes that are also outcomes behind `prefix` of the coarser side, each with the first that it is."""
-    classes, fine = aligner.open_classes, int(not aligner.teacher_is_coarser)
+    classes, fine = aligner.shared_classes, int(not aligner.teacher_is_coarser)
     tokens = (classes.student_tokens, classes.teacher_tokens)[fine].tolist()
     members = (classes.student_classes, classes.teacher_classes)[fine].tolist()
     class_of, found = dict(zip(tokens, members, strict=True)), {}
-    for own, leader in enumerate(aligner._maps[1 - fine].behind(prefix).leaders.tolist()):
+    for own, leader in enumerate(aligner._maps[1 - fine].after_prefix(prefix).representatives.tolist()):
         if leader in class_of:
             found.setdefault(class_of[leader], own)
     return frozenset(found.items())
@@ -321,7 +323,7 @@ def blocks(corpora):
 @given(texts=TEXTS, limits=st.sampled_from([(16, 28), (64, 64)]))
 @example(texts=["\nIn the end", "In the end", " ", "x"], limits=(64, 64))
 def test_any_batch_is_aligned_as_the_definitions_say(pairs, names, texts, limits):
-    corpus = Dataset([Document(str(i), text) for i, text in enumerate(texts)], pairs[names], *limits)
+    corpus = build_dataset([Document(str(i), text) for i, text in enumerate(texts)], pairs[names], *limits)
     batch = corpus.batch(list(range(len(corpus))))
     found = _spoken(corpus, batch)
     for place, spoken in enumerate(found):
@@ -334,17 +336,20 @@ def test_rows_are_shifted_exactly_once(corpora, names):
     for first in range(0, len(corpus), 5):
         batch = corpus.batch(list(range(first, min(first + 5, len(corpus)))))
         a, sides = batch.alignment, []
-        for which, rows in (("student", batch.student.rows[a.student_rows]), ("teacher", a.teacher_rows)):
+        for which, rows in (
+            ("student", batch.student.positions[a.student_positions]),
+            ("teacher", a.teacher_positions),
+        ):
             width, said = getattr(batch, which).input_ids.shape[1], []
             for place, row in (divmod(row, width) for row in rows.tolist()):
                 tokens = _tokens(corpus, batch, which, place)
                 assert getattr(batch, which).input_ids[place, row + 1] == tokens[row].id
                 said.append((place, b"".join(token.said for token in tokens[:row])))
             sides.append(said)
-        predicted = batch.student.input_ids.flatten()[batch.student.rows[a.student_rows] + 1]
-        assert torch.equal(batch.student.targets[a.student_rows], predicted)
+        predicted = batch.student.input_ids.flatten()[batch.student.positions[a.student_positions] + 1]
+        assert torch.equal(batch.student.targets[a.student_positions], predicted)
         assert sides[0] == sides[1]  # both have read the same bytes and no more
-        count += len(a.student_rows)
+        count += len(a.student_positions)
     assert count > 500
 
 
@@ -352,9 +357,9 @@ def test_rows_are_shifted_exactly_once(corpora, names):
 def test_every_byte_at_which_a_token_starts_is_spoken_about_or_accounted_for(corpora, blocks, names):
     corpus, silent = corpora[names], 0
     for student, teacher, spoken, _ in blocks[names]:
-        met = {(s, t) for s, t, _ in spoken.open}
-        begun = {t for _, t, *_ in spoken.in_student}, {s for s, *_ in spoken.in_teacher}
-        assert len(met) == len(spoken.open)
+        met = {(s, t) for s, t, _ in spoken.pairs}
+        begun = {t for _, t, *_ in spoken.student_continuations}, {s for s, *_ in spoken.teacher_continuations}
+        assert len(met) == len(spoken.pairs)
         holders = _holders(student), _holders(teacher)
         for byte in holders[0]:
             s, t = holders[0][byte], holders[1][byte]
@@ -380,7 +385,7 @@ def test_every_byte_at_which_a_token_starts_is_spoken_about_or_accounted_for(cor
 def test_strict_rows_are_those_at_which_both_tokens_have_the_same_bytes(blocks, names):
     seen = set()
     for student, teacher, spoken, _ in blocks[names]:
-        for s, t, strict in spoken.open:
+        for s, t, strict in spoken.pairs:
             assert strict == (student[s].said == teacher[t].said)
             seen.add(strict)
     assert seen == {True, False}
@@ -390,9 +395,9 @@ def test_strict_rows_are_those_at_which_both_tokens_have_the_same_bytes(blocks, 
 def test_continuations_list_exactly_the_outcomes_behind_the_bytes_that_are_written(blocks, names):
     count = 0
     for student, teacher, spoken, expected in blocks[names]:
-        assert spoken.in_student == expected.in_student
-        assert spoken.in_teacher == expected.in_teacher
-        for coarse, entries in enumerate((spoken.in_student, spoken.in_teacher)):
+        assert spoken.student_continuations == expected.student_continuations
+        assert spoken.teacher_continuations == expected.teacher_continuations
+        for coarse, entries in enumerate((spoken.student_continuations, spoken.teacher_continuations)):
             for s, t, outcomes in entries:
                 begun, held = (student[s], teacher[t]) if coarse else (teacher[t], student[s])
                 assert held.first < begun.first < held.first + len(held.said)
@@ -406,33 +411,33 @@ def test_continuations_list_exactly_the_outcomes_behind_the_bytes_that_are_writt
 def test_an_open_row_knows_the_continuation_at_its_byte_and_the_other_ways_to_its_outcomes(corpora, blocks, names):
     count = 0
     for student, teacher, spoken, expected in blocks[names]:
-        assert spoken.ended == expected.ended
-        assert spoken.other_ways == expected.other_ways
-        for s, _, before, told in spoken.ended:
+        assert spoken.token_end == expected.token_end
+        assert spoken.continuation_paths == expected.continuation_paths
+        for s, _, before, told in spoken.token_end:
             held = (student, teacher)[corpora[names].aligner.teacher_is_coarser][before]
             assert held.first + len(held.said) == student[s].first
             # It ended there, so it is not among those that would have gone on.
             assert [is_end for ids, is_end in told if held.id in ids] == [True]
-        count += sum(bool(outcomes) for *_, outcomes in spoken.other_ways)
+        count += sum(bool(outcomes) for *_, outcomes in spoken.continuation_paths)
     assert count > 100
 
 
 @pytest.mark.parametrize("names", CROSS)
 def test_continuations_are_ordered_for_a_sum_by_segments(corpora, names):
     alignment = corpora[names].batch([0, 1, 2, 3]).alignment
-    for record in (alignment.in_student, alignment.in_teacher):
-        assert torch.equal(record.outcome_rows, record.outcome_rows.sort().values)
-        assert torch.equal(record.outcome_rows.unique(), torch.arange(len(record.coarse_rows)))
-        lasts = [(record.outcome_rows == row).nonzero().max() for row in range(len(record.coarse_rows))]
-        assert record.ends.tolist() == lasts
-        assert record.num_going_on == (record.outcome_rows < len(record.fine_rows)).sum()
+    for record in (alignment.student_continuations, alignment.teacher_continuations):
+        assert torch.equal(record.class_continuations, record.class_continuations.sort().values)
+        assert torch.equal(record.class_continuations.unique(), torch.arange(len(record.coarse_positions)))
+        lasts = [(record.class_continuations == row).nonzero().max() for row in range(len(record.coarse_positions))]
+        assert record.end_classes.tolist() == lasts
+        assert record.num_inside_classes == (record.class_continuations < len(record.fine_positions)).sum()
         for entries, count in (
-            (record.coarse_entries, len(record.outcome_rows)),
-            (record.fine_entries, record.num_going_on),
+            (record.coarse_entries, len(record.class_continuations)),
+            (record.fine_entries, record.num_inside_classes),
         ):
             assert torch.equal(entries[0], entries[0].sort().values)
             assert set(entries[2].tolist()) <= set(range(count))
-            assert set(range(count)) - set(entries[2].tolist()) <= set(record.ends.tolist())
+            assert set(range(count)) - set(entries[2].tolist()) <= set(record.end_classes.tolist())
 
 
 def test_continuations_are_left_out_where_they_are_not_asked_for(corpora):
@@ -443,12 +448,12 @@ def test_continuations_are_left_out_where_they_are_not_asked_for(corpora):
     batch = corpus.batch([0, 1])
     widths = batch.student.input_ids.shape[1], batch.teacher.input_ids.shape[1]
     alignment = plain.align([corpus.blocks[0], corpus.blocks[1]], *widths)
-    assert alignment.in_student is None
-    assert alignment.in_teacher is None
-    assert alignment.other_ways.shape == (3, 0)
-    assert alignment.ended.tolist() == [-1] * len(batch.alignment.ended)
-    assert torch.equal(alignment.student_rows, batch.alignment.student_rows)
-    assert (batch.alignment.ended >= 0).any()
+    assert alignment.student_continuations is None
+    assert alignment.teacher_continuations is None
+    assert alignment.continuation_paths.shape == (3, 0)
+    assert alignment.token_end.tolist() == [-1] * len(batch.alignment.token_end)
+    assert torch.equal(alignment.student_positions, batch.alignment.student_positions)
+    assert (batch.alignment.token_end >= 0).any()
 
 
 # Chunks
@@ -489,7 +494,7 @@ def test_at_the_ends_of_chunks_both_models_have_read_the_same_bytes(corpora, nam
 
 @pytest.mark.parametrize("names", [("sp", "byte"), ("byte", "dummy_prefix")])
 def test_what_is_no_target_is_neither_a_row_nor_in_a_chunk(pairs, documents, names):
-    corpus = Dataset(documents, pairs[names], 24, 40)
+    corpus = build_dataset(documents, pairs[names], 24, 40)
     draw, sides = np.random.default_rng(0), {}
     for which in ("student", "teacher"):
         stream = getattr(corpus.text, which)
@@ -497,7 +502,7 @@ def test_what_is_no_target_is_neither_a_row_nor_in_a_chunk(pairs, documents, nam
     corpus.text = replace(corpus.text, **sides)
     for student, teacher, spoken, expected in _read(corpus):
         assert spoken == expected
-        spoken_about = (*spoken.open, *spoken.in_student, *spoken.in_teacher)
+        spoken_about = (*spoken.pairs, *spoken.student_continuations, *spoken.teacher_continuations)
         assert all(student[s].usable and teacher[t].usable for s, t, *_ in spoken_about)
     assert corpus.batch([0]).num_target_tokens == corpus.text.student.is_target[: corpus.blocks[0].student_end].sum()
 
@@ -506,7 +511,7 @@ def test_what_is_no_target_is_neither_a_row_nor_in_a_chunk(pairs, documents, nam
 def test_the_tokens_of_a_template_spoil_no_chunk_and_are_no_rows(pairs, names):
     turns = [("user", "What is 1969 + 12?", False), ("assistant", "The answer: 1981.", True)]
     messages = tuple(Message(*turn) for turn in [*turns, *turns])
-    corpus = Dataset([Conversation("talk", messages, False)] * 2, pairs[names], 256, 256)
+    corpus = build_dataset([Conversation("talk", messages, False)] * 2, pairs[names], 256, 256)
     reads = _read(corpus)
     assert len(reads) == 2
     for student, teacher, spoken, expected in reads:
@@ -522,7 +527,7 @@ def test_the_tokens_of_a_template_spoil_no_chunk_and_are_no_rows(pairs, names):
 
 
 def _one_block(pair: TokenizerPair, *texts: str) -> tuple[Dataset, Batch, Spoken]:
-    corpus = Dataset([Document(str(i), text) for i, text in enumerate(texts)], pair, 4096, 4096)
+    corpus = build_dataset([Document(str(i), text) for i, text in enumerate(texts)], pair, 4096, 4096)
     batch = corpus.batch([0])
     return corpus, batch, _spoken(corpus, batch)[0]
 
@@ -531,14 +536,14 @@ def _one_block(pair: TokenizerPair, *texts: str) -> tuple[Dataset, Batch, Spoken
 def test_a_document_opened_by_one_dummy_space_only_is_left_out_at_its_first_token(pairs, names):
     corpus, _, spoken = _one_block(pairs[names], "In the end", "In the end")
     second = int(np.flatnonzero(corpus.text.student.ids == corpus.pair.student_end)[0]) + 1
-    rows = {s for s, *_ in spoken.open}
+    rows = {s for s, *_ in spoken.pairs}
     assert (0 in rows, second in rows) == ("dummy_prefix" not in names,) * 2
     assert {second - 1, corpus.num_tokens - 1} <= rows  # the ends of the documents
 
 
 def test_a_document_opened_by_two_dummy_spaces_keeps_its_first_token(dummy_prefix_tokenizer):
     _, _, spoken = _one_block(_pair(dummy_prefix_tokenizer, dummy_prefix_tokenizer, aligns=True), "In the end")
-    assert (0, 0, True) in spoken.open
+    assert (0, 0, True) in spoken.pairs
 
 
 @pytest.mark.parametrize("names", [("dummy_prefix", "byte"), ("byte", "dummy_prefix")])
@@ -546,7 +551,7 @@ def test_a_token_that_is_a_dummy_space_alone_has_no_row_and_the_next_one_does(pa
     corpus, _, spoken = _one_block(pairs[names], "\nIn the end")
     side = names.index("dummy_prefix")
     assert (corpus.text.student, corpus.text.teacher)[side].ends[0] == 0
-    rows = {entry[side] for entry in spoken.open}
+    rows = {entry[side] for entry in spoken.pairs}
     assert 0 not in rows
     assert 1 in rows
 
@@ -554,7 +559,7 @@ def test_a_token_that_is_a_dummy_space_alone_has_no_row_and_the_next_one_does(pa
 @pytest.mark.parametrize("names", CROSS)
 def test_end_of_text_meets_end_of_text_and_nothing_else(corpora, blocks, names):
     corpus, ends = corpora[names], 0
-    classes = corpus.aligner.open_classes
+    classes = corpus.aligner.shared_classes
     outcome = [
         dict(zip(tokens.tolist(), of.tolist(), strict=True))
         for tokens, of in (
@@ -564,7 +569,7 @@ def test_end_of_text_meets_end_of_text_and_nothing_else(corpora, blocks, names):
     ]
     assert outcome[0][corpus.pair.student_end] == outcome[1][corpus.pair.teacher_end]
     for student, teacher, spoken, _ in blocks[names]:
-        for s, t, strict in spoken.open:
+        for s, t, strict in spoken.pairs:
             is_end = student[s].id == corpus.pair.student_end
             assert is_end == (teacher[t].id == corpus.pair.teacher_end)
             assert strict or not is_end
@@ -582,7 +587,7 @@ def test_neither_order_nor_size_of_a_batch_changes_the_alignment_of_a_block(corp
     alone = {block: _spoken(corpus, corpus.batch([block]))[0] for block in blocks}
     for batch in (blocks, blocks[::-1], blocks[1:3], [9, 9]):
         assert _spoken(corpus, corpus.batch(batch)) == [alone[block] for block in batch]
-    assert all(spoken.open and spoken.chunks for spoken in alone.values())
+    assert all(spoken.pairs and spoken.chunks for spoken in alone.values())
 
 
 @pytest.mark.parametrize("names", CROSS)
@@ -601,41 +606,41 @@ def test_both_sides_of_every_block_say_the_same_text(corpora, documents, blocks,
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_tokenizers_pair_every_row_with_itself_on_the_aligned_path_too(tokenizers, documents, kind):
     tokenizer = tokenizers[kind]
-    aligned = Dataset(documents, _pair(tokenizer, tokenizer, aligns=True), 24, 24)
-    plain = Dataset(documents, _pair(tokenizer, tokenizer), 24, 24)
+    aligned = build_dataset(documents, _pair(tokenizer, tokenizer, aligns=True), 24, 24)
+    plain = build_dataset(documents, _pair(tokenizer, tokenizer), 24, 24)
     assert aligned.blocks == plain.blocks
     for blocks in ([0, 1, 2], list(range(3, len(plain)))):
         batch, wanted = aligned.batch(blocks), plain.batch(blocks)
         a, b = batch.alignment, wanted.alignment
         assert torch.equal(batch.student.input_ids, wanted.student.input_ids)
         assert torch.equal(batch.teacher.input_ids, wanted.student.input_ids)
-        for name in ("student_rows", "teacher_rows", "strict", "student_chunks", "teacher_chunks"):
+        for name in ("student_positions", "teacher_positions", "strict", "student_chunks", "teacher_chunks"):
             assert torch.equal(getattr(a, name), getattr(b, name)), name
         assert torch.equal(a.student_ends, b.student_ends)
         assert torch.equal(a.teacher_ends, b.teacher_ends)
         assert a.num_chunks == b.num_chunks == batch.num_target_tokens
-        assert len(a.in_student.coarse_rows) == len(a.in_teacher.coarse_rows) == 0
-        assert torch.equal(a.ended, b.ended)
-        assert (a.ended == -1).all()
-        assert a.other_ways.shape == b.other_ways.shape == (3, 0)
-        assert b.in_student is b.in_teacher is None
+        assert len(a.student_continuations.coarse_positions) == len(a.teacher_continuations.coarse_positions) == 0
+        assert torch.equal(a.token_end, b.token_end)
+        assert (a.token_end == -1).all()
+        assert a.continuation_paths.shape == b.continuation_paths.shape == (3, 0)
+        assert b.student_continuations is b.teacher_continuations is None
         assert b.strict.all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_outcomes_of_equal_tokenizers_are_their_ids(tokenizers, documents, kind):
     tokenizer = tokenizers[kind]
-    classes = Dataset(documents, _pair(tokenizer, tokenizer, aligns=True), 24, 24).aligner.open_classes
+    classes = build_dataset(documents, _pair(tokenizer, tokenizer, aligns=True), 24, 24).aligner.shared_classes
     every = torch.arange(len(tokenizer))
     assert torch.equal(classes.student_tokens, every)
     assert torch.equal(classes.teacher_tokens, every)
     assert torch.equal(classes.student_classes, classes.teacher_classes)
-    assert len(classes.student_classes.unique()) == classes.count == len(tokenizer)
+    assert len(classes.student_classes.unique()) == classes.num_classes == len(tokenizer)
 
 
 def test_equal_tokenizers_need_no_classes(tokenizers, documents):
-    aligner = Dataset(documents, _pair(tokenizers["sp"], tokenizers["sp"]), 24, 24).aligner
-    for name in ("open_classes", "same_token"):
+    aligner = build_dataset(documents, _pair(tokenizers["sp"], tokenizers["sp"]), 24, 24).aligner
+    for name in ("shared_classes", "same_token"):
         with pytest.raises(AssertionError):
             getattr(aligner, name)
 
@@ -658,21 +663,25 @@ def _permuted(tokenizer):
 @pytest.mark.parametrize("kind", KINDS)
 def test_outcomes_undo_a_permutation_of_the_ids(tokenizers, documents, kind):
     shuffled, new_ids = _permuted(tokenizers[kind])
-    corpus = Dataset(documents, _pair(shuffled, tokenizers[kind]), 24, 24)
+    corpus = build_dataset(documents, _pair(shuffled, tokenizers[kind]), 24, 24)
     assert not corpus.pair.equal
-    classes = corpus.aligner.open_classes
+    classes = corpus.aligner.shared_classes
     student = dict(zip(classes.student_classes.tolist(), classes.student_tokens.tolist(), strict=True))
     teacher = dict(zip(classes.teacher_classes.tolist(), classes.teacher_tokens.tolist(), strict=True))
-    assert len(student) == len(teacher) == classes.count == len(new_ids)
+    assert len(student) == len(teacher) == classes.num_classes == len(new_ids)
     assert all(student[outcome] == new_ids[token] for outcome, token in teacher.items())
     alignment = corpus.batch([0]).alignment
-    assert len(alignment.in_student.coarse_rows) == len(alignment.in_teacher.coarse_rows) == 0
+    assert (
+        len(alignment.student_continuations.coarse_positions)
+        == len(alignment.teacher_continuations.coarse_positions)
+        == 0
+    )
 
 
 @pytest.mark.parametrize("names", [("sp", "byte"), ("byte", "sp")])
 def test_a_permutation_of_the_students_ids_changes_no_row(tokenizers, documents, corpora, names):
     shuffled, new_ids = _permuted(tokenizers[names[0]])
-    corpus, plain = Dataset(documents, _pair(shuffled, tokenizers[names[1]]), 24, 40), corpora[names]
+    corpus, plain = build_dataset(documents, _pair(shuffled, tokenizers[names[1]]), 24, 40), corpora[names]
     assert corpus.blocks == plain.blocks
 
     def renamed(entry):
@@ -682,13 +691,13 @@ def test_a_permutation_of_the_students_ids_changes_no_row(tokenizers, documents,
     for found, spoken in zip(
         _spoken(corpus, corpus.batch([0, 4, 8])), _spoken(plain, plain.batch([0, 4, 8])), strict=True
     ):
-        assert found.open == spoken.open
+        assert found.pairs == spoken.pairs
         assert found.chunks == spoken.chunks
-        assert found.in_student == [renamed(entry) for entry in spoken.in_student]
-        assert found.in_teacher == [renamed(entry) for entry in spoken.in_teacher]
-        assert [entry[:3] for entry in found.ended] == [entry[:3] for entry in spoken.ended]
-        assert [(s, t, len(ways)) for s, t, ways in found.other_ways] == [
-            (s, t, len(ways)) for s, t, ways in spoken.other_ways
+        assert found.student_continuations == [renamed(entry) for entry in spoken.student_continuations]
+        assert found.teacher_continuations == [renamed(entry) for entry in spoken.teacher_continuations]
+        assert [entry[:3] for entry in found.token_end] == [entry[:3] for entry in spoken.token_end]
+        assert [(s, t, len(ways)) for s, t, ways in found.continuation_paths] == [
+            (s, t, len(ways)) for s, t, ways in spoken.continuation_paths
         ]
 
 
@@ -706,21 +715,21 @@ def _agreement(corpus: Dataset) -> tuple[float, int]:
     pair = copy.copy(corpus.pair)
     pair.projects = False  # what is inside takes longer
     corpus.aligner = Aligner(pair, corpus.text, corpus.blocks)
-    classes, agree = corpus.aligner.open_classes, []
+    classes, agree = corpus.aligner.shared_classes, []
     sizes = [len(table.pieces) for table in corpus.pair.tables]
     student = _outcome_of(classes.student_tokens, classes.student_classes, sizes[0])
     teacher = _outcome_of(classes.teacher_tokens, classes.teacher_classes, sizes[1])
     for first in range(0, len(corpus), 16):
         batch = corpus.batch(list(range(first, min(first + 16, len(corpus)))))
-        said = student[batch.student.targets[batch.alignment.student_rows]]
-        told = teacher[batch.teacher.labels.flatten()[batch.alignment.teacher_rows + 1]]
+        said = student[batch.student.targets[batch.alignment.student_positions]]
+        told = teacher[batch.teacher.labels.flatten()[batch.alignment.teacher_positions + 1]]
         agree.append((said == told) & (said >= 0))
     return float(np.concatenate(agree).mean()), sum(map(len, agree))
 
 
 @pytest.mark.parametrize("names", CROSS)
 def test_the_tokens_of_the_text_are_one_outcome_where_both_start_one(pairs, documents, names):
-    agree, count = _agreement(Dataset(documents, pairs[names], 24, 40))
+    agree, count = _agreement(build_dataset(documents, pairs[names], 24, 40))
     print(f"{' <- '.join(names)}: {1 - agree:.2%} of {count} open rows mismatch")
     assert count > 1000
     assert agree > LEAST_AGREEMENT
@@ -730,9 +739,9 @@ def test_the_tokens_of_the_text_are_one_outcome_where_both_start_one(pairs, docu
 def test_learning_from_the_text_removes_most_of_the_mismatches(pairs, names, monkeypatch):
     topics = pytest.importorskip("pydoc_data.topics").topics
     documents = [Document(name, topics[name]) for name in ("assignment", "calls", "class", "formatstrings", "try")]
-    taught, count = _agreement(Dataset(documents, pairs[names], 512, 512))
-    monkeypatch.setattr(VocabularyMap, "learn", lambda *_: None)
-    untaught, _ = _agreement(Dataset(documents, pairs[names], 512, 512))
+    taught, count = _agreement(build_dataset(documents, pairs[names], 512, 512))
+    monkeypatch.setattr(VocabularyMap, "fit_", lambda *_: None)
+    untaught, _ = _agreement(build_dataset(documents, pairs[names], 512, 512))
     print(f"{' <- '.join(names)}: {1 - untaught:.2%}, taught {1 - taught:.2%} of {count} open rows mismatch")
     assert 1 - taught < 0.5 * (1 - untaught)
     assert taught > LEAST_AGREEMENT
@@ -742,7 +751,7 @@ def test_learning_from_the_text_removes_most_of_the_mismatches(pairs, names, mon
 def test_the_tokens_of_the_text_are_one_outcome_inside_a_token_too(blocks, names):
     agree = []
     for student, teacher, spoken, _ in blocks[names]:
-        for s, t, outcomes in (*spoken.in_student, *spoken.in_teacher):
+        for s, t, outcomes in (*spoken.student_continuations, *spoken.teacher_continuations):
             agree.append(any(student[s].id in a and teacher[t].id in b for a, b, _ in outcomes))
     print(f"{' <- '.join(names)}: {1 - np.mean(agree):.2%} of {len(agree)} rows inside a token mismatch")
     assert np.mean(agree) > LEAST_AGREEMENT_INSIDE
@@ -789,8 +798,8 @@ def test_strict_rows_speak_about_the_same_token(corpora, names):
     corpus = corpora[names]
     batch = corpus.batch(list(range(len(corpus))))
     a = batch.alignment
-    told = corpus.aligner.same_token[batch.teacher.labels.flatten()[a.teacher_rows[a.strict] + 1]]
-    assert torch.equal(told, batch.student.targets[a.student_rows[a.strict]])
+    told = corpus.aligner.same_token[batch.teacher.labels.flatten()[a.teacher_positions[a.strict] + 1]]
+    assert torch.equal(told, batch.student.targets[a.student_positions[a.strict]])
 
 
 # Segments
@@ -826,7 +835,7 @@ class _Batches(TorchDataset):
 
 def _tensors(batch: Batch) -> list[torch.Tensor]:
     a = batch.alignment
-    records = (batch.student, batch.teacher, a, a.in_student, a.in_teacher)
+    records = (batch.student, batch.teacher, a, a.student_continuations, a.teacher_continuations)
     return [value for record in records for value in vars(record).values() if isinstance(value, torch.Tensor)]
 
 
@@ -840,7 +849,7 @@ def _same_batches(some, others) -> bool:
 @pytest.mark.parametrize("names", [("sp", "byte"), ("byte", "dummy_prefix")])
 def test_batches_do_not_depend_on_the_number_of_workers(pairs, documents, names, monkeypatch, capfd):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    batches = _Batches(Dataset(documents, pairs[names], 24, 40))
+    batches = _Batches(build_dataset(documents, pairs[names], 24, 40))
     loaded = [list(DataLoader(batches, batch_size=None, num_workers=workers)) for workers in (2, 0)]
     assert _same_batches(*loaded)
     assert len(_tensors(loaded[0][0])) > 15
@@ -849,7 +858,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(pairs, documents, names,
 
 @pytest.mark.parametrize("used", [False, True])
 def test_a_corpus_survives_pickling(pairs, documents, used):
-    corpus = Dataset(documents, pairs["sp", "byte"], 24, 40)
+    corpus = build_dataset(documents, pairs["sp", "byte"], 24, 40)
     before = corpus.batch([0, 1]) if used else None
     copy = pickle.loads(pickle.dumps(corpus))
     assert _same_batches([copy.batch([0, 1]), copy.batch([2])], [before or corpus.batch([0, 1]), corpus.batch([2])])
@@ -862,8 +871,8 @@ def test_a_corpus_survives_pickling(pairs, documents, used):
 @pytest.mark.parametrize("names", CROSS)
 def test_the_maps_learn_from_the_text_which_way_each_is_read(pairs, documents, names, monkeypatch):
     lessons = []
-    monkeypatch.setattr(VocabularyMap, "learn", lambda self, *columns: lessons.append((self, columns)))
-    corpus = Dataset(documents, pairs[names], 24, 40)
+    monkeypatch.setattr(VocabularyMap, "fit_", lambda self, *columns: lessons.append((self, columns)))
+    corpus = build_dataset(documents, pairs[names], 24, 40)
     maps, tables = corpus.aligner._maps, corpus.pair.tables
     assert {id(taught) for taught, _ in lessons} == set(map(id, maps))
     for taught, (coarse, written, fine) in lessons:
@@ -884,22 +893,22 @@ def test_the_maps_learn_from_the_text_which_way_each_is_read(pairs, documents, n
 def test_the_side_that_says_the_text_in_fewer_tokens_is_carried_onto_the_other(corpora, names):
     aligner, text = corpora[names].aligner, corpora[names].text
     assert aligner.teacher_is_coarser == (len(text.teacher.ids) < len(text.student.ids))
-    classes, sides = aligner.open_classes, aligner.pair.tables
+    classes, sides = aligner.shared_classes, aligner.pair.tables
     coarser = classes.teacher_tokens if aligner.teacher_is_coarser else classes.student_tokens
     content = {i for i, piece in enumerate(sides[aligner.teacher_is_coarser].pieces) if piece}
     assert content <= set(coarser.tolist())
     finer = classes.student_tokens if aligner.teacher_is_coarser else classes.teacher_tokens
     members = classes.student_classes if aligner.teacher_is_coarser else classes.teacher_classes
-    assert len(finer) == len(members) >= classes.count
+    assert len(finer) == len(members) >= classes.num_classes
 
 
 @pytest.mark.parametrize("names", CROSS)
 def test_no_token_of_the_text_is_without_an_outcome(pairs, names):
     text = "x = [\n" + "".join(f"        {i} + {i},\n" for i in range(100, 130)) + "]\n\n\n\t\t# na\u00efve\n"
-    corpus = Dataset([Document("code", text)], pairs[names], 64, 64)
-    classes, batch = corpus.aligner.open_classes, corpus.batch(list(range(len(corpus))))
-    said = batch.student.targets[batch.alignment.student_rows]
-    told = batch.teacher.labels.flatten()[batch.alignment.teacher_rows + 1]
+    corpus = build_dataset([Document("code", text)], pairs[names], 64, 64)
+    classes, batch = corpus.aligner.shared_classes, corpus.batch(list(range(len(corpus))))
+    said = batch.student.targets[batch.alignment.student_positions]
+    told = batch.teacher.labels.flatten()[batch.alignment.teacher_positions + 1]
     assert set(said.tolist()) <= set(classes.student_tokens.tolist())
     assert set(told.tolist()) <= set(classes.teacher_tokens.tolist())
     assert len(set(said.tolist())) > 10

@@ -78,6 +78,7 @@ def _table(strings: list[str], start: str = "</s>", dummy_prefix: bool = False) 
         dummy_prefix=dummy_prefix,
         nfc=False,
         metaspace=True,
+        change="",
     )
 
 
@@ -138,12 +139,12 @@ def _cuts(coarse: TokenTable, fine: TokenTable, tokenizer) -> dict[bytes, dict[i
 def _joint(outcomes: ClassTable) -> dict[int, tuple[frozenset, frozenset]]:
     """The tokens of each outcome: coarser ones, finer ones."""
     coarse, fine = defaultdict(set), defaultdict(set)
-    for token, outcome in zip(outcomes.coarse_tokens.tolist(), outcomes.coarse_outcomes.tolist(), strict=True):
+    for token, outcome in zip(outcomes.coarse_tokens.tolist(), outcomes.coarse_classes.tolist(), strict=True):
         coarse[outcome].add(token)
-    for token, outcome in zip(outcomes.fine_tokens.tolist(), outcomes.fine_outcomes.tolist(), strict=True):
+    for token, outcome in zip(outcomes.fine_tokens.tolist(), outcomes.fine_classes.tolist(), strict=True):
         fine[outcome].add(token)
-    assert set(coarse) | set(fine) <= set(range(outcomes.count))
-    return {n: (frozenset(coarse[n]), frozenset(fine[n])) for n in range(outcomes.count)}
+    assert set(coarse) | set(fine) <= set(range(outcomes.num_classes))
+    return {n: (frozenset(coarse[n]), frozenset(fine[n])) for n in range(outcomes.num_classes)}
 
 
 def _expected(coarse: TokenTable, fine: TokenTable, cuts: dict, prefix: bytes, same=()) -> set:
@@ -194,7 +195,7 @@ def _prefixes(coarse: TokenTable) -> list[bytes]:
 @given(coarse=tables(), fine=tables(), from_right=st.booleans())
 def test_open_outcomes_are_those_of_the_definition(coarse, fine, from_right):
     tokenizer = Words(fine, from_right)
-    found = _joint(VocabularyMap(coarse, fine, tokenizer).open())
+    found = _joint(VocabularyMap(coarse, fine, tokenizer).at_common_boundary())
     assert set(found.values()) == _expected(coarse, fine, _cuts(coarse, fine, tokenizer), b"")
     assert len(set(found.values())) == len(found)
 
@@ -205,31 +206,34 @@ def test_outcomes_behind_every_prefix_are_those_of_the_definition(coarse, fine, 
     tokenizer = Words(fine, from_right)
     vocabulary_map, cuts = VocabularyMap(coarse, fine, tokenizer), _cuts(coarse, fine, tokenizer)
     for prefix in _prefixes(coarse):
-        outcomes = vocabulary_map.behind(prefix)
+        outcomes = vocabulary_map.after_prefix(prefix)
         if prefix not in cuts:
             assert outcomes is None
             continue
         found = _joint(outcomes)
         assert set(found.values()) == _expected(coarse, fine, cuts, prefix), prefix
         assert len(set(found.values())) == len(found)
-        assert not found[outcomes.count - 1][1]  # the last is the end, which no finer token begins
-        assert outcomes.can_end == bool(found[outcomes.count - 1][0]) == (prefix in coarse.pieces)
+        assert not found[outcomes.num_classes - 1][1]  # the last is the end, which no finer token begins
+        assert outcomes.can_end == bool(found[outcomes.num_classes - 1][0]) == (prefix in coarse.pieces)
         assert outcomes.prefix == prefix
 
 
 def _every(vocabulary_map: VocabularyMap, coarse: TokenTable) -> list[tuple[bytes, ClassTable]]:
-    behind = [(prefix, vocabulary_map.behind(prefix)) for prefix in _prefixes(coarse)]
-    return [(b"", vocabulary_map.open()), *((prefix, outcomes) for prefix, outcomes in behind if outcomes)]
+    behind = [(prefix, vocabulary_map.after_prefix(prefix)) for prefix in _prefixes(coarse)]
+    return [
+        (b"", vocabulary_map.at_common_boundary()),
+        *((prefix, outcomes) for prefix, outcomes in behind if outcomes),
+    ]
 
 
 @settings(max_examples=100, deadline=None)
 @given(coarse=tables(), fine=tables(), from_right=st.booleans())
 def test_every_outcome_but_an_end_has_tokens_on_both_sides_and_no_token_has_two(coarse, fine, from_right):
     for prefix, outcomes in _every(VocabularyMap(coarse, fine, Words(fine, from_right)), coarse):
-        going_on = [n for n in range(outcomes.count) if not prefix or n < outcomes.count - 1]
+        going_on = [n for n in range(outcomes.num_classes) if not prefix or n < outcomes.num_classes - 1]
         found = _joint(outcomes)
-        assert len(outcomes.leaders) == len(going_on)
-        assert all(leader in found[n][1] for n, leader in enumerate(outcomes.leaders.tolist()))
+        assert len(outcomes.representatives) == len(going_on)
+        assert all(leader in found[n][1] for n, leader in enumerate(outcomes.representatives.tolist()))
         assert going_on
         assert all(found[n][0] and found[n][1] for n in going_on)
         for tokens in (outcomes.coarse_tokens, outcomes.fine_tokens):
@@ -248,7 +252,7 @@ def test_all_tokens_of_an_outcome_begin_with_the_bytes_of_one_poorer_token(coars
 @settings(max_examples=100, deadline=None)
 @given(coarse=tables(), fine=tables(), from_right=st.booleans())
 def test_every_coarser_token_has_an_outcome_where_both_start_one(coarse, fine, from_right):
-    outcomes = VocabularyMap(coarse, fine, Words(fine, from_right)).open()
+    outcomes = VocabularyMap(coarse, fine, Words(fine, from_right)).at_common_boundary()
     assert {r for r, piece in enumerate(coarse.pieces) if piece} <= set(outcomes.coarse_tokens.tolist())
 
 
@@ -260,21 +264,21 @@ def test_every_coarser_token_goes_on_behind_each_of_its_cuts_and_ends_behind_its
         parts = _cut(piece, fine, Words(fine, from_right)) if piece else []
         for count in range(1, len(parts)):
             prefix = b"".join(fine.pieces[u] for u in parts[:count])
-            outcomes = vocabulary_map.behind(prefix)
-            (outcome,) = outcomes.coarse_outcomes[outcomes.coarse_tokens == r]
-            assert outcome in outcomes.fine_outcomes[outcomes.fine_tokens == parts[count]]
-        outcomes = vocabulary_map.behind(piece)
+            outcomes = vocabulary_map.after_prefix(prefix)
+            (outcome,) = outcomes.coarse_classes[outcomes.coarse_tokens == r]
+            assert outcome in outcomes.fine_classes[outcomes.fine_tokens == parts[count]]
+        outcomes = vocabulary_map.after_prefix(piece)
         if outcomes and coarse.pieces.count(piece) == 1:
-            assert outcomes.coarse_outcomes[outcomes.coarse_tokens == r].tolist() == [outcomes.count - 1]
+            assert outcomes.coarse_classes[outcomes.coarse_tokens == r].tolist() == [outcomes.num_classes - 1]
 
 
 @settings(max_examples=100, deadline=None)
 @given(table=tables(), from_right=st.booleans())
 def test_equal_vocabularies_give_the_identity_on_all_ids(table, from_right):
-    found = VocabularyMap(table, table, Words(table, from_right)).open()
+    found = VocabularyMap(table, table, Words(table, from_right)).at_common_boundary()
     assert set(_joint(found).values()) == {(frozenset([i]), frozenset([i])) for i in range(len(table.pieces))}
     vocabulary_map = VocabularyMap(table, table, Words(table, from_right))
-    assert all(vocabulary_map.behind(prefix) is None for prefix in [*_prefixes(table), *table.pieces])
+    assert all(vocabulary_map.after_prefix(prefix) is None for prefix in [*_prefixes(table), *table.pieces])
 
 
 @settings(max_examples=100, deadline=None)
@@ -307,18 +311,18 @@ def test_hand_example_of_words_and_their_letters():
     coarse, fine = _table(["</s>", "t", "h", "e", "th", "the"]), _table(["</s>", "h", "t", "e", "he"])
     vocabulary_map = VocabularyMap(coarse, fine, Words(fine))
     open_ = {("</s>", "</s>"), ("t|th|the", "t"), ("h", "h|he"), ("e", "e")}
-    assert _outcomes_of(coarse, fine, vocabulary_map.open()) == open_
-    assert _outcomes_of(coarse, fine, vocabulary_map.behind(b"t")) == {("th", "h"), ("the", "he"), ("t", "")}
-    assert vocabulary_map.behind(b"th") is None  # the is cut t|he
-    assert vocabulary_map.behind(b"the") is None
-    assert vocabulary_map.behind(b"x") is None
+    assert _outcomes_of(coarse, fine, vocabulary_map.at_common_boundary()) == open_
+    assert _outcomes_of(coarse, fine, vocabulary_map.after_prefix(b"t")) == {("th", "h"), ("the", "he"), ("t", "")}
+    assert vocabulary_map.after_prefix(b"th") is None  # the is cut t|he
+    assert vocabulary_map.after_prefix(b"the") is None
+    assert vocabulary_map.after_prefix(b"x") is None
 
 
 @pytest.mark.parametrize(("lone", "place"), [("1969", "19"), ("    ", "  "), ("12", "1"), ("  \n", "  ")])
 def test_a_token_that_only_the_poorer_has_shares_the_place_of_the_longest_that_starts_it(lone, place):
     coarse = _table(["</s>", *"1269 \na", "19", "  ", "a1"])
     fine = _table(["</s>", *"1269 \na", "19", "  ", "12", "1969", "    ", "  \n"])
-    outcomes = _outcomes_of(coarse, fine, VocabularyMap(coarse, fine, Words(fine)).open())
+    outcomes = _outcomes_of(coarse, fine, VocabularyMap(coarse, fine, Words(fine)).at_common_boundary())
     (found,) = [(a, b) for a, b in outcomes if lone in b.split("|")]
     assert place in found[0].split("|")
     assert place in found[1].split("|")
@@ -326,16 +330,16 @@ def test_a_token_that_only_the_poorer_has_shares_the_place_of_the_longest_that_s
 
 def test_a_number_that_only_the_poorer_has_shares_a_place_inside_a_coarser_token_too():
     coarse, fine = _table(["</s>", *"12a", "a1"]), _table(["</s>", *"12a", "12"])
-    behind = VocabularyMap(coarse, fine, Words(fine)).behind(b"a")
+    behind = VocabularyMap(coarse, fine, Words(fine)).after_prefix(b"a")
     assert _outcomes_of(coarse, fine, behind) == {("a1", "1|12"), ("a", "")}
 
 
 def test_a_prefix_that_no_coarser_token_spells_cannot_be_an_end():
     coarse, fine = _table(["</s>", *"abc", "abc"]), _table(["</s>", *"abc", "ab"])
-    outcomes = VocabularyMap(coarse, fine, Words(fine)).behind(b"ab")
+    outcomes = VocabularyMap(coarse, fine, Words(fine)).after_prefix(b"ab")
     assert _outcomes_of(coarse, fine, outcomes) == {("abc", "c"), ("", "")}
     assert not outcomes.can_end
-    assert outcomes.count == 2
+    assert outcomes.num_classes == 2
 
 
 def test_a_poorer_token_shares_the_place_of_an_ordinary_token_and_not_of_its_byte_token():
@@ -343,29 +347,29 @@ def test_a_poorer_token_shares_the_place_of_an_ordinary_token_and_not_of_its_byt
     strings = ["</s>", "\n", "a", "<0x0A>"]
     for order in (strings, strings[::-1]):
         coarse, fine = _table(order), _table(["</s>", "<0x0A>", "\n", "a", "\n\n"])
-        found = _outcomes_of(coarse, fine, VocabularyMap(coarse, fine, Words(fine)).open())
+        found = _outcomes_of(coarse, fine, VocabularyMap(coarse, fine, Words(fine)).at_common_boundary())
         assert found == {("</s>", "</s>"), ("\n", "\n|\n\n"), ("<0x0A>", "<0x0A>"), ("a", "a")}
 
 
 def test_the_poorer_tokenizers_own_cut_counts_and_not_the_longest_token():
     coarse, fine = _table(["</s>", *"abcd", "abcd", "xabcd", "x"]), _table(["</s>", *"abcdx", "abc", "cd", "ab", "bcd"])
     from_right = VocabularyMap(coarse, fine, Words(fine, from_right=True))  # a|bcd
-    assert ("a|abcd", "a|ab|abc") in _outcomes_of(coarse, fine, from_right.open())
-    assert _outcomes_of(coarse, fine, from_right.behind(b"x")) == {("xabcd", "a"), ("x", "")}
-    assert _outcomes_of(coarse, fine, from_right.behind(b"xa")) == {("xabcd", "bcd"), ("", "")}
+    assert ("a|abcd", "a|ab|abc") in _outcomes_of(coarse, fine, from_right.at_common_boundary())
+    assert _outcomes_of(coarse, fine, from_right.after_prefix(b"x")) == {("xabcd", "a"), ("x", "")}
+    assert _outcomes_of(coarse, fine, from_right.after_prefix(b"xa")) == {("xabcd", "bcd"), ("", "")}
     from_left = VocabularyMap(coarse, fine, Words(fine))  # abc|d
-    assert ("abcd", "abc") in _outcomes_of(coarse, fine, from_left.open())
-    assert _outcomes_of(coarse, fine, from_left.behind(b"x")) == {("xabcd", "abc"), ("x", "")}
-    assert from_left.behind(b"xa") is None
+    assert ("abcd", "abc") in _outcomes_of(coarse, fine, from_left.at_common_boundary())
+    assert _outcomes_of(coarse, fine, from_left.after_prefix(b"x")) == {("xabcd", "abc"), ("x", "")}
+    assert from_left.after_prefix(b"xa") is None
 
 
 def test_the_longest_token_counts_where_the_bytes_are_no_text():
     # The first byte of a character behind another one; from the right the finer would cut a|bXc3, if it could.
     coarse, fine = _table(["</s>", "<0xC3>", *"ab", "<0x61>"]), _table(["</s>", "<0xC3>", "<0xA9>", *"ab", "ab"])
     coarse.pieces[-1], fine.pieces[2] = b"ab\xc3", b"b\xc3"
-    found = _outcomes_of(coarse, fine, VocabularyMap(coarse, fine, Words(fine, from_right=True)).open())
+    found = _outcomes_of(coarse, fine, VocabularyMap(coarse, fine, Words(fine, from_right=True)).at_common_boundary())
     assert ("<0x61>", "ab") in found
-    assert VocabularyMap(coarse, fine, Words(fine, from_right=True)).behind(b"a") is None
+    assert VocabularyMap(coarse, fine, Words(fine, from_right=True)).after_prefix(b"a") is None
 
 
 def test_an_ordinary_token_is_preferred_to_the_byte_token_of_its_bytes():
@@ -374,14 +378,18 @@ def test_an_ordinary_token_is_preferred_to_the_byte_token_of_its_bytes():
     for order in (strings, strings[::-1]):
         fine = _table(order)
         vocabulary_map = VocabularyMap(coarse, fine, Words(fine))
-        assert _outcomes_of(coarse, fine, vocabulary_map.open()) == {("</s>", "</s>"), ("a|ab", "a"), ("b", "b")}
-        assert _outcomes_of(coarse, fine, vocabulary_map.behind(b"a")) == {("ab", "b"), ("a", "")}
+        assert _outcomes_of(coarse, fine, vocabulary_map.at_common_boundary()) == {
+            ("</s>", "</s>"),
+            ("a|ab", "a"),
+            ("b", "b"),
+        }
+        assert _outcomes_of(coarse, fine, vocabulary_map.after_prefix(b"a")) == {("ab", "b"), ("a", "")}
 
 
 def test_a_newline_that_the_coarser_has_as_a_byte_token_only_is_the_poorers_ordinary_newline():
     # Llama 2 has no token "\n" but "<0x0A>"; many others have both, and write the first.
     coarse, fine = _table(["</s>", "<0x0A>", "a", "b"]), _table(["</s>", "\n", "a", "b", "<0x0A>"])
-    outcomes = _joint(VocabularyMap(coarse, fine, Words(fine)).open())
+    outcomes = _joint(VocabularyMap(coarse, fine, Words(fine)).at_common_boundary())
     (found,) = [(a, b) for a, b in outcomes.values() if fine.strings.index("\n") in b]
     assert found[0] == {coarse.strings.index("<0x0A>")}
     assert found[1] <= {fine.strings.index("\n"), fine.strings.index("<0x0A>")}
@@ -390,16 +398,16 @@ def test_a_newline_that_the_coarser_has_as_a_byte_token_only_is_the_poorers_ordi
 def test_tokens_without_bytes_meet_by_their_spelling_and_ends_and_starts_by_their_part():
     coarse = _table(["</s>", "a", "<s>", "<pad>", "<only>"], "<s>")
     fine = _table(["<pad>", "a", "</s>", "<other>"])
-    found = _outcomes_of(coarse, fine, VocabularyMap(coarse, fine, Words(fine)).open())
+    found = _outcomes_of(coarse, fine, VocabularyMap(coarse, fine, Words(fine)).at_common_boundary())
     assert found == {("</s>|<s>", "</s>"), ("a", "a"), ("<pad>", "<pad>")}
-    back = _outcomes_of(fine, coarse, VocabularyMap(fine, coarse, Words(coarse)).open())
+    back = _outcomes_of(fine, coarse, VocabularyMap(fine, coarse, Words(coarse)).at_common_boundary())
     assert back == {("</s>", "</s>"), ("a", "a"), ("<pad>", "<pad>")}
 
 
 def test_rows_of_a_head_without_a_token_take_no_part(sp_tokenizer, byte_tokenizer):
     coarse = build_token_table(byte_tokenizer, len(byte_tokenizer) + 8)
     fine = build_token_table(sp_tokenizer, len(sp_tokenizer) + 8)
-    outcomes = VocabularyMap(coarse, fine, sp_tokenizer).open()
+    outcomes = VocabularyMap(coarse, fine, sp_tokenizer).at_common_boundary()
     assert outcomes.coarse_tokens.max() < len(byte_tokenizer)
     assert outcomes.fine_tokens.max() < len(sp_tokenizer)
 
@@ -432,8 +440,8 @@ def contacts(tokenizers, token_tables, corpus_texts):
                 ids.append(np.array(tokens))
                 ends.append(np.cumsum(widths))
             met = find_boundaries(*ends)
-            begins = met.teacher_written == 0
-            columns = ids[0][met.student[begins]], met.student_written[begins], ids[1][met.teacher[begins]]
+            begins = met.teacher_prefix_length == 0
+            columns = ids[0][met.student[begins]], met.student_prefix_length[begins], ids[1][met.teacher[begins]]
             found.append(np.stack(columns))
         return list(np.concatenate(found, axis=1))
 
@@ -443,7 +451,7 @@ def contacts(tokenizers, token_tables, corpus_texts):
 @pytest.mark.parametrize("names", BOTH_WAYS)
 def test_open_outcomes_of_trained_tokenizers_are_those_of_the_definition(tokenizers, token_tables, names):
     coarse, fine = (token_tables[name] for name in names)
-    found = VocabularyMap(coarse, fine, tokenizers[names[1]]).open()
+    found = VocabularyMap(coarse, fine, tokenizers[names[1]]).at_common_boundary()
     assert set(_joint(found).values()) == _expected(coarse, fine, _cuts(coarse, fine, tokenizers[names[1]]), b"")
 
 
@@ -453,12 +461,12 @@ def test_outcomes_behind_trained_tokens_are_those_of_the_definition(tokenizers, 
     vocabulary_map = VocabularyMap(coarse, fine, tokenizers[names[1]])
     cuts = _cuts(coarse, fine, tokenizers[names[1]])
     for prefix in _prefixes(coarse):
-        outcomes = vocabulary_map.behind(prefix)
+        outcomes = vocabulary_map.after_prefix(prefix)
         assert (outcomes is None) == (prefix not in cuts)
     picked = np.random.default_rng(0).permutation(len(cuts))[:60]
     for prefix in (sorted(cuts)[i] for i in picked):
         if prefix:
-            found = vocabulary_map.behind(prefix)
+            found = vocabulary_map.after_prefix(prefix)
             assert set(_joint(found).values()) == _expected(coarse, fine, cuts, prefix), prefix
 
 
@@ -493,11 +501,11 @@ def test_outcomes_that_a_corpus_taught_are_those_of_the_definition(tokenizers, t
     coarse, fine = (token_tables[name] for name in names)
     vocabulary_map, cuts = VocabularyMap(coarse, fine, tokenizers[names[1]]), _cuts(coarse, fine, tokenizers[names[1]])
     met = contacts(*names)
-    vocabulary_map.learn(*met)
+    vocabulary_map.fit_(*met)
     cuts, same = _corrected(coarse, cuts, np.stack(met).T.tolist())
-    assert set(_joint(vocabulary_map.open()).values()) == _expected(coarse, fine, cuts, b"", same)
+    assert set(_joint(vocabulary_map.at_common_boundary()).values()) == _expected(coarse, fine, cuts, b"", same)
     for prefix in [*(prefix for prefix in sorted(cuts) if prefix)][::10]:
-        found = set(_joint(vocabulary_map.behind(prefix)).values())
+        found = set(_joint(vocabulary_map.after_prefix(prefix)).values())
         assert found == _expected(coarse, fine, cuts, prefix, same), prefix
     if names == ("byte", "sp"):
         assert cuts != _cuts(coarse, fine, tokenizers[names[1]]), "nothing was learned, so nothing is tested"
@@ -507,9 +515,9 @@ def test_outcomes_that_a_corpus_taught_are_those_of_the_definition(tokenizers, t
 def test_a_trained_tokenizer_maps_every_id_to_itself_and_learns_nothing(tokenizers, token_tables, contacts, kind):
     table = token_tables[kind]
     vocabulary_map = VocabularyMap(table, table, tokenizers[kind])
-    vocabulary_map.learn(*contacts(kind, kind))
+    vocabulary_map.fit_(*contacts(kind, kind))
     identity = {(frozenset([i]), frozenset([i])) for i in range(len(tokenizers[kind]))}
-    assert set(_joint(vocabulary_map.open()).values()) == identity
+    assert set(_joint(vocabulary_map.at_common_boundary()).values()) == identity
 
 
 # Learning from text
@@ -526,8 +534,8 @@ def _taught(*lessons: tuple[str, int, str, int], tables=LEARNERS) -> set[tuple[s
         for a, written, b, count in lessons
         for _ in range(count)
     ]
-    vocabulary_map.learn(*np.array(met, dtype=np.int64).reshape(-1, 3).T)
-    return _outcomes_of(coarse, fine, vocabulary_map.open())
+    vocabulary_map.fit_(*np.array(met, dtype=np.int64).reshape(-1, 3).T)
+    return _outcomes_of(coarse, fine, vocabulary_map.at_common_boundary())
 
 
 IDENTITY = {(string, string) for string in LEARNERS[0].strings}
@@ -575,12 +583,12 @@ def test_what_is_learned_inside_a_token_counts_inside_and_outside():
     coarse, fine = _table(["</s>", *"abc", "cab", "ca"]), _table(["</s>", *"abc", "ab"])
     vocabulary_map = VocabularyMap(coarse, fine, Words(fine))
     apart = {("cab", "ab"), ("ca", "a"), ("c", "")}
-    assert _outcomes_of(coarse, fine, vocabulary_map.behind(b"c")) == apart
+    assert _outcomes_of(coarse, fine, vocabulary_map.after_prefix(b"c")) == apart
     taught = VocabularyMap(coarse, fine, Words(fine))
     lesson = coarse.strings.index("cab"), 1, fine.strings.index("a")
-    taught.learn(*np.array([lesson] * 5).T)
-    assert _outcomes_of(coarse, fine, taught.behind(b"c")) == {("ca|cab", "a|ab"), ("c", "")}
-    assert ("a", "a|ab") in _outcomes_of(coarse, fine, taught.open())
+    taught.fit_(*np.array([lesson] * 5).T)
+    assert _outcomes_of(coarse, fine, taught.after_prefix(b"c")) == {("ca|cab", "a|ab"), ("c", "")}
+    assert ("a", "a|ab") in _outcomes_of(coarse, fine, taught.at_common_boundary())
 
 
 def test_where_a_token_is_not_cut_there_is_nothing_to_learn():
