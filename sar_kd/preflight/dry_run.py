@@ -25,7 +25,6 @@ from sar_kd.evaluation.perplexity import log_probs_of
 from sar_kd.losses.distillation import Distillation
 from sar_kd.losses.objective import Objective
 from sar_kd.losses.tiled_loss import Tile, TileGrad, TileLoss, split_range
-from sar_kd.models.generation import kv_cache_bytes
 from sar_kd.models.lm_head import LMHeads, backbone_of
 from sar_kd.models.loading import vocab_size_of
 from sar_kd.models.logit_tiles import limit_blocks
@@ -180,24 +179,25 @@ class _DryRun:
 
     @torch.no_grad()
     def sample(self) -> None:
-        """The generation of on-policy responses: the prefill is run; the KV cache and the sampler are formulas."""
+        """Generate on-policy responses: the prefill is run, the last new token estimated from the prefill's KV cache."""
         settings: Any = getattr(self.config, "on_policy", None)
         if settings is None or not settings.on_policy_fraction:
             return
         batch_size, prompt, total = largest_generation(settings, self.config.train, self.block_sizes[0])
         backbone, lm_head = backbone_of(self.student.eval()), self.student.get_output_embeddings()
-        number_size = torch.finfo(self.precision.dtype).bits // 8
         with self._phase("sampling", "activations"), self.precision.autocast():
             mask = self._empty(torch.bool, batch_size, 1, prompt, prompt)  # prompts are padded
             ids = self._empty(torch.int64, batch_size, prompt)
-            last = backbone(input_ids=ids, attention_mask=mask, use_cache=True).last_hidden_state[:, -1:].clone()
-            del mask, ids
-            held = [self._empty(torch.uint8, kv_cache_bytes(self.student, batch_size, total, number_size))]
-            sorts = _LOGITS_SORTED if settings.sample_top_p < 1.0 else 1
-            shape = batch_size, vocab_size_of(self.student)
+            out = backbone(input_ids=ids, attention_mask=mask, use_cache=True)
+            last_states, layers = out.last_hidden_state[:, -1:].clone(), out.past_key_values.layers
+            cached = [value for layer in layers for value in vars(layer).values() if isinstance(value, Tensor)]
+            cache_bytes = sum(value.nbytes for value in cached) * total // prompt
+            del mask, ids, out, layers, cached
+            held = [self._empty(torch.uint8, cache_bytes)]
+            shape, num_sorted = (batch_size, vocab_size_of(self.student)), _LOGITS_SORTED * (settings.sample_top_p < 1)
             held += [self._empty(torch.float32, *shape) for _ in range(_LOGITS_HELD)]
-            lm_head(last)
-            held += [self._empty(torch.float32, *shape) for _ in range(sorts)]
+            lm_head(last_states)
+            held += [self._empty(torch.float32, *shape) for _ in range(max(1, num_sorted))]
         self.student.train()
 
     def step(self, trained_routing: Routing | None) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sar_kd.config.sections import GuardConfig, LossConfig, OptimConfig
-from sar_kd.data.dataset import Dataset
+from sar_kd.data.dataset import Dataset, build_dataset
 from sar_kd.data.samples import Document
 from sar_kd.evaluation.perplexity import Evaluation, evaluate
 from sar_kd.losses.objective import Objective
@@ -19,7 +19,7 @@ from sar_kd.tokenization.token_stream import Block
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 from sar_kd.training.guards import StepGuard
 from sar_kd.training.optimizer import build_optimizer, learning_rate_at, parameters_of
-from sar_kd.training.step import train_step
+from sar_kd.training.step import StepContext, train_step
 
 CPU = torch.device("cpu")
 HALF_OR_FLOAT = pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["float16", "float32"])
@@ -51,8 +51,10 @@ def corpora(tokenizer_pairs, corpus_texts):
 
 
 def _corpus(documents, student, teacher, aligns=False) -> Dataset:
-    pair = TokenizerPair(student, teacher, student_rows=len(student), teacher_rows=len(teacher), aligns=aligns)
-    return Dataset(documents, pair, 24, 60)
+    pair = TokenizerPair(
+        student, teacher, student_vocab_size=len(student), teacher_vocab_size=len(teacher), aligns=aligns
+    )
+    return build_dataset(documents, pair, 24, 60)
 
 
 @pytest.fixture
@@ -73,7 +75,9 @@ def make_run(corpora, make_student):
         run.objective = Objective(teacher, student, settings, corpus.aligner, precision)
         run.optimizer = build_optimizer(student, OptimConfig(student_lr=1e-3), run.objective.parameters())
         run.guard = StepGuard(GuardConfig(skip_grad_norm=skip, skip_rule="fixed"))
-        run.step = lambda batches: train_step(batches, run.objective, run.optimizer, run.guard, run.precision, run.clip)
+        run.step = lambda batches: train_step(
+            batches, StepContext(run.objective, run.optimizer, run.guard, run.precision, run.clip)
+        )
         run.gradients = []
         run.optimizer.register_step_pre_hook(
             lambda *_: run.gradients.append(
@@ -184,7 +188,7 @@ def test_a_nan_micro_batch_leaves_every_bit(make_run, dtype, bad):
     before, scale = _bits(run), run.precision.loss_scale.item()
     report = run.step(_batches(run, [0], [1], [2]))
     assert report.verdict.cause == "forward"
-    assert run.guard.skipped == {"forward": 1}
+    assert {cause: n for cause, n in run.guard.skipped.items() if n} == {"forward": 1}
     assert _unchanged(before, _bits(run))
     assert run.precision.loss_scale.item() == scale
 
@@ -214,7 +218,7 @@ def test_an_overflow_is_calibrated_away_without_touching_a_weight(make_run):
 def test_a_norm_above_the_limit_is_skipped_with_the_state_untouched(make_run, dtype):
     run = make_run(dtype)
     norm = run.step(_batches(run, [0])).grad_norm
-    run.guard.skip_grad_norm = norm / 100
+    run.guard.settings = dataclasses.replace(run.guard.settings, skip_grad_norm=norm / 100)
     before = _bits(run)
     report = run.step(_batches(run, [0]))
     assert report.verdict.cause == "norm"
@@ -378,10 +382,10 @@ def test_teacher_rows_that_are_not_finite_are_dropped_and_text_still_trains(make
     report = deaf.step([batch])
     alone.step([batch])
     assert report.verdict.applied
-    records = [batch.alignment.in_teacher, batch.alignment.in_student]
-    going_on = sum(0 if record is None else len(record.fine_rows) for record in records)
+    records = [batch.alignment.teacher_continuations, batch.alignment.student_continuations]
+    going_on = sum(0 if record is None else len(record.fine_positions) for record in records)
     assert (going_on > 0) == (tokenizers == "different")
-    assert report.teacher_rows_dropped == len(batch.alignment.teacher_rows) + going_on
+    assert report.teacher_rows_dropped == len(batch.alignment.teacher_positions) + going_on
     assert report.kd_loss == 0.0
     for a, b in zip(deaf.gradients[0], alone.gradients[0], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-7)
@@ -391,8 +395,11 @@ def test_teacher_rows_that_are_not_finite_are_dropped_and_text_still_trains(make
 def test_a_batch_in_which_nowhere_both_start_a_token_teaches_what_there_is(make_run, alignment, learns):
     run = make_run(tokenizers="different", alignment=alignment)
     (batch,) = _batches(run, [0, 1])
-    rows = {name: getattr(batch.alignment, name)[:0] for name in ("student_rows", "teacher_rows", "strict", "ended")}
-    rows["other_ways"] = batch.alignment.other_ways[:, :0]
+    rows = {
+        name: getattr(batch.alignment, name)[:0]
+        for name in ("student_positions", "teacher_positions", "strict", "token_end")
+    }
+    rows["continuation_paths"] = batch.alignment.continuation_paths[:, :0]
     report = run.step([dataclasses.replace(batch, alignment=dataclasses.replace(batch.alignment, **rows))])
     assert report.verdict.applied
     assert (report.kd_loss > 0) == learns
@@ -402,10 +409,10 @@ def test_only_the_teacher_rows_that_are_not_finite_are_dropped(make_run):
     run = make_run()
     (batch,) = _batches(run, [0, 1])
     run.teacher.get_input_embeddings().weight.data[batch.teacher.input_ids[0, 5]] = math.inf
-    logits = run.teacher(input_ids=batch.teacher.input_ids).logits.flatten(0, 1)[batch.teacher.rows]
+    logits = run.teacher(input_ids=batch.teacher.input_ids).logits.flatten(0, 1)[batch.teacher.positions]
     bad = (~logits.isfinite().all(1)).sum().item()
     report = run.step([batch])
-    assert 0 < bad < len(batch.teacher.rows)
+    assert 0 < bad < len(batch.teacher.positions)
     assert report.teacher_rows_dropped == bad
     assert report.verdict.applied
     assert report.kd_loss > 0

@@ -1,4 +1,8 @@
-"""Where both models start a token: the divergence over the outcomes, with all ways of the coarser side to write one."""
+"""The divergence at common boundaries, with every path by which the coarser tokenizer reaches a shared class.
+
+At a common boundary the coarser side reaches class c by two paths: its last token ends there and the next one begins
+with c, or its last token continues with c. Both probabilities add up.
+"""
 
 from __future__ import annotations
 
@@ -7,114 +11,115 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sar_kd.losses.divergence import Divergence, Learner, diverge, through_softmax_
-from sar_kd.models.logit_tiles import Logs
+from sar_kd.losses.divergence import Divergence, GradTarget, log_softmax_backward_
+from sar_kd.models.logit_tiles import LogProbs
 
 
-class Ways(NamedTuple):
-    """Where both start a token, what else the coarser side might have written: instead of ending its token before and
-    starting the next, it might have gone on.
-    """
+class ContinuationPaths(NamedTuple):
+    """The coarser side's continuations at K common boundaries."""
 
-    going_on: Tensor
-    """float32 [O], log-probabilities of the continuations' outcomes"""
-    end: Tensor
-    """float32 [R], of them that a continuation ends"""
-    ended: Tensor
-    """int64 [K]: the continuation that ended at each column, -1 for none"""
-    others: Tensor
-    """int64 [3, X]: column, open outcome, outcome of its continuation; each column and open outcome once"""
+    log_probs: Tensor
+    """float32 [O], of all classes of the continuations"""
+    end_log_probs: Tensor
+    """float32 [R], of those classes that mean the end of the token"""
+    token_end: Tensor
+    """int64 [K]: the continuation whose token ended at each boundary, -1 for none"""
+    indices: Tensor
+    """int64 [3, X]: boundary, shared class, class of its continuation; each boundary and shared class once"""
 
-    def detach(self) -> Ways:
+    def detach(self) -> ContinuationPaths:
         """The same without a graph."""
-        return self._replace(going_on=self.going_on.detach(), end=self.end.detach())
+        return self._replace(log_probs=self.log_probs.detach(), end_log_probs=self.end_log_probs.detach())
 
     @property
-    def ends(self) -> Tensor:
-        """float32 [K], that it ended at each column: log 1 where there was none"""
-        return torch.cat([self.end, self.end.new_zeros(1)])[self.ended]
+    def token_end_log_probs(self) -> Tensor:
+        """float32 [K]: log-probability that the token ended at each boundary; 0 where there was none."""
+        return torch.cat([self.end_log_probs, self.end_log_probs.new_zeros(1)])[self.token_end]
 
 
-def add_other_ways(ended: Tensor, ways: Ways) -> Tensor:
-    """Log-probabilities of the open outcomes for the coarser side, which might have written them by going on.
+def add_continuation_paths(after_end: Tensor, paths: ContinuationPaths) -> Tensor:
+    """Joint log-probabilities of the shared classes for the coarser side.
 
-    y[c, k] = log(exp(end[ended[k]] + ended[c, k]) + exp(going_on[j])) for each (k, c, j) of `ways.others`
+    y[c, k] = log(exp(end[token_end[k]] + after_end[c, k]) + exp(log_probs[j])) for each (k, c, j) of `paths.indices`
 
-    ended: float32 [C, K], given that the token before ended
+    after_end: float32 [C, K], given that the last token ended
     Returns: float32 [C, K]
     """
-    columns, outcomes, others = ways.others
-    total = ended + ways.ends
-    both = torch.logaddexp(total[outcomes, columns], ways.going_on[others])
-    return total.index_put((outcomes, columns), both)
+    boundaries, classes, continuation_classes = paths.indices
+    total = after_end + paths.token_end_log_probs
+    joint = torch.logaddexp(total[classes, boundaries], paths.log_probs[continuation_classes])
+    return total.index_put((classes, boundaries), joint)
 
 
-class WaySlopes(NamedTuple):
-    """d loss / d the `Ways`' log-probabilities."""
+class PathGrad(NamedTuple):
+    """d loss / d log-probabilities of `ContinuationPaths`."""
 
-    going_on: Tensor
+    log_probs: Tensor
     """float32 [O]"""
-    end: Tensor
+    end_log_probs: Tensor
     """float32 [R]"""
 
 
-class Opened(NamedTuple):
-    """What is learned where both start a token: by column, nats, and slopes where one side learns."""
+class BoundaryLoss(NamedTuple):
+    """The divergence at each of K common boundaries, nats, and its gradient."""
 
     loss: Tensor
     """float32 [K]"""
-    raw: Tensor
-    """float32 [K]: the same without a floor"""
-    slopes: Tensor | None = None
-    """float32 [V, K]: d loss / d logits of the learner"""
-    into_ways: WaySlopes | None = None
-    """Where the learner is the coarser"""
+    unclamped: Tensor
+    """float32 [K]: without a floor"""
+    grad: Tensor | None = None
+    """float32 [V, K]: d loss / d logits of the side with a gradient"""
+    path_grad: PathGrad | None = None
+    """Where that side is the coarser"""
 
 
-def open_divergence(
+def boundary_divergence(
     divergence: Divergence,
-    both: tuple[Logs, Logs],
-    ways: Ways,
-    coarse: int,
-    mine: int | None,
+    sides: tuple[LogProbs, LogProbs],
+    paths: ContinuationPaths,
+    coarser: int,
+    grad_side: int | None,
     counts: Tensor,
     weight: float = 1.0,
-) -> Opened:
-    """The divergence over the open outcomes, `add_other_ways` of the coarser side's; what log_softmax, `add_other_ways`
-    and the divergence would do one after the other, in two passes over [V, K].
+) -> BoundaryLoss:
+    """The divergence over shared classes, after `add_continuation_paths` for the coarser side.
 
-    With x the way by ending, y both ways and w = exp(x - y) at each (k, c, j): dx = w * dy, dgoing_on[j] gets
-    (1 - w) * dy.
+    Does in two passes over [V, K] what log_softmax, `add_continuation_paths` and the divergence would do one after the
+    other. With x the log-probability by a token end, y the joint one and w = exp(x - y) at each (k, c, j): dx = w * dy,
+    dlog_probs[j] gets (1 - w) * dy.
 
-    both: the student's and the teacher's log-probabilities, given that the token before ended, each outcome in the same
-    row; the other side's tile is used up
-    coarse, mine: the side that is the coarser, and the one that learns, if any: 0 the student, 1 the teacher
-    counts: float32 [K], what a column's slopes are multiplied by; weight: and those of logits beside
+    sides: the student's and the teacher's log-probabilities, given that the last token ended. A class has the same
+    index in both tiles, and `paths.indices` holds that index. The tile of the side without a gradient is overwritten
+    coarser, grad_side: 0 the student, 1 the teacher
+    counts: float32 [K], factor of each boundary's gradients; weight: a further factor of those of the logits
     """
-    columns, rows, others = ways.others
-    written = both[coarse]._replace(shift=both[coarse].shift + ways.ends)
-    logits = written.tile[rows, columns]
-    first = written.shift[columns] + written.scale * logits
-    sums = torch.logaddexp(first, ways.going_on.index_select(0, others))
-    # The few that have another way are written as the logits that would have their sums.
-    written.tile.index_put_((rows, columns), (sums - written.shift[columns]) / written.scale)
-    student, teacher = (written, both[1]) if coarse == 0 else (both[0], written)
-    if mine is None:
-        loss, raw, _ = diverge(divergence, student, teacher)
-        return Opened(loss, raw)
-    slopes = both[1 - mine].tile
-    loss, raw, total = diverge(divergence, student, teacher, Learner(("student", "teacher")[mine], slopes))
-    into_ways = None
-    if mine == coarse:
-        written.tile.index_put_((rows, columns), logits)
-        at_places = slopes[rows, columns]
-        kept = (first - sums).exp_().mul_(at_places)
-        slopes.index_put_((rows, columns), kept)
-        lost = at_places - kept
-        total = total.index_add(0, columns, lost, alpha=-1.0)
-        into_going_on = torch.zeros_like(ways.going_on).index_add_(0, others, lost * counts[columns])
-        into_end = ways.end.new_zeros(len(ways.end) + 1)
-        into_end.index_add_(0, ways.ended.where(ways.ended >= 0, len(ways.end)), total * counts)
-        into_ways = WaySlopes(into_going_on, into_end[:-1])
-    through_softmax_(slopes, total, both[mine], counts * weight)
-    return Opened(loss, raw, slopes, into_ways)
+    boundaries, classes, continuation_classes = paths.indices
+    coarse = sides[coarser]._replace(shift=sides[coarser].shift + paths.token_end_log_probs)
+    logits = coarse.tile[classes, boundaries]
+    by_end = coarse.shift[boundaries] + coarse.scale * logits
+    joint = torch.logaddexp(by_end, paths.log_probs.index_select(0, continuation_classes))
+    # The few classes with a second path are stored as the logits that give their joint probability.
+    coarse.tile.index_put_((classes, boundaries), (joint - coarse.shift[boundaries]) / coarse.scale)
+    student, teacher = (coarse, sides[1]) if coarser == 0 else (sides[0], coarse)
+    if grad_side is None:
+        loss, unclamped, _ = divergence.per_position(student, teacher)
+        return BoundaryLoss(loss, unclamped)
+    grad = sides[1 - grad_side].tile
+    target = GradTarget(("student", "teacher")[grad_side], grad)
+    loss, unclamped, grad_sum = divergence.per_position(student, teacher, target)
+    path_grad = None
+    if grad_side == coarser:
+        coarse.tile.index_put_((classes, boundaries), logits)
+        joint_grad = grad[classes, boundaries]
+        by_end_grad = (by_end - joint).exp_().mul_(joint_grad)
+        grad.index_put_((classes, boundaries), by_end_grad)
+        continuation_grad = joint_grad - by_end_grad
+        grad_sum = grad_sum.index_add(0, boundaries, continuation_grad, alpha=-1.0)
+        log_prob_grad = torch.zeros_like(paths.log_probs)
+        log_prob_grad.index_add_(0, continuation_classes, continuation_grad * counts[boundaries])
+        num_ends = len(paths.end_log_probs)
+        end_grad = paths.end_log_probs.new_zeros(num_ends + 1)
+        end_grad.index_add_(0, paths.token_end.where(paths.token_end >= 0, num_ends), grad_sum * counts)
+        path_grad = PathGrad(log_prob_grad, end_grad[:-1])
+    log_softmax_backward_(grad, grad_sum, sides[grad_side], counts * weight)
+    return BoundaryLoss(loss, unclamped, grad, path_grad)

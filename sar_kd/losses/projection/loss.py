@@ -1,9 +1,17 @@
-"""Distillation across tokenizers: the divergence over the outcomes that both vocabularies can tell apart."""
+"""The projection method: the divergences of one segment, with their gradients.
+
+Three paths, because each of them is the fastest where it applies:
+- `_dense_loss_and_grad`: the whole teacher distribution; gradients written out.
+- `_top_k_loss_and_grad`: a teacher truncated to its top k whose tokenizer is the coarser, so that the whole vocabulary
+  of the student is needed for the tail only; sparse gradients.
+- `differentiable_loss`: a truncated teacher whose tokenizer is the finer; autograd.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,263 +21,310 @@ from sar_kd.alignment.batch_alignment import Continuations
 from sar_kd.alignment.segments import Segment
 from sar_kd.config.sections import LossConfig
 from sar_kd.data.batch import MASKED_LOGIT, Batch, TopKLogits
-from sar_kd.losses.distillation import Distillation, Learned, Sums, whole_tile
-from sar_kd.losses.divergence import softmax_slopes
+from sar_kd.losses.distillation import Distillation, dense_tile
+from sar_kd.losses.divergence import logsumexp_backward
 from sar_kd.losses.functional import GroupSums
-from sar_kd.losses.projection.joint import Opened, Ways, add_other_ways, open_divergence
-from sar_kd.losses.projection.marginals import Fold, coarse_log_probs, fine_log_probs, on_support, read, renormalised
-from sar_kd.losses.projection.truncated import HEARD, Heard, fine_columns, heard_entries, heard_outcomes
-from sar_kd.losses.tiled_loss import Compared, Single, Slopes, Tile
-from sar_kd.models.logit_tiles import column_logsumexp, finite_columns, flat, normalised, silence_
+from sar_kd.losses.projection.joint import (
+    BoundaryLoss,
+    ContinuationPaths,
+    add_continuation_paths,
+    boundary_divergence,
+)
+from sar_kd.losses.projection.marginals import (
+    KNOWN_THRESHOLD,
+    ClassMap,
+    coarse_log_probs,
+    fine_log_probs,
+    gather_logits,
+    on_support,
+    renormalise,
+)
+from sar_kd.losses.projection.truncated import SparseClasses, dense_with_tail, known_classes, known_entries
+from sar_kd.losses.tiled_loss import SparseGrad, TeacherTile, Tile, TileGrad, TileLoss
+from sar_kd.models.logit_tiles import (
+    LogProbs,
+    finite_positions,
+    flat_view,
+    logsumexp_per_position,
+    mask_positions_,
+)
+
+Sums = tuple[Tensor, Tensor]
+"""A sum over positions with the floor and without it, fp32 scalars, nats"""
 
 
-class _Taken(NamedTuple):
-    """What the continuations ask of one side's tile, at the temperature."""
+class _ContinuationLogits(NamedTuple):
+    """Logits of one side's tile that continuations need, divided by the temperature."""
 
     inside: Tensor
-    """float32 [V, K_1]: whole columns, where the other side is the coarser and goes on"""
+    """float32 [V, K_1]: all logits at positions inside a token of the other side"""
     entries: Tensor
-    """float32 [E]: single logits, where this side is the coarser"""
-    places: Tensor
-    """int64 [E]: where in the tile, as `flat` lays it out, these are"""
+    """float32 [E]: the `coarse_entries` of this side's continuations"""
+    indices: Tensor
+    """int64 [E]: of the entries, in `flat_view` of the tile"""
 
 
-class Projected(Distillation):
-    """T^2 * D(teacher || student) over the outcomes that both vocabularies can tell apart, wherever either starts a
-    token. See `projection`.
+class _TruncatedTeacher(NamedTuple):
+    """A teacher truncated to its top k, inside tokens."""
 
-    Where both start one, the coarser side's probability is that of all its ways to write an outcome: ending the token
-    before and starting the next, or having gone on. Where only the finer starts one, the coarser has gone on; that it
-    might have ended is one outcome, what it would have written then is not known.
-    """
+    coarse_log_probs: Tensor
+    """float32 [O], of its own continuations"""
+    inside: Tensor
+    """float32 [V_t + 1, K_1]: logits inside the student's tokens, the tail last"""
+    counts: Tensor
+    """bool [K_1]: which continuations inside its own tokens count"""
+
+
+class Projection(Distillation[Segment]):
+    """T^2 * D(teacher, student) over shared classes, wherever either side starts a token; see `losses.projection`."""
 
     covers_text = True
 
     def __init__(self, config: LossConfig, aligner: Aligner):
         super().__init__(config, aligner)
-        classes, self.teacher_is_coarser = aligner.open_classes, aligner.teacher_is_coarser
-        self.student_fold = Fold(classes.student_tokens, classes.student_classes, classes.count)
-        self.teacher_fold = Fold(classes.teacher_tokens, classes.teacher_classes, classes.count)
+        shared, self.teacher_is_coarser = aligner.shared_classes, aligner.teacher_is_coarser
+        self.student_map = ClassMap(shared.student_tokens, shared.student_classes, shared.num_classes)
+        self.teacher_map = ClassMap(shared.teacher_tokens, shared.teacher_classes, shared.num_classes)
 
-    def tiles(self, batch: Batch) -> list[Tile]:
-        """Stretches of text, with every row that the student predicts something in."""
-        return [Tile(part.student_rows, part.teacher_rows, part.counts, part) for part in batch.segments]
+    def tiles(self, batch: Batch) -> list[Tile[Segment]]:
+        return [Tile(part.student_positions, part.teacher_positions, part.counts, part) for part in batch.segments]
 
-    def compare(self, student: Tensor, teacher: Tensor | TopKLogits, part: Any, learner: str | None) -> Compared:
-        """Two tiles of logits; uses up the other side's. See `Compared`."""
-        if self.top_k:
-            assert learner != "teacher"
-            if not self.teacher_is_coarser:
-                return super().compare(student, teacher, part, learner)
-            return self._compare_top(student, self._top(teacher), part, learner is not None)
-        whole, mine = whole_tile(teacher), None if learner is None else int(learner == "teacher")
-        sound = finite_columns(whole)
-        tiles = student, silence_(whole, sound)
-        records = part.in_student, part.in_teacher
-        taken = [self._taken(tiles[i], part.num_open, records[1 - i], records[i]) for i in range(2)]
-        leaves = () if mine is None else (taken[mine].inside.requires_grad_(), taken[mine].entries.requires_grad_())
-        with torch.enable_grad():
-            said, told = coarse_log_probs(taken[0].entries, records[0]), coarse_log_probs(taken[1].entries, records[1])
-            sums = self._inside(said, told, taken[0].inside, taken[1].inside, part, sound)
-            ways, counts = self._ways(told if self.teacher_is_coarser else said, part, sound)
-        opened, shares = self._opened(tiles, part.num_open, ways.detach(), mine, counts.float())
-        scale = self.temperature**2
-        loss, raw = (
-            scale * (of_columns * counts).sum() + scale * of_inside.detach()
-            for of_columns, of_inside in zip((opened.loss, opened.raw), sums, strict=True)
-        )
-        if mine is None or opened.slopes is None:
-            return Compared(loss, raw, self._dropped(part, sound), None)
-        outputs, gradients = [sums[0]], [torch.ones_like(sums[0])]
-        if opened.into_ways is not None:
-            outputs += [ways.going_on, ways.end]
-            gradients += opened.into_ways
-        back = torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)
-        into_inside, into_entries = (
-            torch.zeros_like(leaf) if slope is None else slope.mul_(self.temperature)
-            for leaf, slope in zip(leaves, back, strict=True)
-        )
-        (self.student_fold, self.teacher_fold)[mine].spread_(opened.slopes, shares)
-        pieces = (0, opened.slopes), (part.num_open, into_inside)
-        slopes = Slopes(pieces, Single(taken[mine].places, into_entries))
-        return Compared(loss, raw, self._dropped(part, sound), slopes)
-
-    def _compare_top(self, student: Tensor, top: TopKLogits, part: Segment, learns: bool) -> Compared:
-        """A teacher with the longer tokens, cut to its top k: the student is asked for what it speaks about, and the
-        rest.
-        """
-        in_teacher, in_student, num_open, fold = part.in_teacher, part.in_student, part.num_open, self.student_fold
-        told, inside, go_on = self._told(top, part)
-        ways, counts = self._ways(told, part, top.sound)
-        heard = heard_outcomes(top.columns(0, num_open), self.teacher_fold, self.temperature, ways)
-        of, width = heard.outcomes.clamp_max(len(fold.first) - 1), student.stride(0)
-        taken = self._taken(student, num_open, in_teacher, in_student)
-        several, shares = fold.several_of(student[:, :num_open], self.temperature)
-        places = fold.first[of] * width + heard.columns
-        alone = flat(student).index_select(0, places).div_(self.temperature)
-        rest, restore = self._rest_(student, heard, of, places, num_open)
-        leaves = taken.inside, taken.entries, alone, several.div_(self.temperature), rest
-        if learns:
-            for leaf in leaves:
-                leaf.requires_grad_()
-        with torch.enable_grad():
-            said = coarse_log_probs(taken.entries, in_student)
-            sums = self._inside(said, told, taken.inside, inside, part, top.sound, go_on)
-            joined = torch.cat([several, several.new_zeros(1, num_open)])[fold.place[of], heard.columns]
-            own = torch.where(fold.place[of] < 0, alone, joined).where(heard.are_heard, MASKED_LOGIT)
-            columns = torch.cat([heard.columns, torch.arange(num_open, device=student.device)])
-            both = torch.cat([own, rest]), torch.cat([heard.log_probs, heard.rest])
-            log_p, log_t, shared = renormalised(*both, GroupSums(columns, num_open))
-            opened = self.divergence(log_p, log_t, (counts & shared)[columns])
-            loss, raw = (self.temperature**2 * (a + b) for a, b in zip(sums, opened, strict=True))
-        if not learns:
-            restore()
-            return Compared(loss, raw, self._dropped(part, top.sound), None)
-        # T^2 of the loss, and 1 / T of the logits, are in the loss and in the leaves.
-        back = torch.autograd.grad(loss, leaves, allow_unused=True)
-        into = [
-            torch.zeros_like(leaf) if slope is None else slope.div_(self.temperature)
-            for leaf, slope in zip(leaves, back, strict=True)
-        ]
-        others = softmax_slopes(student[:, :num_open], self.temperature * rest.detach(), into[4], self.temperature)
-        restore()
-        members = fold.members[:, None] * width + torch.arange(num_open, device=student.device)
-        single = Single(
-            torch.cat([taken.places, places, members.view(-1)]),
-            torch.cat([into[1], into[2], into[3].index_select(0, fold.groups).mul_(shares).view(-1)]),
-        )
-        slopes = Slopes(((0, others), (num_open, into[0])), single)
-        return Compared(loss.detach(), raw.detach(), self._dropped(part, top.sound), slopes)
-
-    def _rest_(
-        self, student: Tensor, heard: Heard, of: Tensor, places: Tensor, num_open: int
-    ) -> tuple[Tensor, Callable[[], None]]:
-        """The student's log sum exp(z / T), float32 [K], of all outcomes that are not heard; and what undoes what this
-        does to its tile, in which the others are `MASKED_LOGIT` until then.
-        """
-        fold, width, line = self.student_fold, student.stride(0), flat(student)
-        columns, silent = student[:, :num_open], torch.cat([fold.absent, fold.beyond(len(student))])
-        among = torch.zeros(len(fold.several) + 1, num_open, device=student.device)
-        among.index_put_((fold.place[of], heard.columns), heard.are_heard.float(), accumulate=True)
-        members = fold.members[:, None] * width + torch.arange(num_open, device=student.device)
-        places = torch.cat([places, members.view(-1)])
-        is_out = torch.cat([heard.are_heard, (among[fold.groups] > 0).view(-1)])
-        kept, kept_rows = line.index_select(0, places), columns.index_select(0, silent)
-        # By the least of both: a place may stand in the list twice, and once for nothing.
-        line.scatter_reduce_(0, places, torch.where(is_out, MASKED_LOGIT, torch.inf), "amin")
-        columns.index_fill_(0, silent, MASKED_LOGIT)
-
-        def restore() -> None:
-            columns.index_copy_(0, silent, kept_rows)
-            line.index_copy_(0, places, kept)
-
-        return column_logsumexp(columns, self.temperature), restore
-
-    def _told(self, top: TopKLogits, part: Segment) -> tuple[Tensor, Tensor, Tensor]:
-        """What the cut teacher says inside of tokens: its own outcomes, float32 [O], its whole columns as the finer
-        side, and which of its own rows count, bool [K_1].
-        """
-        entries, counts = heard_entries(top, part.in_teacher, self.teacher_vocab_size, self.temperature)
-        columns = top.columns(part.num_open, part.num_open + len(part.in_student.fine_rows))
-        inside = fine_columns(columns, self.teacher_vocab_size, self.temperature)
-        return coarse_log_probs(entries, part.in_teacher), inside, counts[: len(part.in_teacher.fine_rows)]
-
-    def _taken(self, tile: Tensor, num_open: int, as_fine: Continuations, as_coarse: Continuations) -> _Taken:
-        row, token, _ = as_coarse.coarse_entries
-        places = token * tile.stride(0) + as_coarse.coarse_rows[row]
-        inside = tile[:, num_open : num_open + len(as_fine.fine_rows)]
-        entries = flat(tile).index_select(0, places)
-        return _Taken(inside.div(self.temperature).contiguous(), entries.div_(self.temperature), places)
-
-    def _opened(
-        self, tiles: tuple[Tensor, Tensor], num_open: int, ways: Ways, mine: int | None, counts: Tensor
-    ) -> tuple[Opened, Tensor]:
-        """Where both start a token, with each outcome in the row of the learner's first token of it; the shares of the
-        learner's tokens in those of several.
-        """
-        own = mine or 0
-        folds, temperature = (self.student_fold, self.teacher_fold), self.temperature
-        fold, columns = folds[own], tiles[own][: len(folds[own]), :num_open]
-        carried = fold.carry(folds[1 - own], tiles[1 - own][:, :num_open], temperature)
-        kept, shares = fold.enter_(columns, temperature)
-        sides = (columns, carried) if own == 0 else (carried, columns)
-        both = normalised(sides[0], temperature), normalised(sides[1], temperature)
-        rows = torch.stack([ways.others[0], fold.first[ways.others[1]], ways.others[2]])
-        ways = ways._replace(others=rows)
-        # T^2 of the loss, and 1 / T of the logits.
-        coarse, weight = int(self.teacher_is_coarser), temperature
-        opened = open_divergence(self.divergence, both, ways, coarse, mine, counts, weight)
-        fold.leave_(columns, kept)
-        return opened, shares
-
-    def _ways(self, going_on: Tensor, part: Segment, sound: Tensor) -> tuple[Ways, Tensor]:
-        """The coarser side's other ways, and which columns count: bool [num_open]."""
-        rows = part.in_teacher if self.teacher_is_coarser else part.in_student
-        counts = sound[: part.num_open]
+    def loss_and_grad(self, student: Tensor, teacher: TeacherTile, context: Segment, grad_side: str | None) -> TileLoss:
+        if not self.top_k:
+            return self._dense_loss_and_grad(student, dense_tile(teacher), context, grad_side)
+        assert grad_side != "teacher"
         if self.teacher_is_coarser:
-            # Whether the token before was done is what that one's row says.
-            counts = counts & torch.cat([sound[rows.coarse_rows], sound.new_ones(1)])[part.ended]
-        return Ways(going_on, going_on[rows.ends], part.ended, part.other_ways), counts
+            return self._top_k_loss_and_grad(student, self._top_k(teacher), context, grad_side is not None)
+        return super().loss_and_grad(student, teacher, context, grad_side)
 
-    def _dropped(self, part: Segment, sound: Tensor) -> Tensor:
-        """Teacher rows that are not finite, each as often as it would speak."""
-        size = len(part.in_teacher.fine_rows)
-        rows = torch.cat([part.in_teacher.coarse_rows[:size], part.in_student.fine_rows])
-        return (~sound[: part.num_open]).sum() + (~sound[rows]).sum()
+    # The whole teacher distribution
 
-    def _inside(
-        self,
-        said: Tensor,
-        told: Tensor,
-        student: Tensor,
-        teacher: Tensor,
-        part: Segment,
-        sound: Tensor,
-        go_on: Tensor | None = None,
-    ) -> Sums:
-        """Where only one side starts a token, inside a token of the other.
+    def _dense_loss_and_grad(
+        self, student: Tensor, teacher: Tensor, segment: Segment, grad_side: str | None
+    ) -> TileLoss:
+        side = None if grad_side is None else int(grad_side == "teacher")
+        is_finite = finite_positions(teacher)
+        tiles = student, mask_positions_(teacher, is_finite)
+        records = segment.student_continuations, segment.teacher_continuations
+        logits = [self._continuation_logits(tiles[i], segment.num_pairs, records[1 - i], records[i]) for i in range(2)]
+        leaves = [] if side is None else [logits[side].inside.requires_grad_(), logits[side].entries.requires_grad_()]
+        with torch.enable_grad():
+            coarse = [coarse_log_probs(logits[i].entries, records[i]) for i in range(2)]
+            inside = self._inside_loss(coarse, (logits[0].inside, logits[1].inside), segment, is_finite)
+            paths, counts = self._paths(coarse[self.teacher_is_coarser], segment, is_finite)
+        boundary, shares = self._boundary_loss(tiles, segment.num_pairs, paths.detach(), side, counts.float())
+        scale = self.temperature**2
+        loss, unclamped = (
+            scale * (at_boundary * counts).sum() + scale * inside_sum.detach()
+            for at_boundary, inside_sum in zip((boundary.loss, boundary.unclamped), inside, strict=True)
+        )
+        dropped = self._num_dropped(segment, is_finite)
+        if side is None or boundary.grad is None:
+            return TileLoss(loss, unclamped, dropped)
+        outputs, output_grads = [inside[0]], [torch.ones_like(inside[0])]
+        if boundary.path_grad is not None:
+            outputs += [paths.log_probs, paths.end_log_probs]
+            output_grads += boundary.path_grad
+        # T^2 of the loss, and 1 / T of the logits.
+        inside_grad, entry_grad = (g.mul_(self.temperature) for g in _grads(outputs, leaves, output_grads))
+        (self.student_map, self.teacher_map)[side].scatter_grad_(boundary.grad, shares)
+        dense = (0, boundary.grad), (segment.num_pairs, inside_grad)
+        return TileLoss(loss, unclamped, dropped, TileGrad(dense, SparseGrad(logits[side].indices, entry_grad)))
 
-        said, told: float32 [O], the coarser's outcomes inside the student's and inside the teacher's tokens
-        student, teacher: float32 [V, K_1], the finer's columns there
-        go_on: bool [K_1], which rows of a cut teacher count inside its tokens
+    def _boundary_loss(
+        self, tiles: tuple[Tensor, Tensor], num_pairs: int, paths: ContinuationPaths, side: int | None, counts: Tensor
+    ) -> tuple[BoundaryLoss, Tensor]:
+        """The divergence at common boundaries, with the classes at the representatives of the side with a gradient.
+
+        Returns: it; the shares of that side's tokens in classes of several
         """
-        in_teacher, in_student = part.in_teacher, part.in_student
-        of_student = fine_log_probs(student, in_teacher, self.divergence.direction == "reverse")
-        of_teacher = fine_log_probs(teacher, in_student, must_end=True)
-        counts = sound[in_teacher.coarse_rows[: len(in_teacher.fine_rows)]]
-        counts = counts if go_on is None else counts & go_on
-        loss, raw = self._going_on(of_student, told[: in_teacher.num_going_on], in_teacher, counts)
-        counts = sound[in_student.fine_rows]
-        loss_too, raw_too = self._going_on(said[: in_student.num_going_on], of_teacher, in_student, counts)
-        return loss + loss_too, raw + raw_too
+        own, temperature = side or 0, self.temperature
+        maps = self.student_map, self.teacher_map
+        own_map, own_tile = maps[own], tiles[own][: len(maps[own]), :num_pairs]
+        other_tile = own_map.to_other_vocab(maps[1 - own], tiles[1 - own][:, :num_pairs], temperature)
+        overwritten, shares = own_map.to_classes_(own_tile, temperature)
+        student, teacher = (own_tile, other_tile) if own == 0 else (other_tile, own_tile)
+        log_probs = LogProbs.from_logits(student, temperature), LogProbs.from_logits(teacher, temperature)
+        boundaries, classes, continuation_classes = paths.indices
+        paths = paths._replace(
+            indices=torch.stack([boundaries, own_map.representatives[classes], continuation_classes])
+        )
+        # The weight T is T^2 of the loss, and 1 / T of the logits.
+        coarser = int(self.teacher_is_coarser)
+        boundary = boundary_divergence(self.divergence, log_probs, paths, coarser, side, counts, weight=temperature)
+        own_map.restore_(own_tile, overwritten)
+        return boundary, shares
 
-    def _going_on(self, student: Tensor, teacher: Tensor, rows: Continuations, counts: Tensor) -> Sums:
-        of_rows = rows.outcome_rows[: rows.num_going_on]
+    # A truncated teacher whose tokenizer is the coarser
+
+    def _top_k_loss_and_grad(self, student: Tensor, top: TopKLogits, segment: Segment, needs_grad: bool) -> TileLoss:
+        num_pairs, temperature, class_map = segment.num_pairs, self.temperature, self.student_map
+        teacher = self._truncated_teacher(top, segment)
+        paths, counts = self._paths(teacher.coarse_log_probs, segment, top.is_finite)
+        known = known_classes(top.slice(0, num_pairs), self.teacher_map, temperature, paths)
+        own = self._continuation_logits(
+            student, num_pairs, segment.teacher_continuations, segment.student_continuations
+        )
+        # The student's logits of the known classes: those of one token by its index, the few others for all positions.
+        classes = known.classes.clamp_max(len(class_map.representatives) - 1)
+        multi_index = class_map.multi_index[classes]
+        indices = class_map.representatives[classes] * student.stride(0) + known.positions
+        single = flat_view(student).index_select(0, indices).div_(temperature)
+        multi, shares = class_map.multi_token_logits(student[:, :num_pairs], temperature)
+        multi.div_(temperature)
+        numbers = torch.arange(num_pairs, device=student.device)
+        member_indices = (class_map.members[:, None] * student.stride(0) + numbers).view(-1)
+        with self._only_tail(student, known, multi_index, indices, member_indices, num_pairs) as tail_tile:
+            tail = logsumexp_per_position(tail_tile, temperature)
+            leaves = [own.inside, own.entries, single, multi, tail]
+            if needs_grad:
+                for leaf in leaves:
+                    leaf.requires_grad_()
+            with torch.enable_grad():
+                coarse = coarse_log_probs(own.entries, segment.student_continuations), teacher.coarse_log_probs
+                inside = self._inside_loss(coarse, (own.inside, teacher.inside), segment, top.is_finite, teacher.counts)
+                multi_logits = torch.cat([multi, multi.new_zeros(1, num_pairs)])[multi_index, known.positions]
+                logits = torch.where(multi_index < 0, single, multi_logits).where(known.is_known, MASKED_LOGIT)
+                positions = torch.cat([known.positions, numbers])
+                sides = torch.cat([logits, tail]), torch.cat([known.log_probs, known.tail])
+                log_p, log_t, shared = renormalise(*sides, GroupSums(positions, num_pairs))
+                boundary = self.divergence(log_p, log_t, (counts & shared)[positions])
+                loss, unclamped = (temperature**2 * (a + b) for a, b in zip(inside, boundary, strict=True))
+            dropped = self._num_dropped(segment, top.is_finite)
+            if not needs_grad:
+                return TileLoss(loss, unclamped, dropped)
+            # T^2 is in the loss; 1 / T of the logits.
+            grads = [grad.div_(temperature) for grad in _grads([loss], leaves)]
+            tail_grad = logsumexp_backward(tail_tile, temperature * tail.detach(), grads[4], temperature)
+        member_grad = grads[3].index_select(0, class_map.member_groups).mul_(shares).view(-1)
+        sparse = SparseGrad(
+            torch.cat([own.indices, indices, member_indices]), torch.cat([grads[1], grads[2], member_grad])
+        )
+        grad = TileGrad(((0, tail_grad), (num_pairs, grads[0])), sparse)
+        return TileLoss(loss.detach(), unclamped.detach(), dropped, grad)
+
+    @contextlib.contextmanager
+    def _only_tail(
+        self,
+        student: Tensor,
+        known: SparseClasses,
+        multi_index: Tensor,
+        indices: Tensor,
+        member_indices: Tensor,
+        num_pairs: int,
+    ) -> Iterator[Tensor]:
+        """The student's tile at common boundaries, [V, K], in which only classes that are not known have logits.
+
+        multi_index: int64 [E], of the known classes, as in `ClassMap`
+        indices, member_indices: in `flat_view` of the tile, of the known classes' representatives, and of `members`
+        """
+        class_map, flat, pairs = self.student_map, flat_view(student), student[:, :num_pairs]
+        excluded = torch.cat([class_map.unclassed, class_map.tokens_beyond(len(student))])
+        num_known = torch.zeros(len(class_map.multi_classes) + 1, num_pairs, device=student.device)
+        num_known.index_put_((multi_index, known.positions), known.is_known.float(), accumulate=True)
+        is_known = torch.cat([known.is_known, (num_known[class_map.member_groups] > 0).view(-1)])
+        indices = torch.cat([indices, member_indices])
+        single, whole = flat.index_select(0, indices), pairs.index_select(0, excluded)
+        # By the minimum: an index may occur twice, and once for an empty entry.
+        flat.scatter_reduce_(0, indices, torch.where(is_known, MASKED_LOGIT, torch.inf), "amin")
+        pairs.index_fill_(0, excluded, MASKED_LOGIT)
+        yield pairs
+        pairs.index_copy_(0, excluded, whole)
+        flat.index_copy_(0, indices, single)
+
+    # A truncated teacher whose tokenizer is the finer
+
+    def differentiable_loss(self, student: Tensor, teacher: TeacherTile, context: Segment) -> TileLoss:
+        segment, num_pairs, top = context, context.num_pairs, self._top_k(teacher)
+        truncated = self._truncated_teacher(top, segment)
+        num_inside, record = len(segment.teacher_continuations.fine_positions), segment.student_continuations
+        own = gather_logits(student, self.student_map, num_pairs, num_inside, record, self.temperature)
+        coarse = coarse_log_probs(own.entries, record), truncated.coarse_log_probs
+        inside = self._inside_loss(coarse, (own.inside, truncated.inside), segment, top.is_finite, truncated.counts)
+        paths, counts = self._paths(coarse[0], segment, top.is_finite)
+        log_p = add_continuation_paths(own.boundary.log_softmax(0), paths)
+        known = known_classes(top.slice(0, num_pairs), self.teacher_map, self.temperature)
+        log_t = torch.full((len(log_p) + 1, num_pairs), MASKED_LOGIT, device=log_p.device)
+        log_t[known.classes, known.positions] = known.log_probs
+        log_t[-1] = known.tail
+        is_known = log_t[:-1] > KNOWN_THRESHOLD
+        tail = log_p.masked_fill(is_known, MASKED_LOGIT).logsumexp(0)
+        log_p = torch.cat([log_p.where(is_known, MASKED_LOGIT), tail[None]])
+        log_p, log_t, shared = renormalise(log_p, log_t)
+        boundary = self.divergence(log_p, log_t, counts & shared)
+        loss, unclamped = (self.temperature**2 * (a + b) for a, b in zip(inside, boundary, strict=True))
+        return TileLoss(loss, unclamped, self._num_dropped(segment, top.is_finite))
+
+    # The steps that they share
+
+    def _continuation_logits(
+        self, tile: Tensor, num_pairs: int, as_fine: Continuations, as_coarse: Continuations
+    ) -> _ContinuationLogits:
+        continuation, token, _ = as_coarse.coarse_entries
+        indices = token * tile.stride(0) + as_coarse.coarse_positions[continuation]
+        inside = tile[:, num_pairs : num_pairs + len(as_fine.fine_positions)]
+        entries = flat_view(tile).index_select(0, indices)
+        return _ContinuationLogits(inside.div(self.temperature).contiguous(), entries.div_(self.temperature), indices)
+
+    def _truncated_teacher(self, top: TopKLogits, segment: Segment) -> _TruncatedTeacher:
+        record, num_pairs = segment.teacher_continuations, segment.num_pairs
+        entries, counts = known_entries(top, record, self.teacher_vocab_size, self.temperature)
+        inside = top.slice(num_pairs, num_pairs + len(segment.student_continuations.fine_positions))
+        logits = dense_with_tail(inside, self.teacher_vocab_size, self.temperature)
+        return _TruncatedTeacher(coarse_log_probs(entries, record), logits, counts[: len(record.fine_positions)])
+
+    def _paths(self, coarse_log_probs: Tensor, segment: Segment, is_finite: Tensor) -> tuple[ContinuationPaths, Tensor]:
+        """The coarser side's continuations at common boundaries, and which boundaries count: bool [num_pairs]."""
+        record = segment.teacher_continuations if self.teacher_is_coarser else segment.student_continuations
+        counts = is_finite[: segment.num_pairs]
+        if self.teacher_is_coarser:
+            # The probability that the last token ended comes from that token's position.
+            counts = counts & torch.cat([is_finite[record.coarse_positions], is_finite.new_ones(1)])[segment.token_end]
+        end_log_probs = coarse_log_probs[record.end_classes]
+        return ContinuationPaths(coarse_log_probs, end_log_probs, segment.token_end, segment.continuation_paths), counts
+
+    def _num_dropped(self, segment: Segment, is_finite: Tensor) -> Tensor:
+        """Teacher positions that are not finite, each as often as it would be compared."""
+        record = segment.teacher_continuations
+        inside = record.coarse_positions[: len(record.fine_positions)], segment.student_continuations.fine_positions
+        return (~is_finite[: segment.num_pairs]).sum() + (~is_finite[torch.cat(inside)]).sum()
+
+    def _inside_loss(
+        self,
+        coarse: Sequence[Tensor],
+        fine_logits: tuple[Tensor, Tensor],
+        segment: Segment,
+        is_finite: Tensor,
+        is_known: Tensor | None = None,
+    ) -> Sums:
+        """The divergence where one side starts a token inside a token of the other; student first in all pairs.
+
+        coarse: float32 [O], log-probabilities of each side's continuations; fine_logits: float32 [V, K_1]
+        is_known: bool [K_1]: the continuations inside the teacher's tokens that count, of a truncated teacher
+        """
+        record = segment.teacher_continuations
+        counts = is_finite[record.coarse_positions[: len(record.fine_positions)]]
+        counts = counts if is_known is None else counts & is_known
+        student = fine_log_probs(fine_logits[0], record, self.divergence.direction == "reverse")
+        in_teacher = self._continuation_loss(student, coarse[1][: record.num_inside_classes], record, counts)
+        record = segment.student_continuations
+        teacher = fine_log_probs(fine_logits[1], record, masks_impossible_end=True)
+        counts = is_finite[record.fine_positions]
+        in_student = self._continuation_loss(coarse[0][: record.num_inside_classes], teacher, record, counts)
+        return in_teacher[0] + in_student[0], in_teacher[1] + in_student[1]
+
+    def _continuation_loss(self, student: Tensor, teacher: Tensor, record: Continuations, counts: Tensor) -> Sums:
+        continuation_of = record.class_continuations[: record.num_inside_classes]
         if self.top_k:
-            if self.divergence.direction == "reverse":  # to which what was not said would be impossible
+            if self.divergence.direction == "reverse":  # a class outside the top k would have probability 0
                 student = on_support(student, teacher)
-            student, teacher, shared = renormalised(student, teacher, GroupSums(of_rows, len(rows.fine_rows)))
+            groups = GroupSums(continuation_of, len(record.fine_positions))
+            student, teacher, shared = renormalise(student, teacher, groups)
             counts = counts & shared
-        return self.divergence(student, teacher, counts[of_rows])
+        return self.divergence(student, teacher, counts[continuation_of])
 
-    def between(self, student: Tensor, teacher: Tensor | TopKLogits, part: Any) -> Learned:
-        """Of one stretch, with a teacher cut to its top k whose tokens are the shorter ones: a sum with a graph."""
-        top, num_open = self._top(teacher), part.num_open
-        told, teacher_inside, go_on = self._told(top, part)
-        num_inside = len(part.in_teacher.fine_rows)
-        asked = read(student, self.student_fold, num_open, num_inside, part.in_student, self.temperature)
-        said = coarse_log_probs(asked.entries, part.in_student)
-        sums = self._inside(said, told, asked.rows, teacher_inside, part, top.sound, go_on)
-        ways, counts = self._ways(said, part, top.sound)
-        log_p = add_other_ways(asked.open.log_softmax(0), ways)
-        heard = heard_outcomes(top.columns(0, num_open), self.teacher_fold, self.temperature)
-        log_t = torch.full((len(log_p) + 1, num_open), MASKED_LOGIT, device=log_p.device)
-        log_t[heard.outcomes, heard.columns] = heard.log_probs
-        log_t[-1] = heard.rest
-        are_heard = log_t[:-1] > HEARD
-        rest = log_p.masked_fill(are_heard, MASKED_LOGIT).logsumexp(0)
-        log_p = torch.cat([log_p.where(are_heard, MASKED_LOGIT), rest[None]])
-        log_p, log_t, shared = renormalised(log_p, log_t)
-        opened = self.divergence(log_p, log_t, counts & shared)
-        loss, raw = (self.temperature**2 * (a + b) for a, b in zip(sums, opened, strict=True))
-        return Learned(loss, raw, self._dropped(part, top.sound))
+
+def _grads(outputs: list[Tensor], leaves: list[Tensor], output_grads: list[Tensor] | None = None) -> list[Tensor]:
+    """The gradients of the leaves; zeros for one that no output depends on."""
+    grads = torch.autograd.grad(outputs, leaves, output_grads, allow_unused=True)
+    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)]

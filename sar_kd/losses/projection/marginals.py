@@ -1,11 +1,7 @@
-"""From the logits of a vocabulary's tokens to those of the outcomes that two vocabularies share, and back.
+"""From the logits of a vocabulary's tokens to log-probabilities of shared classes, and back to gradients of tokens.
 
-Two distributions over different vocabularies, compared on the outcomes that both can tell apart.
-
-An outcome is a class of tokens: of the finer vocabulary, one token (and what only begins with it); of the coarser
-one, every token that the finer would begin with that token (`vocabulary.VocabularyMap` draws the classes). A token
-without a class takes no part, so nothing is pushed down because the other vocabulary lacks it. With equal
-vocabularies every class is one token and this is the token-level divergence.
+A token without a class takes no part, so no probability is pushed down because the other vocabulary lacks the token.
+With equal vocabularies every class is one token, and the divergence is the token-level one.
 """
 
 from __future__ import annotations
@@ -23,250 +19,254 @@ from sar_kd.models.logit_tiles import exp_
 
 warnings.filterwarnings("ignore", message="index_reduce")  # "in beta" for years; its substitute is many times slower
 
+KNOWN_THRESHOLD = 1e-6 * MASKED_LOGIT
+"""A log-probability or logit below it is masked: not among the teacher's top k, or impossible."""
 
-class Fold(nn.Module):
-    """How the tokens of one vocabulary make up the outcomes where both tokenizers start a token.
 
-    One token of each outcome, its first, may stand for all of them: then the tokens' own logits are those of the
-    outcomes, but for the few that have several tokens.
+class ClassMap(nn.Module):
+    """The tokens of one vocabulary by shared class, at a common boundary.
+
+    Each class has a representative, its first token. Written over a tile of logits, the class logits stand at the
+    representatives: for a class of one token that is the token's own logit, so only the few others change.
     """
 
-    first: Tensor
-    """int64 [C]: a token of each outcome"""
-    place: Tensor
-    """int64 [C]: which of the S below it is, -1 for none"""
-    several: Tensor
-    """int64 [S]: the outcomes of more than one token"""
+    representatives: Tensor
+    """int64 [C]: the first token of each class"""
+    multi_index: Tensor
+    """int64 [C]: index among the S classes of several tokens, -1 for a class of one"""
+    multi_classes: Tensor
+    """int64 [S]: the classes of several tokens"""
     members: Tensor
     """int64 [J]: the tokens of those"""
-    groups: Tensor
-    """int64 [J]: which of the S"""
-    outcome: Tensor
-    """int64, by token"""
-    absent: Tensor
-    """int64: tokens without an outcome"""
-    silent: Tensor
-    """int64: tokens for which another one stands, or none"""
+    member_groups: Tensor
+    """int64 [J]: which of the S each belongs to"""
+    class_index: Tensor
+    """int64, by token: its class, 0 without one"""
+    unclassed: Tensor
+    """int64: tokens without a class"""
+    others: Tensor
+    """int64: tokens that represent no class"""
 
-    def __init__(self, tokens: Tensor, classes: Tensor, count: int):
-        """tokens, classes: int64 [M], the tokens that take part and the class of each; every class has at least one"""
+    def __init__(self, tokens: Tensor, classes: Tensor, num_classes: int):
+        """tokens, classes: int64 [M], the tokens with a class, and that class; every class has at least one token"""
         super().__init__()
-        sizes = torch.bincount(classes, minlength=count)
-        joined = sizes[classes] > 1
-        several = torch.arange(count)[sizes > 1]
-        outcome = torch.full((int(tokens.max()) + 1,), -1).index_copy_(0, tokens, classes)
-        first = tokens[classes.argsort(stable=True)[sizes.cumsum(0) - sizes]]
-        silent = torch.ones(len(outcome), dtype=torch.bool).index_fill_(0, first, False)
-        place = torch.full((count,), -1).index_copy_(0, several, torch.arange(len(several)))
-        parts = {
-            "first": first,
-            "place": place,
-            "several": several,
-            "members": tokens[joined],
-            "groups": torch.searchsorted(several, classes[joined]),
-            "outcome": outcome.clamp_min(0),
-            "absent": torch.arange(len(outcome))[outcome < 0],
-            "silent": torch.arange(len(outcome))[silent],
+        sizes = torch.bincount(classes, minlength=num_classes)
+        is_member = sizes[classes] > 1
+        multi_classes = torch.arange(num_classes)[sizes > 1]
+        class_index = torch.full((int(tokens.max()) + 1,), -1).index_copy_(0, tokens, classes)
+        representatives = tokens[classes.argsort(stable=True)[sizes.cumsum(0) - sizes]]
+        is_other = torch.ones(len(class_index), dtype=torch.bool).index_fill_(0, representatives, False)
+        multi_index = torch.full((num_classes,), -1).index_copy_(0, multi_classes, torch.arange(len(multi_classes)))
+        buffers = {
+            "representatives": representatives,
+            "multi_index": multi_index,
+            "multi_classes": multi_classes,
+            "members": tokens[is_member],
+            "member_groups": torch.searchsorted(multi_classes, classes[is_member]),
+            "class_index": class_index.clamp_min(0),
+            "unclassed": torch.arange(len(class_index))[class_index < 0],
+            "others": torch.arange(len(class_index))[is_other],
         }
-        for name, part in parts.items():
-            self.register_buffer(name, part, persistent=False)
-        self._room = torch.empty(0)
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer, persistent=False)
+        self._workspace = torch.empty(0)
 
     def __len__(self) -> int:
-        """Tokens up to the last that takes part."""
-        return len(self.outcome)
+        """Tokens up to the last one with a class."""
+        return len(self.class_index)
 
-    def outcomes_of(self, ids: Tensor) -> Tensor:
-        """The outcome of each token, of the shape of `ids`; -1 for none."""
-        known = torch.full((len(self) + 1,), -1, device=ids.device)  # behind the last: every token beyond
-        known[:-1] = self.outcome
-        known[self.absent] = -1
-        return known[ids.clamp_max(len(self))]
+    def classes_of(self, ids: Tensor) -> Tensor:
+        """The class of each token, int64 of the shape of `ids`; -1 for none."""
+        class_of = ids.new_full((len(self) + 1,), -1)
+        class_of[:-1] = self.class_index
+        class_of[self.unclassed] = -1
+        return class_of[ids.clamp_max(len(self))]
 
-    def beyond(self, num_rows: int) -> Tensor:
-        """The rows of a head with so many that are behind the last token that takes part."""
-        return torch.arange(len(self), max(len(self), num_rows), device=self.first.device)
+    def tokens_beyond(self, vocab_size: int) -> Tensor:
+        """The tokens of an LM head behind the last one with a class."""
+        return torch.arange(len(self), max(len(self), vocab_size), device=self.representatives.device)
 
-    def several_of(self, columns: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """The outcomes of several tokens: their logits, y[s, k] = T * log sum over v of s of exp(z[v, k] / T), and each
-        token's share of its outcome.
+    def multi_token_logits(self, tile: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Logits of the S classes of several tokens, and each token's share of its class's probability.
 
-        columns: float32 [V, K]
+        y[s, k] = T * log sum over v of s of exp(z[v, k] / T)
+
+        tile: float32 [V, K]
         Returns: float32 [S, K] and [J, K]
         """
-        shares = columns.index_select(0, self.members)
+        shares = tile.index_select(0, self.members)
         if temperature != 1.0:
             shares.div_(temperature)
-        # By each class's own maximum: its probability may underflow beside the column's.
-        peaks = shares.new_full((len(self.several), columns.shape[1]), -torch.inf)
-        peaks.index_reduce_(0, self.groups, shares, "amax")
-        exp_(shares.sub_(peaks.index_select(0, self.groups)))
-        totals = torch.zeros_like(peaks).index_add_(0, self.groups, shares)
-        shares.div_(totals.index_select(0, self.groups))
+        # By each class's own maximum: its probability may underflow beside the position's.
+        peaks = shares.new_full((len(self.multi_classes), tile.shape[1]), -torch.inf)
+        peaks.index_reduce_(0, self.member_groups, shares, "amax")
+        exp_(shares.sub_(peaks.index_select(0, self.member_groups)))
+        totals = torch.zeros_like(peaks).index_add_(0, self.member_groups, shares)
+        shares.div_(totals.index_select(0, self.member_groups))
         return peaks.add_(totals.log_()).mul_(temperature), shares
 
-    def enter_(self, columns: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Turn logits of tokens, float32 [V, K], into those of the outcomes, each in the row of its first token; the
-        other rows are `MASKED_LOGIT`.
-
-        Returns: what `leave_` wants, and the shares of `several_of`
-        """
-        values, shares = self.several_of(columns, temperature)
-        kept = columns.index_select(0, torch.cat([self.silent, self.leaders]))
-        columns.index_fill_(0, self.silent, MASKED_LOGIT)
-        columns.index_copy_(0, self.leaders, values)
-        return kept, shares
-
-    def leave_(self, columns: Tensor, kept: Tensor) -> None:
-        """Put the logits of tokens back."""
-        columns.index_copy_(0, torch.cat([self.silent, self.leaders]), kept)
-
-    def spread_(self, slopes: Tensor, shares: Tensor) -> None:
-        """From slopes of outcomes, each in the row of its first token, to those of tokens."""
-        if len(self.members):
-            slopes.index_copy_(0, self.members, slopes.index_select(0, self.leaders[self.groups]).mul_(shares))
-
     @property
-    def leaders(self) -> Tensor:
-        """int64 [S]: the first tokens of the outcomes of several."""
-        return self.first[self.several]
+    def _multi_representatives(self) -> Tensor:
+        return self.representatives[self.multi_classes]
 
-    def carry(self, other: Fold, columns: Tensor, temperature: float) -> Tensor:
-        """Logits of the other vocabulary's tokens as those of outcomes, in the rows of this one's first tokens.
+    def to_classes_(self, tile: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Turn token logits, float32 [V, K], into class logits at the representatives; `MASKED_LOGIT` elsewhere.
 
-        columns: float32 [V_o, K]
-        Returns: float32 [V, K], good until the next call; rows without an outcome are `MASKED_LOGIT`
+        Returns: the overwritten logits, for `restore_`; the shares of `multi_token_logits`
         """
-        size = len(self) * columns.shape[1]
-        if len(self._room) < size or self._room.device != columns.device:
-            self._room = columns.new_empty(size)  # kept: on a CPU memory that is new costs more than what is done in it
-        carried = self._room[:size].view(len(self), columns.shape[1])
-        torch.index_select(columns, 0, other.first[self.outcome], out=carried)
-        values, _ = other.several_of(columns, temperature)
-        carried.index_copy_(0, self.first[other.several], values)
-        return carried.index_fill_(0, self.silent, MASKED_LOGIT)
+        values, shares = self.multi_token_logits(tile, temperature)
+        overwritten = tile.index_select(0, torch.cat([self.others, self._multi_representatives]))
+        tile.index_fill_(0, self.others, MASKED_LOGIT)
+        tile.index_copy_(0, self._multi_representatives, values)
+        return overwritten, shares
+
+    def restore_(self, tile: Tensor, overwritten: Tensor) -> None:
+        """Undo `to_classes_`."""
+        tile.index_copy_(0, torch.cat([self.others, self._multi_representatives]), overwritten)
+
+    def scatter_grad_(self, grad: Tensor, shares: Tensor) -> None:
+        """From gradients of class logits, at the representatives, to those of token logits."""
+        if len(self.members):
+            sources = self._multi_representatives[self.member_groups]
+            grad.index_copy_(0, self.members, grad.index_select(0, sources).mul_(shares))
+
+    def to_other_vocab(self, other: ClassMap, tile: Tensor, temperature: float) -> Tensor:
+        """Class logits of the other vocabulary's tile, at the representatives of this one.
+
+        tile: float32 [V_o, K], of `other`
+        Returns: float32 [V, K], valid until the next call; `MASKED_LOGIT` where this vocabulary has no representative
+        """
+        size = len(self) * tile.shape[1]
+        if len(self._workspace) < size or self._workspace.device != tile.device:
+            # Reused: on a CPU newly allocated memory costs more than the operations on it.
+            self._workspace = tile.new_empty(size)
+        mapped = self._workspace[:size].view(len(self), tile.shape[1])
+        torch.index_select(tile, 0, other.representatives[self.class_index], out=mapped)
+        values, _ = other.multi_token_logits(tile, temperature)
+        mapped.index_copy_(0, self.representatives[other.multi_classes], values)
+        return mapped.index_fill_(0, self.others, MASKED_LOGIT)
 
 
-class Reading(NamedTuple):
-    """What is asked of one model's tile of logits, at the temperature; float32."""
+class GatheredLogits(NamedTuple):
+    """Logits of one model that the projection needs, divided by the temperature; float32."""
 
-    open: Tensor
-    """[C, K]: logits of the outcomes where both start a token, y[c, k] = log sum over v of c of exp(z[v, k] / T)"""
-    rows: Tensor
-    """[V, K_1]: whole columns, where the other side is the coarser and goes on"""
+    boundary: Tensor
+    """[C, K]: class logits at common boundaries, y[c, k] = log sum over v of c of exp(z[v, k] / T)"""
+    inside: Tensor
+    """[V, K_1]: all logits at positions inside a token of the other side"""
     entries: Tensor
-    """[E]: single logits, where this side is the coarser and might go on: the `coarse_entries`"""
+    """[E]: single logits, the `coarse_entries` of this side's continuations"""
 
 
-def read(
-    tile: Tensor, fold: Fold, num_open: int, num_inside: int, inside_own: Continuations, temperature: float
-) -> Reading:
-    """Take from one model's logits all that the projection needs, with one gradient for all of it.
+def gather_logits(
+    tile: Tensor, class_map: ClassMap, num_pairs: int, num_inside: int, continuations: Continuations, temperature: float
+) -> GatheredLogits:
+    """Gather `GatheredLogits` from a tile, with one gradient for all of them.
 
-    tile: float32 [V, n], first the columns where both start a token, then those where the other side is the coarser and
-    goes on, then any others; num_open, num_inside: K and K_1
-    inside_own: the continuations in which this side is the coarser
+    tile: float32 [V, n]: K = num_pairs positions at common boundaries, K_1 = num_inside positions inside a token of the
+    other side, then any others; continuations: of this side's tokens
     """
-    row, token, _ = inside_own.coarse_entries
-    places = token * tile.shape[1] + inside_own.coarse_rows[row]
-    return Reading(*_Read.apply(tile, fold, num_open, num_inside, places, temperature))
+    continuation, token, _ = continuations.coarse_entries
+    indices = token * tile.shape[1] + continuations.coarse_positions[continuation]
+    return GatheredLogits(*_GatherLogits.apply(tile, class_map, num_pairs, num_inside, indices, temperature))
 
 
-class _Read(torch.autograd.Function):
-    """dz[v, k] = dy[c(v), k] * exp(z[v, k] / T - y[c(v), k]) / T, and what comes from whole columns and entries.
+class _GatherLogits(torch.autograd.Function):
+    """dz[v, k] = dy[c(v), k] * exp(z[v, k] / T - y[c(v), k]) / T, plus the gradients of `inside` and `entries`.
 
-    One buffer for the gradient, and shares only where a class has several tokens: passes over [V, n] are what this
-    costs.
+    One buffer for the gradient, and shares only for classes of several tokens: passes over [V, n] are the cost.
     """
 
     @staticmethod
-    def forward(ctx, tile, fold: Fold, num_open: int, num_inside: int, places, temperature: float):
-        ctx.shape, ctx.fold, ctx.temperature = (*tile.shape, num_open, num_inside), fold, temperature
-        taken, inside = tile[:, :num_open], tile[:, num_open : num_open + num_inside]
-        outcomes = taken.index_select(0, fold.first)
-        values, shares = fold.several_of(taken, temperature)
-        outcomes.index_copy_(0, fold.several, values)
-        entries, inside = tile.view(-1).index_select(0, places), inside.contiguous()
+    def forward(ctx, tile, class_map: ClassMap, num_pairs: int, num_inside: int, indices, temperature: float):
+        ctx.shape, ctx.class_map, ctx.temperature = (*tile.shape, num_pairs, num_inside), class_map, temperature
+        pairs, inside = tile[:, :num_pairs], tile[:, num_pairs : num_pairs + num_inside]
+        boundary = pairs.index_select(0, class_map.representatives)
+        values, shares = class_map.multi_token_logits(pairs, temperature)
+        boundary.index_copy_(0, class_map.multi_classes, values)
+        entries, inside = tile.view(-1).index_select(0, indices), inside.contiguous()
         if temperature != 1.0:
-            for part in (outcomes, entries, inside):
+            for part in (boundary, entries, inside):
                 part.div_(temperature)
-        ctx.save_for_backward(places, shares)
-        return outcomes, inside, entries
+        ctx.save_for_backward(indices, shares)
+        return boundary, inside, entries
 
     @staticmethod
-    def backward(ctx, grad_open: Tensor, grad_inside: Tensor, grad_entries: Tensor):
-        places, shares = ctx.saved_tensors
-        (size, width, num_open, num_inside), fold = ctx.shape, ctx.fold
-        grad = grad_open.new_zeros(size, width)
-        columns = grad[: len(fold.outcome), :num_open]
-        columns.copy_(grad_open.index_select(0, fold.outcome))
-        columns.index_copy_(
-            0, fold.members, grad_open.index_select(0, fold.several).index_select(0, fold.groups).mul_(shares)
-        )
-        columns.index_fill_(0, fold.absent, 0.0)
-        grad[:, num_open : num_open + num_inside] = grad_inside
-        grad.view(-1).index_add_(0, places, grad_entries)
+    def backward(ctx, grad_boundary: Tensor, grad_inside: Tensor, grad_entries: Tensor):
+        indices, shares = ctx.saved_tensors
+        (vocab_size, width, num_pairs, num_inside), class_map = ctx.shape, ctx.class_map
+        grad = grad_boundary.new_zeros(vocab_size, width)
+        pairs = grad[: len(class_map), :num_pairs]
+        pairs.copy_(grad_boundary.index_select(0, class_map.class_index))
+        multi = grad_boundary.index_select(0, class_map.multi_classes)
+        pairs.index_copy_(0, class_map.members, multi.index_select(0, class_map.member_groups).mul_(shares))
+        pairs.index_fill_(0, class_map.unclassed, 0.0)
+        grad[:, num_pairs : num_pairs + num_inside] = grad_inside
+        grad.view(-1).index_add_(0, indices, grad_entries)
         return grad if ctx.temperature == 1.0 else grad.div_(ctx.temperature), *[None] * 5
 
 
-def coarse_log_probs(entries: Tensor, rows: Continuations) -> Tensor:
-    """Log-probabilities of the coarser side: softmax over the tokens that extend the written bytes and the one that ends
-    there. A row of which a cut to the top k left nothing counts as one that ends.
+def coarse_log_probs(entries: Tensor, continuations: Continuations) -> Tensor:
+    """Log-probabilities of a continuation's classes for the coarse side, conditioned on the prefix.
+
+    A softmax over the tokens that extend the prefix and the token that is the prefix itself. A continuation of which a
+    teacher's top k holds no token counts as one that ends.
 
     entries: float32 [E], the logits of `coarse_entries`
-    Returns: float32 [O]; about `MASKED_LOGIT` where an outcome cannot be
+    Returns: float32 [O]; about `MASKED_LOGIT` for an impossible class
     """
-    outcomes = GroupSums(rows.coarse_entries[2], len(rows.outcome_rows)).logsumexp(entries)
-    totals = GroupSums(rows.outcome_rows, len(rows.ends)).logsumexp(outcomes)
-    unknown = totals < 1e-6 * MASKED_LOGIT
-    log_probs = outcomes - totals.masked_fill(unknown, 0.0)[rows.outcome_rows]
-    return log_probs.index_fill(0, rows.ends, 0.0).where(unknown[rows.outcome_rows], log_probs)
+    continuation_of, end_classes = continuations.class_continuations, continuations.end_classes
+    classes = GroupSums(continuations.coarse_entries[2], len(continuation_of)).logsumexp(entries)
+    totals = GroupSums(continuation_of, len(end_classes)).logsumexp(classes)
+    is_unknown = totals < KNOWN_THRESHOLD
+    log_probs = classes - totals.masked_fill(is_unknown, 0.0)[continuation_of]
+    return log_probs.index_fill(0, end_classes, 0.0).where(is_unknown[continuation_of], log_probs)
 
 
-def fine_log_probs(logits: Tensor, rows: Continuations, must_end: bool) -> Tensor:
-    """Log-probabilities of the finer side in the first K_1 rows: softmax over its whole vocabulary, where all that
-    goes on with none of a row's tokens counts for the end.
+def fine_log_probs(logits: Tensor, continuations: Continuations, masks_impossible_end: bool) -> Tensor:
+    """Log-probabilities of the same classes for the fine side, at the first K_1 continuations.
 
-    Where the coarser side has no token that ends there, only the other outcomes take part if `must_end` (the end would
-    face a probability of 0), and the whole vocabulary if not.
+    A softmax over the whole vocabulary, in which every token that no class lists counts for the end of the coarse
+    token. Where the coarse vocabulary has no token that ends there, its end has probability 0; with
+    `masks_impossible_end` the fine side's softmax then leaves the end out too, else it keeps the whole vocabulary.
 
     logits: float32 [V, K_1]
-    Returns: float32 [O_1], of the outcomes of the first K_1 rows; about `MASKED_LOGIT` where an outcome cannot be
+    Returns: float32 [O_1]; about `MASKED_LOGIT` for an impossible class
     """
     size = logits.shape[1]
-    ends = rows.ends[:size]
-    of_rows = rows.outcome_rows[: rows.num_going_on]
-    segments = GroupSums(of_rows, size)
-    row, token, outcome = rows.fine_entries
-    places, flat = token * size + row, logits.view(-1)
-    outcomes = GroupSums(outcome, len(of_rows)).logsumexp(flat.index_select(0, places))
-    # From what is left, not as 1 minus the others: a student that is certain to go on must still be told to end.
-    end = flat.scatter(0, places, MASKED_LOGIT).view_as(logits).logsumexp(0)
-    if must_end:
-        end = torch.where(rows.can_end, end, MASKED_LOGIT)
-    outcomes = outcomes.index_copy(0, ends, end)
-    return torch.where(outcomes > 1e-6 * MASKED_LOGIT, outcomes - segments.logsumexp(outcomes)[of_rows], MASKED_LOGIT)
+    end_classes = continuations.end_classes[:size]
+    continuation_of = continuations.class_continuations[: continuations.num_inside_classes]
+    continuation, token, class_ = continuations.fine_entries
+    indices, flat = token * size + continuation, logits.view(-1)
+    classes = GroupSums(class_, len(continuation_of)).logsumexp(flat.index_select(0, indices))
+    # From the other tokens' logits, not as 1 - p: a student that is certain of the continuation still gets a gradient.
+    end = flat.scatter(0, indices, MASKED_LOGIT).view_as(logits).logsumexp(0)
+    if masks_impossible_end:
+        end = torch.where(continuations.can_end, end, MASKED_LOGIT)
+    classes = classes.index_copy(0, end_classes, end)
+    log_probs = classes - GroupSums(continuation_of, size).logsumexp(classes)[continuation_of]
+    return torch.where(classes > KNOWN_THRESHOLD, log_probs, MASKED_LOGIT)
 
 
 def on_support(student: Tensor, teacher: Tensor) -> Tensor:
-    """The student's logits without the outcomes of which a teacher cut to its top k says nothing (`MASKED_LOGIT`).
+    """The student's logits with `MASKED_LOGIT` for the classes that the teacher's top k does not hold.
 
-    Both are then renormalised on the rest, so that nothing is pushed down because the teacher did not say it.
+    Both are then renormalised on the others, so nothing is pushed down because it is not in the top k.
     """
-    return torch.where(teacher > 1e-6 * MASKED_LOGIT, student, MASKED_LOGIT)
+    return torch.where(teacher > KNOWN_THRESHOLD, student, MASKED_LOGIT)
 
 
-def renormalised(student: Tensor, teacher: Tensor, rows: GroupSums | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Both with each row's probabilities adding up to 1, and the rows, bool [K], of which both leave something.
+def renormalise(student: Tensor, teacher: Tensor, groups: GroupSums | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Both with the probabilities of each group adding up to 1, and bool [K]: both have a known class in the group.
 
-    student, teacher: float [C, K], or [O] with `rows`
+    student, teacher: float [C, K], or [O] with `groups`
     """
-    totals = [side.logsumexp(0) if rows is None else rows.logsumexp(side) for side in (student, teacher)]
-    shared = torch.minimum(*totals) > 1e-6 * MASKED_LOGIT
-    student, teacher = (side - _spread(total, rows) for side, total in zip((student, teacher), totals, strict=True))
-    keep = _spread(shared, rows)
+
+    def by_class(values: Tensor) -> Tensor:
+        return values if groups is None else values[groups.index]
+
+    totals = [side.logsumexp(0) if groups is None else groups.logsumexp(side) for side in (student, teacher)]
+    shared = torch.minimum(*totals) > KNOWN_THRESHOLD
+    student, teacher = (side - by_class(total) for side, total in zip((student, teacher), totals, strict=True))
+    keep = by_class(shared)
     return student.where(keep, 0.0), teacher.where(keep, 0.0), shared
-
-
-def _spread(values: Tensor, rows: GroupSums | None) -> Tensor:
-    return values if rows is None else values[rows.index]

@@ -1,9 +1,9 @@
-"""What a teacher cut to its top k says of the outcomes that two vocabularies share: some of them, and the rest.
+"""Shared classes of a teacher truncated to its top k: the known classes, and the tail.
 
-Where both models start a token, the rest is one outcome more. A token among the k that has no outcome takes no part;
-what the rest is made of is not known, so all of it is taken to have one. Where the teacher is asked how it would go on
-behind bytes that it has written, how much of the rest would go on so is not known either: none is taken to, and the row
-counts only if what is heard of it is at least as likely as all the rest.
+At a common boundary the tail, all other tokens, is one class more. A token of the top k without a class takes no part;
+which tokens make up the tail is not known, so all of it is taken to have a class. After a prefix it is not known either
+how much of the tail extends the prefix: none is taken to, and the continuation counts only if its known tokens are at
+least as likely as the whole tail.
 """
 
 from __future__ import annotations
@@ -16,90 +16,95 @@ from torch import Tensor
 from sar_kd.alignment.batch_alignment import Continuations
 from sar_kd.data.batch import MASKED_LOGIT, TopKLogits
 from sar_kd.losses.functional import GroupSums
-from sar_kd.losses.projection.joint import Ways
-from sar_kd.losses.projection.marginals import Fold
-
-HEARD = 1e-6 * MASKED_LOGIT
-"""What is above it was said."""
+from sar_kd.losses.projection.joint import ContinuationPaths
+from sar_kd.losses.projection.marginals import KNOWN_THRESHOLD, ClassMap
 
 
-class Heard(NamedTuple):
-    """Where both start a token: outcomes in a flat list, those of one column in any order, each once; and the rest."""
+class SparseClasses(NamedTuple):
+    """Known classes at K common boundaries in a flat list, in any order, each once; and the tail."""
 
-    columns: Tensor
+    positions: Tensor
     """int64 [E]"""
-    outcomes: Tensor
-    """int64 [E]; the number of outcomes there are, where the entry stands for none"""
+    classes: Tensor
+    """int64 [E]; the number of classes for an empty entry"""
     log_probs: Tensor
-    """float32 [E]; about `MASKED_LOGIT` where the entry stands for none, or the teacher does not say it"""
-    rest: Tensor
-    """float32 [K], log-probability of all other outcomes of a column"""
+    """float32 [E]; about `MASKED_LOGIT` for an empty entry or a class that is not known"""
+    tail: Tensor
+    """float32 [K]: log-probability of all other classes of a position"""
 
     @property
-    def are_heard(self) -> Tensor:
+    def is_known(self) -> Tensor:
         """bool [E]"""
-        return self.log_probs > HEARD
+        return self.log_probs > KNOWN_THRESHOLD
 
 
-def heard_outcomes(top: TopKLogits, fold: Fold, temperature: float, ways: Ways | None = None) -> Heard:
-    """What a teacher says of the outcomes.
+def known_classes(
+    top: TopKLogits, class_map: ClassMap, temperature: float, paths: ContinuationPaths | None = None
+) -> SparseClasses:
+    """The shared classes of a truncated teacher.
 
-    top: of the K columns where both start a token; ways: its other ways there, where its tokens are the longer ones
+    top: at the K common boundaries; paths: the teacher's continuations there, where its tokenizer is the coarser
     """
-    count = len(fold.first)
-    classes, logits = _by_outcome(fold.outcomes_of(top.ids.T), top.logits.T / temperature, count)
-    rest = top.rest / temperature
-    totals = torch.logaddexp(logits.logsumexp(1), rest)
-    ended, rest = (logits - totals[:, None]).where(logits > HEARD, MASKED_LOGIT), rest - totals
+    num_classes = len(class_map.representatives)
+    classes, logits = _sum_by_class(class_map.classes_of(top.ids.T), top.logits.T / temperature, num_classes)
+    tail = top.tail_logsumexp / temperature
+    totals = torch.logaddexp(logits.logsumexp(1), tail)
+    log_probs, tail = (logits - totals[:, None]).where(logits > KNOWN_THRESHOLD, MASKED_LOGIT), tail - totals
     numbers = torch.arange(len(classes), device=classes.device)
-    columns = numbers.repeat_interleave(classes.shape[1])
-    if ways is None:
-        return Heard(columns, classes.reshape(-1), ended.reshape(-1), rest)
-    flat, rest = (ended + ways.ends[:, None]).reshape(-1), rest + ways.ends
-    keys = (numbers[:, None] * (count + 1) + classes).view(-1)  # ascending
-    others, outcomes, continuations = ways.others
-    wanted, more = others * (count + 1) + outcomes, ways.going_on[continuations]
+    positions = numbers.repeat_interleave(classes.shape[1])
+    if paths is None:
+        return SparseClasses(positions, classes.reshape(-1), log_probs.reshape(-1), tail)
+    end = paths.token_end_log_probs
+    joint, tail = (log_probs + end[:, None]).reshape(-1), tail + end
+    # A class that is known by both paths gets the sum; one that is known by its continuation only, an entry more.
+    keys = (numbers[:, None] * (num_classes + 1) + classes).view(-1)  # ascending
+    path_positions, path_classes, continuation_classes = paths.indices
+    wanted, path_log_probs = path_positions * (num_classes + 1) + path_classes, paths.log_probs[continuation_classes]
     at = torch.searchsorted(keys, wanted).clamp_max(max(0, len(keys) - 1))
     is_there = keys[at] == wanted
-    flat = torch.cat([flat, flat.new_zeros(1)])
-    target = torch.where(is_there, at, len(keys))  # the last one is for those that are not
-    flat = flat.index_put((target,), torch.where(is_there, torch.logaddexp(flat[at], more), 0.0))[:-1]
-    return Heard(
-        torch.cat([columns, others]),
-        torch.cat([classes.reshape(-1), outcomes]),
-        torch.cat([flat, torch.where(is_there, MASKED_LOGIT, more)]),
-        rest,
+    joint = torch.cat([joint, joint.new_zeros(1)])
+    target = torch.where(is_there, at, len(keys))  # the last one is for those that are not there
+    joint = joint.index_put((target,), torch.where(is_there, torch.logaddexp(joint[at], path_log_probs), 0.0))[:-1]
+    return SparseClasses(
+        torch.cat([positions, path_positions]),
+        torch.cat([classes.reshape(-1), path_classes]),
+        torch.cat([joint, torch.where(is_there, MASKED_LOGIT, path_log_probs)]),
+        tail,
     )
 
 
-def _by_outcome(classes: Tensor, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Tokens' logits, [K, k], as those of their outcomes, likewise, in ascending order, `count` where there is none.
+def _sum_by_class(classes: Tensor, logits: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Tokens' logits, [K, k], as those of their classes, [K, k], classes ascending; `num_classes` for an empty entry.
 
-    classes: int64 [K, k], the outcome of each token, -1 for none
+    classes: int64 [K, k], the class of each token, -1 for none
     """
-    classes, order = torch.where(classes < 0, count, classes).contiguous().sort(1)
-    logits = logits.gather(1, order).where(classes < count, MASKED_LOGIT)
+    classes, order = torch.where(classes < 0, num_classes, classes).contiguous().sort(1)
+    logits = logits.gather(1, order).where(classes < num_classes, MASKED_LOGIT)
     is_new = torch.ones_like(classes)
     is_new[:, 1:] = classes[:, 1:] != classes[:, :-1]
-    width = classes.shape[1]
-    places = is_new.cumsum(1) - 1 + width * torch.arange(len(classes), device=classes.device)[:, None]
-    sums = GroupSums(places.view(-1), classes.numel()).logsumexp(logits.reshape(-1)).view_as(logits)
-    found = torch.full_like(classes, count).view(-1).scatter_(0, places.view(-1), classes.view(-1))
+    k = classes.shape[1]
+    entries = is_new.cumsum(1) - 1 + k * torch.arange(len(classes), device=classes.device)[:, None]
+    sums = GroupSums(entries.view(-1), classes.numel()).logsumexp(logits.reshape(-1)).view_as(logits)
+    found = torch.full_like(classes, num_classes).view(-1).scatter_(0, entries.view(-1), classes.view(-1))
     return found.view_as(classes), sums
 
 
-def heard_entries(top: TopKLogits, rows: Continuations, num_rows: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """Logits of the tokens that would go on, at the temperature, and which of the rows count.
+def known_entries(
+    top: TopKLogits, continuations: Continuations, vocab_size: int, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Logits of the tokens that extend a prefix, divided by the temperature, and which continuations count.
 
-    top: of the teacher, the coarser side of `rows`; num_rows: of its head
-    Returns: float32 [E], of `coarse_entries`, `MASKED_LOGIT` where nothing was said; bool [K]
+    top: of the teacher, the coarse side of `continuations`; vocab_size: of the teacher
+    Returns: float32 [E], of `coarse_entries`, `MASKED_LOGIT` outside the top k; bool [K]
     """
-    row, token, _ = rows.coarse_entries
-    entries = top.logits_of(token, rows.coarse_rows[row], num_rows).div_(temperature)
-    counts = GroupSums(row, len(rows.coarse_rows)).logsumexp(entries) >= top.rest[rows.coarse_rows] / temperature
-    return entries.where(counts[row], MASKED_LOGIT), counts
+    continuation, token, _ = continuations.coarse_entries
+    positions = continuations.coarse_positions
+    entries = top.logits_of(token, positions[continuation], vocab_size).div_(temperature)
+    known = GroupSums(continuation, len(positions)).logsumexp(entries)
+    counts = known >= top.tail_logsumexp[positions] / temperature
+    return entries.where(counts[continuation], MASKED_LOGIT), counts
 
 
-def fine_columns(top: TopKLogits, num_rows: int, temperature: float) -> Tensor:
-    """Whole columns of the teacher, at the temperature, with the rest as a token more: float32 [num_rows + 1, n]."""
-    return torch.cat([top.spread(num_rows), top.rest[None]]).div_(temperature)
+def dense_with_tail(top: TopKLogits, vocab_size: int, temperature: float) -> Tensor:
+    """All logits of the teacher, divided by the temperature, with the tail as one token more: [vocab_size + 1, n]."""
+    return torch.cat([top.to_dense(vocab_size), top.tail_logsumexp[None]]).div_(temperature)

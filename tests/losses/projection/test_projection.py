@@ -9,8 +9,8 @@ from torch import Tensor
 
 from sar_kd.alignment.batch_alignment import Continuations
 from sar_kd.data.batch import MASKED_LOGIT
-from sar_kd.losses.projection.joint import Ways, add_other_ways
-from sar_kd.losses.projection.marginals import Fold, coarse_log_probs, fine_log_probs, read
+from sar_kd.losses.projection.joint import ContinuationPaths, add_continuation_paths
+from sar_kd.losses.projection.marginals import ClassMap, coarse_log_probs, fine_log_probs, gather_logits
 
 N, V, COUNT = 5, 12, 4
 TOKENS = torch.tensor([0, 2, 3, 5, 6, 8, 9, 11])
@@ -40,15 +40,15 @@ def _value_and_grad(function, logits: Tensor, weights: Tensor) -> tuple[Tensor, 
 NONE = torch.tensor([], dtype=torch.int64)
 NO_ENTRIES = torch.zeros(3, 0, dtype=torch.int64)
 NO_ROWS = Continuations(NONE, NONE, NO_ENTRIES, NO_ENTRIES, NONE, NONE, NONE.bool(), 0)
-FOLD = Fold(TOKENS, CLASSES, COUNT)
+FOLD = ClassMap(TOKENS, CLASSES, COUNT)
 
 
 def _tile(logits: Tensor) -> Tensor:
     return logits.T.float().contiguous()
 
 
-def _class_logits(logits: Tensor, temperature: float = 1.0, fold: Fold = FOLD) -> Tensor:
-    return read(_tile(logits), fold, len(logits), 0, NO_ROWS, temperature).open.T
+def _class_logits(logits: Tensor, temperature: float = 1.0, fold: ClassMap = FOLD) -> Tensor:
+    return gather_logits(_tile(logits), fold, len(logits), 0, NO_ROWS, temperature).boundary.T
 
 
 def _naive_class_logits(logits: Tensor, temperature: float) -> Tensor:
@@ -82,7 +82,7 @@ def test_tokens_without_a_class_have_exactly_no_gradient_and_are_not_read():
 def test_classes_of_one_token_are_the_tokens_own_logits(dtype):
     logits, order = _logits().to(dtype), torch.randperm(V)
     tokens, weights = torch.arange(V), _weights(N, V)
-    value, grad = _value_and_grad(lambda z: _class_logits(z, 2.0, Fold(tokens, order, V)), logits, weights)
+    value, grad = _value_and_grad(lambda z: _class_logits(z, 2.0, ClassMap(tokens, order, V)), logits, weights)
     assert torch.equal(value, (logits.float() / 2.0)[:, order.argsort()])
     torch.testing.assert_close(grad, (weights[:, order] / 2.0).to(dtype))
 
@@ -141,26 +141,28 @@ def test_a_fold_of_more_rows_than_tokens_leaves_the_padding_alone():
 # Outcomes 0, 1 and the end 2 of one row; 3 and the end 4 of another, behind which no token of the coarser side ends;
 # 5, 6 and the end 7 of a third that ended in the text, of which only the coarser side is asked.
 ROWS = Continuations(
-    coarse_rows=torch.tensor([0, 1, 2]),
-    fine_rows=torch.tensor([0, 1]),
+    coarse_positions=torch.tensor([0, 1, 2]),
+    fine_positions=torch.tensor([0, 1]),
     coarse_entries=torch.tensor(
         [[0, 0, 0, 0, 1, 1, 2, 2, 2, 2], [1, 3, 7, 9, 3, 5, 0, 2, 6, 8], [1, 0, 0, 2, 3, 3, 6, 5, 5, 7]]
     ),
     fine_entries=torch.tensor([[0, 0, 0, 1, 1], [0, 4, 6, 2, 8], [0, 1, 1, 3, 3]]),
-    outcome_rows=torch.tensor([0, 0, 0, 1, 1, 2, 2, 2]),
-    ends=torch.tensor([2, 4, 7]),
+    class_continuations=torch.tensor([0, 0, 0, 1, 1, 2, 2, 2]),
+    end_classes=torch.tensor([2, 4, 7]),
     can_end=torch.tensor([True, False]),
-    num_going_on=5,
+    num_inside_classes=5,
 )
 RICH, POOR = 3, 2
 
 
 def _coarse(logits: Tensor, rows: Continuations, temperature: float) -> Tensor:
-    return coarse_log_probs(read(_tile(logits), FOLD, 0, 0, rows, temperature).entries, rows)
+    return coarse_log_probs(gather_logits(_tile(logits), FOLD, 0, 0, rows, temperature).entries, rows)
 
 
 def _fine(logits: Tensor, rows: Continuations, temperature: float, must_end: bool) -> Tensor:
-    return fine_log_probs(read(_tile(logits), FOLD, 0, len(logits), NO_ROWS, temperature).rows, rows, must_end)
+    return fine_log_probs(
+        gather_logits(_tile(logits), FOLD, 0, len(logits), NO_ROWS, temperature).inside, rows, must_end
+    )
 
 
 MUST_END = pytest.mark.parametrize("must_end", [True, False])
@@ -287,8 +289,8 @@ def test_a_student_all_but_certain_to_go_on_is_still_told_to_end(lead, temperatu
 
 
 def test_no_continuations_have_no_outcomes():
-    none = {name: value[..., :0] for name, value in vars(ROWS).items() if name != "num_going_on"}
-    none = Continuations(**none, num_going_on=0)
+    none = {name: value[..., :0] for name, value in vars(ROWS).items() if name != "num_inside_classes"}
+    none = Continuations(**none, num_inside_classes=0)
     for function, more in ((_coarse, ()), (_fine, (True,))):
         leaf = torch.zeros(0, V, requires_grad=True)
         found = function(leaf, none, 1.0, *more)
@@ -298,14 +300,14 @@ def test_no_continuations_have_no_outcomes():
 
 def test_rows_that_all_ended_ask_the_coarser_side_only():
     ended = Continuations(
-        coarse_rows=torch.tensor([0]),
-        fine_rows=torch.tensor([], dtype=torch.int64),
+        coarse_positions=torch.tensor([0]),
+        fine_positions=torch.tensor([], dtype=torch.int64),
         coarse_entries=torch.tensor([[0, 0], [1, 3], [0, 1]]),
         fine_entries=torch.zeros(3, 0, dtype=torch.int64),
-        outcome_rows=torch.tensor([0, 0]),
-        ends=torch.tensor([1]),
+        class_continuations=torch.tensor([0, 0]),
+        end_classes=torch.tensor([1]),
         can_end=torch.tensor([], dtype=torch.bool),
-        num_going_on=0,
+        num_inside_classes=0,
     )
     logits = _logits(0, 1.0, 1)
     torch.testing.assert_close(_coarse(logits, ended, 1.0), logits[0, [1, 3]].log_softmax(0))
@@ -314,13 +316,15 @@ def test_rows_that_all_ended_ask_the_coarser_side_only():
 
 def test_a_reading_adds_up_all_that_comes_back_to_a_column():
     """One column may be open, or stand whole, and lend single logits."""
-    num_open, rows = 3, dataclasses.replace(ROWS, coarse_rows=torch.tensor([0, 4, 1]))
+    num_pairs, rows = 3, dataclasses.replace(ROWS, coarse_positions=torch.tensor([0, 4, 1]))
 
     def found(z):
-        return torch.cat([part.t().flatten() for part in read(_tile(z), FOLD, num_open, N - num_open, rows, 2.0)])
+        return torch.cat(
+            [part.t().flatten() for part in gather_logits(_tile(z), FOLD, num_pairs, N - num_pairs, rows, 2.0)]
+        )
 
     def wanted(z):
-        entries = z[rows.coarse_rows[rows.coarse_entries[0]], rows.coarse_entries[1]]
+        entries = z[rows.coarse_positions[rows.coarse_entries[0]], rows.coarse_entries[1]]
         return torch.cat([_naive_class_logits(z[:3], 2.0).flatten(), z[3:].flatten() / 2.0, entries / 2.0])
 
     logits = _logits()
@@ -339,16 +343,20 @@ def test_other_ways_add_probabilities_and_their_gradients():
     ended, going_on = _logits(0, 1.0, 3)[:, :4].log_softmax(-1), _weights(5).log_softmax(0)
     rows, ends = torch.tensor([1, -1, 0]), going_on[[2, 4]]
     ways = torch.tensor([[0, 0, 2], [3, 1, 0], [3, 0, 1]])
-    found = add_other_ways(ended.T, Ways(going_on, ends, rows, ways)).T
+    found = add_continuation_paths(ended.T, ContinuationPaths(going_on, ends, rows, ways)).T
     wanted = torch.stack([ends[1].exp() * ended[0].exp(), ended[1].exp(), ends[0].exp() * ended[2].exp()])
     for k, c, way in ways.T.tolist():
         wanted[k, c] += going_on[way].exp()
     torch.testing.assert_close(found.exp(), wanted)
     inputs = [x.double().requires_grad_() for x in (ended, going_on, ends)]
-    assert torch.autograd.gradcheck(lambda a, b, c: add_other_ways(a.T, Ways(b, c, rows, ways)), inputs)
+    assert torch.autograd.gradcheck(
+        lambda a, b, c: add_continuation_paths(a.T, ContinuationPaths(b, c, rows, ways)), inputs
+    )
 
 
 def test_without_continuations_the_open_outcomes_stay_as_they_are():
     ended, none = _logits(0, 1.0, 3).log_softmax(-1), torch.zeros(0)
     ways = torch.zeros(3, 0, dtype=torch.int64)
-    assert torch.equal(add_other_ways(ended.T, Ways(none, none, torch.full((3,), -1), ways)), ended.T)
+    assert torch.equal(
+        add_continuation_paths(ended.T, ContinuationPaths(none, none, torch.full((3,), -1), ways)), ended.T
+    )
