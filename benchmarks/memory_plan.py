@@ -201,17 +201,16 @@ def _embedded(config):
         def batches(step):
             return corpus.micro_batches(step, train.per_device_batch_size, train.grad_accum_steps, 0)
 
-        _train(config, precision, models.teacher, models.student, corpus.aligner, batches, models, corpus)
+        _train(config, precision, models.teacher, models.student, corpus.aligner, batches)
 
     return SimpleNamespace(skeletons=skeletons, go=go)
 
 
-def _train(config, precision, teacher, student, aligner, batches, models=None, corpus=None) -> None:
+def _train(config, precision, teacher, student, aligner, batches) -> None:
     from sar_kd.evaluation.perplexity import evaluate
     from sar_kd.losses.objective import Objective
-    from sar_kd.models.loading import Models
     from sar_kd.models.memory_saving import recompute_activations_
-    from sar_kd.teacher.live import build_live_teacher
+    from sar_kd.teacher.live import LiveTeacher
     from sar_kd.training.guards import StepGuard
     from sar_kd.training.optimizer import build_optimizer
     from sar_kd.training.step import StepContext, train_step
@@ -220,14 +219,13 @@ def _train(config, precision, teacher, student, aligner, batches, models=None, c
         recompute_activations_(student, same_dropout=True)
     if config.on_policy.on_policy_fraction:
         _write(config, precision, student)
-    models = models or Models(teacher, student, None, False)
     objective = Objective(teacher, student, config.loss, aligner, precision)
     optimizer = build_optimizer(student, config.optim, objective.parameters())
     guard = StepGuard(config.guards)
-    routing = build_live_teacher(config, models, objective, corpus or SimpleNamespace(aligner=aligner))
-    with routing:
+    live_teacher = LiveTeacher(config, objective, aligner)
+    with live_teacher:
         for step in range(2):
-            routers = routing.router_trainer_at(step, lambda peak: peak)
+            routers = live_teacher.router_trainer_at(step, lambda peak: peak)
             train_step(batches(step), StepContext(objective, optimizer, guard, precision, 1.0, routers))
         (first, *_) = batches(0)
         for model, batch in ((student, first.student), (teacher, first.teacher)):

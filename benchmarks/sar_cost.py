@@ -29,7 +29,7 @@ from sar_kd.data.samples import Document
 from sar_kd.losses.objective import Objective
 from sar_kd.models.loading import load_models
 from sar_kd.runtime.precision import setup_precision
-from sar_kd.teacher.live import build_live_teacher
+from sar_kd.teacher.live import LiveTeacher
 from sar_kd.teacher.moe.router_training import FROZEN_ROUTERS
 from sar_kd.training.guards import StepGuard
 from sar_kd.training.optimizer import build_optimizer
@@ -68,7 +68,7 @@ class Run:
         self.objective = Objective(self.models.teacher, self.models.student, loss, corpus.aligner, self.precision)
         self.optimizer = build_optimizer(self.models.student, self.config.optim)
         self.guard = StepGuard(self.config.guards)
-        self.routing = build_live_teacher(self.config, self.models, self.objective, corpus)
+        self.routing = LiveTeacher(self.config, self.objective, corpus.aligner)
         self.batch = corpus.batch(list(range(batch_size)))
 
     def step(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,106 +65,83 @@ def train_step(micro_batches: list[Batch], context: StepContext) -> StepReport:
     objective, optimizer, precision = context.objective, context.optimizer, context.precision
     routers, strategy = context.routers, context.strategy
     counts = (sum(b.num_target_tokens for b in micro_batches if b.is_on_policy is kind) for kind in (False, True))
-    num_text_targets, num_on_policy_targets = map(int, strategy.process_group.all_reduce_sum(counts))
-    num_targets = num_text_targets + num_on_policy_targets
-    divisor = max(1, num_targets)
+    num_text, num_on_policy = map(int, strategy.process_group.all_reduce_sum(counts))
+    divisor = max(1, num_text + num_on_policy)
     batches = [batch.to(precision.device) for batch in micro_batches if strategy.needs_forward(batch)]
     terms = LossTerms.zero(precision.device)
     teacher_outputs = objective.precompute_teacher(batches)
     routers.update_before_student_(batches, divisor)
     for batch in strategy.accumulate(batches):
         grad_scale = precision.loss_scale / divisor
-        # Popped, so that a micro-batch's teacher outputs are freed before its backward.
-        total, batch_terms = strategy.forward(_forward, batch, objective, routers, grad_scale, teacher_outputs.pop(0))
+        total, batch_terms = strategy.forward(_loss, batch, teacher_outputs.pop(0), context, grad_scale)
         precision.backward(total / divisor)
         terms = terms + batch_terms
     routers.update_after_student_(batches)
     precision.unscale_(optimizer)
     parameters = parameters_of(optimizer)
     grad_norm = strategy.grad_norm([p.grad for p in parameters if p.grad is not None])
-    metrics = reduce_metrics(terms, grad_norm, num_targets, context)
-    verdict = context.guard.judge(
-        num_targets=num_targets,
-        forward_finite=metrics.forward_finite,
-        grad_norm=metrics.judged_grad_norm,
-        loss_scale=metrics.loss_scale,
-    )
+    report = _judge(terms, grad_norm, num_text, num_on_policy, context)
+    verdict = report.verdict
     if verdict.applied:
         torch.nn.utils.clip_grads_with_norm_(parameters, context.max_grad_norm, grad_norm)
         optimizer.step()
     routers.commit_or_roll_back_(verdict.applied)
-    precision.update_(verdict.cause, metrics.loss_scale)
+    precision.update_(verdict.cause, report.loss_scale)
     optimizer.zero_grad(set_to_none=True)
-    has_ce = num_text_targets > 0 or not num_on_policy_targets
+    return report
+
+
+def _loss(
+    batch: Batch, teacher_outputs: LogitsAndStates | None, context: StepContext, grad_scale: Tensor
+) -> tuple[Tensor, LossTerms]:
+    """The loss of a micro-batch, a sum over its target tokens. grad_scale: the factor of the loss in the backward"""
+    outputs = context.objective.forward_models(batch, teacher_outputs, teacher_grad=context.routers.is_joint)
+    terms = context.objective(batch, outputs, grad_scale)
+    return terms.total + context.routers.loss(batch, outputs), terms
+
+
+def _judge(terms: LossTerms, grad_norm: Tensor, num_text: int, num_on_policy: int, context: StepContext) -> StepReport:
+    """Reduce a step's metrics over all ranks, and judge the update. num_*: target tokens of all ranks"""
+    objective, routers, num_targets = context.objective, context.routers, num_text + num_on_policy
+    divisor = max(1, num_targets)
+    sums = [*terms.values(), *routers.sums()]
+    maxima = [grad_norm, context.precision.loss_scale, *routers.norms()]
+    summed, largest, first_nonfinite_rank = reduce_metrics(sums, maxima, context)
+    total, ce, kd, nonfinite_positions, dropped, *router_sums = summed
+    norm, loss_scale, *router_norms = largest
+    router_report = routers.report(router_sums, router_norms, num_targets)
+    losses, norms = [total], [norm]
+    if router_report is not None:  # its norm has no limit; but if it is not finite, neither update is trusted
+        losses, norms = [total, router_report.router_loss], [norm, router_report.router_grad_norm]
+    verdict = context.guard.judge(
+        num_targets=num_targets,
+        forward_finite=nonfinite_positions == 0 and all(map(math.isfinite, losses)),
+        grad_norm=norm if all(map(math.isfinite, norms)) else math.nan,
+        loss_scale=loss_scale,
+    )
     return StepReport(
         verdict,
-        loss=(objective.alpha_ce * metrics.ce + objective.alpha_kd * metrics.kd) / divisor,
-        ce_loss=metrics.ce / max(1, num_text_targets) if has_ce else None,
-        kd_loss=metrics.kd / divisor,
-        grad_norm=metrics.grad_norm,
-        loss_scale=metrics.loss_scale,
+        loss=(objective.alpha_ce * ce + objective.alpha_kd * kd) / divisor,
+        ce_loss=ce / max(1, num_text) if num_text or not num_on_policy else None,
+        kd_loss=kd / divisor,
+        grad_norm=norm,
+        loss_scale=loss_scale,
         num_target_tokens=num_targets,
-        teacher_rows_dropped=int(metrics.teacher_rows_dropped),
-        routers=metrics.routers,
-        first_nonfinite_rank=metrics.first_nonfinite_rank,
+        teacher_rows_dropped=int(dropped),
+        routers=router_report,
+        first_nonfinite_rank=first_nonfinite_rank,
     )
 
 
-def _forward(
-    batch: Batch,
-    objective: Objective,
-    routers: FrozenRouters,
-    grad_scale: Tensor,
-    teacher_outputs: LogitsAndStates | None,
-) -> tuple[Tensor, LossTerms]:
-    """The loss of a micro-batch, a sum over its target tokens, with its graph.
+def reduce_metrics(
+    sums: list[Tensor], maxima: list[Tensor], context: StepContext
+) -> tuple[list[float], list[float], int]:
+    """Gather a step's metrics from all ranks with one host read: the sums added up, the largest of each maximum, and
+    the first rank whose forward is not finite.
 
-    grad_scale: its factor in the backward; teacher_outputs: from `Objective.precompute_teacher`
+    sums: scalars, those of `LossTerms` first
     """
-    outputs = objective.forward_models(batch, teacher_outputs, teacher_grad=routers.is_joint)
-    terms = objective(batch, outputs, grad_scale)
-    return terms.total + routers.loss(batch, outputs), terms
-
-
-class ReducedMetrics(NamedTuple):
-    """A step's metrics as the host reads them: `LossTerms` summed over all ranks, and the largest norms."""
-
-    total: float
-    ce: float
-    kd: float
-    nonfinite_rows: float
-    teacher_rows_dropped: float
-    grad_norm: float
-    loss_scale: float
-    routers: RouterReport | None
-    first_nonfinite_rank: int
-
-    @property
-    def forward_finite(self) -> bool:
-        losses = [self.total] if self.routers is None else [self.total, self.routers.router_loss]
-        return self.nonfinite_rows == 0 and all(map(math.isfinite, losses))
-
-    @property
-    def judged_grad_norm(self) -> float:
-        """The student's; nan if the routers' is not finite: it has no limit, but then neither update is trusted."""
-        is_finite = self.routers is None or math.isfinite(self.routers.router_grad_norm)
-        return self.grad_norm if is_finite else math.nan
-
-
-def reduce_metrics(terms: LossTerms, grad_norm: Tensor, num_targets: int, context: StepContext) -> ReducedMetrics:
-    """Pack a step's metrics into one tensor, gather those of all ranks, read them once, and reduce them."""
-    precision, routers = context.precision, context.routers
-    sums = [*terms.values(), *routers.sums()]
-    norms = [grad_norm.to(precision.device), precision.loss_scale, *routers.norms()]
-    packed = torch.stack([value.float() for value in (*sums, *norms)])
+    packed = torch.stack([value.to(context.precision.device).float() for value in (*sums, *maxima)])
     by_rank = context.strategy.process_group.all_gather(packed).tolist()  # the one host read
-    summed, largest = sum_and_max(by_rank, len(sums))
-    num_terms = len(terms.values())
-    router_report = routers.report(summed[num_terms:], largest[2:], num_targets)
-    return ReducedMetrics(*summed[:num_terms], *largest[:2], router_report, _first_nonfinite_rank(by_rank))
-
-
-def _first_nonfinite_rank(by_rank: list[list[float]]) -> int:
-    """by_rank: each rank's packed metrics"""
-    are_finite = [nonfinite_rows == 0 and math.isfinite(total) for total, _, _, nonfinite_rows, *_ in by_rank]
-    return are_finite.index(False) if False in are_finite else 0
+    are_finite = [nonfinite_positions == 0 and math.isfinite(total) for total, _, _, nonfinite_positions, *_ in by_rank]
+    return *sum_and_max(by_rank, len(sums)), are_finite.index(False) if False in are_finite else 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sar_kd.config.sections import GuardConfig, LossConfig
-from sar_kd.data.dataset import Dataset
+from sar_kd.data.dataset import build_dataset
 from sar_kd.data.samples import Document
 from sar_kd.runtime.precision import Precision
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
@@ -28,7 +28,7 @@ def make_corpus(documents, byte_tokenizer, sp_tokenizer):
             }[kind]  # fmt: skip
             sizes = max(rows, len(student)), max(rows, len(teacher))
             pair = TokenizerPair(student, teacher, student_vocab_size=sizes[0], teacher_vocab_size=sizes[1])
-            made[kind, rows] = Dataset(documents, pair, 24, 60)
+            made[kind, rows] = build_dataset(documents, pair, 24, 60)
         return made[kind, rows]
 
     return make

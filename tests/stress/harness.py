@@ -18,7 +18,7 @@ from sar_kd.config.sections import MAX_LOSS_SCALE, MIN_LOSS_SCALE, OptimConfig
 from sar_kd.losses.objective import Objective
 from sar_kd.training.guards import CAUSES, StepGuard
 from sar_kd.training.optimizer import build_optimizer, learning_rate_at, parameters_of, set_learning_rate_
-from sar_kd.training.step import StepReport, train_step
+from sar_kd.training.step import StepContext, StepReport, train_step
 
 CPU = torch.device("cpu")
 PLANNED_STEPS = 400
@@ -62,7 +62,8 @@ class Run:
         before, reference, skipped = self.tensors(), self._reference(batches), dict(self.guard.skipped)
         rate = learning_rate_at(self.attempts, PLANNED_STEPS, self.optim, self.optim.student_lr)
         set_learning_rate_(self.optimizer, rate)
-        report = train_step(batches, self.objective, self.optimizer, self.guard, self.precision, self.clip)
+        context = StepContext(self.objective, self.optimizer, self.guard, self.precision, self.clip)
+        report = train_step(batches, context)
         self.attempts += 1
         after = self.tensors()
         if all_finite(before):
