@@ -23,7 +23,7 @@ from sar_kd.reporting.run_log import open_run
 from sar_kd.runtime.distributed import join_process_group
 from sar_kd.runtime.precision import setup_precision
 from sar_kd.teacher.cached import CachedTeacher, open_teacher_cache
-from sar_kd.teacher.live import build_live_teacher
+from sar_kd.teacher.live import LiveTeacher
 from sar_kd.training.guards import StepGuard
 from sar_kd.training.on_policy import build_on_policy
 from sar_kd.training.optimizer import build_optimizer
@@ -69,7 +69,7 @@ def train(config: Config, loaded: LoadedModels = NO_LOADED_MODELS) -> dict:
 
     objective = Objective(models.teacher, models.student, config.loss, train.aligner, precision, models.offload)
     strategy = build_strategy(objective, config.train, group)  # one device, DDP or FSDP
-    teacher = CachedTeacher(config, train) if cache else build_live_teacher(config, models, objective, train, group)
+    teacher = CachedTeacher(config, train) if cache else LiveTeacher(config, objective, train.aligner, group)
     on_policy = build_on_policy(config, models, train, limits, precision, group)  # if the student generates text
     optimizer = build_optimizer(models.student, config.optim, objective.parameters())
     guard = StepGuard(config.guards)  # may an update be applied?

@@ -1,13 +1,8 @@
-"""What takes part in a run beside its models: the calendar asks it, and by default it has nothing to say.
-
-Is anything learned at all? Batches without a target, losses of exactly 0, gradients of exactly 0.
-
-The questions of a task before a run and after it: what the teacher, the student and the saved student answer.
-"""
+"""Callbacks of the training loop: hooks, checks that the targets teach anything, and the questions of a task."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
@@ -15,159 +10,126 @@ from torch import nn
 from sar_kd.config.sections import DataConfig
 from sar_kd.data import unit_questions
 from sar_kd.data.batch import Batch
-from sar_kd.data.dataset import Dataset
+from sar_kd.data.dataset import Dataset, build_dataset
 from sar_kd.data.unit_questions import task_questions
 from sar_kd.errors import UsageError
-from sar_kd.evaluation.question_answering import AnswerScores, answer_questions
+from sar_kd.evaluation.question_answering import answer_questions
 from sar_kd.models.loading import Models, load_for_generation
 from sar_kd.runtime.console import first_few
 from sar_kd.runtime.precision import Precision
 from sar_kd.training.step import StepReport
 
+MicroBatches = Callable[[], list[Batch]]
+"""Makes the micro-batches of a step; on several ranks those in which a NaN may lie, of any rank."""
+
+StepResult = tuple[list[str], str | None]
+"""Messages, and the reason why the run must stop, if it must."""
+
 
 class Callback:
-    """The trainer's questions, each with the answer of a companion that has none."""
+    """Hooks that the trainer calls; the defaults do nothing. Messages that a hook returns are logged."""
 
-    def __init__(self):
-        self.kept: dict = {}
-        """Plain values that a resumed run must know; they travel in the checkpoint"""
+    def __init__(self) -> None:
+        self.state: dict = {}
+        """Plain values that a checkpoint keeps"""
 
-    def begin(self) -> list[str]:
-        """Before the first step: lines to show."""
+    def on_train_begin(self) -> list[str]:
+        """Called before the first step; not in a resumed run. Returns: messages"""
         return []
 
-    def note(self, step: int, report: StepReport, micro_batches: Sequence[Batch]) -> tuple[list[str], str | None]:
-        """After an attempt: lines to show, and why the run must stop, None if it need not."""
+    def on_step_end(self, step: int, report: StepReport, micro_batches: MicroBatches) -> StepResult:
+        """Called after each attempted update."""
         return [], None
 
-    def figures(self) -> dict:
-        """Of the last attempt, for its record in `metrics.jsonl`."""
+    def metrics(self) -> dict:
+        """Metrics of the last step, for its record in `metrics.jsonl`."""
         return {}
 
-    def finish(self, student_folder: Path) -> list[str]:
-        """After the last step, when the best student is saved: lines to show."""
+    def on_train_end(self, student_folder: Path) -> list[str]:
+        """Called after the last step, when the best student is saved. Returns: messages"""
         return []
 
     def summary(self) -> dict:
-        """For `summary.json`."""
+        """Entries of `summary.json`."""
         return {}
 
 
-class Callbacks(Callback):
-    """All that take part in a run, as the calendar sees them: in order, one after the other."""
+_MAX_WITHOUT_TARGETS = 0.01
+"""Largest share of the documents, or of the batches, that may be without a target."""
 
-    def __init__(self, members: Sequence[Callback] = ()):
-        super().__init__()
-        self._members = members
+_MIN_BATCHES = 100
 
-    def begin(self) -> list[str]:
-        """See `Callback`."""
-        return [line for member in self._members for line in member.begin()]
+_MAX_ZERO_STEPS = 3
 
-    def look(self, step: int, report: StepReport, window: Callable[[], list[Batch]]) -> tuple[list[str], str | None]:
-        """As `note`, with the attempt's micro-batches made when there is someone to see them."""
-        return self.note(step, report, window()) if self._members else ([], None)
-
-    def note(self, step: int, report: StepReport, micro_batches: Sequence[Batch]) -> tuple[list[str], str | None]:
-        """See `Callback`; the first reason to stop."""
-        found = [member.note(step, report, micro_batches) for member in self._members]
-        lines = [line for said, _ in found for line in said]
-        return lines, next((reason for _, reason in found if reason), None)
-
-    def figures(self) -> dict:
-        """See `Callback`."""
-        return {name: value for member in self._members for name, value in member.figures().items()}
-
-    def finish(self, student_folder: Path) -> list[str]:
-        """See `Callback`."""
-        return [line for member in self._members for line in member.finish(student_folder)]
-
-    def summary(self) -> dict:
-        """See `Callback`."""
-        return {name: value for member in self._members for name, value in member.summary().items()}
-
-    def all_kept(self) -> list[dict]:
-        """What each of them keeps."""
-        return [member.kept for member in self._members]
-
-    def take_up(self, kept: Sequence[dict]) -> None:
-        """Give each of them back what it kept."""
-        for member, own in zip(self._members, kept, strict=True):
-            member.kept = own
-
-
-LARGEST_SHARE = 0.01
-"""Of the documents, or of the batches, so many may be without a target; more is no accident."""
-
-_FEWEST_BATCHES = 100
-
-_STEPS_RUNNING = 3
-
-NO_TARGETS = (
+_NO_TARGETS = (
     "nothing in them is to be learned. Likely causes: the answer is cut off (raise --block_size, or shorten the "
     "question), the chat template drops the assistant's turn, or the answer stands in another field (question and "
     "answer, prompt and completion, or messages with the role assistant)"
 )
 
-ZERO_LOSS = (
+_ZERO_LOSS = (
     "the loss is exactly 0: the targets are the same in every example, or the model knows them by heart; look at the "
     "answers in the training file"
 )
 
-ZERO_GRADIENT = (
-    "the gradient is exactly 0 although the loss is not: float16 rounds it to nothing (raise --init_loss_scale, or use "
-    "--model_dtype float32), or what learns does not reach the loss (--lora_targets)"
+_ZERO_GRADIENT = (
+    "the gradient is exactly 0 although the loss is not: float16 rounds it to 0 (raise --init_loss_scale, or use "
+    "--model_dtype float32), or the trainable parameters do not reach the loss (--lora_targets)"
 )
 
 
 def check_targets(train: Dataset, data: DataConfig) -> list[str]:
-    """Lines about examples in which not only an answer is learned.
+    """Messages about examples of which more than the answer is learned.
 
-    Raises: UsageError with the cause, where more than 1 % of the documents had to be left out
+    Raises: UsageError with the cause, if more than 1 % of the documents were skipped
     """
-    missing, found = train.text.left_out, len(train.text.names)
-    if len(missing) > LARGEST_SHARE * (len(missing) + found):
-        share = f"{len(missing)} of {len(missing) + found} documents cannot be used ({first_few(missing)})"
-        raise UsageError(f"--block_size {data.block_size}: {share}: {NO_TARGETS}")
-    plain = found - len(train.text.conversations)
-    return [f"{plain} of {found} documents are plain text: all of it is learned, not an answer only"] if plain else []
+    skipped, used = train.text.skipped_documents, len(train.text.names)
+    if len(skipped) > _MAX_WITHOUT_TARGETS * (len(skipped) + used):
+        count = f"{len(skipped)} of {len(skipped) + used} documents cannot be used ({first_few(skipped)})"
+        raise UsageError(f"--block_size {data.block_size}: {count}: {_NO_TARGETS}")
+    plain = used - len(train.text.conversations)
+    return [f"{plain} of {used} documents are plain text: all of it is learned, not an answer only"] if plain else []
 
 
 class TargetChecks(Callback):
-    """Stops a run that cannot learn, and names the cause."""
+    """Stops a run that cannot learn, and names the cause.
+
+    It stops where more than 1 % of the batches have no target, or three updates in a row have a loss, or a gradient,
+    of exactly 0. Batches without a target are reported.
+    """
 
     def __init__(self, train: Dataset):
         super().__init__()
         self._train = train
-        self.kept = {"batches": 0, "without_targets": 0, "zero_losses": 0, "zero_gradients": 0}
+        self.state = {"batches": 0, "without_targets": 0, "zero_losses": 0, "zero_gradients": 0}
 
-    def note(self, step: int, report: StepReport, micro_batches: Sequence[Batch]) -> tuple[list[str], str | None]:
-        """Batches without a target are named, more than 1 % of them stop the run; so do 3 zeros running."""
-        kept, empty = self.kept, [batch for batch in micro_batches if batch.num_target_tokens == 0]
-        kept["batches"] += len(micro_batches)
-        kept["without_targets"] += len(empty)
-        names = list(
-            dict.fromkeys(n for batch in empty for block in batch.blocks for n in self._train.documents_of(block))
-        )
-        lines = [f"Step {step}: a batch without a target is skipped (no_targets): {first_few(names)}"] if empty else []
-        if kept["without_targets"] > LARGEST_SHARE * max(kept["batches"], _FEWEST_BATCHES):
-            count = f"{kept['without_targets']} of {kept['batches']} batches have no target"
-            return lines, f"{count} ({first_few(names)}): {NO_TARGETS}"
+    def on_step_end(self, step: int, report: StepReport, micro_batches: MicroBatches) -> StepResult:
+        state, batches = self.state, micro_batches()
+        empty = [batch for batch in batches if batch.num_target_tokens == 0]
+        state["batches"] += len(batches)
+        state["without_targets"] += len(empty)
+        names = dict.fromkeys(n for batch in empty for block in batch.blocks for n in self._train.documents_of(block))
+        shown = first_few(list(names))
+        messages = [f"Step {step}: a batch without a target is skipped (no_targets): {shown}"] if empty else []
+        if state["without_targets"] > _MAX_WITHOUT_TARGETS * max(state["batches"], _MIN_BATCHES):
+            count = f"{state['without_targets']} of {state['batches']} batches have no target"
+            return messages, f"{count} ({shown}): {_NO_TARGETS}"
         if report.verdict.applied:
-            kept["zero_losses"] = kept["zero_losses"] + 1 if report.loss == 0.0 else 0
-            kept["zero_gradients"] = kept["zero_gradients"] + 1 if report.grad_norm == 0.0 else 0
-        for name, reason in (("zero_losses", ZERO_LOSS), ("zero_gradients", ZERO_GRADIENT)):
-            if kept[name] >= _STEPS_RUNNING:
-                return lines, f"{_STEPS_RUNNING} steps running {reason}"
-        return lines, None
+            state["zero_losses"] = state["zero_losses"] + 1 if report.loss == 0.0 else 0
+            state["zero_gradients"] = state["zero_gradients"] + 1 if report.grad_norm == 0.0 else 0
+        for name, reason in (("zero_losses", _ZERO_LOSS), ("zero_gradients", _ZERO_GRADIENT)):
+            if state[name] >= _MAX_ZERO_STEPS:
+                return messages, f"{_MAX_ZERO_STEPS} steps running {reason}"
+        return messages, None
 
     def summary(self) -> dict:
-        """How many batches had no target."""
-        return {"batches_without_targets": self.kept["without_targets"]}
+        return {"batches_without_targets": self.state["without_targets"]}
 
 
 class TaskEvaluation(Callback):
-    """Asks the test questions, which no run has trained on or chosen its best student by."""
+    """Accuracy on the task's test questions before and after the run: of the student, the teacher, and the student as
+    saved. No run trains on these questions or selects its best student by them.
+    """
 
     def __init__(
         self,
@@ -175,38 +137,32 @@ class TaskEvaluation(Callback):
         limits: tuple[int, int],
         precision: Precision,
         trust_remote_code: bool = False,
-        most: int | None = None,
+        max_questions: int | None = None,
     ):
-        """limits: as `Models.block_limits` gives them; most: so many questions at most, for a quick check"""
+        """limits: as `Models.block_limits` gives them"""
         super().__init__()
-        self._models, self._precision, self._trust = models, precision, trust_remote_code
-        self._questions = unit_questions.questions("test", unit_questions.COUNTS["test"])[:most]
-        self._corpus = Dataset(task_questions("test")[:most], models.tokenizers, *limits)
+        self._models, self._precision, self._trust_remote_code = models, precision, trust_remote_code
+        self._questions = unit_questions.questions("test", unit_questions.COUNTS["test"])[:max_questions]
+        self._dataset = build_dataset(task_questions("test")[:max_questions], models.tokenizers, *limits)
 
-    def begin(self) -> list[str]:
-        """Ask the models that are there."""
-        lines = [self._ask("student_start", self._models.student, "student at the start")]
+    def on_train_begin(self) -> list[str]:
+        messages = [self._evaluate("student_start", self._models.student, "student at the start")]
         if self._models.teacher is not None:
-            lines.append(self._ask("teacher", self._models.teacher, "teacher", which="teacher"))
-        return lines
+            messages.append(self._evaluate("teacher", self._models.teacher, "teacher", which="teacher"))
+        return messages
 
-    def finish(self, student_folder: Path) -> list[str]:
-        """Ask the student as it is, and the one that was saved, as it loads from there."""
-        end = self._ask("student_end", self._models.student, "student at the end")
-        student, _ = load_for_generation("output_dir", str(student_folder), self._trust)
-        return [end, self._ask("student", student.to(self._precision.device), "student as saved")]
+    def on_train_end(self, student_folder: Path) -> list[str]:
+        end = self._evaluate("student_end", self._models.student, "student at the end")
+        student, _ = load_for_generation("output_dir", str(student_folder), self._trust_remote_code)
+        return [end, self._evaluate("student", student.to(self._precision.device), "student as saved")]
 
-    def _ask(self, key: str, model: nn.Module, who: str, which: str = "student") -> str:
-        result = answer_questions(
-            model, self._corpus, self._questions, self._precision, which=which, label=f"Questions, {who}"
+    def _evaluate(self, key: str, model: nn.Module, label: str, which: str = "student") -> str:
+        scores = answer_questions(
+            model, self._dataset, self._questions, self._precision, which=which, label=f"Questions, {label}"
         )
-        self.kept[key] = _figures(result)
-        return result.line(who)
+        names = ("accuracy", "answer_rate", "num_questions")
+        self.state[key] = {name: getattr(scores, name) for name in names}
+        return scores.line(label)
 
     def summary(self) -> dict:
-        """Accuracy and answer rate by model."""
-        return {"benchmark_result": self.kept}
-
-
-def _figures(result: AnswerScores) -> dict:
-    return {"accuracy": result.accuracy, "answer_rate": result.answer_rate, "num_questions": result.num_questions}
+        return {"benchmark_result": self.state}

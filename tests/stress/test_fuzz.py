@@ -23,13 +23,14 @@ from sar_kd.config.command_line import parse
 from sar_kd.config.presets import FP16_SAFE
 from sar_kd.config.runs import SECTIONS
 from sar_kd.config.sections import GuardConfig, OptimConfig, TrainConfig
-from sar_kd.data.dataset import Dataset
+from sar_kd.data.dataset import build_dataset
 from sar_kd.data.sources import load_documents
 from sar_kd.reporting.run_log import open_run
 from sar_kd.runtime.precision import Precision
 from sar_kd.training.checkpoint import TrainerState, load_checkpoint, save_checkpoint
 from sar_kd.training.guards import StepGuard
 from sar_kd.training.optimizer import build_optimizer, learning_rate_at
+from sar_kd.training.step import StepContext
 from tests.stress.test_faults import SCRIPT
 
 COUNTS = {"flags": 4000, "texts": 3000, "checkpoints": 2000, "configs": 600, "folders": 400}
@@ -152,7 +153,10 @@ def test_no_command_line_ends_in_a_traceback_or_writes_a_file(share, tmp_path, m
         config = parse(FP16_SAFE, argv)
         open_run(config)
         StepGuard(config.guards)
-        rates = [learning_rate_at(step, config.train.train_steps, config.optim, config.optim.student_lr) for step in (0, 1, 10**6)]
+        rates = [
+            learning_rate_at(step, config.train.train_steps, config.optim, config.optim.student_lr)
+            for step in (0, 1, 10**6)
+        ]
         assert all(rate >= 0 for rate in rates)
         if config.data.train_file:
             load_documents(config.data)
@@ -238,7 +242,7 @@ def test_no_text_ends_in_a_traceback(share, tmp_path, make_corpus):
         def main(argv, path=path, chance=chance):
             config = parse(FP16_SAFE, ["--train_file", str(path)])
             for documents in load_documents(config.data):
-                corpus = Dataset(documents, pair, 24, 24)
+                corpus = build_dataset(documents, pair, 24, 24)
                 corpus.batch([chance.randrange(len(corpus))])
                 corpus.documents_of(0)
             return {"status": "finished"}
@@ -255,26 +259,23 @@ def test_no_text_ends_in_a_traceback(share, tmp_path, make_corpus):
 def saved(tmp_path, make_student):
     """A checkpoint, its state, and what its files hold."""
     student = make_student(40, num_hidden_layers=1, hidden_size=8, intermediate_size=8)
-    state = {
-        "student": student,
-        "optimizer": build_optimizer(student, OptimConfig()),
-        "precision": Precision(torch.device("cpu"), torch.float16, 1024.0),
-        "guard": StepGuard(GuardConfig()),
-        "objective": torch.nn.Linear(3, 2),  # of which it needs no more than its state
-        "routing": torch.nn.Linear(2, 3),  # likewise
-    }
+    learned, teacher = torch.nn.Linear(3, 2), torch.nn.Linear(2, 3)  # stand-ins that have a state
+    objective = SimpleNamespace(student=student, state_dict=learned.state_dict, load_state_dict=learned.load_state_dict)
+    precision = Precision(torch.device("cpu"), torch.float16, 1024.0)
+    optimizer = build_optimizer(student, OptimConfig())
+    context = StepContext(objective, optimizer, StepGuard(GuardConfig()), precision, 1.0)
     student(input_ids=torch.ones(1, 4, dtype=torch.int64)).logits.sum().backward()
-    state["optimizer"].step()
+    optimizer.step()
     folder = tmp_path / "run" / "checkpoint"
-    save_checkpoint(folder, **state, progress={"step": 1})
+    save_checkpoint(folder, context, teacher, TrainerState(step=1))
     files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    return SimpleNamespace(folder=folder, state=state, files=files)
+    return SimpleNamespace(folder=folder, parts=(context, teacher), files=files)
 
 
 @EVERY_SHARE
 def test_no_checkpoint_ends_in_a_traceback_and_no_damaged_one_is_taken(share, saved):
     def main(argv):
-        TrainerState(**load_checkpoint(saved.folder, **saved.state))
+        load_checkpoint(saved.folder, *saved.parts)
         return {"status": "finished"}
 
     assert _outcome(main) == 0
@@ -357,7 +358,7 @@ def test_no_metrics_and_no_crash_page_end_in_a_traceback(share, run_folder):
 
     def resume(argv):
         log = open_run(parse(FP16_SAFE, ["--resume", "--output_dir", str(run_folder)]))
-        log.start(3, TrainConfig(train_steps=5))
+        log.open(3, TrainConfig(train_steps=5))
         log.close()
         return {"status": "finished"}
 

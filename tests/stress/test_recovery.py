@@ -14,20 +14,20 @@ from sar_kd.commands.main import main as verbs
 from sar_kd.commands.main import run as run_as_script
 from sar_kd.config.command_line import parse
 from sar_kd.config.presets import FP16_SAFE
-from sar_kd.data.dataset import Dataset
+from sar_kd.data.dataset import build_dataset
 from sar_kd.data.samples import Document
 from sar_kd.errors import TrainingDiverged, UsageError
 from sar_kd.losses.objective import Objective
 from sar_kd.models.loading import Models
 from sar_kd.reporting.run_log import open_run
 from sar_kd.runtime.precision import setup_precision
-from sar_kd.teacher.live import build_live_teacher
+from sar_kd.teacher.live import LiveTeacher
 from sar_kd.training import trainer as trainer_module
-from sar_kd.training.batch_loader import left_in
 from sar_kd.training.guards import StepGuard
-from sar_kd.training.nan_forensics import examine, page
-from sar_kd.training.optimizer import build_optimizer
-from sar_kd.training.trainer import Trainer
+from sar_kd.training.nan_forensics import crash_page, examine
+from sar_kd.training.optimizer import build_optimizer, learning_rate_at
+from sar_kd.training.step import StepContext
+from sar_kd.training.trainer import Datasets, Trainer
 from tests.stress.harness import break_on_token, token_of
 
 
@@ -47,15 +47,15 @@ def make_trainer(tmp_path, make_run, make_corpus, texts):
         config = parse(FP16_SAFE, [*argv, *map(str, flags)])
         parts, pair = make_run(), make_corpus().pair
         named = documents or [Document(f"doc{number}", text) for number, text in enumerate(texts)]
-        train = Dataset(named, pair, 24, 60)
-        validation = Dataset(named[:3], pair, 24, 60)
+        train = build_dataset(named, pair, 24, 60)
+        validation = build_dataset(named[:3], pair, 24, 60)
         log, precision = open_run(config), setup_precision(config.precision, config.train.seed)
         models = Models(parts.teacher, parts.student, pair, False)
         objective = Objective(models.teacher, models.student, config.loss, train.aligner, precision)
         optimizer = build_optimizer(models.student, config.optim, objective.parameters())
-        guard = StepGuard(config.guards)
-        routing = build_live_teacher(config, models, objective, train)
-        return Trainer(config, models, train, validation, objective, optimizer, guard, precision, log, routing)
+        context = StepContext(objective, optimizer, StepGuard(config.guards), precision, config.guards.max_grad_norm)
+        teacher = LiveTeacher(config, objective, train.aligner)
+        return Trainer(config, models, Datasets(train, validation), context, log, teacher)
 
     return make
 
@@ -145,8 +145,7 @@ def test_nothing_is_replayed_and_nothing_written_while_nothing_is_wrong(make_tra
 def test_an_applied_step_of_a_run_reads_the_device_once_its_record_and_watch_included(make_trainer, monkeypatch):
     trainer, reads = make_trainer(), []
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
-    record, note = trainer._record, trainer.recovery.note
-    attempt = trainer._attempt
+    step, log_step, run_callbacks = trainer._step, trainer._log_step, trainer._run_step_callbacks
 
     def counted(method, name):
         return lambda self, *args, **kwargs: (reads.append(name), method(self, *args, **kwargs))[1]
@@ -156,15 +155,15 @@ def test_an_applied_step_of_a_run_reads_the_device_once_its_record_and_watch_inc
             for name in ("tolist", "item", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__"):
                 patch.setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name), name))
             trainer.train.micro_batches = lambda *_: batches
-            report, micro_batches = attempt()
-            record(report)
-            note(trainer.progress.step, report, micro_batches)
+            report, micro_batches = step()
+            log_step(report)
+            run_callbacks(report, micro_batches)
         return report, micro_batches
 
     batches = trainer.train.micro_batches(0, 2, 1, 0)  # the collator's reads are of the host's own tensors
-    monkeypatch.setattr(trainer, "_attempt", watched)
-    monkeypatch.setattr(trainer, "_record", lambda report: None)
-    monkeypatch.setattr(trainer.recovery, "note", lambda *_: None)
+    monkeypatch.setattr(trainer, "_step", watched)
+    monkeypatch.setattr(trainer, "_log_step", lambda report: None)
+    monkeypatch.setattr(trainer, "_run_step_callbacks", lambda *_: None)
     assert trainer.run()["applied"] == 12
     assert reads == ["tolist"] * 12
 
@@ -181,7 +180,7 @@ def test_a_weight_too_large_for_half_is_told_from_a_product(make_run):
     found = examine(run.student, *run.batches([0]), run.precision)
     assert found["first_bad_module"]["largest_weight"] == pytest.approx(1e5)
     record = {"step": 1, "cause": "forward", "outcome": "", "documents": ["a"], "loss_scale": 1.0, **found}
-    text = page(record | dict.fromkeys(("loss", "ce_loss", "kd_loss", "grad_norm"), math.nan))
+    text = crash_page(record | dict.fromkeys(("loss", "ce_loss", "kd_loss", "grad_norm"), math.nan))
     assert "A weight of it is 1e+05; float16 ends at 65504." in text
 
 
@@ -247,9 +246,9 @@ def spoiled(make_trainer, tmp_path, capsys):
         state = SimpleNamespace(trainer=trainer, folder=tmp_path / "run", bad=None, seen=[])
         train_step = trainer_module.train_step
 
-        def watched(micro_batches, objective, *rest):
+        def watched(micro_batches, context):
             state.seen.append([block for batch in micro_batches for block in batch.blocks])
-            return train_step(micro_batches, objective, *rest)
+            return train_step(micro_batches, context)
 
         state.step = watched
         return state
@@ -286,10 +285,9 @@ def test_a_rewound_run_goes_back_once_at_half_the_rate_without_the_bad_documents
     assert not any(set(rewind["left_out"]) & set(blocks) for blocks in run.seen[15:])
     rates = {record["step"]: record["learning_rate"] for record in _metrics(run.folder, "step")}
     assert sorted(rates) == list(range(1, 25))
-    straight = trainer_module.learning_rate_at
-    config = run.trainer.config
-    assert rates[14] == straight(13, 24, config.optim)
-    assert rates[15] == 0.5 * straight(14, 24, config.optim)
+    optim = run.trainer.config.optim
+    assert rates[14] == learning_rate_at(13, 24, optim, optim.student_lr)
+    assert rates[15] == 0.5 * learning_rate_at(14, 24, optim, optim.student_lr)
     assert "went back to its last checkpoint" in (run.folder / "crash" / "crash.md").read_text()
     assert _student_is_finite(run.folder / "student")
 
@@ -312,12 +310,11 @@ def test_a_rewind_puts_back_every_bit(spoiled, monkeypatch):
     after = []
 
     def watched(self, report):
-        progress = rewind(self, report)
+        rewind(self, report)
         after.extend(parameter.detach().clone() for parameter in self.models.student.parameters())
-        assert progress.step == 0
-        assert self.guard.attempts == 0
-        assert not self.optimizer.state
-        return progress
+        assert self.state.step == 0
+        assert self.context.guard.attempts == 0
+        assert not self.context.optimizer.state
 
     monkeypatch.setattr(Trainer, "_rewind", watched)
     run.trainer.run()
@@ -341,26 +338,29 @@ def test_a_run_interrupted_after_its_rewind_does_not_go_back_again(spoiled, make
     resumed = make_trainer(*flags, "--resume")
     _break_blocks(resumed, bad)
     summary = resumed.run()
-    assert (summary["status"], summary["rewound_from"], resumed.progress.rate_factor) == ("finished", 15, 0.5)
-    assert set(bad) <= set(resumed.progress.left_out)
+    assert (summary["status"], summary["rewound_from"], resumed.recovery.state["lr_scale"]) == ("finished", 15, 0.5)
+    assert set(bad) <= set(resumed.recovery.state["skipped_blocks"])
 
 
-def test_of_one_long_document_only_the_bad_blocks_are_left_out(make_trainer, texts):
+def test_of_one_long_document_only_the_bad_blocks_are_skipped(make_trainer, texts):
     trainer = make_trainer("--on_divergence", "rewind", documents=[Document("all", "\n".join(texts))], steps=24)
     bad = {blocks[0] for blocks in _steps_blocks(trainer, range(5, 15))}
     _break_blocks(trainer, bad)
     trainer.run()
-    assert set(trainer.progress.left_out) == bad
+    assert set(trainer.recovery.state["skipped_blocks"]) == bad
 
 
-def test_a_block_that_is_left_out_is_replaced_by_the_next_that_is_not(make_run):
-    run = make_run()
-    last = len(run.corpus) - 1
-    blocks = [3, last, 5]
-    assert left_in(run.corpus, blocks, frozenset()) == [3, last, 5]
-    assert left_in(run.corpus, blocks, frozenset({3, 4, last})) == [5, 0, 5]
-    everything = frozenset(range(last + 1))
-    assert left_in(run.corpus, blocks, everything) == [3, last, 5]
+def test_a_block_that_is_skipped_is_replaced_by_the_next_that_is_not(make_trainer):
+    trainer = make_trainer()
+    last = len(trainer.train) - 1
+
+    def replaced(skipped):
+        trainer.recovery.state["skipped_blocks"] = list(skipped)
+        return trainer.recovery.replace_skipped([3, last, 5])
+
+    assert replaced([]) == [3, last, 5]
+    assert replaced([3, 4, last]) == [5, 0, 5]
+    assert replaced(range(last + 1)) == [3, last, 5]
 
 
 # What every exit leaves
@@ -393,7 +393,7 @@ def test_a_stopped_run_leaves_a_finite_student_and_checkpoint(make_trainer, tmp_
     trainer.models.student.lm_head.register_forward_hook(
         lambda module, inputs, output: output * math.inf if bad[0] and module.training else output
     )
-    trainer.optimizer.register_step_post_hook(lambda *_: bad.__setitem__(0, trainer.progress.step >= 4))
+    trainer.context.optimizer.register_step_post_hook(lambda *_: bad.__setitem__(0, trainer.state.step >= 4))
     with pytest.raises(TrainingDiverged):
         trainer.run()
     folder = tmp_path / "run"

@@ -27,35 +27,35 @@ def prefetch(made):
 
 
 def test_what_is_taken_is_what_was_asked_for(prefetch, made):
-    assert [prefetch.take(n, n + 1 if n < 5 else None) for n in range(6)] == [f"batch {n}" for n in range(6)]
+    assert [prefetch.get(n, n + 1 if n < 5 else None) for n in range(6)] == [f"batch {n}" for n in range(6)]
     assert made == list(range(6))
 
 
 def test_what_was_not_foreseen_is_made_when_it_is_asked_for(prefetch):
-    assert prefetch.take(0, 1) == "batch 0"
-    assert prefetch.take(7, 8) == "batch 7"
-    assert prefetch.take(1, None) == "batch 1"
-    assert prefetch.take(1, None) == "batch 1"
+    assert prefetch.get(0, 1) == "batch 0"
+    assert prefetch.get(7, 8) == "batch 7"
+    assert prefetch.get(1, None) == "batch 1"
+    assert prefetch.get(1, None) == "batch 1"
 
 
 def test_an_error_is_raised_where_its_batch_is_taken(prefetch):
-    assert prefetch.take(0, "bad") == "batch 0"
+    assert prefetch.get(0, "bad") == "batch 0"
     with pytest.raises(ValueError, match="it is bad"):
-        prefetch.take("bad", 2)
-    assert prefetch.take(2, None) == "batch 2"
+        prefetch.get("bad", 2)
+    assert prefetch.get(2, None) == "batch 2"
 
 
 def test_the_next_is_made_while_nobody_waits_for_it():
     begun = threading.Event()
     prefetch = Prefetch(lambda key: begun.set() if key == 1 else None)
-    prefetch.take(0, 1)
+    prefetch.get(0, 1)
     assert begun.wait(timeout=30)
     prefetch.close()
 
 
 def test_all_are_made_in_one_other_thread():
     prefetch = Prefetch(lambda key: threading.current_thread().name)
-    names = {prefetch.take(n, n + 1) for n in range(5)}
+    names = {prefetch.get(n, n + 1) for n in range(5)}
     prefetch.close()
     assert len(names) == 1
     assert threading.current_thread().name not in names
@@ -66,7 +66,7 @@ class _InTime:
     """What a run would do without a thread."""
 
     def __init__(self, make):
-        self.take = lambda key, following: make(key)
+        self.get = lambda key, following: make(key)
 
     def close(self):
         pass

@@ -344,7 +344,7 @@ def test_responses_that_are_kept_stand_for_writing_in_their_share(make_corpus, m
     _overfit(models.student, corpus.batch([0, 1, 2, 3]), 40)
     writer = _on_policy(models, corpus, replay_size=6, replay_fraction=0.75)
     calls = []
-    monkeypatch.setattr(on_policy, "write", lambda *a, **k: calls.append(1) or _WRITE(*a, **k))
+    monkeypatch.setattr(on_policy, "generate", lambda *a, **k: calls.append(1) or _GENERATE(*a, **k))
     seen = []
     for step in range(20):
         writer.micro_batches(step, [[step, step + 1]])
@@ -355,7 +355,7 @@ def test_responses_that_are_kept_stand_for_writing_in_their_share(make_corpus, m
     assert writer.state["totals"]["responses"] == 10
 
 
-_WRITE = on_policy.write
+_GENERATE = on_policy.generate
 
 
 def test_a_student_that_comes_to_repeat_itself_is_told_of_once(make_corpus, make_models):
@@ -434,7 +434,7 @@ def test_a_run_on_its_own_text_says_what_was_written_and_prints_no_cross_entropy
     assert len(steps) == 4
     assert not any("ce=" in line for line in steps)
     assert [record["ce_loss"] for record in read_metrics(folder, "step")] == [None] * 4
-    (line,) = (line for line in out if line.startswith("  wrote "))
+    (line,) = (line for line in out if line.startswith("  generated "))
     assert line.startswith("  generated 16 responses of ")
     found = read_json(folder / "summary.json")["on_policy"]
     assert found["responses"] == 16
@@ -469,8 +469,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(inputs, tmp_path, monkeypatch, m
 @pytest.mark.parametrize("recipe", ["sar-paper", "ka-paper"])
 def test_a_recipe_runs_the_papers_algorithm_and_says_what_differs(recipe, inputs, tmp_path, monkeypatch):
     order = []
-    for name in ("write", "train_step"):
-        module = on_policy if name == "write" else trainer
+    for name in ("generate", "train_step"):
+        module = on_policy if name == "generate" else trainer
         monkeypatch.setattr(module, name, _noting(order, name, getattr(module, name)))
     argv = argv_of(inputs, tmp_path / "run", "--recipe", recipe, "--max_new_tokens", 6, steps=4)
     argv = [word for i, word in enumerate(argv) if "--routing" not in argv[max(0, i - 1) : i + 1]]
@@ -480,7 +480,7 @@ def test_a_recipe_runs_the_papers_algorithm_and_says_what_differs(recipe, inputs
     config = read_json(tmp_path / "run" / "config.json")
     assert (config["loss"]["kd_direction"], config["loss"]["alpha_ce"]) == ("reverse", 0.0)
     assert config["routing"]["routing"] == recipe.removesuffix("-paper")
-    steps = ["write", "train_step"] if recipe == "sar-paper" else ["write", "train_step", "train_step"]
+    steps = ["generate", "train_step"] if recipe == "sar-paper" else ["generate", "train_step", "train_step"]
     assert order == list(itertools.islice(itertools.cycle(steps), len(order)))
     assert order.count("train_step") == 4
 

@@ -11,18 +11,18 @@ from torch import nn
 
 from sar_kd.config.sections import GuardConfig, LossConfig, OptimConfig, TrainConfig
 from sar_kd.data.batch import IGNORE_INDEX, Batch, TokenBatch, next_token_targets
-from sar_kd.data.dataset import Dataset
+from sar_kd.data.dataset import build_dataset
 from sar_kd.data.samples import Document
 from sar_kd.errors import UsageError
 from sar_kd.evaluation.perplexity import shard_batches
 from sar_kd.losses.objective import Objective
-from sar_kd.runtime.distributed import SINGLE_PROCESS, join_process_group, joined
+from sar_kd.runtime.distributed import SINGLE_PROCESS, join_process_group, sum_and_max
 from sar_kd.runtime.precision import Precision
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 from sar_kd.training.guards import StepGuard
 from sar_kd.training.optimizer import build_optimizer, parameters_of
 from sar_kd.training.parallel import SINGLE_DEVICE, ParallelStrategy, build_strategy
-from sar_kd.training.step import train_step
+from sar_kd.training.step import StepContext, train_step
 from tests.helpers import ranks
 
 CPU = torch.device("cpu")
@@ -38,13 +38,14 @@ def build(process_group, corpus, student, teacher, dtype=FLOAT, parallel="ddp", 
     settings = LossConfig(**({"alpha_kd": 0.5, "alpha_ce": 0.5} | off | loss))
     torch.manual_seed(2)
     run.objective = Objective(teacher, run.student, settings, corpus.aligner, run.precision)
-    run.placement = build_strategy(run.objective, TrainConfig(parallel=parallel), process_group)
+    run.strategy = build_strategy(run.objective, TrainConfig(parallel=parallel), process_group)
     run.optimizer = build_optimizer(run.student, OptimConfig(student_lr=1e-3), run.objective.parameters())
     run.guard = StepGuard(GuardConfig(skip_grad_norm=1e9, skip_rule="fixed"))
     run.gradients = []
     run.optimizer.register_step_pre_hook(lambda *_: run.gradients.append(_gradients(run)))
     run.step = lambda batches, clip=1e9: train_step(
-        batches, run.objective, run.optimizer, run.guard, run.precision, clip, placement=run.placement
+        batches,
+        StepContext(run.objective, run.optimizer, run.guard, run.precision, clip, strategy=run.strategy),
     )
     return run
 
@@ -84,7 +85,7 @@ def _figures(report):
 def without_targets(batch):
     none = torch.zeros(0, dtype=torch.int64)
     student = dataclasses.replace(
-        batch.student, labels=torch.full_like(batch.student.labels, IGNORE_INDEX), rows=none, targets=none
+        batch.student, labels=torch.full_like(batch.student.labels, IGNORE_INDEX), positions=none, targets=none
     )
     return dataclasses.replace(batch, student=student)
 
@@ -96,15 +97,15 @@ def ragged(corpus, blocks, rank):
     for row in range(len(labels)):
         labels[row, 1 + row + 3 * rank :: 2 + rank] = IGNORE_INDEX
     student = TokenBatch(batch.student.input_ids, labels, *next_token_targets(labels))
-    return Batch(student, student, corpus.aligner.align_equal(student.rows), batch.blocks)
+    return Batch(student, student, corpus.aligner.align_equal(student.positions), batch.blocks)
 
 
 @pytest.fixture(scope="module")
 def parts(byte_tokenizer, corpus_texts, make_student):
     """Text, student and teacher; equal tokenizers."""
     size = len(byte_tokenizer)
-    pair = TokenizerPair(byte_tokenizer, byte_tokenizer, student_rows=size, teacher_rows=size, aligns=False)
-    corpus = Dataset([Document(str(i), text) for i, text in enumerate(corpus_texts)], pair, 24, 60)
+    pair = TokenizerPair(byte_tokenizer, byte_tokenizer, student_vocab_size=size, teacher_vocab_size=size, aligns=False)
+    corpus = build_dataset([Document(str(i), text) for i, text in enumerate(corpus_texts)], pair, 24, 60)
     student = make_student(size, num_hidden_layers=2)
     teacher = make_student(size, num_hidden_layers=1, hidden_size=16, intermediate_size=32)
     for model in (student, teacher):
@@ -229,7 +230,7 @@ def _process_group(process_group):
         "rows": process_group.all_gather(torch.tensor([float(process_group.rank), 2.0])).tolist(),
         "gather": process_group.all_gather_object(f"rank {process_group.rank}"),
         "shared": process_group.broadcast(process_group.rank),
-        "first": first if process_group.rank == 0 else first.anything(1, b=2),
+        "first": first,
         "refused": refused,
         "seed": process_group.seed(7),
     }
@@ -316,7 +317,7 @@ def test_a_window_in_which_no_rank_has_a_target_is_skipped_as_such_by_all(parts,
 def test_a_nan_on_one_rank_is_skipped_by_both_for_the_same_cause_and_changes_no_bit(both, parallel, dtype):
     for report, is_unchanged, keeps_scale in (end[f"nan {parallel} {dtype}"] for end in both):
         assert report["verdict"].cause == "forward"
-        assert report["rank"] == 1
+        assert report["first_nonfinite_rank"] == 1
         assert is_unchanged
         assert keeps_scale
 
@@ -373,12 +374,12 @@ def test_what_a_world_agrees_on_is_the_same_on_every_rank(both):
 
 def test_rows_are_added_up_or_their_worst_is_taken():
     rows = [[1.0, 2.0, 5.0, 3.0], [0.5, math.nan, 7.0, math.inf]]
-    sums, largest = joined(rows, 2)
+    sums, largest = sum_and_max(rows, 2)
     assert sums[0] == 1.5
     assert math.isnan(sums[1])
     assert largest == [7.0, math.inf]
-    assert joined([[-0.0, 4.0]], 1) == ([-0.0], [4.0])
-    assert math.isnan(joined([[1.0], [math.nan]], 0)[1][0])
+    assert sum_and_max([[-0.0, 4.0]], 1) == ([-0.0], [4.0])
+    assert math.isnan(sum_and_max([[1.0], [math.nan]], 0)[1][0])
 
 
 @pytest.mark.parametrize("step", [0, 1, 5])
@@ -404,11 +405,11 @@ def test_one_process_has_a_world_and_a_placement_that_do_nothing(parts, monkeypa
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     assert join_process_group() is SINGLE_PROCESS
-    assert build(SINGLE_PROCESS, *parts).placement is SINGLE_DEVICE
-    placement = build(SINGLE_PROCESS, *parts, parallel="fsdp").placement
-    assert type(placement) is ParallelStrategy
-    assert "no effect" in placement.lines[0]
+    assert build(SINGLE_PROCESS, *parts).strategy is SINGLE_DEVICE
+    strategy = build(SINGLE_PROCESS, *parts, parallel="fsdp").strategy
+    assert type(strategy) is ParallelStrategy
+    assert "no effect" in strategy.messages[0]
     figures = torch.ones(3)
-    assert SINGLE_PROCESS.rows(figures).data_ptr() == figures.data_ptr()
+    assert SINGLE_PROCESS.all_gather(figures).data_ptr() == figures.data_ptr()
     batches = window(parts[0], 0)
-    assert list(SINGLE_DEVICE.window(batches)) == batches
+    assert list(SINGLE_DEVICE.accumulate(batches)) == batches
