@@ -10,7 +10,6 @@ import shutil
 import sys
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,14 +144,13 @@ def _tokenizer_pairs(
     """The teacher's tokenizer on both sides, by bytes if it keeps them; and the pair of the student whose blocks the
     text is cut into, if that student has another tokenizer.
     """
-    build_pair = partial(
-        TokenizerPair,
-        tokenizer,
-        tokenizer,
-        student_vocab_size=info.vocab_size,
-        teacher_vocab_size=info.vocab_size,
-        projects=False,
-    )
+
+    def build_pair(**how) -> TokenizerPair:
+        size = info.vocab_size
+        return TokenizerPair(
+            tokenizer, tokenizer, student_vocab_size=size, teacher_vocab_size=size, projects=False, **how
+        )
+
     teacher_pair = build_pair()
     # Students with the same tokenizer need no bytes, so no document is skipped for them.
     with suppress(UnfitTokenizer):

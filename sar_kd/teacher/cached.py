@@ -49,37 +49,21 @@ def check_settings(config: RunConfig) -> dict:
 
     Raises: UsageError with the reason
     """
-    folder, loss, routing = Path(config.models.teacher_cache), config.loss, config.routing.routing
-    memory = config.memory
-    refusals = (
-        (loss.alpha_kd == 0, "--alpha_kd is 0, so distillation is off; leave the cache out"),
-        (
-            routing == "sar",
-            "holds the teacher in its own routing, and its routers learn; leave the cache out, or --routing native",
-        ),
-        (
-            routing not in ("native", "auto"),
-            f"holds the teacher in its own routing, and --routing {routing} activates other experts; leave the cache "
-            "out, or --routing native",
-        ),
-        (
-            config.on_policy.on_policy_fraction,
-            "holds a fixed text, and --on_policy_fraction samples another; leave one of them out",
-        ),
-        (
+    folder, loss, memory = Path(config.models.teacher_cache), config.loss, config.memory
+    routing = config.routing.routing
+    refusals = {
+        "--alpha_kd is 0, so distillation is off; leave the cache out": loss.alpha_kd == 0,
+        f"holds the teacher in its own routing, which --routing {routing} changes; leave the cache out, or --routing "
+        "native": routing not in ("native", "auto"),
+        "holds a fixed text, and --on_policy_fraction samples another; leave one of them out":
+            config.on_policy.on_policy_fraction > 0,
+        "replaces the teacher; leave out --offload_teacher_to_cpu and --teacher_quantization":
             memory.offload_teacher_to_cpu or memory.teacher_quantization != "off",
-            "replaces the teacher, which is not loaded; leave out --offload_teacher_to_cpu and --teacher_quantization",
-        ),
-        (
-            loss.alignment == "hidden",
-            "holds no hidden states, which --alignment hidden compares; leave the cache out",
-        ),
-        (
+        "holds no hidden states, which --alignment hidden compares; leave the cache out": loss.alignment == "hidden",
+        "holds no logits for --logit_clamp_style raw to clamp; use normalized, or leave the cache out":
             loss.logit_clamp_style == "raw",
-            "holds no logits for --logit_clamp_style raw to clamp; use normalized, or leave the cache out",
-        ),
-    )
-    for is_refused, reason in refusals:
+    }  # fmt: skip
+    for reason, is_refused in refusals.items():
         if is_refused:
             raise cache_error(folder, reason)
     header = read_header(folder)

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from sar_kd.alignment.aligner import Aligner
 from sar_kd.config.runs import Config, RoutingConfig
 from sar_kd.data.dataset import Dataset
 from sar_kd.errors import UsageError
 from sar_kd.evaluation.perplexity import Evaluation, evaluate
 from sar_kd.losses.objective import Objective
-from sar_kd.models.loading import Models
 from sar_kd.models.memory_saving import recompute_activations_
 from sar_kd.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from sar_kd.runtime.precision import Precision
@@ -34,117 +34,33 @@ MAX_PERPLEXITY_INCREASE = 0.05
 """`--sar_routing auto` activates every expert unless the teacher's perplexity rises by more than this share."""
 
 
-def build_live_teacher(
-    config: Config, models: Models, objective: Objective, train: Dataset, process_group: ProcessGroup = SINGLE_PROCESS
-) -> LiveTeacher:
-    """The loaded teacher with the routing that `--routing` names.
-
-    Raises: UsageError with the reason, if the teacher does not support that routing
-    """
-    settings, model = config.routing, models.teacher
-    is_sharded = process_group.size > 1 and config.train.parallel == "fsdp"
-    name, specs, reason = _choose_routing(config, model, objective, is_sharded)
-    trains_natively = name == "sar" and settings.sar_routing == "native"
-    if name != "native":
-        require_routers(model, specs, name, trains_natively)
-        specs = verify(model, specs, lambda: _run_once(model, objective.precision))
-    rule = "native" if trains_natively else "all" if name == "sar" else name
-    seed = process_group.seed(config.train.seed)  # each rank draws for its own tokens
-    routing = Routing(model, specs, rule, settings.ka_lambda, seed)
-    router_trainer = None
-    if name == "sar":
-        router_trainer = RouterTrainer(objective, routing, settings, config.loss, train.aligner, process_group)
-        if settings.activation_checkpointing:
-            recompute_activations_(model)
-    line = _describe_routing(name, reason, settings, specs)
-    return LiveTeacher(config, objective, process_group, name, routing, router_trainer, line)
-
-
-def _choose_routing(
-    config: Config, model: Any, objective: Objective, is_sharded: bool
-) -> tuple[str, list[RouterSpec], str]:
-    """The routing's name, the routers, and for `--routing auto` the reason: sar for a mixture of experts that can.
-
-    is_sharded: the student's weights are sharded over devices
-    """
-    settings, asked = config.routing, config.routing.routing
-    if asked == "native":
-        return "native", [], ""
-    obstacle = _obstacle(config, objective, is_sharded, trains=asked in ("sar", "auto"))
-    if asked != "auto":
-        if obstacle:
-            raise UsageError(f"--routing {asked}: {'; '.join(obstacle)}")
-        return asked, find_routers(model, settings.router_patterns), ""
-    if obstacle:
-        return "native", [], obstacle[0]
-    try:
-        specs = find_routers(model, settings.router_patterns)
-        if specs:
-            require_routers(model, specs, "sar", settings.sar_routing == "native")
-    except UsageError as error:
-        if settings.router_patterns:
-            raise
-        return "native", [], f"the teacher's routers cannot learn ({error})"
-    return ("sar", specs, "the teacher is a mixture of experts") if specs else ("native", [], "the teacher is dense")
-
-
-def _obstacle(config: Config, objective: Objective, is_sharded: bool, trains: bool) -> tuple[str, str] | None:
-    """Why no routing but the native one is possible, and the remedy. trains: for routers that learn."""
-    if objective.distillation is None:
-        return "distillation is off (--alpha_kd is 0)", "use --routing native"
-    if not trains:
-        return None
-    if objective.distillation.needs_states:
-        reason = "--alignment hidden compares no probabilities, from which routers learn"
-        return reason, "use another alignment, or --routing all"
-    if is_sharded:
-        reason = "with --parallel fsdp no device has the whole student, from which routers learn"
-        return reason, "use --parallel ddp, or --routing all"
-    if config.memory.routers_frozen_reason:
-        return config.memory.routers_frozen_reason, "use --routing all or native"
-    return None
-
-
-@torch.no_grad()
-def _run_once(model: Any, precision: Precision) -> None:
-    vocab_size = model.get_input_embeddings().weight.shape[0]
-    with precision.autocast():
-        model(input_ids=torch.arange(min(16, vocab_size), device=precision.device)[None], use_cache=False)
-
-
-def _describe_routing(name: str, reason: str, settings: RoutingConfig, specs: list[RouterSpec]) -> str:
-    line = f"--routing auto: {name}, because {reason}" if reason else f"--routing {name}"
-    if name == "native":
-        return line if reason else f"{line}, the teacher's own"
-    line += f"; {len(specs)} routers of {specs[0].num_experts} experts, {specs[0].top_k} of them in its own routing"
-    if name == "sar":
-        count = sum(parameter.numel() for parameter in router_parameters(specs).values())
-        return (
-            f"{line}; {count:,} parameters learn, {settings.sar_schedule}, rate {settings.router_lr:g}, anchor "
-            f"{settings.router_anchor:g}"
-        )
-    if name == "ka":
-        return f"{line}; every expert but one, drawn anew, {settings.ka_passes} steps on the same text"
-    return f"{line}; every expert active"
-
-
 class LiveTeacher(Teacher):
-    """A loaded teacher, with its routing and routers."""
+    """A loaded teacher with the routing that `--routing` names, and its routers."""
 
     def __init__(
-        self,
-        config: Config,
-        objective: Objective,
-        process_group: ProcessGroup,
-        routing_name: str,
-        routing: Routing,
-        router_trainer: RouterTrainer | None,
-        line: str,
+        self, config: Config, objective: Objective, aligner: Aligner, process_group: ProcessGroup = SINGLE_PROCESS
     ):
-        """routing_name: 'native', 'all', 'ka' or 'sar'; router_trainer: for 'sar'; line: shown at the start"""
-        self._config, self._process_group, self._lm_heads = config, process_group, objective.heads
-        self.routing_name, self.routing, self.router_trainer, self.lines = routing_name, routing, router_trainer, [line]
-        self.passes = config.routing.ka_passes if routing_name == "ka" else 1
+        """Raises: UsageError with the reason, if the teacher does not support that routing."""
+        self._config, self._objective, self._process_group = config, objective, process_group
+        settings, model = config.routing, objective.teacher
+        is_sharded = process_group.size > 1 and config.train.parallel == "fsdp"
+        name, specs, reason = _choose_routing(config, objective, is_sharded)
+        trains_natively = name == "sar" and settings.sar_routing == "native"
+        if name != "native":
+            require_routers(model, specs, name, trains_natively)
+            specs = verify(model, specs, lambda: _run_once(model, objective.precision))
+        self.routing_name = name
+        """'native', 'all', 'ka' or 'sar'"""
+        rule = "native" if trains_natively else "all" if name == "sar" else name
+        seed = process_group.seed(config.train.seed)  # each rank draws for its own tokens
+        self.routing = Routing(model, specs, rule, settings.ka_lambda, seed)
+        self.router_trainer: RouterTrainer | None = None
+        if name == "sar":
+            self.router_trainer = RouterTrainer(objective, self.routing, settings, config.loss, aligner, process_group)
+            if settings.activation_checkpointing:
+                recompute_activations_(model)
+        self.passes = settings.ka_passes if name == "ka" else 1
+        self.lines = [_describe_routing(name, reason, settings, specs)]
         self.start: dict = {}
         self.last: dict = {}
         self.alarms: list[str] = []
@@ -227,7 +143,7 @@ class LiveTeacher(Teacher):
             validation.text.num_bytes,
             precision,
             self._process_group,
-            heads=self._lm_heads,
+            heads=self._objective.heads,
             workspace_mb=self._config.loss.loss_workspace_mb,
             after_batch=statistics.add,
         )
@@ -253,7 +169,7 @@ class LiveTeacher(Teacher):
         self._process_group.on_rank_zero(lambda: save_router_update(folder / FILE, trainer.parameters, metadata))
 
     def summary(self) -> dict:
-        found = {"routing": self.routing_name, "experts": self.routing.rule, "router_start": self.start}
+        found: dict = {"routing": self.routing_name, "experts": self.routing.rule, "router_start": self.start}
         if self.router_trainer is not None:
             found |= {"router_final": self.last, "router_alarms": self.alarms, "router_stopped_at": self.stopped_at}
             found["frozen_sha256"] = self.router_trainer.frozen_sha256
@@ -277,3 +193,69 @@ class LiveTeacher(Teacher):
         self.routing.use(state["rule"])
         self.start, self.last = state["start"], state["last"]
         self.alarms, self.stopped_at = list(state["alarms"]), state["stopped_at"]
+
+
+def _choose_routing(config: Config, objective: Objective, is_sharded: bool) -> tuple[str, list[RouterSpec], str]:
+    """The routing's name, the routers, and for `--routing auto` the reason: sar for a mixture of experts that can.
+
+    is_sharded: the student's weights are sharded over devices
+    """
+    settings, asked = config.routing, config.routing.routing
+    if asked == "native":
+        return "native", [], ""
+    obstacle = _obstacle(config, objective, is_sharded, trains=asked in ("sar", "auto"))
+    if asked != "auto":
+        if obstacle:
+            raise UsageError(f"--routing {asked}: {'; '.join(obstacle)}")
+        return asked, find_routers(objective.teacher, settings.router_patterns), ""
+    if obstacle:
+        return "native", [], obstacle[0]
+    try:
+        specs = find_routers(objective.teacher, settings.router_patterns)
+        if specs:
+            require_routers(objective.teacher, specs, "sar", settings.sar_routing == "native")
+    except UsageError as error:
+        if settings.router_patterns:
+            raise
+        return "native", [], f"the teacher's routers cannot learn ({error})"
+    return ("sar", specs, "the teacher is a mixture of experts") if specs else ("native", [], "the teacher is dense")
+
+
+def _obstacle(config: Config, objective: Objective, is_sharded: bool, trains: bool) -> tuple[str, str] | None:
+    """Why no routing but the native one is possible, and the remedy. trains: for routers that learn."""
+    if objective.distillation is None:
+        return "distillation is off (--alpha_kd is 0)", "use --routing native"
+    if not trains:
+        return None
+    if objective.distillation.needs_states:
+        reason = "--alignment hidden compares no probabilities, from which routers learn"
+        return reason, "use another alignment, or --routing all"
+    if is_sharded:
+        reason = "with --parallel fsdp no device has the whole student, from which routers learn"
+        return reason, "use --parallel ddp, or --routing all"
+    if config.memory.routers_frozen_reason:
+        return config.memory.routers_frozen_reason, "use --routing all or native"
+    return None
+
+
+@torch.no_grad()
+def _run_once(model: Any, precision: Precision) -> None:
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    with precision.autocast():
+        model(input_ids=torch.arange(min(16, vocab_size), device=precision.device)[None], use_cache=False)
+
+
+def _describe_routing(name: str, reason: str, settings: RoutingConfig, specs: list[RouterSpec]) -> str:
+    line = f"--routing auto: {name}, because {reason}" if reason else f"--routing {name}"
+    if name == "native":
+        return line if reason else f"{line}, the teacher's own"
+    line += f"; {len(specs)} routers of {specs[0].num_experts} experts, {specs[0].top_k} of them in its own routing"
+    if name == "sar":
+        count = sum(parameter.numel() for parameter in router_parameters(specs).values())
+        return (
+            f"{line}; {count:,} parameters learn, {settings.sar_schedule}, rate {settings.router_lr:g}, anchor "
+            f"{settings.router_anchor:g}"
+        )
+    if name == "ka":
+        return f"{line}; every expert but one, drawn anew, {settings.ka_passes} steps on the same text"
+    return f"{line}; every expert active"

@@ -45,44 +45,23 @@ class Gate:
     scale: float = 1.0
 
 
-_SOFTMAX_OF_CHOSEN = Gate("softmax", True)
+_CLASSES = {
+    Gate("softmax", True): """
+        MixtralTopKRouter MiniMaxTopKRouter Qwen3_5MoeTopKRouter Qwen3VLMoeTextTopKRouter GptOssTopKRouter
+        GraniteMoeTopKRouter GraniteMoeHybridTopKRouter GraniteMoeSharedTopKRouter AriaTextTopKRouter
+        Ernie4_5_MoeTopKRouter HunYuanMoEV1Gate""",
+    Gate("softmax", "norm_topk_prob"): """
+        Qwen2MoeTopKRouter Qwen3MoeTopKRouter Qwen3NextTopKRouter OlmoeTopKRouter FlexOlmoTopKRouter""",
+    Gate("softmax", False): "DeepseekV2TopkRouter JambaTopKRouter",
+    Gate("softmax", True, scale=2.0): "PhimoeTopKRouter",  # two slots, each normalised on its own
+    Gate("sigmoid", "norm_topk_prob"): "DeepseekV3TopkRouter Glm4MoeTopkRouter Dots1TopkRouter ExaoneMoeTopkRouter",
+    Gate("sigmoid", True): "MiniMaxM2TopKRouter",
+    Gate("sigmoid", False, "scores"): "Llama4Router",
+    Gate("softmax", True, "logits"): "DbrxRouter",
+    Gate("softmax", False, "native"): "SwitchTransformersTop1Router NllbMoeTop2Router JetMoeTopKGating",
+}
 
-_SOFTMAX_BY_CONFIG = Gate("softmax", "norm_topk_prob")
-
-_SIGMOID_BY_CONFIG = Gate("sigmoid", "norm_topk_prob")
-
-_NATIVE = Gate("softmax", False, "native")
-
-REGISTRY = MappingProxyType(
-    {
-        **dict.fromkeys(
-            (
-                "MixtralTopKRouter", "MiniMaxTopKRouter", "Qwen3_5MoeTopKRouter", "Qwen3VLMoeTextTopKRouter",
-                "GptOssTopKRouter", "GraniteMoeTopKRouter", "GraniteMoeHybridTopKRouter", "GraniteMoeSharedTopKRouter",
-                "AriaTextTopKRouter", "Ernie4_5_MoeTopKRouter", "HunYuanMoEV1Gate",
-            ),
-            _SOFTMAX_OF_CHOSEN,
-        ),
-        **dict.fromkeys(
-            (
-                "Qwen2MoeTopKRouter", "Qwen3MoeTopKRouter", "Qwen3NextTopKRouter", "OlmoeTopKRouter",
-                "FlexOlmoTopKRouter",
-            ),
-            _SOFTMAX_BY_CONFIG,
-        ),
-        **dict.fromkeys(
-            ("DeepseekV3TopkRouter", "Glm4MoeTopkRouter", "Dots1TopkRouter", "ExaoneMoeTopkRouter"), _SIGMOID_BY_CONFIG
-        ),
-        "DeepseekV2TopkRouter": Gate("softmax", False),
-        "JambaTopKRouter": Gate("softmax", False),
-        # Two slots, each normalised on its own.
-        "PhimoeTopKRouter": Gate("softmax", True, scale=2.0),
-        "MiniMaxM2TopKRouter": Gate("sigmoid", True),
-        "Llama4Router": Gate("sigmoid", False, "scores"),
-        "DbrxRouter": Gate("softmax", True, "logits"),
-        **dict.fromkeys(("SwitchTransformersTop1Router", "NllbMoeTop2Router", "JetMoeTopKGating"), _NATIVE),
-    }
-)  # fmt: skip
+REGISTRY = MappingProxyType({name: gate for gate, names in _CLASSES.items() for name in names.split()})
 
 _FIXED_TOP_K = MappingProxyType({"SwitchTransformersTop1Router": 1, "NllbMoeTop2Router": 2, "PhimoeTopKRouter": 2})
 
@@ -133,10 +112,8 @@ def find_routers(model: nn.Module, patterns: tuple[str, ...] = ()) -> list[Route
         chosen = _matching(modules, patterns)
     else:
         chosen = {name: "class" for name, module in modules.items() if type(module).__name__ in REGISTRY}
-        parents = {_parent(router) for router in chosen}
-        for name, block in blocks.items():
-            if name not in parents:
-                chosen |= dict.fromkeys(_by_structure(name, block, _num_experts(model, block)), "structure")
+        for name in set(blocks) - set(map(_parent, chosen)):
+            chosen |= dict.fromkeys(_by_structure(name, blocks[name], _num_experts(model, blocks[name])), "structure")
     specs = [_spec(model, modules, name, chosen[name]) for name in modules if name in chosen]
     _validate(model, specs, blocks)
     return specs
@@ -188,13 +165,12 @@ def _num_experts(model: Any, block: nn.Module) -> int | None:
 
 def _by_structure(name: str, block: nn.Module, num_experts: int | None) -> list[str]:
     """Children of a block with a weight matrix [experts, ...]."""
-    found = []
-    for child_name, child in block.named_children():
-        if child is _experts_of(block) or _NO_ROUTER.fullmatch(child_name):
-            continue
-        if any(p.ndim == 2 and p.shape[0] == num_experts for p in child.parameters()):
-            found.append(f"{name}.{child_name}")
-    return found
+    return [
+        f"{name}.{child_name}"
+        for child_name, child in block.named_children()
+        if child is not _experts_of(block) and not _NO_ROUTER.fullmatch(child_name)
+        if any(p.ndim == 2 and p.shape[0] == num_experts for p in child.parameters())
+    ]
 
 
 def _spec(model: nn.Module, modules: dict[str, nn.Module], name: str, found_by: str) -> RouterSpec:
@@ -230,17 +206,20 @@ def _spec(model: nn.Module, modules: dict[str, nn.Module], name: str, found_by: 
 
 
 def _validate(model: nn.Module, specs: list[RouterSpec], blocks: dict[str, nn.Module]) -> None:
-    covered = {_parent(spec.name) for spec in specs}
-    missed = sorted(set(blocks) - covered)
+    by_block: dict[str, list[str]] = {}
+    for spec in specs:
+        by_block.setdefault(_parent(spec.name), []).append(spec.name)
+    missed = sorted(set(blocks) - set(by_block))
     if missed:
         raise UsageError(
             f"--router_patterns: no router found for {len(missed)} of {len(blocks)} blocks of experts, the first is "
             f"{missed[0]}; name all routers with full-name regular expressions"
         )
-    doubled = sorted({block for block in covered if sum(_parent(spec.name) == block for spec in specs) > 1})
-    if doubled:
-        names = " and ".join(spec.name for spec in specs if _parent(spec.name) == doubled[0])
-        raise UsageError(f"--router_patterns: {names} would both route {doubled[0]}; name the one that does")
+    for block, names in sorted(by_block.items()):
+        if len(names) > 1:
+            raise UsageError(
+                f"--router_patterns: {' and '.join(names)} would both route {block}; name the one that does"
+            )
     total = sum(parameter.numel() for parameter in model.parameters())
     routers = sum(parameter.numel() for parameter in router_parameters(specs).values())
     if routers > MAX_PARAMETER_SHARE * total:

@@ -458,9 +458,9 @@ def test_a_flipped_byte_is_refused_wherever_it_is(inputs, built, tmp_path):
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        (["--routing", "sar"], "its routers learn; leave the cache out, or --routing native"),
-        (["--routing", "all"], "--routing all activates other experts"),
-        (["--routing", "ka"], "--routing ka activates other experts"),
+        (["--routing", "sar"], "own routing, which --routing sar changes; leave the cache out, or --routing native"),
+        (["--routing", "all"], "own routing, which --routing all changes"),
+        (["--routing", "ka"], "own routing, which --routing ka changes"),
         (["--alignment", "hidden"], "holds no hidden states"),
         (["--on_policy_fraction", 0.5], "holds a fixed text"),
         (["--logit_clamp_style", "raw", "--force"], "holds no logits"),
