@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sar_kd.config.command_line import parse
 from sar_kd.config.fields import Command, option
-from sar_kd.reporting.log_diagnosis import diagnose, lines_of, read_log
+from sar_kd.reporting.log_diagnosis import diagnose, diagnosis_lines, read_log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,5 +36,5 @@ def main(argv: list[str]) -> dict:
     """
     config = parse(EXPLAIN, argv)
     log = read_log(Path(config.log))
-    print(json.dumps(asdict(diagnose(log)), indent=2) if config.json else "\n".join(lines_of(log)))
+    print(json.dumps(asdict(diagnose(log)), indent=2) if config.json else "\n".join(diagnosis_lines(log)))
     return {"status": "finished"}

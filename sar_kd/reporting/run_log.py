@@ -1,8 +1,6 @@
-"""What a run tells: the bar and the lines in the terminal, `metrics.jsonl`, `summary.json`.
+"""The log of a run: the bar and the lines in the terminal, `metrics.jsonl` and `summary.json`.
 
-The only module that prints. It measures nothing and decides nothing; it is handed figures and shows them.
-
-What a fine-tuning run tells, in the words that its users know.
+It measures nothing and decides nothing: it shows and writes the metrics that it is given.
 """
 
 from __future__ import annotations
@@ -25,28 +23,30 @@ from sar_kd.config.sections import TrainConfig
 from sar_kd.errors import UsageError
 from sar_kd.reporting.model_card import CardWriter
 from sar_kd.reporting.report import find_report_writer
-from sar_kd.reporting.summary_table import closing_table
+from sar_kd.reporting.summary_table import summary_table
 from sar_kd.reporting.trackers import find_trackers
-from sar_kd.runtime.console import first_few, perplexity_text, wrap_lines
+from sar_kd.runtime.console import first_few, format_perplexity
+from sar_kd.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from sar_kd.runtime.files import (
     FolderLock,
     atomic_write,
     check_contained,
-    clear,
+    clear_run_folder,
     complete_lines,
-    holds_something,
-    plain,
-    step_of,
+    is_occupied,
+    json_safe,
+    step_of_line,
 )
+from sar_kd.version import RUN_FORMAT
 
 
 class Observer(Protocol):
-    """Takes notice of everything that a run writes, once it is written."""
+    """Receives everything that a run writes, once it is written."""
 
-    def record(self, record: dict) -> None:
-        """A line of `metrics.jsonl`; its `event` says of what."""
+    def log_record(self, record: dict) -> None:
+        """A line of `metrics.jsonl`; its `event` is 'start', 'step', 'evaluation' or 'rewind'."""
 
-    def finish(self, summary: dict) -> None:
+    def log_summary(self, summary: dict) -> None:
         """The run has ended, and its summary is written."""
 
     def close(self) -> None:
@@ -54,100 +54,88 @@ class Observer(Protocol):
 
 
 class RunLog:
-    """A run folder and the terminal, and whoever else takes notice."""
+    """The log of a distillation: its run folder, the terminal, and observers.
 
-    def __init__(self, config: RunConfig, observers: Sequence[Observer] = ()):
+    enabled: False on all ranks but rank 0; the log then shows and writes nothing
+    """
+
+    def __init__(self, config: RunConfig, observers: Sequence[Observer] = (), enabled: bool = True):
         self.deadline = time.monotonic() + config.train.time_limit_seconds
-        self._observers = observers
         self.folder = Path(config.train.output_dir)
-        self._config = config
-        self._every = config.train.log_steps
-        self._is_terminal = sys.stdout.isatty()
-        self._bar: Any = None  # a tqdm from `start` on
-        self._perplexity = math.nan
-        self._metrics: Any = None  # a file, likewise
+        self._config, self._observers, self._enabled = config, observers, enabled
+        self._log_steps = config.train.log_steps
         self._lock = FolderLock(self.folder)
-        self._window: list[dict] = []
+        self._bar: Any = None  # a tqdm from `open` on
+        self._metrics: Any = None  # a file, likewise
+        self._perplexity = math.nan
+        self._recent: list[dict] = []
+        """Records of the steps since the last line"""
 
-    def say(self, line: str) -> None:
+    def info(self, line: str) -> None:
         """Print one line, above the bar if there is one."""
-        tqdm.write(wrap_lines(line), file=sys.stdout)
-        sys.stdout.flush()
+        if self._enabled:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
 
-    def start(self, first_step: int, calendar: TrainConfig) -> None:
-        """Write `config.json`, open `metrics.jsonl` without what a resumed run is about to repeat, show the bar."""
-        self._every = calendar.log_steps
+    def open(self, first_step: int, train: TrainConfig) -> None:
+        """Write `config.json`, open `metrics.jsonl` without the steps that a resumed run repeats, show the bar."""
+        self._log_steps = train.log_steps
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock.acquire()
-        if first_step == 0 and self._config.train.overwrite:  # only now is it sure that a run begins
-            clear(self.folder)
+        if first_step == 0 and self._config.train.overwrite:  # not earlier: until now the run could be refused
+            clear_run_folder(self.folder)
         atomic_write(self.folder / "config.json", json.dumps(self._config.to_dict(), indent=2) + "\n")
         self._open_metrics(first_step)
         self._bar = tqdm(
-            total=calendar.train_steps,
+            total=train.train_steps,
             initial=first_step,
-            # No drawn bar: at 80 columns it would push out the figures, of which the first matter most.
+            # No drawn bar: at 80 columns it would push out the metrics, of which the first matter most.
             bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
             dynamic_ncols=True,
-            disable=not self._is_terminal,
+            disable=not sys.stdout.isatty(),
             file=sys.stdout,
         )
 
     def _open_metrics(self, first_step: int) -> None:
         path = self.folder / "metrics.jsonl"
-        kept = [line for line in complete_lines(path) if step_of(line) <= first_step] if first_step else []
-        atomic_write(path, "".join(kept))
+        lines = [line for line in complete_lines(path) if step_of_line(line) <= first_step] if first_step else []
+        atomic_write(path, "".join(lines))
         self._metrics = open(path, "a", encoding="utf-8", buffering=1)
 
-    def begin(self, student: dict, teacher: dict) -> None:
-        """Enter what both models are before the first step."""
-        of_teacher = {f"teacher_{name}": value for name, value in teacher.items()}
-        self._perplexity = student["val_ppl"]
-        self._write({"event": "start", "step": 0, **student, **of_teacher})
-
-    def rewind(self, record: dict, num_blocks: int) -> None:
-        """Go back to the step that `record` names, and say so: what came after it is about to happen otherwise."""
-        self._metrics.close()
-        self._open_metrics(record["step"])
-        self._write({"event": "rewind", **record})
-        self._window.clear()
-        self._bar.reset()
-        self._bar.update(record["step"])
-        left_out = f"{len(record['left_out'])} of {num_blocks} blocks ({first_few(record['documents'])})"
-        self.say(
-            f"Step {record['rewound_from']}: diverged. Back to step {record['step']}, once, at half the learning rate, "
-            f"without {left_out}. See {self.folder / 'crash'}"
+    def print_start(self, start: dict, teacher: dict) -> None:
+        """Print the validation of student and teacher before the first step."""
+        self.info(
+            f"Validation PPL at the start = {start['val_ppl']:.2f} (teacher {teacher['val_ppl']:.2f}; "
+            f"bits per byte {start['val_bits_per_byte']:.3f}, teacher {teacher['val_bits_per_byte']:.3f})"
         )
 
-    def close(self) -> None:
-        """Let go of the terminal, the files and the folder, however the run has ended."""
-        if self._bar is not None:
-            self._bar.close()
-        if self._metrics is not None:
-            self._metrics.close()
-        self._lock.release()
-        for observer in self._observers:
-            observer.close()
+    def log_start(self, student: dict, teacher: dict) -> None:
+        """Write the validation of student and teacher before the first step."""
+        teacher = {f"teacher_{name}": value for name, value in teacher.items()}
+        self._perplexity = student["val_ppl"]
+        self._write({"event": "start", "step": 0, **student, **teacher})
 
-    def step(self, record: dict, success_rate: float, tokens_per_second: float) -> None:
-        """Enter one attempted update; its `step` counts from 1."""
+    def log_step(self, record: dict, success_rate: float, tokens_per_second: float) -> None:
+        """Write one attempted update; its `step` counts from 1. Every `log_steps` a line is printed."""
+        if not self._enabled:
+            return
         self._write({"event": "step", **record})
-        self._window.append(record)
-        figures = self._postfix(record, success_rate)
-        self._bar.set_postfix_str(self._beside_bar(f"{figures} tok/s={tokens_per_second:,.0f}"), refresh=False)
+        self._recent.append(record)
+        postfix = f"{self._postfix(record, success_rate)} tok/s={tokens_per_second:,.0f}"
+        self._bar.set_postfix_str(self._shorten(postfix), refresh=False)
         self._bar.update(1)
-        if record["step"] % self._every == 0:
-            self.say(self._line(record["step"], success_rate))
-            self._window.clear()
+        if record["step"] % self._log_steps == 0:
+            self.info(self._line(record["step"], success_rate))
+            self._recent.clear()
 
-    def _beside_bar(self, figures: str) -> str:
-        """As many of the figures as there is room for, each whole: 100 % cut short would read as 10."""
-        of_bar = len("100% / [0:00:00<0:00:00], ") + 2 * len(str(self._bar.total))
+    def _shorten(self, postfix: str) -> str:
+        """As many of the metrics as fit beside the bar, each whole: 100 % cut short would read as 10."""
+        width = len("100% / [0:00:00<0:00:00], ") + 2 * len(str(self._bar.total))
         columns = shutil.get_terminal_size((80, 24)).columns
-        return textwrap.shorten(figures, max(1, columns - 1 - of_bar), placeholder="")
+        return textwrap.shorten(postfix, max(1, columns - 1 - width), placeholder="")
 
     def _postfix(self, record: dict, success_rate: float) -> str:
-        """What stands beside the bar."""
+        """The metrics beside the bar."""
         ce = "" if record["ce_loss"] is None else f" ce={record['ce_loss']:.3f}"
         return (
             f"loss={record['loss']:.3f} kd={record['kd_loss']:.3f}{ce} "
@@ -156,94 +144,84 @@ class RunLog:
         )
 
     def _line(self, step: int, success_rate: float) -> str:
-        """What is said of the steps since the last line."""
-        finite = [r for r in self._window if math.isfinite(r["loss"])]
+        """The line about the steps since the last one: means over those whose loss is finite."""
+        finite = [r for r in self._recent if math.isfinite(r["loss"])]
         loss, kd = (_mean([r[key] for r in finite]) for key in ("loss", "kd_loss"))
-        of_text = [r["ce_loss"] for r in finite if r["ce_loss"] is not None]  # not of the student's own
-        ce = f", ce={_mean(of_text):.4f}" if of_text or not finite else ""
-        odd = len(self._window) - len(finite)
-        bad = f" not_finite={odd}" if odd else ""
-        of_routers = [r["router_kl"] for r in finite if "router_kl" in r]
-        routers = f" router_kl={_mean(of_routers):.4f}" if of_routers else ""
+        ce_losses = [r["ce_loss"] for r in finite if r["ce_loss"] is not None]  # None on on-policy text
+        ce = f", ce={_mean(ce_losses):.4f}" if ce_losses or not finite else ""
+        num_bad = len(self._recent) - len(finite)
+        bad = f" not_finite={num_bad}" if num_bad else ""
+        router_kls = [r["router_kl"] for r in finite if "router_kl" in r]
+        routers = f" router_kl={_mean(router_kls):.4f}" if router_kls else ""
         return f"Step {step}: avg_loss={loss:.4f} (kd={kd:.4f}{ce}){routers} success_rate={success_rate:.0%}{bad}"
 
-    def say_start(self, start: dict, teacher: dict) -> None:
-        """Say where the student starts, and where the teacher is."""
-        self.say(
-            f"Validation PPL at the start = {start['val_ppl']:.2f} (teacher {teacher['val_ppl']:.2f}; "
-            f"bits per byte {start['val_bits_per_byte']:.3f}, teacher {teacher['val_bits_per_byte']:.3f})"
-        )
-
-    def evaluation(self, record: dict, is_best: bool) -> None:
-        """Enter one validation of the student."""
+    def log_evaluation(self, record: dict, is_best: bool) -> None:
+        """Write and print one validation of the student."""
         self._write({"event": "evaluation", **record})
         self._perplexity = record["val_ppl"]
         best = " (best so far)" if is_best else ""
         teacher = ""
         if "router_entropy" in record:
-            own, used = (record[f"teacher_val_ppl_{how}"] for how in ("native", "routed"))
-            used = "" if used == own else f", {used:.2f} with every expert"
-            teacher = f"; teacher {own:.2f}{used}, router entropy {record['router_entropy']:.3f}"
-        self.say(f"Step {record['step']}: Validation PPL = {perplexity_text(record['val_ppl'])}{best}{teacher}")
+            native, routed = (record[f"teacher_val_ppl_{how}"] for how in ("native", "routed"))
+            every = "" if routed == native else f", {routed:.2f} with every expert"
+            teacher = f"; teacher {native:.2f}{every}, router entropy {record['router_entropy']:.3f}"
+        self.info(f"Step {record['step']}: Validation PPL = {format_perplexity(record['val_ppl'])}{best}{teacher}")
 
-    def finish(self, summary: dict) -> None:
-        """Write `summary.json`, close everything, print the closing table."""
-        atomic_write(self.folder / "summary.json", json.dumps(plain(summary), indent=2) + "\n")
+    def log_rewind(self, record: dict, num_blocks: int) -> None:
+        """Cut `metrics.jsonl` back to the step that `record` names, and print why: the steps after it are repeated."""
+        if not self._enabled:
+            return
+        self._metrics.close()
+        self._open_metrics(record["step"])
+        self._write({"event": "rewind", **record})
+        self._recent.clear()
+        self._bar.reset()
+        self._bar.update(record["step"])
+        skipped = f"{len(record['left_out'])} of {num_blocks} blocks ({first_few(record['documents'])})"
+        self.info(
+            f"Step {record['rewound_from']}: diverged. Back to step {record['step']}, once, at half the learning rate, "
+            f"without {skipped}. See {self.folder / 'crash'}"
+        )
+
+    def log_summary(self, summary: dict) -> None:
+        """Write `summary.json`, close everything, print the table of results."""
+        text = json.dumps(json_safe({"format": RUN_FORMAT, **summary}), indent=2)
+        atomic_write(self.folder / "summary.json", text + "\n")
         for observer in self._observers:
-            observer.finish(summary)
+            observer.log_summary(summary)
         self.close()
         if summary["status"] == "interrupted" and time.monotonic() >= self.deadline:
-            self.say(f"--time_limit {self._config.train.time_limit}: the time is over, everything is saved")
-        for line in closing_table(summary, self.folder):
-            self.say(line)
+            self.info(f"--time_limit {self._config.train.time_limit}: the time is over, everything is saved")
+        for line in summary_table(summary, self.folder):
+            self.info(line)
+
+    def close(self) -> None:
+        """Release the terminal, the files and the folder, however the run has ended."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        self._lock.release()
+        for observer in self._observers:
+            observer.close()
 
     def _write(self, record: dict) -> None:
-        self._metrics.write(json.dumps(plain(record)) + "\n")
-        for observer in self._observers:
-            observer.record(record)
-
-
-def open_run(config: RunConfig, kind: type[RunLog] = RunLog) -> RunLog:
-    """Find the run folder usable and say what the run is. The folder holds a run from `RunLog.start` on.
-
-    Raises: UsageError if the folder holds another run, or cannot be written
-    """
-    folder, train = Path(config.train.output_dir), config.train
-    try:
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not (existing.is_dir() and os.access(existing, os.W_OK)):
-            raise UsageError(f"--output_dir {folder}: cannot be written ({existing} is no folder that can be)")
-        holds_run = (folder / "config.json").exists()
-        if holds_run and not (train.resume or train.overwrite):
-            raise UsageError(f"--output_dir {folder}: holds a run; --resume continues it, --overwrite deletes it")
-        if not holds_run and holds_something(folder):
-            raise UsageError(f"--output_dir {folder}: is not empty and holds no run; name another folder")
-        check_contained(folder)
-        FolderLock(folder).check()
-    except OSError as error:
-        raise UsageError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
-    writers, lines = find_report_writer(folder)
-    log = kind(config, [CardWriter(folder), *writers, *find_trackers(config)])
-    for line in (*config.summary_lines(), *config.notices, *lines):
-        log.say(line)
-    return log
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
+        if self._enabled:
+            self._metrics.write(json.dumps(json_safe(record)) + "\n")
+            for observer in self._observers:
+                observer.log_record(record)
 
 
 class SftLog(RunLog):
-    """A run folder and the terminal of a run without a teacher.
+    """The log of a run without a teacher.
 
     Every `--log_steps`: {'loss': 2.27, 'grad_norm': 1.55, 'learning_rate': 0.0002, 'epoch': 0.31}
-    the loss as the mean since the last line, nan if one of them was; the rest as of this step
+    The loss is the mean since the last line, nan if one of them was; the other metrics are those of this step.
     """
 
-    def say_start(self, start: dict, teacher: dict) -> None:
-        """Say where the student starts; there is no teacher."""
+    def print_start(self, start: dict, teacher: dict) -> None:
         bits = start["val_bits_per_byte"]
-        self.say(f"Validation PPL at the start = {start['val_ppl']:.2f} (bits per byte {bits:.3f})")
+        self.info(f"Validation PPL at the start = {start['val_ppl']:.2f} (bits per byte {bits:.3f})")
 
     def _postfix(self, record: dict, success_rate: float) -> str:
         return (
@@ -252,13 +230,44 @@ class SftLog(RunLog):
         )
 
     def _line(self, step: int, success_rate: float) -> str:
-        last = self._window[-1]
-        losses = [record["loss"] for record in self._window if record["num_target_tokens"]]
-        # No average that leaves anything out, and no zero for want of a figure: what is not finite shows.
-        figures = {
-            "loss": sum(losses) / len(losses) if losses else float("nan"),
-            "grad_norm": last["grad_norm"],
-            "learning_rate": last["learning_rate"],
-        }
-        rounded = {name: float(f"{value:.4g}") for name, value in figures.items()}
+        last = self._recent[-1]
+        losses = [record["loss"] for record in self._recent if record["num_target_tokens"]]
+        # A mean of all steps, finite or not, and nan instead of 0 where there is none: a bad step must show.
+        metrics = {"loss": sum(losses) / len(losses) if losses else math.nan}
+        metrics |= {name: last[name] for name in ("grad_norm", "learning_rate")}
+        rounded = {name: float(f"{value:.4g}") for name, value in metrics.items()}
         return str({**rounded, "epoch": round(last["epoch"], 2)})
+
+
+def open_run(config: RunConfig, kind: type[RunLog] = RunLog, process_group: ProcessGroup = SINGLE_PROCESS) -> RunLog:
+    """Check the run folder, print what the run is, and return its log. The folder is taken by `RunLog.open` only.
+
+    Raises: UsageError if the folder holds another run, or cannot be written
+    """
+    return process_group.on_rank_zero(lambda: _open_run(config, kind)) or kind(config, enabled=False)
+
+
+def _open_run(config: RunConfig, kind: type[RunLog]) -> RunLog:
+    folder, train = Path(config.train.output_dir), config.train
+    try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not (existing.is_dir() and os.access(existing, os.W_OK)):
+            raise UsageError(f"--output_dir {folder}: cannot be written ({existing} is no folder that can be)")
+        holds_run = (folder / "config.json").exists()
+        if holds_run and not (train.resume or train.overwrite):
+            raise UsageError(f"--output_dir {folder}: holds a run; --resume continues it, --overwrite deletes it")
+        if not holds_run and is_occupied(folder):
+            raise UsageError(f"--output_dir {folder}: is not empty and holds no run; name another folder")
+        check_contained(folder)
+        FolderLock(folder).check()
+    except OSError as error:
+        raise UsageError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
+    writers, lines = find_report_writer(folder)
+    log = kind(config, [CardWriter(folder), *writers, *find_trackers(config)])
+    for line in (*config.summary_lines(), *config.notices, *lines):
+        log.info(line)
+    return log
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

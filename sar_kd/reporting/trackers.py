@@ -1,8 +1,7 @@
-"""TensorBoard and Weights & Biases: where a run's figures also go, if they are asked for."""
+"""TensorBoard and Weights & Biases: where a run's metrics also go, if they are asked for."""
 
 from __future__ import annotations
 
-import abc
 import math
 import re
 from pathlib import Path
@@ -18,88 +17,67 @@ def find_trackers(config: RunConfig) -> list[Tracker]:
 
     Raises: UsageError if the package for one is not installed
     """
-    kinds = {"tensorboard": TensorBoard, "wandb": Wandb}
-    asked = [name for name in kinds if getattr(config.train, name)]
-    for name in asked:
+    names = [name for name in _OPEN if getattr(config.train, name)]
+    for name in names:
         if not is_installed(name):
             raise UsageError(f"--{name}: needs `pip install {name}`")
-    return [kinds[name](config) for name in asked]
+    return [Tracker(name, config) for name in names]
 
 
-class Tracker(abc.ABC):
-    """Sends the figures of steps and validations on; opened with the first of them."""
+class Tracker:
+    """An observer of the run log that sends on the metrics of steps and validations; opened by the first of them."""
 
-    def __init__(self, config: RunConfig):
-        self.config = config
-        self._target: Any = None
+    def __init__(self, name: str, config: RunConfig):
+        self._name, self._config = name, config
+        self._run: Any = None  # a wandb run, or what has its methods `log` and `finish`
 
-    def record(self, record: dict) -> None:
-        """Send the numbers of one line of `metrics.jsonl`."""
+    def log_record(self, record: dict) -> None:
         if record["event"] == "rewind":
             return
-        if self._target is None:
-            self._target = self._open(Path(self.config.train.output_dir), record["step"])
-        self._send(_figures("train" if record["event"] == "step" else "validation", record), record["step"])
+        if self._run is None:
+            self._run = _OPEN[self._name](self._config, Path(self._config.train.output_dir), record["step"])
+        self._run.log(_metrics("train" if record["event"] == "step" else "validation", record), step=record["step"])
 
-    def finish(self, summary: dict) -> None:
-        """Send the summary's numbers."""
-        if self._target is not None:
-            self._send(_figures("summary", summary), summary["steps"])
+    def log_summary(self, summary: dict) -> None:
+        if self._run is not None:
+            self._run.log(_metrics("summary", summary), step=summary["steps"])
 
     def close(self) -> None:
-        """Let what was sent arrive."""
-        if self._target is not None:
-            self._end()
-            self._target = None
-
-    @abc.abstractmethod
-    def _open(self, folder: Path, step: int):
-        """What takes the figures, from this step on."""
-
-    @abc.abstractmethod
-    def _send(self, figures: dict[str, float], step: int) -> None:
-        """Hand over the figures of a step."""
-
-    @abc.abstractmethod
-    def _end(self) -> None:
-        """Nothing more follows."""
+        if self._run is not None:
+            self._run.finish()
+            self._run = None
 
 
-class TensorBoard(Tracker):
+class _TensorBoard:
     """Event files in the run folder's `tensorboard/`; `tensorboard --logdir RUN_DIR` shows them."""
 
-    def _open(self, folder: Path, step: int):
+    def __init__(self, config: RunConfig, folder: Path, step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(folder / "tensorboard", purge_step=step)
+        self._writer = SummaryWriter(folder / "tensorboard", purge_step=step)
 
-    def _send(self, figures: dict[str, float], step: int) -> None:
-        for name, value in figures.items():
-            self._target.add_scalar(name, value, step)
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
 
-    def _end(self) -> None:
-        self._target.close()
+    def finish(self) -> None:
+        self._writer.close()
 
 
-class Wandb(Tracker):
+def _open_wandb(config: RunConfig, folder: Path, step: int) -> Any:
     """A run of the project `sar-kd`, named as the run folder; wandb's own environment variables hold (WANDB_MODE)."""
+    import wandb
 
-    def _open(self, folder: Path, step: int):
-        import wandb
-
-        name = folder.resolve().name
-        same = re.sub(r"[^\w.-]", "-", name)[:64]  # what a resumed run must be called to be the same
-        settings = self.config.to_dict()
-        return wandb.init(project="sar-kd", name=name, id=same, resume="allow", dir=str(folder), config=settings)
-
-    def _send(self, figures: dict[str, float], step: int) -> None:
-        self._target.log(figures, step=step)
-
-    def _end(self) -> None:
-        self._target.finish()
+    name = folder.resolve().name
+    run_id = re.sub(r"[^\w.-]", "-", name)[:64]  # a resumed run continues the one with its id
+    settings = config.to_dict()
+    return wandb.init(project="sar-kd", name=name, id=run_id, resume="allow", dir=str(folder), config=settings)
 
 
-def _figures(group: str, record: dict) -> dict[str, float]:
-    """The finite numbers of a record, by the name that the charts have."""
+_OPEN = {"tensorboard": _TensorBoard, "wandb": _open_wandb}
+
+
+def _metrics(group: str, record: dict) -> dict[str, float]:
+    """The finite numbers of a record, named group/metric."""
     numbers = {name: value for name, value in record.items() if isinstance(value, (int, float)) and name != "step"}
     return {f"{group}/{name}": float(value) for name, value in numbers.items() if math.isfinite(value)}

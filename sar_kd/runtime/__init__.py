@@ -1,6 +1,6 @@
-"""The process that a run lives in: its ranks, its device and dtype, its files and its terminal.
+"""The process of a run: its ranks, device and dtype, files and terminal.
 
-In: settings of precision and of parallelism; paths. Out: `Precision` (device, autocast, loss scale), the process group,
-atomic writes and digests, free memory and disk, lines for a terminal, a request to stop.
+In: settings of precision; paths. Out: `Precision` (device, autocast, loss scale), the process group, atomic writes and
+digests, free memory and disk space, numbers as text, a request to stop.
 May import: `config` and what stands below it.
 """

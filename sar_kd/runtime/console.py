@@ -1,58 +1,44 @@
-"""How a line fits a terminal.
-
-What is seen while text becomes tokens: a bar in a terminal, lines elsewhere.
-"""
+"""What goes to a terminal: lines beside progress bars, and numbers as text."""
 
 from __future__ import annotations
 
-import re
-import shutil
 import sys
-import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from tqdm import tqdm
 
-_UNIT = re.compile(r"(?<=\d) (?=(?:[kMGT]?B|[kM]|min|s|tokens/s)\b)")
 
-
-def wrap_lines(*lines: str) -> str:
-    """The lines as a terminal shows them without breaking a word; as they are, where they go into a file."""
-    return "\n".join(part for line in lines for part in (_wrapped(line) if sys.stdout.isatty() else [line]))
-
-
-def _wrapped(line: str) -> list[str]:
-    width = max(40, shutil.get_terminal_size((80, 24)).columns)
-    bound = _UNIT.sub("\u00a0", line)  # a figure keeps its unit
-    parts = textwrap.wrap(bound, width, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False)
-    return [part.replace("\u00a0", " ") for part in parts] or [""]
-
-
-def say(line: str) -> None:
-    """Print a line beside whatever else is printed, on standard error."""
+def print_stderr(line: str) -> None:
+    """Print a line on standard error, above a progress bar if there is one."""
     tqdm.write(line, file=sys.stderr)
 
 
 @contextmanager
 def tokenizing_bar(num_chars: int, is_shown: bool) -> Iterator[tqdm]:
-    """A bar over so many characters of text; `update` tells how many more are done; in a terminal."""
+    """A progress bar over characters of text, on a terminal only; `update(n)` advances it by n characters."""
     with tqdm(
-        total=num_chars, unit="char", unit_scale=True, desc="Tokenising", disable=not (is_shown and sys.stderr.isatty())
+        total=num_chars, unit="char", unit_scale=True, desc="Tokenizing", disable=not (is_shown and sys.stderr.isatty())
     ) as bar:
         yield bar
 
 
-def gigabytes(size: int) -> str:
-    """Bytes for people."""
-    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
-
-
 def first_few(names: Sequence[str]) -> str:
-    """The first names of a list that may be long."""
+    """The first five names of a list that may be long."""
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def perplexity_text(perplexity: float) -> str:
-    """Two decimals, or a power of ten where there would be more digits than anyone reads."""
+def format_bytes(size: float) -> str:
+    """1,234 MB or 1.23 GB."""
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
+
+
+def format_duration(seconds: float) -> str:
+    """12 s or 3 min 04 s."""
+    minutes, rest = divmod(int(round(seconds)), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def format_perplexity(perplexity: float) -> str:
+    """Two decimals, or a power of ten from a million on."""
     return f"{perplexity:.2f}" if perplexity < 1e6 else f"{perplexity:.3g}"

@@ -1,10 +1,10 @@
-"""What is installed and what can compute: versions, GPUs, and whether this PyTorch carries kernels for them.
+"""Package versions, GPUs, memory, and whether this PyTorch build has kernels for a GPU.
 
-A PyTorch build carries machine code for some GPU generations only. On another one it allocates, `is_available()` is
-true, and the first operation fails; so each GPU's compute capability is held against the build, and one real kernel is
+A PyTorch build contains machine code for some GPU generations only. On another one it allocates, `is_available()` is
+true, and the first operation fails. So each GPU's compute capability is compared with the build, and one real kernel is
 run, before anything is loaded.
 
-Source of the builds: the CUDA 12.6 wheels carry sm_50 to sm_90 and are published up to PyTorch 2.14 (pytorch issues
+Source of the builds: the CUDA 12.6 wheels contain sm_50 to sm_90 and are published up to PyTorch 2.14 (pytorch issues
 157517, 172352 and 190385); the others begin at sm_75 from PyTorch 2.11 on.
 """
 
@@ -22,18 +22,24 @@ import torch
 
 from sar_kd.errors import UsageError
 
-REQUIRED = {"torch": ((2, 6), (2, 14)), "transformers": ((5, 6), (6,))}
-"""From which version on, and below which, as `pyproject.toml` says it for pip."""
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
-# The last PyTorch for which wheels are published that carry what came before Turing (CUDA 12.6), and what they carry.
-_LAST_WITH_OLD_CARDS = (2, 14)
+REQUIRED = {"torch": ((2, 6), (2, 14)), "transformers": ((5, 6), (6,))}
+"""The lowest version, and the first one that is too new; the same as in `pyproject.toml`"""
+
+_LAST_WITH_OLD_GPUS = (2, 14)
+"""The last PyTorch with wheels for GPUs older than Turing, those of CUDA 12.6"""
 
 _CU126 = range(50, 100)
+"""The compute capabilities in these wheels, times 10"""
 
 _CU126_INDEX = "https://download.pytorch.org/whl/cu126"
 
 
-class Card(NamedTuple):
+class Gpu(NamedTuple):
     """One GPU."""
 
     number: int
@@ -44,7 +50,7 @@ class Card(NamedTuple):
 
 
 def versions() -> dict[str, str]:
-    """What is installed of the packages that matter, by name; 'missing' for what is not."""
+    """The installed versions of the packages that matter, by name; 'missing' for those that are not installed."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("transformers", "tokenizers", "datasets", "matplotlib"):
         try:
@@ -55,46 +61,56 @@ def versions() -> dict[str, str]:
 
 
 def is_installed(package: str) -> bool:
-    """Could the package be imported? It is not."""
+    """Could the package be imported? Does not import it."""
     try:
         return importlib.util.find_spec(package) is not None
     except ValueError:  # a module put into sys.modules by hand
         return package in sys.modules
 
 
-def find_cards() -> list[Card]:
+def find_gpus() -> list[Gpu]:
     """The GPUs that this process sees."""
     if not torch.cuda.is_available():
         return []
-    cards = []
+    gpus = []
     for index in range(torch.cuda.device_count()):
         memory = torch.cuda.get_device_properties(index).total_memory
         capability = torch.cuda.get_device_capability(index)
-        cards.append(Card(index, torch.cuda.get_device_name(index), capability, memory))
-    return cards
+        gpus.append(Gpu(index, torch.cuda.get_device_name(index), capability, memory))
+    return gpus
 
 
-def held_memory() -> int:
-    """Bytes that this process holds in the machine's memory; 0 where the system does not tell."""
+def resident_memory() -> int:
+    """Bytes of this process in the machine's memory; 0 where the system does not report it."""
     return _bytes_in(Path("/proc/self/status"), "VmRSS:")
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that this process could still take on a device; None where the system does not tell.
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes allocated on the GPU, or of the whole process on a CPU; 0 where the system does not report it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
-    Of the machine's own memory the least of what is available and what the control group (a container) has left.
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process could still allocate on a device; None where the system does not report it.
+
+    For a CPU the smaller of the machine's available memory and what the control group (a container) has left.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     left = [_bytes_in(Path("/proc/meminfo"), "MemAvailable:")]
-    for folder, (limit, used, cached) in _CGROUPS.items():
-        most, taken = (_bytes_in(folder / name) for name in (limit, used))
-        if most:
-            left.append(max(1, most - taken + _bytes_in(folder / "memory.stat", cached)))
+    for folder, (limit_file, used_file, cached) in _CGROUPS.items():
+        limit, used = (_bytes_in(folder / name) for name in (limit_file, used_file))
+        if limit:
+            left.append(max(1, limit - used + _bytes_in(folder / "memory.stat", cached)))
     return min(filter(None, left), default=None)
 
 
-# Of the second version and the first: the limit, what is used, and what of it the system takes back when it wants it.
+# Of cgroups version 2 and 1: the limit, the used bytes, and those of them that the system can reclaim.
 _CGROUPS = {
     Path("/sys/fs/cgroup"): ("memory.max", "memory.current", "inactive_file"),
     Path("/sys/fs/cgroup/memory"): ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -102,7 +118,7 @@ _CGROUPS = {
 
 
 def _bytes_in(path: Path, name: str = "") -> int:
-    """The figure in a file, behind this name if one is given; 0 if it is not there, or no number ("max")."""
+    """The number of bytes in a file, behind `name` if one is given; 0 if it is missing or no number ("max")."""
     lines = path.read_text().splitlines() if path.is_file() else []
     words = next((line.split() for line in lines if line.startswith(name)), [])
     words = words[1:] if name else words
@@ -111,11 +127,11 @@ def _bytes_in(path: Path, name: str = "") -> int:
     return int(words[0]) * (1024 if words[1:] == ["kB"] else 1)
 
 
-def carries(archs: Sequence[str], capability: tuple[int, int]) -> bool:
+def has_kernels_for(archs: Sequence[str], capability: tuple[int, int]) -> bool:
     """Can code compiled for `archs` ('sm_75', 'compute_90', 'sm_90a') run on a GPU of this compute capability?
 
-    sm_XY runs on X.Z with Z >= Y; compute_XY is compiled anew for whatever is not older; a letter binds it to X.Y. A
-    list without CUDA's names (ROCm's has gfx90a) says nothing, which is a yes: the kernel that is run decides.
+    sm_XY runs on X.Z with Z >= Y; compute_XY is compiled at load time for any GPU that is not older; a letter after it
+    (sm_90a) allows X.Y only. A list without CUDA's names (ROCm's has gfx90a) counts as yes: the kernel run decides.
     """
     if not any(arch.startswith(("sm_", "compute_")) for arch in archs):
         return True
@@ -132,16 +148,17 @@ def carries(archs: Sequence[str], capability: tuple[int, int]) -> bool:
 
 
 def require_kernels(flag: str, device: torch.device) -> None:
-    """Hold a GPU against the build, then run one real kernel: lists can be wrong.
+    """Compare a GPU with the build's list, then run one real kernel, as lists can be wrong.
 
-    flag: how the user asked for it, for the message
+    flag: the option that chose the GPU, for the message
     Raises: UsageError with the cause and what to install
     """
     capability = torch.cuda.get_device_capability(device)
     name = f"{flag}: {torch.cuda.get_device_name(device)} (compute capability {capability[0]}.{capability[1]})"
     build, archs = f"PyTorch {torch.__version__}", torch.cuda.get_arch_list()
-    if not carries(archs, capability):
-        raise UsageError(f"{name} is not among what {build} was built for ({' '.join(archs)}); {_remedy(capability)}")
+    if not has_kernels_for(archs, capability):
+        known = f"the GPUs that {build} was built for ({' '.join(archs)})"
+        raise UsageError(f"{name} is not among {known}; {_remedy(capability)}")
     try:
         (torch.ones(1, device=device) + 1).item()
     except RuntimeError as error:
@@ -150,22 +167,22 @@ def require_kernels(flag: str, device: torch.device) -> None:
 
 
 def require_versions(found: dict[str, str]) -> list[str]:
-    """Lines about packages that are newer than what this program was tried with.
+    """Notices about packages that are newer than those that this program was tested with.
 
-    Raises: UsageError where one is too old, with the command that mends it
+    Raises: UsageError where one is too old, with the command that upgrades it
     """
     lines = []
     for package, (least, limit) in REQUIRED.items():
-        version = _numbers(found[package])
-        wanted = f"pip install '{package}>={_dotted(least)},<{_dotted(limit)}'"
+        version = _major_minor(found[package])
+        command = f"pip install '{package}>={_dotted(least)},<{_dotted(limit)}'"
         if version < least:
-            raise UsageError(f"{package} {found[package]}: too old for this program; run `{wanted}` and start anew")
+            raise UsageError(f"{package} {found[package]}: too old for this program; run `{command}` and start again")
         if version >= limit:
-            lines.append(f"{package} {found[package]} is newer than what this program was tried with (`{wanted}`)")
+            lines.append(f"{package} {found[package]} is newer than those this program was tested with (`{command}`)")
     return lines
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def _major_minor(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
 
 
@@ -175,10 +192,10 @@ def _dotted(version: tuple[int, ...]) -> str:
 
 def _remedy(capability: tuple[int, int]) -> str:
     number = 10 * capability[0] + capability[1]
-    version = _numbers(torch.__version__)
+    version = _major_minor(torch.__version__)
     if number not in _CU126:
-        return "install the newest PyTorch, whose builds carry newer GPUs, or use --device cpu"
-    wanted = min(version, _LAST_WITH_OLD_CARDS)
+        return "install the newest PyTorch, whose builds support newer GPUs, or use --device cpu"
+    wanted = min(version, _LAST_WITH_OLD_GPUS)
     later = "" if wanted == version else f"builds for it end with PyTorch {_dotted(wanted)}; "
     command = f'pip install --force-reinstall "torch=={_dotted(wanted)}.*" --index-url {_CU126_INDEX}'
-    return f"{later}run `{command}` and start Python anew, or take a T4 instead (7.5, carried by all builds)"
+    return f"{later}run `{command}` and restart Python, or take a T4 instead (7.5, supported by all builds)"

@@ -1,11 +1,12 @@
-"""Text files of a run folder: written whole or not at all, and read although a kill may have cut the last line.
+"""The files of a run folder: written whole or not at all, and read although a kill may have cut off the last line.
 
-The run folder itself: one run at a time in it, nothing in it that leads out of it, and room for what is written.
+The folder itself: one run in it at a time, no link in it that leads out of it, and enough free disk space.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -13,9 +14,20 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+
+from filelock import FileLock, Timeout
 
 from sar_kd.errors import UsageError
+from sar_kd.runtime.console import format_bytes
+
+LOCK = ".lock"
+
+LOCK_FILES = (LOCK, f"{LOCK}.pid")
+"""What a `FolderLock` keeps in its folder: the lock, and the process id of its holder"""
+
+_WITHOUT_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
+
+_SPARE_BYTES = 2**24
 
 
 def atomic_write(
@@ -75,6 +87,15 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**22):
+            digest.update(part)
+    return digest.hexdigest()
+
+
 def complete_lines(path: Path) -> list[str]:
     """The lines of a text file, without a last one that a kill cut short; none if there is no file."""
     if not path.exists():
@@ -83,25 +104,25 @@ def complete_lines(path: Path) -> list[str]:
     return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def step_of(line: str) -> float:
-    """The step that a line of `metrics.jsonl` is about; inf for a line that is none."""
+def step_of_line(line: str) -> float:
+    """The step of a line of `metrics.jsonl`; inf for a line that has none."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
 
 
-def plain(value):
-    """The value as JSON can hold it: JSON has no nan and no infinity, so they become the words."""
+def json_safe(value):
+    """The value for JSON, which has no nan and no infinity: they become the strings 'nan', 'inf' and '-inf'."""
     if isinstance(value, dict):
-        return {key: plain(inner) for key, inner in value.items()}
+        return {key: json_safe(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(inner) for inner in value]
+        return [json_safe(inner) for inner in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def number_of(value: object) -> float:
-    """A number that `plain` wrote; nan for what is none."""
+def as_float(value: object) -> float:
+    """The inverse of `json_safe` for a number; nan for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return math.nan
     try:
@@ -110,30 +131,21 @@ def number_of(value: object) -> float:
         return math.nan
 
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such lock
-    fcntl = None  # type: ignore[assignment]
-
-LOCK = ".lock"
-
-_SLACK = 2**24
-
-
 class FolderLock:
-    """Keeps a second run out of a folder for as long as this process lives, and tells it whose the folder is.
+    """Keeps a second run out of a folder for as long as this process lives, and tells it the holder's process id.
 
-    The system drops the lock with the process, so a kill leaves none. Where the file system has no locks, none is held.
+    The operating system frees the lock with the process, so a kill leaves none. A file system without locks has none.
     """
 
     def __init__(self, folder: Path, flag: str = "output_dir"):
-        """flag: what names the folder"""
-        self.path, self._flag = folder / LOCK, flag
-        self._file: TextIO | None = None
+        """flag: the option that named the folder"""
+        self.folder, self._flag = folder, flag
+        self._files = [folder / name for name in LOCK_FILES]
+        self._lock = FileLock(self._files[0], thread_local=False)
 
     def check(self) -> None:
         """Raise UsageError if another run holds the folder."""
-        if self.path.exists():
+        if self._files[0].exists():
             self.acquire()
             self.release()
 
@@ -142,46 +154,37 @@ class FolderLock:
 
         Raises: UsageError with the process id of the run that has it
         """
-        if fcntl is None or self._file is not None:
+        if self._lock.is_locked:
             return
-        while self._file is None:
-            file = open(self.path, "a+", encoding="utf-8")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "unknown"
-                file.close()
-                where = f"--{self._flag} {self.path.parent}"
-                raise UsageError(f"{where}: process {holder} is running in it; wait for it, or name another") from None
-            except OSError:  # a file system without locks
-                file.close()
-                return
-            if self._is_current(file):
-                self._file = file
-            else:  # the run before removed the file between our opening and our locking it
-                file.close()
-        self._file.truncate(0)
-        self._file.write(str(os.getpid()))
-        self._file.flush()
-
-    def _is_current(self, file) -> bool:
         try:
-            return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
-        except FileNotFoundError:
-            return False
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            path = self._files[1]
+            holder = (path.read_text(encoding="utf-8") if path.is_file() else "") or "unknown"
+            raise UsageError(
+                f"--{self._flag} {self.folder}: process {holder} is running in it; wait for it, or name another"
+            ) from None
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in _WITHOUT_LOCKS:
+                raise
+            return
+        if not self._files[0].exists():  # its former holder deleted it between our opening it and our locking it
+            self._lock.release()
+            return self.acquire()
+        self._files[1].write_text(str(os.getpid()), encoding="utf-8")
 
     def release(self) -> None:
         """Give the folder back."""
-        if self._file is not None:
-            self.path.unlink(missing_ok=True)
-            self._file.close()
-            self._file = None
+        if self._lock.is_locked:
+            for path in self._files[::-1]:
+                with contextlib.suppress(OSError):  # Windows deletes no open file
+                    path.unlink()
+            self._lock.release()
 
 
-def holds_something(folder: Path) -> bool:
-    """Is there anything in it but what a run leaves that was killed as it began?"""
-    leftovers = {LOCK, ".config.json.partial"}
+def is_occupied(folder: Path) -> bool:
+    """Does the folder hold anything but what a run leaves that was killed as it began?"""
+    leftovers = {*LOCK_FILES, ".config.json.partial"}
     return folder.exists() and any(path.name not in leftovers for path in folder.iterdir())
 
 
@@ -195,12 +198,12 @@ def check_contained(folder: Path) -> None:
                 raise UsageError(f"--output_dir {folder}: {path} is a link that leads out of it; remove it")
 
 
-def clear(folder: Path) -> None:
-    """Delete what a former run left, but not its lock; its `config.json` stays until a new one replaces it, so that a
-    kill in between leaves a folder that is known as a run's.
+def clear_run_folder(folder: Path) -> None:
+    """Delete what an earlier run left, but not its lock. Its `config.json` stays until a new one replaces it, so that
+    after a kill in between the folder is still known as a run's.
     """
     for path in folder.iterdir():
-        if path.name in (LOCK, "config.json"):
+        if path.name in (*LOCK_FILES, "config.json"):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -208,28 +211,15 @@ def clear(folder: Path) -> None:
             path.unlink()
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(2**22):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def require_room(
+def require_disk_space(
     folder: Path, num_bytes: int, what: str, *, flag: str = "output_dir", remedy: str = "free some, then --resume"
 ) -> int:
-    """The bytes that are free. Raise UsageError unless that is `num_bytes`, and a little to spare."""
+    """The free bytes of the folder's disk. Raises UsageError unless they are `num_bytes` and 16 MiB more."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    if free < num_bytes + _SLACK:
+    if free < num_bytes + _SPARE_BYTES:
+        needed = format_bytes(num_bytes + _SPARE_BYTES)
         raise UsageError(
-            f"--{flag} {folder}: no room for {what} ({_megabytes(num_bytes + _SLACK)} needed, {_megabytes(free)} "
-            f"free); {remedy}"
+            f"--{flag} {folder}: no room for {what} ({needed} needed, {format_bytes(free)} free); {remedy}"
         )
     return free
-
-
-def _megabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:,.0f} MB"

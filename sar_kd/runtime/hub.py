@@ -1,4 +1,4 @@
-"""The Hugging Face hub: whether it may be asked, and what its errors mean to the person who reads them."""
+"""The Hugging Face hub: whether it may be used, and its errors in one line each."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _UNREACHABLE = {
 }  # fmt: skip
 
 
-def offline_by() -> str:
-    """The environment variable that forbids asking the hub, with its value; '' if none does."""
+def offline_variable() -> str:
+    """The environment variable that forbids requests to the hub, with its value; '' if none does."""
     for name in _OFFLINE_VARIABLES:
         if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE"):
             return f"{name}={os.environ[name]}"
     return ""
 
 
-def is_in_cache(name: str) -> bool:
-    """Has the hub's model of this id been downloaded, at least its `config.json`?"""
+def is_cached(name: str) -> bool:
+    """Is the hub's model of this id in the local cache, at least its `config.json`?"""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -33,16 +33,16 @@ def is_in_cache(name: str) -> bool:
 
 
 def has_token() -> bool:
-    """Is somebody logged in, so that gated models can open?"""
+    """Is a token set, without which gated models cannot be loaded?"""
     from huggingface_hub import get_token
 
     return get_token() is not None
 
 
-def reason_of(error: BaseException, name: str, what: str = "model") -> str:
-    """What went wrong and what to do, in one line; the error's own first line where it is none of the hub's.
+def explain_hub_error(error: BaseException, name: str, what: str = "model") -> str:
+    """The cause of an error and its remedy, in one line; the error's own first line where it is not the hub's.
 
-    name: what was asked for; what: 'model' or 'dataset'
+    name: the hub id or directory; what: 'model' or 'dataset'
     """
     chain = list(_chain(error))
     kinds = {kind.__name__ for link in chain for kind in type(link).__mro__}
@@ -51,11 +51,11 @@ def reason_of(error: BaseException, name: str, what: str = "model") -> str:
     if "GatedRepoError" in kinds:
         return "gated; accept its terms on its page at the hub, then `hf auth login` or set HF_TOKEN"
     if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
-        return f"no such {what} on the hub, or a private one; look at the spelling, or log in with `hf auth login`"
+        return f"no such {what} on the hub, or a private one; check the spelling, or log in with `hf auth login`"
     if "HFValidationError" in kinds:
         return "neither a directory nor a hub id"
     if kinds & _UNREACHABLE:
-        offline = offline_by()
+        offline = offline_variable()
         cause = f"{offline} forbids the network" if offline else "no network"
         kind = " --repo-type dataset" if what == "dataset" else ""
         return (
@@ -65,7 +65,7 @@ def reason_of(error: BaseException, name: str, what: str = "model") -> str:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it came from."""
+    """An error and its causes."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

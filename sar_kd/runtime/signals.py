@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and the end of a time limit as a request that a loop can honour at a good moment."""
+"""Ctrl-C, SIGTERM and a time limit as a request to stop, which a loop checks between two steps."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import time
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into `requested`; the second raises KeyboardInterrupt at once.
+    """Sets `requested` on the first SIGINT or SIGTERM, or at the deadline; a second signal raises KeyboardInterrupt.
 
-    So does the moment `deadline`, in seconds of `time.monotonic`. Signals reach the main thread only; in another one
-    the deadline alone counts.
+    deadline: in seconds of `time.monotonic`. Signals reach the main thread only; in another one only the deadline
+    counts.
     """
 
     def __init__(self, deadline: float = math.inf):
         self._deadline, self._signalled = deadline, False
-        self._former: dict = {}
+        self._previous_handlers: dict = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._former = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
+            signals = (signal.SIGINT, signal.SIGTERM)
+            self._previous_handlers = {number: signal.signal(number, self._request) for number in signals}
         return self
 
     @property
@@ -35,5 +36,5 @@ class StopRequest:
         self._signalled = True
 
     def __exit__(self, *exception) -> None:
-        for number, handler in self._former.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)

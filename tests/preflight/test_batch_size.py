@@ -15,7 +15,7 @@ from sar_kd.config.presets import STABLE
 from sar_kd.errors import UsageError
 from sar_kd.models.loading import MetaModels
 from sar_kd.preflight import memory_plan
-from sar_kd.preflight.memory_plan import MARGIN, fit_batch_size, plan
+from sar_kd.preflight.memory_plan import MARGIN, NotEstimated, fit_batch_size, plan
 from sar_kd.runtime import environment
 from sar_kd.runtime.distributed import SINGLE_PROCESS
 
@@ -136,3 +136,14 @@ def test_preflight_shows_the_batch_size(capsys, tmp_path):
     assert main(["preflight", *FLAGS[:-1], str(tmp_path / "run"), "--alpha_kd", "0", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["batch_size"] == {"per_device_batch_size": 4, "grad_accum_steps": 1}
+
+
+def test_without_an_estimate_the_default_is_taken_and_the_notice_gives_the_reason(limited, monkeypatch):
+    def plan(*_):
+        raise NotEstimated("a model needs tensor values")
+
+    monkeypatch.setattr(memory_plan, "plan", plan)
+    limited(10**15)
+    config = fit_batch_size(_parse("--grad_accum_steps", "2"), SINGLE_PROCESS)
+    assert (config.train.per_device_batch_size, config.train.grad_accum_steps) == (4, 2)
+    assert "the default; memory not estimated, a model needs tensor values" in config.notices[-1]

@@ -10,8 +10,8 @@ import torch
 from sar_kd.config.sections import PrecisionConfig
 from sar_kd.errors import UsageError
 from sar_kd.runtime import environment
-from sar_kd.runtime.environment import REQUIRED, carries, require_versions
-from sar_kd.runtime.precision import choose, setup
+from sar_kd.runtime.environment import REQUIRED, has_kernels_for, require_versions
+from sar_kd.runtime.precision import choose_device, setup_precision
 
 CU128 = ["sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
 CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
@@ -55,13 +55,13 @@ def machine(monkeypatch):
     ],
 )
 def test_code_runs_on_its_own_major_from_its_minor_on_or_is_compiled_anew(archs, capability, runs):
-    assert carries(archs, capability) is runs
+    assert has_kernels_for(archs, capability) is runs
 
 
 def test_a_p100_under_a_cu128_build_is_refused_with_cause_command_and_alternative(machine):
     machine(P100, CU128)
     with pytest.raises(UsageError) as caught:
-        setup(PrecisionConfig(), 0)
+        setup_precision(PrecisionConfig(), 0)
     line = str(caught.value)
     assert "\n" not in line
     assert "Tesla P100-PCIE-16GB (compute capability 6.0)" in line
@@ -73,13 +73,13 @@ def test_a_p100_under_a_cu128_build_is_refused_with_cause_command_and_alternativ
 def test_from_pytorch_2_15_on_the_last_version_with_kernels_for_a_p100_is_named(machine):
     machine(P100, ["sm_75", "sm_80", "sm_90"], version="2.15.1+cu130")
     with pytest.raises(UsageError, match=re.escape("builds for it end with PyTorch 2.14; run `pip install")):
-        setup(PrecisionConfig(), 0)
+        setup_precision(PrecisionConfig(), 0)
 
 
 def test_a_card_newer_than_the_build_is_told_to_take_a_newer_build(machine):
     machine(B200, CU126, name="B200")
     with pytest.raises(UsageError, match="newest PyTorch"):
-        setup(PrecisionConfig(), 0)
+        setup_precision(PrecisionConfig(), 0)
 
 
 def test_a_card_whose_kernels_fail_although_the_list_has_it_is_refused(machine):
@@ -88,7 +88,7 @@ def test_a_card_whose_kernels_fail_although_the_list_has_it_is_refused(machine):
 
     machine(T4, CU128, kernel=fails, name="Tesla T4")
     with pytest.raises(UsageError, match=r"Tesla T4 .* cannot run .* no kernel image is available") as caught:
-        setup(PrecisionConfig(), 0)
+        setup_precision(PrecisionConfig(), 0)
     assert "\n" not in str(caught.value)
 
 
@@ -98,12 +98,13 @@ def test_a_card_whose_kernels_fail_although_the_list_has_it_is_refused(machine):
 )
 def test_the_dtype_follows_the_card_and_says_why(machine, capability, dtype, why):
     machine(capability, CU128, name="card")
-    device, chosen, reason = choose(PrecisionConfig())
+    device, chosen, reason = choose_device(PrecisionConfig())
     assert (device.type, chosen, reason) == ("cuda", dtype, f"card {why}")
 
 
 def test_a_dtype_given_by_hand_is_why():
-    assert choose(PrecisionConfig(device="cpu", model_dtype="float16"))[1:] == (torch.float16, "--model_dtype float16")
+    config = PrecisionConfig(device="cpu", model_dtype="float16")
+    assert choose_device(config)[1:] == (torch.float16, "--model_dtype float16")
 
 
 @pytest.mark.parametrize(("package", "old"), [("torch", "2.5.1"), ("transformers", "4.57.1")])

@@ -14,7 +14,7 @@ import pytest
 from sar_kd.config.sections import DataConfig
 from sar_kd.data import sources
 from sar_kd.errors import UsageError
-from sar_kd.runtime.hub import offline_by, reason_of
+from sar_kd.runtime.hub import explain_hub_error, offline_variable
 
 ROOT = Path(__file__).parents[2]
 _LOAD = """
@@ -87,18 +87,18 @@ def test_the_network_is_forbidden_by_the_hubs_own_variable(monkeypatch, value, i
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", value)
-    assert offline_by() == (f"HF_HUB_OFFLINE={value}" if is_offline else "")
+    assert offline_variable() == (f"HF_HUB_OFFLINE={value}" if is_offline else "")
 
 
 def test_a_full_disk_during_the_download_is_named():
     error = ValueError("could not fetch")
     error.__cause__ = OSError(errno.ENOSPC, "No space left on device")
-    assert reason_of(error, "a/b").startswith("no room on the disk for the download")
+    assert explain_hub_error(error, "a/b").startswith("no room on the disk for the download")
 
 
 def test_an_error_of_another_kind_keeps_its_own_first_line():
-    assert reason_of(ValueError("broken header\nat byte 7"), "a/b") == "broken header"
-    assert reason_of(KeyError(), "a/b") == "KeyError"
+    assert explain_hub_error(ValueError("broken header\nat byte 7"), "a/b") == "broken header"
+    assert explain_hub_error(KeyError(), "a/b") == "KeyError"
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_an_error_of_another_kind_keeps_its_own_first_line():
     [
         (
             "import nowhere_to_be_found",
-            "`datasets` is there but cannot be imported (No module named 'nowhere_to_be_found')",
+            "`datasets` is installed but cannot be imported (No module named 'nowhere_to_be_found')",
         ),
         ("raise ImportError('numpy is too old')", "cannot be imported (numpy is too old)"),
         (None, "is the folder"),

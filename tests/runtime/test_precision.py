@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sar_kd.config.sections import MAX_LOSS_SCALE, OptimConfig, PrecisionConfig
 from sar_kd.errors import UsageError
-from sar_kd.runtime.precision import HalfProductsOnCpu, Precision, setup
+from sar_kd.runtime.precision import Float16MatmulsOnCpu, Precision, setup_precision
 from sar_kd.training.guards import Verdict
 from sar_kd.training.optimizer import build_optimizer
 
@@ -55,7 +55,7 @@ def _attempt(precision, verdict):
 @EVERY_PRODUCT
 def test_a_half_product_is_the_float32_product_rounded_once(product, shapes):
     operands = [_half(*shape) for shape in shapes]
-    with HalfProductsOnCpu():
+    with Float16MatmulsOnCpu():
         result = product(*operands)
     assert result.dtype is torch.float16
     assert torch.equal(result, product(*(operand.float() for operand in operands)).half())
@@ -65,7 +65,7 @@ def test_a_half_product_is_the_float32_product_rounded_once(product, shapes):
 def test_its_gradients_are_products_rounded_once_too(product, shapes):
     halves = [_half(*shape).requires_grad_() for shape in shapes]
     floats = [half.detach().float().requires_grad_() for half in halves]
-    with HalfProductsOnCpu():
+    with Float16MatmulsOnCpu():
         result = product(*halves)
         seed = torch.randn_like(result)
         result.backward(seed)
@@ -75,19 +75,19 @@ def test_its_gradients_are_products_rounded_once_too(product, shapes):
 
 def test_scaled_products_keep_their_factors():
     operands = [_half(5, 7), _half(5, 300), _half(300, 7)]
-    with HalfProductsOnCpu():
+    with Float16MatmulsOnCpu():
         result = torch.addmm(*operands, beta=0.5, alpha=0.125)
     assert torch.equal(result, torch.addmm(*(o.float() for o in operands), beta=0.5, alpha=0.125).half())
 
 
 def test_a_half_product_overflows_where_a_gpus_does():
-    with HalfProductsOnCpu():
+    with Float16MatmulsOnCpu():
         product = torch.mm(torch.full((1, 2), 300.0).half(), torch.full((2, 1), 300.0).half())
     assert product.item() == torch.inf
 
 
 def test_a_sum_may_leave_halfs_range_on_its_way_as_on_a_gpu():
-    with HalfProductsOnCpu():
+    with Float16MatmulsOnCpu():
         product = torch.mm(torch.tensor([[300.0, -300.0, 1.0]]).half(), torch.tensor([[300.0], [300.0], [7.0]]).half())
     assert product.item() == 7.0
 
@@ -96,7 +96,7 @@ def test_a_half_attention_is_the_float32_attention_rounded_once():
     q, k, v = (_half(1, 2, 9, 16).requires_grad_() for _ in range(3))
     wide = [x.detach().float().requires_grad_() for x in (q, k, v)]
     attention = functools.partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True)
-    with HalfProductsOnCpu():
+    with Float16MatmulsOnCpu():
         result = attention(q, k, v)
         result.sum().backward()
     expected = attention(*wide)
@@ -138,7 +138,7 @@ def test_no_product_of_a_mixture_of_experts_reaches_a_cpus_half_kernels(make_tea
 def test_products_of_other_dtypes_are_left_alone(product, shapes, dtype):
     operands = [torch.randn(shape).to(dtype) for shape in shapes]
     expected = product(*operands)
-    with HalfProductsOnCpu():
+    with Float16MatmulsOnCpu():
         result = product(*operands)
     assert result.dtype is dtype
     assert torch.equal(result, expected)
@@ -147,7 +147,7 @@ def test_products_of_other_dtypes_are_left_alone(product, shapes, dtype):
 def test_outside_the_context_torch_is_as_it_was():
     a, b = _half(5, 300), _half(300, 7)
     before = a @ b
-    with HalfProductsOnCpu():
+    with Float16MatmulsOnCpu():
         a @ b
     assert torch.equal(a @ b, before)
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
@@ -240,7 +240,7 @@ def test_random_numbers_go_on_after_a_checkpoint():
 
 def test_a_seed_fixes_every_generator():
     def draw():
-        setup(PrecisionConfig(device="cpu"), 5)
+        setup_precision(PrecisionConfig(device="cpu"), 5)
         return random.random(), np.random.rand(), torch.rand(()).item()
 
     assert draw() == draw()
@@ -251,14 +251,14 @@ def test_a_seed_fixes_every_generator():
     [("auto", torch.float32), ("float32", torch.float32), ("float16", torch.float16), ("bfloat16", torch.bfloat16)],
 )
 def test_a_cpu_computes_in_float32_unless_told_otherwise(name, dtype):
-    assert setup(PrecisionConfig(device="cpu", model_dtype=name), 0).dtype is dtype
+    assert setup_precision(PrecisionConfig(device="cpu", model_dtype=name), 0).dtype is dtype
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 @pytest.mark.parametrize("name", ["cuda", "cuda:0"])
 def test_a_device_that_is_not_there_is_refused(name):
     with pytest.raises(UsageError, match=f"^--device {name}: .*--device cpu"):
-        setup(PrecisionConfig(device=name), 0)
+        setup_precision(PrecisionConfig(device=name), 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
