@@ -7,7 +7,7 @@ import pytest
 
 from sar_kd.commands.main import main
 from sar_kd.errors import UsageError
-from sar_kd.reporting.log_diagnosis import DIAGNOSES, diagnose, lines_of, read_log
+from sar_kd.reporting.log_diagnosis import DIAGNOSES, diagnose, diagnosis_lines, read_log
 
 NAN, INF = math.nan, math.inf
 GOOD = [(2.9, 1.8), (2.5, 1.5), (2.27, 1.55), (2.1, 1.3), (1.9, 1.2), (1.8, 1.1)]
@@ -100,7 +100,7 @@ def test_scores_of_zero_after_a_healthy_loss_are_explained(tmp_path, rate, name)
 
 
 def test_the_answer_names_pattern_cause_remedy_and_where_it_was_seen(tmp_path):
-    lines = lines_of(_read(tmp_path, _printed(PATTERNS["forward overflow"])))
+    lines = diagnosis_lines(_read(tmp_path, _printed(PATTERNS["forward overflow"])))
     assert lines[0].endswith("6 lines with a loss, from 0 to 0 (6 of them 0)")
     assert [line.split(":")[0] for line in lines[1:]] == ["Pattern", "Likely cause", "What to try", "Seen"]
     assert "prints 0.0" in lines[2]
@@ -118,9 +118,9 @@ def test_the_command_prints_it_and_ends_with_0(tmp_path, capsys):
     ("text", "line"),
     [
         (None, "no such log"),
-        ("nothing of the kind", "names no loss"),
-        ('{"log_history": [{"eval_loss": 1.0}]}', "names no loss"),
-        ("{'loss': 'high'}", "names no loss"),
+        ("nothing of the kind", "holds no loss"),
+        ('{"log_history": [{"eval_loss": 1.0}]}', "holds no loss"),
+        ("{'loss': 'high'}", "holds no loss"),
     ],
 )
 def test_what_is_no_log_is_one_line(tmp_path, text, line):

@@ -1,4 +1,4 @@
-"""The report, the verdict and the model card, from runs whose figures are written by hand; and what they cost a run."""
+"""The report, its findings and the model card, from runs with metrics written by hand; and their cost."""
 
 import json
 import math
@@ -8,25 +8,28 @@ import types
 from html.parser import HTMLParser
 
 import pytest
+from huggingface_hub import ModelCard
 
+from sar_kd.commands import report as command
 from sar_kd.commands.main import run as exit_code
 from sar_kd.config.command_line import parse
 from sar_kd.config.presets import STABLE
 from sar_kd.errors import UsageError
 from sar_kd.reporting import report, trackers
-from sar_kd.reporting.history import read_history, findings_of
+from sar_kd.reporting.history import findings_of, read_history
 from sar_kd.reporting.model_card import build_model_card
 from sar_kd.reporting.run_log import RunLog, open_run
 from sar_kd.runtime.files import json_safe
+from sar_kd.version import RUN_FORMAT
 
 START = {"val_ppl": 71.0, "val_loss": 4.26, "val_bits_per_byte": 2.5, "teacher_val_ppl": 41.0}
 START |= {"teacher_val_bits_per_byte": 1.75}
 
 
-def _step(step, cause=None, **figures):
+def _step(step, cause=None, **metrics):
     known = {"loss": 4.0 - step / 100, "ce_loss": 4.2, "kd_loss": 2.5, "grad_norm": 0.7, "loss_scale": 16384.0}
-    told = {"applied": cause is None, "cause": cause, "norm_limit": 2.0, "learning_rate": 1e-3, "num_target_tokens": 9}
-    return {"event": "step", "step": step, **known, **told, **figures}
+    state = {"applied": cause is None, "cause": cause, "norm_limit": 2.0, "learning_rate": 1e-3, "num_target_tokens": 9}
+    return {"event": "step", "step": step, **known, **state, **metrics}
 
 
 def _evaluation(step, bits, **more):
@@ -114,7 +117,7 @@ def test_routers_that_learn_have_their_entropy_and_usage_drawn(make_run):
     assert {"Router entropy", "Expert usage"} <= set(page.texts)
 
 
-def test_a_students_own_text_is_drawn_apart_and_steps_without_a_figure_leave_no_gap(make_run):
+def test_on_policy_text_is_drawn_apart_and_steps_without_a_metric_leave_no_gap(make_run):
     own = {"responses": 4, "response_end_rate": 0.5, "response_length": 30.0, "ce_loss": None, "norm_limit": math.inf}
     _, page = _page(make_run([_step(1, norm_limit=math.inf), _step(2, **own), _step(3, norm_limit=math.inf)]))
     assert {"Responses that end", "Length of responses", "ce"} <= set(page.texts)
@@ -130,7 +133,7 @@ def test_gradient_norms_close_together_have_numbers_beside_them(make_run):
     assert len(numbers) >= 3
 
 
-def test_what_a_verdict_sets_in_backticks_is_code(make_run):
+def test_what_a_finding_sets_in_backticks_is_code(make_run):
     text, _ = _page(make_run([_step(1), _evaluation(1, 2.2), _step(2), _evaluation(2, 2.4)]))
     assert "<code>student/</code> holds the best." in text
 
@@ -187,10 +190,10 @@ def test_several_runs_are_compared_in_a_table_with_the_settings_that_differ(make
     assert page.texts.count("second") >= 4
 
 
-# In words
+# Findings
 
 
-def test_a_finished_run_is_told_with_its_way_to_the_teacher(make_run):
+def test_a_finished_run_is_described_with_its_way_to_the_teacher(make_run):
     folder = make_run(RECORDS, "--train_steps", "4", summary={"status": "finished", "steps": 4})
     lines = findings_of(read_history(folder))
     assert lines[0] == "Finished: 4 steps."
@@ -209,7 +212,7 @@ def test_a_finished_run_is_told_with_its_way_to_the_teacher(make_run):
         ((2.4, 2.3, math.nan), "The last validation is not finite."),
     ],
 )
-def test_the_course_of_the_validations_is_told(make_run, bits, expected):
+def test_the_course_of_the_validations_is_described(make_run, bits, expected):
     records = [record for i, value in enumerate(bits, 1) for record in (_step(i), _evaluation(i, value))]
     assert any(line.startswith(expected) for line in findings_of(read_history(make_run(records))))
 
@@ -219,7 +222,7 @@ def test_a_flat_end_is_not_called_falling(make_run):
     assert not any("falling" in line for line in findings_of(read_history(make_run(records))))
 
 
-def test_a_teacher_that_is_no_better_than_the_student_was_is_told(make_run):
+def test_a_teacher_that_is_no_better_than_the_student_was_is_mentioned(make_run):
     folder = make_run(RECORDS, start=START | {"teacher_val_bits_per_byte": 2.6})
     assert any("little to teach" in line for line in findings_of(read_history(folder)))
 
@@ -227,6 +230,21 @@ def test_a_teacher_that_is_no_better_than_the_student_was_is_told(make_run):
 def test_a_summary_of_an_earlier_part_is_not_taken_for_the_end(make_run):
     folder = make_run(RECORDS, summary={"status": "interrupted", "steps": 2})
     assert findings_of(read_history(folder))[0] == "Under way: 4 of 500 steps."
+
+
+@pytest.mark.parametrize("own_format", [None, RUN_FORMAT + 1])
+def test_a_run_of_another_format_is_read_and_a_line_says_so(make_run, own_format):
+    pytest.importorskip("matplotlib")
+    records = [{"event": event, "step": 1} for event in ("step", "evaluation")]
+    folder = make_run(records, summary={"status": "finished"})
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("format")
+    (folder / "config.json").write_text(json.dumps({**config, "format": own_format} if own_format else config))
+    lines = findings_of(read_history(folder))
+    assert lines[0].startswith(f"Its run format is {own_format or 1}, not {RUN_FORMAT}")
+    assert not any("run format" in line for line in findings_of(read_history(make_run(RECORDS, name="own"))))
+    text, _ = _page(folder)
+    assert f"not {RUN_FORMAT}: values" in text
 
 
 def test_a_line_that_a_kill_cut_short_is_left_out(make_run):
@@ -237,20 +255,20 @@ def test_a_line_that_a_kill_cut_short_is_left_out(make_run):
 
 
 @pytest.mark.parametrize("content", ["no json\n", '{"event": "step"}\n', '{"event": "step", "step": "x"}\n', "[1]\n"])
-def test_figures_that_no_run_wrote_are_one_line(make_run, content):
+def test_metrics_that_no_run_wrote_are_one_line(make_run, content):
     folder = make_run(RECORDS)
     (folder / "metrics.jsonl").write_text(content)
     with pytest.raises(UsageError, match="cannot be read"):
         read_history(folder)
 
 
-# The verb
+# The command
 
 
-def test_the_verb_writes_the_page_and_prints_the_verdict(make_run, capsys):
+def test_the_command_writes_the_page_and_prints_the_findings(make_run, capsys):
     pytest.importorskip("matplotlib")
     folder = make_run(RECORDS)
-    assert exit_code(report.main, [str(folder)]) == 0
+    assert exit_code(command.main, [str(folder)]) == 0
     out = capsys.readouterr().out
     assert "40% of the way" in out
     assert out.endswith(f"Written to {folder / 'report.html'}\n")
@@ -262,14 +280,14 @@ def test_the_verb_writes_the_page_and_prints_the_verdict(make_run, capsys):
     [(["nowhere"], "nowhere: holds no run"), ([], "RUN_DIR"), (["a", "--runs"], "--runs: no such option")],
 )
 def test_a_report_on_nothing_is_one_line(words, expected, capsys):
-    assert exit_code(report.main, words) == 2
+    assert exit_code(command.main, words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert expected in line
 
 
 def test_a_report_without_matplotlib_is_one_line_with_the_command(make_run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert exit_code(report.main, [str(make_run(RECORDS))]) == 2
+    assert exit_code(command.main, [str(make_run(RECORDS))]) == 2
     assert "`pip install matplotlib`" in capsys.readouterr().err
 
 
@@ -298,40 +316,54 @@ def test_a_writer_writes_at_validations_and_at_the_end_but_never_for_more_than_i
     writer = report.ReportWriter(tmp_path)
     for seconds, event in ((0, "step"), (1, "evaluation"), (10, "evaluation"), (45, "evaluation"), (1, "evaluation")):
         clock[0] += seconds
-        writer.record({"event": event})
-    writer.finish({})
+        writer.log_record({"event": event})
+    writer.log_summary({})
     assert written == [101.0, 157.0, 159.0]  # 10 s after a page of 1 s is too soon, 55 s is not; the end always
 
 
-def test_an_observer_is_told_everything_that_is_written_and_when_it_is_over(tmp_path):
+def test_an_observer_receives_everything_that_is_written_and_the_end(tmp_path):
     seen = []
     observer = types.SimpleNamespace(
-        record=lambda record: seen.append(record["event"]),
-        finish=lambda summary: seen.append("finish"),
+        log_record=lambda record: seen.append(record["event"]),
+        log_summary=lambda summary: seen.append("finish"),
         close=lambda: seen.append("close"),
     )
     config = parse(STABLE, ["--output_dir", str(tmp_path)])
     log = RunLog(config, [observer])
-    log.start(0, config.train)
-    log.begin({"val_ppl": 3.0}, {"val_ppl": 2.0})
-    log.step(_step(1), 1.0, 1.0)
+    log.open(0, config.train)
+    log.log_start({"val_ppl": 3.0}, {"val_ppl": 2.0})
+    log.log_step(_step(1), 1.0, 1.0)
     log.close()
     assert seen == ["start", "step", "close"]
     start = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert start == {"event": "start", "step": 0, "val_ppl": 3.0, "teacher_val_ppl": 2.0}
 
 
-def test_figures_go_to_weights_and_biases_when_asked(tmp_path, monkeypatch):
+def test_the_log_of_another_rank_shows_and_writes_nothing(tmp_path, capsys):
+    config = parse(STABLE, ["--output_dir", str(tmp_path)])
+    log = RunLog(config, enabled=False)
+    log.info("a line")
+    log.print_start({"val_ppl": 3.0, "val_bits_per_byte": 1.0}, {"val_ppl": 2.0, "val_bits_per_byte": 1.0})
+    log.log_start({"val_ppl": 3.0}, {"val_ppl": 2.0})
+    log.log_step(_step(1), 1.0, 1.0)
+    log.log_evaluation(_evaluation(1, 2.5), True)
+    log.log_rewind({"step": 0, "rewound_from": 1, "left_out": [], "documents": []}, 9)
+    log.close()
+    assert capsys.readouterr().out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_metrics_go_to_weights_and_biases_when_asked(tmp_path, monkeypatch):
     sent, opened = [], []
     target = types.SimpleNamespace(
-        log=lambda figures, step: sent.append((step, figures)), finish=lambda: sent.append("end")
+        log=lambda metrics, step: sent.append((step, metrics)), finish=lambda: sent.append("end")
     )
     fake = types.SimpleNamespace(init=lambda **how: opened.append(how) or target, __spec__=object())
     monkeypatch.setitem(sys.modules, "wandb", fake)
     (tracker,) = trackers.find_trackers(parse(STABLE, ["--wandb", "--output_dir", str(tmp_path / "a run")]))
-    tracker.record(_step(1, "overflow", grad_norm=math.inf))
-    tracker.record(_evaluation(2, 2.5))
-    tracker.finish({"status": "finished", "steps": 2, "val_ppl_final": 70.0})
+    tracker.log_record(_step(1, "overflow", grad_norm=math.inf))
+    tracker.log_record(_evaluation(2, 2.5))
+    tracker.log_summary({"status": "finished", "steps": 2, "val_ppl_final": 70.0})
     tracker.close()
     assert opened[0]["config"]["train"]["wandb"] is True
     assert (opened[0]["project"], opened[0]["name"], opened[0]["id"]) == ("sar-kd", "a run", "a-run")
@@ -346,13 +378,13 @@ def _values(bits):
     return {"ppl": math.exp(bits * 1.7), "loss": bits * 1.7, "bits_per_byte": bits}
 
 
-def test_figures_go_to_tensorboard_when_asked(tmp_path):
+def test_metrics_go_to_tensorboard_when_asked(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (tracker,) = trackers.find_trackers(parse(STABLE, ["--tensorboard", "--output_dir", str(tmp_path)]))
     for step in (1, 2):
-        tracker.record(_step(step))
+        tracker.log_record(_step(step))
     tracker.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, round(event.value, 4)) for event in events.Scalars("train/loss")] == [(1, 3.99), (2, 3.98)]
@@ -361,9 +393,7 @@ def test_figures_go_to_tensorboard_when_asked(tmp_path):
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_tracker_that_is_not_installed_is_one_line_before_the_run(tmp_path, monkeypatch, name, capsys):
     monkeypatch.setattr(trackers, "is_installed", lambda package: False)
-    code = exit_code(
-        lambda argv: open_run(parse(STABLE, argv)), [f"--{name}", "--output_dir", str(tmp_path / "run")]
-    )
+    code = exit_code(lambda argv: open_run(parse(STABLE, argv)), [f"--{name}", "--output_dir", str(tmp_path / "run")])
     assert code == 2
     assert capsys.readouterr().err == f"error: --{name}: needs `pip install {name}`\n"
 
@@ -375,16 +405,16 @@ def test_nothing_is_sent_anywhere_unless_asked():
 # The model card
 
 
-def test_the_card_tells_of_the_best_student_and_where_it_came_from(make_run):
+def test_the_card_describes_the_best_student_and_where_it_came_from(make_run):
     folder = make_run(
         [_step(1), _evaluation(1, 2.2), _step(2), _evaluation(2, 2.3)],
         "--teacher_model", "someone/teacher", "--student_model", "someone/student",
         "--dataset_name", "wikitext", "--dataset_config_name", "wikitext-2-raw-v1",
     )  # fmt: skip
     card = build_model_card(read_history(folder))
-    head = card.split("---")[1]
-    assert 'base_model: "someone/student"' in head
-    assert 'datasets: ["wikitext"]' in head
+    metadata = ModelCard(card).data
+    assert (metadata.base_model, metadata.datasets) == ("someone/student", ["wikitext"])
+    assert (metadata.library_name, metadata.tags) == ("transformers", ["knowledge-distillation", "sar-kd"])
     assert "| student, before | 71.00 | 2.5000 |" in card
     assert f"| student, this one (step 1) | {math.exp(2.2 * 1.7):.2f} | 2.2000 |" in card
     assert "| teacher | 41.00 | 1.7500 |" in card

@@ -1,16 +1,11 @@
-"""What a run says at its end, and what its plan of memory looks like: columns in line, on 80 columns."""
+"""The table of results at the end of a run: aligned, on 80 columns."""
 
 import math
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from sar_kd.preflight.memory_estimate import CATEGORIES, Phase
-from sar_kd.preflight.memory_plan import Plan
-from sar_kd.reporting.summary_table import closing_table
-from sar_kd.runtime.console import wrap_lines
+from sar_kd.reporting.summary_table import summary_table
 
 SCORE = {"accuracy": 0.125, "answer_rate": 1.0}
 SUMMARY = {
@@ -29,14 +24,14 @@ TASK = {
 }
 
 
-def _rows(summary):
-    lines = closing_table(summary, Path("runs/a"))
+def _table(summary):
+    lines = summary_table(summary, Path("runs/a"))
     return lines[2 : next(i for i, line in enumerate(lines) if line.startswith("  applied"))]
 
 
 @pytest.mark.parametrize("extra", [{}, TASK], ids=["a_text", "a_task"])
-def test_every_row_of_the_closing_table_ends_where_its_header_does(extra):
-    header, *rows = _rows(SUMMARY | extra)
+def test_every_row_of_the_table_ends_where_its_header_does(extra):
+    header, *rows = _table(SUMMARY | extra)
     ends = {len(row) for row in rows if extra == {} or row.split()[-1] == "1.000"}
     assert ends == {len(header)}
     assert len(header) <= 80
@@ -44,26 +39,6 @@ def test_every_row_of_the_closing_table_ends_where_its_header_does(extra):
 
 
 def test_scores_stand_under_their_names():
-    header, first, *_ = _rows(SUMMARY | TASK)
+    header, first, *_ = _table(SUMMARY | TASK)
     for name, shown in (("perplexity", "1.23e+06"), ("bits per byte", "12.5000"), ("accuracy", "0.125")):
         assert header.index(name) + len(name) == first.index(shown) + len(shown)
-
-
-@pytest.mark.parametrize("size", [1, 10**6, 10**11], ids=["bytes", "megabytes", "hundreds_of_gigabytes"])
-def test_a_memory_table_fits_into_80_columns_with_its_figures_apart(size):
-    moments = [Phase(name, dict.fromkeys(CATEGORIES, size)) for name in ("start", "evaluation")]
-    header, *rows = Plan(moments, torch.device("cpu"), 0, None, True).table()
-    assert {len(row) for row in (header, *rows)} == {len(header)}
-    assert len(header) + 2 <= 80
-    assert all(len(row.split()) == 2 + len(CATEGORIES) for row in rows)
-
-
-def test_a_line_on_a_terminal_keeps_its_words_and_its_figures_with_their_units_whole(monkeypatch):
-    line = "At the peak (loss): teacher 18 MB, student 2 MB, optimizer 3 MB, activations 27 MB, loss 28 MB"
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setenv("COLUMNS", "80")
-    lines = wrap_lines(line).splitlines()
-    assert [part.strip() for part in lines] == [line[: line.index("27 MB") - 1], line[line.index("27 MB") :]]
-    assert max(map(len, lines)) <= 80
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
-    assert wrap_lines(line, "and more") == f"{line}\nand more"
