@@ -36,7 +36,7 @@ def test_windows_do_not_show(seed, window, limits, monkeypatch):
     monkeypatch.setattr(blocks, "CHUNK_TOKENS", window)
     student, teacher = _two_streams(seed)
     wanted = _cut_by_definition(student.tolist(), teacher.tolist(), *limits)
-    # What has no bytes at the very end of the text is no block's.
+    # Tokens without bytes at the very end of the text are in no block.
     assert [tuple(block) for block in _until_error(pack_streams(student, teacher, *limits))][: len(wanted)] == wanted
 
 
@@ -63,7 +63,7 @@ def test_only_so_many_tokens_are_cut_as_are_asked_for():
 
 
 @pytest.mark.parametrize("window", [1, 2**18])
-def test_a_stretch_without_a_common_end_is_an_error_at_its_byte(window, monkeypatch):
+def test_a_passage_without_a_common_end_is_an_error_at_its_byte(window, monkeypatch):
     monkeypatch.setattr(blocks, "CHUNK_TOKENS", window)
     student, teacher = np.arange(1, 40) * 2, np.append(np.arange(1, 10) * 2, np.arange(10, 40) * 2 + 1)
     found = pack_streams(student, teacher, 8, 8)

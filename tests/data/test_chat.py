@@ -1,4 +1,4 @@
-"""Conversations: read from lines, written by each model's own chat template, learned in their responses only."""
+"""Conversations: read from lines, rendered by each model's own chat template, targets in their responses only."""
 
 import copy
 import json
@@ -78,7 +78,7 @@ EQUAL = [("chatml", "chatml"), ("llama2", "llama2")]
 STRIPS = {"llama3", "llama2", "llama2b", "gemma"}
 
 SYSTEM = [("system", "Answer slowly."), ("user", "Who wrote this?"), ("assistant", "The teacher wrote it.")]
-TALKS = {
+CONVERSATIONS = {
     "one turn": [("user", "What follows a token?"), ("assistant", "It is not known before.")],
     "several turns": [
         ("user", "Hello."), ("assistant", "Hello to you."), ("user", "Two turns?"),
@@ -96,11 +96,11 @@ TALKS = {
 }  # fmt: skip
 
 
-def _talk(turns, name="talk", plain=False):
+def _conversation(turns, name="talk", plain=False):
     return Conversation(name, tuple(Message(role, text, role == "assistant") for role, text in turns), plain)
 
 
-TALK_LIST = [_talk(turns, name) for name, turns in TALKS.items()]
+CONVERSATION_LIST = [_conversation(turns, name) for name, turns in CONVERSATIONS.items()]
 
 
 @pytest.fixture(scope="module")
@@ -128,21 +128,21 @@ def _table(tokenizer):
 
 
 def _own_ids(tokenizer, turns):
-    """What the chat template makes of a conversation, without the start token that opens every block."""
+    """The ids of the chat template's own rendering, without the start token that opens every block."""
     messages = [{"role": role, "content": text} for role, text in turns]
     ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     return ids[1:] if ids[0] == tokenizer.bos_token_id else ids
 
 
-def _text(part, table):
-    """What a part says, without the dummy space before it."""
-    said = b"".join(table.pieces[i] for i in part.ids).decode()
-    return said[1:] if part.has_dummy else said
+def _text(span, table):
+    """The text of a span, without the dummy space before it."""
+    decoded = table.spell(span.ids).decode()
+    return decoded[1:] if span.has_dummy else decoded
 
 
-def _place(part, whole):
+def _place(span, whole):
     """Where a list stands in another; -1 if it does not."""
-    return next((i for i in range(len(whole)) if whole[i : i + len(part)] == part), -1)
+    return next((i for i in range(len(whole)) if whole[i : i + len(span)] == span), -1)
 
 
 # Reading
@@ -151,9 +151,9 @@ HELLO = {"role": "user", "content": "Hello"}
 ANSWER = {"role": "assistant", "content": "Hi."}
 
 
-def _load(tmp_path, *rows, name="a.jsonl", **settings):
+def _load(tmp_path, *examples, name="a.jsonl", **settings):
     path = tmp_path / name
-    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    path.write_text("\n".join(json.dumps(each) for each in examples), encoding="utf-8")
     return load_documents(DataConfig(train_file=(str(path),), **({"validation_file": (str(path),)} | settings)))[0]
 
 
@@ -176,25 +176,25 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_line_in_each_shape_becomes_a_conversation(tmp_path, shape):
-    row, messages, plain = SHAPES[shape]
+    example, messages, plain = SHAPES[shape]
     wanted = tuple(Message(*message) for message in messages)
-    assert _load(tmp_path, row) == [Conversation("a.jsonl:1", wanted, plain)]
+    assert _load(tmp_path, example) == [Conversation("a.jsonl:1", wanted, plain)]
 
 
 def test_documents_and_conversations_may_share_a_file(tmp_path):
-    rows = [{"text": "plain"}, {"messages": [HELLO, ANSWER]}, {"prompt": "a", "completion": "b"}, {"text": "more"}]
-    kinds = [type(sample) for sample in _load(tmp_path, *rows)]
+    examples = [{"text": "plain"}, {"messages": [HELLO, ANSWER]}, {"prompt": "a", "completion": "b"}, {"text": "more"}]
+    kinds = [type(sample) for sample in _load(tmp_path, *examples)]
     assert kinds == [Document, Conversation, Conversation, Document]
 
 
 def test_the_text_field_wins(tmp_path):
-    row = {"text": "plain", "messages": [HELLO, ANSWER], "prompt": "a", "completion": "b"}
-    assert _load(tmp_path, row) == [Document("a.jsonl:1", "plain")]
-    assert _load(tmp_path, row, text_field="prompt") == [Document("a.jsonl:1", "a")]
-    assert isinstance(_load(tmp_path, row, text_field="body")[0], Conversation)
+    example = {"text": "plain", "messages": [HELLO, ANSWER], "prompt": "a", "completion": "b"}
+    assert _load(tmp_path, example) == [Document("a.jsonl:1", "plain")]
+    assert _load(tmp_path, example, text_field="prompt") == [Document("a.jsonl:1", "a")]
+    assert isinstance(_load(tmp_path, example, text_field="body")[0], Conversation)
 
 
-BAD_ROWS = {
+BAD_EXAMPLES = {
     "no field": ({"body": "x"}, r"--text_field text: line 2 of {path} has no such text, nor messages.*it has: body"),
     "messages in one text": ({"messages": "Hello"}, "line 2: 'messages' is text; expected a list of messages"),
     "no list": ({"messages": None}, "line 2: 'messages' is null; expected a list of messages"),
@@ -223,13 +223,13 @@ BAD_ROWS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", BAD_ROWS)
+@pytest.mark.parametrize("case", BAD_EXAMPLES)
 @pytest.mark.parametrize("flag", ["train_file", "validation_file"])
 def test_a_line_of_a_bad_shape_is_named_with_what_was_expected(tmp_path, case, flag):
-    row, message = BAD_ROWS[case]
+    example, message = BAD_EXAMPLES[case]
     (tmp_path / "good.jsonl").write_text(json.dumps(SHAPES["messages"][0]))
     path = tmp_path / "bad.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in ({"text": "fine"}, row)))
+    path.write_text("\n".join(json.dumps(each) for each in ({"text": "fine"}, example)))
     files = {"train_file": (str(tmp_path / "good.jsonl"),), flag: (str(path),)}
     begins = "" if message.startswith("--") else f"^--{flag} {path}: .*"
     with pytest.raises(UsageError, match=begins + message.format(path=path)) as error:
@@ -238,14 +238,14 @@ def test_a_line_of_a_bad_shape_is_named_with_what_was_expected(tmp_path, case, f
 
 
 class _Split(list):
-    """Rows as the `datasets` package gives them."""
+    """Examples as the `datasets` package gives them."""
 
     @property
     def column_names(self):
         return list(self[0])
 
     def __getitem__(self, key):
-        return [row[key] for row in self] if isinstance(key, str) else super().__getitem__(key)
+        return [example[key] for example in self] if isinstance(key, str) else super().__getitem__(key)
 
 
 @pytest.fixture
@@ -257,27 +257,27 @@ def serve(monkeypatch):
     return install
 
 
-def test_rows_of_a_dataset_become_conversations(serve):
-    rows = _Split([{"question": "Why?", "answer": "So."}, {"question": "How?", "answer": "Thus."}])
-    serve(train=rows, validation=_Split([{"messages": [HELLO, ANSWER]}]))
+def test_examples_of_a_dataset_become_conversations(serve):
+    examples = _Split([{"question": "Why?", "answer": "So."}, {"question": "How?", "answer": "Thus."}])
+    serve(train=examples, validation=_Split([{"messages": [HELLO, ANSWER]}]))
     train, validation = load_documents(DataConfig(dataset_name="x"))
     assert train == [
-        _talk([("user", "Why?"), ("assistant", "So.")], "train:0", plain=True),
-        _talk([("user", "How?"), ("assistant", "Thus.")], "train:1", plain=True),
+        _conversation([("user", "Why?"), ("assistant", "So.")], "train:0", plain=True),
+        _conversation([("user", "How?"), ("assistant", "Thus.")], "train:1", plain=True),
     ]
-    assert validation == [_talk([("user", "Hello"), ("assistant", "Hi.")], "validation:0")]
+    assert validation == [_conversation([("user", "Hello"), ("assistant", "Hi.")], "validation:0")]
 
 
 def test_the_text_column_of_a_dataset_wins(serve):
-    rows = _Split([{"text": "plain", "messages": [HELLO, ANSWER]}])
-    serve(train=rows, validation=rows)
+    examples = _Split([{"text": "plain", "messages": [HELLO, ANSWER]}])
+    serve(train=examples, validation=examples)
     assert load_documents(DataConfig(dataset_name="x")) == (
         [Document("train:0", "plain")],
         [Document("validation:0", "plain")],
     )
 
 
-def test_a_bad_row_of_a_dataset_is_named(serve):
+def test_a_bad_example_of_a_dataset_is_named(serve):
     serve(train=_Split([{"messages": [HELLO, ANSWER]}, {"messages": [HELLO]}]))
     with pytest.raises(UsageError, match="--dataset_name x: train example 1: 'messages' holds nothing to learn"):
         load_documents(DataConfig(dataset_name="x"))
@@ -288,20 +288,20 @@ def test_a_bad_row_of_a_dataset_is_named(serve):
 
 @pytest.mark.parametrize("count", [2, 5, 60, 200])
 def test_whole_conversations_are_held_out(tmp_path, count):
-    rows = [
+    examples = [
         {"messages": [HELLO | {"content": f"Number {n:03}?"}, ANSWER | {"content": "Yes. " * 9}]} for n in range(count)
     ]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    everything = _load(tmp_path, *rows)
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, examples)))
+    everything = _load(tmp_path, *examples)
     train, validation = load_documents(DataConfig(train_file=(str(tmp_path / "a.jsonl"),)))
     assert train + validation == everything
     assert len(validation) == max(1, count // 20)
 
 
 def test_a_document_before_held_out_conversations_stays_whole(tmp_path):
-    rows = [{"text": "word " * 2000}, *[{"messages": [HELLO, ANSWER]}] * 3]
+    examples = [{"text": "word " * 2000}, *[{"messages": [HELLO, ANSWER]}] * 3]
     path = tmp_path / "a.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
+    path.write_text("\n".join(map(json.dumps, examples)))
     _, validation = load_documents(DataConfig(train_file=(str(path),)))
     held_out = sum(len(sample.text) for sample in validation)
     assert [type(sample) for sample in validation[-3:]] == [Conversation] * 3
@@ -317,28 +317,30 @@ def test_one_conversation_alone_is_not_split(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "talk"),
+    ("name", "conversation"),
     [
-        (name, talk)
+        (name, conversation)
         for name in ("chatml", "llama3", "gemma", "llama2", "zephyr", "dialogpt", "turns")
-        for talk in ("one turn", "several turns", "other scripts", "code", "system")
-        if (name, talk) != ("gemma", "system")  # which it refuses
+        for conversation in ("one turn", "several turns", "other scripts", "code", "system")
+        if (name, conversation) != ("gemma", "system")  # which it refuses
     ],
 )
-def test_a_conversation_has_the_tokens_that_its_chat_template_gives_it(tokenizers, name, talk):
+def test_a_conversation_has_the_tokens_of_its_rendered_template(tokenizers, name, conversation):
     tokenizer = tokenizers[name]
-    turns = [(role, text.strip()) for role, text in (SYSTEM if talk == "system" else TALKS[talk])]
-    stream = tokenize([_talk(turns)], _pair(tokenizer, tokenizer)).student
+    turns = [
+        (role, text.strip()) for role, text in (SYSTEM if conversation == "system" else CONVERSATIONS[conversation])
+    ]
+    stream = tokenize([_conversation(turns)], _pair(tokenizer, tokenizer)).student
     assert stream.ids.tolist() == _own_ids(tokenizer, turns)
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "dialogpt", "colons"])
-@pytest.mark.parametrize("talk", TALKS)
-def test_a_conversation_reads_as_its_chat_template_writes_it(tokenizers, name, talk):
-    tokenizer, turns = tokenizers[name], [(role, text.strip()) for role, text in TALKS[talk]]
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+def test_a_conversation_decodes_to_its_rendered_template(tokenizers, name, conversation):
+    tokenizer, turns = tokenizers[name], [(role, text.strip()) for role, text in CONVERSATIONS[conversation]]
     messages = [{"role": role, "content": text} for role, text in turns]
     written = tokenizer.apply_chat_template(messages, tokenize=False)
-    stream = tokenize([_talk(turns)], _pair(tokenizer, tokenizer)).student
+    stream = tokenize([_conversation(turns)], _pair(tokenizer, tokenizer)).student
     opening = tokenizer.bos_token if written.startswith(tokenizer.bos_token) else ""
     assert opening + tokenizer.decode(stream.ids.tolist()) == written
 
@@ -346,36 +348,36 @@ def test_a_conversation_reads_as_its_chat_template_writes_it(tokenizers, name, t
 def test_of_several_templates_the_default_one_is_taken(tokenizers):
     tokenizer = copy.deepcopy(tokenizers["chatml"])
     tokenizer.chat_template = {"tool_use": GEMMA, "default": CHATML}
-    stream = tokenize([_talk(SYSTEM)], _pair(tokenizer, tokenizer)).student
+    stream = tokenize([_conversation(SYSTEM)], _pair(tokenizer, tokenizer)).student
     assert stream.ids.tolist() == _own_ids(tokenizers["chatml"], SYSTEM)
 
 
 @pytest.mark.parametrize("names", CROSS + EQUAL)
 def test_contents_are_exactly_the_same_text_on_both_sides(pairs, names):
-    rendered = render(TALK_LIST, pairs[names])
-    assert rendered.names == list(TALKS)
+    rendered = render(CONVERSATION_LIST, pairs[names])
+    assert rendered.names == list(CONVERSATIONS)
     assert rendered.skipped_documents == []
     for side, table in zip(rendered.sides, rendered.tables, strict=True):
-        for parts, talk in zip(side, TALK_LIST, strict=True):
-            texts = [m.content.strip() if STRIPS & {*names} else m.content for m in talk.messages]
-            kinds = [RESPONSE if m.is_target else PROMPT for m in talk.messages]
-            contents = [part for part in parts if part.kind in (PROMPT, RESPONSE)]
-            assert [_text(part, table) for part in contents] == texts
-            assert [part.kind for part in contents] == kinds
+        for spans, conversation in zip(side, CONVERSATION_LIST, strict=True):
+            texts = [m.content.strip() if STRIPS & {*names} else m.content for m in conversation.messages]
+            kinds = [RESPONSE if m.is_target else PROMPT for m in conversation.messages]
+            contents = [span for span in spans if span.kind in (PROMPT, RESPONSE)]
+            assert [_text(span, table) for span in contents] == texts
+            assert [span.kind for span in contents] == kinds
 
 
 @pytest.mark.parametrize("names", CROSS + EQUAL)
 def test_a_stop_token_follows_each_response_and_nothing_else(pairs, names):
-    rendered = render(TALK_LIST, pairs[names])
+    rendered = render(CONVERSATION_LIST, pairs[names])
     for name, side, table in zip(names, rendered.sides, rendered.tables, strict=False):
         stop = STYLES[name][3]
-        for parts, talk in zip(side, TALK_LIST, strict=True):
-            kinds = [part.kind for part in parts]
+        for spans, conversation in zip(side, CONVERSATION_LIST, strict=True):
+            kinds = [span.kind for span in spans]
             assert [i + 1 for i, kind in enumerate(kinds) if kind == RESPONSE] == [
                 i for i, kind in enumerate(kinds) if kind == STOP
             ]
-            assert kinds.count(STOP) == sum(message.is_target for message in talk.messages)
-            assert {table.strings[part.ids[-1]] for part in parts if part.kind == STOP} == {stop}
+            assert kinds.count(STOP) == sum(message.is_target for message in conversation.messages)
+            assert {table.strings[span.ids[-1]] for span in spans if span.kind == STOP} == {stop}
 
 
 def test_an_assistant_s_message_in_the_prompt_is_read_and_not_learned(pairs):
@@ -383,20 +385,20 @@ def test_an_assistant_s_message_in_the_prompt_is_read_and_not_learned(pairs):
     example = [Message(role, text, role == "assistant" and text == "now") for role, text in turns]
     rendered = render([Conversation("few shots", tuple(example), plain=False)], pairs["llama2", "chatml"])
     for name, side, table in zip(("llama2", "chatml"), rendered.sides, rendered.tables, strict=True):
-        said = [(part.kind, _text(part, table)) for part in side[0] if part.kind not in (TEMPLATE, STOP)]
-        assert said == [(PROMPT, "a"), (PROMPT, "for example"), (PROMPT, "b"), (RESPONSE, "now")]
-        assert [part.kind for part in side[0]].count(STOP) == 1
-        behind = side[0][1 + [part.kind for part in side[0]].index(PROMPT, 2)]
+        found = [(span.kind, _text(span, table)) for span in side[0] if span.kind not in (TEMPLATE, STOP)]
+        assert found == [(PROMPT, "a"), (PROMPT, "for example"), (PROMPT, "b"), (RESPONSE, "now")]
+        assert [span.kind for span in side[0]].count(STOP) == 1
+        behind = side[0][1 + [span.kind for span in side[0]].index(PROMPT, 2)]
         assert behind.kind == TEMPLATE
         assert table.strings.index(STYLES[name][3]) in behind.ids
 
 
 @pytest.mark.parametrize("names", CROSS + EQUAL)
 def test_text_that_looks_like_a_special_token_stays_text(pairs, names):
-    rendered = render([_talk(TALKS["look-alikes"])], pairs[names])
+    rendered = render([_conversation(CONVERSATIONS["look-alikes"])], pairs[names])
     for side, table in zip(rendered.sides, rendered.tables, strict=True):
         special = {i for i, string in enumerate(table.strings) if string and not table.pieces[i]}
-        contents = {i for part in side[0] if part.kind in (PROMPT, RESPONSE) for i in part.ids}
+        contents = {i for span in side[0] if span.kind in (PROMPT, RESPONSE) for i in span.ids}
         assert len(special) >= 3
         assert not contents & special
 
@@ -405,24 +407,24 @@ def test_text_that_looks_like_a_special_token_stays_text(pairs, names):
 def test_without_a_space_before_it_a_content_has_no_dummy_space(tokenizers, opening):
     tokenizer = tokenizers["zephyr"]
     turns = [("user", opening + "What follows?"), ("assistant", opening + "The token.")]
-    rendered = render([_talk(turns)], _pair(tokenizer, tokenizer))
-    contents = [part for part in rendered.sides[0][0] if part.kind in (PROMPT, RESPONSE)]
-    assert not any(part.has_dummy for part in contents)
-    assert [_text(part, rendered.tables[0]) for part in contents] == [text for _, text in turns]
+    rendered = render([_conversation(turns)], _pair(tokenizer, tokenizer))
+    contents = [span for span in rendered.sides[0][0] if span.kind in (PROMPT, RESPONSE)]
+    assert not any(span.has_dummy for span in contents)
+    assert [_text(span, rendered.tables[0]) for span in contents] == [text for _, text in turns]
 
 
 def test_the_space_before_a_content_is_the_dummy_space(tokenizers):
     tokenizer = tokenizers["llama2"]
-    rendered = render([_talk(TALKS["one turn"])], _pair(tokenizer, tokenizer))
-    glue = [part for part in rendered.sides[0][0] if part.kind == TEMPLATE]
-    contents = [part for part in rendered.sides[0][0] if part.kind in (PROMPT, RESPONSE)]
-    assert all(part.has_dummy for part in contents)
-    assert not any(_text(part, rendered.tables[0]).endswith(" ") for part in glue)
+    rendered = render([_conversation(CONVERSATIONS["one turn"])], _pair(tokenizer, tokenizer))
+    separators = [span for span in rendered.sides[0][0] if span.kind == TEMPLATE]
+    contents = [span for span in rendered.sides[0][0] if span.kind in (PROMPT, RESPONSE)]
+    assert all(span.has_dummy for span in contents)
+    assert not any(_text(span, rendered.tables[0]).endswith(" ") for span in separators)
 
 
 def test_the_space_before_llama_2_s_stop_token_is_learned_with_it(tokenizers):
     tokenizer = tokenizers["llama2"]
-    rendered = render([_talk(TALKS["one turn"])], _pair(tokenizer, tokenizer))
+    rendered = render([_conversation(CONVERSATIONS["one turn"])], _pair(tokenizer, tokenizer))
     stop = rendered.sides[0][0][-1]
     assert tokenizer.convert_ids_to_tokens(stop.ids) == ["\u2581", "</s>"]
     assert stop.kind == STOP
@@ -431,22 +433,22 @@ def test_the_space_before_llama_2_s_stop_token_is_learned_with_it(tokenizers):
 def test_a_template_without_a_stop_token_gets_the_end_of_text_token(tokenizers):
     tokenizer = copy.deepcopy(tokenizers["chatml"])
     tokenizer.chat_template = "{% for m in messages %}{{ '\\n### ' + m['role'] + '\\n' + m['content'] }}{% endfor %}"
-    rendered = render([_talk(TALKS["several turns"])], _pair(tokenizer, tokenizer))
-    assert [part.ids for part in rendered.sides[0][0] if part.kind == STOP] == [[tokenizer.eos_token_id]] * 3
+    rendered = render([_conversation(CONVERSATIONS["several turns"])], _pair(tokenizer, tokenizer))
+    assert [span.ids for span in rendered.sides[0][0] if span.kind == STOP] == [[tokenizer.eos_token_id]] * 3
 
 
 def test_a_stop_token_behind_other_words_is_not_the_responses(tokenizers):
     tokenizer = copy.deepcopy(tokenizers["chatml"])
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' (' + m['role'] + ')<|im_end|>' }}{% endfor %}"
-    ((*_, stop, glue),) = render([_talk(TALKS["one turn"])], _pair(tokenizer, tokenizer)).sides[0]
+    ((*_, stop, separator),) = render([_conversation(CONVERSATIONS["one turn"])], _pair(tokenizer, tokenizer)).sides[0]
     assert (stop.kind, stop.ids) == (STOP, [tokenizer.eos_token_id])
-    assert tokenizer.decode(glue.ids) == " (assistant)<|im_end|>"
+    assert tokenizer.decode(separator.ids) == " (assistant)<|im_end|>"
 
 
-def test_an_empty_message_keeps_the_glue_around_it(tokenizers):
+def test_an_empty_message_keeps_the_template_text_around_it(tokenizers):
     for name in ("llama2", "chatml"):
         turns = [("user", ""), ("assistant", "x"), ("user", "y"), ("assistant", ""), ("user", "z"), ("assistant", "w")]
-        stream = tokenize([_talk(turns)], _pair(tokenizers[name], tokenizers[name])).student
+        stream = tokenize([_conversation(turns)], _pair(tokenizers[name], tokenizers[name])).student
         assert tokenizers[name].decode(stream.ids.tolist()) == tokenizers[name].decode(
             _own_ids(tokenizers[name], turns)
         )
@@ -458,8 +460,8 @@ def test_an_empty_message_keeps_the_glue_around_it(tokenizers):
 def test_two_plain_texts_follow_one_another(tokenizers):
     for name in ("none", "none2"):
         tokenizer = tokenizers[name]
-        talk = _talk([("user", "Two tokenizers cut"), ("assistant", " the same text")], plain=True)
-        text = tokenize([talk], _pair(tokenizer, tokenizer))
+        conversation = _conversation([("user", "Two tokenizers cut"), ("assistant", " the same text")], plain=True)
+        text = tokenize([conversation], _pair(tokenizer, tokenizer))
         assert text.without_template == ()
         assert tokenizer.decode(text.student.ids[:-1].tolist()) == "Two tokenizers cut the same text"
         assert text.student.ids[-1] == tokenizer.eos_token_id
@@ -467,19 +469,19 @@ def test_two_plain_texts_follow_one_another(tokenizers):
 
 def test_a_completion_without_a_space_gets_none(tokenizers):
     tokenizer = tokenizers["none2"]
-    text = tokenize([_talk([("user", "1969"), ("assistant", "12.5")], plain=True)], _pair(tokenizer, tokenizer))
+    text = tokenize([_conversation([("user", "1969"), ("assistant", "12.5")], plain=True)], _pair(tokenizer, tokenizer))
     assert tokenizer.decode(text.student.ids[:-1].tolist()) == "196912.5"
 
 
 def test_two_plain_texts_are_turns_to_a_model_with_a_template(pairs, tokenizers):
     turns = [("user", "Two tokenizers cut"), ("assistant", " the same text")]
-    text = tokenize([_talk(turns, plain=True)], pairs["none", "chatml"])
+    text = tokenize([_conversation(turns, plain=True)], pairs["none", "chatml"])
     assert text.teacher.ids.tolist() == _own_ids(tokenizers["chatml"], turns)
     assert tokenizers["none"].decode(text.student.ids[:-1].tolist()) == "Two tokenizers cut the same text"
 
 
 def test_messages_take_a_neutral_template_and_the_text_says_for_which_model(pairs, tokenizers):
-    text = tokenize([_talk(SYSTEM + TALKS["one turn"])], pairs["none", "chatml"])
+    text = tokenize([_conversation(SYSTEM + CONVERSATIONS["one turn"])], pairs["none", "chatml"])
     assert text.without_template == ("student",)
     shown = [i for i in text.student.ids.tolist() if i != tokenizers["none"].eos_token_id]
     assert tokenizers["none"].decode(shown) == (
@@ -487,10 +489,12 @@ def test_messages_take_a_neutral_template_and_the_text_says_for_which_model(pair
         "User:\nWhat follows a token?\n\nAssistant:\nIt is not known before."
     )
     assert text.student.ids.tolist().count(tokenizers["none"].eos_token_id) == 2
-    assert tokenize([_talk(SYSTEM)], _pair(tokenizers["chatml"], tokenizers["none"])).without_template == ("teacher",)
+    assert tokenize([_conversation(SYSTEM)], _pair(tokenizers["chatml"], tokenizers["none"])).without_template == (
+        "teacher",
+    )
     alone = _pair(tokenizers["none"], tokenizers["none"])
-    assert tokenize([_talk(SYSTEM)], alone).without_template == ("student", "teacher")
-    assert tokenize([_talk(SYSTEM)], pairs["llama2", "chatml"]).without_template == ()
+    assert tokenize([_conversation(SYSTEM)], alone).without_template == ("student", "teacher")
+    assert tokenize([_conversation(SYSTEM)], pairs["llama2", "chatml"]).without_template == ()
 
 
 # Templates that cannot be used
@@ -513,29 +517,34 @@ def test_a_template_that_does_not_keep_the_messages_is_refused_with_the_reason(t
     broken.chat_template = BROKEN[fault].replace("\n", "\\n")
     sides = (broken, tokenizers["gemma"]) if whose == "student" else (tokenizers["gemma"], broken)
     with pytest.raises(UsageError, match=rf"talk \(the {whose}'s chat template {fault}"):
-        tokenize([_talk(TALKS["one turn"])], _pair(*sides))
+        tokenize([_conversation(CONVERSATIONS["one turn"])], _pair(*sides))
 
 
 def test_a_conversation_that_one_template_refuses_is_skipped_by_name(pairs):
-    talks = [_talk(SYSTEM, "with"), _talk(TALKS["one turn"], "without")]
-    corpus = build_dataset(talks, pairs["gemma", "chatml"], 400, 400)
-    assert corpus.text.names == ["without"]
-    assert corpus.text.skipped_documents == ["with (the student's chat template refuses it: System role not supported)"]
+    conversations = [_conversation(SYSTEM, "with"), _conversation(CONVERSATIONS["one turn"], "without")]
+    dataset = build_dataset(conversations, pairs["gemma", "chatml"], 400, 400)
+    assert dataset.text.names == ["without"]
+    assert dataset.text.skipped_documents == [
+        "with (the student's chat template refuses it: System role not supported)"
+    ]
 
 
 def test_a_text_that_a_template_strips_is_stripped_for_both(pairs):
     turns = [("user", "\n Hello \n"), ("assistant", "  Hi.  ")]
     for names, wanted in ((("gemma", "chatml"), ["Hello", "Hi."]), (("zephyr", "chatml"), ["\n Hello \n", "  Hi.  "])):
-        rendered = render([_talk(turns)], pairs[names])
+        rendered = render([_conversation(turns)], pairs[names])
         for side, table in zip(rendered.sides, rendered.tables, strict=True):
-            assert [_text(part, table) for part in side[0] if part.kind in (PROMPT, RESPONSE)] == wanted
+            assert [_text(span, table) for span in side[0] if span.kind in (PROMPT, RESPONSE)] == wanted
 
 
-def test_a_template_whose_glue_depends_on_the_text_is_seen(tokenizers):
+def test_a_template_whose_own_text_depends_on_a_content_is_found(tokenizers):
     tokenizer = copy.deepcopy(tokenizers["chatml"])
     tokenizer.chat_template = CHATML.replace("m['content']", "(m['content'].split('</think>') | last)")
-    talks = [_talk([("user", "a"), ("assistant", "<think>b</think>c")], "thinks"), _talk(TALKS["one turn"])]
-    text = tokenize(talks, _pair(tokenizer, tokenizer))
+    conversations = [
+        _conversation([("user", "a"), ("assistant", "<think>b</think>c")], "thinks"),
+        _conversation(CONVERSATIONS["one turn"]),
+    ]
+    text = tokenize(conversations, _pair(tokenizer, tokenizer))
     assert text.names == ["talk"]
     assert text.skipped_documents == ["thinks (the student's chat template changes the text of a message)"]
 
@@ -543,14 +552,17 @@ def test_a_template_whose_glue_depends_on_the_text_is_seen(tokenizers):
 @pytest.mark.parametrize("bad", ["\ud800", "\u2581"])
 @pytest.mark.parametrize("names", [("gemma", "chatml"), ("chatml", "chatml")])
 def test_text_that_is_hard_to_encode_is_canonical_or_skipped(pairs, names, bad):
-    talks = [_talk([("user", "a"), ("assistant", f"b{bad}c")], "bad"), _talk(TALKS["one turn"])]
-    rendered = render(talks, pairs[names])
+    conversations = [
+        _conversation([("user", "a"), ("assistant", f"b{bad}c")], "bad"),
+        _conversation(CONVERSATIONS["one turn"]),
+    ]
+    rendered = render(conversations, pairs[names])
     if bad == "\ud800":
         assert rendered.skipped_documents == ["bad (is no Unicode text)"]
         return
     wanted = "b c" if "gemma" in names else "b\u2581c"
     for side, table in zip(rendered.sides, rendered.tables, strict=True):
-        assert _text(next(part for part in side[0] if part.kind == RESPONSE), table) == wanted
+        assert _text(next(span for span in side[0] if span.kind == RESPONSE), table) == wanted
 
 
 def test_a_conversation_that_a_tokenizer_changes_is_skipped_by_name(tokenizers):
@@ -559,18 +571,21 @@ def test_a_conversation_that_a_tokenizer_changes_is_skipped_by_name(tokenizers):
     table = pair.tables[0]
     table.pieces[encode(lacking, ["\u20ac"])[0][0]] = b"?!"  # as if the bytes were other ones
     table.__dict__.pop("lengths", None)
-    talks = [_talk([("user", "a"), ("assistant", "\u20ac")], "bad"), _talk(TALKS["one turn"])]
-    assert render(talks, pair).skipped_documents == ["bad (the student's tokenizer changes its text)"]
+    conversations = [
+        _conversation([("user", "a"), ("assistant", "\u20ac")], "bad"),
+        _conversation(CONVERSATIONS["one turn"]),
+    ]
+    assert render(conversations, pair).skipped_documents == ["bad (the student's tokenizer changes its text)"]
 
 
 def test_equal_tokenizers_with_different_templates_name_the_remedy(tokenizers):
     other = copy.deepcopy(tokenizers["chatml"])
     other.chat_template = None
     with pytest.raises(UsageError, match=r"--alignment auto: .*chat templates differ.*use --alignment projection"):
-        tokenize([_talk(TALKS["one turn"])], _pair(tokenizers["chatml"], other))
+        tokenize([_conversation(CONVERSATIONS["one turn"])], _pair(tokenizers["chatml"], other))
     pair = _pair(tokenizers["chatml"], other, aligns=True)
-    text = tokenize([_talk(TALKS["one turn"])], pair)
-    assert text.student.ids.tolist() == _own_ids(tokenizers["chatml"], TALKS["one turn"])
+    text = tokenize([_conversation(CONVERSATIONS["one turn"])], pair)
+    assert text.student.ids.tolist() == _own_ids(tokenizers["chatml"], CONVERSATIONS["one turn"])
     assert text.teacher.ids.tolist() != text.student.ids.tolist()
 
 
@@ -578,39 +593,39 @@ def test_equal_tokenizers_with_different_templates_name_the_remedy(tokenizers):
 
 
 @pytest.mark.parametrize("names", CROSS)
-def test_glue_has_no_width_and_stops_are_one_byte_on_both_sides(pairs, names):
-    rendered = render(TALK_LIST, pairs[names])
-    text = tokenize(TALK_LIST, pairs[names])
-    for parts, table, stream in zip(rendered.sides, rendered.tables, (text.student, text.teacher), strict=True):
+def test_template_text_has_no_bytes_and_stops_have_one_on_both_sides(pairs, names):
+    rendered = render(CONVERSATION_LIST, pairs[names])
+    text = tokenize(CONVERSATION_LIST, pairs[names])
+    for spans, table, stream in zip(rendered.sides, rendered.tables, (text.student, text.teacher), strict=True):
         widths, at = np.diff(stream.ends, prepend=0), 0
-        for part in (part for talk in parts for part in talk):
-            here = slice(at, at + len(part.ids))
+        for span in (span for conversation in spans for span in conversation):
+            here = slice(at, at + len(span.ids))
             at = here.stop
-            assert stream.ids[here].tolist() == part.ids
-            assert stream.is_target[here].tolist() == [part.kind in (RESPONSE, STOP)] * len(part.ids)
-            size = len(_text(part, table).encode()) + part.dummy_is_text
-            assert widths[here].sum() == {TEMPLATE: 0, STOP: 1}.get(part.kind, size)
-            alone = part.has_dummy and not part.dummy_is_text
-            assert stream.has_dummy[here].tolist() == [alone, *[False] * (len(part.ids) - 1)]
+            assert stream.ids[here].tolist() == span.ids
+            assert stream.is_target[here].tolist() == [span.kind in (RESPONSE, STOP)] * len(span.ids)
+            size = len(_text(span, table).encode()) + span.dummy_is_text
+            assert widths[here].sum() == {TEMPLATE: 0, STOP: 1}.get(span.kind, size)
+            alone = span.has_dummy and not span.dummy_is_text
+            assert stream.has_dummy[here].tolist() == [alone, *[False] * (len(span.ids) - 1)]
         assert at == len(stream.ids)
     assert text.student.ends[-1] == text.teacher.ends[-1]
 
 
 @pytest.mark.parametrize("names", CROSS + EQUAL)
 def test_the_bytes_of_a_text_are_those_of_its_responses(pairs, names):
-    text = tokenize([Document("d", "caf\u00e9"), *TALK_LIST], pairs[names])
+    text = tokenize([Document("d", "caf\u00e9"), *CONVERSATION_LIST], pairs[names])
     strip = str.strip if STRIPS & {*names} else str
-    responses = [strip(m.content) for talk in TALK_LIST for m in talk.messages if m.is_target]
+    responses = [strip(m.content) for conversation in CONVERSATION_LIST for m in conversation.messages if m.is_target]
     assert text.num_bytes == len("caf\u00e9".encode()) + sum(len(response.encode()) for response in responses)
 
 
 @pytest.mark.parametrize("names", CROSS + EQUAL)
 def test_every_response_and_its_stop_token_is_predicted_once_and_nothing_else(pairs, names):
-    rendered = render(TALK_LIST, pairs[names])
-    corpus = build_dataset(TALK_LIST, pairs[names], 400, 400)
+    rendered = render(CONVERSATION_LIST, pairs[names])
+    dataset = build_dataset(CONVERSATION_LIST, pairs[names], 400, 400)
     for which, side in zip(("student", "teacher"), (rendered.sides[0], rendered.sides[-1]), strict=True):
-        wanted = [i for parts in side for part in parts if part.kind in (RESPONSE, STOP) for i in part.ids]
-        batches = list(corpus.token_batches(which, 2))
+        wanted = [i for spans in side for span in spans if span.kind in (RESPONSE, STOP) for i in span.ids]
+        batches = list(dataset.token_batches(which, 2))
         assert torch.cat([batch.targets for batch in batches]).tolist() == wanted
         labels = torch.cat([batch.labels.flatten() for batch in batches])
         assert labels[labels != IGNORE_INDEX].tolist() == wanted
@@ -618,22 +633,22 @@ def test_every_response_and_its_stop_token_is_predicted_once_and_nothing_else(pa
             read = batch.labels != IGNORE_INDEX
             assert torch.equal(batch.labels[read], batch.input_ids[read])
         if which == "student":
-            assert corpus.num_tokens == len(wanted)
+            assert dataset.num_tokens == len(wanted)
 
 
 @pytest.mark.parametrize("names", CROSS + EQUAL)
 def test_a_conversation_has_a_block_of_its_own(pairs, names):
-    documents = [Document("first", "word " * 300), *TALK_LIST, Document("last", "word " * 300)]
-    corpus = build_dataset(documents, pairs[names], 400, 400)
-    named = [corpus.documents_of(block) for block in range(len(corpus))]
-    assert named[-len(TALKS) :] == [[name] for name in TALKS]
-    assert {name for names in named[: -len(TALKS)] for name in names} == {"first", "last"}
+    documents = [Document("first", "word " * 300), *CONVERSATION_LIST, Document("last", "word " * 300)]
+    dataset = build_dataset(documents, pairs[names], 400, 400)
+    named = [dataset.documents_of(block) for block in range(len(dataset))]
+    assert named[-len(CONVERSATIONS) :] == [[name] for name in CONVERSATIONS]
+    assert {name for names in named[: -len(CONVERSATIONS)] for name in names} == {"first", "last"}
     plain = build_dataset([documents[0], documents[-1]], pairs[names], 400, 400)
-    assert corpus.blocks[: len(plain)] == plain.blocks
+    assert dataset.blocks[: len(plain)] == plain.blocks
     for both in ("student", "teacher"):
         size = len(getattr(plain.text, both).ids)
-        assert np.array_equal(getattr(corpus.text, both).ids[:size], getattr(plain.text, both).ids)
-        assert np.array_equal(getattr(corpus.text, both).ends[:size], getattr(plain.text, both).ends)
+        assert np.array_equal(getattr(dataset.text, both).ids[:size], getattr(plain.text, both).ids)
+        assert np.array_equal(getattr(dataset.text, both).ends[:size], getattr(plain.text, both).ends)
 
 
 # Conversations that exceed a block
@@ -650,15 +665,15 @@ LONG = [
 @pytest.mark.parametrize("limits", [(60, 1000), (1000, 60), (90, 90)])
 def test_a_long_conversation_is_cut_to_the_same_text_on_both_sides(pairs, names, limits):
     pair = pairs[names]
-    whole, corpus = tokenize([_talk(LONG)], pair), build_dataset([_talk(LONG)], pair, *limits)
-    ((student_start, student_end, teacher_start, teacher_end),) = corpus.blocks
+    whole, dataset = tokenize([_conversation(LONG)], pair), build_dataset([_conversation(LONG)], pair, *limits)
+    ((student_start, student_end, teacher_start, teacher_end),) = dataset.blocks
     assert (student_start, teacher_start) == (0, 0)
     assert student_end < limits[0]
     assert teacher_end < limits[1]
-    text = corpus.text
-    for part, full in ((text.student, whole.student), (text.teacher, whole.teacher)):
-        assert np.array_equal(part.ids, full.ids[: len(part.ids)])
-        assert np.array_equal(part.is_target, full.is_target[: len(part.ids)])
+    text = dataset.text
+    for span, full in ((text.student, whole.student), (text.teacher, whole.teacher)):
+        assert np.array_equal(span.ids, full.ids[: len(span.ids)])
+        assert np.array_equal(span.is_target, full.is_target[: len(span.ids)])
     assert text.student.ends[-1] == text.teacher.ends[-1] == whole.student.ends[student_end - 1]
     assert text.truncated == ["talk"]
     assert text.dropped_tokens == whole.student.is_target.sum() - text.student.is_target.sum()
@@ -676,35 +691,35 @@ def test_a_long_conversation_is_cut_to_the_same_text_on_both_sides(pairs, names,
 def test_the_bytes_of_a_cut_conversation_are_those_that_are_left(pairs, names):
     pair = pairs[names]
     for limit in range(30, 120, 7):
-        talk = _talk([("user", "a"), ("assistant", "caf\u00e9 \u65e5\u672c " * 20)])
-        text = build_dataset([talk], pair, limit, 4 * limit).text
+        conversation = _conversation([("user", "a"), ("assistant", "caf\u00e9 \u65e5\u672c " * 20)])
+        text = build_dataset([conversation], pair, limit, 4 * limit).text
         table = _table(pair.student)
-        said = b"".join(table.pieces[i] for i in text.student.ids[text.student.is_target])
-        response = talk.messages[1].content.encode()
-        assert response.startswith(said.removeprefix(b" "))
-        assert text.num_bytes == len(said.removeprefix(b" "))
+        decoded = table.spell(text.student.ids[text.student.is_target])
+        response = conversation.messages[1].content.encode()
+        assert response.startswith(decoded.removeprefix(b" "))
+        assert text.num_bytes == len(decoded.removeprefix(b" "))
 
 
 @pytest.mark.parametrize("names", CROSS + EQUAL)
 def test_a_conversation_without_room_for_a_response_is_skipped_by_name(pairs, names):
     late = [("user", "Words, words, words; " * 20), ("assistant", "word")]
     for limits in ((60, 1000), (1000, 60), (2, 2)):
-        talks = [_talk(late, "late"), Document("plain", "word word")]
-        corpus = build_dataset(talks, pairs[names], *limits)
-        assert corpus.text.names == ["plain"]
-        assert corpus.text.skipped_documents == ["late (no response begins within a block)"]
+        conversations = [_conversation(late, "late"), Document("plain", "word word")]
+        dataset = build_dataset(conversations, pairs[names], *limits)
+        assert dataset.text.names == ["plain"]
+        assert dataset.text.skipped_documents == ["late (no response begins within a block)"]
     with pytest.raises(UsageError, match=r"no document holds text .*late \(no response begins within a block\)"):
-        build_dataset([_talk(late, "late")], pairs[names], 60, 60)
+        build_dataset([_conversation(late, "late")], pairs[names], 60, 60)
 
 
 def test_a_conversation_that_just_fits_is_whole(pairs):
     pair = pairs["gemma", "chatml"]
-    whole = tokenize([_talk(LONG)], pair)
+    whole = tokenize([_conversation(LONG)], pair)
     limits = [len(stream.ids) + 1 for stream in (whole.student, whole.teacher)]
-    corpus = build_dataset([_talk(LONG)], pair, *limits)
-    assert corpus.text.truncated == []
-    assert corpus.blocks == [(0, limits[0] - 1, 0, limits[1] - 1)]
-    assert build_dataset([_talk(LONG)], pair, limits[0] - 4, limits[1]).text.truncated == ["talk"]
+    dataset = build_dataset([_conversation(LONG)], pair, *limits)
+    assert dataset.text.truncated == []
+    assert dataset.blocks == [(0, limits[0] - 1, 0, limits[1] - 1)]
+    assert build_dataset([_conversation(LONG)], pair, limits[0] - 4, limits[1]).text.truncated == ["talk"]
 
 
 # The comparison of two models
@@ -712,11 +727,11 @@ def test_a_conversation_that_just_fits_is_whole(pairs):
 
 @pytest.mark.parametrize("names", CROSS)
 def test_only_tokens_of_responses_are_compared_and_pairs_say_the_same(pairs, names):
-    corpus = build_dataset([*TALK_LIST, _talk(LONG, "long")], pairs[names], 90, 200)
-    blocks = list(range(len(corpus)))
-    batch = corpus.batch(blocks)
+    dataset = build_dataset([*CONVERSATION_LIST, _conversation(LONG, "long")], pairs[names], 90, 200)
+    blocks = list(range(len(dataset)))
+    batch = dataset.batch(blocks)
     a = batch.alignment
-    student_table, teacher_table = corpus.pair.tables
+    student_table, teacher_table = dataset.pair.tables
     teacher_next = torch.nn.functional.pad(batch.teacher.labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
     teacher_tokens = teacher_next[a.teacher_positions]
     assert len(a.student_positions) > 30
@@ -732,35 +747,37 @@ def test_only_tokens_of_responses_are_compared_and_pairs_say_the_same(pairs, nam
         else:
             mine, theirs = student_table.pieces[token], teacher_table.pieces[other]
             assert mine != theirs
-    assert stops == sum(token in student_ends for token in batch.student.targets.tolist()) >= len(TALKS)
+    assert stops == sum(token in student_ends for token in batch.student.targets.tolist()) >= len(CONVERSATIONS)
     assert stops == sum(token in teacher_ends for token in batch.teacher.targets.tolist())
-    for row, teacher_row in zip(
+    for position, teacher_position in zip(
         batch.student.positions[a.student_positions].tolist(), a.teacher_positions.tolist(), strict=True
     ):
-        assert row // batch.student.input_ids.shape[1] == teacher_row // batch.teacher.input_ids.shape[1]
+        assert position // batch.student.input_ids.shape[1] == teacher_position // batch.teacher.input_ids.shape[1]
 
 
 @pytest.mark.parametrize("names", [names for names in CROSS if not {"llama2", "none2"} & {*names}])
 def test_every_token_of_a_response_is_in_a_chunk_that_says_the_same(pairs, names):
-    corpus = build_dataset(TALK_LIST, pairs[names], 400, 400)
-    batch = corpus.batch(list(range(len(corpus))))
-    said = []
+    dataset = build_dataset(CONVERSATION_LIST, pairs[names], 400, 400)
+    batch = dataset.batch(list(range(len(dataset))))
+    texts = []
     for one, chunks, table in (
-        (batch.student, batch.alignment.student_chunks, corpus.pair.tables[0]),
-        (batch.teacher, batch.alignment.teacher_chunks, corpus.pair.tables[1]),
+        (batch.student, batch.alignment.student_chunks, dataset.pair.tables[0]),
+        (batch.teacher, batch.alignment.teacher_chunks, dataset.pair.tables[1]),
     ):
         ends = set(table.end_ids)
         pieces = [b"\xff" if i in ends else table.pieces[i] for i in one.targets.tolist()]
         assert chunks.min() == 0
         numbers = chunks.tolist()
-        said.append([b"".join(p for p, c in zip(pieces, numbers, strict=True) if c == n) for n in sorted(set(numbers))])
-    assert said[0] == said[1]
-    assert len(said[0]) == batch.alignment.num_chunks
+        texts.append(
+            [b"".join(p for p, c in zip(pieces, numbers, strict=True) if c == n) for n in sorted(set(numbers))]
+        )
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == batch.alignment.num_chunks
 
 
 def test_equal_tokenizers_compare_every_token_of_the_responses(pairs):
-    corpus = build_dataset(TALK_LIST, pairs["chatml", "chatml"], 400, 400)
-    batch = corpus.batch([0, 2, 4])
+    dataset = build_dataset(CONVERSATION_LIST, pairs["chatml", "chatml"], 400, 400)
+    batch = dataset.batch([0, 2, 4])
     assert torch.equal(batch.alignment.teacher_positions, batch.student.positions)
     assert len(batch.student.positions) == int((batch.student.labels != IGNORE_INDEX).sum())
 
@@ -776,12 +793,12 @@ def test_perplexity_is_that_of_a_plain_loop_over_the_responses(tokenizers, make_
         "llama3": ("<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>", ""),
     }
     header, stop, after = headers[name]
-    talks = [_talk([(role, text.strip()) for role, text in turns]) for turns in TALKS.values()]
+    conversations = [_conversation([(role, text.strip()) for role, text in turns]) for turns in CONVERSATIONS.values()]
     model = make_student(len(tokenizer), max_position_embeddings=512).eval()
     nats, count = 0.0, 0
-    for talk in talks:
+    for conversation in conversations:
         ids, learned = [tokenizer.bos_token_id], [False]
-        for message in talk.messages:
+        for message in conversation.messages:
             opening = tokenizer(header.format(message.role) + "a")["input_ids"][:-1]  # line ends as before a word
             content = encode(tokenizer, [message.content])[0] + tokenizer(stop)["input_ids"]
             closing = tokenizer(after)["input_ids"]
@@ -793,10 +810,10 @@ def test_perplexity_is_that_of_a_plain_loop_over_the_responses(tokenizers, make_
             if learned[position]:
                 nats -= log_probs[position - 1, ids[position]].item()
                 count += 1
-    corpus = build_dataset(talks, _pair(tokenizer, tokenizer), 400, 400)
+    dataset = build_dataset(conversations, _pair(tokenizer, tokenizer), 400, 400)
     precision = Precision(torch.device("cpu"), torch.float32, 1.0)
-    found = evaluate(model, corpus.token_batches("student", batch_size), corpus.text.num_bytes, precision)
-    assert found.num_tokens == count == corpus.num_tokens
+    found = evaluate(model, dataset.token_batches("student", batch_size), dataset.text.num_bytes, precision)
+    assert found.num_tokens == count == dataset.num_tokens
     assert found.perplexity == pytest.approx(math.exp(nats / count), rel=1e-5)
-    size = sum(len(m.content.encode()) for talk in talks for m in talk.messages if m.is_target)
+    size = sum(len(m.content.encode()) for conversation in conversations for m in conversation.messages if m.is_target)
     assert found.bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=1e-5)

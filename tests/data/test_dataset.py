@@ -46,7 +46,7 @@ def documents(corpus_texts):
 
 
 @pytest.fixture(scope="module")
-def corpora(pairs, documents):
+def datasets(pairs, documents):
     return {names: build_dataset(documents, pair, STUDENT_LIMIT, TEACHER_LIMIT) for names, pair in pairs.items()}
 
 
@@ -54,23 +54,23 @@ def _pair(student, teacher, **how) -> TokenizerPair:
     return TokenizerPair(student, teacher, student_vocab_size=len(student), teacher_vocab_size=len(teacher), **how)
 
 
-def _side(corpus: Dataset, which: str):
+def _side(dataset: Dataset, which: str):
     """Tokenizer, stream, end token and block ranges of one model."""
-    pair = corpus.pair
-    ranges = [(getattr(b, f"{which}_start"), getattr(b, f"{which}_end")) for b in corpus.blocks]
-    return getattr(pair, which), getattr(corpus.text, which), getattr(pair, f"{which}_end"), ranges
+    pair = dataset.pair
+    ranges = [(getattr(b, f"{which}_start"), getattr(b, f"{which}_end")) for b in dataset.blocks]
+    return getattr(pair, which), getattr(dataset.text, which), getattr(pair, f"{which}_end"), ranges
 
 
-def _text_of_blocks(corpus: Dataset, which: str) -> list[bytes]:
-    """What each block says in the tokens of one model, without the spaces that tokenizers put before a text."""
-    tokenizer, stream, end_id, ranges = _side(corpus, which)
+def _text_of_blocks(dataset: Dataset, which: str) -> list[bytes]:
+    """The bytes of each block in the tokens of one model, without the spaces that tokenizers put before a text."""
+    tokenizer, stream, end_id, ranges = _side(dataset, which)
     pieces = build_token_table(tokenizer, len(tokenizer)).pieces
     dummy = stream.has_dummy
 
-    def said(i):
+    def spell(i):
         return END if stream.ids[i] == end_id else pieces[stream.ids[i]][int(dummy[i]) :]
 
-    return [b"".join(said(i) for i in range(start, end)) for start, end in ranges]
+    return [b"".join(spell(i) for i in range(start, end)) for start, end in ranges]
 
 
 # Streams and blocks
@@ -79,29 +79,29 @@ def _text_of_blocks(corpus: Dataset, which: str) -> list[bytes]:
 @pytest.mark.parametrize("names", PAIRS)
 @pytest.mark.parametrize("which", ["student", "teacher"])
 @pytest.mark.parametrize("batch_size", [1, 3, 1000])
-def test_an_epoch_predicts_every_token_of_every_document_once(corpora, documents, names, which, batch_size):
-    corpus = corpora[names]
-    tokenizer, _, end_id, _ = _side(corpus, which)
-    texts = [corpus.pair.canonical(document.text) for document in documents]
+def test_an_epoch_predicts_every_token_of_every_document_once(datasets, documents, names, which, batch_size):
+    dataset = datasets[names]
+    tokenizer, _, end_id, _ = _side(dataset, which)
+    texts = [dataset.pair.canonical(document.text) for document in documents]
     wanted = [token for ids in encode(tokenizer, texts) for token in (*ids, end_id)]
-    predicted = torch.cat([batch.targets for batch in corpus.token_batches(which, batch_size)])
+    predicted = torch.cat([batch.targets for batch in dataset.token_batches(which, batch_size)])
     assert predicted.tolist() == wanted
 
 
-def test_the_number_of_tokens_is_the_students_and_the_number_of_bytes_the_texts(corpora, documents):
-    corpus = corpora["sp", "byte"]
-    predicted = sum(len(batch.targets) for batch in corpus.token_batches("student", 4))
-    assert corpus.num_tokens == predicted
-    assert corpus.text.num_bytes == sum(len(corpus.pair.canonical(d.text).encode()) for d in documents)
+def test_the_number_of_tokens_is_the_students_and_the_number_of_bytes_the_texts(datasets, documents):
+    dataset = datasets["sp", "byte"]
+    predicted = sum(len(batch.targets) for batch in dataset.token_batches("student", 4))
+    assert dataset.num_tokens == predicted
+    assert dataset.text.num_bytes == sum(len(dataset.pair.canonical(d.text).encode()) for d in documents)
 
 
 @pytest.mark.parametrize("names", CROSS)
-def test_both_models_read_the_same_bytes_in_every_block(corpora, documents, names):
-    corpus = corpora[names]
-    student, teacher = _text_of_blocks(corpus, "student"), _text_of_blocks(corpus, "teacher")
-    assert len(corpus) > 20
+def test_both_models_read_the_same_bytes_in_every_block(datasets, documents, names):
+    dataset = datasets[names]
+    student, teacher = _text_of_blocks(dataset, "student"), _text_of_blocks(dataset, "teacher")
+    assert len(dataset) > 20
     assert student == teacher
-    whole = b"".join(corpus.pair.canonical(document.text).encode() + END for document in documents)
+    whole = b"".join(dataset.pair.canonical(document.text).encode() + END for document in documents)
     assert b"".join(student) == whole
 
 
@@ -109,27 +109,27 @@ def test_both_models_read_the_same_bytes_in_every_block(corpora, documents, name
 @pytest.mark.parametrize("opening", ["", "\n", "\u65e5"])
 def test_no_block_is_longer_than_its_limits(pairs, names, opening):
     documents = [Document(str(n), opening + "ab" * n) for n in range(1, 40)]
-    corpus = build_dataset(documents, pairs[names], STUDENT_LIMIT, TEACHER_LIMIT)
+    dataset = build_dataset(documents, pairs[names], STUDENT_LIMIT, TEACHER_LIMIT)
     for which, limit in (("student", STUDENT_LIMIT), ("teacher", TEACHER_LIMIT)):
-        if which == "student" or corpus.pair.tables is not None:
-            assert max(batch.input_ids.shape[1] for batch in corpus.token_batches(which, 1)) <= limit
+        if which == "student" or dataset.pair.tables is not None:
+            assert max(batch.input_ids.shape[1] for batch in dataset.token_batches(which, 1)) <= limit
 
 
-def test_blocks_are_filled(corpora):
-    lengths = [end - start for start, end in _side(corpora["byte", "byte"], "student")[3]]
+def test_blocks_are_filled(datasets):
+    lengths = [end - start for start, end in _side(datasets["byte", "byte"], "student")[3]]
     assert set(lengths[:-1]) == {STUDENT_LIMIT - 1}
 
 
 @pytest.mark.parametrize("names", PAIRS)
-def test_a_block_names_the_documents_that_it_holds_a_part_of(corpora, documents, names):
-    corpus = corpora[names]
-    tokenizer, _, _, ranges = _side(corpus, "student")
+def test_a_block_names_the_documents_that_it_holds_a_part_of(datasets, documents, names):
+    dataset = datasets[names]
+    tokenizer, _, _, ranges = _side(dataset, "student")
     owners = []
     for document in documents:
-        (ids,) = encode(tokenizer, [corpus.pair.canonical(document.text)])
+        (ids,) = encode(tokenizer, [dataset.pair.canonical(document.text)])
         owners += [document.name] * (len(ids) + 1)
     for block, (start, end) in enumerate(ranges):
-        assert corpus.documents_of(block) == list(dict.fromkeys(owners[start:end]))
+        assert dataset.documents_of(block) == list(dict.fromkeys(owners[start:end]))
 
 
 def test_text_without_a_common_boundary_names_the_block_size(crossed_pair):
@@ -138,8 +138,8 @@ def test_text_without_a_common_boundary_names_the_block_size(crossed_pair):
 
 
 def test_text_whose_common_boundary_is_within_the_block_is_read(crossed_pair):
-    corpus = build_dataset([Document("ab", "ababab c " * 5)], crossed_pair, 8, 64)
-    assert _text_of_blocks(corpus, "student") == _text_of_blocks(corpus, "teacher")
+    dataset = build_dataset([Document("ab", "ababab c " * 5)], crossed_pair, 8, 64)
+    assert _text_of_blocks(dataset, "student") == _text_of_blocks(dataset, "teacher")
 
 
 @pytest.fixture(scope="module")
@@ -160,20 +160,20 @@ def crossed_pair(byte_tokenizer):
 # Batches
 
 
-def test_a_batch_opens_with_the_start_token_and_has_unshifted_labels(corpora):
-    corpus = corpora["sp", "byte"]
-    (batch,) = [batch for i, batch in enumerate(corpus.token_batches("student", 3)) if i == 1]
-    ranges = _side(corpus, "student")[3][3:6]
+def test_a_batch_opens_with_the_start_token_and_has_unshifted_labels(datasets):
+    dataset = datasets["sp", "byte"]
+    (batch,) = [batch for i, batch in enumerate(dataset.token_batches("student", 3)) if i == 1]
+    ranges = _side(dataset, "student")[3][3:6]
     for row, (start, end) in enumerate(ranges):
-        size, ids = end - start, corpus.text.student.ids[start:end].tolist()
+        size, ids = end - start, dataset.text.student.ids[start:end].tolist()
         padding = batch.input_ids.shape[1] - 1 - size
         assert batch.input_ids[row].tolist() == [1, *ids, *[1] * padding]
         assert batch.labels[row].tolist() == [IGNORE_INDEX, *ids, *[IGNORE_INDEX] * padding]
 
 
 @pytest.mark.parametrize("names", [("sp", "byte"), ("byte", "byte")])
-def test_rows_and_targets_are_the_shifted_labels(corpora, names):
-    batch = corpora[names].batch([0, 3, 1])
+def test_rows_and_targets_are_the_shifted_labels(datasets, names):
+    batch = datasets[names].batch([0, 3, 1])
     for one in (batch.student, batch.teacher):
         shifted = torch.cat([one.labels[:, 1:], torch.full((3, 1), IGNORE_INDEX)], dim=1).flatten()
         assert torch.equal(one.positions, (shifted != IGNORE_INDEX).nonzero().squeeze(1))
@@ -181,9 +181,9 @@ def test_rows_and_targets_are_the_shifted_labels(corpora, names):
     assert batch.num_target_tokens == len(batch.student.targets)
 
 
-def test_equal_tokenizers_are_aligned_row_by_row(corpora):
-    corpus = corpora["byte", "byte"]
-    batch = corpus.batch([2, 0])
+def test_equal_tokenizers_are_aligned_row_by_row(datasets):
+    dataset = datasets["byte", "byte"]
+    batch = dataset.batch([2, 0])
     every = list(range(batch.num_target_tokens))
     a = batch.alignment
     assert a.student_continuations is a.teacher_continuations is None
@@ -193,15 +193,15 @@ def test_equal_tokenizers_are_aligned_row_by_row(corpora):
     assert torch.equal(a.teacher_positions, batch.student.positions)
     assert a.strict.all()
     assert a.num_chunks == len(every)
-    # The position that has read a token is the one behind the row that predicts it.
+    # The position of a token is the one after the position that predicts it.
     assert torch.equal(a.student_ends, batch.student.positions + 1)
     assert torch.equal(a.teacher_ends, batch.student.positions + 1)
 
 
 @pytest.mark.parametrize("names", PAIRS)
-def test_every_target_row_is_indexed_within_its_batch(corpora, names):
-    corpus = corpora[names]
-    batch = corpus.batch([5, 0, len(corpus) - 1])
+def test_every_target_row_is_indexed_within_its_batch(datasets, names):
+    dataset = datasets[names]
+    batch = dataset.batch([5, 0, len(dataset) - 1])
     a = batch.alignment
     assert 0 < len(a.student_positions) <= batch.num_target_tokens
     assert a.student_positions.max() < batch.num_target_tokens
@@ -213,8 +213,8 @@ def test_every_target_row_is_indexed_within_its_batch(corpora, names):
 
 
 @pytest.mark.parametrize("names", [("sp", "byte"), ("byte", "byte")])
-def test_moving_a_batch_moves_every_tensor_in_it(corpora, names):
-    batch = corpora[names].batch([0, 1])
+def test_moving_a_batch_moves_every_tensor_in_it(datasets, names):
+    batch = datasets[names].batch([0, 1])
     moved = batch.to(torch.device("meta"))
 
     def tensors(record):
@@ -230,38 +230,42 @@ def test_moving_a_batch_moves_every_tensor_in_it(corpora, names):
 # Order
 
 
-def _order(corpus: Dataset, steps, batch_size=1, accum_steps=1, seed=0) -> list[int]:
-    windows = [corpus.micro_batches(step, batch_size, accum_steps, seed) for step in steps]
+def _order(dataset: Dataset, steps, batch_size=1, accum_steps=1, seed=0) -> list[int]:
+    windows = [dataset.micro_batches(step, batch_size, accum_steps, seed) for step in steps]
     return [block for window in windows for batch in window for block in batch.blocks]
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 2])
-def test_every_epoch_is_a_permutation_of_the_blocks(corpora, epoch):
-    corpus = corpora["sp", "byte"]
-    size = len(corpus)
-    assert sorted(_order(corpus, range(epoch * size, (epoch + 1) * size))) == list(range(size))
+def test_every_epoch_is_a_permutation_of_the_blocks(datasets, epoch):
+    dataset = datasets["sp", "byte"]
+    size = len(dataset)
+    assert sorted(_order(dataset, range(epoch * size, (epoch + 1) * size))) == list(range(size))
 
 
-def test_epochs_and_seeds_are_ordered_differently(corpora):
-    corpus = corpora["sp", "byte"]
-    size = len(corpus)
-    orders = [_order(corpus, range(size)), _order(corpus, range(size, 2 * size)), _order(corpus, range(size), seed=1)]
+def test_epochs_and_seeds_are_ordered_differently(datasets):
+    dataset = datasets["sp", "byte"]
+    size = len(dataset)
+    orders = [
+        _order(dataset, range(size)),
+        _order(dataset, range(size, 2 * size)),
+        _order(dataset, range(size), seed=1),
+    ]
     assert len({tuple(order) for order in orders}) == 3
 
 
-def test_the_blocks_of_a_step_do_not_depend_on_the_steps_before_it(pairs, documents, corpora):
+def test_the_blocks_of_a_step_do_not_depend_on_the_steps_before_it(pairs, documents, datasets):
     fresh = build_dataset(documents, pairs["sp", "byte"], STUDENT_LIMIT, TEACHER_LIMIT)
-    in_order = _order(corpora["sp", "byte"], range(60), batch_size=2)
+    in_order = _order(datasets["sp", "byte"], range(60), batch_size=2)
     backwards = [_order(fresh, [step], batch_size=2) for step in reversed(range(60))]
     assert [block for blocks in reversed(backwards) for block in blocks] == in_order
 
 
 @pytest.mark.parametrize(("batch_size", "accum_steps"), [(4, 1), (2, 2), (1, 4)])
-def test_the_blocks_of_a_step_do_not_depend_on_how_its_window_is_split(corpora, batch_size, accum_steps):
-    corpus = corpora["sp", "byte"]
-    wanted = _order(corpus, range(4 * 30))
-    assert _order(corpus, range(30), batch_size, accum_steps) == wanted
-    assert len(corpus.micro_batches(0, batch_size, accum_steps, 0)) == accum_steps
+def test_the_blocks_of_a_step_do_not_depend_on_how_its_window_is_split(datasets, batch_size, accum_steps):
+    dataset = datasets["sp", "byte"]
+    wanted = _order(dataset, range(4 * 30))
+    assert _order(dataset, range(30), batch_size, accum_steps) == wanted
+    assert len(dataset.micro_batches(0, batch_size, accum_steps, 0)) == accum_steps
 
 
 # Documents that are not like the others
@@ -270,31 +274,31 @@ def test_the_blocks_of_a_step_do_not_depend_on_how_its_window_is_split(corpora, 
 @pytest.mark.parametrize("names", CROSS)
 @pytest.mark.parametrize("text", ["x", " ", "\n", "\U0001f600", "\U0001f600\U0001f468\u200d\U0001f469", "\u65e5"])
 def test_the_smallest_documents_are_read(pairs, names, text):
-    corpus = build_dataset([Document("small", text)], pairs[names], 24, 40)
-    assert corpus.text.skipped_documents == []
-    assert _text_of_blocks(corpus, "student") == [text.encode() + END]
-    assert len(corpus.batch([0]).student.targets) == corpus.num_tokens
+    dataset = build_dataset([Document("small", text)], pairs[names], 24, 40)
+    assert dataset.text.skipped_documents == []
+    assert _text_of_blocks(dataset, "student") == [text.encode() + END]
+    assert len(dataset.batch([0]).student.targets) == dataset.num_tokens
 
 
 @pytest.mark.parametrize("names", PAIRS)
 @pytest.mark.parametrize("bad", ["", "half a pair: \ud83d"])
 def test_a_document_that_no_tokenizer_can_encode_is_skipped_by_name(pairs, names, bad):
-    corpus = build_dataset([Document("a", "first"), Document("bad", bad), Document("b", "last")], pairs[names], 24, 40)
-    assert corpus.text.skipped_documents == ["bad"]
-    assert corpus.text.names == ["a", "b"]
-    assert corpus.documents_of(0) == ["a", "b"]
-    assert corpus.text.num_bytes == len("firstlast")
+    dataset = build_dataset([Document("a", "first"), Document("bad", bad), Document("b", "last")], pairs[names], 24, 40)
+    assert dataset.text.skipped_documents == ["bad"]
+    assert dataset.text.names == ["a", "b"]
+    assert dataset.documents_of(0) == ["a", "b"]
+    assert dataset.text.num_bytes == len("firstlast")
 
 
 @pytest.mark.parametrize("names", [("sp", "byte"), ("byte", "sp")])
 def test_both_models_read_the_canonical_text(pairs, names):
-    corpus = build_dataset([Document("a", "one\u2581two")], pairs[names], 24, 40)
-    assert corpus.text.skipped_documents == []
-    assert _text_of_blocks(corpus, "student") == _text_of_blocks(corpus, "teacher") == [b"one two" + END]
+    dataset = build_dataset([Document("a", "one\u2581two")], pairs[names], 24, 40)
+    assert dataset.text.skipped_documents == []
+    assert _text_of_blocks(dataset, "student") == _text_of_blocks(dataset, "teacher") == [b"one two" + END]
 
 
 @pytest.mark.parametrize("names", PAIRS)
-def test_a_corpus_without_a_document_that_can_be_read_is_a_usage_error(pairs, names):
+def test_a_text_without_a_document_that_can_be_encoded_is_a_usage_error(pairs, names):
     with pytest.raises(UsageError, match=r"no document holds text.*\(a, b\)"):
         build_dataset([Document("a", ""), Document("b", "\ud800")], pairs[names], 24, 40)
 

@@ -12,16 +12,18 @@ from sar_kd.data.samples import Document, LongDocument
 from sar_kd.data.sources import StreamedDocuments, load_documents
 from sar_kd.errors import UsageError
 
-ROWS = [{"text": f"line {n}\nof text \U0001f600 {'word ' * (n % 7)}"} for n in range(300)]
-TALKS = [{"prompt": f"question {n}", "completion": "an answer " * (1 + n % 3)} for n in range(80)]
+EXAMPLES = [{"text": f"line {n}\nof text \U0001f600 {'word ' * (n % 7)}"} for n in range(300)]
+CONVERSATIONS = [{"prompt": f"question {n}", "completion": "an answer " * (1 + n % 3)} for n in range(80)]
 
 
 @pytest.fixture
 def files(tmp_path):
-    lines = "".join(json.dumps(row) + "\n" for row in ROWS)
-    (tmp_path / "rows.jsonl").write_text(lines, encoding="utf-8")
-    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in TALKS), encoding="utf-8")
+    lines = "".join(json.dumps(each) + "\n" for each in EXAMPLES)
+    (tmp_path / "examples.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "examples.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "conversations.jsonl").write_text(
+        "".join(json.dumps(each) + "\n" for each in CONVERSATIONS), encoding="utf-8"
+    )
     (tmp_path / "lines.txt").write_bytes("\ufeffcaf\u00e9 and tea\r\nsecond \u65e5\u672c line\r\r\n".encode() * 400)
     (tmp_path / "line.txt").write_text("na\u00efve words, one after the other " * 300, encoding="utf-8")
     return tmp_path
@@ -44,8 +46,8 @@ def small_is_large(monkeypatch):
 
 
 SOURCES = [
-    ("rows.jsonl",), ("rows.jsonl.gz",), ("talks.jsonl",), ("lines.txt",), ("line.txt",),
-    ("line.txt", "rows.jsonl"), ("rows.jsonl", "lines.txt"), ("rows.jsonl", "talks.jsonl"),
+    ("examples.jsonl",), ("examples.jsonl.gz",), ("conversations.jsonl",), ("lines.txt",), ("line.txt",),
+    ("line.txt", "examples.jsonl"), ("examples.jsonl", "lines.txt"), ("examples.jsonl", "conversations.jsonl"),
 ]  # fmt: skip
 
 
@@ -60,7 +62,7 @@ def test_a_large_text_is_the_same_documents_as_a_small_one(files, names, validat
     assert [_texts(part) for part in large] == [_texts(part) for part in small]
     assert [_texts(part) for part in large] == [_texts(part) for part in small]  # read once more
     assert large[0].num_chars == sum(len(text) for _, text in _texts(small[0]))
-    assert large[0].has_conversations == ("talks.jsonl" in names)
+    assert large[0].has_conversations == ("conversations.jsonl" in names)
 
 
 def test_what_is_large_is_not_held(files, small_is_large):
@@ -132,41 +134,45 @@ def test_no_more_is_held_out_than_can_be_measured_often(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("change", ["longer", "same size", "gone"])
 def test_a_file_that_changes_while_it_is_read_is_named(files, small_is_large, change):
-    train, _ = _load(files / "rows.jsonl", files / "line.txt")
-    content = (files / "rows.jsonl").read_bytes()
+    train, _ = _load(files / "examples.jsonl", files / "line.txt")
+    content = (files / "examples.jsonl").read_bytes()
     if change == "gone":
-        (files / "rows.jsonl").unlink()
+        (files / "examples.jsonl").unlink()
     else:
-        (files / "rows.jsonl").write_bytes(content * 2 if change == "longer" else content.replace(b"of", b"to"))
-        os.utime(files / "rows.jsonl", ns=(1, 1))
-    with pytest.raises(UsageError, match=r"rows.jsonl: (was changed while it was read; start again|cannot be read)"):
+        (files / "examples.jsonl").write_bytes(content * 2 if change == "longer" else content.replace(b"of", b"to"))
+        os.utime(files / "examples.jsonl", ns=(1, 1))
+    with pytest.raises(
+        UsageError, match=r"examples.jsonl: (was changed while it was read; start again|cannot be read)"
+    ):
         list(train)
 
 
 def test_the_digest_of_a_large_text_depends_on_every_text_name_and_part(files, small_is_large):
-    (files / "copy.jsonl").write_bytes((files / "rows.jsonl").read_bytes())
-    (files / "other.jsonl").write_bytes((files / "rows.jsonl").read_bytes().replace(b"of", b"to", 1))
+    (files / "copy.jsonl").write_bytes((files / "examples.jsonl").read_bytes())
+    (files / "other.jsonl").write_bytes((files / "examples.jsonl").read_bytes().replace(b"of", b"to", 1))
     held_out = {"validation_file": (str(files / "line.txt"),)}
-    found = [_load(files / name)[0].digest for name in ("rows.jsonl", "copy.jsonl", "other.jsonl", "talks.jsonl")]
-    found += [_load(files / "rows.jsonl", **held_out)[0].digest, _load(files / "lines.txt")[0].digest]
+    found = [
+        _load(files / name)[0].digest for name in ("examples.jsonl", "copy.jsonl", "other.jsonl", "conversations.jsonl")
+    ]
+    found += [_load(files / "examples.jsonl", **held_out)[0].digest, _load(files / "lines.txt")[0].digest]
     assert len(set(found)) == len(found)
-    assert _load(files / "rows.jsonl")[0].digest == found[0]
+    assert _load(files / "examples.jsonl")[0].digest == found[0]
 
 
-def test_a_dataset_is_read_row_by_row(monkeypatch, small_is_large):
+def test_a_dataset_is_read_example_by_example(monkeypatch, small_is_large):
     import sys
     from types import SimpleNamespace
 
-    class PositionIndex:
+    class Split:
         column_names = ("text",)
         most = 0
 
         def __getitem__(self, name):
-            return (f"row {n} " * 30 for n in range(200))
+            return (f"example {n} " * 30 for n in range(200))
 
-    rows = PositionIndex()
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *_: {"train": rows}))
+    split = Split()
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *_: {"train": split}))
     train, validation = load_documents(DataConfig(dataset_name="x"))
     assert isinstance(train, StreamedDocuments)
     assert len(list(train)) + len(validation) in (200, 201)
-    assert next(iter(train)) == Document("train:0", "row 0 " * 30)
+    assert next(iter(train)) == Document("train:0", "example 0 " * 30)

@@ -20,7 +20,7 @@ from sar_kd.runtime.files import LOCK, FolderLock
 from sar_kd.tokenization.token_table import fingerprint
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
-ROWS = [{"text": f"Line {n}: a student reads what the teacher wrote. " * 3} for n in range(60)]
+EXAMPLES = [{"text": f"Line {n}: a student reads what the teacher wrote. " * 3} for n in range(60)]
 CONVERSATIONS = [{"prompt": f"question {n}", "completion": "an answer"} for n in range(8)]
 
 
@@ -35,12 +35,12 @@ def _pair(student, teacher) -> TokenizerPair:
 
 @pytest.fixture
 def text(tmp_path, monkeypatch) -> StreamedDocuments:
-    return _text(tmp_path / "rows.jsonl", ROWS, monkeypatch)
+    return _text(tmp_path / "examples.jsonl", EXAMPLES, monkeypatch)
 
 
-def _text(path, rows, monkeypatch) -> StreamedDocuments:
-    """The training part of these rows, read as a large text."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def _text(path, examples, monkeypatch) -> StreamedDocuments:
+    """The training part of these examples, read as a large text."""
+    path.write_text("".join(json.dumps(each) + "\n" for each in examples))
     monkeypatch.setattr(sources, "LARGE", 500)
     monkeypatch.setattr(samples, "LONG", 500)
     train, _ = load_documents(DataConfig(train_file=(str(path),)))
@@ -62,15 +62,15 @@ def cache(tmp_path) -> _Cache:
 
 
 def _same(one: Dataset, other: Dataset) -> bool:
-    def arrays(corpus):
-        sides = [getattr(corpus.text, side) for side in ("student", "teacher")]
+    def arrays(dataset):
+        sides = [getattr(dataset.text, side) for side in ("student", "teacher")]
         streams = [getattr(side, name) for side in sides for name in ("ids", "ends", "has_dummy", "is_target")]
-        return [np.asarray(array) for array in [*streams, corpus.text.starts, corpus.blocks.ranges]]
+        return [np.asarray(array) for array in [*streams, dataset.text.starts, dataset.blocks.ranges]]
 
     facts = [
         (list(c.text.names), list(c.text.skipped_documents), c.text.num_bytes, c.documents_of(0)) for c in (one, other)
     ]
-    batches = [corpus.micro_batches(3, 2, 1, 0)[0] for corpus in (one, other)]
+    batches = [dataset.micro_batches(3, 2, 1, 0)[0] for dataset in (one, other)]
     equal = [
         np.array_equal(*both) and both[0].dtype == both[1].dtype
         for both in zip(arrays(one), arrays(other), strict=True)
@@ -156,7 +156,7 @@ def test_other_text_another_tokenizer_and_another_library_are_other_entries(
 ):
     build_dataset(text, pair, 24, 60, cache)
     build_dataset(text, _pair(byte_tokenizer, byte_tokenizer), 24, 60, cache)
-    build_dataset(_text(tmp_path / "other.jsonl", ROWS[1:], monkeypatch), pair, 24, 60, cache)
+    build_dataset(_text(tmp_path / "other.jsonl", EXAMPLES[1:], monkeypatch), pair, 24, 60, cache)
     monkeypatch.setattr(tokenized_text.importlib.metadata, "version", lambda name: "0")
     build_dataset(text, pair, 24, 60, cache)
     assert len(_entries(cache)) == 4
@@ -164,7 +164,7 @@ def test_other_text_another_tokenizer_and_another_library_are_other_entries(
 
 @pytest.mark.parametrize("chats", [False, True])
 def test_block_sizes_share_an_entry_unless_conversations_are_cut_by_them(pair, tmp_path, cache, monkeypatch, chats):
-    text = _text(tmp_path / "rows.jsonl", [*ROWS, *CONVERSATIONS * chats], monkeypatch)
+    text = _text(tmp_path / "examples.jsonl", [*EXAMPLES, *CONVERSATIONS * chats], monkeypatch)
     build_dataset(text, pair, 24, 60, cache)
     build_dataset(text, pair, 36, 60, cache)
     assert len(_entries(cache)) == 1 + chats
@@ -216,7 +216,7 @@ DAMAGES = {
     "a list for a header": lambda e: (e / "header.json").write_text("[]"),
     "another format": lambda e: _edit(e / "header.json", format=0),
     "another text's": lambda e: _edit(e / "header.json", key="0" * 64),
-    "a column outside": lambda e: _add_column(e, "../../rows.jsonl"),
+    "a column outside": lambda e: _add_column(e, "../../examples.jsonl"),
     "objects": lambda e: _edit(e / "header.json", columns={"names": {"dtype": "object", "width": 0, "size": 1}}),
     "a size that is no number": lambda e: _edit(e / "header.json", columns={"names": {
         "dtype": "uint8", "width": 0, "size": "many", "sha256": ""}}),
@@ -244,9 +244,9 @@ def test_without_a_cache_nothing_stays(pair, text, tmp_path, monkeypatch):
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(token_cache.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
     cache = _Cache("off")
-    corpus = build_dataset(text, pair, 24, 60, cache)
+    dataset = build_dataset(text, pair, 24, 60, cache)
     assert list((tmp_path / "temporary").iterdir()) == []
-    assert corpus.micro_batches(0, 2, 1, 0)[0].num_target_tokens > 0
+    assert dataset.micro_batches(0, 2, 1, 0)[0].num_target_tokens > 0
     assert cache.lines == ["Tokens: tokenizing 0 million characters"]
 
 
@@ -261,7 +261,7 @@ def test_an_interruption_leaves_nothing_behind(pair, text, cache, monkeypatch, e
     assert list(cache.folder.iterdir()) == []
 
 
-def test_what_a_killed_run_left_is_removed_and_what_a_living_one_writes_is_not(pair, text, cache):
+def test_leftovers_of_a_killed_run_are_removed_and_files_of_a_running_one_are_not(pair, text, cache):
     dead, living = (cache.folder / f"{'0' * 32}-{name}.partial" for name in ("dead", "living"))
     for path in (dead, living):
         path.mkdir(parents=True)

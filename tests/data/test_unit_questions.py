@@ -1,4 +1,4 @@
-"""The unit questions: what is asked, what is right, and that no split knows another's answers."""
+"""The unit questions: their wording, their right answers, and that no split knows another's answers."""
 
 import re
 from itertools import combinations

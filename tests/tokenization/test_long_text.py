@@ -1,4 +1,4 @@
-"""Long text is cut where that changes no token, and is entered or left out whole."""
+"""Long text is cut where that changes no token, and is kept or skipped as a whole."""
 
 import dataclasses
 import json
@@ -145,8 +145,8 @@ def _pair(student, teacher, **how) -> TokenizerPair:
     return TokenizerPair(student, teacher, student_vocab_size=len(student), teacher_vocab_size=len(teacher), **how)
 
 
-def _facts(text: TokenizedText) -> list:
-    """All that a text says of itself, as plain values."""
+def _fields(text: TokenizedText) -> list:
+    """All fields of a text as plain values."""
     streams = [getattr(side, name) for side in (text.student, text.teacher) for name in ("ids", "ends", "has_dummy")]
     arrays = [np.asarray(array).tolist() for array in [*streams, text.student.is_target, text.starts]]
     others = [getattr(text, field.name) for field in dataclasses.fields(text)[2:] if field.name != "starts"]
@@ -165,14 +165,14 @@ MIXED = [
 
 @pytest.mark.parametrize("student", KINDS)
 @pytest.mark.parametrize("teacher", KINDS)
-def test_a_text_in_pieces_and_lots_is_the_text_at_once(tokenizers, student, teacher, monkeypatch):
+def test_a_text_in_pieces_and_chunks_is_the_text_at_once(tokenizers, student, teacher, monkeypatch):
     pair = _pair(tokenizers[student], tokenizers[teacher])
     monkeypatch.setattr(long_text, "PIECE", 10**6)
     at_once = tokenize(MIXED, pair)
     monkeypatch.setattr(long_text, "PIECE", 300)
     monkeypatch.setattr(long_text, "_CONTEXT", 64)
     monkeypatch.setattr(tokenized_text, "_CHUNK", 1000)
-    assert _facts(tokenize(MIXED, pair)) == _facts(at_once)
+    assert _fields(tokenize(MIXED, pair)) == _fields(at_once)
     assert list(at_once.skipped_documents) == ["empty", "torn"]
 
 
@@ -189,10 +189,10 @@ def test_a_tokenizer_that_changes_text_skips_the_same_documents_in_pieces(
     pair = _pair(tokenizers[kind], lossy)
     found = tokenize(documents, pair)
     monkeypatch.setattr(long_text, "PIECE", 10**6)
-    assert _facts(found) == _facts(tokenize(documents, pair))
+    assert _fields(found) == _fields(tokenize(documents, pair))
     assert list(found.names) == ["short", "last", *TEXTS]
-    talk = "talk (the teacher's tokenizer changes its text)"
-    assert list(found.skipped_documents) == ["first", "empty", "torn", talk]
+    conversation = "talk (the teacher's tokenizer changes its text)"
+    assert list(found.skipped_documents) == ["first", "empty", "torn", conversation]
 
 
 def test_a_long_document_that_is_skipped_late_leaves_no_trace(byte_tokenizer, sp_tokenizer, small_pieces, monkeypatch):
@@ -206,13 +206,13 @@ def test_a_long_document_that_is_skipped_late_leaves_no_trace(byte_tokenizer, sp
     documents = [Document("a", "first"), Document("uk", plain + "colour" + plain), Document("b", plain)]
     found = tokenize(documents, pair)
     assert (list(found.names), list(found.skipped_documents)) == (["a", "b"], ["uk"])
-    assert _facts(found)[:9] == _facts(tokenize([documents[0], documents[2]], pair))[:9]
+    assert _fields(found)[:9] == _fields(tokenize([documents[0], documents[2]], pair))[:9]
     assert found.num_bytes == len("first" + plain)
 
 
 def test_blocks_of_a_long_document_name_it(tokenizers, small_pieces):
-    corpus = build_dataset(
+    dataset = build_dataset(
         [Document("a", "x"), Document("long", TEXTS["lines"])], _pair(*[tokenizers["sp"]] * 2), 24, 24
     )
-    assert corpus.documents_of(0) == ["a", "long"]
-    assert corpus.documents_of(len(corpus) - 1) == ["long"]
+    assert dataset.documents_of(0) == ["a", "long"]
+    assert dataset.documents_of(len(dataset) - 1) == ["long"]

@@ -271,12 +271,12 @@ def test_only_itself_is_the_same_tokenizer(name, tokenizer, gpt2, mistral_v1):
 
 @EVERY_ONE
 def test_the_table_is_built_quickly(name, tokenizer):
-    rows = len(tokenizer) + 64  # a head of another size, so that no earlier table is found
+    vocab_size = len(tokenizer) + 64  # of an LM head of another size, so that no earlier table is found
     fuzz_texts()
     start = time.perf_counter()
-    table = build_token_table(tokenizer, rows)
+    table = build_token_table(tokenizer, vocab_size)
     seconds = time.perf_counter() - start
-    assert len(table.pieces) == rows
+    assert len(table.pieces) == vocab_size
     assert set(table.kinds[-64:]) == {PADDED}
     assert seconds < MAX_SECONDS
 
@@ -298,8 +298,8 @@ CODE = PYTHON * 5
 def _measured(student, teacher, text: str) -> tuple[float, float, float]:
     """Strict share of the student's tokens, chunks per student token, share of chunks in which tokens overlap."""
     pair = TokenizerPair(student, teacher, student_vocab_size=0, teacher_vocab_size=0, aligns=True)
-    corpus = build_dataset([Document("text", text)], pair, 4096, 8192)
-    found = measure_coverage(corpus)
+    dataset = build_dataset([Document("text", text)], pair, 4096, 8192)
+    found = measure_coverage(dataset)
     return found.strict, found.chunks_per_token, found.overlapping
 
 

@@ -77,7 +77,7 @@ def _model_of(tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def _unigram(byte_fallback=True, normalizer=None):
-    """T5's kind: Unigram pieces after Metaspace, with one token per byte for what the pieces lack."""
+    """T5's kind: Unigram pieces after Metaspace, with one token per byte for text that the pieces lack."""
     words = [SPACE, "the", SPACE + "the", "e", "t", "h", "s", "a", SPACE + "a", "\u65e5", "H", "l", "o", "w", "r", "d"]
     strings = ["<unk>", "</s>", "<pad>", *BYTE_TOKENS, *words]
     scores = [0.0] * 3 + [-12.0] * 256 + [-float(i) - 1 for i in range(len(words))]
@@ -418,7 +418,7 @@ def test_exactly_the_tokens_of_text_have_bytes(make, kind):
     assert [bool(piece) for piece in table.pieces] == (table.kinds == CONTENT).tolist()
 
 
-def test_ids_are_told_apart(make):
+def test_ids_have_their_kinds(make):
     tokenizer = make("llama 2")
     table = build_token_table(tokenizer, len(tokenizer) + 1)
     ids = [tokenizer.convert_tokens_to_ids(token) for token in ("a", "<s>", "</s>", "<unk>")]
@@ -505,7 +505,7 @@ def test_a_token_added_later_is_in_the_table(corpus_texts):
     assert (b"<more>" in before.pieces, b"<more>" in after.pieces) == (False, True)
 
 
-def test_kept_tables_do_not_keep_their_tokenizer():
+def test_cached_tables_do_not_keep_their_tokenizer_alive():
     tokenizer = _unigram()
     _table(tokenizer)
     gone = weakref.ref(tokenizer)
@@ -586,7 +586,7 @@ def test_ids_that_are_not_those_of_the_encoding_inside_are_refused():
 
 
 class _Characters(transformers.PreTrainedTokenizer):
-    """A slow tokenizer of its own making: nothing says what its ids are in bytes."""
+    """A slow tokenizer of its own making, whose ids have no known bytes."""
 
     def __init__(self):
         super().__init__(eos_token="</s>")
