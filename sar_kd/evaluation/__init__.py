@@ -1,5 +1,5 @@
-"""Measuring, never acting: perplexity and bits per byte, answers to questions, tokenizer coverage.
+"""Measurements on held-out text: perplexity and bits per byte, accuracy on questions, tokenizer coverage.
 
-In: a model and held-out batches. Out: totals in float64 over fixed text, unclamped and weighted by tokens.
-May import: `losses` and what stands below it.
+In: a model and held-out batches. Out: totals in float64 over fixed text, without clamps, weighted by tokens.
+May import: `losses` and the packages below it.
 """

@@ -109,9 +109,9 @@ def log_probs_of(
     """
     head = heads.of(model)
     with eval_mode(model, precision) as used:
-        readout, _ = forward_to_lm_head(model, head, batch.input_ids, used)
-        tile_size = positions_per_tile(workspace_mb, readout.vocab_size)
-        return target_log_probs(readout.select(batch.positions), batch.targets, tile_size)[0]
+        logits, _ = forward_to_lm_head(model, head, batch.input_ids, used)
+        tile_size = positions_per_tile(workspace_mb, logits.vocab_size)
+        return target_log_probs(logits.select(batch.positions), batch.targets, tile_size)[0]
 
 
 @contextlib.contextmanager

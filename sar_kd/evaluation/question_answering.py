@@ -63,14 +63,14 @@ def answer_questions(
     which: whose tokens, 'student' or 'teacher'; label: of the progress bar
     """
     by_name = {question.text: question for question in questions}
-    asked = [by_name[name] for name in dataset.text.names]
+    posed = [by_name[name] for name in dataset.text.names]
     answers: list[str] = []
-    with tqdm(total=len(asked), desc=label, leave=False, disable=not sys.stdout.isatty(), file=sys.stdout) as bar:
+    with tqdm(total=len(posed), desc=label, leave=False, disable=not sys.stdout.isatty(), file=sys.stdout) as bar:
         for batch in _answers(model, dataset, precision, which):
             answers += batch
             bar.update(len(batch))
     numbers = [parse_answer(answer) for answer in answers]
-    num_right = sum(question.is_right(number) for question, number in zip(asked, numbers, strict=True))
+    num_right = sum(question.is_right(number) for question, number in zip(posed, numbers, strict=True))
     return AnswerScores(num_right, sum(number is not None for number in numbers), len(questions))
 
 

@@ -11,7 +11,7 @@ from sar_kd.teacher.moe.router_training import FROZEN_ROUTERS, FrozenRouters
 
 
 class Teacher:
-    """A run's teacher; a context around the run. The defaults are those of a teacher without routers or state."""
+    """A run's teacher, a context around the run. The defaults suit a teacher without routers that learn."""
 
     passes = 1
     """Consecutive steps on the same text"""
@@ -37,7 +37,7 @@ class Teacher:
         return {}, []
 
     def save(self, folder: Path, step: int) -> None:
-        """Write what the teacher has learned to the run folder."""
+        """Write the trained routers to the run folder."""
 
     def summary(self) -> dict:
         """The teacher's entries of `summary.json`."""

@@ -196,18 +196,19 @@ class LiveTeacher(Teacher):
 
 
 def _choose_routing(config: Config, objective: Objective, is_sharded: bool) -> tuple[str, list[RouterSpec], str]:
-    """The routing's name, the routers, and for `--routing auto` the reason: sar for a mixture of experts that can.
+    """The routing's name, the routers, and the reason where `--routing auto` chose it.
 
+    auto is sar for a mixture of experts whose routers can learn, native for any other teacher.
     is_sharded: the student's weights are sharded over devices
     """
-    settings, asked = config.routing, config.routing.routing
-    if asked == "native":
+    settings, option = config.routing, config.routing.routing
+    if option == "native":
         return "native", [], ""
-    obstacle = _obstacle(config, objective, is_sharded, trains=asked in ("sar", "auto"))
-    if asked != "auto":
+    obstacle = _obstacle(config, objective, is_sharded, trains=option in ("sar", "auto"))
+    if option != "auto":
         if obstacle:
-            raise UsageError(f"--routing {asked}: {'; '.join(obstacle)}")
-        return asked, find_routers(objective.teacher, settings.router_patterns), ""
+            raise UsageError(f"--routing {option}: {'; '.join(obstacle)}")
+        return option, find_routers(objective.teacher, settings.router_patterns), ""
     if obstacle:
         return "native", [], obstacle[0]
     try:
@@ -257,5 +258,5 @@ def _describe_routing(name: str, reason: str, settings: RoutingConfig, specs: li
             f"{settings.router_anchor:g}"
         )
     if name == "ka":
-        return f"{line}; every expert but one, drawn anew, {settings.ka_passes} steps on the same text"
+        return f"{line}; every expert but one, redrawn each time, {settings.ka_passes} steps on the same text"
     return f"{line}; every expert active"

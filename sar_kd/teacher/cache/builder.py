@@ -1,7 +1,7 @@
-"""Runs a teacher over a text and writes its cache, whoever the student will be.
+"""Runs a teacher over a text and writes its cache, for any student.
 
-The teacher reads a conversation as one block, as far as its limit allows, so that a run may cut it anywhere. It reads
-plain text in the blocks of a run with one student, and starts anew where that student's blocks end.
+A conversation is one block of the teacher's, as far as its limit allows, so that a run may cut it anywhere. Plain text
+is cut into the blocks of a run with one given student.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from sar_kd.tokenization.token_stream import Blocks, TokenizedText
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
 SHARD_SIZE = 2**14
-"""Records in a shard, more where `_MAX_SHARDS` asks for it; a kill costs at most one shard"""
+"""Records in a shard, more if there would be over `_MAX_SHARDS`; a kill costs at most one shard"""
 
 _MAX_SHARDS = 1024
 """For one text: the header names each shard and is rewritten after each"""
@@ -107,7 +107,7 @@ def _shard_parts(sizes: np.ndarray, shard_size: int) -> Iterator[slice]:
 
 
 class TeacherText:
-    """A text as the teacher reads it: all documents that its tokenizer can represent, in blocks."""
+    """A text in the teacher's tokens and blocks: all documents that its tokenizer can represent."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class TeacherText:
     ):
         """teacher_pair: the teacher's tokenizer on both sides
 
-        student_pair: of the student whose blocks the teacher's are to be; None for one with the teacher's tokenizer
+        student_pair: of the student into whose blocks the text is cut; None: one with the teacher's tokenizer
         block_size: tokens in a block of that student; limit: most tokens in one of the teacher's, start token included
         """
         text = tokenize(documents, teacher_pair, (limit - 1, limit - 1), token_cache)

@@ -38,9 +38,9 @@ class CacheIndex:
     names: Sequence[str]
     """Names of the documents, in order"""
     block_ends: np.ndarray
-    """int64: records of plain documents before the end of each of the teacher's blocks, in which it read them"""
+    """int64: records of plain documents before the end of each of the teacher's blocks"""
     num_conversations: int
-    """The last documents; the teacher read each as one block"""
+    """The last documents; each was one of the teacher's blocks"""
 
 
 class CachedText:

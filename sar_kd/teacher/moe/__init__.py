@@ -1,5 +1,5 @@
-"""The routers of a mixture-of-experts teacher: finding them, directing them, training them from the student (SAR).
+"""The routers of a mixture-of-experts teacher: finding them, replacing their routing, training them (SAR).
 
-`discovery` finds them, `routing_hooks` directs them while a context is open, `router_training` is the student-aware
-router, `router_metrics` watches entropy and usage, `router_checkpoint` writes what was learned.
+`discovery` finds them, `routing_hooks` replaces their routing while a context is open, `router_training` trains them
+from the student, `router_metrics` measures entropy and usage, `router_checkpoint` writes the trained weights.
 """
