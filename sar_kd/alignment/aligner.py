@@ -38,16 +38,16 @@ class _Candidates(NamedTuple):
     """int64 [K]: the token that may continue"""
     prefix_lengths: np.ndarray
     """int64 [K]: bytes of it before the boundary"""
-    index: np.ndarray
-    """int64: for each boundary of the text its candidate, -1 for none"""
+    of_boundary: np.ndarray
+    """int64: the candidate at each boundary of the text, -1 for none"""
 
 
 class _ContinuationTables(NamedTuple):
     """The continuations of one side in a batch, and their classes."""
 
     record: Continuations
-    index: np.ndarray
-    """int64: index in the record of each candidate, -1 where no token of the vocabulary continues"""
+    of_candidate: np.ndarray
+    """int64: the continuation of each candidate, -1 where no token of the vocabulary continues"""
     tables: list[ClassTable]
     table_of: np.ndarray
     """int64 [K]: index in `tables` of each continuation"""
@@ -170,9 +170,10 @@ class Aligner:
             candidates = [self._find_candidates(found, i, (student, teacher), positions) for i in range(2)]
             continuations = [self._continuations(each, i) for i, each in enumerate(candidates)]
             student_continuations, teacher_continuations = (each.record for each in continuations)
-            coarser, index = continuations[self.teacher_is_coarser], candidates[self.teacher_is_coarser].index[common]
-            if len(coarser.index):
-                token_end = np.where(index >= 0, coarser.index[index], -1)
+            coarser, candidate = continuations[self.teacher_is_coarser], candidates[self.teacher_is_coarser].of_boundary
+            candidate = candidate[common]
+            if len(coarser.of_candidate):
+                token_end = np.where(candidate >= 0, coarser.of_candidate[candidate], -1)
             paths = self._continuation_paths(token_end, coarser)
         return Alignment(
             student_positions=torch.from_numpy(student_positions[found.student[common]]),
@@ -233,8 +234,8 @@ class Aligner:
         can_continue = np.array([table is not None for table in by_prefix], dtype=bool)[prefix_of]
         order = np.argsort(~candidates.continues, kind="stable")  # those inside a token come first
         order = order[can_continue[order]]
-        index = np.full(len(can_continue), -1)
-        index[order] = np.arange(len(order))
+        of_candidate = np.full(len(can_continue), -1)
+        of_candidate[order] = np.arange(len(order))
         num_inside = int(candidates.continues[order].sum())
 
         used, table_of = np.unique(prefix_of[order], return_inverse=True)
@@ -254,7 +255,7 @@ class Aligner:
             can_end=torch.from_numpy(can_end),
             num_inside_classes=int(counts[:num_inside].sum()),
         )
-        return _ContinuationTables(record, index, tables, table_of)
+        return _ContinuationTables(record, of_candidate, tables, table_of)
 
     def _continuation_paths(self, token_end: np.ndarray, coarser: _ContinuationTables) -> np.ndarray:
         """`Alignment.continuation_paths`: classes that the coarser side also reaches if its token does not end."""

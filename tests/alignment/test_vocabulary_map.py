@@ -12,7 +12,8 @@ from sar_kd.alignment import vocabulary_map
 from sar_kd.alignment.byte_alignment import find_boundaries
 from sar_kd.alignment.vocabulary_map import ClassTable, VocabularyMap, same_token_map
 from sar_kd.tokenization.backends import encode
-from sar_kd.tokenization.token_table import CONTENT, END, SPECIAL, TokenTable, build_token_table
+from sar_kd.tokenization.token_table import TokenTable, build_token_table
+from tests.helpers.vocabularies import TableTokenizer, encode_any, is_byte_token, token_table
 
 KINDS = ("byte", "sp", "dummy_prefix")
 BOTH_WAYS = [(coarse, fine) for coarse in KINDS for fine in KINDS if coarse != fine]
@@ -23,63 +24,11 @@ E_ACUTE = "\u00e9"  # b"\xc3\xa9"
 # Vocabularies made by hand
 
 
-class Words:
-    """A tokenizer of a table that cuts by its longest tokens, from the left or from the right."""
-
-    def __init__(self, table: TokenTable, from_right: bool = False):
-        self.from_right, self._dummy = from_right, table.dummy_prefix
-        self._ids = {}
-        for index, piece in enumerate(table.pieces):
-            if piece and (piece not in self._ids or _is_byte_token(table.strings[self._ids[piece]])):
-                self._ids[piece] = index
-
-    def cut(self, text: str) -> list[int]:
-        rest, ids = b" " * self._dummy + text.encode(), []
-        while rest:
-            tails = [rest[start:] for start in range(len(rest))]
-            heads = [rest[:end] for end in range(len(rest), 0, -1)]
-            piece = next(piece for piece in (tails if self.from_right else heads) if piece in self._ids)
-            ids.append(self._ids[piece])
-            rest = rest[: -len(piece)] if self.from_right else rest[len(piece) :]
-        return ids[::-1] if self.from_right else ids
-
-
-def _is_byte_token(string: str) -> bool:
-    return string.startswith("<0x")
-
-
 @pytest.fixture(autouse=True, scope="module")
-def _words_can_be_encoded():
-    def encode_any(tokenizer, texts):
-        return [tokenizer.cut(text) for text in texts] if isinstance(tokenizer, Words) else encode(tokenizer, texts)
-
+def _tables_can_be_encoded():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vocabulary_map, "encode", encode_any)
         yield
-
-
-def _table(strings: list[str], start: str = "</s>", dummy_prefix: bool = False) -> TokenTable:
-    """A table of these tokens: "<0x61>" is a byte, "</s>" the end, "<...>" no text, anything else its own spelling."""
-    pieces = []
-    for string in strings:
-        is_text = not string.startswith("<")
-        byte = bytes([int(string[3:5], 16)]) if _is_byte_token(string) else b""
-        pieces.append(string.encode() if is_text else byte)
-    end = strings.index("</s>")
-    kinds = np.array([CONTENT if piece else SPECIAL for piece in pieces], dtype=np.uint8)
-    kinds[end] = END
-    return TokenTable(
-        pieces,
-        strings,
-        kinds,
-        end_id=end,
-        end_ids=(end,),
-        start_id=strings.index(start),
-        dummy_prefix=dummy_prefix,
-        nfc=False,
-        metaspace=True,
-        change="",
-    )
 
 
 WORDS = st.text("ab1 \n" + E_ACUTE, min_size=2, max_size=4) | st.sampled_from(("    ", "111", E_ACUTE, "aba", "ab"))
@@ -95,7 +44,7 @@ def tables(draw, dummy_prefix: bool | None = None) -> TokenTable:
     strings |= draw(st.sets(st.sampled_from(("<s>", "<pad>", "<mask>"))))
     order = draw(st.permutations(sorted(strings)))
     has_dummy = draw(st.booleans()) if dummy_prefix is None else dummy_prefix
-    return _table(order, "<s>" if "<s>" in strings else "</s>", has_dummy)
+    return token_table(order, "<s>" if "<s>" in strings else "</s>", has_dummy)
 
 
 # What an outcome is, in dictionaries
@@ -105,7 +54,7 @@ def _cut(piece: bytes, fine: TokenTable, tokenizer) -> list[int]:
     """The finer tokens that a coarser token is cut into: the one that spells it, else the finer tokenizer's own cut of
     it standing alone, else always the longest that fits.
     """
-    ordinary_first = sorted(range(len(fine.pieces)), key=lambda u: _is_byte_token(fine.strings[u]))
+    ordinary_first = sorted(range(len(fine.pieces)), key=lambda u: is_byte_token(fine.strings[u]))
     spelling = [u for u in ordinary_first if fine.pieces[u] == piece]
     if spelling:
         return spelling[:1]
@@ -120,7 +69,7 @@ def _cut(piece: bytes, fine: TokenTable, tokenizer) -> list[int]:
         return greedy
     if fine.canonical(text) != text:
         return greedy
-    ids = tokenizer.cut(text) if isinstance(tokenizer, Words) else encode(tokenizer, [text])[0]
+    (ids,) = encode_any(tokenizer, [text])
     tails = [ids[first:] for first in range(len(ids))]
     return next((tail for tail in tails if b"".join(fine.pieces[u] for u in tail) == piece), greedy)
 
@@ -154,7 +103,7 @@ def _expected(coarse: TokenTable, fine: TokenTable, cuts: dict, prefix: bytes, s
     leader = {u: min(group) for group in same for u in group}
     begins = dict(cuts[prefix])
     rests = {}
-    for r in sorted(begins, key=lambda r: not _is_byte_token(coarse.strings[r])):
+    for r in sorted(begins, key=lambda r: not is_byte_token(coarse.strings[r])):
         piece = coarse.pieces[r]
         alike = [u for u, s in enumerate(fine.strings) if s == coarse.strings[r] and fine.pieces[u] == piece]
         if not prefix and alike and fine.pieces[begins[r]] == piece:  # told apart by their spelling
@@ -163,7 +112,7 @@ def _expected(coarse: TokenTable, fine: TokenTable, cuts: dict, prefix: bytes, s
     takes_part = {u: u for u in begins.values()}
     images = {leader.get(u, u) for u in takes_part}
     for u, piece in enumerate(fine.pieces):
-        is_twin = _is_byte_token(fine.strings[u]) and fine.pieces.count(piece) > 1
+        is_twin = is_byte_token(fine.strings[u]) and fine.pieces.count(piece) > 1
         if leader.get(u, u) in images and u in leader:
             takes_part[u] = u
         elif u not in takes_part:
@@ -183,7 +132,7 @@ def _expected(coarse: TokenTable, fine: TokenTable, cuts: dict, prefix: bytes, s
         members[leader.get(begin, begin)][1].add(u)
     if prefix:  # the coarser token ends there
         ends = [r for r, piece in enumerate(coarse.pieces) if piece == prefix]
-        members["end"] = ({min(ends, key=lambda r: _is_byte_token(coarse.strings[r]))} if ends else set(), set())
+        members["end"] = ({min(ends, key=lambda r: is_byte_token(coarse.strings[r]))} if ends else set(), set())
     return {(frozenset(a), frozenset(b)) for a, b in members.values()}
 
 
@@ -194,7 +143,7 @@ def _prefixes(coarse: TokenTable) -> list[bytes]:
 @settings(max_examples=200, deadline=None)
 @given(coarse=tables(), fine=tables(), from_right=st.booleans())
 def test_open_outcomes_are_those_of_the_definition(coarse, fine, from_right):
-    tokenizer = Words(fine, from_right)
+    tokenizer = TableTokenizer(fine, from_right)
     found = _joint(VocabularyMap(coarse, fine, tokenizer).at_common_boundary())
     assert set(found.values()) == _expected(coarse, fine, _cuts(coarse, fine, tokenizer), b"")
     assert len(set(found.values())) == len(found)
@@ -203,7 +152,7 @@ def test_open_outcomes_are_those_of_the_definition(coarse, fine, from_right):
 @settings(max_examples=150, deadline=None)
 @given(coarse=tables(), fine=tables(), from_right=st.booleans())
 def test_outcomes_behind_every_prefix_are_those_of_the_definition(coarse, fine, from_right):
-    tokenizer = Words(fine, from_right)
+    tokenizer = TableTokenizer(fine, from_right)
     vocabulary_map, cuts = VocabularyMap(coarse, fine, tokenizer), _cuts(coarse, fine, tokenizer)
     for prefix in _prefixes(coarse):
         outcomes = vocabulary_map.after_prefix(prefix)
@@ -229,7 +178,7 @@ def _every(vocabulary_map: VocabularyMap, coarse: TokenTable) -> list[tuple[byte
 @settings(max_examples=100, deadline=None)
 @given(coarse=tables(), fine=tables(), from_right=st.booleans())
 def test_every_outcome_but_an_end_has_tokens_on_both_sides_and_no_token_has_two(coarse, fine, from_right):
-    for prefix, outcomes in _every(VocabularyMap(coarse, fine, Words(fine, from_right)), coarse):
+    for prefix, outcomes in _every(VocabularyMap(coarse, fine, TableTokenizer(fine, from_right)), coarse):
         going_on = [n for n in range(outcomes.num_classes) if not prefix or n < outcomes.num_classes - 1]
         found = _joint(outcomes)
         assert len(outcomes.representatives) == len(going_on)
@@ -243,7 +192,7 @@ def test_every_outcome_but_an_end_has_tokens_on_both_sides_and_no_token_has_two(
 @settings(max_examples=100, deadline=None)
 @given(coarse=tables(), fine=tables(), from_right=st.booleans())
 def test_all_tokens_of_an_outcome_begin_with_the_bytes_of_one_poorer_token(coarse, fine, from_right):
-    for prefix, outcomes in _every(VocabularyMap(coarse, fine, Words(fine, from_right)), coarse):
+    for prefix, outcomes in _every(VocabularyMap(coarse, fine, TableTokenizer(fine, from_right)), coarse):
         for coarse_tokens, fine_tokens in _joint(outcomes).values():
             said = [coarse.pieces[r][len(prefix) :] for r in coarse_tokens] + [fine.pieces[u] for u in fine_tokens]
             assert not fine_tokens or any(all(rest.startswith(fine.pieces[u]) for rest in said) for u in fine_tokens)
@@ -252,16 +201,16 @@ def test_all_tokens_of_an_outcome_begin_with_the_bytes_of_one_poorer_token(coars
 @settings(max_examples=100, deadline=None)
 @given(coarse=tables(), fine=tables(), from_right=st.booleans())
 def test_every_coarser_token_has_an_outcome_where_both_start_one(coarse, fine, from_right):
-    outcomes = VocabularyMap(coarse, fine, Words(fine, from_right)).at_common_boundary()
+    outcomes = VocabularyMap(coarse, fine, TableTokenizer(fine, from_right)).at_common_boundary()
     assert {r for r, piece in enumerate(coarse.pieces) if piece} <= set(outcomes.coarse_tokens.tolist())
 
 
 @settings(max_examples=100, deadline=None)
 @given(coarse=tables(), fine=tables(), from_right=st.booleans())
 def test_every_coarser_token_goes_on_behind_each_of_its_cuts_and_ends_behind_itself(coarse, fine, from_right):
-    vocabulary_map = VocabularyMap(coarse, fine, Words(fine, from_right))
+    vocabulary_map = VocabularyMap(coarse, fine, TableTokenizer(fine, from_right))
     for r, piece in enumerate(coarse.pieces):
-        parts = _cut(piece, fine, Words(fine, from_right)) if piece else []
+        parts = _cut(piece, fine, TableTokenizer(fine, from_right)) if piece else []
         for count in range(1, len(parts)):
             prefix = b"".join(fine.pieces[u] for u in parts[:count])
             outcomes = vocabulary_map.after_prefix(prefix)
@@ -275,9 +224,9 @@ def test_every_coarser_token_goes_on_behind_each_of_its_cuts_and_ends_behind_its
 @settings(max_examples=100, deadline=None)
 @given(table=tables(), from_right=st.booleans())
 def test_equal_vocabularies_give_the_identity_on_all_ids(table, from_right):
-    found = VocabularyMap(table, table, Words(table, from_right)).at_common_boundary()
+    found = VocabularyMap(table, table, TableTokenizer(table, from_right)).at_common_boundary()
     assert set(_joint(found).values()) == {(frozenset([i]), frozenset([i])) for i in range(len(table.pieces))}
-    vocabulary_map = VocabularyMap(table, table, Words(table, from_right))
+    vocabulary_map = VocabularyMap(table, table, TableTokenizer(table, from_right))
     assert all(vocabulary_map.after_prefix(prefix) is None for prefix in [*_prefixes(table), *table.pieces])
 
 
@@ -287,9 +236,9 @@ def test_permuting_the_poorer_ids_permutes_the_outcomes_and_nothing_else(coarse,
     order = data.draw(st.permutations(range(len(fine.pieces))))
     new_id = {old: new for new, old in enumerate(order)}
     start = "<s>" if "<s>" in fine.strings else "</s>"
-    permuted = _table([fine.strings[i] for i in order], start, fine.dummy_prefix)
-    one = VocabularyMap(coarse, fine, Words(fine, from_right))
-    other = VocabularyMap(coarse, permuted, Words(permuted, from_right))
+    permuted = token_table([fine.strings[i] for i in order], start, fine.dummy_prefix)
+    one = VocabularyMap(coarse, fine, TableTokenizer(fine, from_right))
+    other = VocabularyMap(coarse, permuted, TableTokenizer(permuted, from_right))
     for (prefix, before), (same, after) in zip(_every(one, coarse), _every(other, coarse), strict=True):
         expected = {(a, frozenset(new_id[u] for u in b)) for a, b in _joint(before).values()}
         assert set(_joint(after).values()) == expected
@@ -308,8 +257,8 @@ def _outcomes_of(coarse: TokenTable, fine: TokenTable, outcomes: ClassTable) -> 
 
 
 def test_hand_example_of_words_and_their_letters():
-    coarse, fine = _table(["</s>", "t", "h", "e", "th", "the"]), _table(["</s>", "h", "t", "e", "he"])
-    vocabulary_map = VocabularyMap(coarse, fine, Words(fine))
+    coarse, fine = token_table(["</s>", "t", "h", "e", "th", "the"]), token_table(["</s>", "h", "t", "e", "he"])
+    vocabulary_map = VocabularyMap(coarse, fine, TableTokenizer(fine))
     open_ = {("</s>", "</s>"), ("t|th|the", "t"), ("h", "h|he"), ("e", "e")}
     assert _outcomes_of(coarse, fine, vocabulary_map.at_common_boundary()) == open_
     assert _outcomes_of(coarse, fine, vocabulary_map.after_prefix(b"t")) == {("th", "h"), ("the", "he"), ("t", "")}
@@ -320,23 +269,23 @@ def test_hand_example_of_words_and_their_letters():
 
 @pytest.mark.parametrize(("lone", "place"), [("1969", "19"), ("    ", "  "), ("12", "1"), ("  \n", "  ")])
 def test_a_token_that_only_the_poorer_has_shares_the_place_of_the_longest_that_starts_it(lone, place):
-    coarse = _table(["</s>", *"1269 \na", "19", "  ", "a1"])
-    fine = _table(["</s>", *"1269 \na", "19", "  ", "12", "1969", "    ", "  \n"])
-    outcomes = _outcomes_of(coarse, fine, VocabularyMap(coarse, fine, Words(fine)).at_common_boundary())
+    coarse = token_table(["</s>", *"1269 \na", "19", "  ", "a1"])
+    fine = token_table(["</s>", *"1269 \na", "19", "  ", "12", "1969", "    ", "  \n"])
+    outcomes = _outcomes_of(coarse, fine, VocabularyMap(coarse, fine, TableTokenizer(fine)).at_common_boundary())
     (found,) = [(a, b) for a, b in outcomes if lone in b.split("|")]
     assert place in found[0].split("|")
     assert place in found[1].split("|")
 
 
 def test_a_number_that_only_the_poorer_has_shares_a_place_inside_a_coarser_token_too():
-    coarse, fine = _table(["</s>", *"12a", "a1"]), _table(["</s>", *"12a", "12"])
-    behind = VocabularyMap(coarse, fine, Words(fine)).after_prefix(b"a")
+    coarse, fine = token_table(["</s>", *"12a", "a1"]), token_table(["</s>", *"12a", "12"])
+    behind = VocabularyMap(coarse, fine, TableTokenizer(fine)).after_prefix(b"a")
     assert _outcomes_of(coarse, fine, behind) == {("a1", "1|12"), ("a", "")}
 
 
 def test_a_prefix_that_no_coarser_token_spells_cannot_be_an_end():
-    coarse, fine = _table(["</s>", *"abc", "abc"]), _table(["</s>", *"abc", "ab"])
-    outcomes = VocabularyMap(coarse, fine, Words(fine)).after_prefix(b"ab")
+    coarse, fine = token_table(["</s>", *"abc", "abc"]), token_table(["</s>", *"abc", "ab"])
+    outcomes = VocabularyMap(coarse, fine, TableTokenizer(fine)).after_prefix(b"ab")
     assert _outcomes_of(coarse, fine, outcomes) == {("abc", "c"), ("", "")}
     assert not outcomes.can_end
     assert outcomes.num_classes == 2
@@ -346,18 +295,21 @@ def test_a_poorer_token_shares_the_place_of_an_ordinary_token_and_not_of_its_byt
     # Gemma's kind: the byte tokens come behind the ordinary newline. What says nothing would share nothing.
     strings = ["</s>", "\n", "a", "<0x0A>"]
     for order in (strings, strings[::-1]):
-        coarse, fine = _table(order), _table(["</s>", "<0x0A>", "\n", "a", "\n\n"])
-        found = _outcomes_of(coarse, fine, VocabularyMap(coarse, fine, Words(fine)).at_common_boundary())
+        coarse, fine = token_table(order), token_table(["</s>", "<0x0A>", "\n", "a", "\n\n"])
+        found = _outcomes_of(coarse, fine, VocabularyMap(coarse, fine, TableTokenizer(fine)).at_common_boundary())
         assert found == {("</s>", "</s>"), ("\n", "\n|\n\n"), ("<0x0A>", "<0x0A>"), ("a", "a")}
 
 
 def test_the_poorer_tokenizers_own_cut_counts_and_not_the_longest_token():
-    coarse, fine = _table(["</s>", *"abcd", "abcd", "xabcd", "x"]), _table(["</s>", *"abcdx", "abc", "cd", "ab", "bcd"])
-    from_right = VocabularyMap(coarse, fine, Words(fine, from_right=True))  # a|bcd
+    coarse, fine = (
+        token_table(["</s>", *"abcd", "abcd", "xabcd", "x"]),
+        token_table(["</s>", *"abcdx", "abc", "cd", "ab", "bcd"]),
+    )
+    from_right = VocabularyMap(coarse, fine, TableTokenizer(fine, from_right=True))  # a|bcd
     assert ("a|abcd", "a|ab|abc") in _outcomes_of(coarse, fine, from_right.at_common_boundary())
     assert _outcomes_of(coarse, fine, from_right.after_prefix(b"x")) == {("xabcd", "a"), ("x", "")}
     assert _outcomes_of(coarse, fine, from_right.after_prefix(b"xa")) == {("xabcd", "bcd"), ("", "")}
-    from_left = VocabularyMap(coarse, fine, Words(fine))  # abc|d
+    from_left = VocabularyMap(coarse, fine, TableTokenizer(fine))  # abc|d
     assert ("abcd", "abc") in _outcomes_of(coarse, fine, from_left.at_common_boundary())
     assert _outcomes_of(coarse, fine, from_left.after_prefix(b"x")) == {("xabcd", "abc"), ("x", "")}
     assert from_left.after_prefix(b"xa") is None
@@ -365,19 +317,24 @@ def test_the_poorer_tokenizers_own_cut_counts_and_not_the_longest_token():
 
 def test_the_longest_token_counts_where_the_bytes_are_no_text():
     # The first byte of a character behind another one; from the right the finer would cut a|bXc3, if it could.
-    coarse, fine = _table(["</s>", "<0xC3>", *"ab", "<0x61>"]), _table(["</s>", "<0xC3>", "<0xA9>", *"ab", "ab"])
+    coarse, fine = (
+        token_table(["</s>", "<0xC3>", *"ab", "<0x61>"]),
+        token_table(["</s>", "<0xC3>", "<0xA9>", *"ab", "ab"]),
+    )
     coarse.pieces[-1], fine.pieces[2] = b"ab\xc3", b"b\xc3"
-    found = _outcomes_of(coarse, fine, VocabularyMap(coarse, fine, Words(fine, from_right=True)).at_common_boundary())
+    found = _outcomes_of(
+        coarse, fine, VocabularyMap(coarse, fine, TableTokenizer(fine, from_right=True)).at_common_boundary()
+    )
     assert ("<0x61>", "ab") in found
-    assert VocabularyMap(coarse, fine, Words(fine, from_right=True)).after_prefix(b"a") is None
+    assert VocabularyMap(coarse, fine, TableTokenizer(fine, from_right=True)).after_prefix(b"a") is None
 
 
 def test_an_ordinary_token_is_preferred_to_the_byte_token_of_its_bytes():
     strings = ["</s>", "<0x61>", "a", "<0x62>", "b"]
-    coarse = _table(["</s>", "a", "ab", "b"])
+    coarse = token_table(["</s>", "a", "ab", "b"])
     for order in (strings, strings[::-1]):
-        fine = _table(order)
-        vocabulary_map = VocabularyMap(coarse, fine, Words(fine))
+        fine = token_table(order)
+        vocabulary_map = VocabularyMap(coarse, fine, TableTokenizer(fine))
         assert _outcomes_of(coarse, fine, vocabulary_map.at_common_boundary()) == {
             ("</s>", "</s>"),
             ("a|ab", "a"),
@@ -388,19 +345,19 @@ def test_an_ordinary_token_is_preferred_to_the_byte_token_of_its_bytes():
 
 def test_a_newline_that_the_coarser_has_as_a_byte_token_only_is_the_poorers_ordinary_newline():
     # Llama 2 has no token "\n" but "<0x0A>"; many others have both, and write the first.
-    coarse, fine = _table(["</s>", "<0x0A>", "a", "b"]), _table(["</s>", "\n", "a", "b", "<0x0A>"])
-    outcomes = _joint(VocabularyMap(coarse, fine, Words(fine)).at_common_boundary())
+    coarse, fine = token_table(["</s>", "<0x0A>", "a", "b"]), token_table(["</s>", "\n", "a", "b", "<0x0A>"])
+    outcomes = _joint(VocabularyMap(coarse, fine, TableTokenizer(fine)).at_common_boundary())
     (found,) = [(a, b) for a, b in outcomes.values() if fine.strings.index("\n") in b]
     assert found[0] == {coarse.strings.index("<0x0A>")}
     assert found[1] <= {fine.strings.index("\n"), fine.strings.index("<0x0A>")}
 
 
 def test_tokens_without_bytes_meet_by_their_spelling_and_ends_and_starts_by_their_part():
-    coarse = _table(["</s>", "a", "<s>", "<pad>", "<only>"], "<s>")
-    fine = _table(["<pad>", "a", "</s>", "<other>"])
-    found = _outcomes_of(coarse, fine, VocabularyMap(coarse, fine, Words(fine)).at_common_boundary())
+    coarse = token_table(["</s>", "a", "<s>", "<pad>", "<only>"], "<s>")
+    fine = token_table(["<pad>", "a", "</s>", "<other>"])
+    found = _outcomes_of(coarse, fine, VocabularyMap(coarse, fine, TableTokenizer(fine)).at_common_boundary())
     assert found == {("</s>|<s>", "</s>"), ("a", "a"), ("<pad>", "<pad>")}
-    back = _outcomes_of(fine, coarse, VocabularyMap(fine, coarse, Words(coarse)).at_common_boundary())
+    back = _outcomes_of(fine, coarse, VocabularyMap(fine, coarse, TableTokenizer(coarse)).at_common_boundary())
     assert back == {("</s>", "</s>"), ("a", "a"), ("<pad>", "<pad>")}
 
 
@@ -522,13 +479,13 @@ def test_a_trained_tokenizer_maps_every_id_to_itself_and_learns_nothing(tokenize
 
 # Learning from text
 
-LEARNERS = _table(["</s>", *"abc ", "ab", "  "]), _table(["</s>", *"abc ", "ab", "  "])
+LEARNERS = token_table(["</s>", *"abc ", "ab", "  "]), token_table(["</s>", *"abc ", "ab", "  "])
 
 
 def _taught(*lessons: tuple[str, int, str, int], tables=LEARNERS) -> set[tuple[str, str]]:
     """The open outcomes after a text with these lessons: coarser token, written bytes, finer token, how often."""
     coarse, fine = tables
-    vocabulary_map = VocabularyMap(coarse, fine, Words(fine))
+    vocabulary_map = VocabularyMap(coarse, fine, TableTokenizer(fine))
     met = [
         (coarse.strings.index(a), written, fine.strings.index(b))
         for a, written, b, count in lessons
@@ -580,11 +537,11 @@ def test_what_the_text_corrects_is_expected_no_longer():
 
 
 def test_what_is_learned_inside_a_token_counts_inside_and_outside():
-    coarse, fine = _table(["</s>", *"abc", "cab", "ca"]), _table(["</s>", *"abc", "ab"])
-    vocabulary_map = VocabularyMap(coarse, fine, Words(fine))
+    coarse, fine = token_table(["</s>", *"abc", "cab", "ca"]), token_table(["</s>", *"abc", "ab"])
+    vocabulary_map = VocabularyMap(coarse, fine, TableTokenizer(fine))
     apart = {("cab", "ab"), ("ca", "a"), ("c", "")}
     assert _outcomes_of(coarse, fine, vocabulary_map.after_prefix(b"c")) == apart
-    taught = VocabularyMap(coarse, fine, Words(fine))
+    taught = VocabularyMap(coarse, fine, TableTokenizer(fine))
     lesson = coarse.strings.index("cab"), 1, fine.strings.index("a")
     taught.fit_(*np.array([lesson] * 5).T)
     assert _outcomes_of(coarse, fine, taught.after_prefix(b"c")) == {("ca|cab", "a|ab"), ("c", "")}
@@ -610,11 +567,11 @@ def test_the_same_token_has_the_same_bytes_and_is_ordinary_where_one_is(student,
     for token, partner in enumerate(found.tolist()):
         piece = teacher.pieces[token]
         twins = [t for t, other in enumerate(teacher.pieces) if other == piece]
-        ordinary = min(twins, key=lambda t: _is_byte_token(teacher.strings[t]))
+        ordinary = min(twins, key=lambda t: is_byte_token(teacher.strings[t]))
         partners = [s for s, other in enumerate(student.pieces) if other == piece]
         if token == teacher.end_id:
             assert partner == student.end_id
         elif not piece or token != ordinary or not partners:
             assert partner == -1
         else:
-            assert partner == min(partners, key=lambda s: _is_byte_token(student.strings[s]))
+            assert partner == min(partners, key=lambda s: is_byte_token(student.strings[s]))
