@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None, command: Command[Config] = TRAIN) -> dic
     command: of a script, one of `config.presets`
     Raises: UsageError for what the user can mend, TrainingDiverged after an emergency stop
     """
+    join_process_group()  # first, so that of several processes only one prints an error
     return train(parse(command, argv))
 
 
