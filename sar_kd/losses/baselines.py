@@ -33,6 +33,12 @@ class _PairedPositions(Distillation[Tensor]):
             for part in split_range(len(pairs.strict), self.positions_per_tile)
         ]
 
+    def _dense_logits(self, teacher: TeacherTile) -> tuple[Tensor, Tensor]:
+        """The teacher's logits, 0 at positions that are not finite; and bool [m], which positions are."""
+        whole = dense_tile(teacher)
+        is_finite = finite_positions(whole.detach())
+        return whole.masked_fill(~is_finite, 0.0), is_finite
+
 
 class Strict(_PairedPositions):
     """T^2 * D(teacher, student) where both predict the same bytes, over the shared tokens in the teacher's top k."""
@@ -51,16 +57,12 @@ class Strict(_PairedPositions):
         num_mapped, student = len(self.same_token), student / self.temperature
         if self.top_k:
             top = self._top_k(teacher, num_mapped)
-            student_ids, is_finite, teacher_logits = (
-                self.same_token[top.ids],
-                top.is_finite,
-                top.logits / self.temperature,
-            )
-            shared, student = teacher_logits, student.gather(0, student_ids.clamp_min(0))
+            student_ids, is_finite = self.same_token[top.ids], top.is_finite
+            shared = teacher_logits = top.logits / self.temperature
+            student = student.gather(0, student_ids.clamp_min(0))
         else:
-            whole, student_ids = dense_tile(teacher), self.same_token[:, None]
-            is_finite = finite_positions(whole.detach())
-            teacher_logits = whole.masked_fill(~is_finite, 0.0) / self.temperature
+            dense, is_finite = self._dense_logits(teacher)
+            student_ids, teacher_logits = self.same_token[:, None], dense / self.temperature
             shared, student = teacher_logits[:num_mapped], student.index_select(0, self.same_token.clamp_min(0))
         shared = torch.where(student_ids >= 0, shared, MASKED_LOGIT)
         shared_mass = (shared.logsumexp(0) - teacher_logits.logsumexp(0)).exp()
@@ -79,9 +81,7 @@ class SortedProbabilities(_PairedPositions):
             top = self._top_k(teacher)
             teacher_logits, is_finite = top.to_dense(self.teacher_vocab_size), top.is_finite
         else:
-            whole = dense_tile(teacher)
-            is_finite = finite_positions(whole.detach())
-            teacher_logits = whole.masked_fill(~is_finite, 0.0)
+            teacher_logits, is_finite = self._dense_logits(teacher)
         loss = sorted_distance(student.T, teacher_logits.T, self.temperature, is_finite)
         return TileLoss(loss, loss.detach(), (~is_finite).sum())
 

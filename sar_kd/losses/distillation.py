@@ -72,7 +72,7 @@ class Distillation(nn.Module, Generic[Context]):
 
     def __init__(self, config: LossConfig, aligner: Aligner):
         super().__init__()
-        pair = aligner.pair
+        workspace, pair = config.loss_workspace_mb, aligner.pair
         self.temperature = config.temperature
         self.top_k = config.teacher_top_k if config.teacher_top_k < pair.teacher_vocab_size else 0
         """0 for the whole vocabulary"""
@@ -80,9 +80,7 @@ class Distillation(nn.Module, Generic[Context]):
         self.clamp = LogitClamp(config.logit_clamp_style, config.logit_clamp)
         floor = -2.0 * self.clamp.bound if self.clamp.style == "normalized" else -torch.inf
         self.divergence = Divergence(config.kd_direction, config.jsd_beta, floor)
-        self.positions_per_tile = positions_per_tile(
-            config.loss_workspace_mb, pair.student_vocab_size, pair.teacher_vocab_size
-        )
+        self.positions_per_tile = positions_per_tile(workspace, pair.student_vocab_size, pair.teacher_vocab_size)
 
     def forward(self, batch: Batch, outputs: ForwardOutputs) -> DistillationTerms:
         """The loss, differentiable in the teacher's states if they have a graph, else in the student's."""
@@ -149,14 +147,11 @@ class TokenLevel(Distillation[None]):
         shared = min(len(student), len(whole))
         student, teacher, keep = student[:shared], whole[:shared], finite_positions(whole)
         mask_positions_(teacher, keep)
-        student_log_probs, teacher_log_probs = (
-            LogProbs.from_logits(tile, self.temperature) for tile in (student, teacher)
-        )
+        log_p, log_t = (LogProbs.from_logits(tile, self.temperature) for tile in (student, teacher))
         if grad_side is None:
-            return self._loss(student_log_probs, teacher_log_probs, keep)
+            return self._loss(log_p, log_t, keep)
         grad = teacher if grad_side == "student" else student
-        tile_loss = self._loss(student_log_probs, teacher_log_probs, keep, GradTarget(grad_side, grad))
-        return tile_loss._replace(grad=TileGrad(((0, grad),)))
+        return self._loss(log_p, log_t, keep, GradTarget(grad_side, grad))._replace(grad=TileGrad(((0, grad),)))
 
     def _top_k_loss_and_grad(self, student: Tensor, top: TopKLogits, needs_grad: bool) -> TileLoss:
         """Over the teacher's top k and the tail."""
@@ -166,16 +161,13 @@ class TokenLevel(Distillation[None]):
         top_logits = flat.index_select(0, indices)
         flat.index_fill_(0, indices, MASKED_LOGIT)
         tail = self.temperature * logsumexp_per_position(student, self.temperature)
-        tiles = (
-            torch.cat([top_logits.view_as(top.ids), tail[None]]),
-            torch.cat([top.logits, top.tail_logsumexp[None]]),
-        )
-        student_log_probs, teacher_log_probs = (LogProbs.from_logits(tile, self.temperature) for tile in tiles)
+        sides = [top_logits.view_as(top.ids), tail[None]], [top.logits, top.tail_logsumexp[None]]
+        log_p, log_t = (LogProbs.from_logits(torch.cat(parts), self.temperature) for parts in sides)
         if not needs_grad:
             flat.index_copy_(0, indices, top_logits)
-            return self._loss(student_log_probs, teacher_log_probs, top.is_finite)
-        grad = torch.empty_like(teacher_log_probs.tile)
-        tile_loss = self._loss(student_log_probs, teacher_log_probs, top.is_finite, GradTarget("student", grad))
+            return self._loss(log_p, log_t, top.is_finite)
+        grad = torch.empty_like(log_t.tile)
+        tile_loss = self._loss(log_p, log_t, top.is_finite, GradTarget("student", grad))
         tail_grad = logsumexp_backward(student, tail, grad[-1], self.temperature)
         flat.index_copy_(0, indices, top_logits)
         return tile_loss._replace(grad=TileGrad(((0, tail_grad),), SparseGrad(indices, grad[:-1].reshape(-1))))

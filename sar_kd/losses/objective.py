@@ -106,17 +106,16 @@ class Objective:
 
         clamps = self.logit_clamp, ce_factor if self.loss_clamp.style != "off" and alpha_ce > 0 else None
         method = self.distillation
-        if method is not None and method.covers_text:  # one pass over tiles for both terms
+        if method is not None and method.covers_text:  # one pass over tiles for both losses
             tiles, loss_and_grad = method.tiles(batch), method.loss_and_grad
-            spec = TiledLossSpec(tiles, targets, loss_and_grad, alpha_ce, self.alpha_kd, *clamps, grad_scale)
-            sums = tiled_loss(spec, outputs.student, outputs.teacher)
-            kd = DistillationTerms(sums.kd, sums.unclamped_kd, sums.dropped)
         else:
             tiles = [Tile(part, slice(0), None, None) for part in split_range(count, self._positions_per_tile)]
-            spec = TiledLossSpec(tiles, targets, None, alpha_ce, 0.0, *clamps, grad_scale)
-            sums = tiled_loss(spec, outputs.student, None)
-            zero = torch.zeros_like(sums.ce)
-            kd = DistillationTerms(zero, zero, zero) if method is None else method(batch, outputs)
+            loss_and_grad = None
+        spec = TiledLossSpec(tiles, targets, loss_and_grad, alpha_ce, self.alpha_kd, *clamps, grad_scale)
+        sums = tiled_loss(spec, outputs.student, outputs.teacher)
+        kd = DistillationTerms(sums.kd, sums.unclamped_kd, sums.dropped)
+        if method is not None and not method.covers_text:
+            kd = method(batch, outputs)
         mean = alpha_ce * self.loss_clamp(sums.ce / count) + self.alpha_kd * kd.loss / count
         # The value has the clamps; the gradient is that of the tiled loss, in which the cross-entropy's clamp is.
         mean = mean + (sums.total - sums.total.detach()) / count
@@ -126,28 +125,26 @@ class Objective:
     def forward_models(
         self,
         batch: Batch,
-        teacher_outputs: LogitsAndStates | None = None,
-        *,
+        teacher: LogitsAndStates | None = None,
         student_grad: bool = True,
         teacher_grad: bool = False,
     ) -> ForwardOutputs:
         """Run both models up to their LM heads, each with a graph if asked; the student alone without distillation.
 
-        teacher_outputs: from `precompute_teacher`; the teacher is run if None
+        teacher: its outputs from `precompute_teacher`; it is run if None
         """
         student, student_states = self._forward(self.student, batch.student.input_ids, student_grad)
         student = dataclasses.replace(student, states=student.states[batch.student.positions])
         if self.distillation is None or batch.cached_logits is not None:
             return ForwardOutputs(student, None if self.distillation is None else batch.cached_logits)
-        if teacher_outputs is None:
-            teacher_outputs = self._forward(self.teacher, batch.teacher.input_ids, teacher_grad)
-        teacher, teacher_states = teacher_outputs
-        return ForwardOutputs(student, teacher, student_states, teacher_states)
+        if teacher is None:
+            teacher = self._forward(self.teacher, batch.teacher.input_ids, teacher_grad)
+        return ForwardOutputs(student, teacher[0], student_states, teacher[1])
 
     def precompute_teacher(self, batches: Sequence[Batch]) -> list[LogitsAndStates | None]:
         """Run an offloaded teacher on all micro-batches of a step, then move its weights to the CPU.
 
-        Returns: the `teacher_outputs` of each batch's `forward_models`; None for each if nothing is offloaded
+        Returns: what `forward_models` takes for each batch; None for each if no teacher is offloaded
         """
         if self._offload is None or self.distillation is None:
             return [None] * len(batches)
@@ -179,9 +176,8 @@ def build_distillation(
     if config.alignment == "hidden":
         widths = (text_config_of(model).hidden_size for model in (student, teacher))
         return HiddenStates(config, aligner, *widths)
-    equal = aligner.pair.tables is None
-    kind = _METHODS.get(config.alignment, TokenLevel if equal else Projection)
-    method = kind(config, aligner)
+    default: type[Distillation] = TokenLevel if aligner.pair.tables is None else Projection
+    method = _METHODS.get(config.alignment, default)(config, aligner)
     takes_top_k = isinstance(method, TokenLevel) or (isinstance(method, Projection) and aligner.teacher_is_coarser)
     if teacher is None and takes_top_k:
         # No tile of the teacher's logits is made, so the student's tiles may use the whole workspace.

@@ -1,16 +1,13 @@
 """Cross-entropy and distillation of both models' hidden states, value and gradient, one tile of logits at a time.
 
-A chunked (fused linear) distillation loss, as in Liger Kernel, for student and teacher:
+A chunked (fused linear) distillation loss, as in Liger Kernel, but for both models and any distillation method:
 
-    total = ce_weight * CE + kd_weight * KD,   z_s = head_s(h_s),   z_t = head_t(h_t),   tiles of n positions
+    total = ce_weight * CE(z_s, targets) + kd_weight * KD(z_s, z_t),   z_s = h_s W_s^T,   z_t = h_t W_t^T
 
-Products: of each tile z_s and z_t once, then dh_s = dz^T W_s and dW_s += dz h_s at once, in forward, as many products
-as with all logits in memory. With a loss clamp and several tiles, z_s is computed twice, because the clamp's factor
-depends on the whole sum. Backward only scales the two results.
-Memory: the logits of one tile of each model, `--loss_workspace_mb`, whatever B * T is; the gradient dz overwrites one
-of the two. Beside them float32 dh and dW.
-Rounding: dz carries grad_scale = loss_scale / tokens when it is rounded to half for the products, as it would in a
-backward of its own; `Gradients.scaled` divides by grad_scale again.
+Head products: four per tile, z_s, z_t, dh_s = dz^T W_s and dW_s += dz h_s, all in forward; backward only scales the two
+gradients. With a loss clamp and several tiles z_s is computed twice, because the clamp's factor is that of the sum.
+Memory: the logits of one tile of each model, within `--loss_workspace_mb` whatever B * T is, and float32 dh_s and dW_s.
+Rounding: products take dz in half with the factor grad_scale = loss_scale / tokens, as in a backward of their own.
 """
 
 from __future__ import annotations
@@ -18,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -143,9 +140,9 @@ class _TiledLoss(torch.autograd.Function):
     def forward(ctx, spec: TiledLossSpec, student: LazyLogits, teacher: TeacherLogits | None, *inputs: Tensor | None):
         has_loss = spec.ce_weight > 0 or spec.loss_and_grad is not None
         needed = [needs_grad and has_loss for needs_grad in ctx.needs_input_grad[3:]]
-        gradients = Gradients(spec.grad_logits(student, teacher), needed) if any(needed) else None
+        ctx.gradients = Gradients(spec.grad_logits(student, teacher), needed) if any(needed) else None
         ctx.grad_scale = spec.grad_scale
-        sums, ctx.gradients = _forward(spec, student, teacher, gradients), gradients
+        sums = _Tiles(spec, student, teacher, ctx.gradients).sums()
         ctx.mark_non_differentiable(*sums[1:])
         return tuple(sums)
 
@@ -155,98 +152,70 @@ class _TiledLoss(torch.autograd.Function):
         return None, None, None, *((None,) * 3 if gradients is None else gradients.scaled(grad / ctx.grad_scale))
 
 
-def _forward(
-    spec: TiledLossSpec, student: LazyLogits, teacher: TeacherLogits | None, gradients: Gradients | None
-) -> LossSums:
-    zero = torch.zeros((), device=student.states.device)
-    kd = unclamped_kd = dropped = zero
-    ce = None if spec.targets is None else _CrossEntropy(spec, spec.targets, zero)
-    two_passes = len(spec.tiles) > 1 and spec.ce_factor is not None
-    if ce is not None and two_passes:
-        for i, tile in enumerate(spec.tiles):
-            ce.add(i, student.tile(tile.student))
-    for i in range(len(spec.tiles)) if gradients or spec.loss_and_grad or not two_passes else ():
-        tile_loss = _process_tile(i, spec, student, teacher, ce, not two_passes, gradients)
-        if tile_loss is not None:
-            kd, unclamped_kd = kd + tile_loss.loss, unclamped_kd + tile_loss.unclamped
-            dropped = dropped + tile_loss.dropped
-    ce_sum, unclamped_ce, nonfinite, factor = (ce.sum, ce.unclamped, ce.nonfinite, ce.factor) if ce else (zero,) * 4
-    total = spec.ce_weight * factor * ce_sum + spec.kd_weight * kd
-    return LossSums(total, ce_sum, unclamped_ce, kd, unclamped_kd, nonfinite, dropped)
+class _Tiles:
+    """One evaluation of a loss: sums over tiles, and their gradients, if any."""
 
-
-def _process_tile(
-    i: int,
-    spec: TiledLossSpec,
-    student: LazyLogits,
-    teacher: TeacherLogits | None,
-    ce: _CrossEntropy | None,
-    adds_ce: bool,
-    gradients: Gradients | None,
-) -> TileLoss | None:
-    """Compute the logits of one tile, its losses, and add their gradient to `gradients`. The tile is freed on return.
-
-    adds_ce: its cross-entropy has not been added yet
-    Returns: the distillation loss without its gradient; None without distillation
-    """
-    tile = spec.tiles[i]
-    student_tile = student.tile(tile.student)
-    teacher_tile = None if spec.loss_and_grad is None or teacher is None else teacher.tile(tile.teacher)
-    if ce and adds_ce:
-        ce.add(i, student_tile)
-    grad_tile = student_tile if spec.grad_side == "student" else teacher_tile
-    assert isinstance(grad_tile, Tensor), "cached logits have no graph"
-    transform_grad = gradients.logits.logit_transform_grad(grad_tile, spec.clamp.raw_bound) if gradients else None
-    kd = _distill(spec, student_tile, teacher_tile, tile.context, spec.grad_side if gradients else None)
-    if gradients is not None:
-        kd_grad = TileGrad() if kd is None or kd.grad is None else kd.grad
-        kd_weight = spec.kd_weight * spec.grad_scale * torch.ones_like(student_tile[0, :1])
-        if ce and spec.ce_weight:
-            ce.backward_(i, student_tile, kd_grad, kd_weight)
-        else:
-            kd_grad.add_to_(grad_tile.zero_(), kd_weight)
-        kd_grad.add_sparse_to_(grad_tile, kd_weight)
-        positions = tile.student if spec.grad_side == "student" else tile.teacher
-        gradients.add_(positions, grad_tile if transform_grad is None else grad_tile.mul_(transform_grad))
-    return kd and kd._replace(grad=None)
-
-
-def _distill(
-    spec: TiledLossSpec[Context],
-    student: Tensor,
-    teacher: TeacherTile | None,
-    context: Context,
-    grad_side: str | None,
-) -> TileLoss | None:
-    """Clamp both tiles to the clamp's raw bound, in place, and compute their distillation loss."""
-    bound = spec.clamp.raw_bound
-    if spec.loss_and_grad is None or teacher is None:
-        _clamp_(bound, student)
-        return None
-    if bound == math.inf:
-        return spec.loss_and_grad(student, teacher, context, grad_side)
-    assert isinstance(teacher, Tensor), "cached logits cannot be clamped"
-    unclamped = spec.loss_and_grad(student.clone(), teacher.clone(), context, None).unclamped
-    _clamp_(bound, student, teacher)
-    return spec.loss_and_grad(student, teacher, context, grad_side)._replace(unclamped=unclamped)
-
-
-def _clamp_(bound: float, *tiles: Tensor) -> None:
-    """Clamp logits to [-bound, bound], in place; a position that is not finite becomes NaN, which a clamp keeps."""
-    for tile in tiles if bound < math.inf else ():
-        tile.masked_fill_(~finite_positions(tile), math.nan).clamp_(-bound, bound)
-
-
-class _CrossEntropy:
-    """The cross-entropy of a batch: its sums, and what its gradient needs, tile by tile."""
-
-    def __init__(self, spec: TiledLossSpec, targets: Tensor, zero: Tensor):
-        self.spec, self.targets, self.factor = spec, targets, zero + 1.0
-        self.sum = self.unclamped = self.nonfinite = zero
+    def __init__(
+        self, spec: TiledLossSpec, student: LazyLogits, teacher: TeacherLogits | None, gradients: Gradients | None
+    ):
+        self.spec, self.student, self.teacher, self.gradients = spec, student, teacher, gradients
+        zero = torch.zeros((), device=student.states.device)
+        self.ce = self.unclamped_ce = self.nonfinite = self.kd = self.unclamped_kd = self.dropped = zero
+        self.ce_factor = zero + 1.0
         self._logsumexps: dict[int, Tensor] = {}
 
-    def add(self, i: int, tile: Tensor) -> None:
-        """Add tile i of the student's unclamped logits: float32 [V, n]."""
+    def sums(self) -> LossSums:
+        """Process all tiles; those of the student twice if the loss clamp's factor must be known beforehand."""
+        spec = self.spec
+        two_passes = len(spec.tiles) > 1 and spec.ce_factor is not None
+        for i in range(len(spec.tiles)) if two_passes else ():
+            self._add_ce(i, self.student.tile(spec.tiles[i].student))
+        for i in range(len(spec.tiles)) if self.gradients or spec.loss_and_grad or not two_passes else ():
+            self._process(i, adds_ce=not two_passes)
+        total = spec.ce_weight * self.ce_factor * self.ce + spec.kd_weight * self.kd
+        return LossSums(total, self.ce, self.unclamped_ce, self.kd, self.unclamped_kd, self.nonfinite, self.dropped)
+
+    def _process(self, i: int, adds_ce: bool) -> None:
+        """Compute the logits of a tile, add its losses and their gradient. The tile is freed on return."""
+        spec, tile, gradients = self.spec, self.spec.tiles[i], self.gradients
+        student = self.student.tile(tile.student)
+        teacher = None if spec.loss_and_grad is None or self.teacher is None else self.teacher.tile(tile.teacher)
+        if adds_ce:
+            self._add_ce(i, student)
+        logits, positions = (student, tile.student) if spec.grad_side == "student" else (teacher, tile.teacher)
+        assert isinstance(logits, Tensor), "cached logits have no graph"
+        transform_grad = gradients.logits.logit_transform_grad(logits, spec.clamp.raw_bound) if gradients else None
+        kd_grad = self._add_kd(student, teacher, tile.context)
+        if gradients is None:
+            return
+        kd_weight = spec.kd_weight * spec.grad_scale * torch.ones_like(student[0, :1])
+        if spec.targets is not None and spec.ce_weight:
+            self._backward_(i, student, kd_grad, kd_weight)
+        else:
+            kd_grad.add_to_(logits.zero_(), kd_weight)
+        kd_grad.add_sparse_to_(logits, kd_weight)
+        gradients.add_(positions, logits if transform_grad is None else logits.mul_(transform_grad))
+
+    def _add_kd(self, student: Tensor, teacher: TeacherTile | None, context: Any) -> TileGrad:
+        """Clamp both tiles to the raw bound, in place, and add their distillation loss. Returns its gradient."""
+        spec, bound, unclamped = self.spec, self.spec.clamp.raw_bound, None
+        if spec.loss_and_grad is None or teacher is None:
+            _clamp_(student, bound)
+            return TileGrad()
+        if bound < math.inf:
+            assert isinstance(teacher, Tensor), "cached logits cannot be clamped"
+            unclamped = spec.loss_and_grad(student.clone(), teacher.clone(), context, None).unclamped
+            _clamp_(student, bound)
+            _clamp_(teacher, bound)
+        kd = spec.loss_and_grad(student, teacher, context, spec.grad_side if self.gradients else None)
+        self.kd, self.dropped = self.kd + kd.loss, self.dropped + kd.dropped
+        self.unclamped_kd = self.unclamped_kd + (kd.unclamped if unclamped is None else unclamped)
+        return kd.grad or TileGrad()
+
+    def _add_ce(self, i: int, tile: Tensor) -> None:
+        """Add the cross-entropy of tile i of the student's logits, before any clamp: float32 [V, n]."""
+        if self.spec.targets is None:
+            return
         clamp, ce_mask, targets = self.spec.clamp, self.spec.tiles[i].ce_mask, self._targets(i)
         logsumexp = logsumexp_per_position(tile)
         target_logits = tile.gather(0, targets[None])[0]
@@ -257,28 +226,34 @@ class _CrossEntropy:
         log_probs, is_finite = clamp.floor_log_probs(log_probs), finite_positions(tile)
         if ce_mask is not None:
             unclamped, log_probs, is_finite = unclamped * ce_mask, log_probs * ce_mask, is_finite | (ce_mask == 0)
-        self.unclamped, self.sum = self.unclamped - unclamped.sum(), self.sum - log_probs.sum()
+        self.unclamped_ce, self.ce = self.unclamped_ce - unclamped.sum(), self.ce - log_probs.sum()
         self.nonfinite = self.nonfinite + (~is_finite).sum()
         self._logsumexps[i] = logsumexp
         if self.spec.ce_factor is not None:
-            self.factor = self.spec.ce_factor(self.sum)
+            self.ce_factor = self.spec.ce_factor(self.ce)
 
-    def backward_(self, i: int, tile: Tensor, kd_grad: TileGrad, kd_weight: Tensor) -> None:
-        """Overwrite tile i of the student's logits with the gradient of the cross-entropy and of distillation:
+    def _backward_(self, i: int, tile: Tensor, kd_grad: TileGrad, kd_weight: Tensor) -> None:
+        """Overwrite tile i of the student's logits with the gradient, except for distillation's sparse part:
 
-        dz[v] = ce_weight * factor * grad_scale * (p[v] - [v = y]) + kd_weight * kd_grad[v]   (its dense parts)
+        dz[v] = ce_weight * ce_factor * grad_scale * (p[v] - [v = y]) + kd_weight * kd_grad[v]
         """
         ce_mask, targets = self.spec.tiles[i].ce_mask, self._targets(i)
-        weight = self.spec.ce_weight * self.factor * self.spec.grad_scale
+        weight = self.spec.ce_weight * self.ce_factor * self.spec.grad_scale
         weight = weight.expand(len(targets)) if ce_mask is None else weight * ce_mask
-        logsumexp = self._logsumexps[i]
         for block in vocab_blocks(tile):
-            exp_(tile[block].sub_(logsumexp)).mul_(weight)
+            exp_(tile[block].sub_(self._logsumexps[i])).mul_(weight)
             kd_grad.add_to_(tile, kd_weight, block)
         tile.scatter_add_(0, targets[None], -weight[None])
 
     def _targets(self, i: int) -> Tensor:
-        return self.targets[self.spec.tiles[i].student]
+        assert self.spec.targets is not None
+        return self.spec.targets[self.spec.tiles[i].student]
+
+
+def _clamp_(tile: Tensor, bound: float) -> None:
+    """Clamp logits to [-bound, bound], in place; a position that is not finite becomes NaN, which a clamp keeps."""
+    if bound < math.inf:
+        tile.masked_fill_(~finite_positions(tile), math.nan).clamp_(-bound, bound)
 
 
 def split_range(count: int, size: int) -> list[slice]:
