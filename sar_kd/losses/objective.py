@@ -1,4 +1,4 @@
-"""What a step minimises: one `Batch` in, `LossTerms` out."""
+"""The objective of a training step: runs both models on a `Batch` and gives its `LossTerms`."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Objective:
         """The loss of a batch, differentiable in the student alone.
 
         outputs: from `forward_models`, which is called if None
-        grad_scale: what the caller multiplies the total by before its backward; gradients are rounded to half with it
+        grad_scale: the factor of the total in the caller's backward; gradients are rounded to half with it
         """
         outputs = self.forward_models(batch) if outputs is None else outputs
         outputs = dataclasses.replace(outputs, teacher=outputs.teacher and outputs.teacher.detach())
@@ -144,7 +144,7 @@ class Objective:
     def precompute_teacher(self, batches: Sequence[Batch]) -> list[LogitsAndStates | None]:
         """Run an offloaded teacher on all micro-batches of a step, then move its weights to the CPU.
 
-        Returns: what `forward_models` takes for each batch; None for each if no teacher is offloaded
+        Returns: the argument `teacher` of each batch's `forward_models`; None for each if no teacher is offloaded
         """
         if self._offload is None or self.distillation is None:
             return [None] * len(batches)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ TeacherTile = Tensor | TopKLogits
 """A tile of the teacher's logits, float32 [V_t, m], or its cached top k"""
 
 Context = TypeVar("Context")
-"""What a distillation method needs to know about the positions of a tile"""
+"""Data of a distillation method about the positions of a tile"""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class TiledLossSpec(Generic[Context]):
     ce_factor: Callable[[Tensor], Tensor] | None = None
     """From the batch's clamped cross-entropy, a sum, to a factor of its gradient; None for 1"""
     grad_scale: Tensor | float = 1.0
-    """What the caller multiplies the total by before its backward: loss_scale / tokens"""
+    """The factor of the total in the caller's backward: loss_scale / tokens"""
     grad_side: str = "student"
     """'student' or 'teacher'"""
 
@@ -152,11 +152,15 @@ class _TiledLoss(torch.autograd.Function):
         return None, None, None, *((None,) * 3 if gradients is None else gradients.scaled(grad / ctx.grad_scale))
 
 
-class _Tiles:
+class _Tiles(Generic[Context]):
     """One evaluation of a loss: sums over tiles, and their gradients, if any."""
 
     def __init__(
-        self, spec: TiledLossSpec, student: LazyLogits, teacher: TeacherLogits | None, gradients: Gradients | None
+        self,
+        spec: TiledLossSpec[Context],
+        student: LazyLogits,
+        teacher: TeacherLogits | None,
+        gradients: Gradients | None,
     ):
         self.spec, self.student, self.teacher, self.gradients = spec, student, teacher, gradients
         zero = torch.zeros((), device=student.states.device)
@@ -196,7 +200,7 @@ class _Tiles:
         kd_grad.add_sparse_to_(logits, kd_weight)
         gradients.add_(positions, logits if transform_grad is None else logits.mul_(transform_grad))
 
-    def _add_kd(self, student: Tensor, teacher: TeacherTile | None, context: Any) -> TileGrad:
+    def _add_kd(self, student: Tensor, teacher: TeacherTile | None, context: Context) -> TileGrad:
         """Clamp both tiles to the raw bound, in place, and add their distillation loss. Returns its gradient."""
         spec, bound, unclamped = self.spec, self.spec.clamp.raw_bound, None
         if spec.loss_and_grad is None or teacher is None:

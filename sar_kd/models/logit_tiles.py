@@ -1,6 +1,6 @@
 """Arithmetic on tiles of logits [V, n], one column per position, a block of the vocabulary at a time.
 
-A block fits into a processor's cache, so what is done to it in sequence costs little more than its exponentials.
+A block fits into a processor's cache, so several passes over it cost little more than its exponentials.
 """
 
 from __future__ import annotations
