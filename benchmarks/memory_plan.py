@@ -4,7 +4,7 @@
     python benchmarks/memory_plan.py --only llama_32000 moe
 
 Measured in three ways: `allocated` is the peak of the allocator, every allocation and release as
-PyTorch's profiler reports it, kernels' own included; the plan's categories predict it. `ledger` counts storages
+PyTorch's profiler reports it, kernels' own included; the plan's categories predict it. `tracked` counts storages
 while the real step runs. `resident` is the peak resident set of the process (Linux), against the plan plus what the
 process had before. On a GPU there is one way: `torch.cuda.max_memory_allocated`, against the plan with what libraries
 take. Off by is (plan - measured) / measured.
@@ -112,7 +112,7 @@ def resident(kind: str) -> int:
 
 
 def measure(name: str, how: str, device_name: str, dtype_name: str) -> dict:
-    """One case, planned and measured in this process. how: 'allocated', 'ledger' or 'resident'; dtype_name: of all
+    """One case, planned and measured in this process. how: 'allocated', 'tracked' or 'resident'; dtype_name: of all
     cases if it is not empty
     """
     import torch
@@ -128,14 +128,14 @@ def measure(name: str, how: str, device_name: str, dtype_name: str) -> dict:
     case = dataclasses.replace(case, dtype=dtype_name or case.dtype)
     config, dtype, device = config_of(case, device_name), getattr(torch, case.dtype), torch.device(device_name)
     run = _embedded(config) if case.student == "embedded" else _invented(case, config, dtype)
-    found = plan(config, run.skeletons(), device, dtype)
-    record, precision = {"plan": found.record(), "held": found.held}, Precision(device, dtype, 1024.0)
+    found = plan(config, run.meta_models(), device, dtype)
+    record, precision = {"plan": found.record(), "baseline": found.baseline}, Precision(device, dtype, 1024.0)
     if how == "allocated":
         return record | {"allocated": peak_bytes(device, lambda: run.go(config, precision))}
-    if how == "ledger":
-        with MemoryTracker() as ledger:
+    if how == "tracked":
+        with MemoryTracker() as tracker:
             run.go(config, precision)
-        return record | {"ledger": ledger.peak}
+        return record | {"tracked": tracker.peak}
     Path("/proc/self/clear_refs").write_text("5")
     run.go(config, precision)
     return record | {"resident": resident("VmHWM")}
@@ -151,7 +151,7 @@ def _invented(case: Case, config, dtype):
     kinds = {"teacher": model_config(case.teacher, case, True), "student": model_config(case.student, case, False)}
     build = transformers.AutoModelForCausalLM.from_config
 
-    def skeletons():
+    def meta_models():
         with torch.device("meta"):
             return {whose: build(kind) for whose, kind in kinds.items()}
 
@@ -172,7 +172,7 @@ def _invented(case: Case, config, dtype):
 
         _train(config, precision, teacher, student, aligner, lambda step: [batch() for _ in range(case.accum)])
 
-    return SimpleNamespace(skeletons=skeletons, go=go)
+    return SimpleNamespace(meta_models=meta_models, go=go)
 
 
 def _embedded(config):
@@ -181,7 +181,7 @@ def _embedded(config):
     from sar_kd.data.sources import load_documents
     from sar_kd.models.loading import load_meta_model, load_models
 
-    def skeletons():
+    def meta_models():
         return {
             whose: load_meta_model(f"{whose}_model", "embedded", trust_remote_code=False)
             for whose in ("teacher", "student")
@@ -203,7 +203,7 @@ def _embedded(config):
 
         _train(config, precision, models.teacher, models.student, corpus.aligner, batches)
 
-    return SimpleNamespace(skeletons=skeletons, go=go)
+    return SimpleNamespace(meta_models=meta_models, go=go)
 
 
 def _train(config, precision, teacher, student, aligner, batches) -> None:
@@ -259,25 +259,25 @@ def main() -> None:
     on_cpu, rows, worst = options.device == "cpu", [], 0.0
     names = [name for name in CASES if any(name.startswith(word) for word in options.only)]
     columns = "plan MB | at | allocated MB | off by" + (
-        " | ledger MB | resident: plan MB | measured MB | off by" * on_cpu
+        " | tracked MB | resident: plan MB | measured MB | off by" * on_cpu
     )
     print(f"| case | {columns} |\n|---|---:|---|---:|---:|" + "---:|---:|---:|---:|" * on_cpu)
     for name in names:
         row: dict = {"case": name, **dataclasses.asdict(CASES[name])}
-        for how in ("allocated", "ledger", "resident") if on_cpu else ("allocated",):
+        for how in ("allocated", "tracked", "resident") if on_cpu else ("allocated",):
             command = [sys.executable, __file__, "--one", name, how, "--device", where[0], "--model_dtype", where[1]]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 sys.exit(f"{name}, {how}: {done.stderr}")
             row |= json.loads(done.stdout.splitlines()[-1])
         found = row["plan"]
-        planned = found["needed_bytes"] - (found["held_bytes"] if on_cpu else 0)
+        planned = found["needed_bytes"] - (found["baseline_bytes"] if on_cpu else 0)
         row["off"] = planned / row["allocated"] - 1
         worst = max(worst, abs(row["off"]))
         cells = [name, f"{planned / 1e6:.1f}", found["peak"], f"{row['allocated'] / 1e6:.1f}", f"{row['off']:+.1%}"]
         if on_cpu:
             row["resident_off"] = found["needed_bytes"] / row["resident"] - 1
-            cells += [f"{size / 1e6:.1f}" for size in (row["ledger"], found["needed_bytes"], row["resident"])]
+            cells += [f"{size / 1e6:.1f}" for size in (row["tracked"], found["needed_bytes"], row["resident"])]
             cells.append(f"{row['resident_off']:+.1%}")
         rows.append(row)
         print("| " + " | ".join(cells) + " |", flush=True)

@@ -1,4 +1,4 @@
-"""Batched generation with a KV cache, through transformers' `generate`; the size of that cache."""
+"""Batched generation with a KV cache, through transformers' `generate`."""
 
 from __future__ import annotations
 
@@ -70,14 +70,6 @@ def generate(
         model.generation_config = saved_config
     first_nonfinite, stops = finite_check.first_nonfinite.tolist(), set(stop_token_ids)
     return [_cut(*each, stops) for each in zip(new_ids, max_new_tokens, first_nonfinite, strict=True)]
-
-
-def kv_cache_bytes(model: Any, batch_size: int, num_tokens: int, number_size: int) -> int:
-    """B * T * layers * 2 * KV heads * head size * bytes of a number"""
-    config = model.config.get_text_config()
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return batch_size * num_tokens * config.num_hidden_layers * 2 * kv_heads * head_size * number_size
 
 
 def _cut(ids: list[int], limit: int, nonfinite_at: int, stops: set[int]) -> Generation:

@@ -171,10 +171,11 @@ def _check_teacher_cache(meta: MetaModels) -> Finding:
     if not folder:
         return Finding("teacher_cache", [], {"used": False})
     metadata = check_settings(meta.config)["metadata"]
-    line = f"Teacher cache {folder}: the {metadata['teacher_top_k']} largest logits of each position, in {metadata['dtype']}"
-    return Finding(
-        "teacher_cache", [f"{line}; a run compares its teacher, text and digests"], {"used": True, **metadata}
+    top_k, dtype = metadata["teacher_top_k"], metadata["dtype"]
+    line = (
+        f"Teacher cache {folder}: the {top_k} largest logits of each position, in {dtype}; a run compares its teacher, "
     )
+    return Finding("teacher_cache", [f"{line}text and digests"], {"used": True, **metadata})
 
 
 def _check_alignment(meta: MetaModels) -> Finding:

@@ -80,8 +80,8 @@ def dry_run(
     with fake_tensors() as tracker, assume_unpacked_sequences(), limit_blocks():
         run = _DryRun(config, models, Precision(device, dtype, 1.0), tracker, keeps_gradients)
         run.sample()
-        with run.routing() as trained_routing:
-            run.step(trained_routing)
+        with run.routing() as trains_routers:
+            run.step(trains_routers)
         run.evaluate()
     return run.phases
 
@@ -105,19 +105,22 @@ class _DryRun:
         for model in filter(None, (self.student, self.teacher)):
             self.heads.assume(model)
         loss, block_size = config.loss, config.data.block_size
-        vocab_sizes = [vocab_size_of(model or self.student) for model in (self.student, self.teacher)]
-        self.block_sizes = block_size, teacher_block_size(block_size, *vocab_sizes)
-        self.tile_size = positions_per_tile(loss.loss_workspace_mb, vocab_sizes[0])
-        sizes = dict(zip(("student_vocab_size", "teacher_vocab_size"), vocab_sizes, strict=True))
-        pair = SimpleNamespace(**sizes, num_teacher_tokens=vocab_sizes[1], tables=None)
-        aligner: Any = SimpleNamespace(pair=pair, same_token=self._empty(torch.int64, vocab_sizes[1]))
-        offloads = self.teacher is not None and loss.alpha_kd > 0 and config.memory.offloads_from(precision.device)
-        self.offload = StubOffload(tracker, self.teacher) if offloads else None
+        vocab_size, teacher_size = vocab_size_of(self.student), vocab_size_of(self.teacher or self.student)
+        self.block_sizes = block_size, teacher_block_size(block_size, vocab_size, teacher_size)
+        self.tile_size = positions_per_tile(loss.loss_workspace_mb, vocab_size)
+        pair = SimpleNamespace(
+            student_vocab_size=vocab_size, teacher_vocab_size=teacher_size, num_teacher_tokens=teacher_size, tables=None
+        )
+        aligner: Any = SimpleNamespace(pair=pair, same_token=self._empty(torch.int64, teacher_size))
+        self.offload = None
+        if self.teacher is not None and loss.alpha_kd > 0 and config.memory.offloads_from(precision.device):
+            self.offload = StubOffload(tracker, self.teacher)
         # A stub replaces projection; hidden states take less memory than chunk likelihoods.
         alignment = {"projection": "auto", "hidden": "alm"}.get(loss.alignment, loss.alignment)
         runnable = dataclasses.replace(loss, alignment=alignment)
         self.objective = Objective(self.teacher, self.student, runnable, aligner, precision, self.offload, self.heads)
-        if loss.alpha_kd > 0 and alignment == "auto" and (loss.alignment == "projection" or not _alike(*vocab_sizes)):
+        projects = loss.alignment == "projection" or not _alike(vocab_size, teacher_size)
+        if loss.alpha_kd > 0 and alignment == "auto" and projects:
             self.objective.distillation = StubProjection(loss, aligner)
         parameters = (*self.student.parameters(), *self.objective.parameters())
         self.trainable = [parameter for parameter in parameters if parameter.requires_grad]
@@ -151,23 +154,23 @@ class _DryRun:
         return teacher
 
     @contextlib.contextmanager
-    def routing(self) -> Iterator[Routing | None]:
-        """Open the teacher's routing; yields it if its routers are trained."""
+    def routing(self) -> Iterator[bool]:
+        """Open the teacher's routing; yields whether its routers are trained."""
         settings: Any = getattr(self.config, "routing", None)
         kind = "native" if settings is None or self.objective.distillation is None else settings.routing
         specs = find_routers(self.teacher, settings.router_patterns) if kind != "native" else []
         if not specs:
-            yield None
+            yield False
             return
         trains = kind in ("sar", "auto")
         rule = kind if not trains else "native" if settings.sar_routing == "native" else "all"
-        with Routing(self.teacher, specs, rule, settings.ka_lambda) as routing:
+        with Routing(self.teacher, specs, rule, settings.ka_lambda):
             if trains:
                 for parameter in router_parameters(specs).values():
                     parameter.requires_grad_(True)
                 if settings.activation_checkpointing:
                     recompute_activations_(self.teacher)
-            yield routing if trains else None
+            yield trains
 
     @contextlib.contextmanager
     def _phase(self, name: str, label: str) -> Iterator[None]:
@@ -179,30 +182,30 @@ class _DryRun:
 
     @torch.no_grad()
     def sample(self) -> None:
-        """Generate on-policy responses: the prefill is run, the last new token estimated from the prefill's KV cache."""
+        """Generate on-policy responses: the prefill is run, the last new token is estimated from its KV cache."""
         settings: Any = getattr(self.config, "on_policy", None)
         if settings is None or not settings.on_policy_fraction:
             return
         batch_size, prompt, total = largest_generation(settings, self.config.train, self.block_sizes[0])
-        backbone, lm_head = backbone_of(self.student.eval()), self.student.get_output_embeddings()
+        student: Any = self.student.eval()
         with self._phase("sampling", "activations"), self.precision.autocast():
             mask = self._empty(torch.bool, batch_size, 1, prompt, prompt)  # prompts are padded
             ids = self._empty(torch.int64, batch_size, prompt)
-            out = backbone(input_ids=ids, attention_mask=mask, use_cache=True)
+            out = backbone_of(student)(input_ids=ids, attention_mask=mask, use_cache=True)
             last_states, layers = out.last_hidden_state[:, -1:].clone(), out.past_key_values.layers
             cached = [value for layer in layers for value in vars(layer).values() if isinstance(value, Tensor)]
             cache_bytes = sum(value.nbytes for value in cached) * total // prompt
             del mask, ids, out, layers, cached
             held = [self._empty(torch.uint8, cache_bytes)]
-            shape, num_sorted = (batch_size, vocab_size_of(self.student)), _LOGITS_SORTED * (settings.sample_top_p < 1)
+            shape, num_sorted = (batch_size, vocab_size_of(student)), _LOGITS_SORTED if settings.sample_top_p < 1 else 1
             held += [self._empty(torch.float32, *shape) for _ in range(_LOGITS_HELD)]
-            lm_head(last_states)
-            held += [self._empty(torch.float32, *shape) for _ in range(max(1, num_sorted))]
-        self.student.train()
+            student.get_output_embeddings()(last_states)
+            held += [self._empty(torch.float32, *shape) for _ in range(num_sorted)]
+        student.train()
 
-    def step(self, trained_routing: Routing | None) -> None:
+    def step(self, trains_routers: bool) -> None:
         """A micro-batch from forward to backward, the last of several where there are several."""
-        accum_steps, trains_routers = self.config.train.grad_accum_steps, trained_routing is not None
+        accum_steps = self.config.train.grad_accum_steps
         joint = trains_routers and self.config.routing.sar_schedule == "joint"
         with self._phase("start", "other"):
             batch, num_rest = self._batch()
@@ -216,7 +219,7 @@ class _DryRun:
         rest = []
         if self.offload is not None:
             with self._phase("teacher", "activations"):
-                teacher_outputs = self.objective.precompute_teacher([batch])
+                teacher_outputs = [*self.objective.precompute_teacher([batch])]
                 states = teacher_outputs[0][0].states
                 rest.append(states.new_empty((accum_steps - 1, *states.shape)))  # of the other micro-batches
                 del states
@@ -251,7 +254,7 @@ class _DryRun:
             student_positions=student, teacher_positions=student, strict=student.bool(), student_chunks=student,
             teacher_chunks=teacher, num_chunks=len(ends), student_ends=ends, teacher_ends=ends,
         )  # fmt: skip
-        return Batch(*sides, alignment, ()), batch_size * (self.block_sizes[0] - 1) - len(student)
+        return Batch(sides[0], sides[1], alignment, ()), batch_size * (self.block_sizes[0] - 1) - len(student)
 
     def _train_routers(self, batch: Batch) -> None:
         """The routers' own pass of `--sar_schedule two_stage`."""

@@ -53,8 +53,8 @@ class Plan:
     device: torch.device
     baseline: int
     """Bytes of the process beside the phases: what libraries take, and on a CPU what it holds already"""
-    free: int | None
-    """Bytes that it could still take; None where the system does not tell"""
+    available: int | None
+    """Bytes that the process can have in all; None where the system does not tell"""
 
     @property
     def peak(self) -> Phase:
@@ -65,12 +65,6 @@ class Plan:
     def needed(self) -> int:
         """Bytes of the process on the device at the peak, as `peak_memory_bytes` in `summary.json` measures them."""
         return self.peak.total + self.baseline
-
-    @property
-    def available(self) -> int | None:
-        """Bytes in all: free, or held by the process already."""
-        held = self.baseline if self.device.type == "cpu" else 0
-        return None if self.free is None else self.free + held
 
     @property
     def verdict(self) -> str:
@@ -136,15 +130,16 @@ def plan(
         raise NotEstimated(f"a model needs tensor values: {type(error).__name__} {first_line}".strip()) from error
     if is_sharded:
         phases = [_shard(phase, models["student"], process_group.size) for phase in phases]
-    free, baseline = environment.free_memory(device), _LIBRARIES[device.type]
+    available, baseline = environment.free_memory(device), _LIBRARIES[device.type]
     if device.type == "cpu":
         # Models in memory already are in the phases.
         real = [p for model in models.values() for p in model.parameters() if p.device.type == "cpu"]
         baseline += max(0, environment.resident_memory() - sum(parameter.nbytes for parameter in real))
-        free = free and free // process_group.size  # the processes share one machine's memory
-    elif free is not None:
-        free += torch.cuda.memory_allocated(device)
-    return Plan(phases, device, baseline, free)
+        # The processes share one machine's memory.
+        available = None if available is None else available // process_group.size + baseline
+    elif available is not None:
+        available += torch.cuda.memory_allocated(device)
+    return Plan(phases, device, baseline, available)
 
 
 def _without_cached_teacher(config: Any, models: Mapping[str, nn.Module]) -> tuple[Any, Mapping[str, nn.Module]]:
@@ -156,7 +151,7 @@ def _without_cached_teacher(config: Any, models: Mapping[str, nn.Module]) -> tup
 
 
 def _shard(phase: Phase, student: nn.Module, ranks: int) -> Phase:
-    """With FSDP: 1 / ranks of what is trained; whole what is gathered, the weights outside the layers and two layers."""
+    """With FSDP: a share of all that is trained, and whole what is gathered: weights outside the layers, two layers."""
     layers = [4 * sum(p.numel() for p in layer.parameters()) for layer in layers_of(student)]
     gathered = 4 * sum(p.numel() for p in student.parameters()) - sum(layers) + 2 * max(layers, default=0)
     sizes = dict(phase.bytes)
@@ -181,8 +176,8 @@ def advice(
     where = "the machine's" if found.device.type == "cpu" else f"{found.device}'s"
     return lines, UsageError(
         f"--per_device_batch_size {config.train.per_device_batch_size}: the run needs about "
-        f"{format_bytes(found.needed)} of {where} memory, and {format_bytes(found.available or 0)} are there; {remedy}; "
-        "or --force to try all the same"
+        f"{format_bytes(found.needed)} of {where} memory, and {format_bytes(found.available or 0)} are there; "
+        f"{remedy}; or --force to try all the same"
     )
 
 
@@ -256,7 +251,7 @@ def fit_batch_size(config: R, process_group: ProcessGroup, loaded: LoadedModels 
 
 def _fit(config: R, loaded: LoadedModels) -> R:
     models, (device, dtype, _) = MetaModels(config, loaded).models, choose_device(config.precision)
-    default = default_batch_size(config.train, config.data.task)
+    default = default_batch_size(type(config.train), config.data.task)
     blocks = default * config.train.grad_accum_steps
     sizes = [size for size in range(blocks, 0, -1) if blocks % size == 0]
     if device.type == "cpu":

@@ -81,7 +81,7 @@ class MemoryTracker(TorchDispatchMode):
 
 
 def _fake_grouped_mm(a: Tensor, b: Tensor, offs: Any = None, *_, **__) -> Tensor:
-    """The shape of a grouped product; PyTorch's own rule for fake tensors takes bfloat16 alone, the kernels take more."""
+    """The shape of a grouped product; PyTorch's own rule for fake tensors takes bfloat16 alone, unlike the kernels."""
     batch: tuple[int, ...] = ()
     if a.ndim == b.ndim:  # one product for each group: of slices of both, or of stacked matrices
         batch = (len(offs) if a.ndim == 2 else len(a),)
