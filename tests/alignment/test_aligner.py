@@ -1,4 +1,4 @@
-"""Which teacher row speaks about which student row, reconstructed byte by byte from what the models read."""
+"""The alignment of a batch, reconstructed byte by byte from the inputs of both models."""
 
 import copy
 import json
@@ -32,8 +32,8 @@ CROSS = [(student, teacher) for student in KINDS for teacher in KINDS if student
 END = b"\xff"
 """Stands for an end-of-text token; no text holds this byte."""
 LEAST_AGREEMENT, LEAST_AGREEMENT_INSIDE = 0.98, 0.85
-"""Share of the rows at which the two tokens of the text are one outcome: where both start one, and inside a token,
-which the text may cut where it is not cut standing alone. For vocabularies of 600 that know 60 short texts."""
+"""Share of the positions at which the two tokens of the text are in one class: at common boundaries, and inside a
+token, which may be split otherwise in the text than standing alone. For vocabularies of 600 trained on 60 texts."""
 FUZZ_PIECES = (
     "the", " token", "1969", "\n", "\r\n", " ", "   ", "\t", "\x00", "\u00e9", "e\u0301", "\u65e5\u672c", "\U0001f600",
     "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\u05e9\u05dc\u05d5\u05dd", "\u2581", "\u0120", "\ue000", "</s>",
@@ -71,7 +71,7 @@ def _pair(student, teacher, **options) -> TokenizerPair:
     return TokenizerPair(student, teacher, student_vocab_size=len(student), teacher_vocab_size=len(teacher), **options)
 
 
-# What a batch says, block by block
+# The alignment of each block of a batch
 
 
 class Token(NamedTuple):
@@ -80,61 +80,61 @@ class Token(NamedTuple):
     id: int
     first: int
     """The byte of the block at which it starts"""
-    said: bytes
+    text: bytes
     usable: bool
-    """It is to be predicted, and says what the text says"""
-    spoils: bool
-    """It says something that is not to be learned, or that the text does not say"""
+    """It is a target, and its bytes are those of the text"""
+    invalidates_chunk: bool
+    """It has bytes that are not to be learned, or that are not in the text"""
 
 
 def _tokens(corpus: Dataset, batch: Batch, which: str, place: int) -> list[Token]:
     """The tokens of the block at row `place` of the batch, from its inputs."""
     side = ("student", "teacher").index(which)
     table, end_id = corpus.pair.tables[side], getattr(corpus.pair, f"{which}_end")
-    cut, stream = corpus.blocks[batch.blocks[place]], getattr(corpus.text, which)
-    start, end = getattr(cut, f"{which}_start"), getattr(cut, f"{which}_end")
+    block, stream = corpus.blocks[batch.blocks[place]], getattr(corpus.text, which)
+    start, end = getattr(block, f"{which}_start"), getattr(block, f"{which}_end")
     inputs = getattr(batch, which).input_ids[place].tolist()
     found, first = [], 0
     for i, token in enumerate(inputs[1 : 1 + end - start], start):
-        said = END if token == end_id else table.pieces[token][int(stream.has_dummy[i]) :]
+        text = END if token == end_id else table.pieces[token][int(stream.has_dummy[i]) :]
         if not stream.is_target[i] and stream.ends[i] == (stream.ends[i - 1] if i else 0):
-            said = b""  # a template's token, which stands for no text
+            text = b""  # a template's token, which stands for no text
         dummy = bool(stream.has_dummy[i])
         usable = bool(stream.is_target[i]) and not dummy
-        found.append(Token(token, first, said, usable, not usable and (dummy or bool(said))))
-        first += len(said)
+        found.append(Token(token, first, text, usable, not usable and (dummy or bool(text))))
+        first += len(text)
     return found
 
 
-class Spoken(NamedTuple):
+class BlockAlignment(NamedTuple):
     """The alignment of one block, in indices of the block's own tokens."""
 
     pairs: list[tuple[int, int, bool]]
     """Student token, teacher token, strict"""
     student_continuations: list[tuple[int, int, frozenset]]
-    """Student token that goes on, teacher token, and the outcomes: student ids, teacher ids, and is it the end"""
+    """Student token that continues, teacher token, and the classes: student ids, teacher ids, and is it the end"""
     teacher_continuations: list[tuple[int, int, frozenset]]
-    """The same, the teacher's token being the one that goes on"""
+    """The same, the teacher's token being the one that continues"""
     token_end: list[tuple[int, int, int, frozenset]]
-    """Student and teacher token of an open row, the token of the coarser side that ended there and might have gone on,
-    and the outcomes of that: coarser ids, and is it the end
+    """Student and teacher token of a pair, the token of the coarser side that ended there and might have continued, and
+    the classes of that continuation: coarser ids, and is it the end
     """
     continuation_paths: list[tuple[int, int, frozenset]]
-    """Student and teacher token of an open row, and which open outcomes are which outcomes of its continuation"""
+    """Student and teacher token of a pair, and which shared classes are which classes of its continuation"""
     chunks: list[tuple[list[int], list[int], int, int]]
     """Student tokens and teacher tokens of each chunk, and the last of each side"""
 
 
-def _spoken(corpus: Dataset, batch: Batch) -> list[Spoken]:
-    """Each block's alignment; the token that a row of the logits predicts is the input behind it."""
+def _alignments(corpus: Dataset, batch: Batch) -> list[BlockAlignment]:
+    """Each block's alignment; the token that a position predicts is the next input."""
     a = batch.alignment
     widths = batch.student.input_ids.shape[1], batch.teacher.input_ids.shape[1]
-    rows = batch.student.positions
-    found = [Spoken([], [], [], [], [], []) for _ in batch.blocks]
+    positions = batch.student.positions
+    found = [BlockAlignment([], [], [], [], [], []) for _ in batch.blocks]
 
     def place_of(student: int, teacher: int) -> tuple[int, tuple[int, int]]:
         (place, token), (other, teacher_token) = (
-            divmod(int(rows[student]), widths[0]),
+            divmod(int(positions[student]), widths[0]),
             divmod(teacher, widths[1]),
         )
         assert place == other
@@ -145,38 +145,38 @@ def _spoken(corpus: Dataset, batch: Batch) -> list[Spoken]:
         found[place].pairs.append((*tokens, strict))
     for side, record in enumerate((a.student_continuations, a.teacher_continuations)):
         pairs = zip(record.coarse_positions.tolist(), record.fine_positions.tolist(), strict=False)
-        for pair, outcomes in zip(pairs, _outcomes(record), strict=False):
+        for pair, classes in zip(pairs, _classes(record), strict=False):
             place, tokens = place_of(*(pair if side == 0 else pair[::-1]))
-            sided = frozenset((fine, coarse, end) if side else (coarse, fine, end) for coarse, fine, end in outcomes)
+            sided = frozenset((fine, coarse, end) if side else (coarse, fine, end) for coarse, fine, end in classes)
             (found[place].student_continuations, found[place].teacher_continuations)[side].append((*tokens, sided))
     coarse = int(corpus.aligner.teacher_is_coarser)
     record = (a.student_continuations, a.teacher_continuations)[coarse]
     own = [
         list(range(first, end)) for first, end in zip([0, *(record.end_classes + 1)], record.end_classes, strict=False)
     ]
-    continuation_paths, outcomes = [set() for _ in where], _outcomes(record)
-    for row, open_outcome, outcome in a.continuation_paths.T.tolist():
-        assert open_outcome not in dict(continuation_paths[row])
-        continuation_paths[row].add((open_outcome, own[a.token_end[row]].index(outcome)))
-    for (place, tokens), continuation, ways in zip(where, a.token_end.tolist(), continuation_paths, strict=True):
+    continuation_paths, classes = [set() for _ in where], _classes(record)
+    for pair, shared_class, class_ in a.continuation_paths.T.tolist():
+        assert shared_class not in dict(continuation_paths[pair])
+        continuation_paths[pair].add((shared_class, own[a.token_end[pair]].index(class_)))
+    for (place, tokens), continuation, paths in zip(where, a.token_end.tolist(), continuation_paths, strict=True):
         if continuation < 0:
-            assert not ways
+            assert not paths
             continue
-        assert continuation >= len(record.fine_positions)  # those that go on come first
-        row = int(record.coarse_positions[continuation])
-        other, held = divmod(row if coarse else int(rows[row]), widths[coarse])
+        assert continuation >= len(record.fine_positions)  # those inside a token come first
+        position = int(record.coarse_positions[continuation])
+        other, last = divmod(position if coarse else int(positions[position]), widths[coarse])
         assert place == other
-        found[place].token_end.append((*tokens, held, frozenset((ids, end) for ids, _, end in outcomes[continuation])))
-        found[place].continuation_paths.append((*tokens, frozenset(ways)))
-    told = a.token_end[a.token_end >= 0].tolist()
-    assert len(set(told)) == len(told)
+        found[place].token_end.append((*tokens, last, frozenset((ids, end) for ids, _, end in classes[continuation])))
+        found[place].continuation_paths.append((*tokens, frozenset(paths)))
+    ended = a.token_end[a.token_end >= 0].tolist()
+    assert len(set(ended)) == len(ended)
     for place, chunk in _chunks(batch):
         found[place].chunks.append(chunk)
-    return [Spoken(*(sorted(part, key=lambda entry: entry[:2]) for part in spoken)) for spoken in found]
+    return [BlockAlignment(*(sorted(part, key=lambda entry: entry[:2]) for part in actual)) for actual in found]
 
 
 def _chunks(batch: Batch):
-    """The row of the batch that each chunk lies in, and the chunk as in `Spoken`."""
+    """The row of the batch that each chunk lies in, and the chunk as in `BlockAlignment`."""
     a = batch.alignment
     widths = batch.student.input_ids.shape[1], batch.teacher.input_ids.shape[1]
     members = [([], []) for _ in range(a.num_chunks)]
@@ -184,109 +184,109 @@ def _chunks(batch: Batch):
     sides = (batch.student.positions, a.student_chunks), (batch.teacher.positions, a.teacher_chunks)
     for side, (own, chunks) in enumerate(sides):
         assert len(own) == len(chunks)
-        for row, chunk in zip(own.tolist(), chunks.tolist(), strict=True):
+        for position, chunk in zip(own.tolist(), chunks.tolist(), strict=True):
             if chunk >= 0:
-                place, token = divmod(row, widths[side])
+                place, token = divmod(position, widths[side])
                 members[chunk][side].append(token)
                 places[chunk].add(place)
     for chunk, where in enumerate(places):
         (place,) = where
         ends = [divmod(int(e[chunk]), w) for e, w in zip((a.student_ends, a.teacher_ends), widths, strict=True)]
         assert {place} == {other for other, _ in ends}
-        # A position has read its own input: the token before the one that its row predicts.
+        # The input at a position is the token before the one that the position predicts.
         yield place, (*members[chunk], *(position - 1 for _, position in ends))
 
 
-def _outcomes(record) -> list[frozenset]:
-    """The outcomes of each continuation: coarser ids, finer ids, and is it the end."""
+def _classes(record) -> list[frozenset]:
+    """The classes of each continuation: coarse ids, fine ids, and is it the end."""
     members = [(set(), set()) for _ in record.class_continuations]
     for side, entries in enumerate((record.coarse_entries, record.fine_entries)):
-        for row, token, outcome in entries.T.tolist():
-            assert row == record.class_continuations[outcome]
-            assert token not in members[outcome][side]
-            members[outcome][side].add(token)
-    rows = [set() for _ in record.coarse_positions]
-    ends, going_on = set(record.end_classes.tolist()), len(record.fine_positions)
-    for outcome, (row, (coarse, fine)) in enumerate(zip(record.class_continuations.tolist(), members, strict=True)):
-        assert (row < going_on) == (outcome < record.num_inside_classes)
-        assert bool(fine) == (row < going_on and outcome not in ends)
-        rows[row].add((frozenset(coarse), frozenset(fine), outcome in ends))
-    for outcomes, can_end in zip(rows, record.can_end.tolist(), strict=False):
-        assert [len(coarse) for coarse, _, is_end in outcomes if is_end] == [int(can_end)]
-    assert len(record.can_end) == going_on
-    return [frozenset(row) for row in rows]
+        for continuation, token, class_ in entries.T.tolist():
+            assert continuation == record.class_continuations[class_]
+            assert token not in members[class_][side]
+            members[class_][side].add(token)
+    found = [set() for _ in record.coarse_positions]
+    ends, num_inside = set(record.end_classes.tolist()), len(record.fine_positions)
+    for class_, (number, (coarse, fine)) in enumerate(zip(record.class_continuations.tolist(), members, strict=True)):
+        assert (number < num_inside) == (class_ < record.num_inside_classes)
+        assert bool(fine) == (number < num_inside and class_ not in ends)
+        found[number].add((frozenset(coarse), frozenset(fine), class_ in ends))
+    for classes, can_end in zip(found, record.can_end.tolist(), strict=False):
+        assert [len(coarse) for coarse, _, is_end in classes if is_end] == [int(can_end)]
+    assert len(record.can_end) == num_inside
+    return list(map(frozenset, found))
 
 
 def _holders(tokens: list[Token]) -> dict[int, int]:
     """The token that holds each byte."""
-    return {byte: i for i, token in enumerate(tokens) for byte in range(token.first, token.first + len(token.said))}
+    return {byte: i for i, token in enumerate(tokens) for byte in range(token.first, token.first + len(token.text))}
 
 
-def _by_table(aligner: Aligner, coarse: int, prefix: bytes) -> frozenset | None:
-    """The outcomes that the vocabulary map gives behind `prefix`, as student ids, teacher ids, and is it the end."""
+def _classes_after(aligner: Aligner, coarse: int, prefix: bytes) -> frozenset | None:
+    """The classes of the vocabulary map after `prefix`, as student ids, teacher ids, and is it the end."""
     found = aligner._maps[coarse].after_prefix(prefix)
     if found is None:
         return None
     members = [(set(), set()) for _ in range(found.num_classes)]
-    for token, outcome in zip(found.coarse_tokens.tolist(), found.coarse_classes.tolist(), strict=True):
-        members[outcome][coarse].add(token)
-    for token, outcome in zip(found.fine_tokens.tolist(), found.fine_classes.tolist(), strict=True):
-        members[outcome][1 - coarse].add(token)
+    for token, class_ in zip(found.coarse_tokens.tolist(), found.coarse_classes.tolist(), strict=True):
+        members[class_][coarse].add(token)
+    for token, class_ in zip(found.fine_tokens.tolist(), found.fine_classes.tolist(), strict=True):
+        members[class_][1 - coarse].add(token)
     return frozenset((frozenset(a), frozenset(b), n == found.num_classes - 1) for n, (a, b) in enumerate(members))
 
 
-def _expected(corpus: Dataset, batch: Batch, place: int) -> Spoken:
+def _expected(corpus: Dataset, batch: Batch, place: int) -> BlockAlignment:
     """The alignment of a block from the definitions, byte by byte."""
     sides = [_tokens(corpus, batch, which, place) for which in ("student", "teacher")]
     holders = [_holders(tokens) for tokens in sides]
     coarser = int(corpus.aligner.teacher_is_coarser)
-    found, at_byte = Spoken([], [], [], [], [], []), {}
+    found, at_byte = BlockAlignment([], [], [], [], [], []), {}
     for byte in sorted(holders[0]):
         here = holders[0][byte], holders[1][byte]
         starts = [side[i].first == byte for side, i in zip(sides, here, strict=True)]
         usable = [side[i].usable for side, i in zip(sides, here, strict=True)]
         for coarse in (0, 1):
-            # The other side starts a token; this one may go on: the coarser always, the other inside a token.
+            # The other side starts a token; this one may continue: the coarser always, the other inside a token.
             if not byte or not starts[1 - coarse] or (starts[coarse] and coarse != coarser):
                 continue
             before = holders[coarse][byte - 1]
             token = sides[coarse][before]
             prefix = corpus.pair.tables[coarse].pieces[token.id][: byte - token.first]
-            outcomes = _by_table(corpus.aligner, coarse, prefix) if token.usable and usable[1 - coarse] else None
-            if outcomes:
+            classes = _classes_after(corpus.aligner, coarse, prefix) if token.usable and usable[1 - coarse] else None
+            if classes:
                 if starts[coarse]:
-                    told = frozenset((entry[coarse], entry[2]) for entry in outcomes)
-                    at_byte[byte] = before, told, _other_ways(corpus.aligner, prefix)
+                    own = frozenset((entry[coarse], entry[2]) for entry in classes)
+                    at_byte[byte] = before, own, _continuation_paths(corpus.aligner, prefix)
                 else:
                     pair = (before, here[1]) if coarse == 0 else (here[0], before)
-                    (found.student_continuations, found.teacher_continuations)[coarse].append((*pair, outcomes))
+                    (found.student_continuations, found.teacher_continuations)[coarse].append((*pair, classes))
         if all(starts) and all(usable):
             student, teacher = (side[i] for side, i in zip(sides, here, strict=True))
-            found.pairs.append((*here, student.said == teacher.said))
+            found.pairs.append((*here, student.text == teacher.text))
             if byte in at_byte:
-                before, told, ways = at_byte[byte]
-                found.token_end.append((*here, before, told))
-                found.continuation_paths.append((*here, ways))
-    ends = [np.cumsum([len(token.said) for token in tokens]) for tokens in sides]
-    cut = find_chunks(*ends)
-    for chunk, end in enumerate(cut.ends.tolist()):
-        members = [np.flatnonzero(side == chunk).tolist() for side in (cut.student, cut.teacher)]
-        if not any(side[i].spoils for side, own in zip(sides, members, strict=True) for i in own):
+                before, own, paths = at_byte[byte]
+                found.token_end.append((*here, before, own))
+                found.continuation_paths.append((*here, paths))
+    ends = [np.cumsum([len(token.text) for token in tokens]) for tokens in sides]
+    chunks = find_chunks(*ends)
+    for chunk, end in enumerate(chunks.ends.tolist()):
+        members = [np.flatnonzero(side == chunk).tolist() for side in (chunks.student, chunks.teacher)]
+        if not any(side[i].invalidates_chunk for side, own in zip(sides, members, strict=True) for i in own):
             lasts = [min(i for i, e in enumerate(own) if e == end) for own in ends]
             targets = [[i for i in own if side[i].usable] for side, own in zip(sides, members, strict=True)]
             found.chunks.append((*targets, *lasts))
-    return Spoken(*(sorted(part, key=lambda entry: entry[:2]) for part in found))
+    return BlockAlignment(*(sorted(part, key=lambda entry: entry[:2]) for part in found))
 
 
-def _other_ways(aligner: Aligner, prefix: bytes) -> frozenset:
-    """The open outcomes that are also outcomes behind `prefix` of the coarser side, each with the first that it is."""
+def _continuation_paths(aligner: Aligner, prefix: bytes) -> frozenset:
+    """The shared classes that are also classes after `prefix` of the coarser side, each with the first that it is."""
     classes, fine = aligner.shared_classes, int(not aligner.teacher_is_coarser)
     tokens = (classes.student_tokens, classes.teacher_tokens)[fine].tolist()
     members = (classes.student_classes, classes.teacher_classes)[fine].tolist()
     class_of, found = dict(zip(tokens, members, strict=True)), {}
-    for own, leader in enumerate(aligner._maps[1 - fine].after_prefix(prefix).representatives.tolist()):
-        if leader in class_of:
-            found.setdefault(class_of[leader], own)
+    for own, representative in enumerate(aligner._maps[1 - fine].after_prefix(prefix).representatives.tolist()):
+        if representative in class_of:
+            found.setdefault(class_of[representative], own)
     return frozenset(found.items())
 
 
@@ -295,8 +295,8 @@ class Read(NamedTuple):
 
     student: list[Token]
     teacher: list[Token]
-    spoken: Spoken
-    expected: Spoken
+    actual: BlockAlignment
+    expected: BlockAlignment
 
 
 def _read(corpus: Dataset, batch_size: int = 7) -> list[Read]:
@@ -304,9 +304,9 @@ def _read(corpus: Dataset, batch_size: int = 7) -> list[Read]:
     found = []
     for first in range(0, len(corpus), batch_size):
         batch = corpus.batch(list(range(first, min(first + batch_size, len(corpus)))))
-        for place, spoken in enumerate(_spoken(corpus, batch)):
+        for place, actual in enumerate(_alignments(corpus, batch)):
             tokens = [_tokens(corpus, batch, which, place) for which in ("student", "teacher")]
-            found.append(Read(*tokens, spoken, _expected(corpus, batch, place)))
+            found.append(Read(*tokens, actual, _expected(corpus, batch, place)))
     return found
 
 
@@ -315,7 +315,7 @@ def blocks(corpora):
     return {names: _read(corpus) for names, corpus in corpora.items()}
 
 
-# Rows
+# Positions
 
 
 @pytest.mark.parametrize("names", CROSS)
@@ -325,27 +325,27 @@ def blocks(corpora):
 def test_any_batch_is_aligned_as_the_definitions_say(pairs, names, texts, limits):
     corpus = build_dataset([Document(str(i), text) for i, text in enumerate(texts)], pairs[names], *limits)
     batch = corpus.batch(list(range(len(corpus))))
-    found = _spoken(corpus, batch)
-    for place, spoken in enumerate(found):
-        assert spoken == _expected(corpus, batch, place)
+    found = _alignments(corpus, batch)
+    for place, actual in enumerate(found):
+        assert actual == _expected(corpus, batch, place)
 
 
 @pytest.mark.parametrize("names", CROSS)
-def test_rows_are_shifted_exactly_once(corpora, names):
+def test_positions_are_shifted_exactly_once(corpora, names):
     corpus, count = corpora[names], 0
     for first in range(0, len(corpus), 5):
         batch = corpus.batch(list(range(first, min(first + 5, len(corpus)))))
         a, sides = batch.alignment, []
-        for which, rows in (
+        for which, positions in (
             ("student", batch.student.positions[a.student_positions]),
             ("teacher", a.teacher_positions),
         ):
-            width, said = getattr(batch, which).input_ids.shape[1], []
-            for place, row in (divmod(row, width) for row in rows.tolist()):
+            width, read = getattr(batch, which).input_ids.shape[1], []
+            for place, i in (divmod(position, width) for position in positions.tolist()):
                 tokens = _tokens(corpus, batch, which, place)
-                assert getattr(batch, which).input_ids[place, row + 1] == tokens[row].id
-                said.append((place, b"".join(token.said for token in tokens[:row])))
-            sides.append(said)
+                assert getattr(batch, which).input_ids[place, i + 1] == tokens[i].id
+                read.append((place, b"".join(token.text for token in tokens[:i])))
+            sides.append(read)
         predicted = batch.student.input_ids.flatten()[batch.student.positions[a.student_positions] + 1]
         assert torch.equal(batch.student.targets[a.student_positions], predicted)
         assert sides[0] == sides[1]  # both have read the same bytes and no more
@@ -354,18 +354,18 @@ def test_rows_are_shifted_exactly_once(corpora, names):
 
 
 @pytest.mark.parametrize("names", CROSS)
-def test_every_byte_at_which_a_token_starts_is_spoken_about_or_accounted_for(corpora, blocks, names):
-    corpus, silent = corpora[names], 0
-    for student, teacher, spoken, _ in blocks[names]:
-        met = {(s, t) for s, t, _ in spoken.pairs}
-        begun = {t for _, t, *_ in spoken.student_continuations}, {s for s, *_ in spoken.teacher_continuations}
-        assert len(met) == len(spoken.pairs)
+def test_every_boundary_is_compared_or_accounted_for(corpora, blocks, names):
+    corpus, num_unknown = corpora[names], 0
+    for student, teacher, actual, _ in blocks[names]:
+        met = {(s, t) for s, t, _ in actual.pairs}
+        begun = {t for _, t, *_ in actual.student_continuations}, {s for s, *_ in actual.teacher_continuations}
+        assert len(met) == len(actual.pairs)
         holders = _holders(student), _holders(teacher)
         for byte in holders[0]:
             s, t = holders[0][byte], holders[1][byte]
             starts = student[s].first == byte, teacher[t].first == byte
             if all(starts):
-                # Both say something of the text, or one of them a space that is none.
+                # Both have bytes of the text, or one of them a dummy space.
                 assert ((s, t) in met) == (student[s].usable and teacher[t].usable)
             elif (
                 any(starts)
@@ -373,62 +373,62 @@ def test_every_byte_at_which_a_token_starts_is_spoken_about_or_accounted_for(cor
                 and teacher[t].usable
                 and (s if starts[0] else t) not in begun[starts[0]]
             ):
-                # The cut in the text is one that the finer tokenizer never makes of the token standing alone.
+                # The text splits the token where the finer tokenizer never splits it standing alone.
                 inside = teacher[t] if starts[0] else student[s]
                 prefix = corpus.pair.tables[starts[0]].pieces[inside.id][: byte - inside.first]
-                assert _by_table(corpus.aligner, int(starts[0]), prefix) is None
-                silent += 1
-    assert silent < 0.05 * corpus.num_tokens
+                assert _classes_after(corpus.aligner, int(starts[0]), prefix) is None
+                num_unknown += 1
+    assert num_unknown < 0.05 * corpus.num_tokens
 
 
 @pytest.mark.parametrize("names", CROSS)
-def test_strict_rows_are_those_at_which_both_tokens_have_the_same_bytes(blocks, names):
+def test_strict_pairs_are_those_of_tokens_with_the_same_bytes(blocks, names):
     seen = set()
-    for student, teacher, spoken, _ in blocks[names]:
-        for s, t, strict in spoken.pairs:
-            assert strict == (student[s].said == teacher[t].said)
+    for student, teacher, actual, _ in blocks[names]:
+        for s, t, strict in actual.pairs:
+            assert strict == (student[s].text == teacher[t].text)
             seen.add(strict)
     assert seen == {True, False}
 
 
 @pytest.mark.parametrize("names", CROSS)
-def test_continuations_list_exactly_the_outcomes_behind_the_bytes_that_are_written(blocks, names):
+def test_continuations_list_exactly_the_classes_after_the_prefix(blocks, names):
     count = 0
-    for student, teacher, spoken, expected in blocks[names]:
-        assert spoken.student_continuations == expected.student_continuations
-        assert spoken.teacher_continuations == expected.teacher_continuations
-        for coarse, entries in enumerate((spoken.student_continuations, spoken.teacher_continuations)):
-            for s, t, outcomes in entries:
+    for student, teacher, actual, expected in blocks[names]:
+        assert actual.student_continuations == expected.student_continuations
+        assert actual.teacher_continuations == expected.teacher_continuations
+        for coarse, entries in enumerate((actual.student_continuations, actual.teacher_continuations)):
+            for s, t, classes in entries:
                 begun, held = (student[s], teacher[t]) if coarse else (teacher[t], student[s])
-                assert held.first < begun.first < held.first + len(held.said)
-                # The token of the text goes on, so it is not the end.
-                assert all(held.id not in entry[coarse] for entry in outcomes if entry[2])
+                assert held.first < begun.first < held.first + len(held.text)
+                # The token of the text continues, so it is not the end.
+                assert all(held.id not in entry[coarse] for entry in classes if entry[2])
                 count += 1
     assert count > 50
 
 
 @pytest.mark.parametrize("names", CROSS)
-def test_an_open_row_knows_the_continuation_at_its_byte_and_the_other_ways_to_its_outcomes(corpora, blocks, names):
+def test_a_pair_has_the_continuation_at_its_byte_and_the_other_paths_to_its_classes(corpora, blocks, names):
     count = 0
-    for student, teacher, spoken, expected in blocks[names]:
-        assert spoken.token_end == expected.token_end
-        assert spoken.continuation_paths == expected.continuation_paths
-        for s, _, before, told in spoken.token_end:
+    for student, teacher, actual, expected in blocks[names]:
+        assert actual.token_end == expected.token_end
+        assert actual.continuation_paths == expected.continuation_paths
+        for s, _, before, classes in actual.token_end:
             held = (student, teacher)[corpora[names].aligner.teacher_is_coarser][before]
-            assert held.first + len(held.said) == student[s].first
-            # It ended there, so it is not among those that would have gone on.
-            assert [is_end for ids, is_end in told if held.id in ids] == [True]
-        count += sum(bool(outcomes) for *_, outcomes in spoken.continuation_paths)
+            assert held.first + len(held.text) == student[s].first
+            # It ended there, so it is not among those that continue.
+            assert [is_end for ids, is_end in classes if held.id in ids] == [True]
+        count += sum(bool(paths) for *_, paths in actual.continuation_paths)
     assert count > 100
 
 
 @pytest.mark.parametrize("names", CROSS)
-def test_continuations_are_ordered_for_a_sum_by_segments(corpora, names):
+def test_continuations_are_ordered_for_sums_by_group(corpora, names):
     alignment = corpora[names].batch([0, 1, 2, 3]).alignment
     for record in (alignment.student_continuations, alignment.teacher_continuations):
         assert torch.equal(record.class_continuations, record.class_continuations.sort().values)
         assert torch.equal(record.class_continuations.unique(), torch.arange(len(record.coarse_positions)))
-        lasts = [(record.class_continuations == row).nonzero().max() for row in range(len(record.coarse_positions))]
+        lasts = [(record.class_continuations == i).nonzero().max() for i in range(len(record.coarse_positions))]
         assert record.end_classes.tolist() == lasts
         assert record.num_inside_classes == (record.class_continuations < len(record.fine_positions)).sum()
         for entries, count in (
@@ -440,7 +440,7 @@ def test_continuations_are_ordered_for_a_sum_by_segments(corpora, names):
             assert set(range(count)) - set(entries[2].tolist()) <= set(record.end_classes.tolist())
 
 
-def test_continuations_are_left_out_where_they_are_not_asked_for(corpora):
+def test_a_pair_that_does_not_project_has_no_continuations(corpora):
     corpus = corpora["sp", "byte"]
     pair = copy.copy(corpus.pair)
     pair.projects = False
@@ -460,19 +460,19 @@ def test_continuations_are_left_out_where_they_are_not_asked_for(corpora):
 
 
 @pytest.mark.parametrize("names", CROSS)
-def test_chunks_are_numbered_through_the_batch_and_say_the_same_on_both_sides(corpora, blocks, names):
+def test_chunks_are_numbered_through_the_batch_and_have_the_same_bytes_on_both_sides(corpora, blocks, names):
     corpus = corpora[names]
     a = corpus.batch([3, 0, len(corpus) - 1, 7]).alignment
     assert a.num_chunks == len(a.student_ends) == len(a.teacher_ends)
     for chunks in (a.student_chunks, a.teacher_chunks):
         assert set(chunks[chunks >= 0].tolist()) == set(range(a.num_chunks))
         assert (chunks >= -1).all()
-    for student, teacher, spoken, expected in blocks[names]:
-        assert spoken.chunks == expected.chunks
-        for student_tokens, teacher_tokens, last, teacher_last in spoken.chunks:
-            said = b"".join(student[i].said for i in student_tokens)
-            assert said == b"".join(teacher[i].said for i in teacher_tokens)
-            assert said
+    for student, teacher, actual, expected in blocks[names]:
+        assert actual.chunks == expected.chunks
+        for student_tokens, teacher_tokens, last, teacher_last in actual.chunks:
+            text = b"".join(student[i].text for i in student_tokens)
+            assert text == b"".join(teacher[i].text for i in teacher_tokens)
+            assert text
             assert (last, teacher_last) == (student_tokens[-1], teacher_tokens[-1])
 
 
@@ -484,7 +484,7 @@ def test_at_the_ends_of_chunks_both_models_have_read_the_same_bytes(corpora, nam
     for which, ends in (("student", batch.alignment.student_ends), ("teacher", batch.alignment.teacher_ends)):
         places = [divmod(end, getattr(batch, which).input_ids.shape[1]) for end in ends.tolist()]
         texts = [_tokens(corpus, batch, which, place) for place in range(3)]
-        read.append([(place, b"".join(token.said for token in texts[place][:position])) for place, position in places])
+        read.append([(place, b"".join(token.text for token in texts[place][:position])) for place, position in places])
     assert read[0] == read[1]
     assert len(set(read[0])) == len(read[0]) > 20
 
@@ -493,83 +493,83 @@ def test_at_the_ends_of_chunks_both_models_have_read_the_same_bytes(corpora, nam
 
 
 @pytest.mark.parametrize("names", [("sp", "byte"), ("byte", "dummy_prefix")])
-def test_what_is_no_target_is_neither_a_row_nor_in_a_chunk(pairs, documents, names):
+def test_what_is_no_target_has_no_position_and_is_in_no_chunk(pairs, documents, names):
     corpus = build_dataset(documents, pairs[names], 24, 40)
     draw, sides = np.random.default_rng(0), {}
     for which in ("student", "teacher"):
         stream = getattr(corpus.text, which)
         sides[which] = replace(stream, is_target=draw.random(len(stream.ids)) < 0.8)
     corpus.text = replace(corpus.text, **sides)
-    for student, teacher, spoken, expected in _read(corpus):
-        assert spoken == expected
-        spoken_about = (*spoken.pairs, *spoken.student_continuations, *spoken.teacher_continuations)
-        assert all(student[s].usable and teacher[t].usable for s, t, *_ in spoken_about)
+    for student, teacher, actual, expected in _read(corpus):
+        assert actual == expected
+        compared = (*actual.pairs, *actual.student_continuations, *actual.teacher_continuations)
+        assert all(student[s].usable and teacher[t].usable for s, t, *_ in compared)
     assert corpus.batch([0]).num_target_tokens == corpus.text.student.is_target[: corpus.blocks[0].student_end].sum()
 
 
 @pytest.mark.parametrize("names", CROSS)
-def test_the_tokens_of_a_template_spoil_no_chunk_and_are_no_rows(pairs, names):
+def test_the_tokens_of_a_template_invalidate_no_chunk_and_have_no_position(pairs, names):
     turns = [("user", "What is 1969 + 12?", False), ("assistant", "The answer: 1981.", True)]
     messages = tuple(Message(*turn) for turn in [*turns, *turns])
     corpus = build_dataset([Conversation("talk", messages, False)] * 2, pairs[names], 256, 256)
     reads = _read(corpus)
     assert len(reads) == 2
-    for student, teacher, spoken, expected in reads:
-        assert spoken == expected
+    for student, teacher, actual, expected in reads:
+        assert actual == expected
         for side, tokens in enumerate((student, teacher)):
-            # The first token of a response stands behind the template's, which say nothing; its chunk counts.
-            firsts = [i for i in range(1, len(tokens)) if tokens[i].usable and not tokens[i - 1].said]
-            counted = {i for chunk in spoken.chunks for i in chunk[side]}
-            assert not {i for i, token in enumerate(tokens) if not token.said and not token.usable} & counted
+            # The first token of a response follows the template's, which have no bytes; its chunk counts.
+            firsts = [i for i in range(1, len(tokens)) if tokens[i].usable and not tokens[i - 1].text]
+            counted = {i for chunk in actual.chunks for i in chunk[side]}
+            assert not {i for i, token in enumerate(tokens) if not token.text and not token.usable} & counted
             if "dummy_prefix" not in names:
                 assert len(firsts) == 2
                 assert set(firsts) <= counted
 
 
-def _one_block(pair: TokenizerPair, *texts: str) -> tuple[Dataset, Batch, Spoken]:
+def _one_block(pair: TokenizerPair, *texts: str) -> tuple[Dataset, Batch, BlockAlignment]:
     corpus = build_dataset([Document(str(i), text) for i, text in enumerate(texts)], pair, 4096, 4096)
     batch = corpus.batch([0])
-    return corpus, batch, _spoken(corpus, batch)[0]
+    return corpus, batch, _alignments(corpus, batch)[0]
 
 
 @pytest.mark.parametrize("names", CROSS)
-def test_a_document_opened_by_one_dummy_space_only_is_left_out_at_its_first_token(pairs, names):
-    corpus, _, spoken = _one_block(pairs[names], "In the end", "In the end")
+def test_a_first_token_with_a_dummy_space_on_one_side_only_is_not_compared(pairs, names):
+    corpus, _, actual = _one_block(pairs[names], "In the end", "In the end")
     second = int(np.flatnonzero(corpus.text.student.ids == corpus.pair.student_end)[0]) + 1
-    rows = {s for s, *_ in spoken.pairs}
-    assert (0 in rows, second in rows) == ("dummy_prefix" not in names,) * 2
-    assert {second - 1, corpus.num_tokens - 1} <= rows  # the ends of the documents
+    compared = {s for s, *_ in actual.pairs}
+    assert (0 in compared, second in compared) == ("dummy_prefix" not in names,) * 2
+    assert {second - 1, corpus.num_tokens - 1} <= compared  # the ends of the documents
 
 
-def test_a_document_opened_by_two_dummy_spaces_keeps_its_first_token(dummy_prefix_tokenizer):
-    _, _, spoken = _one_block(_pair(dummy_prefix_tokenizer, dummy_prefix_tokenizer, aligns=True), "In the end")
-    assert (0, 0, True) in spoken.pairs
+def test_a_first_token_with_a_dummy_space_on_both_sides_is_compared(dummy_prefix_tokenizer):
+    _, _, actual = _one_block(_pair(dummy_prefix_tokenizer, dummy_prefix_tokenizer, aligns=True), "In the end")
+    assert (0, 0, True) in actual.pairs
 
 
 @pytest.mark.parametrize("names", [("dummy_prefix", "byte"), ("byte", "dummy_prefix")])
-def test_a_token_that_is_a_dummy_space_alone_has_no_row_and_the_next_one_does(pairs, names):
-    corpus, _, spoken = _one_block(pairs[names], "\nIn the end")
+def test_a_token_that_is_a_dummy_space_alone_has_no_position_and_the_next_one_does(pairs, names):
+    corpus, _, actual = _one_block(pairs[names], "\nIn the end")
     side = names.index("dummy_prefix")
     assert (corpus.text.student, corpus.text.teacher)[side].ends[0] == 0
-    rows = {entry[side] for entry in spoken.pairs}
-    assert 0 not in rows
-    assert 1 in rows
+    compared = {entry[side] for entry in actual.pairs}
+    assert 0 not in compared
+    assert 1 in compared
 
 
 @pytest.mark.parametrize("names", CROSS)
 def test_end_of_text_meets_end_of_text_and_nothing_else(corpora, blocks, names):
     corpus, ends = corpora[names], 0
     classes = corpus.aligner.shared_classes
-    outcome = [
+    class_of = [
         dict(zip(tokens.tolist(), of.tolist(), strict=True))
         for tokens, of in (
             (classes.student_tokens, classes.student_classes),
             (classes.teacher_tokens, classes.teacher_classes),
         )
     ]
-    assert outcome[0][corpus.pair.student_end] == outcome[1][corpus.pair.teacher_end]
-    for student, teacher, spoken, _ in blocks[names]:
-        for s, t, strict in spoken.pairs:
+    assert class_of[0][corpus.pair.student_end] == class_of[1][corpus.pair.teacher_end]
+    for student, teacher, actual, _ in blocks[names]:
+        for s, t, strict in actual.pairs:
             is_end = student[s].id == corpus.pair.student_end
             assert is_end == (teacher[t].id == corpus.pair.teacher_end)
             assert strict or not is_end
@@ -584,18 +584,18 @@ def test_end_of_text_meets_end_of_text_and_nothing_else(corpora, blocks, names):
 def test_neither_order_nor_size_of_a_batch_changes_the_alignment_of_a_block(corpora, names):
     corpus = corpora[names]
     blocks = [5, 0, len(corpus) - 1, 9, 1]
-    alone = {block: _spoken(corpus, corpus.batch([block]))[0] for block in blocks}
+    alone = {block: _alignments(corpus, corpus.batch([block]))[0] for block in blocks}
     for batch in (blocks, blocks[::-1], blocks[1:3], [9, 9]):
-        assert _spoken(corpus, corpus.batch(batch)) == [alone[block] for block in batch]
-    assert all(spoken.pairs and spoken.chunks for spoken in alone.values())
+        assert _alignments(corpus, corpus.batch(batch)) == [alone[block] for block in batch]
+    assert all(actual.pairs and actual.chunks for actual in alone.values())
 
 
 @pytest.mark.parametrize("names", CROSS)
-def test_both_sides_of_every_block_say_the_same_text(corpora, documents, blocks, names):
+def test_both_sides_of_every_block_have_the_same_bytes(corpora, documents, blocks, names):
     corpus, texts = corpora[names], []
     for student, teacher, *_ in blocks[names]:
-        texts.append(b"".join(token.said for token in student))
-        assert texts[-1] == b"".join(token.said for token in teacher)
+        texts.append(b"".join(token.text for token in student))
+        assert texts[-1] == b"".join(token.text for token in teacher)
     assert len(texts) > 20
     assert b"".join(texts) == b"".join(corpus.pair.canonical(d.text).encode() + END for d in documents)
 
@@ -604,7 +604,7 @@ def test_both_sides_of_every_block_say_the_same_text(corpora, documents, blocks,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_equal_tokenizers_pair_every_row_with_itself_on_the_aligned_path_too(tokenizers, documents, kind):
+def test_equal_tokenizers_pair_every_position_with_itself_on_the_aligned_path_too(tokenizers, documents, kind):
     tokenizer = tokenizers[kind]
     aligned = build_dataset(documents, _pair(tokenizer, tokenizer, aligns=True), 24, 24)
     plain = build_dataset(documents, _pair(tokenizer, tokenizer), 24, 24)
@@ -628,7 +628,7 @@ def test_equal_tokenizers_pair_every_row_with_itself_on_the_aligned_path_too(tok
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_outcomes_of_equal_tokenizers_are_their_ids(tokenizers, documents, kind):
+def test_the_shared_classes_of_equal_tokenizers_are_their_ids(tokenizers, documents, kind):
     tokenizer = tokenizers[kind]
     classes = build_dataset(documents, _pair(tokenizer, tokenizer, aligns=True), 24, 24).aligner.shared_classes
     every = torch.arange(len(tokenizer))
@@ -661,7 +661,7 @@ def _permuted(tokenizer):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_outcomes_undo_a_permutation_of_the_ids(tokenizers, documents, kind):
+def test_shared_classes_undo_a_permutation_of_the_ids(tokenizers, documents, kind):
     shuffled, new_ids = _permuted(tokenizers[kind])
     corpus = build_dataset(documents, _pair(shuffled, tokenizers[kind]), 24, 24)
     assert not corpus.pair.equal
@@ -669,7 +669,7 @@ def test_outcomes_undo_a_permutation_of_the_ids(tokenizers, documents, kind):
     student = dict(zip(classes.student_classes.tolist(), classes.student_tokens.tolist(), strict=True))
     teacher = dict(zip(classes.teacher_classes.tolist(), classes.teacher_tokens.tolist(), strict=True))
     assert len(student) == len(teacher) == classes.num_classes == len(new_ids)
-    assert all(student[outcome] == new_ids[token] for outcome, token in teacher.items())
+    assert all(student[class_] == new_ids[token] for class_, token in teacher.items())
     alignment = corpus.batch([0]).alignment
     assert (
         len(alignment.student_continuations.coarse_positions)
@@ -679,81 +679,81 @@ def test_outcomes_undo_a_permutation_of_the_ids(tokenizers, documents, kind):
 
 
 @pytest.mark.parametrize("names", [("sp", "byte"), ("byte", "sp")])
-def test_a_permutation_of_the_students_ids_changes_no_row(tokenizers, documents, corpora, names):
+def test_a_permutation_of_the_students_ids_changes_no_position(tokenizers, documents, corpora, names):
     shuffled, new_ids = _permuted(tokenizers[names[0]])
     corpus, plain = build_dataset(documents, _pair(shuffled, tokenizers[names[1]]), 24, 40), corpora[names]
     assert corpus.blocks == plain.blocks
 
     def renamed(entry):
-        *rest, outcomes = entry
-        return (*rest, frozenset((frozenset(int(new_ids[i]) for i in student), b, end) for student, b, end in outcomes))
+        *rest, classes = entry
+        return (*rest, frozenset((frozenset(int(new_ids[i]) for i in student), b, end) for student, b, end in classes))
 
-    for found, spoken in zip(
-        _spoken(corpus, corpus.batch([0, 4, 8])), _spoken(plain, plain.batch([0, 4, 8])), strict=True
+    for found, actual in zip(
+        _alignments(corpus, corpus.batch([0, 4, 8])), _alignments(plain, plain.batch([0, 4, 8])), strict=True
     ):
-        assert found.pairs == spoken.pairs
-        assert found.chunks == spoken.chunks
-        assert found.student_continuations == [renamed(entry) for entry in spoken.student_continuations]
-        assert found.teacher_continuations == [renamed(entry) for entry in spoken.teacher_continuations]
-        assert [entry[:3] for entry in found.token_end] == [entry[:3] for entry in spoken.token_end]
-        assert [(s, t, len(ways)) for s, t, ways in found.continuation_paths] == [
-            (s, t, len(ways)) for s, t, ways in spoken.continuation_paths
+        assert found.pairs == actual.pairs
+        assert found.chunks == actual.chunks
+        assert found.student_continuations == [renamed(entry) for entry in actual.student_continuations]
+        assert found.teacher_continuations == [renamed(entry) for entry in actual.teacher_continuations]
+        assert [entry[:3] for entry in found.token_end] == [entry[:3] for entry in actual.token_end]
+        assert [(s, t, len(paths)) for s, t, paths in found.continuation_paths] == [
+            (s, t, len(paths)) for s, t, paths in actual.continuation_paths
         ]
 
 
-# The truth is possible
+# The tokens of the text have classes
 
 
-def _outcome_of(tokens, classes, size: int) -> np.ndarray:
+def _class_of(tokens, classes, size: int) -> np.ndarray:
     found = np.full(size, -1)
     found[tokens] = classes
     return found
 
 
 def _agreement(corpus: Dataset) -> tuple[float, int]:
-    """Share of the open rows at which the two tokens of the text are one outcome, and how many rows there are."""
+    """Share of the pairs whose tokens of the text are in one class, and the number of pairs."""
     pair = copy.copy(corpus.pair)
-    pair.projects = False  # what is inside takes longer
+    pair.projects = False  # continuations take longer
     corpus.aligner = Aligner(pair, corpus.text, corpus.blocks)
     classes, agree = corpus.aligner.shared_classes, []
     sizes = [len(table.pieces) for table in corpus.pair.tables]
-    student = _outcome_of(classes.student_tokens, classes.student_classes, sizes[0])
-    teacher = _outcome_of(classes.teacher_tokens, classes.teacher_classes, sizes[1])
+    student = _class_of(classes.student_tokens, classes.student_classes, sizes[0])
+    teacher = _class_of(classes.teacher_tokens, classes.teacher_classes, sizes[1])
     for first in range(0, len(corpus), 16):
         batch = corpus.batch(list(range(first, min(first + 16, len(corpus)))))
-        said = student[batch.student.targets[batch.alignment.student_positions]]
-        told = teacher[batch.teacher.labels.flatten()[batch.alignment.teacher_positions + 1]]
-        agree.append((said == told) & (said >= 0))
+        student_classes = student[batch.student.targets[batch.alignment.student_positions]]
+        teacher_classes = teacher[batch.teacher.labels.flatten()[batch.alignment.teacher_positions + 1]]
+        agree.append((student_classes == teacher_classes) & (student_classes >= 0))
     return float(np.concatenate(agree).mean()), sum(map(len, agree))
 
 
 @pytest.mark.parametrize("names", CROSS)
-def test_the_tokens_of_the_text_are_one_outcome_where_both_start_one(pairs, documents, names):
+def test_the_tokens_of_the_text_are_in_one_class_at_common_boundaries(pairs, documents, names):
     agree, count = _agreement(build_dataset(documents, pairs[names], 24, 40))
-    print(f"{' <- '.join(names)}: {1 - agree:.2%} of {count} open rows mismatch")
+    print(f"{' <- '.join(names)}: {1 - agree:.2%} of {count} pairs mismatch")
     assert count > 1000
     assert agree > LEAST_AGREEMENT
 
 
 @pytest.mark.parametrize("names", [("sp", "byte"), ("byte", "dummy_prefix")])
-def test_learning_from_the_text_removes_most_of_the_mismatches(pairs, names, monkeypatch):
+def test_fitting_the_maps_to_the_text_removes_most_of_the_mismatches(pairs, names, monkeypatch):
     topics = pytest.importorskip("pydoc_data.topics").topics
     documents = [Document(name, topics[name]) for name in ("assignment", "calls", "class", "formatstrings", "try")]
-    taught, count = _agreement(build_dataset(documents, pairs[names], 512, 512))
+    fitted, count = _agreement(build_dataset(documents, pairs[names], 512, 512))
     monkeypatch.setattr(VocabularyMap, "fit_", lambda *_: None)
-    untaught, _ = _agreement(build_dataset(documents, pairs[names], 512, 512))
-    print(f"{' <- '.join(names)}: {1 - untaught:.2%}, taught {1 - taught:.2%} of {count} open rows mismatch")
-    assert 1 - taught < 0.5 * (1 - untaught)
-    assert taught > LEAST_AGREEMENT
+    unfitted, _ = _agreement(build_dataset(documents, pairs[names], 512, 512))
+    print(f"{' <- '.join(names)}: {1 - unfitted:.2%}, fitted {1 - fitted:.2%} of {count} pairs mismatch")
+    assert 1 - fitted < 0.5 * (1 - unfitted)
+    assert fitted > LEAST_AGREEMENT
 
 
 @pytest.mark.parametrize("names", CROSS)
-def test_the_tokens_of_the_text_are_one_outcome_inside_a_token_too(blocks, names):
+def test_the_tokens_of_the_text_are_in_one_class_inside_a_token_too(blocks, names):
     agree = []
-    for student, teacher, spoken, _ in blocks[names]:
-        for s, t, outcomes in (*spoken.student_continuations, *spoken.teacher_continuations):
-            agree.append(any(student[s].id in a and teacher[t].id in b for a, b, _ in outcomes))
-    print(f"{' <- '.join(names)}: {1 - np.mean(agree):.2%} of {len(agree)} rows inside a token mismatch")
+    for student, teacher, actual, _ in blocks[names]:
+        for s, t, classes in (*actual.student_continuations, *actual.teacher_continuations):
+            agree.append(any(student[s].id in a and teacher[t].id in b for a, b, _ in classes))
+    print(f"{' <- '.join(names)}: {1 - np.mean(agree):.2%} of {len(agree)} positions inside a token mismatch")
     assert np.mean(agree) > LEAST_AGREEMENT_INSIDE
 
 
@@ -794,12 +794,12 @@ def test_an_ordinary_piece_is_preferred_to_the_byte_token_of_its_byte(corpora, n
 
 
 @pytest.mark.parametrize("names", CROSS)
-def test_strict_rows_speak_about_the_same_token(corpora, names):
+def test_strict_pairs_predict_the_same_token(corpora, names):
     corpus = corpora[names]
     batch = corpus.batch(list(range(len(corpus))))
     a = batch.alignment
-    told = corpus.aligner.same_token[batch.teacher.labels.flatten()[a.teacher_positions[a.strict] + 1]]
-    assert torch.equal(told, batch.student.targets[a.student_positions[a.strict]])
+    targets = corpus.aligner.same_token[batch.teacher.labels.flatten()[a.teacher_positions[a.strict] + 1]]
+    assert torch.equal(targets, batch.student.targets[a.student_positions[a.strict]])
 
 
 # Segments
@@ -813,7 +813,7 @@ def test_a_segment_fits_into_the_workspace_with_the_tiles_that_are_made(corpora,
     assert Aligner(*parts).segment_size == sys.maxsize
     assert Aligner(*parts, 1).segment_size == positions_per_tile(1, *sizes) < 1000
     cached = Aligner(*parts, 1, teacher_is_cached=True)
-    # A cached teacher's top k takes no tile, unless its tokens are the shorter ones.
+    # A cached teacher's top k takes no tile, unless its tokenizer is the finer one.
     assert cached.segment_size == positions_per_tile(1, *sizes[: 1 if cached.teacher_is_coarser else 2])
 
 
@@ -821,7 +821,7 @@ def test_a_segment_fits_into_the_workspace_with_the_tiles_that_are_made(corpora,
 
 
 class _Batches(TorchDataset):
-    """Batches of a corpus by number, as a loader with workers asks for them."""
+    """Batches of a corpus by number, for a loader with workers."""
 
     def __init__(self, corpus: Dataset):
         self.corpus = corpus
@@ -865,32 +865,32 @@ def test_a_corpus_survives_pickling(pairs, documents, used):
     assert copy.pair.tables == corpus.pair.tables
 
 
-# Learning
+# Fitting
 
 
 @pytest.mark.parametrize("names", CROSS)
-def test_the_maps_learn_from_the_text_which_way_each_is_read(pairs, documents, names, monkeypatch):
-    lessons = []
-    monkeypatch.setattr(VocabularyMap, "fit_", lambda self, *columns: lessons.append((self, columns)))
+def test_the_maps_are_fitted_to_the_text_each_in_its_direction(pairs, documents, names, monkeypatch):
+    calls = []
+    monkeypatch.setattr(VocabularyMap, "fit_", lambda self, *arrays: calls.append((self, arrays)))
     corpus = build_dataset(documents, pairs[names], 24, 40)
     maps, tables = corpus.aligner._maps, corpus.pair.tables
-    assert {id(taught) for taught, _ in lessons} == set(map(id, maps))
-    for taught, (coarse, written, fine) in lessons:
-        side = maps.index(taught)
-        # What is left of the one token and what the other says begin alike, so no dummy space is among them.
+    assert {id(fitted) for fitted, _ in calls} == set(map(id, maps))
+    for fitted, (coarse, prefix_lengths, fine) in calls:
+        side = maps.index(fitted)
+        # The remainder of the one token and the other token begin alike, so no dummy space is among them.
         ends = corpus.pair.teacher_end if side else corpus.pair.student_end
-        for r, w, u in zip(coarse.tolist(), written.tolist(), fine.tolist(), strict=True):
-            rest, said = tables[side].pieces[r][w:], tables[1 - side].pieces[u]
-            assert rest.startswith(said) or said.startswith(rest)
-            assert bool(rest) == bool(said) == (r != ends)
-        assert (written > 0).any()
+        for r, w, u in zip(coarse.tolist(), prefix_lengths.tolist(), fine.tolist(), strict=True):
+            rest, other = tables[side].pieces[r][w:], tables[1 - side].pieces[u]
+            assert rest.startswith(other) or other.startswith(rest)
+            assert bool(rest) == bool(other) == (r != ends)
+        assert (prefix_lengths > 0).any()
         if "dummy_prefix" not in names:
             stream = (corpus.text.student, corpus.text.teacher)[1 - side]
             assert fine.tolist() == stream.ids.tolist()  # every token of the text, once
 
 
 @pytest.mark.parametrize("names", CROSS)
-def test_the_side_that_says_the_text_in_fewer_tokens_is_carried_onto_the_other(corpora, names):
+def test_the_side_with_fewer_tokens_is_the_coarser_and_all_its_tokens_have_a_class(corpora, names):
     aligner, text = corpora[names].aligner, corpora[names].text
     assert aligner.teacher_is_coarser == (len(text.teacher.ids) < len(text.student.ids))
     classes, sides = aligner.shared_classes, aligner.pair.tables
@@ -903,12 +903,12 @@ def test_the_side_that_says_the_text_in_fewer_tokens_is_carried_onto_the_other(c
 
 
 @pytest.mark.parametrize("names", CROSS)
-def test_no_token_of_the_text_is_without_an_outcome(pairs, names):
+def test_no_token_of_the_text_is_without_a_class(pairs, names):
     text = "x = [\n" + "".join(f"        {i} + {i},\n" for i in range(100, 130)) + "]\n\n\n\t\t# na\u00efve\n"
     corpus = build_dataset([Document("code", text)], pairs[names], 64, 64)
     classes, batch = corpus.aligner.shared_classes, corpus.batch(list(range(len(corpus))))
-    said = batch.student.targets[batch.alignment.student_positions]
-    told = batch.teacher.labels.flatten()[batch.alignment.teacher_positions + 1]
-    assert set(said.tolist()) <= set(classes.student_tokens.tolist())
-    assert set(told.tolist()) <= set(classes.teacher_tokens.tolist())
-    assert len(set(said.tolist())) > 10
+    student = batch.student.targets[batch.alignment.student_positions]
+    teacher = batch.teacher.labels.flatten()[batch.alignment.teacher_positions + 1]
+    assert set(student.tolist()) <= set(classes.student_tokens.tolist())
+    assert set(teacher.tolist()) <= set(classes.teacher_tokens.tolist())
+    assert len(set(student.tolist())) > 10

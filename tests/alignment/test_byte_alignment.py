@@ -1,4 +1,4 @@
-"""Where two tokenizations of the same bytes meet, against a walk byte by byte; and what makes a pair of tokenizers."""
+"""Boundaries and chunks of two tokenizations, against a walk byte by byte; and pairs of tokenizers."""
 
 import json
 import time
@@ -69,13 +69,13 @@ def _with_normalizer(tokenizer, *extra: dict):
 # Tokens of a text
 
 
-def _cuts(total: int):
+def _token_ends(total: int):
     """Ends of tokens over `total` bytes; equal neighbours are tokens without bytes."""
-    return st.lists(st.integers(0, total), max_size=20).map(lambda cuts: np.array([*sorted(cuts), total]))
+    return st.lists(st.integers(0, total), max_size=20).map(lambda ends: np.array([*sorted(ends), total]))
 
 
-TWO_CUTS = st.integers(0, 25).flatmap(lambda total: st.tuples(_cuts(total), _cuts(total)))
-"""Two ways to cut the same bytes into tokens, some of them without bytes."""
+TWO_TOKENIZATIONS = st.integers(0, 25).flatmap(lambda total: st.tuples(_token_ends(total), _token_ends(total)))
+"""Two tokenizations of the same bytes, with some tokens without bytes."""
 
 
 def _spans(ends: np.ndarray) -> list[tuple[int, int]]:
@@ -84,22 +84,22 @@ def _spans(ends: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _ends_of(pair: TokenizerPair, text: str) -> tuple[np.ndarray, np.ndarray, list[list[bytes]]]:
-    """Where each token of `text` ends on both sides, without a space that only one side puts before it, and what
-    each token says.
+    """Where each token of `text` ends on both sides, without a space that only one side puts before it, and the
+    bytes of each token.
     """
     text = pair.canonical(text)
-    said = []
+    pieces_by_side = []
     for table, tokenizer in zip(pair.tables, (pair.student, pair.teacher), strict=True):
         pieces = [table.pieces[i] for i in encode(tokenizer, [text])[0]]
         if b"".join(pieces) != text.encode():
             assert b"".join(pieces) == b" " + text.encode()
             pieces[0] = pieces[0][1:]
-        said.append(pieces)
-    ends = [np.cumsum([len(piece) for piece in pieces], dtype=np.int64) for pieces in said]
-    return *ends, said
+        pieces_by_side.append(pieces)
+    ends = [np.cumsum([len(piece) for piece in pieces], dtype=np.int64) for pieces in pieces_by_side]
+    return *ends, pieces_by_side
 
 
-# Contacts
+# Boundaries
 
 
 def _walk(student_ends: np.ndarray, teacher_ends: np.ndarray) -> list[tuple[int, int, int, int]]:
@@ -116,18 +116,18 @@ def _walk(student_ends: np.ndarray, teacher_ends: np.ndarray) -> list[tuple[int,
     return found
 
 
-def _contacts(student_ends: np.ndarray, teacher_ends: np.ndarray) -> list[tuple[int, int, int, int]]:
+def _boundaries(student_ends: np.ndarray, teacher_ends: np.ndarray) -> list[tuple[int, int, int, int]]:
     found = find_boundaries(student_ends, teacher_ends)
-    columns = found.student, found.teacher, found.student_prefix_length, found.teacher_prefix_length
-    return list(zip(*(column.tolist() for column in columns), strict=True))
+    arrays = found.student, found.teacher, found.student_prefix_length, found.teacher_prefix_length
+    return list(zip(*(array.tolist() for array in arrays), strict=True))
 
 
 @settings(max_examples=200, deadline=None)
-@given(ends=TWO_CUTS)
+@given(ends=TWO_TOKENIZATIONS)
 @example(ends=(np.array([0, 0, 2, 2, 3, 3]), np.array([0, 1, 1, 3])))
 @example(ends=(np.array([0]), np.array([0, 0])))
-def test_contacts_are_what_a_walk_over_the_bytes_meets(ends):
-    assert _contacts(*ends) == _walk(*ends)
+def test_boundaries_are_those_of_a_walk_over_the_bytes(ends):
+    assert _boundaries(*ends) == _walk(*ends)
 
 
 @pytest.mark.parametrize("names", PAIRS)
@@ -137,20 +137,22 @@ def test_contacts_are_what_a_walk_over_the_bytes_meets(ends):
 @example(text=" ")
 @example(text="  lone spaces  ")
 @example(text="\n")
-def test_contacts_of_any_text_are_what_a_walk_over_its_bytes_meets(pairs, names, text):
+def test_boundaries_of_any_text_are_those_of_a_walk_over_its_bytes(pairs, names, text):
     student_ends, teacher_ends, _ = _ends_of(pairs[names], text)
-    assert _contacts(student_ends, teacher_ends) == _walk(student_ends, teacher_ends)
+    assert _boundaries(student_ends, teacher_ends) == _walk(student_ends, teacher_ends)
 
 
 @settings(max_examples=100, deadline=None)
-@given(ends=TWO_CUTS)
-def test_every_token_with_bytes_is_met_once_where_it_starts_and_never_inside_both(ends):
+@given(ends=TWO_TOKENIZATIONS)
+def test_every_token_with_bytes_has_one_boundary_at_its_start_and_none_is_inside_both(ends):
     found = find_boundaries(*ends)
-    for side, written, own in (
+    for side, prefix_length, own in (
         (found.student, found.student_prefix_length, ends[0]),
         (found.teacher, found.teacher_prefix_length, ends[1]),
     ):
-        assert side[written == 0].tolist() == [token for token, (start, end) in enumerate(_spans(own)) if end > start]
+        assert side[prefix_length == 0].tolist() == [
+            token for token, (start, end) in enumerate(_spans(own)) if end > start
+        ]
     assert not (found.student_prefix_length * found.teacher_prefix_length).any()
 
 
@@ -158,12 +160,12 @@ def test_every_token_with_bytes_is_met_once_where_it_starts_and_never_inside_bot
 @given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=20))
 def test_equal_tokens_meet_one_to_one(lengths):
     ends = np.cumsum(lengths)
-    assert _contacts(ends, ends) == [(token, token, 0, 0) for token in range(len(ends))]
+    assert _boundaries(ends, ends) == [(token, token, 0, 0) for token in range(len(ends))]
 
 
-def test_contacts_of_a_hand_example():
+def test_boundaries_of_a_hand_example():
     # student ab|c|def, teacher a|bc|de|f: b is the second byte of ab, c of bc, f the third of def
-    found = _contacts(np.array([2, 3, 6]), np.array([1, 3, 5, 6]))
+    found = _boundaries(np.array([2, 3, 6]), np.array([1, 3, 5, 6]))
     assert found == [(0, 0, 0, 0), (0, 1, 1, 0), (1, 1, 0, 1), (2, 2, 0, 0), (2, 3, 2, 0)]
 
 
@@ -171,14 +173,14 @@ def test_contacts_of_a_hand_example():
 
 
 @settings(max_examples=200, deadline=None)
-@given(ends=TWO_CUTS)
-def test_chunks_are_cut_where_a_token_ends_on_both_sides_and_nowhere_else(ends):
+@given(ends=TWO_TOKENIZATIONS)
+def test_chunks_end_where_a_token_ends_on_both_sides_and_nowhere_else(ends):
     common = {end for end in range(1, int(ends[0][-1]) + 1) if end in ends[0].tolist() and end in ends[1].tolist()}
     assert find_chunks(*ends).ends.tolist() == sorted(common)
 
 
 @settings(max_examples=150, deadline=None)
-@given(ends=TWO_CUTS)
+@given(ends=TWO_TOKENIZATIONS)
 def test_no_chunk_can_be_split(ends):
     for first, end in _spans(find_chunks(*ends).ends):
         for inner in range(first + 1, end):
@@ -186,7 +188,7 @@ def test_no_chunk_can_be_split(ends):
 
 
 @settings(max_examples=200, deadline=None)
-@given(ends=TWO_CUTS)
+@given(ends=TWO_TOKENIZATIONS)
 def test_chunks_tile_the_text_and_every_token_with_bytes_lies_in_exactly_one(ends):
     chunks = find_chunks(*ends)
     bounds = _spans(chunks.ends)
@@ -204,13 +206,13 @@ def test_chunks_tile_the_text_and_every_token_with_bytes_lies_in_exactly_one(end
 
 
 @settings(max_examples=100, deadline=None)
-@given(ends=TWO_CUTS)
-def test_a_token_without_bytes_joins_the_chunk_that_follows_and_behind_the_last_none(ends):
+@given(ends=TWO_TOKENIZATIONS)
+def test_a_token_without_bytes_joins_the_chunk_that_follows_and_after_the_last_none(ends):
     chunks = find_chunks(*ends)
     for members, own in zip((chunks.student, chunks.teacher), ends, strict=True):
         for token, (start, end) in enumerate(_spans(own)):
             if start == end:
-                assert members[token] == sum(cut <= start for cut in chunks.ends)
+                assert members[token] == sum(end <= start for end in chunks.ends)
 
 
 @pytest.mark.parametrize("names", PAIRS)
@@ -219,11 +221,11 @@ def test_a_token_without_bytes_joins_the_chunk_that_follows_and_behind_the_last_
 @example(text="")
 @example(text=" ")
 @example(text="  lone spaces  ")
-def test_both_sides_of_every_chunk_of_any_text_say_the_same_bytes(pairs, names, text):
-    student_ends, teacher_ends, said = _ends_of(pairs[names], text)
+def test_both_sides_of_every_chunk_of_any_text_have_the_same_bytes(pairs, names, text):
+    student_ends, teacher_ends, pieces_by_side = _ends_of(pairs[names], text)
     chunks = find_chunks(student_ends, teacher_ends)
     texts = []
-    for members, pieces in zip((chunks.student, chunks.teacher), said, strict=True):
+    for members, pieces in zip((chunks.student, chunks.teacher), pieces_by_side, strict=True):
         texts.append([b""] * len(chunks.ends))
         for chunk, piece in zip(members.tolist(), pieces, strict=True):
             if piece:
@@ -234,7 +236,7 @@ def test_both_sides_of_every_chunk_of_any_text_say_the_same_bytes(pairs, names, 
 
 
 @settings(max_examples=100, deadline=None)
-@given(ends=TWO_CUTS)
+@given(ends=TWO_TOKENIZATIONS)
 def test_swapping_the_sides_swaps_the_alignment(ends):
     forth, back = find_chunks(*ends), find_chunks(*ends[::-1])
     assert forth.student.tolist() == back.teacher.tolist()
@@ -242,12 +244,12 @@ def test_swapping_the_sides_swaps_the_alignment(ends):
     assert forth.ends.tolist() == back.ends.tolist()
     assert forth.sizes.tolist() == back.sizes[::-1].tolist()
     assert (forth.strict.tolist(), forth.overlapping.tolist()) == (back.strict.tolist(), back.overlapping.tolist())
-    assert _contacts(*ends) == [(s, t, p, q) for t, s, q, p in _contacts(*ends[::-1])]
+    assert _boundaries(*ends) == [(s, t, p, q) for t, s, q, p in _boundaries(*ends[::-1])]
 
 
 @settings(max_examples=100, deadline=None)
-@given(ends=TWO_CUTS)
-def test_strict_chunks_hold_one_token_a_side_and_straddled_ones_several_of_both(ends):
+@given(ends=TWO_TOKENIZATIONS)
+def test_strict_chunks_hold_one_token_a_side_and_overlapping_ones_several_of_both(ends):
     chunks = find_chunks(*ends)
     for chunk, (first, stop) in enumerate(_spans(chunks.ends)):
         counts = [sum(first <= start < end <= stop for start, end in _spans(own)) for own in ends]
@@ -256,14 +258,14 @@ def test_strict_chunks_hold_one_token_a_side_and_straddled_ones_several_of_both(
 
 
 @settings(max_examples=100, deadline=None)
-@given(ends=TWO_CUTS, seed=st.integers(0, 99))
+@given(ends=TWO_TOKENIZATIONS, seed=st.integers(0, 99))
 def test_the_log_probabilities_of_the_chunks_add_up_to_those_of_the_text(ends, seed):
     chunks = find_chunks(*ends)
     for members, own in zip((chunks.student, chunks.teacher), ends, strict=True):
-        said = -np.random.default_rng(seed).exponential(size=len(own))
-        sums = np.bincount(members, said, minlength=len(chunks.ends))
-        behind = sum(said[token] for token, (start, _) in enumerate(_spans(own)) if start == own[-1])
-        assert sums[: len(chunks.ends)].sum() == pytest.approx(said.sum() - behind, rel=1e-12)
+        log_probs = -np.random.default_rng(seed).exponential(size=len(own))
+        sums = np.bincount(members, log_probs, minlength=len(chunks.ends))
+        after = sum(log_probs[token] for token, (start, _) in enumerate(_spans(own)) if start == own[-1])
+        assert sums[: len(chunks.ends)].sum() == pytest.approx(log_probs.sum() - after, rel=1e-12)
 
 
 def test_chunks_of_a_hand_example():
@@ -286,7 +288,7 @@ def test_aligning_takes_less_than_a_microsecond_a_token():
         find_boundaries(student_ends, teacher_ends)
         find_chunks(student_ends, teacher_ends)
         seconds.append(time.process_time() - start)
-    print(f"contacts and chunks: {min(seconds) / size * 1e6:.3f} us a token ({size} tokens of both sides)")
+    print(f"boundaries and chunks: {min(seconds) / size * 1e6:.3f} us a token ({size} tokens of both sides)")
     assert min(seconds) / size < 2 * MAX_MICROSECONDS * 1e-6  # twice, for a machine that is busy or slow
 
 
@@ -311,12 +313,12 @@ def test_text_is_read_as_it_is_where_the_tokenizers_are_equal(sp_tokenizer):
     assert _pair(sp_tokenizer, sp_tokenizer).canonical("e\u0301\u2581x") == "e\u0301\u2581x"
 
 
-def test_equal_tokenizers_have_no_tables_unless_asked(byte_tokenizer, sp_tokenizer):
-    plain, asked = _pair(byte_tokenizer, byte_tokenizer), _pair(byte_tokenizer, byte_tokenizer, aligns=True)
+def test_equal_tokenizers_have_no_tables_unless_aligned(byte_tokenizer, sp_tokenizer):
+    plain, aligned = _pair(byte_tokenizer, byte_tokenizer), _pair(byte_tokenizer, byte_tokenizer, aligns=True)
     assert plain.equal
     assert plain.tables is None
-    assert asked.equal
-    assert asked.tables[0] == asked.tables[1] == build_token_table(byte_tokenizer, len(byte_tokenizer))
+    assert aligned.equal
+    assert aligned.tables[0] == aligned.tables[1] == build_token_table(byte_tokenizer, len(byte_tokenizer))
     assert not _pair(byte_tokenizer, sp_tokenizer).equal
 
 

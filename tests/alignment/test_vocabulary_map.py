@@ -1,4 +1,4 @@
-"""The outcomes that two vocabularies share, against dictionaries and loops over all tokens."""
+"""The classes that two vocabularies share, against dictionaries and loops over all tokens."""
 
 from collections import Counter, defaultdict
 from itertools import product
@@ -47,12 +47,12 @@ def tables(draw, dummy_prefix: bool | None = None) -> TokenTable:
     return token_table(order, "<s>" if "<s>" in strings else "</s>", has_dummy)
 
 
-# What an outcome is, in dictionaries
+# The definition of a class, in dictionaries
 
 
-def _cut(piece: bytes, fine: TokenTable, tokenizer) -> list[int]:
-    """The finer tokens that a coarser token is cut into: the one that spells it, else the finer tokenizer's own cut of
-    it standing alone, else always the longest that fits.
+def _segmentation(piece: bytes, fine: TokenTable, tokenizer) -> list[int]:
+    """The fine tokens of a coarse token: the one with its bytes, else the finer tokenizer's own segmentation of it
+    standing alone, else the longest matches.
     """
     ordinary_first = sorted(range(len(fine.pieces)), key=lambda u: is_byte_token(fine.strings[u]))
     spelling = [u for u in ordinary_first if fine.pieces[u] == piece]
@@ -63,7 +63,7 @@ def _cut(piece: bytes, fine: TokenTable, tokenizer) -> list[int]:
         begins = [u for u in ordinary_first if fine.pieces[u] and rest.startswith(fine.pieces[u])]
         greedy.append(max(begins, key=lambda u: len(fine.pieces[u])))
         rest = rest[len(fine.pieces[greedy[-1]]) :]
-    try:  # a tokenizer that puts a space before the text reads it behind a line end
+    try:  # a tokenizer that puts a space before the text gets it after a newline
         text = (b"\n" * fine.dummy_prefix + piece).decode()
     except UnicodeDecodeError:
         return greedy
@@ -74,46 +74,46 @@ def _cut(piece: bytes, fine: TokenTable, tokenizer) -> list[int]:
     return next((tail for tail in tails if b"".join(fine.pieces[u] for u in tail) == piece), greedy)
 
 
-def _cuts(coarse: TokenTable, fine: TokenTable, tokenizer) -> dict[bytes, dict[int, int]]:
-    """By the bytes on the left of a cut, the coarser tokens that have it and the finer token on its right."""
+def _following(coarse: TokenTable, fine: TokenTable, tokenizer) -> dict[bytes, dict[int, int]]:
+    """By prefix, the coarse tokens that are split after it, and the fine token that follows in each."""
     found = defaultdict(dict)
     for r, piece in enumerate(coarse.pieces):
         position = 0
-        for part in _cut(piece, fine, tokenizer) if piece else ():
+        for part in _segmentation(piece, fine, tokenizer) if piece else ():
             found[piece[:position]][r] = part
             position += len(fine.pieces[part])
     return found
 
 
-def _joint(outcomes: ClassTable) -> dict[int, tuple[frozenset, frozenset]]:
-    """The tokens of each outcome: coarser ones, finer ones."""
+def _members(table: ClassTable) -> dict[int, tuple[frozenset, frozenset]]:
+    """The tokens of each class: coarse ones, fine ones."""
     coarse, fine = defaultdict(set), defaultdict(set)
-    for token, outcome in zip(outcomes.coarse_tokens.tolist(), outcomes.coarse_classes.tolist(), strict=True):
-        coarse[outcome].add(token)
-    for token, outcome in zip(outcomes.fine_tokens.tolist(), outcomes.fine_classes.tolist(), strict=True):
-        fine[outcome].add(token)
-    assert set(coarse) | set(fine) <= set(range(outcomes.num_classes))
-    return {n: (frozenset(coarse[n]), frozenset(fine[n])) for n in range(outcomes.num_classes)}
+    for token, class_ in zip(table.coarse_tokens.tolist(), table.coarse_classes.tolist(), strict=True):
+        coarse[class_].add(token)
+    for token, class_ in zip(table.fine_tokens.tolist(), table.fine_classes.tolist(), strict=True):
+        fine[class_].add(token)
+    assert set(coarse) | set(fine) <= set(range(table.num_classes))
+    return {n: (frozenset(coarse[n]), frozenset(fine[n])) for n in range(table.num_classes)}
 
 
-def _expected(coarse: TokenTable, fine: TokenTable, cuts: dict, prefix: bytes, same=()) -> set:
-    """The outcomes by definition, each as its coarser and its finer tokens; `same`: groups of finer tokens that the
-    text showed to be one outcome.
+def _expected(coarse: TokenTable, fine: TokenTable, following: dict, prefix: bytes, same=()) -> set:
+    """The classes by definition, each as its coarse and its fine tokens; `same`: groups of fine tokens that the text
+    merged into one class.
     """
-    leader = {u: min(group) for group in same for u in group}
-    begins = dict(cuts[prefix])
+    representative = {u: min(group) for group in same for u in group}
+    begins = dict(following[prefix])
     rests = {}
     for r in sorted(begins, key=lambda r: not is_byte_token(coarse.strings[r])):
         piece = coarse.pieces[r]
         alike = [u for u, s in enumerate(fine.strings) if s == coarse.strings[r] and fine.pieces[u] == piece]
-        if not prefix and alike and fine.pieces[begins[r]] == piece:  # told apart by their spelling
+        if not prefix and alike and fine.pieces[begins[r]] == piece:  # paired by their spelling
             begins[r] = alike[0]
         rests[piece[len(prefix) :]] = begins[r]  # of twins the ordinary one
     takes_part = {u: u for u in begins.values()}
-    images = {leader.get(u, u) for u in takes_part}
+    own = {representative.get(u, u) for u in takes_part}
     for u, piece in enumerate(fine.pieces):
         is_twin = is_byte_token(fine.strings[u]) and fine.pieces.count(piece) > 1
-        if leader.get(u, u) in images and u in leader:
+        if representative.get(u, u) in own and u in representative:
             takes_part[u] = u
         elif u not in takes_part:
             starts = [piece[:end] for end in range(1, len(piece) + (not is_twin)) if piece[:end] in rests]
@@ -127,10 +127,10 @@ def _expected(coarse: TokenTable, fine: TokenTable, cuts: dict, prefix: bytes, s
                 begins[r] = takes_part[u] = u
     members = defaultdict(lambda: (set(), set()))
     for r, u in begins.items():
-        members[leader.get(u, u)][0].add(r)
+        members[representative.get(u, u)][0].add(r)
     for u, begin in takes_part.items():
-        members[leader.get(begin, begin)][1].add(u)
-    if prefix:  # the coarser token ends there
+        members[representative.get(begin, begin)][1].add(u)
+    if prefix:  # the coarse token ends there
         ends = [r for r, piece in enumerate(coarse.pieces) if piece == prefix]
         members["end"] = ({min(ends, key=lambda r: is_byte_token(coarse.strings[r]))} if ends else set(), set())
     return {(frozenset(a), frozenset(b)) for a, b in members.values()}
@@ -142,97 +142,103 @@ def _prefixes(coarse: TokenTable) -> list[bytes]:
 
 @settings(max_examples=200, deadline=None)
 @given(coarse=tables(), fine=tables(), from_right=st.booleans())
-def test_open_outcomes_are_those_of_the_definition(coarse, fine, from_right):
+def test_classes_at_a_common_boundary_are_those_of_the_definition(coarse, fine, from_right):
     tokenizer = TableTokenizer(fine, from_right)
-    found = _joint(VocabularyMap(coarse, fine, tokenizer).at_common_boundary())
-    assert set(found.values()) == _expected(coarse, fine, _cuts(coarse, fine, tokenizer), b"")
+    found = _members(VocabularyMap(coarse, fine, tokenizer).at_common_boundary())
+    assert set(found.values()) == _expected(coarse, fine, _following(coarse, fine, tokenizer), b"")
     assert len(set(found.values())) == len(found)
 
 
 @settings(max_examples=150, deadline=None)
 @given(coarse=tables(), fine=tables(), from_right=st.booleans())
-def test_outcomes_behind_every_prefix_are_those_of_the_definition(coarse, fine, from_right):
+def test_classes_after_every_prefix_are_those_of_the_definition(coarse, fine, from_right):
     tokenizer = TableTokenizer(fine, from_right)
-    vocabulary_map, cuts = VocabularyMap(coarse, fine, tokenizer), _cuts(coarse, fine, tokenizer)
+    vocabulary_map, following = VocabularyMap(coarse, fine, tokenizer), _following(coarse, fine, tokenizer)
     for prefix in _prefixes(coarse):
-        outcomes = vocabulary_map.after_prefix(prefix)
-        if prefix not in cuts:
-            assert outcomes is None
+        table = vocabulary_map.after_prefix(prefix)
+        if prefix not in following:
+            assert table is None
             continue
-        found = _joint(outcomes)
-        assert set(found.values()) == _expected(coarse, fine, cuts, prefix), prefix
+        found = _members(table)
+        assert set(found.values()) == _expected(coarse, fine, following, prefix), prefix
         assert len(set(found.values())) == len(found)
-        assert not found[outcomes.num_classes - 1][1]  # the last is the end, which no finer token begins
-        assert outcomes.can_end == bool(found[outcomes.num_classes - 1][0]) == (prefix in coarse.pieces)
-        assert outcomes.prefix == prefix
+        assert not found[table.num_classes - 1][1]  # the last is the token end, which no fine token begins
+        assert table.can_end == bool(found[table.num_classes - 1][0]) == (prefix in coarse.pieces)
+        assert table.prefix == prefix
 
 
 def _every(vocabulary_map: VocabularyMap, coarse: TokenTable) -> list[tuple[bytes, ClassTable]]:
-    behind = [(prefix, vocabulary_map.after_prefix(prefix)) for prefix in _prefixes(coarse)]
+    after = [(prefix, vocabulary_map.after_prefix(prefix)) for prefix in _prefixes(coarse)]
     return [
         (b"", vocabulary_map.at_common_boundary()),
-        *((prefix, outcomes) for prefix, outcomes in behind if outcomes),
+        *((prefix, table) for prefix, table in after if table),
     ]
 
 
 @settings(max_examples=100, deadline=None)
 @given(coarse=tables(), fine=tables(), from_right=st.booleans())
-def test_every_outcome_but_an_end_has_tokens_on_both_sides_and_no_token_has_two(coarse, fine, from_right):
-    for prefix, outcomes in _every(VocabularyMap(coarse, fine, TableTokenizer(fine, from_right)), coarse):
-        going_on = [n for n in range(outcomes.num_classes) if not prefix or n < outcomes.num_classes - 1]
-        found = _joint(outcomes)
-        assert len(outcomes.representatives) == len(going_on)
-        assert all(leader in found[n][1] for n, leader in enumerate(outcomes.representatives.tolist()))
-        assert going_on
-        assert all(found[n][0] and found[n][1] for n in going_on)
-        for tokens in (outcomes.coarse_tokens, outcomes.fine_tokens):
+def test_every_class_but_a_token_end_has_tokens_on_both_sides_and_no_token_has_two(coarse, fine, from_right):
+    for prefix, table in _every(VocabularyMap(coarse, fine, TableTokenizer(fine, from_right)), coarse):
+        continuing = [n for n in range(table.num_classes) if not prefix or n < table.num_classes - 1]
+        found = _members(table)
+        assert len(table.representatives) == len(continuing)
+        assert all(representative in found[n][1] for n, representative in enumerate(table.representatives.tolist()))
+        assert continuing
+        assert all(found[n][0] and found[n][1] for n in continuing)
+        for tokens in (table.coarse_tokens, table.fine_tokens):
             assert len(np.unique(tokens)) == len(tokens)
 
 
 @settings(max_examples=100, deadline=None)
 @given(coarse=tables(), fine=tables(), from_right=st.booleans())
-def test_all_tokens_of_an_outcome_begin_with_the_bytes_of_one_poorer_token(coarse, fine, from_right):
-    for prefix, outcomes in _every(VocabularyMap(coarse, fine, TableTokenizer(fine, from_right)), coarse):
-        for coarse_tokens, fine_tokens in _joint(outcomes).values():
-            said = [coarse.pieces[r][len(prefix) :] for r in coarse_tokens] + [fine.pieces[u] for u in fine_tokens]
-            assert not fine_tokens or any(all(rest.startswith(fine.pieces[u]) for rest in said) for u in fine_tokens)
+def test_all_tokens_of_a_class_begin_with_the_bytes_of_one_fine_token(coarse, fine, from_right):
+    for prefix, table in _every(VocabularyMap(coarse, fine, TableTokenizer(fine, from_right)), coarse):
+        for coarse_tokens, fine_tokens in _members(table).values():
+            remainders = [coarse.pieces[r][len(prefix) :] for r in coarse_tokens] + [
+                fine.pieces[u] for u in fine_tokens
+            ]
+            assert not fine_tokens or any(
+                all(rest.startswith(fine.pieces[u]) for rest in remainders) for u in fine_tokens
+            )
 
 
 @settings(max_examples=100, deadline=None)
 @given(coarse=tables(), fine=tables(), from_right=st.booleans())
-def test_every_coarser_token_has_an_outcome_where_both_start_one(coarse, fine, from_right):
-    outcomes = VocabularyMap(coarse, fine, TableTokenizer(fine, from_right)).at_common_boundary()
-    assert {r for r, piece in enumerate(coarse.pieces) if piece} <= set(outcomes.coarse_tokens.tolist())
+def test_every_coarse_token_has_a_class_at_a_common_boundary(coarse, fine, from_right):
+    table = VocabularyMap(coarse, fine, TableTokenizer(fine, from_right)).at_common_boundary()
+    assert {r for r, piece in enumerate(coarse.pieces) if piece} <= set(table.coarse_tokens.tolist())
 
 
 @settings(max_examples=100, deadline=None)
 @given(coarse=tables(), fine=tables(), from_right=st.booleans())
-def test_every_coarser_token_goes_on_behind_each_of_its_cuts_and_ends_behind_itself(coarse, fine, from_right):
+def test_every_coarse_token_continues_after_each_prefix_that_it_is_split_after_and_ends_after_itself(
+    coarse, fine, from_right
+):
     vocabulary_map = VocabularyMap(coarse, fine, TableTokenizer(fine, from_right))
     for r, piece in enumerate(coarse.pieces):
-        parts = _cut(piece, fine, TableTokenizer(fine, from_right)) if piece else []
+        parts = _segmentation(piece, fine, TableTokenizer(fine, from_right)) if piece else []
         for count in range(1, len(parts)):
             prefix = b"".join(fine.pieces[u] for u in parts[:count])
-            outcomes = vocabulary_map.after_prefix(prefix)
-            (outcome,) = outcomes.coarse_classes[outcomes.coarse_tokens == r]
-            assert outcome in outcomes.fine_classes[outcomes.fine_tokens == parts[count]]
-        outcomes = vocabulary_map.after_prefix(piece)
-        if outcomes and coarse.pieces.count(piece) == 1:
-            assert outcomes.coarse_classes[outcomes.coarse_tokens == r].tolist() == [outcomes.num_classes - 1]
+            table = vocabulary_map.after_prefix(prefix)
+            (class_,) = table.coarse_classes[table.coarse_tokens == r]
+            assert class_ in table.fine_classes[table.fine_tokens == parts[count]]
+        table = vocabulary_map.after_prefix(piece)
+        if table and coarse.pieces.count(piece) == 1:
+            assert table.coarse_classes[table.coarse_tokens == r].tolist() == [table.num_classes - 1]
 
 
 @settings(max_examples=100, deadline=None)
 @given(table=tables(), from_right=st.booleans())
 def test_equal_vocabularies_give_the_identity_on_all_ids(table, from_right):
     found = VocabularyMap(table, table, TableTokenizer(table, from_right)).at_common_boundary()
-    assert set(_joint(found).values()) == {(frozenset([i]), frozenset([i])) for i in range(len(table.pieces))}
+    assert set(_members(found).values()) == {(frozenset([i]), frozenset([i])) for i in range(len(table.pieces))}
     vocabulary_map = VocabularyMap(table, table, TableTokenizer(table, from_right))
     assert all(vocabulary_map.after_prefix(prefix) is None for prefix in [*_prefixes(table), *table.pieces])
 
 
 @settings(max_examples=100, deadline=None)
 @given(coarse=tables(), fine=tables(), from_right=st.booleans(), data=st.data())
-def test_permuting_the_poorer_ids_permutes_the_outcomes_and_nothing_else(coarse, fine, from_right, data):
+def test_permuting_the_fine_ids_permutes_the_classes_and_nothing_else(coarse, fine, from_right, data):
     order = data.draw(st.permutations(range(len(fine.pieces))))
     new_id = {old: new for new, old in enumerate(order)}
     start = "<s>" if "<s>" in fine.strings else "</s>"
@@ -240,89 +246,89 @@ def test_permuting_the_poorer_ids_permutes_the_outcomes_and_nothing_else(coarse,
     one = VocabularyMap(coarse, fine, TableTokenizer(fine, from_right))
     other = VocabularyMap(coarse, permuted, TableTokenizer(permuted, from_right))
     for (prefix, before), (same, after) in zip(_every(one, coarse), _every(other, coarse), strict=True):
-        expected = {(a, frozenset(new_id[u] for u in b)) for a, b in _joint(before).values()}
-        assert set(_joint(after).values()) == expected
+        expected = {(a, frozenset(new_id[u] for u in b)) for a, b in _members(before).values()}
+        assert set(_members(after).values()) == expected
         assert prefix == same
 
 
 # Hand examples
 
 
-def _outcomes_of(coarse: TokenTable, fine: TokenTable, outcomes: ClassTable) -> set[tuple[str, str]]:
-    """Each outcome as its coarser and its finer tokens, spelled and joined by '|'."""
+def _spelled(coarse: TokenTable, fine: TokenTable, table: ClassTable) -> set[tuple[str, str]]:
+    """Each class as its coarse and its fine tokens, spelled and joined by '|'."""
     return {
         ("|".join(sorted(coarse.strings[r] for r in a)), "|".join(sorted(fine.strings[u] for u in b)))
-        for a, b in _joint(outcomes).values()
+        for a, b in _members(table).values()
     }
 
 
 def test_hand_example_of_words_and_their_letters():
     coarse, fine = token_table(["</s>", "t", "h", "e", "th", "the"]), token_table(["</s>", "h", "t", "e", "he"])
     vocabulary_map = VocabularyMap(coarse, fine, TableTokenizer(fine))
-    open_ = {("</s>", "</s>"), ("t|th|the", "t"), ("h", "h|he"), ("e", "e")}
-    assert _outcomes_of(coarse, fine, vocabulary_map.at_common_boundary()) == open_
-    assert _outcomes_of(coarse, fine, vocabulary_map.after_prefix(b"t")) == {("th", "h"), ("the", "he"), ("t", "")}
-    assert vocabulary_map.after_prefix(b"th") is None  # the is cut t|he
+    shared = {("</s>", "</s>"), ("t|th|the", "t"), ("h", "h|he"), ("e", "e")}
+    assert _spelled(coarse, fine, vocabulary_map.at_common_boundary()) == shared
+    assert _spelled(coarse, fine, vocabulary_map.after_prefix(b"t")) == {("th", "h"), ("the", "he"), ("t", "")}
+    assert vocabulary_map.after_prefix(b"th") is None  # the is split t|he
     assert vocabulary_map.after_prefix(b"the") is None
     assert vocabulary_map.after_prefix(b"x") is None
 
 
-@pytest.mark.parametrize(("lone", "place"), [("1969", "19"), ("    ", "  "), ("12", "1"), ("  \n", "  ")])
-def test_a_token_that_only_the_poorer_has_shares_the_place_of_the_longest_that_starts_it(lone, place):
+@pytest.mark.parametrize(("lone", "class_of"), [("1969", "19"), ("    ", "  "), ("12", "1"), ("  \n", "  ")])
+def test_a_token_that_only_the_fine_side_has_is_merged_with_the_longest_that_it_begins_with(lone, class_of):
     coarse = token_table(["</s>", *"1269 \na", "19", "  ", "a1"])
     fine = token_table(["</s>", *"1269 \na", "19", "  ", "12", "1969", "    ", "  \n"])
-    outcomes = _outcomes_of(coarse, fine, VocabularyMap(coarse, fine, TableTokenizer(fine)).at_common_boundary())
-    (found,) = [(a, b) for a, b in outcomes if lone in b.split("|")]
-    assert place in found[0].split("|")
-    assert place in found[1].split("|")
+    classes = _spelled(coarse, fine, VocabularyMap(coarse, fine, TableTokenizer(fine)).at_common_boundary())
+    (found,) = [(a, b) for a, b in classes if lone in b.split("|")]
+    assert class_of in found[0].split("|")
+    assert class_of in found[1].split("|")
 
 
-def test_a_number_that_only_the_poorer_has_shares_a_place_inside_a_coarser_token_too():
+def test_a_number_that_only_the_fine_side_has_is_merged_inside_a_coarse_token_too():
     coarse, fine = token_table(["</s>", *"12a", "a1"]), token_table(["</s>", *"12a", "12"])
-    behind = VocabularyMap(coarse, fine, TableTokenizer(fine)).after_prefix(b"a")
-    assert _outcomes_of(coarse, fine, behind) == {("a1", "1|12"), ("a", "")}
+    table = VocabularyMap(coarse, fine, TableTokenizer(fine)).after_prefix(b"a")
+    assert _spelled(coarse, fine, table) == {("a1", "1|12"), ("a", "")}
 
 
-def test_a_prefix_that_no_coarser_token_spells_cannot_be_an_end():
+def test_a_prefix_that_is_no_coarse_token_cannot_be_an_end():
     coarse, fine = token_table(["</s>", *"abc", "abc"]), token_table(["</s>", *"abc", "ab"])
-    outcomes = VocabularyMap(coarse, fine, TableTokenizer(fine)).after_prefix(b"ab")
-    assert _outcomes_of(coarse, fine, outcomes) == {("abc", "c"), ("", "")}
-    assert not outcomes.can_end
-    assert outcomes.num_classes == 2
+    table = VocabularyMap(coarse, fine, TableTokenizer(fine)).after_prefix(b"ab")
+    assert _spelled(coarse, fine, table) == {("abc", "c"), ("", "")}
+    assert not table.can_end
+    assert table.num_classes == 2
 
 
-def test_a_poorer_token_shares_the_place_of_an_ordinary_token_and_not_of_its_byte_token():
-    # Gemma's kind: the byte tokens come behind the ordinary newline. What says nothing would share nothing.
+def test_a_fine_token_is_merged_with_an_ordinary_token_and_not_with_its_byte_token():
+    # As in Gemma, the byte tokens come after the ordinary newline.
     strings = ["</s>", "\n", "a", "<0x0A>"]
     for order in (strings, strings[::-1]):
         coarse, fine = token_table(order), token_table(["</s>", "<0x0A>", "\n", "a", "\n\n"])
-        found = _outcomes_of(coarse, fine, VocabularyMap(coarse, fine, TableTokenizer(fine)).at_common_boundary())
+        found = _spelled(coarse, fine, VocabularyMap(coarse, fine, TableTokenizer(fine)).at_common_boundary())
         assert found == {("</s>", "</s>"), ("\n", "\n|\n\n"), ("<0x0A>", "<0x0A>"), ("a", "a")}
 
 
-def test_the_poorer_tokenizers_own_cut_counts_and_not_the_longest_token():
+def test_the_finer_tokenizers_own_segmentation_counts_and_not_the_longest_match():
     coarse, fine = (
         token_table(["</s>", *"abcd", "abcd", "xabcd", "x"]),
         token_table(["</s>", *"abcdx", "abc", "cd", "ab", "bcd"]),
     )
     from_right = VocabularyMap(coarse, fine, TableTokenizer(fine, from_right=True))  # a|bcd
-    assert ("a|abcd", "a|ab|abc") in _outcomes_of(coarse, fine, from_right.at_common_boundary())
-    assert _outcomes_of(coarse, fine, from_right.after_prefix(b"x")) == {("xabcd", "a"), ("x", "")}
-    assert _outcomes_of(coarse, fine, from_right.after_prefix(b"xa")) == {("xabcd", "bcd"), ("", "")}
+    assert ("a|abcd", "a|ab|abc") in _spelled(coarse, fine, from_right.at_common_boundary())
+    assert _spelled(coarse, fine, from_right.after_prefix(b"x")) == {("xabcd", "a"), ("x", "")}
+    assert _spelled(coarse, fine, from_right.after_prefix(b"xa")) == {("xabcd", "bcd"), ("", "")}
     from_left = VocabularyMap(coarse, fine, TableTokenizer(fine))  # abc|d
-    assert ("abcd", "abc") in _outcomes_of(coarse, fine, from_left.at_common_boundary())
-    assert _outcomes_of(coarse, fine, from_left.after_prefix(b"x")) == {("xabcd", "abc"), ("x", "")}
+    assert ("abcd", "abc") in _spelled(coarse, fine, from_left.at_common_boundary())
+    assert _spelled(coarse, fine, from_left.after_prefix(b"x")) == {("xabcd", "abc"), ("x", "")}
     assert from_left.after_prefix(b"xa") is None
 
 
-def test_the_longest_token_counts_where_the_bytes_are_no_text():
-    # The first byte of a character behind another one; from the right the finer would cut a|bXc3, if it could.
+def test_the_longest_match_counts_where_the_bytes_are_no_text():
+    # The first byte of a character after another one; from the right the finer would split a|bXc3, if it could.
     coarse, fine = (
         token_table(["</s>", "<0xC3>", *"ab", "<0x61>"]),
         token_table(["</s>", "<0xC3>", "<0xA9>", *"ab", "ab"]),
     )
     coarse.pieces[-1], fine.pieces[2] = b"ab\xc3", b"b\xc3"
-    found = _outcomes_of(
+    found = _spelled(
         coarse, fine, VocabularyMap(coarse, fine, TableTokenizer(fine, from_right=True)).at_common_boundary()
     )
     assert ("<0x61>", "ab") in found
@@ -335,38 +341,38 @@ def test_an_ordinary_token_is_preferred_to_the_byte_token_of_its_bytes():
     for order in (strings, strings[::-1]):
         fine = token_table(order)
         vocabulary_map = VocabularyMap(coarse, fine, TableTokenizer(fine))
-        assert _outcomes_of(coarse, fine, vocabulary_map.at_common_boundary()) == {
+        assert _spelled(coarse, fine, vocabulary_map.at_common_boundary()) == {
             ("</s>", "</s>"),
             ("a|ab", "a"),
             ("b", "b"),
         }
-        assert _outcomes_of(coarse, fine, vocabulary_map.after_prefix(b"a")) == {("ab", "b"), ("a", "")}
+        assert _spelled(coarse, fine, vocabulary_map.after_prefix(b"a")) == {("ab", "b"), ("a", "")}
 
 
-def test_a_newline_that_the_coarser_has_as_a_byte_token_only_is_the_poorers_ordinary_newline():
-    # Llama 2 has no token "\n" but "<0x0A>"; many others have both, and write the first.
+def test_a_newline_that_the_coarse_side_has_as_a_byte_token_only_is_the_fine_sides_ordinary_newline():
+    # Llama 2 has no token "\n" but "<0x0A>"; many others have both, and emit the first.
     coarse, fine = token_table(["</s>", "<0x0A>", "a", "b"]), token_table(["</s>", "\n", "a", "b", "<0x0A>"])
-    outcomes = _joint(VocabularyMap(coarse, fine, TableTokenizer(fine)).at_common_boundary())
-    (found,) = [(a, b) for a, b in outcomes.values() if fine.strings.index("\n") in b]
+    classes = _members(VocabularyMap(coarse, fine, TableTokenizer(fine)).at_common_boundary())
+    (found,) = [(a, b) for a, b in classes.values() if fine.strings.index("\n") in b]
     assert found[0] == {coarse.strings.index("<0x0A>")}
     assert found[1] <= {fine.strings.index("\n"), fine.strings.index("<0x0A>")}
 
 
-def test_tokens_without_bytes_meet_by_their_spelling_and_ends_and_starts_by_their_part():
+def test_tokens_without_bytes_are_paired_by_their_spelling_and_ends_and_starts_by_their_role():
     coarse = token_table(["</s>", "a", "<s>", "<pad>", "<only>"], "<s>")
     fine = token_table(["<pad>", "a", "</s>", "<other>"])
-    found = _outcomes_of(coarse, fine, VocabularyMap(coarse, fine, TableTokenizer(fine)).at_common_boundary())
+    found = _spelled(coarse, fine, VocabularyMap(coarse, fine, TableTokenizer(fine)).at_common_boundary())
     assert found == {("</s>|<s>", "</s>"), ("a", "a"), ("<pad>", "<pad>")}
-    back = _outcomes_of(fine, coarse, VocabularyMap(fine, coarse, TableTokenizer(coarse)).at_common_boundary())
+    back = _spelled(fine, coarse, VocabularyMap(fine, coarse, TableTokenizer(coarse)).at_common_boundary())
     assert back == {("</s>", "</s>"), ("a", "a"), ("<pad>", "<pad>")}
 
 
-def test_rows_of_a_head_without_a_token_take_no_part(sp_tokenizer, byte_tokenizer):
+def test_padding_of_an_lm_head_has_no_class(sp_tokenizer, byte_tokenizer):
     coarse = build_token_table(byte_tokenizer, len(byte_tokenizer) + 8)
     fine = build_token_table(sp_tokenizer, len(sp_tokenizer) + 8)
-    outcomes = VocabularyMap(coarse, fine, sp_tokenizer).at_common_boundary()
-    assert outcomes.coarse_tokens.max() < len(byte_tokenizer)
-    assert outcomes.fine_tokens.max() < len(sp_tokenizer)
+    table = VocabularyMap(coarse, fine, sp_tokenizer).at_common_boundary()
+    assert table.coarse_tokens.max() < len(byte_tokenizer)
+    assert table.fine_tokens.max() < len(sp_tokenizer)
 
 
 # Tokenizers that were trained
@@ -383,8 +389,8 @@ def token_tables(tokenizers):
 
 
 @pytest.fixture(scope="module")
-def contacts(tokenizers, token_tables, corpus_texts):
-    """contacts(coarse, fine): coarser token, its written bytes and the finer token that starts there in the corpus."""
+def occurrences(tokenizers, token_tables, corpus_texts):
+    """occurrences(coarse, fine): coarse token, prefix length and the fine token that starts there in the corpus."""
 
     def find(coarse: str, fine: str) -> list[np.ndarray]:
         found = []
@@ -396,56 +402,62 @@ def contacts(tokenizers, token_tables, corpus_texts):
                 widths[0] -= int(widths.sum()) - len(("\n" + text).encode())  # a space that is no text
                 ids.append(np.array(tokens))
                 ends.append(np.cumsum(widths))
-            met = find_boundaries(*ends)
-            begins = met.teacher_prefix_length == 0
-            columns = ids[0][met.student[begins]], met.student_prefix_length[begins], ids[1][met.teacher[begins]]
-            found.append(np.stack(columns))
+            boundaries = find_boundaries(*ends)
+            starts = boundaries.teacher_prefix_length == 0
+            arrays = (
+                ids[0][boundaries.student[starts]],
+                boundaries.student_prefix_length[starts],
+                ids[1][boundaries.teacher[starts]],
+            )
+            found.append(np.stack(arrays))
         return list(np.concatenate(found, axis=1))
 
     return find
 
 
 @pytest.mark.parametrize("names", BOTH_WAYS)
-def test_open_outcomes_of_trained_tokenizers_are_those_of_the_definition(tokenizers, token_tables, names):
+def test_classes_of_trained_tokenizers_at_a_common_boundary_are_those_of_the_definition(
+    tokenizers, token_tables, names
+):
     coarse, fine = (token_tables[name] for name in names)
     found = VocabularyMap(coarse, fine, tokenizers[names[1]]).at_common_boundary()
-    assert set(_joint(found).values()) == _expected(coarse, fine, _cuts(coarse, fine, tokenizers[names[1]]), b"")
+    assert set(_members(found).values()) == _expected(coarse, fine, _following(coarse, fine, tokenizers[names[1]]), b"")
 
 
 @pytest.mark.parametrize("names", BOTH_WAYS)
-def test_outcomes_behind_trained_tokens_are_those_of_the_definition(tokenizers, token_tables, names):
+def test_classes_of_trained_tokenizers_after_a_prefix_are_those_of_the_definition(tokenizers, token_tables, names):
     coarse, fine = (token_tables[name] for name in names)
     vocabulary_map = VocabularyMap(coarse, fine, tokenizers[names[1]])
-    cuts = _cuts(coarse, fine, tokenizers[names[1]])
+    following = _following(coarse, fine, tokenizers[names[1]])
     for prefix in _prefixes(coarse):
-        outcomes = vocabulary_map.after_prefix(prefix)
-        assert (outcomes is None) == (prefix not in cuts)
-    picked = np.random.default_rng(0).permutation(len(cuts))[:60]
-    for prefix in (sorted(cuts)[i] for i in picked):
+        table = vocabulary_map.after_prefix(prefix)
+        assert (table is None) == (prefix not in following)
+    picked = np.random.default_rng(0).permutation(len(following))[:60]
+    for prefix in (sorted(following)[i] for i in picked):
         if prefix:
             found = vocabulary_map.after_prefix(prefix)
-            assert set(_joint(found).values()) == _expected(coarse, fine, cuts, prefix), prefix
+            assert set(_members(found).values()) == _expected(coarse, fine, following, prefix), prefix
 
 
-def _corrected(coarse: TokenTable, cuts: dict, met: list) -> tuple[dict, set]:
-    """The cuts as the text corrects them, and the groups of finer tokens that it shows to be one outcome.
+def _corrected(coarse: TokenTable, following: dict, met: list) -> tuple[dict, set]:
+    """`_following` as the text corrects it, and the groups of fine tokens that the text merges into one class.
 
-    met: coarser token, its written bytes and the finer token that starts there, in the text
+    met: coarse token, prefix length and the fine token that starts there, in the text
     """
     seen = defaultdict(Counter)
-    for r, written, u in sorted(met):
-        if r in cuts.get(coarse.pieces[r][:written], ()):
-            seen[coarse.pieces[r][:written], r][u] += 1
-    corrected, stands_for = {prefix: dict(begins) for prefix, begins in cuts.items()}, defaultdict(Counter)
+    for r, length, u in sorted(met):
+        if r in following.get(coarse.pieces[r][:length], ()):
+            seen[coarse.pieces[r][:length], r][u] += 1
+    corrected, expected = {prefix: dict(begins) for prefix, begins in following.items()}, defaultdict(Counter)
     for (prefix, r), counts in seen.items():
         u, count = counts.most_common(1)[0]
         total = sum(counts.values())
         if total >= 3 and 2 * count > total:
             corrected[prefix][r] = u
         for u, count in counts.items():
-            stands_for[u][corrected[prefix][r]] += count
+            expected[u][corrected[prefix][r]] += count
     groups = defaultdict(set)
-    for u, counts in stands_for.items():
+    for u, counts in expected.items():
         other, count = counts.most_common(1)[0]
         if other != u and count >= 3 and 2 * count >= sum(counts.values()):
             joined = {u, other} | groups[u] | groups[other]
@@ -454,106 +466,111 @@ def _corrected(coarse: TokenTable, cuts: dict, met: list) -> tuple[dict, set]:
 
 
 @pytest.mark.parametrize("names", BOTH_WAYS)
-def test_outcomes_that_a_corpus_taught_are_those_of_the_definition(tokenizers, token_tables, contacts, names):
+def test_classes_after_fitting_to_a_corpus_are_those_of_the_definition(tokenizers, token_tables, occurrences, names):
     coarse, fine = (token_tables[name] for name in names)
-    vocabulary_map, cuts = VocabularyMap(coarse, fine, tokenizers[names[1]]), _cuts(coarse, fine, tokenizers[names[1]])
-    met = contacts(*names)
+    vocabulary_map, following = (
+        VocabularyMap(coarse, fine, tokenizers[names[1]]),
+        _following(coarse, fine, tokenizers[names[1]]),
+    )
+    met = occurrences(*names)
     vocabulary_map.fit_(*met)
-    cuts, same = _corrected(coarse, cuts, np.stack(met).T.tolist())
-    assert set(_joint(vocabulary_map.at_common_boundary()).values()) == _expected(coarse, fine, cuts, b"", same)
-    for prefix in [*(prefix for prefix in sorted(cuts) if prefix)][::10]:
-        found = set(_joint(vocabulary_map.after_prefix(prefix)).values())
-        assert found == _expected(coarse, fine, cuts, prefix, same), prefix
+    following, same = _corrected(coarse, following, np.stack(met).T.tolist())
+    assert set(_members(vocabulary_map.at_common_boundary()).values()) == _expected(coarse, fine, following, b"", same)
+    for prefix in [*(prefix for prefix in sorted(following) if prefix)][::10]:
+        found = set(_members(vocabulary_map.after_prefix(prefix)).values())
+        assert found == _expected(coarse, fine, following, prefix, same), prefix
     if names == ("byte", "sp"):
-        assert cuts != _cuts(coarse, fine, tokenizers[names[1]]), "nothing was learned, so nothing is tested"
+        assert following != _following(coarse, fine, tokenizers[names[1]]), (
+            "nothing was corrected, so nothing is tested"
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_trained_tokenizer_maps_every_id_to_itself_and_learns_nothing(tokenizers, token_tables, contacts, kind):
+def test_a_trained_tokenizer_maps_every_id_to_itself_and_is_not_corrected(tokenizers, token_tables, occurrences, kind):
     table = token_tables[kind]
     vocabulary_map = VocabularyMap(table, table, tokenizers[kind])
-    vocabulary_map.fit_(*contacts(kind, kind))
+    vocabulary_map.fit_(*occurrences(kind, kind))
     identity = {(frozenset([i]), frozenset([i])) for i in range(len(tokenizers[kind]))}
-    assert set(_joint(vocabulary_map.at_common_boundary()).values()) == identity
+    assert set(_members(vocabulary_map.at_common_boundary()).values()) == identity
 
 
-# Learning from text
+# Fitting to text
 
-LEARNERS = token_table(["</s>", *"abc ", "ab", "  "]), token_table(["</s>", *"abc ", "ab", "  "])
+TABLES = token_table(["</s>", *"abc ", "ab", "  "]), token_table(["</s>", *"abc ", "ab", "  "])
 
 
-def _taught(*lessons: tuple[str, int, str, int], tables=LEARNERS) -> set[tuple[str, str]]:
-    """The open outcomes after a text with these lessons: coarser token, written bytes, finer token, how often."""
+def _fitted(*occurrences: tuple[str, int, str, int], tables=TABLES) -> set[tuple[str, str]]:
+    """The shared classes after a text with these occurrences: coarse token, prefix length, fine token, how often."""
     coarse, fine = tables
     vocabulary_map = VocabularyMap(coarse, fine, TableTokenizer(fine))
     met = [
-        (coarse.strings.index(a), written, fine.strings.index(b))
-        for a, written, b, count in lessons
+        (coarse.strings.index(a), length, fine.strings.index(b))
+        for a, length, b, count in occurrences
         for _ in range(count)
     ]
     vocabulary_map.fit_(*np.array(met, dtype=np.int64).reshape(-1, 3).T)
-    return _outcomes_of(coarse, fine, vocabulary_map.at_common_boundary())
+    return _spelled(coarse, fine, vocabulary_map.at_common_boundary())
 
 
-IDENTITY = {(string, string) for string in LEARNERS[0].strings}
-JOINED = IDENTITY - {("ab", "ab"), ("a", "a")} | {("a|ab", "a|ab")}
+IDENTITY = {(string, string) for string in TABLES[0].strings}
+MERGED = IDENTITY - {("ab", "ab"), ("a", "a")} | {("a|ab", "a|ab")}
 
 
-def test_without_text_nothing_is_joined():
-    assert _taught() == IDENTITY
+def test_without_text_nothing_is_merged():
+    assert _fitted() == IDENTITY
 
 
 @pytest.mark.parametrize(
     ("strange", "usual", "corrects"),
     [(50, 0, True), (3, 0, True), (2, 0, False), (3, 2, True), (3, 3, False), (9, 8, True), (8, 9, False)],
 )
-def test_a_coarser_token_goes_on_as_it_mostly_does_in_the_text(strange, usual, corrects):
-    taught = _taught(("ab", 0, "a", strange), ("ab", 0, "ab", usual), ("a", 0, "a", 50))
-    assert taught == (JOINED if corrects else IDENTITY)
+def test_a_coarse_token_is_followed_by_the_fine_token_that_mostly_follows_in_the_text(strange, usual, corrects):
+    found = _fitted(("ab", 0, "a", strange), ("ab", 0, "ab", usual), ("a", 0, "a", 50))
+    assert found == (MERGED if corrects else IDENTITY)
 
 
 @pytest.mark.parametrize(
-    ("strange", "usual", "joins"), [(3, 0, True), (2, 0, False), (4, 3, True), (3, 4, False), (9, 8, True)]
+    ("strange", "usual", "merges"), [(3, 0, True), (2, 0, False), (4, 3, True), (3, 4, False), (9, 8, True)]
 )
-def test_a_poorer_token_that_mostly_stands_where_another_is_expected_shares_its_outcome(strange, usual, joins):
-    # Of all "a" that the coarser side says, the finer says "ab" for a few; of all "ab", those are the most.
-    taught = _taught(("a", 0, "ab", strange), ("a", 0, "a", 150), ("ab", 0, "ab", usual))
-    assert taught == (JOINED if joins else IDENTITY)
+def test_a_fine_token_that_mostly_occurs_where_another_is_expected_is_merged_with_it(strange, usual, merges):
+    # For a few of all coarse "a" the fine token is "ab"; of all fine "ab", those are the most.
+    found = _fitted(("a", 0, "ab", strange), ("a", 0, "a", 150), ("ab", 0, "ab", usual))
+    assert found == (MERGED if merges else IDENTITY)
 
 
-def test_joining_is_transitive():
-    # One order of ids and the other: who stands for whom is learned first or last.
-    taught = _taught(("a", 0, "ab", 5), ("a", 0, "a", 6), ("c", 0, "a", 20), ("c", 0, "c", 30))
-    assert taught == IDENTITY - {(x, x) for x in ("a", "ab", "c")} | {("a|ab|c", "a|ab|c")}
-    taught = _taught(("ab", 0, "a", 5), ("ab", 0, "ab", 6), ("  ", 0, "ab", 20), ("  ", 0, "  ", 30))
-    assert taught == IDENTITY - {(x, x) for x in ("a", "ab", "  ")} | {("  |a|ab", "  |a|ab")}
+def test_merging_is_transitive():
+    # In one order of ids and in the other.
+    found = _fitted(("a", 0, "ab", 5), ("a", 0, "a", 6), ("c", 0, "a", 20), ("c", 0, "c", 30))
+    assert found == IDENTITY - {(x, x) for x in ("a", "ab", "c")} | {("a|ab|c", "a|ab|c")}
+    found = _fitted(("ab", 0, "a", 5), ("ab", 0, "ab", 6), ("  ", 0, "ab", 20), ("  ", 0, "  ", 30))
+    assert found == IDENTITY - {(x, x) for x in ("a", "ab", "  ")} | {("  |a|ab", "  |a|ab")}
 
 
 def test_what_the_text_corrects_is_expected_no_longer():
-    # "ab" is always said as "a", which so stands where it is expected, and joins nothing.
-    taught = _taught(("ab", 0, "a", 50), ("a", 0, "c", 2), ("c", 0, "c", 9))
-    assert ("a|ab", "a|ab") in taught
-    assert ("c", "c") in taught
+    # For "ab" the text always has "a", which so occurs where it is expected, and is merged with nothing.
+    found = _fitted(("ab", 0, "a", 50), ("a", 0, "c", 2), ("c", 0, "c", 9))
+    assert ("a|ab", "a|ab") in found
+    assert ("c", "c") in found
 
 
-def test_what_is_learned_inside_a_token_counts_inside_and_outside():
+def test_a_correction_inside_a_token_counts_inside_and_outside():
     coarse, fine = token_table(["</s>", *"abc", "cab", "ca"]), token_table(["</s>", *"abc", "ab"])
     vocabulary_map = VocabularyMap(coarse, fine, TableTokenizer(fine))
     apart = {("cab", "ab"), ("ca", "a"), ("c", "")}
-    assert _outcomes_of(coarse, fine, vocabulary_map.after_prefix(b"c")) == apart
-    taught = VocabularyMap(coarse, fine, TableTokenizer(fine))
-    lesson = coarse.strings.index("cab"), 1, fine.strings.index("a")
-    taught.fit_(*np.array([lesson] * 5).T)
-    assert _outcomes_of(coarse, fine, taught.after_prefix(b"c")) == {("ca|cab", "a|ab"), ("c", "")}
-    assert ("a", "a|ab") in _outcomes_of(coarse, fine, taught.at_common_boundary())
+    assert _spelled(coarse, fine, vocabulary_map.after_prefix(b"c")) == apart
+    found = VocabularyMap(coarse, fine, TableTokenizer(fine))
+    occurrence = coarse.strings.index("cab"), 1, fine.strings.index("a")
+    found.fit_(*np.array([occurrence] * 5).T)
+    assert _spelled(coarse, fine, found.after_prefix(b"c")) == {("ca|cab", "a|ab"), ("c", "")}
+    assert ("a", "a|ab") in _spelled(coarse, fine, found.at_common_boundary())
 
 
-def test_where_a_token_is_not_cut_there_is_nothing_to_learn():
-    assert _taught(("ab", 1, " ", 50)) == IDENTITY
+def test_where_a_token_is_not_split_nothing_is_corrected():
+    assert _fitted(("ab", 1, " ", 50)) == IDENTITY
 
 
-def test_tokens_without_bytes_teach_nothing():
-    assert _taught(("</s>", 0, "a", 50), ("a", 0, "</s>", 50), ("a", 1, "ab", 50)) == IDENTITY
+def test_tokens_without_bytes_correct_nothing():
+    assert _fitted(("</s>", 0, "a", 50), ("a", 0, "</s>", 50), ("a", 1, "ab", 50)) == IDENTITY
 
 
 # The same token
