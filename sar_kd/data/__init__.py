@@ -1,6 +1,7 @@
-"""Text to batches: files and chat -> documents -> token streams -> blocks -> `Batch`.
+"""Documents to batches.
 
-In: files, `datasets`, the embedded text, or texts in memory. Out: a dataset whose `batch` gives `Batch`es: token ids
-and labels of both models, the alignment of their positions, and the names of the documents.
-May import: `alignment` and what stands below it; not `models` or `reporting`.
+In: files, the `datasets` package, the embedded text, or texts in memory. Out: a `Dataset` whose `Batch`es hold token ids
+and labels of both models, and the alignment of their positions.
+`load_documents` -> `tokenize` -> `pack` -> `Dataset`; the last three are `dataset.build_dataset`.
+May import: `alignment` and the packages below it; not `models` or `reporting`.
 """

@@ -45,7 +45,7 @@ class Coverage:
     teacher_tokens: int
     """Sizes of the vocabularies"""
     skipped_documents: tuple[str, ...]
-    """Documents that are empty or that a tokenizer cannot represent"""
+    """Documents that are empty or that a tokenizer changes"""
 
     @property
     def auto_alignment(self) -> str:
@@ -76,8 +76,8 @@ class Coverage:
 
 
 def skipped_lines(documents: Sequence[str]) -> list[str]:
-    """A line about documents that are empty or that a tokenizer cannot represent, if there are any."""
-    reason = "that are empty or that a tokenizer cannot represent"
+    """A line about documents that are empty or that a tokenizer changes, if there are any."""
+    reason = "that are empty or that a tokenizer changes"
     return [f"Skipped {len(documents)} documents {reason}: {first_few(documents)}"] if documents else []
 
 

@@ -344,6 +344,7 @@ def test_a_text_of_which_a_tokenizer_changes_a_little_goes_on_without_it(changin
         assert (found.text.names, found.text.skipped_documents) == (["kept"], ["changed"])
         assert found.text.num_bytes == len(documents[0].text)
         assert _text_of_blocks(found, "student") == _text_of_blocks(found, "teacher")
+        assert len(found.batch([0]).alignment.student_positions) > 0
 
 
 @pytest.mark.parametrize("alignment", ALIGNMENTS)
