@@ -145,9 +145,8 @@ def _uncentred(run, offset=-35.0):
 def _rebuilt(run, **changes):
     """The same run after its student was changed."""
     settings = dataclasses.replace(run.loss, **changes)
-    guards = copy.copy(run.guard)
-    guards.max_grad_norm = run.clip
-    return type(run)(run.corpus, run.student, run.teacher, run.precision, settings, guards, run.optim.student_lr)
+    parts = run.corpus, run.student, run.teacher, run.precision, settings, run.guard.settings
+    return type(run)(*parts, run.optim.student_lr)
 
 
 def test_02_logits_without_a_centre_teach_and_a_literal_clamp_of_them_is_refused(make_run, row):

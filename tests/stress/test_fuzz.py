@@ -77,12 +77,12 @@ class Writes:
 WRITES = Writes()
 
 
-def _outcome(main, argv=()):
+def _outcome(entry, argv=()):
     """The exit code; fails on a traceback, and on more than one line to the user."""
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = main.run(main, list(argv))
+            code = main.run(entry, list(argv))
     except SystemExit as ended:  # --help
         code = ended.code
     said = err.getvalue()
