@@ -100,7 +100,7 @@ MUTATIONS = (
              "precision.backward(total / divisor)",
              "precision.backward(total / max(1, batch.num_target_tokens) / len(micro_batches))"),
     # the loss scale, the norm and the weights
-    Mutation("a loss scale", "runtime/precision.py", "scales = dtype is torch.float16", "scales = False"),
+    Mutation("a loss scale", "runtime/precision.py", "enabled=is_float16)", "enabled=False)"),
     Mutation("the floor of the loss scale", "runtime/precision.py",
              "fixed = MIN_LOSS_SCALE if at_floor else", "fixed = None if at_floor else"),
     Mutation("the ceiling of the loss scale", "runtime/precision.py",

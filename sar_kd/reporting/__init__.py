@@ -1,4 +1,4 @@
-"""What a run tells: the terminal, metrics.jsonl, summary.json, report.html, the model card, trackers.
+"""The output of a run: the terminal, metrics.jsonl, summary.json, report.html, the model card, trackers.
 
 In: records of steps and evaluations, a run folder, or a log of another program. Out: lines, files and pages. Nothing
 here changes a run.

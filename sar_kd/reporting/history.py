@@ -18,8 +18,8 @@ _STEP = '{"event": "step"'
 _ADVICE = {
     "overflow": "the loss scale was still being calibrated, which is harmless in a few steps",
     "norm": "the gradient norm was above the limit: lower the learning rate, or --skip_rule adaptive",
-    "forward": "the forward was not finite: `sar-kd forensics` on this run says where",
-    "gradient": "the gradient was not finite at the lowest loss scale: `sar-kd forensics` on this run says where",
+    "forward": "the forward was not finite: `sar-kd forensics` on this run names the module",
+    "gradient": "the gradient was not finite at the lowest loss scale: `sar-kd forensics` on this run names the module",
     "no_targets": "those steps had no target token: look at the text",
 }
 """By cause of a skipped step"""
@@ -117,7 +117,7 @@ def _status(run: RunHistory) -> str:
         return f"Finished: {last} steps."
     if status == "emergency_stop":
         return (
-            f"Emergency stop at step {last}: too many NaN batches in a row. `sar-kd forensics {run.folder}` says why."
+            f"Emergency stop at step {last}: too many NaN batches in a row. `sar-kd forensics {run.folder}` shows why."
         )
     if status == "interrupted":
         return f"Interrupted after {last} of {total} steps; --resume goes on from there."

@@ -1,4 +1,4 @@
-"""What a log of losses and gradient norms says went wrong, its likely cause, and what to try.
+"""The pattern in a log of losses and gradient norms, its likely cause, and what to try.
 
 A log is what a Trainer prints, its `trainer_state.json`, or a run's `metrics.jsonl`.
 """

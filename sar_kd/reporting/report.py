@@ -58,7 +58,7 @@ class ReportWriter:
 
 
 def find_report_writer(folder: Path) -> tuple[list[ReportWriter], list[str]]:
-    """A writer for a run in this folder; without matplotlib none, and the line that says how to get the page."""
+    """A writer for a run in this folder; without matplotlib none, and a line about how to get the page."""
     if is_installed("matplotlib"):
         return [ReportWriter(folder)], []
     return [], [f"No {FILE} without matplotlib: `{_INSTALL}`, then `sar-kd report {folder}` at any time"]

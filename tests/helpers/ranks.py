@@ -1,4 +1,4 @@
-"""Several processes on this machine that find each other as under torchrun, started in no time.
+"""Several processes on this machine in one process group, as under torchrun, but started without its delay.
 
 As with torchrun, the store through which they find each other lives in the process that starts them.
 """
@@ -27,33 +27,33 @@ _PRELOADED = [
 
 
 def start(folder: Path, function, *args, size: int = 2) -> SimpleNamespace:
-    """`size` processes that call function(rank, *args); what they say is kept in the folder. See `finish`."""
+    """Start `size` processes that call function(rank, *args); their output goes into the folder, see `finish`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
-    former = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([former] if former else [])])
+    previous = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([previous] if previous else [])])
     try:
         forkserver.ensure_running()
     finally:
-        os.environ.pop("PYTHONPATH") if former is None else os.environ.update(PYTHONPATH=former)
+        os.environ.pop("PYTHONPATH") if previous is None else os.environ.update(PYTHONPATH=previous)
     folder.mkdir(parents=True, exist_ok=True)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    where = (size, store.port, folder)
-    processes = [context.Process(target=_call, args=(rank, *where, function, args)) for rank in range(size)]
+    shared = (size, store.port, folder, function, args)
+    processes = [context.Process(target=_call, args=(rank, *shared)) for rank in range(size)]
     for process in processes:
         process.start()
     return SimpleNamespace(processes=processes, folder=folder, store=store)
 
 
 def _call(rank, size, port, folder, function, args):
-    place = {
+    environment = {
         "RANK": rank,
         "LOCAL_RANK": rank,
         "WORLD_SIZE": size,
         "LOCAL_WORLD_SIZE": size,
         "MASTER_PORT": port,
     }
-    os.environ.update({name: str(value) for name, value in place.items()})
+    os.environ.update({name: str(value) for name, value in environment.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", TORCHELASTIC_USE_AGENT_STORE="True", HF_HUB_OFFLINE="1")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
@@ -67,7 +67,7 @@ def _call(rank, size, port, folder, function, args):
 
 
 def finish(started: SimpleNamespace, timeout: float = 90) -> list[SimpleNamespace]:
-    """What became of each process: exit code, stdout, lines of stderr, result. None outlives `timeout` seconds."""
+    """Exit code, stdout, lines of stderr and result of each process; none outlives `timeout` seconds."""
     deadline = time.monotonic() + timeout
     for process in started.processes:
         process.join(max(0.0, deadline - time.monotonic()))
@@ -91,7 +91,7 @@ def run(folder: Path, function, *args, size: int = 2, timeout: float = 90) -> li
 
 
 def script(rank: int, argv: list[str], change=None) -> int:
-    """The exit code of a script in one of the processes. change: called with the rank before."""
+    """The exit code of a script in one of the processes. change: called with the rank before it."""
     if change is not None:
         change(rank)
     return main.run(train_sar_kd_stable.main, argv)

@@ -1,4 +1,4 @@
-"""`explain`: each pattern of losses and gradient norms is told from each kind of log, with its known cause."""
+"""`explain`: each pattern of losses and gradient norms is recognised in each kind of log, with its known cause."""
 
 import json
 import math
@@ -50,7 +50,7 @@ def _read(tmp_path, text, name="train.log"):
 
 @pytest.mark.parametrize("written", [_printed, _quoted, _state])
 @pytest.mark.parametrize("name", PATTERNS)
-def test_each_pattern_is_told_from_each_kind_of_log(tmp_path, name, written):
+def test_each_pattern_is_recognised_in_each_kind_of_log(tmp_path, name, written):
     assert diagnose(_read(tmp_path, written(PATTERNS[name]))).name == name
 
 
@@ -62,9 +62,9 @@ def test_every_diagnosis_is_reached_by_a_test():
 def _ours(pairs, causes) -> str:
     records = [{"event": "evaluation", "step": 0, "val_loss": 3.0}]
     for i, ((loss, norm), cause) in enumerate(zip(pairs, causes, strict=True), 1):
-        figures = {"loss": loss, "grad_norm": norm}
-        figures = {name: value if math.isfinite(value) else str(value) for name, value in figures.items()}
-        records.append({"event": "step", "step": i, **figures, "applied": cause is None, "cause": cause})
+        metrics = {"loss": loss, "grad_norm": norm}
+        metrics = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
+        records.append({"event": "step", "step": i, **metrics, "applied": cause is None, "cause": cause})
     return "\n".join(map(json.dumps, records))
 
 
@@ -85,7 +85,7 @@ def test_a_runs_own_metrics_are_read_with_their_causes(tmp_path, pairs, causes, 
     assert diagnose(read_log(tmp_path)).name == name  # the folder that holds it
 
 
-def test_half_weights_are_told_by_what_pytorch_says(tmp_path):
+def test_half_weights_are_recognised_by_pytorchs_error(tmp_path):
     text = _printed(GOOD[:1]) + "\nValueError: Attempting to unscale FP16 gradients.\n"
     assert diagnose(_read(tmp_path, text)).name == "half weights"
 

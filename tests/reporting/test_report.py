@@ -233,7 +233,7 @@ def test_a_summary_of_an_earlier_part_is_not_taken_for_the_end(make_run):
 
 
 @pytest.mark.parametrize("own_format", [None, RUN_FORMAT + 1])
-def test_a_run_of_another_format_is_read_and_a_line_says_so(make_run, own_format):
+def test_a_run_of_another_format_is_read_with_a_line_about_it(make_run, own_format):
     pytest.importorskip("matplotlib")
     records = [{"event": event, "step": 1} for event in ("step", "evaluation")]
     folder = make_run(records, summary={"status": "finished"})
@@ -294,7 +294,7 @@ def test_a_report_without_matplotlib_is_one_line_with_the_command(make_run, monk
 # During a run
 
 
-def test_a_run_without_matplotlib_says_once_how_to_get_the_page(tmp_path, monkeypatch, capsys):
+def test_a_run_without_matplotlib_prints_once_how_to_get_the_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "is_installed", lambda package: False)
     open_run(parse(STABLE, ["--output_dir", str(tmp_path / "run")])).close()
     lines = [line for line in capsys.readouterr().out.splitlines() if "report.html" in line]

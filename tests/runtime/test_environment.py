@@ -76,7 +76,7 @@ def test_from_pytorch_2_15_on_the_last_version_with_kernels_for_a_p100_is_named(
         setup_precision(PrecisionConfig(), 0)
 
 
-def test_a_card_newer_than_the_build_is_told_to_take_a_newer_build(machine):
+def test_a_card_newer_than_the_build_needs_a_newer_build(machine):
     machine(B200, CU126, name="B200")
     with pytest.raises(UsageError, match="newest PyTorch"):
         setup_precision(PrecisionConfig(), 0)
@@ -96,13 +96,13 @@ def test_a_card_whose_kernels_fail_although_the_list_has_it_is_refused(machine):
     ("capability", "dtype", "why"),
     [(T4, torch.float16, "has no bfloat16 units"), ((8, 0), torch.bfloat16, "has bfloat16 units")],
 )
-def test_the_dtype_follows_the_card_and_says_why(machine, capability, dtype, why):
+def test_the_dtype_follows_the_card_with_a_reason(machine, capability, dtype, why):
     machine(capability, CU128, name="card")
     device, chosen, reason = choose_device(PrecisionConfig())
     assert (device.type, chosen, reason) == ("cuda", dtype, f"card {why}")
 
 
-def test_a_dtype_given_by_hand_is_why():
+def test_a_dtype_given_by_hand_is_the_reason():
     config = PrecisionConfig(device="cpu", model_dtype="float16")
     assert choose_device(config)[1:] == (torch.float16, "--model_dtype float16")
 
@@ -120,7 +120,7 @@ def test_a_package_that_is_newer_than_tried_is_only_mentioned():
     assert "newer" in line
 
 
-def test_the_versions_are_those_that_pip_is_told():
+def test_the_versions_are_those_of_pyproject():
     listed = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     for package, (least, limit) in REQUIRED.items():
         low, high = (".".join(map(str, part)) for part in (least, limit))

@@ -58,16 +58,16 @@ def hub():
 
 
 def _lines(tmp_path, *names, **environment) -> list[str]:
-    """What a process of its own says about each of these models; the hub's address is read when it is imported."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    settings = {**kept, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path), **environment}
+    """The errors for these models, from a process of its own: the hub's address is read when it is imported."""
+    others = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    settings = {**others, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path), **environment}
     done = subprocess.run(
         [sys.executable, "-c", _LOAD, *names], env=settings, cwd=tmp_path, capture_output=True, text=True, check=True
     )
     return json.loads(done.stdout)
 
 
-def test_a_model_that_is_not_there_and_one_that_is_gated_are_told_apart(hub, tmp_path):
+def test_a_model_that_is_not_there_and_one_that_is_gated_have_different_errors(hub, tmp_path):
     missing, gated = _lines(tmp_path, "nobody/nothing", "gated/model", HF_ENDPOINT=hub)
     assert missing.startswith("--teacher_model nobody/nothing: cannot be loaded (no such model on the hub")
     assert gated.startswith("--teacher_model gated/model: cannot be loaded (gated; accept its terms")
@@ -75,7 +75,7 @@ def test_a_model_that_is_not_there_and_one_that_is_gated_are_told_apart(hub, tmp
     assert not any("\n" in line for line in (missing, gated))
 
 
-def test_an_absent_network_and_a_forbidden_one_are_told_apart(tmp_path):
+def test_an_absent_network_and_a_forbidden_one_have_different_errors(tmp_path):
     (absent,) = _lines(tmp_path, "some/model", HF_ENDPOINT="http://127.0.0.1:9")
     (forbidden,) = _lines(tmp_path, "some/model", HF_HUB_OFFLINE="1")
     assert "not in the cache, and no network; fetch it elsewhere with `hf download some/model`" in absent

@@ -1,4 +1,4 @@
-"""Dtypes and the loss scale: half products on a CPU, the scaler's floor and ceiling, float32 weights."""
+"""Dtypes and the loss scale: float16 matmuls on a CPU, the scaler's floor and ceiling, float32 weights."""
 
 import functools
 import random
@@ -19,18 +19,18 @@ CPU = torch.device("cpu")
 APPLIED = Verdict(True, None, 2.0)
 
 
-def _half(*shape):
+def _float16_tensor(*shape):
     return torch.randn(shape).half()
 
 
-# What is computed, and its operands: `addmm` and `baddbmm` add their first operand to the product.
-PRODUCTS = {
+# Functions and the shapes of their operands: `addmm` and `baddbmm` add their first operand to the product.
+MATMULS = {
     "mm": (torch.mm, ((5, 300), (300, 7))),
     "addmm": (torch.addmm, ((5, 7), (5, 300), (300, 7))),
     "bmm": (torch.bmm, ((3, 5, 300), (3, 300, 7))),
     "baddbmm": (torch.baddbmm, ((3, 5, 7), (3, 5, 300), (3, 300, 7))),
 }
-EVERY_PRODUCT = pytest.mark.parametrize(("product", "shapes"), PRODUCTS.values(), ids=PRODUCTS.keys())
+EVERY_MATMUL = pytest.mark.parametrize(("matmul", "shapes"), MATMULS.values(), ids=MATMULS.keys())
 
 
 def _skipped(cause):
@@ -52,48 +52,48 @@ def _attempt(precision, verdict):
     return precision.loss_scale.item()
 
 
-@EVERY_PRODUCT
-def test_a_half_product_is_the_float32_product_rounded_once(product, shapes):
-    operands = [_half(*shape) for shape in shapes]
+@EVERY_MATMUL
+def test_a_float16_matmul_is_the_float32_matmul_rounded_once(matmul, shapes):
+    operands = [_float16_tensor(*shape) for shape in shapes]
     with Float16MatmulsOnCpu():
-        result = product(*operands)
+        result = matmul(*operands)
     assert result.dtype is torch.float16
-    assert torch.equal(result, product(*(operand.float() for operand in operands)).half())
+    assert torch.equal(result, matmul(*(operand.float() for operand in operands)).half())
 
 
-@EVERY_PRODUCT
-def test_its_gradients_are_products_rounded_once_too(product, shapes):
-    halves = [_half(*shape).requires_grad_() for shape in shapes]
+@EVERY_MATMUL
+def test_its_gradients_are_matmuls_rounded_once_too(matmul, shapes):
+    halves = [_float16_tensor(*shape).requires_grad_() for shape in shapes]
     floats = [half.detach().float().requires_grad_() for half in halves]
     with Float16MatmulsOnCpu():
-        result = product(*halves)
+        result = matmul(*halves)
         seed = torch.randn_like(result)
         result.backward(seed)
-    product(*floats).backward(seed.float())
-    assert all(torch.equal(half.grad, wide.grad.half()) for half, wide in zip(halves, floats, strict=True))
+    matmul(*floats).backward(seed.float())
+    assert all(torch.equal(half.grad, full.grad.half()) for half, full in zip(halves, floats, strict=True))
 
 
-def test_scaled_products_keep_their_factors():
-    operands = [_half(5, 7), _half(5, 300), _half(300, 7)]
+def test_scaled_matmuls_keep_their_factors():
+    operands = [_float16_tensor(5, 7), _float16_tensor(5, 300), _float16_tensor(300, 7)]
     with Float16MatmulsOnCpu():
         result = torch.addmm(*operands, beta=0.5, alpha=0.125)
     assert torch.equal(result, torch.addmm(*(o.float() for o in operands), beta=0.5, alpha=0.125).half())
 
 
-def test_a_half_product_overflows_where_a_gpus_does():
+def test_a_float16_matmul_overflows_where_a_gpus_does():
     with Float16MatmulsOnCpu():
-        product = torch.mm(torch.full((1, 2), 300.0).half(), torch.full((2, 1), 300.0).half())
-    assert product.item() == torch.inf
+        result = torch.mm(torch.full((1, 2), 300.0).half(), torch.full((2, 1), 300.0).half())
+    assert result.item() == torch.inf
 
 
-def test_a_sum_may_leave_halfs_range_on_its_way_as_on_a_gpu():
+def test_a_sum_may_leave_the_range_of_float16_on_its_way_as_on_a_gpu():
     with Float16MatmulsOnCpu():
-        product = torch.mm(torch.tensor([[300.0, -300.0, 1.0]]).half(), torch.tensor([[300.0], [300.0], [7.0]]).half())
-    assert product.item() == 7.0
+        result = torch.mm(torch.tensor([[300.0, -300.0, 1.0]]).half(), torch.tensor([[300.0], [300.0], [7.0]]).half())
+    assert result.item() == 7.0
 
 
-def test_a_half_attention_is_the_float32_attention_rounded_once():
-    q, k, v = (_half(1, 2, 9, 16).requires_grad_() for _ in range(3))
+def test_float16_attention_is_the_float32_attention_rounded_once():
+    q, k, v = (_float16_tensor(1, 2, 9, 16).requires_grad_() for _ in range(3))
     wide = [x.detach().float().requires_grad_() for x in (q, k, v)]
     attention = functools.partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True)
     with Float16MatmulsOnCpu():
@@ -107,7 +107,7 @@ def test_a_half_attention_is_the_float32_attention_rounded_once():
 
 
 class _Recorder(TorchDispatchMode):
-    """The dtypes in which products and attentions reach their kernels."""
+    """The dtypes in which matmuls and attentions reach their kernels."""
 
     def __init__(self):
         super().__init__()
@@ -120,7 +120,7 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_no_product_of_a_mixture_of_experts_reaches_a_cpus_half_kernels(make_teacher):
+def test_no_matmul_of_a_mixture_of_experts_reaches_a_cpus_float16_kernels(make_teacher):
     model = make_teacher(64, num_hidden_layers=1).half().requires_grad_()
     precision, recorder = _float16(), _Recorder()
     with recorder:
@@ -133,19 +133,19 @@ def test_no_product_of_a_mixture_of_experts_reaches_a_cpus_half_kernels(make_tea
     assert not {name for name, dtypes in recorder.seen.items() if torch.float16 in dtypes}
 
 
-@EVERY_PRODUCT
+@EVERY_MATMUL
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_products_of_other_dtypes_are_left_alone(product, shapes, dtype):
+def test_matmuls_of_other_dtypes_are_left_alone(matmul, shapes, dtype):
     operands = [torch.randn(shape).to(dtype) for shape in shapes]
-    expected = product(*operands)
+    expected = matmul(*operands)
     with Float16MatmulsOnCpu():
-        result = product(*operands)
+        result = matmul(*operands)
     assert result.dtype is dtype
     assert torch.equal(result, expected)
 
 
 def test_outside_the_context_torch_is_as_it_was():
-    a, b = _half(5, 300), _half(300, 7)
+    a, b = _float16_tensor(5, 300), _float16_tensor(300, 7)
     before = a @ b
     with Float16MatmulsOnCpu():
         a @ b
@@ -182,7 +182,7 @@ def test_a_scale_between_1_and_2_falls_to_1():
 
 
 @pytest.mark.parametrize("cause", ["forward", "no_targets"])
-def test_a_skip_that_says_nothing_about_the_scale_leaves_it(cause):
+def test_a_skip_that_does_not_depend_on_the_scale_leaves_it(cause):
     assert _attempt(_float16(1024.0), _skipped(cause)) == 1024.0
 
 
@@ -238,6 +238,18 @@ def test_random_numbers_go_on_after_a_checkpoint():
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_random_numbers_drawn_in_a_fork_change_none_that_follow_even_after_an_error():
+    def draw_and_fail():
+        with _float16().fork_rng():
+            torch.rand(3)
+            raise ZeroDivisionError
+
+    state = torch.get_rng_state()
+    with pytest.raises(ZeroDivisionError):
+        draw_and_fail()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_seed_fixes_every_generator():
     def draw():
         setup_precision(PrecisionConfig(device="cpu"), 5)
@@ -250,7 +262,7 @@ def test_a_seed_fixes_every_generator():
     ("name", "dtype"),
     [("auto", torch.float32), ("float32", torch.float32), ("float16", torch.float16), ("bfloat16", torch.bfloat16)],
 )
-def test_a_cpu_computes_in_float32_unless_told_otherwise(name, dtype):
+def test_a_cpu_computes_in_float32_by_default(name, dtype):
     assert setup_precision(PrecisionConfig(device="cpu", model_dtype=name), 0).dtype is dtype
 
 
@@ -276,6 +288,6 @@ def test_weights_stay_float32_through_a_step(dtype, make_student):
     assert any(not torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
 
 
-def test_half_weights_are_not_optimised(make_student):
+def test_float16_weights_are_not_optimised(make_student):
     with pytest.raises(AssertionError, match="float32"):
         build_optimizer(make_student(64, num_hidden_layers=1).half(), OptimConfig())

@@ -52,7 +52,7 @@ def save_router_update(path: Path, routers: Mapping[str, Tensor], metadata: Mapp
     """
     values = {name: tensor.detach().float().cpu().contiguous() for name, tensor in routers.items()}
     header = {"format": _FORMAT, **{key: json.dumps(value) for key, value in metadata.items()}}
-    atomic_write(path, lambda partial: safetensors.torch.save_file(values, str(partial), header))
+    atomic_write(path, safetensors.torch.save(values, header))
 
 
 def read_router_update(path: Path | str) -> tuple[dict[str, Tensor], dict]:
