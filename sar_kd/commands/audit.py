@@ -26,11 +26,7 @@ class AuditConfig(RunConfig):
     output: OutputConfig = field(default_factory=OutputConfig)
 
 
-AUDIT = Command(
-    name="audit",
-    description="How much of a text two tokenizers let be compared; nothing is trained.",
-    config=AuditConfig,
-)
+AUDIT = Command("audit", "Show how two tokenizers align on a text; nothing is trained.", AuditConfig)
 
 
 def main(argv: list[str]) -> dict:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from sar_kd import embedded
 from sar_kd.config.command_line import parse
-from sar_kd.config.fields import Command, option, require_at_least
+from sar_kd.config.fields import Command, Section, option
 from sar_kd.data.dataset import Dataset, build_dataset
 from sar_kd.data.samples import Document
 from sar_kd.evaluation.perplexity import evaluate
@@ -212,22 +212,17 @@ any other use.
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbeddedConfig:
+class EmbeddedConfig(Section):
     """Training: how long, and where to save the models."""
 
     output_dir: str = option("", "folder for both models; by default their place in the package")
-    teacher_steps: int = option(2400, "training steps of the teacher")
-    student_steps: int = option(200, "training steps of the student")
-    seed: int = option(0, "seed of weights, data order and noise")
-
-    def __post_init__(self):
-        require_at_least(self, 0, "teacher_steps", "student_steps", "seed")
+    teacher_steps: int = option(2400, "training steps of the teacher", at_least=0)
+    student_steps: int = option(200, "training steps of the student", at_least=0)
+    seed: int = option(0, "seed of weights, data order and noise", at_least=0)
 
 
 EMBEDDED_PAIR = Command(
-    name="embedded",
-    description="Train the embedded teacher and student again: about 20 minutes on 2 cores.",
-    config=EmbeddedConfig,
+    "embedded", "Train the embedded teacher and student again: about 20 minutes on 2 cores.", EmbeddedConfig
 )
 
 

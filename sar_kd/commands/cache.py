@@ -47,9 +47,7 @@ _INDEX_BYTES = 12
 """Of a record in the index: the target token, and where it ends"""
 
 CACHE = Command(
-    name="cache",
-    description="Run a teacher once over a text and store its logits, for runs that do not load it.",
-    config=CachingConfig,
+    "cache", "Run a teacher once over a text and store its logits, for runs that do not load it.", CachingConfig
 )
 
 

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sar_kd.config.command_line import parse
-from sar_kd.config.fields import Command, option
+from sar_kd.config.fields import Command, Section, option
 from sar_kd.reporting.log_diagnosis import diagnose, diagnosis_lines, read_log
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExplainConfig:
+class ExplainConfig(Section):
     """Log: the one to explain."""
 
     log: str = option(
@@ -22,9 +22,9 @@ class ExplainConfig:
 
 
 EXPLAIN = Command(
-    name="explain",
-    description="Find the likely cause of the losses and gradient norms in a training log.",
-    config=ExplainConfig,
+    "explain",
+    "Find the likely cause of the losses and gradient norms in a training log.",
+    ExplainConfig,
     positionals=("log",),
 )
 

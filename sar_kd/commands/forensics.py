@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sar_kd.config.command_line import parse
-from sar_kd.config.fields import Command, option
+from sar_kd.config.fields import Command, Section, option
 from sar_kd.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
-class ForensicsConfig:
+class ForensicsConfig(Section):
     """Run: the one to look at."""
 
     run: str = option("", "a run folder", metavar="RUN_DIR")
@@ -19,10 +19,7 @@ class ForensicsConfig:
 
 
 FORENSICS = Command(
-    name="forensics",
-    description="Show why a step of a run was not finite, and what to try.",
-    config=ForensicsConfig,
-    positionals=("run",),
+    "forensics", "Show why a step of a run was not finite, and what to try.", ForensicsConfig, positionals=("run",)
 )
 
 

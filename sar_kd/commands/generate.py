@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from sar_kd.config.command_line import parse
-from sar_kd.config.fields import Command, option, require_at_least
+from sar_kd.config.fields import Command, Section, option
 from sar_kd.config.sections import PrecisionConfig
 from sar_kd.errors import UsageError
 from sar_kd.models.generation import generate
@@ -20,27 +20,23 @@ from sar_kd.runtime.precision import Precision, setup_precision
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
+class GenerateConfig(Section):
     """Generation: how each model continues the prompt."""
 
     run: str = option("", "a run folder", metavar="RUN_DIR")
     prompt: str = option("", "the text to continue", metavar="PROMPT")
-    max_new_tokens: int = option(60, "longest continuation in tokens")
-    sample_temperature: float = option(0.0, "temperature of sampling; 0: greedy")
+    max_new_tokens: int = option(60, "longest continuation in tokens", at_least=1)
+    sample_temperature: float = option(0.0, "temperature of sampling; 0: greedy", at_least=0)
     chat: bool = option(False, "make the prompt a user message in the model's chat template")
-    seed: int = option(0, "seed of sampling")
+    seed: int = option(0, "seed of sampling", at_least=0)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     json: bool = option(False, "print JSON")
 
-    def __post_init__(self):
-        require_at_least(self, 1, "max_new_tokens")
-        require_at_least(self, 0, "sample_temperature", "seed")
-
 
 GENERATE = Command(
-    name="generate",
-    description="Continue a prompt with the teacher, the student before and the student after a run.",
-    config=GenerateConfig,
+    "generate",
+    "Continue a prompt with the teacher, the student before and the student after a run.",
+    GenerateConfig,
     positionals=("run", "prompt"),
 )
 

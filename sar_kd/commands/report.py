@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sar_kd.config.command_line import parse
-from sar_kd.config.fields import Command, option
+from sar_kd.config.fields import Command, Section, option
 from sar_kd.errors import UsageError
 from sar_kd.reporting.history import findings_of, read_history
 from sar_kd.reporting.report import FILE, write_report
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportConfig:
+class ReportConfig(Section):
     """Runs: which ones to show, and where to write the page."""
 
     runs: tuple[str, ...] = option((), "run folders; several are compared on one page", metavar="RUN_DIR")
@@ -22,12 +22,7 @@ class ReportConfig:
     json: bool = option(False, "print JSON")
 
 
-REPORT = Command(
-    name="report",
-    description="Show a run, or compare several, on one HTML page.",
-    config=ReportConfig,
-    positionals=("runs",),
-)
+REPORT = Command("report", "Show a run, or compare several, on one HTML page.", ReportConfig, positionals=("runs",))
 
 
 def main(argv: list[str]) -> dict:

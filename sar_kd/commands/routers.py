@@ -6,31 +6,24 @@ import json
 from dataclasses import dataclass
 
 from sar_kd.config.command_line import parse
-from sar_kd.config.fields import Command, option, require
+from sar_kd.config.fields import Command, Section, option
 from sar_kd.config.runs import ROUTER_PATTERNS
-from sar_kd.config.sections import EMBEDDED
+from sar_kd.config.sections import model_option
 from sar_kd.models.loading import load_meta_model
 from sar_kd.teacher.moe.discovery import describe_routers, find_routers
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoutersConfig:
+class RoutersConfig(Section):
     """Model: whose routers to list."""
 
-    model: str = option(EMBEDDED, "directory or hub id; 'embedded' is the teacher shipped with the package")
+    model: str = model_option("teacher")
     router_patterns: tuple[str, ...] = option((), ROUTER_PATTERNS, metavar="REGEX")
     trust_remote_code: bool = option(False, "run model code that comes with a checkpoint")
     json: bool = option(False, "print JSON")
 
-    def __post_init__(self):
-        require(bool(self.model), "model", "''", "give a directory or a hub id")
 
-
-ROUTERS = Command(
-    name="routers",
-    description="The routers of a mixture-of-experts model; nothing is trained.",
-    config=RoutersConfig,
-)
+ROUTERS = Command("routers", "List the routers of a mixture-of-experts model; nothing is trained.", RoutersConfig)
 
 
 def main(argv: list[str]) -> dict:
@@ -57,9 +50,7 @@ def router_lines(records: list[dict]) -> list[str]:
     num_without = sum(not record["native_gradient"] for record in records)
     lines.append(f"{len(records)} routers, {total:,} parameters that --routing sar trains")
     if num_without:
-        lines.append(
-            f"{num_without} of them have no gradient in the native routing (one expert, weight always 1)"
-        )
+        lines.append(f"{num_without} of them have no gradient in the native routing (one expert, weight always 1)")
     return lines
 
 

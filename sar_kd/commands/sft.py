@@ -36,9 +36,9 @@ QUICK_QUESTIONS = 50
 """Questions of a task in the quick check that --max_steps makes."""
 
 SFT = Command(
-    name="sft",
-    description="Fine-tune a causal language model on questions with answers, in fp16, without NaN.",
-    config=SftConfig,
+    "sft",
+    "Fine-tune a causal language model on questions with answers, in fp16, without NaN.",
+    SftConfig,
     defaults={"max_grad_norm": 1.0, "skip_rule": "adaptive", "skip_factor": 4.0},
     presets={"task": {"units": {**TASKS["units"], "warmup_steps": 50, "log_steps": 100}}},
     embedded_lr_factors={"learning_rate": 10.0},  # it is far smaller than the models that 2e-4 is meant for

@@ -26,12 +26,51 @@ KIND_NAMES = {bool: "True or False", int: "a whole number", float: "a number", s
 _TIME = re.compile(r"(?:(\d{1,4})h)?(?:(\d{1,6})m)?(?:(\d{1,8})s)?")
 
 
-def option(default, text: str, choices: tuple[str, ...] = (), metavar: str = "FILE", auto: bool = False):
+def require(holds: bool, name: str, value: object, remedy: str) -> None:
+    """Raise UsageError naming the option, its value and the remedy, unless `holds`."""
+    if not holds:
+        raise UsageError(f"--{name} {value}: {remedy}")
+
+
+def option(
+    default,
+    text: str,
+    choices: tuple[str, ...] = (),
+    *,
+    at_least: float | None = None,
+    positive: bool = False,
+    not_empty: str = "",
+    metavar: str = "FILE",
+    auto: bool = False,
+):
     """A dataclass field that is also a command-line option, with this help text.
 
-    metavar: of an option that takes several values; auto: a count that may also be `AUTO`
+    at_least, positive: a finite number of at least this, or above 0; not_empty: the remedy where '' is given
+    metavar: of a positional, or of an option that takes several values; auto: a count that may also be `AUTO`
     """
-    return field(default=default, metadata={"help": text, "choices": choices, "metavar": metavar, "auto": auto})
+    shown = {"help": text, "choices": choices, "metavar": metavar, "auto": auto}
+    limits = {"at_least": at_least, "positive": positive, "not_empty": not_empty}
+    return field(default=default, metadata=shown | limits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """Settings that belong together: a group of options, with 'Title: description' as its docstring.
+
+    Raises: UsageError naming an option that is out of bounds, its value and the remedy
+    """
+
+    def __post_init__(self):
+        for item in dataclasses.fields(self):
+            name, value, limits = item.name, getattr(self, item.name), item.metadata
+            if limits["at_least"] is not None and value != AUTO:
+                in_range = limits["at_least"] <= value < math.inf
+                require(in_range, name, value, f"must be a number of at least {limits['at_least']:g}")
+                require(not isinstance(value, int) or value < 2**63, name, value, "must be below 2^63")
+            if limits["positive"]:
+                require(math.isfinite(value) and value > 0, name, value, "must be a number above 0")
+            if limits["not_empty"]:
+                require(value != "", name, "''", limits["not_empty"])
 
 
 def options_of(sections: Iterable[type]) -> Iterator[tuple[dataclasses.Field, type]]:
@@ -47,27 +86,6 @@ def is_allowed(item: dataclasses.Field, kind: type, value: object) -> bool:
         return isinstance(value, list) and all(isinstance(part, str) for part in value)
     fits = type(value) is kind or (kind is float and type(value) is int) or (item.metadata["auto"] and value == AUTO)
     return fits and (not item.metadata["choices"] or value in item.metadata["choices"])
-
-
-def require(holds: bool, name: str, value: object, remedy: str) -> None:
-    """Raise UsageError naming the option, its value and the remedy, unless `holds`."""
-    if not holds:
-        raise UsageError(f"--{name} {value}: {remedy}")
-
-
-def require_at_least(settings, minimum: float, *names: str) -> None:
-    """`require` that each of these fields is a finite number of at least `minimum`."""
-    for name in names:
-        value = getattr(settings, name)
-        in_range = minimum <= value < (2**63 if isinstance(value, int) else math.inf)  # int64, as in a tensor
-        require(in_range, name, value, f"must be a number of at least {minimum:g}")
-
-
-def require_positive(settings, *names: str) -> None:
-    """`require` that each of these fields is a finite number above 0."""
-    for name in names:
-        value = getattr(settings, name)
-        require(math.isfinite(value) and value > 0, name, value, "must be a number above 0")
 
 
 def seconds_of(text: str) -> float:
@@ -115,11 +133,11 @@ def section_from(section: type[C], values: Mapping[str, Any]) -> C:
     return section(**{name: tuple(value) if isinstance(value, list) else value for name, value in own.items()})
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Command(Generic[C]):
     """Which options a command line takes, and their values where none is given."""
 
-    name: str = ""
+    name: str
     """As typed behind `sar-kd`; '' for a script"""
     description: str
     config: type[C]

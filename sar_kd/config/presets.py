@@ -84,8 +84,9 @@ EMBEDDED_ROUTER_LR_FACTOR = 20.0
 """The embedded teacher's routers too; at 200 they follow the student so far that the teacher itself gets worse."""
 
 STABLE: Command[Config] = Command(
-    description="Distil a large causal language model into a small one, in fp16, without NaN.",
-    config=Config,
+    "",
+    "Distil a large causal language model into a small one, in fp16, without NaN.",
+    Config,
     defaults={"mode": "balanced", "model_dtype": "auto"},
     presets={"mode": MODES, "task": TASKS, "recipe": RECIPES},
     embedded_lr_factors={"student_lr": EMBEDDED_LR_FACTOR, "router_lr": EMBEDDED_ROUTER_LR_FACTOR},

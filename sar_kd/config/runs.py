@@ -9,9 +9,8 @@ import math
 import re
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import ClassVar
 
-from sar_kd.config.fields import RunConfig, option, require, require_at_least, require_positive
+from sar_kd.config.fields import RunConfig, Section, option, require
 from sar_kd.config.sections import (
     AUTO_BATCH,
     EMBEDDED,
@@ -27,6 +26,7 @@ from sar_kd.config.sections import (
     PrecisionConfig,
     TeacherMemoryConfig,
     TrainConfig,
+    model_option,
 )
 
 ROUTER_PATTERNS = "regular expressions for the full names of the routers; by default class and structure find them"
@@ -34,7 +34,7 @@ ROUTER_PATTERNS = "regular expressions for the full names of the routers; by def
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoutingConfig:
+class RoutingConfig(Section):
     """Routing: which experts of a mixture-of-experts teacher are active, and whether its routers learn."""
 
     routing: str = option(
@@ -57,32 +57,32 @@ class RoutingConfig:
         "raises the teacher's perplexity by more than 5 %%",
         choices=("auto", "all", "native"),
     )
-    router_lr: float = option(1e-5, "peak learning rate of the routers")
-    router_beta: float = option(0.01, "weight of the load balancing loss, CV^2 of the expert probabilities")
-    router_anchor: float = option(0.1, "weight of the routers' squared distance from their initial values, relative")
+    router_lr: float = option(1e-5, "peak learning rate of the routers", at_least=0)
+    router_beta: float = option(0.01, "weight of the load balancing loss, CV^2 of the expert probabilities", at_least=0)
+    router_anchor: float = option(
+        0.1, "weight of the routers' squared distance from their initial values, relative", at_least=0
+    )
     router_direction: str = option(
         "forward",
         "divergence that the routers minimize; forward: KL(teacher || student); reverse: KL(student || teacher); jsd: "
         "Jensen-Shannon divergence",
         choices=("forward", "reverse", "jsd"),
     )
-    router_max_grad_norm: float = option(0.5, "router gradients are clipped to this L2 norm")
+    router_max_grad_norm: float = option(0.5, "router gradients are clipped to this L2 norm", positive=True)
     router_stop_on_drift: bool = option(False, "stop training the routers at an alarm (entropy, teacher perplexity)")
     activation_checkpointing: bool = option(
         False, "recompute the teacher's activations in backward: less memory, one more teacher forward"
     )
     ka_lambda: float = option(0.05, "ka: probability that a token drops a random expert, not the least likely one")
-    ka_passes: int = option(2, "ka: consecutive steps on the same text, each with other experts dropped")
+    ka_passes: int = option(2, "ka: consecutive steps on the same text, each with other experts dropped", at_least=1)
 
     def __post_init__(self):
-        require_at_least(self, 0.0, "router_lr", "router_beta", "router_anchor")
-        require_positive(self, "router_max_grad_norm")
-        require_at_least(self, 1, "ka_passes")
+        super().__post_init__()
         require(0.0 <= self.ka_lambda <= 1.0, "ka_lambda", self.ka_lambda, "must be between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnPolicyConfig:
+class OnPolicyConfig(Section):
     """On-policy: the student generates text and learns from the teacher's logits on it."""
 
     recipe: str = option(
@@ -93,18 +93,18 @@ class OnPolicyConfig:
     on_policy_fraction: float = option(
         0.0, "share of the micro-batches whose responses the student generates; 1: all of them"
     )
-    sample_temperature: float = option(1.0, "temperature of the student's generation; 0: greedy")
-    sample_top_p: float = option(1.0, "generation draws from the fewest tokens with this total probability")
-    max_new_tokens: int = option(128, "longest generated response in tokens, within a block")
-    replay_size: int = option(0, "generated responses to keep and train on again; 0: each is used once")
+    sample_temperature: float = option(1.0, "temperature of the student's generation; 0: greedy", at_least=0)
+    sample_top_p: float = option(
+        1.0, "generation draws from the fewest tokens with this total probability", positive=True
+    )
+    max_new_tokens: int = option(128, "longest generated response in tokens, within a block", at_least=1)
+    replay_size: int = option(0, "generated responses to keep and train on again; 0: each is used once", at_least=0)
     replay_fraction: float = option(0.5, "share of the on-policy micro-batches taken from the kept responses")
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("on_policy_fraction", "replay_fraction"):
             require(0.0 <= getattr(self, name) <= 1.0, name, getattr(self, name), "must be between 0 and 1")
-        require_at_least(self, 0, "sample_temperature", "replay_size")
-        require_at_least(self, 1, "max_new_tokens")
-        require_positive(self, "sample_top_p")
         require(self.sample_top_p <= 1.0, "sample_top_p", self.sample_top_p, "must be at most 1")
         require(self.replay_fraction < 1.0 or not self.replay_size, "replay_fraction", self.replay_fraction,
                 "must be below 1, or nothing is generated")  # fmt: skip
@@ -145,25 +145,18 @@ SECTIONS = MappingProxyType(Config.sections())
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftModelConfig:
+class SftModelConfig(Section):
     """Model: which one to fine-tune."""
 
-    student_model: str = option(EMBEDDED, "directory or hub id; 'embedded' is the student shipped with the package")
+    student_model: str = model_option("student")
     trust_remote_code: bool = option(False, "run model code that comes with a checkpoint")
-
-    def __post_init__(self):
-        require(bool(self.student_model), "student_model", "''", "give a directory or a hub id")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SftOptimConfig(AdamWConfig):
     """Optimizer: AdamW with linear warm-up, then cosine decay to 10 %."""
 
-    learning_rate: float = option(2e-4, "peak learning rate")
-
-    def __post_init__(self):
-        super().__post_init__()
-        require_positive(self, "learning_rate")
+    learning_rate: float = option(2e-4, "peak learning rate", positive=True)
 
     @property
     def student_lr(self) -> float:
@@ -178,25 +171,20 @@ _NEVER = 2**62
 class SftTrainConfig(TrainConfig):
     """Run: how long, how often, where to. A step is one attempted update, applied or skipped."""
 
-    min_train_steps: ClassVar[int] = 0
-
-    epochs: float = option(1.0, "passes over the examples, if --train_steps is not given")
-    train_steps: int = option(0, "attempted optimizer updates; 0: as many as --epochs takes")
-    max_steps: int = option(0, "stop after this many steps in any case, for a quick check; 0: no limit")
-    per_device_batch_size: int = option(8, AUTO_BATCH.format(what="examples"), auto=True)
-    eval_steps: int = option(200, "steps between validations; there is also one at the start and one at the end")
-    log_steps: int = option(10, "steps between printed lines; with --max_steps every step is printed")
+    epochs: float = option(1.0, "passes over the examples, if --train_steps is not given", positive=True)
+    train_steps: int = option(0, "attempted optimizer updates; 0: as many as --epochs takes", at_least=0)
+    max_steps: int = option(0, "stop after this many steps in any case, for a quick check; 0: no limit", at_least=0)
+    per_device_batch_size: int = option(8, AUTO_BATCH.format(what="examples"), at_least=1, auto=True)
+    eval_steps: int = option(
+        200, "steps between validations; there is also one at the start and one at the end", at_least=1
+    )
+    log_steps: int = option(10, "steps between printed lines; with --max_steps every step is printed", at_least=1)
     save_strategy: str = option(
         "epoch",
         "when to save a checkpoint; epoch: after each; steps: every --save_steps; no: only at the end or if "
         "interrupted; the best student is saved at each validation in any case",
         choices=("epoch", "steps", "no"),
     )
-
-    def __post_init__(self):
-        super().__post_init__()
-        require_positive(self, "epochs")
-        require_at_least(self, 0, "max_steps")
 
     def in_steps(self, num_examples: int) -> SftTrainConfig:
         """The same run with its length and its checkpoints in steps, for this number of training examples."""
@@ -245,10 +233,10 @@ _NUMBER = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheConfig:
+class CacheConfig(Section):
     """Cache: which teacher, what is stored, and where."""
 
-    teacher_model: str = option(EMBEDDED, "directory or hub id; 'embedded' is the teacher shipped with the package")
+    teacher_model: str = model_option("teacher")
     student_model: str = option(
         "",
         "student whose tokenizer cuts the text into blocks: its runs then have the same blocks as without a cache, and "
@@ -256,21 +244,23 @@ class CacheConfig:
         "student's",
     )
     trust_remote_code: bool = option(False, "run model code that comes with a checkpoint")
-    teacher_cache: str = option("teacher_cache", "folder of the cache; an interrupted one is continued")
-    teacher_top_k: int = option(32, "logits stored at each position, those of the most likely tokens")
+    teacher_cache: str = option(
+        "teacher_cache", "folder of the cache; an interrupted one is continued", not_empty="give a folder"
+    )
+    teacher_top_k: int = option(32, "logits stored at each position, those of the most likely tokens", at_least=1)
     temperatures: tuple[str, ...] = option(
         ("1", "1.5", "2"),
         "values of --temperature that runs may use; for each, the total mass of the other tokens is stored",
         metavar="T",
     )
-    per_device_batch_size: int = option(4, "blocks in one forward of the teacher")
-    loss_workspace_mb: int = option(64, "MiB for the teacher's logits, which are computed in tiles of this size")
+    per_device_batch_size: int = option(4, "blocks in one forward of the teacher", at_least=1)
+    loss_workspace_mb: int = option(
+        64, "MiB for the teacher's logits, which are computed in tiles of this size", at_least=1
+    )
     overwrite: bool = option(False, "delete the cache in --teacher_cache and start again")
 
     def __post_init__(self):
-        require(bool(self.teacher_model), "teacher_model", "''", "give a directory or a hub id")
-        require(bool(self.teacher_cache), "teacher_cache", "''", "give a folder")
-        require_at_least(self, 1, "teacher_top_k", "per_device_batch_size", "loss_workspace_mb")
+        super().__post_init__()
         self.temperature_values()
 
     def temperature_values(self) -> list[float]:

@@ -8,33 +8,35 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-from sar_kd.config.fields import AUTO, option, require, require_at_least, require_positive, seconds_of
+from sar_kd.config.fields import Section, option, require, seconds_of
 from sar_kd.errors import UsageError
 
 EMBEDDED = "embedded"
 """The value of --teacher_model and --student_model that means the models shipped with the package."""
 
 
+def model_option(which: str):
+    """An option that names a model; which: teacher or student."""
+    text = f"directory or hub id; 'embedded' is the {which} shipped with the package"
+    return option(EMBEDDED, text, not_empty="give a directory or a hub id")
+
+
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Section):
     """Models: which teacher and which student."""
 
-    teacher_model: str = option(EMBEDDED, "directory or hub id; 'embedded' is the teacher shipped with the package")
-    student_model: str = option(EMBEDDED, "directory or hub id; 'embedded' is the student shipped with the package")
+    teacher_model: str = model_option("teacher")
+    student_model: str = model_option("student")
     trust_remote_code: bool = option(False, "run model code that comes with a checkpoint")
     teacher_cache: str = option(
         "", "folder made by `sar-kd cache`: the teacher's logits are read from it and the teacher is not loaded"
     )
 
-    def __post_init__(self):
-        for name in ("teacher_model", "student_model"):
-            require(bool(getattr(self, name)), name, "''", "give a directory or a hub id")
-
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Section):
     """Text: what to train on; without any of these options, the embedded text."""
 
     train_file: tuple[str, ...] = option((), "training text or conversations: .txt, .jsonl or .jsonl.gz, one or more")
@@ -51,7 +53,7 @@ class DataConfig:
         choices=("", "units"),
     )
     task_teacher_steps: int = option(
-        1500, "with --task: steps of fine-tuning the embedded teacher before distillation; 0: none"
+        1500, "with --task: steps of fine-tuning the embedded teacher before distillation; 0: none", at_least=0
     )
     skip_baseline: bool = option(
         False, "with --task: leave out the second student, trained by cross-entropy alone for comparison"
@@ -62,7 +64,7 @@ class DataConfig:
     )
 
     def __post_init__(self):
-        require_at_least(self, 0, "task_teacher_steps")
+        super().__post_init__()
         require(self.block_size >= 8, "block_size", self.block_size, "must be at least 8 tokens")
         if self.task and (self.dataset_name or self.train_file):
             raise UsageError(f"--task {self.task}: makes its own text; leave out --train_file and --dataset_name")
@@ -75,20 +77,24 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossConfig:
+class LossConfig(Section):
     """Loss: alpha_ce * CE(text) + alpha_kd * T^2 * D(teacher, student)."""
 
-    temperature: float = option(2.0, "T: logits are divided by it before the softmax of the distillation term")
-    alpha_kd: float = option(0.1, "weight of the distillation term; 0: train by cross-entropy alone")
-    alpha_ce: float = option(0.9, "weight of the cross-entropy term")
-    logit_clamp: float = option(5.0, "c: logits in the training loss are limited to [-c, c]")
+    temperature: float = option(
+        2.0, "T: logits are divided by it before the softmax of the distillation term", positive=True
+    )
+    alpha_kd: float = option(0.1, "weight of the distillation term; 0: train by cross-entropy alone", at_least=0)
+    alpha_ce: float = option(0.9, "weight of the cross-entropy term", at_least=0)
+    logit_clamp: float = option(5.0, "c: logits in the training loss are limited to [-c, c]", positive=True)
     logit_clamp_style: str = option(
         "normalized",
         "normalized: shift logits so that logsumexp = c, then clamp at -c, and keep the gradient of the unclamped "
         "loss; raw: plain clamp(z, -c, c); off",
         choices=("normalized", "raw", "off"),
     )
-    loss_clamp: float = option(6.0, "limit of the cross-entropy and of the total loss, in nats per token")
+    loss_clamp: float = option(
+        6.0, "limit of the cross-entropy and of the total loss, in nats per token", positive=True
+    )
     loss_clamp_style: str = option(
         "scale",
         "scale: scale a loss above the limit down to it, which keeps the direction of its gradient; hard: plain clamp, "
@@ -109,41 +115,34 @@ class LossConfig:
     )
     jsd_beta: float = option(0.5, "weight of the teacher in the mixture of --kd_direction jsd")
     teacher_top_k: int = option(
-        0, "teacher tokens kept at each position, the most likely; the others form one class; 0: all tokens"
+        0, "teacher tokens kept at each position, the most likely; the others form one class; 0: all tokens", at_least=0
     )
-    alm_tau: float = option(5.0, "temperature of the chunk likelihoods in --alignment alm")
-    loss_workspace_mb: int = option(64, "MiB for the logits in the loss, which is computed in tiles of this size")
+    alm_tau: float = option(5.0, "temperature of the chunk likelihoods in --alignment alm", positive=True)
+    loss_workspace_mb: int = option(
+        64, "MiB for the logits in the loss, which is computed in tiles of this size", at_least=1
+    )
     force: bool = option(False, "train even if preflight finds that nothing can be learned or memory is short")
 
     def __post_init__(self):
-        require_positive(self, "temperature", "logit_clamp", "loss_clamp", "alm_tau")
-        require_at_least(self, 0.0, "alpha_kd", "alpha_ce", "teacher_top_k")
-        require_at_least(self, 1, "loss_workspace_mb")
+        super().__post_init__()
         require(0.0 < self.jsd_beta < 1.0, "jsd_beta", self.jsd_beta, "must be above 0 and below 1")
         require(self.alpha_kd + self.alpha_ce > 0, "alpha_kd", self.alpha_kd, "is 0 and so is --alpha_ce: give one")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamWConfig:
+class AdamWConfig(Section):
     """Optimizer: AdamW with linear warm-up, then cosine decay to 10 %. A subclass adds the learning rate."""
 
-    weight_decay: float = option(0.01, "decoupled weight decay of matrices")
-    warmup_steps: int = option(20, "steps of linear warm-up")
+    weight_decay: float = option(0.01, "decoupled weight decay of matrices", at_least=0)
+    warmup_steps: int = option(20, "steps of linear warm-up", at_least=0)
     lr_schedule: str = option("cosine", "learning rate after warm-up", choices=("cosine", "constant"))
-
-    def __post_init__(self):
-        require_at_least(self, 0, "weight_decay", "warmup_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig(AdamWConfig):
     """Optimizer: AdamW with linear warm-up, then cosine decay to 10 %."""
 
-    student_lr: float = option(1e-5, "peak learning rate of the student")
-
-    def __post_init__(self):
-        super().__post_init__()
-        require_positive(self, "student_lr")
+    student_lr: float = option(1e-5, "peak learning rate of the student", positive=True)
 
 
 MIN_LOSS_SCALE = 1.0
@@ -153,7 +152,7 @@ MAX_LOSS_SCALE = 2.0**24
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecisionConfig:
+class PrecisionConfig(Section):
     """Precision: device and compute dtype; trainable weights are always float32."""
 
     model_dtype: str = option(
@@ -165,6 +164,7 @@ class PrecisionConfig:
     init_loss_scale: float = option(16384.0, "initial loss scale of the GradScaler, a power of two")
 
     def __post_init__(self):
+        super().__post_init__()
         known = self.device in ("auto", "cpu", "cuda") or self.device.removeprefix("cuda:").isdecimal()
         require(known, "device", self.device, "must be auto, cpu, cuda or cuda:N")
         fits = MIN_LOSS_SCALE <= self.init_loss_scale <= MAX_LOSS_SCALE and math.log2(self.init_loss_scale).is_integer()
@@ -172,19 +172,19 @@ class PrecisionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuardConfig:
+class GuardConfig(Section):
     """Guards: when an update is skipped, and when the run stops."""
 
-    max_grad_norm: float = option(0.5, "gradients are clipped to this L2 norm")
-    skip_grad_norm: float = option(2.0, "skip an update whose gradient norm is above this")
+    max_grad_norm: float = option(0.5, "gradients are clipped to this L2 norm", positive=True)
+    skip_grad_norm: float = option(2.0, "skip an update whose gradient norm is above this", positive=True)
     skip_rule: str = option(
         "storm",
         "fixed: skip above --skip_grad_norm; adaptive: skip above --skip_factor times the median of recent norms; "
         "storm: fixed until 80 %% of 50 steps were skipped for their norm, then adaptive",
         choices=("storm", "fixed", "adaptive"),
     )
-    skip_factor: float = option(2.0, "factor of the median norm in --skip_rule adaptive and storm")
-    max_nan_batches: int = option(10, "consecutive NaN batches before --on_divergence applies")
+    skip_factor: float = option(2.0, "factor of the median norm in --skip_rule adaptive and storm", at_least=1)
+    max_nan_batches: int = option(10, "consecutive NaN batches before --on_divergence applies", at_least=1)
     on_divergence: str = option(
         "stop",
         "stop: save the last good student and exit with code 3; rewind: once, go back to the last checkpoint, "
@@ -192,49 +192,41 @@ class GuardConfig:
         choices=("stop", "rewind"),
     )
 
-    def __post_init__(self):
-        require_positive(self, "max_grad_norm", "skip_grad_norm")
-        require_at_least(self, 1, "skip_factor", "max_nan_batches")
-
 
 AUTO_BATCH = "{what} in a micro-batch of each device; auto: as many as fit in memory, with --grad_accum_steps to match"
 """The help of `--per_device_batch_size`."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Section):
     """Run: how long, how often, where to. A step is one attempted update, applied or skipped."""
 
-    min_train_steps: ClassVar[int] = 1
-
-    train_steps: int = option(500, "attempted optimizer updates")
-    per_device_batch_size: int = option(4, AUTO_BATCH.format(what="blocks"), auto=True)
-    grad_accum_steps: int = option(1, "micro-batches in a step")
-    eval_steps: int = option(50, "steps between validations; there is also one at the start and one at the end")
-    log_steps: int = option(25, "steps between printed lines")
-    save_steps: int = option(100, "steps between checkpoints")
+    train_steps: int = option(500, "attempted optimizer updates", at_least=1)
+    per_device_batch_size: int = option(4, AUTO_BATCH.format(what="blocks"), at_least=1, auto=True)
+    grad_accum_steps: int = option(1, "micro-batches in a step", at_least=1)
+    eval_steps: int = option(
+        50, "steps between validations; there is also one at the start and one at the end", at_least=1
+    )
+    log_steps: int = option(25, "steps between printed lines", at_least=1)
+    save_steps: int = option(100, "steps between checkpoints", at_least=1)
     parallel: str = option(
         "ddp",
         "with several devices (torchrun): ddp: the whole student on each; fsdp: the student sharded over them",
         choices=("ddp", "fsdp"),
     )
-    keep_checkpoints: int = option(2, "checkpoints to keep; if the last one is damaged, the one before it is used")
+    keep_checkpoints: int = option(
+        2, "checkpoints to keep; if the last one is damaged, the one before it is used", at_least=1
+    )
     time_limit: str = option("", "save and exit after this time, as if interrupted: 11h, 90m, 1h30m")
     tensorboard: bool = option(False, "also write TensorBoard event files into the run folder")
     wandb: bool = option(False, "also send the metrics to Weights & Biases")
-    seed: int = option(0, "seed of the data order and of every random number")
+    seed: int = option(0, "seed of the data order and of every random number", at_least=0)
     output_dir: str = option("", "run folder; by default runs/<script>-<date>-<time>")
     resume: bool = option(False, "continue the run in --output_dir from its checkpoint")
     overwrite: bool = option(False, "delete the run in --output_dir and start again")
 
     def __post_init__(self):
-        require_at_least(self, self.min_train_steps, "train_steps")
-        require_at_least(self, 1, "grad_accum_steps", "eval_steps", "log_steps")
-        if self.per_device_batch_size != AUTO:
-            require_at_least(self, 1, "per_device_batch_size")
-        require_at_least(self, 1, "save_steps", "keep_checkpoints")
-        require_at_least(self, 0, "seed")
-        require(self.seed < 2**63, "seed", self.seed, "must be below 2^63")
+        super().__post_init__()
         require(self.time_limit_seconds > 0, "time_limit", self.time_limit, "must be a time such as 11h, 90m or 1h30m")
         if self.resume and self.overwrite:
             raise UsageError("--resume --overwrite: one continues the run, the other deletes it; give one")
@@ -246,7 +238,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryConfig:
+class MemoryConfig(Section):
     """Memory: recompute, move or round so that a run fits; `sar-kd preflight` shows what fits."""
 
     gradient_checkpointing: bool = option(
@@ -287,22 +279,21 @@ ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig:
+class LoraConfig(Section):
     """LoRA: train a low-rank adapter instead of all weights; needs `pip install peft`."""
 
-    lora_rank: int = option(0, "rank of the adapter, for example 4; 0: train all weights")
-    lora_alpha: float = option(16.0, "the adapter's output is multiplied by alpha / rank")
+    lora_rank: int = option(0, "rank of the adapter, for example 4; 0: train all weights", at_least=0)
+    lora_alpha: float = option(16.0, "the adapter's output is multiplied by alpha / rank", positive=True)
     lora_dropout: float = option(0.0, "dropout on the adapter's input")
     lora_targets: tuple[str, ...] = option((ALL_LINEAR,), "names of the layers to adapt, or all-linear", metavar="NAME")
 
     def __post_init__(self):
-        require_at_least(self, 0, "lora_rank")
-        require_positive(self, "lora_alpha")
+        super().__post_init__()
         require(0.0 <= self.lora_dropout < 1.0, "lora_dropout", self.lora_dropout, "must be at least 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputConfig:
+class OutputConfig(Section):
     """Output: for people, or for programs."""
 
     json: bool = option(False, "print JSON")
