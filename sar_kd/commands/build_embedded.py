@@ -46,6 +46,52 @@ INPUT_NOISE = 0.15
 """Share of input tokens replaced at random: without it the teacher would memorize its 1 MB of text."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class EmbeddedConfig(Section):
+    """Training: how long, and where to save the models."""
+
+    output_dir: str = option("", "folder for both models; by default their place in the package")
+    teacher_steps: int = option(2400, "training steps of the teacher", at_least=0)
+    student_steps: int = option(200, "training steps of the student", at_least=0)
+    seed: int = option(0, "seed of weights, data order and noise", at_least=0)
+
+
+EMBEDDED_PAIR = Command(
+    "embedded", "Train the embedded teacher and student again: about 20 minutes on 2 cores.", EmbeddedConfig
+)
+
+
+def main(argv: list[str]) -> dict:
+    """Train both models and save them. Raises: UsageError"""
+    config = parse(EMBEDDED_PAIR, argv)
+    output = Path(config.output_dir or Path(embedded.__file__).parent)
+    build(output, config.teacher_steps, config.student_steps, config.seed)
+    return {"status": "finished"}
+
+
+def build(output: Path, teacher_steps: int, student_steps: int, seed: int) -> None:
+    """Train both models and save them, with tokenizer and model card, in folders of `output`."""
+    torch.manual_seed(seed)
+    texts, transfer, validation = embedded.read_text("teacher", "transfer", "validation")
+    recipes = {
+        "teacher": (byte_level_bpe, TEACHER_VOCAB, teacher_model, teacher_steps, INPUT_NOISE),
+        "student": (sentencepiece_bpe, STUDENT_VOCAB, student_model, student_steps, 0.0),
+    }
+    for name, (make_tokenizer, vocab_size, make_model, steps, noise) in recipes.items():
+        started = time.monotonic()
+        tokenizer, model = make_tokenizer(list(texts.values()), vocab_size), make_model()
+        pretrain(model, dataset_of(tokenizer, texts), steps, noise, seed, name)
+        scores = {}
+        for split, held_out_texts in (("transfer", transfer), ("validation", validation)):
+            held_out = dataset_of(tokenizer, held_out_texts)
+            batches = held_out.token_batches("student", BATCH_SIZE)
+            precision = Precision(torch.device("cpu"), torch.float32, 1.0)
+            scores[split] = evaluate(model, batches, held_out.text.num_bytes, precision)
+        _save(output / name, name, model, tokenizer, scores, steps, noise, seed)
+        bits = ", ".join(f"{split} {score.bits_per_byte:.3f}" for split, score in scores.items())
+        print(f"{name}: bits per byte: {bits}; {time.monotonic() - started:.0f} s")
+
+
 def byte_level_bpe(texts: list[str], vocab_size: int) -> transformers.PreTrainedTokenizerFast:
     """A tokenizer like GPT-2's: bytes as printable characters, words split by its pattern."""
     tokenizer = Tokenizer(tokenizer_models.BPE())
@@ -93,39 +139,21 @@ def sentencepiece_bpe(
 def teacher_model() -> nn.Module:
     """4.5 M parameters, most of them in 8 experts, of which 2 are active for a token."""
     config = transformers.Qwen3MoeConfig(
-        vocab_size=TEACHER_VOCAB,
-        hidden_size=192,
-        intermediate_size=512,
-        moe_intermediate_size=192,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=6,
-        head_dim=32,  # type: ignore[call-arg]
-        num_experts=8,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
+        vocab_size=TEACHER_VOCAB, hidden_size=192, intermediate_size=512, moe_intermediate_size=192,
+        num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=6, head_dim=32,  # type: ignore[call-arg]
+        num_experts=8, num_experts_per_tok=2, norm_topk_prob=True, max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
     return transformers.Qwen3MoeForCausalLM(config)
 
 
 def student_model() -> nn.Module:
     """0.43 M parameters, dense."""
     config = transformers.LlamaConfig(
-        vocab_size=STUDENT_VOCAB,
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        num_key_value_heads=3,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        bos_token_id=1,
+        vocab_size=STUDENT_VOCAB, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3,
+        num_key_value_heads=3, max_position_embeddings=CONTEXT, tie_word_embeddings=True, bos_token_id=1,
         eos_token_id=2,
-    )
+    )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
 
 
@@ -154,29 +182,6 @@ def pretrain(model: Any, dataset: Dataset, steps: int, noise: float, seed: int, 
             optimizer.step()
             optimizer.zero_grad()
         bar.set_postfix_str(f"loss={loss.item():.3f}", refresh=False)
-
-
-def build(output: Path, teacher_steps: int, student_steps: int, seed: int) -> None:
-    """Train both models and save them, with tokenizer and model card, in folders of `output`."""
-    torch.manual_seed(seed)
-    texts, transfer, validation = embedded.read_text("teacher", "transfer", "validation")
-    recipes = {
-        "teacher": (byte_level_bpe, TEACHER_VOCAB, teacher_model, teacher_steps, INPUT_NOISE),
-        "student": (sentencepiece_bpe, STUDENT_VOCAB, student_model, student_steps, 0.0),
-    }
-    for name, (make_tokenizer, vocab_size, make_model, steps, noise) in recipes.items():
-        started = time.monotonic()
-        tokenizer, model = make_tokenizer(list(texts.values()), vocab_size), make_model()
-        pretrain(model, dataset_of(tokenizer, texts), steps, noise, seed, name)
-        scores = {}
-        for split, held_out_texts in (("transfer", transfer), ("validation", validation)):
-            held_out = dataset_of(tokenizer, held_out_texts)
-            batches = held_out.token_batches("student", BATCH_SIZE)
-            precision = Precision(torch.device("cpu"), torch.float32, 1.0)
-            scores[split] = evaluate(model, batches, held_out.text.num_bytes, precision)
-        _save(output / name, name, model, tokenizer, scores, steps, noise, seed)
-        bits = ", ".join(f"{split} {score.bits_per_byte:.3f}" for split, score in scores.items())
-        print(f"{name}: bits per byte: {bits}; {time.monotonic() - started:.0f} s")
 
 
 def dataset_of(tokenizer: Any, texts: dict[str, str]) -> Dataset:
@@ -209,26 +214,3 @@ any other use.
 - Weights are stored in float16.
 """
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class EmbeddedConfig(Section):
-    """Training: how long, and where to save the models."""
-
-    output_dir: str = option("", "folder for both models; by default their place in the package")
-    teacher_steps: int = option(2400, "training steps of the teacher", at_least=0)
-    student_steps: int = option(200, "training steps of the student", at_least=0)
-    seed: int = option(0, "seed of weights, data order and noise", at_least=0)
-
-
-EMBEDDED_PAIR = Command(
-    "embedded", "Train the embedded teacher and student again: about 20 minutes on 2 cores.", EmbeddedConfig
-)
-
-
-def main(argv: list[str]) -> dict:
-    """Train both models and save them. Raises: UsageError"""
-    config = parse(EMBEDDED_PAIR, argv)
-    output = Path(config.output_dir or Path(embedded.__file__).parent)
-    build(output, config.teacher_steps, config.student_steps, config.seed)
-    return {"status": "finished"}

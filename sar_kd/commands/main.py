@@ -31,19 +31,9 @@ from sar_kd.version import __version__
 
 DONE, USAGE, DIVERGED, INTERRUPTED = 0, 2, 3, 130
 
-COMMANDS = {
-    "train": "sar_kd.commands.train",
-    "preflight": "sar_kd.commands.preflight",
-    "cache": "sar_kd.commands.cache",
-    "report": "sar_kd.commands.report",
-    "generate": "sar_kd.commands.generate",
-    "sft": "sar_kd.commands.sft",
-    "explain": "sar_kd.commands.explain",
-    "forensics": "sar_kd.commands.forensics",
-    "audit": "sar_kd.commands.audit",
-    "routers": "sar_kd.commands.routers",
-    "embedded": "sar_kd.commands.build_embedded",
-}
+_NAMES = ("train", "preflight", "cache", "report", "generate", "sft", "explain", "forensics", "audit", "routers")
+
+COMMANDS = {name: f"sar_kd.commands.{name}" for name in _NAMES} | {"embedded": "sar_kd.commands.build_embedded"}
 """The module of each command; its `main(argv)` returns a dict with `status`."""
 
 
