@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -87,17 +88,13 @@ def shard_batches(batches: Iterable[TokenBatch], process_group: ProcessGroup) ->
     Every rank gets equally many, as a sharded model computes on all ranks together: missing ones at the end are
     replaced by a batch without targets.
     """
-    group = []
-    for batch in batches:
-        group.append(batch)
-        if len(group) == process_group.size:
+    remaining = iter(batches)
+    while group := list(itertools.islice(remaining, process_group.size)):
+        if process_group.rank < len(group):
             yield group[process_group.rank]
-            group = []
-    if group and process_group.rank < len(group):
-        yield group[process_group.rank]
-    elif group:
-        none = group[0].positions[:0]
-        yield dataclasses.replace(group[0], positions=none, targets=none)
+        else:
+            none = group[0].positions[:0]
+            yield dataclasses.replace(group[0], positions=none, targets=none)
 
 
 def log_probs_of(

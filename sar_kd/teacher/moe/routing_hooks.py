@@ -208,11 +208,8 @@ def verify(model: nn.Module, specs: list[RouterSpec], forward: Callable[[], obje
     """
     outputs: dict[str, object] = {}
 
-    def hook_of(name: str):
-        def record(module, args, output) -> None:
-            outputs[name] = output
-
-        return record
+    def hook_of(name: str) -> Callable:
+        return lambda module, args, output: outputs.update({name: output})
 
     handles = [spec.module.register_forward_hook(hook_of(spec.name)) for spec in specs]
     try:
