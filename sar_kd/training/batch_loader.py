@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, TypeVar
+from typing import Any
 
 from sar_kd.config.sections import TrainConfig
 from sar_kd.data.batch import Batch
@@ -13,10 +13,6 @@ from sar_kd.runtime.distributed import ProcessGroup
 from sar_kd.training.on_policy import OnPolicy
 from sar_kd.training.recovery import Recovery
 from sar_kd.training.step import StepReport
-
-Key = TypeVar("Key", bound=Hashable)
-
-Value = TypeVar("Value")
 
 
 class BatchLoader:
@@ -36,7 +32,7 @@ class BatchLoader:
         self._recovery, self._on_policy = recovery, on_policy
         # A step is prefetched with the blocks skipped at that time. A rewind goes back to an earlier step than the one
         # that is prefetched, so it never gets a batch from before it.
-        self._prefetch: Prefetch[int, list] = Prefetch(lambda step: self._micro_batches(step, process_group.rank))
+        self._prefetch = Prefetch(lambda step: self._micro_batches(step, process_group.rank))
 
     def get(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step."""
@@ -72,18 +68,15 @@ class BatchLoader:
         return made
 
 
-class Prefetch(Generic[Key, Value]):
-    """Calls a function one call ahead, in a thread; its value must depend on its argument alone.
+class Prefetch:
+    """Calls a function one call ahead, in a thread; its value must depend on its argument alone, so none is saved."""
 
-    Nothing of it is saved: who asks for another key than was expected, as after a resume, gets that one's value.
-    """
-
-    def __init__(self, make: Callable[[Key], Value]):
+    def __init__(self, make: Callable[[Any], Any]):
         self._make = make
         self._pool = ThreadPoolExecutor(1, "prefetch")
-        self._pending: tuple[Key, Future[Value]] | None = None
+        self._pending: tuple[Hashable, Future] | None = None
 
-    def get(self, key: Key, following: Key | None = None) -> Value:
+    def get(self, key: Hashable, following: Hashable | None = None) -> Any:
         """`make(key)`; starts `make(following)`, unless that is None.
 
         Raises: what `make(key)` raises
@@ -97,7 +90,7 @@ class Prefetch(Generic[Key, Value]):
         finally:
             self._start(following)
 
-    def _start(self, key: Key | None) -> None:
+    def _start(self, key: Hashable | None) -> None:
         if self._pending is not None:
             self._pending[1].cancel()
         self._pending = None if key is None else (key, self._pool.submit(self._make, key))

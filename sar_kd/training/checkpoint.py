@@ -38,6 +38,7 @@ _FILES = ("student.safetensors", "state.pt", "progress.json")
 _DIGESTS = "digests.json"
 
 _OWNERS = ("optimizer", "precision", "objective")
+"""Parts of a `StepContext` whose state dict is saved in state.pt; the guard's is in progress.json."""
 
 _NAME = re.compile(r"step-\d{8,}")
 
@@ -60,10 +61,10 @@ class TrainerState:
     """Wall time, all parts of a resumed run together"""
     train_seconds: float = 0.0
     """The part of it spent in attempts"""
-    start: dict = field(default_factory=dict)
-    """Validation metrics of the student before the first step"""
     teacher: dict = field(default_factory=dict)
-    """`val_ppl` and `val_bits_per_byte` of the teacher; empty if there is none"""
+    """`val_ppl` and `val_bits_per_byte` of the teacher before the first step; empty if there is none"""
+    start: dict = field(default_factory=dict)
+    """Validation metrics of the student before the first step; likewise the last ones, and the best ones"""
     last: dict = field(default_factory=dict)
     best: dict = field(default_factory=dict)
     best_step: int = 0
@@ -213,8 +214,7 @@ def load_checkpoint(folder: Path, context: StepContext, teacher: Teacher) -> Tra
     path, strategy = folder / _latest(folder), context.strategy
     rank, num_ranks = strategy.process_group.rank, strategy.process_group.size
     with _reading(folder, path):
-        damage = _damage(path)
-        if damage:
+        if damage := _damage(path):
             raise ValueError(damage)
         tensors = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         counters = json.loads((path / "progress.json").read_text())
@@ -275,11 +275,11 @@ def _saved(folder: Path) -> list[str]:
 
 
 def _damage(path: Path) -> str | None:
-    """The first damage of a checkpoint's files; None if every one is as it was written.
-
-    Raises: OSError, ValueError or TypeError if its digests cannot be read
-    """
-    digests = json.loads((path / _DIGESTS).read_text())
+    """The first damage of a checkpoint's files; None if every one is as it was written."""
+    try:
+        digests = dict(json.loads((path / _DIGESTS).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        return f"{_DIGESTS}: {error}"
     for file in _FILES:
         if not (path / file).is_file():
             return f"{file} is missing"
@@ -291,14 +291,7 @@ def _damage(path: Path) -> str | None:
 def _offer(folder: Path, damaged: Path) -> str:
     """The end of the message about a damaged checkpoint: an older one that is intact, if there is one."""
     for name in _saved(folder):
-        if name < damaged.name and _is_intact(folder / name):
+        if name < damaged.name and _damage(folder / name) is None:
             step = int(name.removeprefix("step-"))
-            return f"; {name} is sound: delete {damaged} and --resume continues after step {step}"
+            return f"; {name} is intact: delete {damaged} and --resume continues after step {step}"
     return "; no other one is there: start again with --overwrite"
-
-
-def _is_intact(path: Path) -> bool:
-    try:
-        return _damage(path) is None
-    except (OSError, ValueError, TypeError, AttributeError):
-        return False

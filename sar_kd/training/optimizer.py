@@ -1,4 +1,4 @@
-"""How the student moves: AdamW, and a learning rate that is a function of the step alone."""
+"""AdamW, and a learning rate that is a function of the step alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from sar_kd.config.sections import AdamWConfig, OptimConfig
 
-_FINAL_SHARE = 0.1
+_FINAL_LR_RATIO = 0.1
 
 
 def build_optimizer(student: nn.Module, config: OptimConfig, others: Sequence[nn.Parameter] = ()) -> torch.optim.AdamW:
@@ -28,12 +28,12 @@ def build_optimizer(student: nn.Module, config: OptimConfig, others: Sequence[nn
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """Every parameter that the optimizer moves: what the gradient norm is taken over, and nothing else."""
+    """Every parameter of the optimizer: the gradient norm is taken over these, and over nothing else."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def learning_rate_at(step: int, train_steps: int, config: AdamWConfig, peak: float) -> float:
-    """The rate of attempt `step`, counted from 0.
+    """The learning rate of attempt `step`, counted from 0.
 
     peak * min(1, (step + 1) / warmup) * (0.1 + 0.9 * (1 + cos(pi * progress)) / 2), the last factor 1 if constant
     """
@@ -43,10 +43,10 @@ def learning_rate_at(step: int, train_steps: int, config: AdamWConfig, peak: flo
     if config.lr_schedule == "constant":
         return peak
     progress = (step - warmup) / max(1, train_steps - warmup)
-    return peak * (_FINAL_SHARE + (1 - _FINAL_SHARE) * (1 + math.cos(math.pi * progress)) / 2)
+    return peak * (_FINAL_LR_RATIO + (1 - _FINAL_LR_RATIO) * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def set_learning_rate_(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Let the next update use `rate`."""
+def set_learning_rate_(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set the learning rate of the next update."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = learning_rate

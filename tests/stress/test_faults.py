@@ -208,7 +208,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(run_folder, fi
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if damage == "truncated" else b"")
-    err = _assert_refused(_resume(run_folder), "--resume", last, f"{former.name} is sound", "delete")
+    err = _assert_refused(_resume(run_folder), "--resume", last, f"{former.name} is intact", "delete")
     assert (file in err) or file == "digests.json"
     shutil.rmtree(last)
     code, _, out = _run(_resume(run_folder))
