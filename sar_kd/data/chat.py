@@ -43,7 +43,7 @@ class Rendered(NamedTuple):
     changed_bytes: int
     """Bytes of the targets of those that a tokenizer changes."""
     without_template: tuple[str, ...]
-    """'student', 'teacher': which of them took `DEFAULT_TEMPLATE`."""
+    """'student', 'teacher': which of the templates has taken `DEFAULT_TEMPLATE` so far."""
 
 
 class _Turns(NamedTuple):
@@ -59,15 +59,8 @@ class _SkippedConversation(ValueError):
     """Why a conversation is skipped."""
 
 
-def render(
-    conversations: list[Conversation], pair: TokenizerPair, templates: list[ChatTemplate] | None = None
-) -> Rendered:
-    """Encode conversations as each model's chat template renders them.
-
-    templates: `chat_templates(pair)`, where the conversations come in chunks; `without_template` is of all of them
-    Raises: UsageError as `chat_templates`
-    """
-    templates = templates or chat_templates(pair)
+def render(conversations: list[Conversation], templates: list[ChatTemplate]) -> Rendered:
+    """Encode conversations as each of `chat_templates(pair)` renders them."""
     turns, names, skipped, changed_bytes = [], [], [], 0
     for conversation in conversations:
         try:

@@ -37,11 +37,9 @@ class Column:
 
     @property
     def num_bytes(self) -> int:
-        """Size so far."""
         return self._size * _entry_bytes(self.dtype, self.width)
 
     def append(self, values) -> None:
-        """Add entries."""
         values = np.ascontiguousarray(values, dtype=self.dtype)
         self._size += len(values)
         if self._file is None:
@@ -68,7 +66,6 @@ class Column:
         return _memory_map(self.path, self.dtype, self.width, self._size)
 
     def close(self) -> None:
-        """Close the file."""
         if self._file is not None:
             self._file.close()
 
@@ -90,7 +87,6 @@ class StringColumn:
         self._content, self._ends = content, ends
 
     def append(self, texts: Sequence[str]) -> None:
-        """Add strings."""
         encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
         lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
         self._ends.append(len(self._content) + np.cumsum(lengths))
@@ -152,7 +148,6 @@ class ColumnStore:
             self._columns[name].truncate(size)
 
     def num_bytes(self) -> int:
-        """Size of all columns so far."""
         return sum(column.num_bytes for column in self._columns.values())
 
     def finalize(self, key: str | None = None) -> dict[str, np.ndarray]:
@@ -169,7 +164,6 @@ class ColumnStore:
         return arrays
 
     def close(self) -> None:
-        """Close the files."""
         for column in self._columns.values():
             column.close()
 

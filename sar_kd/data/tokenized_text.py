@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -153,6 +153,7 @@ class _TextWriter:
         self.truncated = store.add_strings("truncated")
         self.num_bytes = self.dropped_tokens = self.changed_bytes = 0
         self.without_template: tuple[str, ...] = ()
+        self._templates: list[ChatTemplate] = []
         self.first_change: tuple[str, str] | None = None
         """Whose tokenizer first changes text, and how"""
         self._pending: list[list[list[Span]]] = [[] for _ in self.streams]
@@ -166,15 +167,12 @@ class _TextWriter:
 
     def add(self, documents: Documents, cache: TokenCache | None) -> None:
         """Append all documents, and set the store's metadata."""
-        streamed, num_chars = isinstance(documents, StreamedDocuments), 0
-        if isinstance(documents, StreamedDocuments):
-            num_chars, has_conversations = documents.num_chars, documents.has_conversations
-        else:
-            has_conversations = any(isinstance(sample, Conversation) for sample in documents)
-        with tokenizing_bar(num_chars, streamed) as bar:
-            for number, size in enumerate(self._add_chunks(documents, has_conversations)):
+        is_large = isinstance(documents, StreamedDocuments)
+        num_chars = documents.num_chars if isinstance(documents, StreamedDocuments) else 0
+        with tokenizing_bar(num_chars, is_large) as bar:
+            for number, size in enumerate(self._add_chunks(documents)):
                 bar.update(size)
-                if not number and cache is not None and streamed:
+                if not number and cache is not None and is_large:
                     cache.require_disk_space(self.store.num_bytes() * (num_chars - size) // max(1, size))
         self.store.metadata = {
             "num_bytes": self.num_bytes,
@@ -184,17 +182,18 @@ class _TextWriter:
             "first_change": self.first_change,
         }
 
-    def _add_chunks(self, documents: Iterable[Sample], has_conversations: bool) -> Iterator[int]:
-        """Append the documents chunk by chunk; the characters of each chunk, once it is appended."""
-        for pieces in chunks_of_pieces(documents, self.pair):
+    def _add_chunks(self, documents: Documents) -> Iterator[int]:
+        """Append the documents chunk by chunk; yields the characters of each chunk after it is appended."""
+        for pieces in _in_chunks(_pieces(documents, self.pair)):
             self._add_plain(pieces)
-            yield sum(len(piece.text) for piece in pieces)
-        if has_conversations:
-            templates = chat_templates(self.pair)
-            found = (sample for sample in documents if isinstance(sample, Conversation))
-            for conversations in _in_chunks(found, lambda conversation: conversation.num_chars):
-                self._add_conversations(conversations, templates)
-                yield sum(conversation.num_chars for conversation in conversations)
+            yield sum(piece.num_chars for piece in pieces)
+        if isinstance(documents, StreamedDocuments) and not documents.has_conversations:
+            return
+        found = (sample for sample in documents if isinstance(sample, Conversation))
+        for conversations in _in_chunks(found):
+            self._templates = self._templates or chat_templates(self.pair)
+            self._add_conversations(conversations)
+            yield sum(conversation.num_chars for conversation in conversations)
 
     def _add_plain(self, pieces: list[TextPiece]) -> None:
         """Append a chunk of plain text: all of it is predicted, and an end-of-text token after each document."""
@@ -261,14 +260,14 @@ class _TextWriter:
             bounds.append(num_before + found)
         return bounds
 
-    def _add_conversations(self, conversations: list[Conversation], templates: list[ChatTemplate]) -> None:
+    def _add_conversations(self, conversations: list[Conversation]) -> None:
         """Append a chunk of conversations, each cut short where it exceeds `limits`."""
-        rendered = render(conversations, self.pair, templates)
+        rendered = render(conversations, self._templates)
         names, skipped, truncated = [], rendered.skipped_documents, []
         sides: list[list[list[Span]]] = [[] for _ in self.streams]
         self.without_template = rendered.without_template
         self.changed_bytes += rendered.changed_bytes
-        changes = ((template.whose, template.change) for template in templates if template.change)
+        changes = ((template.whose, template.change) for template in self._templates if template.change)
         self.first_change = self.first_change or next(changes, None)
         for name, *whole in zip(rendered.names, *rendered.sides, strict=True):
             kept = truncate_conversation(whole, rendered.tables, self.limits) if self.limits else whole
@@ -292,16 +291,12 @@ class _TextWriter:
         self.truncated.append(truncated)
 
 
-def chunks_of_pieces(samples: Iterable[Sample], pair: TokenizerPair) -> Iterator[list[TextPiece]]:
-    """All plain documents among `samples`, in order, in pieces of about `_CHUNK` characters together."""
-    yield from _in_chunks(_pieces(samples, pair), lambda piece: len(piece.text))
-
-
-def _in_chunks(items: Iterable, size_of: Callable) -> Iterator[list]:
+def _in_chunks(items: Iterable) -> Iterator[list]:
+    """Items with `num_chars`, in lists of about `_CHUNK` characters."""
     chunk, size = [], 0
     for item in items:
         chunk.append(item)
-        size += size_of(item)
+        size += item.num_chars
         if size >= _CHUNK:
             yield chunk
             chunk, size = [], 0
@@ -310,7 +305,8 @@ def _in_chunks(items: Iterable, size_of: Callable) -> Iterator[list]:
 
 
 def _pieces(samples: Iterable[Sample], pair: TokenizerPair) -> Iterator[TextPiece]:
-    encoders = [functools.partial(encode, tokenizer) for tokenizer in _tokenizers(pair)]
+    """All plain documents, in order, in pieces."""
+    encoders = [functools.partial(encode, tokenizer) for tokenizer in pair.tokenizers]
     for sample in samples:
         if isinstance(sample, Conversation):
             continue
@@ -326,10 +322,6 @@ def _pieces(samples: Iterable[Sample], pair: TokenizerPair) -> Iterator[TextPiec
         yield last._replace(document=sample.name, is_first=is_first)
 
 
-def _tokenizers(pair: TokenizerPair) -> list:
-    return [pair.student] if pair.tables is None else [pair.student, pair.teacher]
-
-
 def _encodable(chunks: Iterable[str]) -> Iterator[str]:
     for chunk in chunks:
         chunk.encode()
@@ -338,7 +330,7 @@ def _encodable(chunks: Iterable[str]) -> Iterator[str]:
 
 def encode_chunk(pieces: Sequence[TextPiece], pair: TokenizerPair) -> Iterator[tuple]:
     """Each piece; by stream, its int32 ids [N]; and by stream, its `TokenTable.dummy_bytes`."""
-    ids = [encode_pieces(functools.partial(encode, tokenizer), pieces) for tokenizer in _tokenizers(pair)]
+    ids = [encode_pieces(functools.partial(encode, tokenizer), pieces) for tokenizer in pair.tokenizers]
     dummies: list[list] = [[0] * len(pieces)]
     if pair.tables is not None:
         dummies = [

@@ -45,6 +45,10 @@ class TextPiece(NamedTuple):
     is_first: bool = True
     is_last: bool = True
 
+    @property
+    def num_chars(self) -> int:
+        return len(self.text)
+
 
 Encoder = Callable[[list[str]], Sequence[Ids]]
 """Ids of each of some texts."""

@@ -49,6 +49,11 @@ class TokenizerPair:
         return 1 + max(self.teacher.get_vocab().values())
 
     @property
+    def tokenizers(self) -> list:
+        """One for each token stream: a single one where they are taken as equal."""
+        return [self.student] if self.tables is None else [self.student, self.teacher]
+
+    @property
     def token_tables(self) -> tuple[TokenTable, TokenTable]:
         """The tables of a pair that has them."""
         assert self.tables is not None

@@ -12,7 +12,7 @@ import torch
 
 from sar_kd.config.sections import DataConfig
 from sar_kd.data.batch import IGNORE_INDEX
-from sar_kd.data.chat import render
+from sar_kd.data.chat import chat_templates, render
 from sar_kd.data.dataset import build_dataset
 from sar_kd.data.samples import Conversation, Document, Message
 from sar_kd.data.sources import load_documents
@@ -354,7 +354,7 @@ def test_of_several_templates_the_default_one_is_taken(tokenizers):
 
 @pytest.mark.parametrize("names", CROSS + EQUAL)
 def test_contents_are_exactly_the_same_text_on_both_sides(pairs, names):
-    rendered = render(CONVERSATION_LIST, pairs[names])
+    rendered = render(CONVERSATION_LIST, chat_templates(pairs[names]))
     assert rendered.names == list(CONVERSATIONS)
     assert rendered.skipped_documents == []
     for side, table in zip(rendered.sides, rendered.tables, strict=True):
@@ -368,7 +368,7 @@ def test_contents_are_exactly_the_same_text_on_both_sides(pairs, names):
 
 @pytest.mark.parametrize("names", CROSS + EQUAL)
 def test_a_stop_token_follows_each_response_and_nothing_else(pairs, names):
-    rendered = render(CONVERSATION_LIST, pairs[names])
+    rendered = render(CONVERSATION_LIST, chat_templates(pairs[names]))
     for name, side, table in zip(names, rendered.sides, rendered.tables, strict=False):
         stop = STYLES[name][3]
         for spans, conversation in zip(side, CONVERSATION_LIST, strict=True):
@@ -383,7 +383,9 @@ def test_a_stop_token_follows_each_response_and_nothing_else(pairs, names):
 def test_an_assistant_s_message_in_the_prompt_is_read_and_not_learned(pairs):
     turns = [("user", "a"), ("assistant", "for example"), ("user", "b"), ("assistant", "now")]
     example = [Message(role, text, role == "assistant" and text == "now") for role, text in turns]
-    rendered = render([Conversation("few shots", tuple(example), plain=False)], pairs["llama2", "chatml"])
+    rendered = render(
+        [Conversation("few shots", tuple(example), plain=False)], chat_templates(pairs["llama2", "chatml"])
+    )
     for name, side, table in zip(("llama2", "chatml"), rendered.sides, rendered.tables, strict=True):
         found = [(span.kind, _text(span, table)) for span in side[0] if span.kind not in (TEMPLATE, STOP)]
         assert found == [(PROMPT, "a"), (PROMPT, "for example"), (PROMPT, "b"), (RESPONSE, "now")]
@@ -395,7 +397,7 @@ def test_an_assistant_s_message_in_the_prompt_is_read_and_not_learned(pairs):
 
 @pytest.mark.parametrize("names", CROSS + EQUAL)
 def test_text_that_looks_like_a_special_token_stays_text(pairs, names):
-    rendered = render([_conversation(CONVERSATIONS["look-alikes"])], pairs[names])
+    rendered = render([_conversation(CONVERSATIONS["look-alikes"])], chat_templates(pairs[names]))
     for side, table in zip(rendered.sides, rendered.tables, strict=True):
         special = {i for i, string in enumerate(table.strings) if string and not table.pieces[i]}
         contents = {i for span in side[0] if span.kind in (PROMPT, RESPONSE) for i in span.ids}
@@ -407,7 +409,7 @@ def test_text_that_looks_like_a_special_token_stays_text(pairs, names):
 def test_without_a_space_before_it_a_content_has_no_dummy_space(tokenizers, opening):
     tokenizer = tokenizers["zephyr"]
     turns = [("user", opening + "What follows?"), ("assistant", opening + "The token.")]
-    rendered = render([_conversation(turns)], _pair(tokenizer, tokenizer))
+    rendered = render([_conversation(turns)], chat_templates(_pair(tokenizer, tokenizer)))
     contents = [span for span in rendered.sides[0][0] if span.kind in (PROMPT, RESPONSE)]
     assert not any(span.has_dummy for span in contents)
     assert [_text(span, rendered.tables[0]) for span in contents] == [text for _, text in turns]
@@ -415,7 +417,7 @@ def test_without_a_space_before_it_a_content_has_no_dummy_space(tokenizers, open
 
 def test_the_space_before_a_content_is_the_dummy_space(tokenizers):
     tokenizer = tokenizers["llama2"]
-    rendered = render([_conversation(CONVERSATIONS["one turn"])], _pair(tokenizer, tokenizer))
+    rendered = render([_conversation(CONVERSATIONS["one turn"])], chat_templates(_pair(tokenizer, tokenizer)))
     separators = [span for span in rendered.sides[0][0] if span.kind == TEMPLATE]
     contents = [span for span in rendered.sides[0][0] if span.kind in (PROMPT, RESPONSE)]
     assert all(span.has_dummy for span in contents)
@@ -424,7 +426,7 @@ def test_the_space_before_a_content_is_the_dummy_space(tokenizers):
 
 def test_the_space_before_llama_2_s_stop_token_is_learned_with_it(tokenizers):
     tokenizer = tokenizers["llama2"]
-    rendered = render([_conversation(CONVERSATIONS["one turn"])], _pair(tokenizer, tokenizer))
+    rendered = render([_conversation(CONVERSATIONS["one turn"])], chat_templates(_pair(tokenizer, tokenizer)))
     stop = rendered.sides[0][0][-1]
     assert tokenizer.convert_ids_to_tokens(stop.ids) == ["\u2581", "</s>"]
     assert stop.kind == STOP
@@ -433,14 +435,16 @@ def test_the_space_before_llama_2_s_stop_token_is_learned_with_it(tokenizers):
 def test_a_template_without_a_stop_token_gets_the_end_of_text_token(tokenizers):
     tokenizer = copy.deepcopy(tokenizers["chatml"])
     tokenizer.chat_template = "{% for m in messages %}{{ '\\n### ' + m['role'] + '\\n' + m['content'] }}{% endfor %}"
-    rendered = render([_conversation(CONVERSATIONS["several turns"])], _pair(tokenizer, tokenizer))
+    rendered = render([_conversation(CONVERSATIONS["several turns"])], chat_templates(_pair(tokenizer, tokenizer)))
     assert [span.ids for span in rendered.sides[0][0] if span.kind == STOP] == [[tokenizer.eos_token_id]] * 3
 
 
 def test_a_stop_token_behind_other_words_is_not_the_responses(tokenizers):
     tokenizer = copy.deepcopy(tokenizers["chatml"])
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' (' + m['role'] + ')<|im_end|>' }}{% endfor %}"
-    ((*_, stop, separator),) = render([_conversation(CONVERSATIONS["one turn"])], _pair(tokenizer, tokenizer)).sides[0]
+    ((*_, stop, separator),) = render(
+        [_conversation(CONVERSATIONS["one turn"])], chat_templates(_pair(tokenizer, tokenizer))
+    ).sides[0]
     assert (stop.kind, stop.ids) == (STOP, [tokenizer.eos_token_id])
     assert tokenizer.decode(separator.ids) == " (assistant)<|im_end|>"
 
@@ -532,7 +536,7 @@ def test_a_conversation_that_one_template_refuses_is_skipped_by_name(pairs):
 def test_a_text_that_a_template_strips_is_stripped_for_both(pairs):
     turns = [("user", "\n Hello \n"), ("assistant", "  Hi.  ")]
     for names, wanted in ((("gemma", "chatml"), ["Hello", "Hi."]), (("zephyr", "chatml"), ["\n Hello \n", "  Hi.  "])):
-        rendered = render([_conversation(turns)], pairs[names])
+        rendered = render([_conversation(turns)], chat_templates(pairs[names]))
         for side, table in zip(rendered.sides, rendered.tables, strict=True):
             assert [_text(span, table) for span in side[0] if span.kind in (PROMPT, RESPONSE)] == wanted
 
@@ -556,7 +560,7 @@ def test_text_that_is_hard_to_encode_is_canonical_or_skipped(pairs, names, bad):
         _conversation([("user", "a"), ("assistant", f"b{bad}c")], "bad"),
         _conversation(CONVERSATIONS["one turn"]),
     ]
-    rendered = render(conversations, pairs[names])
+    rendered = render(conversations, chat_templates(pairs[names]))
     if bad == "\ud800":
         assert rendered.skipped_documents == ["bad (is no Unicode text)"]
         return
@@ -575,7 +579,9 @@ def test_a_conversation_that_a_tokenizer_changes_is_skipped_by_name(tokenizers):
         _conversation([("user", "a"), ("assistant", "\u20ac")], "bad"),
         _conversation(CONVERSATIONS["one turn"]),
     ]
-    assert render(conversations, pair).skipped_documents == ["bad (the student's tokenizer changes its text)"]
+    assert render(conversations, chat_templates(pair)).skipped_documents == [
+        "bad (the student's tokenizer changes its text)"
+    ]
 
 
 def test_equal_tokenizers_with_different_templates_name_the_remedy(tokenizers):
@@ -594,7 +600,7 @@ def test_equal_tokenizers_with_different_templates_name_the_remedy(tokenizers):
 
 @pytest.mark.parametrize("names", CROSS)
 def test_template_text_has_no_bytes_and_stops_have_one_on_both_sides(pairs, names):
-    rendered = render(CONVERSATION_LIST, pairs[names])
+    rendered = render(CONVERSATION_LIST, chat_templates(pairs[names]))
     text = tokenize(CONVERSATION_LIST, pairs[names])
     for spans, table, stream in zip(rendered.sides, rendered.tables, (text.student, text.teacher), strict=True):
         widths, at = np.diff(stream.ends, prepend=0), 0
@@ -621,7 +627,7 @@ def test_the_bytes_of_a_text_are_those_of_its_responses(pairs, names):
 
 @pytest.mark.parametrize("names", CROSS + EQUAL)
 def test_every_response_and_its_stop_token_is_predicted_once_and_nothing_else(pairs, names):
-    rendered = render(CONVERSATION_LIST, pairs[names])
+    rendered = render(CONVERSATION_LIST, chat_templates(pairs[names]))
     dataset = build_dataset(CONVERSATION_LIST, pairs[names], 400, 400)
     for which, side in zip(("student", "teacher"), (rendered.sides[0], rendered.sides[-1]), strict=True):
         wanted = [i for spans in side for span in spans if span.kind in (RESPONSE, STOP) for i in span.ids]

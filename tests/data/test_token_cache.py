@@ -139,7 +139,7 @@ def test_the_arrays_of_a_large_text_are_files(pair, text, cache):
 
 def test_tokens_are_made_once(pair, text, cache, monkeypatch):
     first = build_dataset(text, pair, 24, 60, cache)
-    monkeypatch.setattr(tokenized_text, "chunks_of_pieces", None)  # nothing is tokenized any more
+    monkeypatch.setattr(tokenized_text, "encode_chunk", None)  # nothing is tokenized any more
     assert _same(build_dataset(text, pair, 24, 60, cache), first)
     assert _same(build_dataset(text, pair, 48, 60, cache), build_dataset(text, pair, 48, 60, cache))
     assert cache.lines[0] == "Tokens: tokenizing 0 million characters, once"
