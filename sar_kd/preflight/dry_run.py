@@ -311,8 +311,11 @@ class StubProjection(Distillation):
 
     def tiles(self, batch: Batch) -> list[Tile]:
         student, teacher = batch.student.positions, batch.teacher.positions
-        parts, ratio = split_range(len(student), self.positions_per_tile), (len(teacher), len(student))
-        return [Tile(p, teacher[: (p.stop - p.start) * ratio[0] // ratio[1]], None, None) for p in parts]
+        tiles = []
+        for part in split_range(len(student), self.positions_per_tile):
+            count = (part.stop - part.start) * len(teacher) // len(student)
+            tiles.append(Tile(part, teacher[:count], None, None))
+        return tiles
 
     def loss_and_grad(self, student: Tensor, teacher: Any, part: object, grad_side: str | None) -> TileLoss:
         zero = student.new_zeros(())

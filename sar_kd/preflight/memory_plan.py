@@ -264,7 +264,7 @@ def _fit(config: R, loaded: LoadedModels) -> R:
             if planned.verdict in ("fits", "unknown"):
                 break
         else:
-            note = f", the fewest there are{note}"
+            note = f", though even that may not fit{note}"
     except NotEstimated as error:
         size, note = default, f" (the default; memory not estimated, {error})"
         fitted = _replace(config, "train", per_device_batch_size=default)

@@ -90,7 +90,7 @@ def test_if_not_even_one_block_fits_the_notice_says_so(limited):
     limited(2**20)
     config = fit_batch_size(_parse(), SINGLE_PROCESS)
     assert config.train.per_device_batch_size == 1
-    assert "the fewest there are" in config.notices[-1]
+    assert "though even that may not fit" in config.notices[-1]
 
 
 def test_a_number_is_unchanged(monkeypatch):
