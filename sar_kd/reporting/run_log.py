@@ -104,10 +104,9 @@ class RunLog:
 
     def print_start(self, start: dict, teacher: dict) -> None:
         """Print the validation of student and teacher before the first step."""
-        self.info(
-            f"Validation PPL at the start = {start['val_ppl']:.2f} (teacher {teacher['val_ppl']:.2f}; "
-            f"bits per byte {start['val_bits_per_byte']:.3f}, teacher {teacher['val_bits_per_byte']:.3f})"
-        )
+        own, other = (format_perplexity(found["val_ppl"]) for found in (start, teacher))
+        bits = f"bits per byte {start['val_bits_per_byte']:.3f}, teacher {teacher['val_bits_per_byte']:.3f}"
+        self.info(f"Validation PPL at the start = {own} (teacher {other}; {bits})")
 
     def log_start(self, student: dict, teacher: dict) -> None:
         """Write the validation of student and teacher before the first step."""
@@ -139,7 +138,7 @@ class RunLog:
         ce = "" if record["ce_loss"] is None else f" ce={record['ce_loss']:.3f}"
         return (
             f"loss={record['loss']:.3f} kd={record['kd_loss']:.3f}{ce} "
-            f"ppl={self._perplexity:.2f} grad_norm={record['grad_norm']:.2f} success={success_rate:.0%} "
+            f"ppl={format_perplexity(self._perplexity)} grad_norm={record['grad_norm']:.2f} success={success_rate:.0%} "
             f"loss_scale={record['loss_scale']:.0f}"
         )
 
@@ -220,12 +219,12 @@ class SftLog(RunLog):
     """
 
     def print_start(self, start: dict, teacher: dict) -> None:
-        bits = start["val_bits_per_byte"]
-        self.info(f"Validation PPL at the start = {start['val_ppl']:.2f} (bits per byte {bits:.3f})")
+        perplexity = format_perplexity(start["val_ppl"])
+        self.info(f"Validation PPL at the start = {perplexity} (bits per byte {start['val_bits_per_byte']:.3f})")
 
     def _postfix(self, record: dict, success_rate: float) -> str:
         return (
-            f"loss={record['loss']:.3f} grad_norm={record['grad_norm']:.2f} ppl={self._perplexity:.2f} "
+            f"loss={record['loss']:.3f} grad_norm={record['grad_norm']:.2f} ppl={format_perplexity(self._perplexity)} "
             f"success={success_rate:.0%} loss_scale={record['loss_scale']:.0f}"
         )
 

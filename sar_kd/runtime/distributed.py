@@ -16,23 +16,19 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sar_kd.config.fields import RunConfig
 from sar_kd.errors import UsageError
 
 T = TypeVar("T")
 
-
-class _Settings(Protocol):
-    def to_dict(self) -> dict: ...
-
-
-S = TypeVar("S", bound=_Settings)
+C = TypeVar("C", bound=RunConfig)
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -60,11 +56,11 @@ class ProcessGroup:
 
     def all_reduce_total(self, count: int) -> int:
         """The count summed over the ranks."""
-        return count
+        return int(self.all_reduce_sum([count])[0])
 
     def any_rank(self, flag: bool) -> bool:
         """Is the flag set on any rank?"""
-        return flag
+        return self.all_reduce_sum([float(flag)])[0] > 0
 
     def all_gather(self, values: Tensor) -> Tensor:
         """Values on the device, float [n], of every rank: float [ranks, n]; no host read."""
@@ -88,7 +84,7 @@ class ProcessGroup:
         """
         return act()
 
-    def check_same_config(self, config: S) -> S:
+    def check_same_config(self, config: C) -> C:
         """Rank 0's config, of which only the run folder may differ: its default name contains the time.
 
         Raises: UsageError if the ranks were started with different flags
@@ -134,12 +130,6 @@ class TorchrunGroup(ProcessGroup):
         dist.all_reduce(sums)
         return sums.tolist()
 
-    def all_reduce_total(self, count: int) -> int:
-        return int(self.all_reduce_sum([count])[0])
-
-    def any_rank(self, flag: bool) -> bool:
-        return self.all_reduce_sum([float(flag)])[0] > 0
-
     def all_gather(self, values: Tensor) -> Tensor:
         gathered = [torch.empty_like(values) for _ in range(self.size)]
         dist.all_gather(gathered, values)
@@ -174,7 +164,7 @@ class TorchrunGroup(ProcessGroup):
             raise UsageError(message)
         return result
 
-    def check_same_config(self, config: S) -> S:
+    def check_same_config(self, config: C) -> C:
         configs = self.all_gather_object(config)
         flags = [_flatten(config.to_dict()) | {"output_dir": None} for config in configs]
         for rank, own in enumerate(flags):

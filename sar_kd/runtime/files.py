@@ -79,7 +79,8 @@ def _flush(path: Path) -> None:
     is_folder = path.is_dir()
     if is_folder and os.name == "nt":
         return
-    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    is_writable = not is_folder and os.access(path, os.W_OK)  # Windows flushes no file that is open for reading
+    descriptor = os.open(path, os.O_RDWR if is_writable else os.O_RDONLY)
     try:
         with contextlib.suppress(OSError) if is_folder else contextlib.nullcontext():
             os.fsync(descriptor)
