@@ -349,6 +349,6 @@ def largest_generation(config: OnPolicyConfig, train: Any, block_size: int) -> t
     follow as the shortest has room for; the last new token does not enter the cache.
     """
     batch_size = train.per_device_batch_size * math.ceil(train.grad_accum_steps * config.on_policy_fraction)
-    prompt = block_size - 1  # and a start token, and at least one new token
+    prompt = block_size - 1  # start token included, and room for one new token
     new_tokens = min(config.max_new_tokens, block_size - 1) if batch_size > 1 else 1
     return batch_size, prompt, prompt + new_tokens - 1
