@@ -17,8 +17,8 @@ def documents(corpus_texts):
 
 
 @pytest.fixture(scope="session")
-def make_corpus(documents, byte_tokenizer, sp_tokenizer):
-    """make_corpus(kind, rows): the same text for equal or different tokenizers; heads may have more rows."""
+def make_dataset(documents, byte_tokenizer, sp_tokenizer):
+    """make_dataset(kind, rows): the same text for equal or different tokenizers; heads may have more rows."""
     made = {}
 
     def make(kind="equal", rows=0):
@@ -35,7 +35,7 @@ def make_corpus(documents, byte_tokenizer, sp_tokenizer):
 
 
 @pytest.fixture
-def make_run(make_corpus, make_student):
+def make_run(make_dataset, make_student):
     """make_run(...): a step as the scripts make it, guards at their defaults, over tiny dense models.
 
     rows      rows of both heads, at least the tokenizer's
@@ -48,8 +48,8 @@ def make_run(make_corpus, make_student):
         *, dtype=torch.float16, kind="equal", rows=0, head=1.0, teacher_head=20.0, gpt2=False, scale=16384.0, lr=1e-3,
         loss=None, guards=None, config=None,
     ):  # fmt: skip
-        corpus = make_corpus(kind, rows)
-        sizes = max(rows, len(corpus.pair.student)), max(rows, len(corpus.pair.teacher))
+        dataset = make_dataset(kind, rows)
+        sizes = max(rows, len(dataset.pair.student)), max(rows, len(dataset.pair.teacher))
         build = build_gpt2 if gpt2 else make_student
         student = build(sizes[0], **({"num_hidden_layers": 1} if not gpt2 else {}) | (config or {}))
         student.get_output_embeddings().weight.data.mul_(head)
@@ -58,7 +58,7 @@ def make_run(make_corpus, make_student):
         teacher.requires_grad_(False).eval().to(dtype)
         precision = Precision(CPU, dtype, scale)
         settings = LossConfig(**loss or {}), GuardConfig(**guards or {})
-        return Run(corpus, student, teacher, precision, *settings, lr)
+        return Run(dataset, student, teacher, precision, *settings, lr)
 
     return make
 

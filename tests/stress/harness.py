@@ -27,11 +27,11 @@ PLANNED_STEPS = 400
 class Run:
     """The parts of a real step; `step` attempts one update and asserts the seven invariants."""
 
-    def __init__(self, corpus, student, teacher, precision, loss, guards, lr):
-        self.corpus, self.student, self.teacher, self.precision = corpus, student, teacher, precision
+    def __init__(self, dataset, student, teacher, precision, loss, guards, lr):
+        self.dataset, self.student, self.teacher, self.precision = dataset, student, teacher, precision
         self.loss, self.clip = loss, guards.max_grad_norm
         torch.manual_seed(2)  # the projection of hidden states, where there is one
-        self.objective = Objective(teacher, student, loss, corpus.aligner, precision)
+        self.objective = Objective(teacher, student, loss, dataset.aligner, precision)
         self.optim = OptimConfig(student_lr=lr, warmup_steps=4)
         self.optimizer = build_optimizer(student, self.optim, self.objective.parameters())
         self.guard = StepGuard(guards)
@@ -43,7 +43,7 @@ class Run:
 
     def batches(self, *groups):
         """A micro-batch of each group of blocks."""
-        return [self.corpus.batch(list(group)) for group in groups]
+        return [self.dataset.batch(list(group)) for group in groups]
 
     def tensors(self) -> list[torch.Tensor]:
         """Weights and optimizer state, copied."""
@@ -85,17 +85,18 @@ class Run:
         nats = divergence = torch.zeros((), dtype=torch.float64)
         count = sum(len(batch.student.targets) for batch in batches)
         known = self.loss.kd_direction == "forward" and self.loss.alignment == "auto"
-        known &= self.loss.logit_clamp_style != "raw" and self.corpus.pair.tables is None
+        known &= self.loss.logit_clamp_style != "raw" and self.dataset.pair.tables is None
         for batch in batches:
             if not len(batch.student.targets):
                 continue
-            said = self._read(self.student, batch.student)[batch.student.positions]
-            nats = nats + torch.nn.functional.cross_entropy(said, batch.student.targets, reduction="sum")
+            student = self._read(self.student, batch.student)[batch.student.positions]
+            nats = nats + torch.nn.functional.cross_entropy(student, batch.student.targets, reduction="sum")
             if known and self.loss.alpha_kd:
-                told = self._read(self.teacher, batch.teacher)[batch.alignment.teacher_positions]
-                told, kept = told[told.isfinite().all(1)], said[told.isfinite().all(1)]
-                shared = min(told.shape[1], kept.shape[1])
-                t, s = ((z[:, :shared] / self.loss.temperature).log_softmax(-1) for z in (told, kept))
+                teacher = self._read(self.teacher, batch.teacher)[batch.alignment.teacher_positions]
+                is_finite = teacher.isfinite().all(1)
+                teacher, student = teacher[is_finite], student[is_finite]
+                shared = min(teacher.shape[1], student.shape[1])
+                t, s = ((z[:, :shared] / self.loss.temperature).log_softmax(-1) for z in (teacher, student))
                 divergence = divergence + self.loss.temperature**2 * (t.exp() * (t - s)).sum()
         count = max(1, count)
         return nats.item() / count, divergence.item() / count if known else None
@@ -107,9 +108,9 @@ class Run:
     def _assert_raw(self, report, ce, kd):
         weighed = self.loss.alpha_ce * report.ce_loss + self.loss.alpha_kd * report.kd_loss
         pairs = [(report.ce_loss, ce), (report.loss, weighed)] + ([] if kd is None else [(report.kd_loss, kd)])
-        for told, true in pairs:
-            both_bad = not math.isfinite(told) and not math.isfinite(true)
-            assert both_bad or math.isclose(told, true, rel_tol=1e-4, abs_tol=2e-6), f"I6: {told} is said, {true} is so"
+        for reported, true in pairs:
+            both_bad = not math.isfinite(reported) and not math.isfinite(true)
+            assert both_bad or math.isclose(reported, true, rel_tol=1e-4, abs_tol=2e-6), f"I6: {reported}, not {true}"
 
 
 def all_finite(tensors) -> bool:
@@ -152,5 +153,5 @@ def break_on_token(student, token: int, value=math.inf):
 
 def token_of(run, block: int, *others: int) -> int:
     """A token that `block` holds and the other blocks do not."""
-    own, *rest = (set(run.corpus.batch([i]).student.input_ids[0].tolist()) for i in (block, *others))
+    own, *rest = (set(run.dataset.batch([i]).student.input_ids[0].tolist()) for i in (block, *others))
     return min(own.difference(*rest))

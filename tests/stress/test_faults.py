@@ -62,7 +62,7 @@ def _argv(inputs, out, *more, steps=4):
 
 
 def _run(argv):
-    """Exit code, and what was said on stderr."""
+    """Exit code, and the text on stderr and stdout."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main.run(SCRIPT.main, [str(word) for word in argv])
@@ -162,7 +162,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_former_one(run_folder, num_by
     assert _run(_resume(run_folder))[0] == 0
 
 
-def test_a_disk_without_room_is_said_before_anything_is_written(run_folder, monkeypatch):
+def test_a_disk_without_room_is_reported_before_anything_is_written(run_folder, monkeypatch):
     usage = shutil._ntuple_diskusage(10**9, 10**9, 0)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage)
@@ -216,7 +216,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(run_folder, fi
     assert "Resumed after step 3" in out
 
 
-def test_two_damaged_checkpoints_are_said_to_be_all_there_is(run_folder):
+def test_two_damaged_checkpoints_are_reported_to_be_all_there_is(run_folder):
     for path in _checkpoints(run_folder):
         _flip(path / "state.pt", 0.5)
     _assert_refused(_resume(run_folder), "no other one", "--overwrite")
@@ -343,7 +343,7 @@ def test_a_folder_and_a_missing_file_are_no_text(inputs, tmp_path):
         _assert_refused(_argv(inputs, tmp_path / "run", "--train_file", tmp_path / name), name, "cannot be read")
 
 
-def test_documents_without_text_are_passed_over(inputs, tmp_path, corpus_texts):
+def test_documents_without_text_are_skipped(inputs, tmp_path, corpus_texts):
     rows = ["", " ", "a", "\U0001f600" * 30, *corpus_texts, ""]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
     code, err, _ = _run(_argv(inputs, tmp_path / "run", "--train_file", tmp_path / "rows.jsonl", steps=2))
@@ -358,8 +358,8 @@ def test_100_mb_of_text_train(inputs, tmp_path, end):
     (tmp_path / "held_out.txt").write_bytes(line * 40)
     more = ("--train_file", tmp_path / "long.txt", "--validation_file", tmp_path / "held_out.txt")
     code, err, _ = _run(_argv(inputs, tmp_path / "run", *more, steps=2))
-    said = [line.partition(": ")[0] for line in err.splitlines()]
-    assert (code, said) == (0, ["Tokens", "Tokens"]), err  # that they are made, and where they are kept
+    names = [line.partition(": ")[0] for line in err.splitlines()]
+    assert (code, names) == (0, ["Tokens", "Tokens"]), err  # that they are made, and where they are kept
 
 
 def test_responses_that_are_all_cut_away_are_skipped_or_refused(inputs, tmp_path):

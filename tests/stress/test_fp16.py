@@ -61,8 +61,8 @@ class NaiveLoop:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens.labels[:, 1:].flatten())
             if self.kd:
                 with torch.no_grad():
-                    told = self.run.teacher(input_ids=batch.teacher.input_ids, use_cache=False).logits
-                loss = loss + self.kd(logits, told)
+                    teacher = self.run.teacher(input_ids=batch.teacher.input_ids, use_cache=False).logits
+                loss = loss + self.kd(logits, teacher)
         return loss.clamp(max=self.loss_cap) if self.loss_cap else loss
 
     def step(self, batches) -> float:
@@ -145,7 +145,7 @@ def _uncentred(run, offset=-35.0):
 def _rebuilt(run, **changes):
     """The same run after its student was changed."""
     settings = dataclasses.replace(run.loss, **changes)
-    parts = run.corpus, run.student, run.teacher, run.precision, settings, run.guard.settings
+    parts = run.dataset, run.student, run.teacher, run.precision, settings, run.guard.settings
     return type(run)(*parts, run.optim.student_lr)
 
 
@@ -158,10 +158,10 @@ def test_02_logits_without_a_centre_teach_and_a_literal_clamp_of_them_is_refused
     assert naive.norm == 0.0
 
     run = _rebuilt(_uncentred(make_run(lr=1e-2)))
-    models = Models(run.teacher, run.student, run.corpus.pair, False)
+    models = Models(run.teacher, run.student, run.dataset.pair, False)
     literal = LossConfig(logit_clamp_style="raw")
     with pytest.raises(UsageError, match="100% of the student's logits"):
-        check_clamps(literal, models, run.corpus, run.precision, 6.0)
+        check_clamps(literal, models, run.dataset, run.precision, 6.0)
     bound = run.objective(*batches).total.item() / batches[0].num_target_tokens
     reports = run.steps(8, [0, 1])
     assert 0 < bound <= 6.0 + 1e-5
@@ -198,7 +198,7 @@ def test_03_norms_above_the_limit_from_the_first_step_are_recognised_and_learned
     row(
         "gradient norm above 2.0 from the start",
         "`if norm > 2: skip`: 30 of 30 skipped, CE unchanged",
-        f"skip storm said at attempt 50, the limit follows the median: CE {reports[0].ce_loss:.2f} -> "
+        f"skip storm reported at attempt 50, the limit follows the median: CE {reports[0].ce_loss:.2f} -> "
         f"{reports[-1].ce_loss:.2f}; a thousandfold spike is still refused",
     )
 
@@ -321,7 +321,7 @@ def test_07_a_forward_that_is_never_finite_stops_the_run_with_the_last_good_weig
     )
 
 
-def test_08_nine_bad_batches_are_forgiven_by_a_good_one_and_told_when_they_come_often(make_run, row):
+def test_08_nine_nan_batches_are_forgiven_by_a_good_one_and_reported_when_they_are_frequent(make_run, row):
     pattern = [True] * 9 + [False] + [True] * 9
     naive, bad = NaiveLoop(make_run()), [False]
     break_forward(naive.student.lm_head, lambda: bad[0], math.nan)
@@ -341,7 +341,7 @@ def test_08_nine_bad_batches_are_forgiven_by_a_good_one_and_told_when_they_come_
     row(
         "9 NaN batches, 1 good, 9 NaN",
         f"silent; loss scale 65536 -> {naive.scaler.get_scale():g}",
-        "no stop, the 10th within 50 is said; loss scale kept",
+        "no stop, the 10th within 50 is reported; loss scale kept",
     )
 
 
@@ -357,7 +357,7 @@ def test_09_a_batch_without_a_target_is_no_nan_batch(make_run, row, without_targ
     row("all labels masked", "loss nan", "skipped as `no_targets`, no NaN batch, loss 0 of 0 tokens")
 
 
-def test_10_a_micro_batch_without_a_target_leaves_the_window_as_it_is_without_it(make_run, row, without_targets):
+def test_10_a_micro_batch_without_a_target_leaves_the_step_as_it_is_without_it(make_run, row, without_targets):
     naive = NaiveLoop(make_run())
     batch, other = naive.run.batches([0], [1])
     naive.step([batch, without_targets(batch), other])
@@ -367,13 +367,13 @@ def test_10_a_micro_batch_without_a_target_leaves_the_window_as_it_is_without_it
     reports = run.step([batch, without_targets(batch), other]), without.step([batch, other])
     assert reports[0] == reports[1]
     assert same_bits(run.applied_gradients, without.applied_gradients)
-    row("all labels masked in 1 of 3 micro-batches", "loss of the window nan", "the window's gradient, bit for bit")
+    row("all labels masked in 1 of 3 micro-batches", "loss of the step nan", "the step's gradient, bit for bit")
 
 
 # 11 to 20: what half precision does to sums, masks, weights and targets
 
 
-def test_11_one_nan_micro_batch_of_four_refuses_the_window_and_spoils_no_later_one(make_run, row):
+def test_11_one_nan_micro_batch_of_four_refuses_the_step_and_spoils_no_later_one(make_run, row):
     naive = NaiveLoop(make_run(), scales=False)
     break_on_token(naive.student, token_of(naive.run, 0, 1, 2, 3), math.nan)
     naive.step(naive.run.batches([1], [2], [0], [3]))
@@ -390,7 +390,7 @@ def test_11_one_nan_micro_batch_of_four_refuses_the_window_and_spoils_no_later_o
     row(
         "1 NaN micro-batch of 4",
         f"without a GradScaler {naive.nan_share:.0%} of the weights NaN after one step",
-        "window refused before anything moves; the next window's gradient bit for bit that of a clean run",
+        "step refused before any weight changes; the next step's gradient bit for bit that of a clean run",
     )
 
 
@@ -413,9 +413,9 @@ def test_12_padding_is_read_by_no_position_and_changes_no_loss(make_run, row):
     share = naive.isnan().any(-1).float().mean().item()
     assert share == 1.0
 
-    shortest, longest = sorted(range(len(run.corpus)), key=lambda i: len(run.corpus.batch([i]).student.targets))[::68]
+    shortest, longest = sorted(range(len(run.dataset)), key=lambda i: len(run.dataset.batch([i]).student.targets))[::68]
     (batch,) = run.batches([shortest, longest])
-    width = len(run.corpus.batch([shortest]).student.targets) + 1
+    width = len(run.dataset.batch([shortest]).student.targets) + 1
     assert width < batch.student.input_ids.shape[1]
     noise = batch.student.input_ids.clone()
     noise[0, width:] = torch.randint(5, 500, noise[0, width:].shape)
@@ -584,8 +584,8 @@ def test_18_a_teacher_sure_of_itself_is_compared_in_log_space_in_float32(make_ru
     naive = NaiveLoop(_peaky(make_run(rows=4096), 6.0), kd=by_the_book)
     batches = naive.run.batches([0, 1])
     naive.step(batches)
-    told = naive.run._read(naive.run.teacher, batches[0].teacher).half().softmax(-1)
-    zeros = (told == 0).float().mean().item()
+    teacher_probs = naive.run._read(naive.run.teacher, batches[0].teacher).half().softmax(-1)
+    zeros = (teacher_probs == 0).float().mean().item()
     assert math.isnan(naive.loss)
     assert zeros > 0.3
 
@@ -694,7 +694,7 @@ def test_21_a_norm_that_is_nan_is_refused(make_run, row, dtype):
     )
 
 
-def test_22_the_norm_is_taken_after_unscaling_over_what_the_optimizer_moves(make_run, row):
+def test_22_the_norm_is_taken_after_unscaling_over_the_optimizers_parameters(make_run, row):
     naive = NaiveLoop(make_run(), clip_first=True)
     applied = []
     naive.optimizer.register_step_pre_hook(
@@ -747,7 +747,7 @@ def test_23_every_kind_of_skip_leaves_the_scaler_ready_for_the_next_step(make_ru
     )
 
 
-def test_24_whatever_is_learned_beside_the_student_moves_with_it_or_not_at_all(make_run, row):
+def test_24_the_objectives_parameters_are_updated_with_the_student_or_not_at_all(make_run, row):
     naive = NaiveLoop(make_run())
     head = nn.Linear(8, 8)
     second = torch.optim.AdamW(head.parameters(), lr=1e-3)
@@ -799,18 +799,18 @@ def test_25_a_restored_loss_scale_goes_on_where_it_was(make_run, row):
 
 
 def _evaluate(run, groups):
-    batches = [run.corpus.batch(list(group)).student for group in groups]
+    batches = [run.dataset.batch(list(group)).student for group in groups]
     return evaluate(run.student, batches, 1000, run.precision)
 
 
-def test_26_perplexity_weighs_tokens_and_says_nan_and_inf(make_run, row):
+def test_26_perplexity_weighs_tokens_and_may_be_nan_or_inf(make_run, row):
     run = make_run(head=20.0)
-    lengths = sorted(range(len(run.corpus)), key=lambda i: len(run.corpus.batch([i]).student.targets))
+    lengths = sorted(range(len(run.dataset)), key=lambda i: len(run.dataset.batch([i]).student.targets))
     groups = [[lengths[0]], lengths[-4:]]
     means = [ce_of(run, run.batches(group)) for group in groups]
     by_batch = math.exp(sum(means) / 2)
     found = _evaluate(run, groups)
-    counts = [run.corpus.batch(group).num_target_tokens for group in groups]
+    counts = [run.dataset.batch(group).num_target_tokens for group in groups]
     true = math.exp(sum(m * n for m, n in zip(means, counts, strict=True)) / sum(counts))
     assert found.perplexity == pytest.approx(true, rel=0.01)
     assert abs(by_batch / true - 1) > 0.02
@@ -871,14 +871,14 @@ def _sum_in_half(values) -> float:
 
 @pytest.mark.parametrize("value", [math.inf, math.nan], ids=["inf", "nan"])
 @pytest.mark.parametrize("kind", ["equal", "different"])
-def test_29_a_teacher_row_that_is_not_finite_is_left_out_and_the_text_still_teaches(make_run, row, kind, value):
+def test_29_a_teacher_position_that_is_not_finite_is_dropped_and_the_text_still_teaches(make_run, row, kind, value):
     def where_finite(student, teacher):
         s, t = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
         terms = (t.exp() * (t - s)).sum(-1)
         return torch.where(terms.isfinite(), terms, 0.0).mean()
 
     def deaf(run):
-        own, other = (set(run.corpus.batch([i]).teacher.input_ids[0].tolist()) for i in (0, 1))
+        own, other = (set(run.dataset.batch([i]).teacher.input_ids[0].tolist()) for i in (0, 1))
         break_on_token(run.teacher, min(own - other), value)
         return run
 
@@ -899,7 +899,7 @@ def test_29_a_teacher_row_that_is_not_finite_is_left_out_and_the_text_still_teac
     )
 
 
-def test_30_updates_without_a_gradient_are_counted_and_said(make_run, row):
+def test_30_updates_without_a_gradient_are_counted_and_reported(make_run, row):
     naive = NaiveLoop(make_run(rows=2048), loss_cap=6.0, lr=1e-2)
     naive.optimizer = torch.optim.AdamW(naive.student.parameters(), lr=1e-2, weight_decay=0.1)
     weights = list(naive.student.parameters())
@@ -915,7 +915,7 @@ def test_30_updates_without_a_gradient_are_counted_and_said(make_run, row):
     row(
         "gradient exactly 0 (a hard clamp)",
         f"silent; weight decay shrinks the weights to {shrunk:.1%} in 20 steps",
-        "said at the 10th in a row, counted in `summary.json` (`zero_gradient_steps`)",
+        "reported at the 10th in a row, counted in `summary.json` (`zero_gradient_steps`)",
     )
 
 
@@ -970,7 +970,9 @@ def test_report_gpt2_logits_far_below_zero_are_learned_from(make_run, row):
     )
 
 
-def test_report_activations_of_a_bf16_model_beyond_65504_pass_in_float32_and_a_deaf_teacher_is_dropped(make_run, row):
+def test_report_activations_of_a_bf16_model_beyond_65504_pass_in_float32_and_a_nonfinite_teacher_is_dropped(
+    make_run, row
+):
     def bf16_pretrained(model):
         """Gemma's kind: a residual stream of 2e5, which every layer's norm takes back."""
         embeddings = model.get_input_embeddings().weight.data
@@ -1158,5 +1160,5 @@ def test_a_target_that_the_model_thinks_impossible_counts_as_no_more_than_ten_na
     row(
         "targets that the student thinks impossible",
         f"loss {naive.loss:.0f}",
-        f"counts as {total:.2f} (log-probability at least -10), said as {report.ce_loss:.0f}, gradient kept",
+        f"counts as {total:.2f} (log-probability at least -10), reported as {report.ce_loss:.0f}, gradient kept",
     )

@@ -85,9 +85,9 @@ def _outcome(entry, argv=()):
             code = main.run(entry, list(argv))
     except SystemExit as ended:  # --help
         code = ended.code
-    said = err.getvalue()
-    assert code in (0, 2), (code, said)
-    assert said.count("\n") == (1 if code == 2 else 0), said
+    lines = err.getvalue()
+    assert code in (0, 2), (code, lines)
+    assert lines.count("\n") == (1 if code == 2 else 0), lines
     return code
 
 
@@ -232,8 +232,8 @@ def _damaged(chance: random.Random, content: bytes) -> bytes:
 
 
 @EVERY_SHARE
-def test_no_text_ends_in_a_traceback(share, tmp_path, make_corpus):
-    pair, codes = make_corpus().pair, []
+def test_no_text_ends_in_a_traceback(share, tmp_path, make_dataset):
+    pair, codes = make_dataset().pair, []
     for chance in _numbered(COUNTS["texts"], share, "texts"):
         kind, content = _text(chance)
         path = tmp_path / f"text{kind}"
@@ -242,9 +242,9 @@ def test_no_text_ends_in_a_traceback(share, tmp_path, make_corpus):
         def main(argv, path=path, chance=chance):
             config = parse(FP16_SAFE, ["--train_file", str(path)])
             for documents in load_documents(config.data):
-                corpus = build_dataset(documents, pair, 24, 24)
-                corpus.batch([chance.randrange(len(corpus))])
-                corpus.documents_of(0)
+                dataset = build_dataset(documents, pair, 24, 24)
+                dataset.batch([chance.randrange(len(dataset))])
+                dataset.documents_of(0)
             return {"status": "finished"}
 
         with WRITES.only_in(tmp_path / "nowhere"):

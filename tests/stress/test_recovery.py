@@ -38,14 +38,14 @@ def texts(corpus_texts):
 
 
 @pytest.fixture
-def make_trainer(tmp_path, make_run, make_corpus, texts):
-    """make_trainer(*flags, corpus=...): a whole run, as the scripts make it, over in-memory models."""
+def make_trainer(tmp_path, make_run, make_dataset, texts):
+    """make_trainer(*flags, dataset=...): a whole run, as the scripts make it, over in-memory models."""
 
     def make(*flags, folder=None, steps=12, documents=None):
         argv = ["--output_dir", str(folder or tmp_path / "run"), "--train_steps", str(steps), "--eval_steps", "1000"]
         argv += ["--save_steps", "2", "--per_device_batch_size", "2", "--student_lr", "1e-3", "--device", "cpu"]
         config = parse(FP16_SAFE, [*argv, *map(str, flags)])
-        parts, pair = make_run(), make_corpus().pair
+        parts, pair = make_run(), make_dataset().pair
         named = documents or [Document(f"doc{number}", text) for number, text in enumerate(texts)]
         train = build_dataset(named, pair, 24, 60)
         validation = build_dataset(named[:3], pair, 24, 60)
@@ -112,7 +112,7 @@ def test_the_page_names_module_dtype_reach_documents_and_remedy(stopped):
     assert max(len(line) for line in text.splitlines()) < 200
 
 
-def test_the_stop_points_at_the_page_and_the_verb_prints_it(stopped, capsys):
+def test_the_stop_names_the_page_and_the_command_prints_it(stopped, capsys):
     assert "crash.md" in stopped.line
     assert verbs(["forensics", str(stopped.folder)]) == 0
     assert capsys.readouterr().out == (stopped.folder / "crash" / "crash.md").read_text()
@@ -142,7 +142,7 @@ def test_nothing_is_replayed_and_nothing_written_while_nothing_is_wrong(make_tra
     assert "No step of this run had a NaN" in capsys.readouterr().out
 
 
-def test_an_applied_step_of_a_run_reads_the_device_once_its_record_and_watch_included(make_trainer, monkeypatch):
+def test_an_applied_step_of_a_run_reads_the_device_once_its_logging_and_callbacks_included(make_trainer, monkeypatch):
     trainer, reads = make_trainer(), []
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
     step, log_step, run_callbacks = trainer._step, trainer._log_step, trainer._run_step_callbacks
@@ -169,12 +169,12 @@ def test_an_applied_step_of_a_run_reads_the_device_once_its_record_and_watch_inc
 
 
 @pytest.mark.parametrize("argv", [[], ["a", "b"], ["--jsn"], ["nowhere"]])
-def test_the_verb_says_in_one_line_what_it_lacks(argv, capsys):
+def test_the_command_names_in_one_line_what_is_missing(argv, capsys):
     assert verbs(["forensics", *argv]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_weight_too_large_for_half_is_told_from_a_product(make_run):
+def test_a_weight_too_large_for_half_is_distinguished_from_a_product(make_run):
     run = make_run()
     run.student.lm_head.weight.data[3, 3] = 1e5
     found = examine(run.student, *run.batches([0]), run.precision)
@@ -220,14 +220,14 @@ def test_a_gradient_that_is_not_finite_is_traced_to_its_module(make_run):
     assert all(parameter.grad is None for parameter in run.student.parameters())
 
 
-def test_a_loss_that_is_infinite_over_finite_logits_is_told_as_the_loss(make_run):
+def test_a_loss_that_is_infinite_over_finite_logits_is_named_as_the_loss(make_run):
     run = make_run(loss={"alpha_ce": 1e38, "loss_clamp_style": "off"})
     (batch,) = run.batches([0, 1])
     found = examine(run.student, batch, run.precision, "forward", lambda b: run.objective(b).total)
     assert (found["verdict"], "--alpha_ce" in found["remedy"]) == ("loss", True)
 
 
-def test_what_the_replay_does_not_show_is_said_to_be_so(make_run):
+def test_a_nan_that_the_replay_does_not_reproduce_is_reported_as_such(make_run):
     run = make_run()
     (batch,) = run.batches([0])
     found = examine(run.student, batch, run.precision, "forward", lambda b: run.objective(b).total)

@@ -26,19 +26,19 @@ def prefetch(made):
     found.close()
 
 
-def test_what_is_taken_is_what_was_asked_for(prefetch, made):
+def test_each_key_gives_its_own_value(prefetch, made):
     assert [prefetch.get(n, n + 1 if n < 5 else None) for n in range(6)] == [f"batch {n}" for n in range(6)]
     assert made == list(range(6))
 
 
-def test_what_was_not_foreseen_is_made_when_it_is_asked_for(prefetch):
+def test_a_key_that_was_not_expected_is_made_on_request(prefetch):
     assert prefetch.get(0, 1) == "batch 0"
     assert prefetch.get(7, 8) == "batch 7"
     assert prefetch.get(1, None) == "batch 1"
     assert prefetch.get(1, None) == "batch 1"
 
 
-def test_an_error_is_raised_where_its_batch_is_taken(prefetch):
+def test_an_error_is_raised_where_its_value_is_requested(prefetch):
     assert prefetch.get(0, "bad") == "batch 0"
     with pytest.raises(ValueError, match="it is bad"):
         prefetch.get("bad", 2)

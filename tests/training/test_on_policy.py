@@ -44,13 +44,13 @@ LIMITS = (48, 48)
 ON = ("--on_policy_fraction", 1, "--max_new_tokens", 12, "--model_dtype", "float32")
 
 
-def _talk(name, question, answer):
+def _conversation(name, question, answer):
     return Conversation(name, (Message("user", question, False), Message("assistant", answer, True)), True)
 
 
 @pytest.fixture
-def make_corpus(byte_tokenizer, sp_tokenizer, corpus_texts):
-    """make_corpus(kind, documents): documents, by default the corpus' own, for a pair of tokenizers."""
+def make_dataset(byte_tokenizer, sp_tokenizer, corpus_texts):
+    """make_dataset(kind, documents): documents, by default the dataset' own, for a pair of tokenizers."""
 
     def make(kind="different", documents=None, limits=LIMITS):
         student = sp_tokenizer
@@ -77,16 +77,16 @@ def make_models(make_student, byte_tokenizer, sp_tokenizer):
     return make
 
 
-def _on_policy(models, corpus, precision=None, seed=0, **settings):
+def _on_policy(models, dataset, precision=None, seed=0, **settings):
     precision = precision or Precision(CPU, torch.float32, 1.0)
     settings = {"on_policy_fraction": 1.0, "max_new_tokens": 12} | settings
-    return OnPolicy(OnPolicyConfig(**settings), models, corpus, LIMITS, precision, seed)
+    return OnPolicy(OnPolicyConfig(**settings), models, dataset, LIMITS, precision, seed)
 
 
-def _gradients(models, corpus, batch, **loss):
+def _gradients(models, dataset, batch, **loss):
     settings = LossConfig(**{"alpha_kd": 1.0, "alpha_ce": 0.0, "temperature": 1.5} | loss)
     precision = Precision(CPU, torch.float32, 1.0)
-    terms = Objective(models.teacher, models.student, settings, corpus.aligner, precision)(batch)
+    terms = Objective(models.teacher, models.student, settings, dataset.aligner, precision)(batch)
     models.student.zero_grad()
     terms.total.backward()
     return terms, [p.grad.clone() for p in models.student.parameters()]
@@ -102,35 +102,38 @@ def _overfit(student, batch, steps=150):
         optimizer.zero_grad()
 
 
-def _spelt(corpus, batch, side):
+def _spelt(dataset, batch, side):
     """The bytes that each row of a batch predicts, its stop token left out."""
     tokens = batch.teacher if side else batch.student
-    return [corpus.pair.tables[side].spell(labels[labels >= 0].tolist()) for labels in tokens.labels]
+    return [dataset.pair.tables[side].spell(labels[labels >= 0].tolist()) for labels in tokens.labels]
 
 
 # Batches
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("text", ["talks", "plain"])
+@pytest.mark.parametrize("text", ["conversations", "plain"])
 @pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
 def test_a_greedy_students_gradients_are_those_of_the_same_text_off_policy(
-    kind, text, direction, make_corpus, make_models
+    kind, text, direction, make_dataset, make_models
 ):
-    talks = [_talk(f"q{i}", f"Question {i}?", f" The answer: {i * i}.") for i in range(4)]
+    conversations = [_conversation(f"q{i}", f"Question {i}?", f" The answer: {i * i}.") for i in range(4)]
     plain = [Document("d", "The story number 4 is told.")]
-    corpus, models = make_corpus(kind, talks if text == "talks" else plain, limits=(24, 48)), make_models(kind)
-    blocks = list(range(len(corpus)))
-    given = corpus.batch(blocks)
+    dataset, models = (
+        make_dataset(kind, conversations if text == "conversations" else plain, limits=(24, 48)),
+        make_models(kind),
+    )
+    blocks = list(range(len(dataset)))
+    given = dataset.batch(blocks)
     _overfit(models.student, given)
-    writer = _on_policy(models, corpus, sample_temperature=0.0, max_new_tokens=40)
-    writer.rollouts.sample_prompt = _empty_prompt if text == "plain" else writer.rollouts.sample_prompt
-    (sampled,) = writer.micro_batches(0, [blocks])
+    policy = _on_policy(models, dataset, sample_temperature=0.0, max_new_tokens=40)
+    policy.rollouts.sample_prompt = _empty_prompt if text == "plain" else policy.rollouts.sample_prompt
+    (sampled,) = policy.micro_batches(0, [blocks])
     for side in ("student", "teacher"):
         assert torch.equal(getattr(sampled, side).input_ids, getattr(given, side).input_ids)
         assert torch.equal(getattr(sampled, side).labels, getattr(given, side).labels)
-    a, ours = _gradients(models, corpus, sampled, kd_direction=direction)
-    b, theirs = _gradients(models, corpus, given, kd_direction=direction)
+    a, ours = _gradients(models, dataset, sampled, kd_direction=direction)
+    b, theirs = _gradients(models, dataset, given, kd_direction=direction)
     assert a.total.item() == pytest.approx(b.total.item(), rel=1e-6)
     largest = max(float(g.abs().max()) for g in theirs)
     assert largest > 1e-3
@@ -143,43 +146,43 @@ def _empty_prompt(block, rng):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_its_own_text_teaches_the_student_no_cross_entropy(kind, make_corpus, make_models):
-    corpus, models = make_corpus(kind), make_models(kind)
-    _overfit(models.student, corpus.batch([0, 1, 2, 3]), 40)
-    (batch,) = _on_policy(models, corpus).micro_batches(0, [[0, 1]])
-    with_ce, a = _gradients(models, corpus, batch, alpha_ce=0.5, kd_direction="reverse")
-    without, b = _gradients(models, corpus, batch, alpha_ce=0.0, kd_direction="reverse")
+def test_on_policy_text_adds_no_cross_entropy(kind, make_dataset, make_models):
+    dataset, models = make_dataset(kind), make_models(kind)
+    _overfit(models.student, dataset.batch([0, 1, 2, 3]), 40)
+    (batch,) = _on_policy(models, dataset).micro_batches(0, [[0, 1]])
+    with_ce, a = _gradients(models, dataset, batch, alpha_ce=0.5, kd_direction="reverse")
+    without, b = _gradients(models, dataset, batch, alpha_ce=0.0, kd_direction="reverse")
     assert with_ce.ce.item() == 0.0
     assert with_ce.total.item() == without.total.item() > 0
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     text = dataclasses.replace(batch, is_on_policy=False)
-    assert _gradients(models, corpus, text, alpha_ce=0.5)[0].ce.item() > 0
+    assert _gradients(models, dataset, text, alpha_ce=0.5)[0].ce.item() > 0
 
 
-def test_only_the_response_is_predicted_and_both_models_read_its_very_bytes(make_corpus, make_models):
-    corpus, models = make_corpus(), make_models()
+def test_only_the_response_is_a_target_and_both_models_get_the_same_bytes(make_dataset, make_models):
+    dataset, models = make_dataset(), make_models()
     blocks = list(range(8))
-    _overfit(models.student, corpus.batch(blocks), 40)
-    writer = _on_policy(models, corpus, max_new_tokens=20)
-    (batch,) = writer.micro_batches(0, [blocks])
-    rows = writer.state["responses"]["0"]
+    _overfit(models.student, dataset.batch(blocks), 40)
+    policy = _on_policy(models, dataset, max_new_tokens=20)
+    (batch,) = policy.micro_batches(0, [blocks])
+    rows = policy.state["responses"]["0"]
     assert batch.blocks == tuple(row[0][0] for row in rows)
-    student, teacher = _spelt(corpus, batch, 0), _spelt(corpus, batch, 1)
+    student, teacher = _spelt(dataset, batch, 0), _spelt(dataset, batch, 1)
     assert student == teacher
-    assert student == [corpus.pair.tables[0].spell(row[1]) for row in rows]
+    assert student == [dataset.pair.tables[0].spell(row[1]) for row in rows]
     for number, (block, of_student, of_teacher) in enumerate(row[0] for row in rows):
-        cut = corpus.blocks[block]
+        cut = dataset.blocks[block]
         for tokens, start, size in (
             (batch.student, cut.student_start, of_student), (batch.teacher, cut.teacher_start, of_teacher)
         ):  # fmt: skip
-            stream = corpus.text.student if tokens is batch.student else corpus.text.teacher
+            stream = dataset.text.student if tokens is batch.student else dataset.text.teacher
             assert tokens.input_ids[number, 1 : 1 + size].tolist() == stream.ids[start : start + size].tolist()
             assert (tokens.labels[number, : 1 + size] < 0).all()
             assert (tokens.labels[number, 1 + size :] >= 0).any()
 
 
-def test_a_plain_block_is_cut_at_every_place_where_both_end_a_token_equally_often(make_corpus):
-    rollouts = Rollouts(make_corpus(), *LIMITS)
+def test_a_plain_block_is_cut_at_every_common_token_end_equally_often(make_dataset):
+    rollouts = Rollouts(make_dataset(), *LIMITS)
     sides = [rollouts._stream(rollouts.train.blocks[0], side) for side in range(2)]
     common = sorted(set(sides[0].ends[:-1].tolist()) & set(sides[1].ends[:-1].tolist()))
     found = Counter()
@@ -191,15 +194,15 @@ def test_a_plain_block_is_cut_at_every_place_where_both_end_a_token_equally_ofte
     assert max(found.values()) < 2 * 3000 / len(common)
 
 
-def test_a_conversation_is_answered_at_its_last_response(make_corpus):
+def test_a_conversation_is_answered_at_its_last_response(make_dataset):
     messages = [("user", "One?"), ("assistant", "First."), ("user", "Two?"), ("assistant", "Second.")]
     talk = Conversation("t", tuple(Message(role, text, role == "assistant") for role, text in messages), False)
-    corpus = make_corpus("different", [talk], limits=(96, 96))
-    prompt = Rollouts(corpus, 96, 96).sample_prompt(0, np.random.default_rng(0))
+    dataset = make_dataset("different", [talk], limits=(96, 96))
+    prompt = Rollouts(dataset, 96, 96).sample_prompt(0, np.random.default_rng(0))
     for side, (stream, size) in enumerate(
-        ((corpus.text.student, prompt.num_student_tokens), (corpus.text.teacher, prompt.num_teacher_tokens))
+        ((dataset.text.student, prompt.num_student_tokens), (dataset.text.teacher, prompt.num_teacher_tokens))
     ):
-        spell = corpus.pair.tables[side].spell
+        spell = dataset.pair.tables[side].spell
         assert spell(stream.ids[:size].tolist()).decode().endswith("Two?\n\nAssistant:\n")
         assert spell(stream.ids[size:].tolist()) == b"Second."
 
@@ -207,78 +210,78 @@ def test_a_conversation_is_answered_at_its_last_response(make_corpus):
 # What may be wrong with a response
 
 
-def _ids(corpus, text):
-    return corpus.pair.student(text, add_special_tokens=False)["input_ids"]
+def _ids(dataset, text):
+    return dataset.pair.student(text, add_special_tokens=False)["input_ids"]
 
 
-def _byte(corpus, byte):
-    (token,) = (i for i, string in enumerate(corpus.pair.tables[0].strings) if string == f"<0x{byte:02X}>")
+def _byte(dataset, byte):
+    (token,) = (i for i, string in enumerate(dataset.pair.tables[0].strings) if string == f"<0x{byte:02X}>")
     return token
 
 
-def _usable(corpus, ids, stop=None, finite=True, limits=LIMITS):
-    rollouts = Rollouts(corpus, *limits)
+def _usable(dataset, ids, stop=None, finite=True, limits=LIMITS):
+    rollouts = Rollouts(dataset, *limits)
     kept, issues = rollouts.keep_usable([(Prompt(0, 1, 1), Generation(ids, stop, finite))])
     return rollouts, kept, {issue: count for issue, count in issues.items() if count}
 
 
-def test_half_a_character_at_the_end_is_cut_off_and_counted(make_corpus):
-    corpus = make_corpus()
-    whole, euro = _ids(corpus, "It costs"), "\u20ac".encode()
-    rollouts, kept, issues = _usable(corpus, [*whole, *(_byte(corpus, byte) for byte in euro[:2])])
+def test_half_a_character_at_the_end_is_cut_off_and_counted(make_dataset):
+    dataset = make_dataset()
+    whole, euro = _ids(dataset, "It costs"), "\u20ac".encode()
+    rollouts, kept, issues = _usable(dataset, [*whole, *(_byte(dataset, byte) for byte in euro[:2])])
     assert (kept[0].ids, issues) == (whole, {"broken_utf8": 1})
-    assert _spelt(corpus, rollouts.batch(kept), 1) == [b"It costs"]
-    _, kept, issues = _usable(corpus, [*whole, *(_byte(corpus, byte) for byte in euro)])
+    assert _spelt(dataset, rollouts.batch(kept), 1) == [b"It costs"]
+    _, kept, issues = _usable(dataset, [*whole, *(_byte(dataset, byte) for byte in euro)])
     assert (len(kept[0].ids), issues) == (len(whole) + 3, {})
 
 
-def test_what_follows_a_byte_that_is_no_text_is_cut_off_with_the_stop_token(make_corpus):
-    corpus = make_corpus()
-    whole = _ids(corpus, "It costs")
-    broken = [*whole, _byte(corpus, 0xFF), *_ids(corpus, " more")]
-    _, kept, issues = _usable(corpus, broken, stop=corpus.pair.student_end)
+def test_what_follows_a_byte_that_is_no_text_is_cut_off_with_the_stop_token(make_dataset):
+    dataset = make_dataset()
+    whole = _ids(dataset, "It costs")
+    broken = [*whole, _byte(dataset, 0xFF), *_ids(dataset, " more")]
+    _, kept, issues = _usable(dataset, broken, stop=dataset.pair.student_end)
     assert (kept[0].ids, kept[0].stop, issues) == (whole, None, {"broken_utf8": 1})
 
 
-def test_a_special_token_in_the_middle_ends_the_response_and_is_counted(make_corpus):
-    corpus = make_corpus()
-    whole = _ids(corpus, "It costs")
-    _, kept, issues = _usable(corpus, [*whole, corpus.pair.student_start, *whole], stop=corpus.pair.student_end)
+def test_a_special_token_in_the_middle_ends_the_response_and_is_counted(make_dataset):
+    dataset = make_dataset()
+    whole = _ids(dataset, "It costs")
+    _, kept, issues = _usable(dataset, [*whole, dataset.pair.student_start, *whole], stop=dataset.pair.student_end)
     assert (kept[0].ids, kept[0].stop, issues) == (whole, None, {"special": 1})
 
 
-def test_an_empty_response_is_its_stop_token_to_both(make_corpus):
-    corpus = make_corpus()
-    rollouts, kept, issues = _usable(corpus, [], stop=corpus.pair.student_end)
+def test_an_empty_response_is_its_stop_token_to_both(make_dataset):
+    dataset = make_dataset()
+    rollouts, kept, issues = _usable(dataset, [], stop=dataset.pair.student_end)
     batch = rollouts.batch(kept)
     assert issues == {}
-    assert batch.student.targets.tolist() == [corpus.pair.student_end]
-    assert batch.teacher.targets.tolist() == [corpus.pair.teacher_end]
+    assert batch.student.targets.tolist() == [dataset.pair.student_end]
+    assert batch.teacher.targets.tolist() == [dataset.pair.teacher_end]
     assert len(batch.alignment.student_positions) == 1
 
 
 @pytest.mark.parametrize("finite", [True, False])
-def test_nothing_at_all_is_left_out_and_counted(finite, make_corpus):
-    _, kept, issues = _usable(make_corpus(), [], finite=finite)
+def test_a_response_without_tokens_is_dropped_and_counted(finite, make_dataset):
+    _, kept, issues = _usable(make_dataset(), [], finite=finite)
     assert (kept, issues) == ([], {"nothing": 1} | ({} if finite else {"nonfinite": 1}))
 
 
-def test_a_response_that_the_teacher_cannot_hold_is_cut_where_both_end_a_token(make_corpus):
-    corpus = make_corpus()
-    ids = _ids(corpus, "Words, words, words; commas, colons: and (parentheses) [brackets] {braces}.")
-    rollouts, kept, issues = _usable(corpus, ids, corpus.pair.student_end, limits=(200, 20))
+def test_a_response_too_long_for_the_teacher_is_cut_at_a_common_token_end(make_dataset):
+    dataset = make_dataset()
+    ids = _ids(dataset, "Words, words, words; commas, colons: and (parentheses) [brackets] {braces}.")
+    rollouts, kept, issues = _usable(dataset, ids, dataset.pair.student_end, limits=(200, 20))
     batch = rollouts.batch(kept)
     assert issues == {"too_long": 1}
     assert kept[0].stop is None
     assert 5 < batch.teacher.input_ids.shape[1] <= 20
-    assert _spelt(corpus, batch, 0) == _spelt(corpus, batch, 1)
-    assert corpus.pair.tables[0].spell(ids).startswith(_spelt(corpus, batch, 0)[0])
+    assert _spelt(dataset, batch, 0) == _spelt(dataset, batch, 1)
+    assert dataset.pair.tables[0].spell(ids).startswith(_spelt(dataset, batch, 0)[0])
 
 
-def test_a_response_that_the_teachers_tokenizer_would_change_is_left_out_and_counted(make_corpus, monkeypatch):
-    corpus = make_corpus()
+def test_a_response_that_the_teachers_tokenizer_would_change_is_dropped_and_counted(make_dataset, monkeypatch):
+    dataset = make_dataset()
     monkeypatch.setattr("sar_kd.training.rollouts.encode_inside", lambda *_: None)
-    _, kept, issues = _usable(corpus, _ids(corpus, "It costs"))
+    _, kept, issues = _usable(dataset, _ids(dataset, "It costs"))
     assert (kept, issues) == ([], {"unrepresentable": 1})
 
 
@@ -287,116 +290,116 @@ def test_a_teacher_that_puts_a_space_before_its_text_puts_none_before_a_response
 ):
     sizes = {"student_vocab_size": len(sp_tokenizer), "teacher_vocab_size": len(dummy_prefix_tokenizer)}
     pair = TokenizerPair(sp_tokenizer, dummy_prefix_tokenizer, **sizes)
-    corpus = build_dataset([Document("d", " ".join(corpus_texts[:5]))], pair, *LIMITS)
+    dataset = build_dataset([Document("d", " ".join(corpus_texts[:5]))], pair, *LIMITS)
     for text in ("costs", " costs", "  two", "\n"):
-        rollouts, kept, issues = _usable(corpus, _ids(corpus, text))
+        rollouts, kept, issues = _usable(dataset, _ids(dataset, text))
         assert issues == {}
-        assert _spelt(corpus, rollouts.batch(kept), 1) == [text.encode()]
+        assert _spelt(dataset, rollouts.batch(kept), 1) == [text.encode()]
 
 
 # Which micro-batches, and what is kept
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25, 1 / 3, 0.5, 0.7, 1.0])
-def test_the_share_of_on_policy_micro_batches_is_exact_and_evenly_spread(fraction, make_corpus, make_models):
-    writer = _on_policy(make_models(), make_corpus(), on_policy_fraction=fraction)
-    marks = [writer.is_on_policy(place) for place in range(1000)]
+def test_the_share_of_on_policy_micro_batches_is_exact_and_evenly_spread(fraction, make_dataset, make_models):
+    policy = _on_policy(make_models(), make_dataset(), on_policy_fraction=fraction)
+    marks = [policy.is_on_policy(place) for place in range(1000)]
     for size in (10, 100, 1000):
         assert abs(sum(marks[:size]) - fraction * size) <= 1
 
 
-def test_without_a_share_nothing_is_built(make_corpus, make_models):
+def test_without_an_on_policy_fraction_nothing_is_built(make_dataset, make_models):
     config = Config(on_policy=OnPolicyConfig())
     assert (
-        build_on_policy(config, make_models(), make_corpus(), LIMITS, Precision(CPU, torch.float32, 1.0), None) is None
+        build_on_policy(config, make_models(), make_dataset(), LIMITS, Precision(CPU, torch.float32, 1.0), None) is None
     )
 
 
-def test_responses_depend_on_the_seed_and_the_step_and_on_no_other_random_number(make_corpus, make_models):
-    corpus, models = make_corpus(), make_models()
+def test_responses_depend_on_the_seed_and_the_step_and_on_no_other_random_number(make_dataset, make_models):
+    dataset, models = make_dataset(), make_models()
 
     def ids(step, seed=0, before=0):
         torch.manual_seed(before)
         state = torch.get_rng_state()
-        writer = _on_policy(models, corpus, seed=seed)
-        writer.micro_batches(step, [[0, 1], [2, 3]])
+        policy = _on_policy(models, dataset, seed=seed)
+        policy.micro_batches(step, [[0, 1], [2, 3]])
         assert torch.equal(torch.get_rng_state(), state)
-        return writer.state["responses"]
+        return policy.state["responses"]
 
     assert ids(0) == ids(0, before=7)
     assert ids(0) != ids(1)
     assert ids(0) != ids(0, seed=1)
 
 
-def test_several_attempts_on_the_same_text_read_the_same_responses(make_corpus, make_models):
+def test_consecutive_steps_on_the_same_text_have_the_same_responses(make_dataset, make_models):
     models = make_models()
-    writer = _on_policy(models, make_corpus())
-    (first,) = writer.micro_batches(3, [[0, 1]])
+    policy = _on_policy(models, make_dataset())
+    (first,) = policy.micro_batches(3, [[0, 1]])
     models.student.lm_head.weight.data.neg_()
-    (again,) = writer.micro_batches(3, [[0, 1]])
-    (later,) = writer.micro_batches(4, [[0, 1]])
+    (again,) = policy.micro_batches(3, [[0, 1]])
+    (later,) = policy.micro_batches(4, [[0, 1]])
     assert torch.equal(first.student.input_ids, again.student.input_ids)
     assert not torch.equal(first.student.input_ids, later.student.input_ids)
 
 
-def test_responses_that_are_kept_stand_for_writing_in_their_share(make_corpus, make_models, monkeypatch):
-    corpus, models = make_corpus(), make_models()
-    _overfit(models.student, corpus.batch([0, 1, 2, 3]), 40)
-    writer = _on_policy(models, corpus, replay_size=6, replay_fraction=0.75)
+def test_replayed_responses_replace_generation_in_their_share(make_dataset, make_models, monkeypatch):
+    dataset, models = make_dataset(), make_models()
+    _overfit(models.student, dataset.batch([0, 1, 2, 3]), 40)
+    policy = _on_policy(models, dataset, replay_size=6, replay_fraction=0.75)
     calls = []
     monkeypatch.setattr(on_policy, "generate", lambda *a, **k: calls.append(1) or _GENERATE(*a, **k))
     seen = []
     for step in range(20):
-        writer.micro_batches(step, [[step, step + 1]])
-        assert len(writer.state["replay"]) <= 6
-        seen.append(json.dumps(writer.state["responses"]["0"]))
+        policy.micro_batches(step, [[step, step + 1]])
+        assert len(policy.state["replay"]) <= 6
+        seen.append(json.dumps(policy.state["responses"]["0"]))
     assert len(calls) == 5
     assert sum(seen.count(each) > 1 for each in set(seen)) > 0
-    assert writer.state["totals"]["responses"] == 10
+    assert policy.state["totals"]["responses"] == 10
 
 
 _GENERATE = on_policy.generate
 
 
-def test_a_student_that_comes_to_repeat_itself_is_told_of_once(make_corpus, make_models):
-    writer = _on_policy(make_models(), make_corpus())
+def test_a_student_that_comes_to_repeat_itself_is_reported_once(make_dataset, make_models):
+    policy = _on_policy(make_models(), make_dataset())
     varied, stuck = [Generation(list(range(20)), None)] * 4, [Generation([7] * 20, None)] * 4
-    said = []
+    messages = []
     for step, found in enumerate([*[varied] * 15, *[stuck] * 15]):
-        writer._count(found, Counter())
-        said += writer.on_step_end(step, None, None)[0]
-    assert len(said) == 1
-    assert "repeats itself" in said[0]
+        policy._count(found, Counter())
+        messages += policy.on_step_end(step, None, None)[0]
+    assert len(messages) == 1
+    assert "repeats itself" in messages[0]
 
 
-def test_where_every_response_is_lost_the_text_itself_stands(make_corpus, make_models):
-    models, corpus = make_models(), make_corpus()
+def test_if_no_response_is_usable_the_text_itself_is_used(make_dataset, make_models):
+    models, dataset = make_models(), make_dataset()
     models.student.lm_head.weight.data.fill_(math.nan)
-    writer = _on_policy(models, corpus)
-    (batch,) = writer.micro_batches(0, [[0, 1]])
+    policy = _on_policy(models, dataset)
+    (batch,) = policy.micro_batches(0, [[0, 1]])
     assert not batch.is_on_policy
-    assert torch.equal(batch.student.input_ids, corpus.batch([0, 1]).student.input_ids)
-    assert writer.state["totals"]["nonfinite"] == writer.state["totals"]["nothing"] == 2
+    assert torch.equal(batch.student.input_ids, dataset.batch([0, 1]).student.input_ids)
+    assert policy.state["totals"]["nonfinite"] == policy.state["totals"]["nothing"] == 2
 
 
-def test_several_processes_are_refused_in_one_line(make_corpus, make_models):
+def test_several_processes_are_refused_in_one_line(make_dataset, make_models):
     config = Config(on_policy=OnPolicyConfig(on_policy_fraction=0.5))
     with pytest.raises(UsageError, match=r"--on_policy_fraction 0.5: takes one process, and 2 are running"):
-        build_on_policy(config, make_models(), make_corpus(), LIMITS, None, SimpleNamespace(size=2))
+        build_on_policy(config, make_models(), make_dataset(), LIMITS, None, SimpleNamespace(size=2))
 
 
 # A step
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_one_denominator_over_its_own_text_and_the_text_that_is_given(dtype, make_corpus, make_models):
-    corpus, models = make_corpus(), make_models()
-    _overfit(models.student, corpus.batch([0, 1, 2, 3]), 40)
+def test_one_denominator_over_on_policy_and_given_text(dtype, make_dataset, make_models):
+    dataset, models = make_dataset(), make_models()
+    _overfit(models.student, dataset.batch([0, 1, 2, 3]), 40)
     precision = Precision(CPU, dtype, 1024.0 if dtype is torch.float16 else 1.0)
-    writer = _on_policy(models, corpus, precision)
-    own, given = writer.micro_batches(0, [[0, 1], corpus.batch([2, 3])])
+    policy = _on_policy(models, dataset, precision)
+    own, given = policy.micro_batches(0, [[0, 1], dataset.batch([2, 3])])
     config = LossConfig(alpha_ce=0.4, alpha_kd=0.6, temperature=1.5, logit_clamp_style="off", loss_clamp_style="off")
-    objective = Objective(models.teacher, models.student, config, corpus.aligner, precision)
+    objective = Objective(models.teacher, models.student, config, dataset.aligner, precision)
     terms = [objective(batch) for batch in (own, given)]
     optimizer = build_optimizer(models.student, OptimConfig(), [])
     context = StepContext(objective, optimizer, StepGuard(Config().guards), precision, 0.5)
@@ -411,7 +414,7 @@ def test_one_denominator_over_its_own_text_and_the_text_that_is_given(dtype, mak
 # Whole runs
 
 
-def test_without_a_share_a_run_is_what_it_was(inputs, tmp_path):
+def test_without_an_on_policy_fraction_the_other_options_change_nothing(inputs, tmp_path):
     """Bit for bit the same, whatever the other on-policy flags say."""
     for name, more in (("a", ()), ("b", ("--sample_temperature", 0.3, "--replay_size", 9, "--max_new_tokens", 3))):
         assert run_script(argv_of(inputs, tmp_path / name, *more))[0] == 0
@@ -428,7 +431,7 @@ def finished(inputs, tmp_path_factory):
     return folder, out
 
 
-def test_a_run_on_its_own_text_says_what_was_written_and_prints_no_cross_entropy(finished):
+def test_an_on_policy_run_reports_its_responses_and_prints_no_cross_entropy(finished):
     folder, out = finished
     steps = [line for line in out if line.startswith("Step") and "avg_loss" in line]
     assert len(steps) == 4
@@ -467,7 +470,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(inputs, tmp_path, monkeypatch, m
 
 
 @pytest.mark.parametrize("recipe", ["sar-paper", "ka-paper"])
-def test_a_recipe_runs_the_papers_algorithm_and_says_what_differs(recipe, inputs, tmp_path, monkeypatch):
+def test_a_recipe_runs_the_papers_algorithm_and_prints_the_differences(recipe, inputs, tmp_path, monkeypatch):
     order = []
     for name in ("generate", "train_step"):
         module = on_policy if name == "generate" else trainer
@@ -493,7 +496,7 @@ def _noting(order, name, function):
     return noting
 
 
-def test_nothing_to_be_taught_by_is_refused(inputs, tmp_path):
+def test_an_on_policy_run_without_distillation_is_refused(inputs, tmp_path):
     assert_refused(argv_of(inputs, tmp_path / "run", *ON, "--alpha_kd", 0), "--on_policy_fraction 1", "--alpha_kd")
 
 

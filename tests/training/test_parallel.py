@@ -30,14 +30,14 @@ FLOAT, HALF = torch.float32, torch.float16
 TOLERANCE = {FLOAT: 1e-6, HALF: 1e-5}
 
 
-def build(process_group, corpus, student, teacher, dtype=FLOAT, parallel="ddp", scale=1024.0, **loss):
+def build(process_group, dataset, student, teacher, dtype=FLOAT, parallel="ddp", scale=1024.0, **loss):
     """The parts of a step, from the same models and text on every rank."""
-    run = SimpleNamespace(corpus=corpus, student=_made_anew(student), precision=Precision(CPU, dtype, scale))
+    run = SimpleNamespace(dataset=dataset, student=_made_anew(student), precision=Precision(CPU, dtype, scale))
     teacher = _made_anew(teacher).requires_grad_(False).eval().to(dtype)
     off = {"logit_clamp_style": "off", "loss_clamp_style": "off"}
     settings = LossConfig(**({"alpha_kd": 0.5, "alpha_ce": 0.5} | off | loss))
     torch.manual_seed(2)
-    run.objective = Objective(teacher, run.student, settings, corpus.aligner, run.precision)
+    run.objective = Objective(teacher, run.student, settings, dataset.aligner, run.precision)
     run.strategy = build_strategy(run.objective, TrainConfig(parallel=parallel), process_group)
     run.optimizer = build_optimizer(run.student, OptimConfig(student_lr=1e-3), run.objective.parameters())
     run.guard = StepGuard(GuardConfig(skip_grad_norm=1e9, skip_rule="fixed"))
@@ -90,14 +90,14 @@ def without_targets(batch):
     return dataclasses.replace(batch, student=student)
 
 
-def ragged(corpus, blocks, rank):
+def ragged(dataset, blocks, rank):
     """A batch in which only some of the targets count, another share of them on every rank."""
-    batch = corpus.batch(blocks)
+    batch = dataset.batch(blocks)
     labels = batch.student.labels.clone()
     for row in range(len(labels)):
         labels[row, 1 + row + 3 * rank :: 2 + rank] = IGNORE_INDEX
     student = TokenBatch(batch.student.input_ids, labels, *next_token_targets(labels))
-    return Batch(student, student, corpus.aligner.align_equal(student.positions), batch.blocks)
+    return Batch(student, student, dataset.aligner.align_equal(student.positions), batch.blocks)
 
 
 @pytest.fixture(scope="module")
@@ -105,30 +105,30 @@ def parts(byte_tokenizer, corpus_texts, make_student):
     """Text, student and teacher; equal tokenizers."""
     size = len(byte_tokenizer)
     pair = TokenizerPair(byte_tokenizer, byte_tokenizer, student_vocab_size=size, teacher_vocab_size=size, aligns=False)
-    corpus = build_dataset([Document(str(i), text) for i, text in enumerate(corpus_texts)], pair, 24, 60)
+    dataset = build_dataset([Document(str(i), text) for i, text in enumerate(corpus_texts)], pair, 24, 60)
     student = make_student(size, num_hidden_layers=2)
     teacher = make_student(size, num_hidden_layers=1, hidden_size=16, intermediate_size=32)
     for model in (student, teacher):
         model.lm_head.weight.data.mul_(20.0)
-    return corpus, student, teacher.requires_grad_(False).eval()
+    return dataset, student, teacher.requires_grad_(False).eval()
 
 
-def window(corpus, rank, count=2):
+def micro_batches(dataset, rank, count=2):
     """Ragged micro-batches of one rank."""
-    return [ragged(corpus, [4 * micro + 2 * rank, 4 * micro + 2 * rank + 1], rank) for micro in range(count)]
+    return [ragged(dataset, [4 * micro + 2 * rank, 4 * micro + 2 * rank + 1], rank) for micro in range(count)]
 
 
 # What happens in the two processes: one pair of them for all the claims below
 
 
-def _scenarios(rank, corpus, student, teacher):
+def _scenarios(rank, dataset, student, teacher):
     process_group, found = join_process_group(), {"world": _process_group(join_process_group())}
-    parts = corpus, student, teacher
+    parts = dataset, student, teacher
     for parallel in ("ddp", "fsdp"):
         for dtype in (FLOAT, HALF):
             key = f"{parallel} {dtype}"
             run = build(process_group, *parts, dtype, parallel)
-            report = run.step(window(corpus, rank))
+            report = run.step(micro_batches(dataset, rank))
             found[f"plain {key}"] = (
                 _figures(report),
                 run.gradients[:1],
@@ -137,28 +137,28 @@ def _scenarios(rank, corpus, student, teacher):
             )
             found[f"nan {key}"] = _one_sided_nan(run, rank)
             found[f"overflow {key}"] = _one_sided_overflow(run, rank)
-            for name, batches in _with_less(corpus, rank).items():
+            for name, batches in _with_less(dataset, rank).items():
                 run = build(process_group, *parts, dtype, parallel)
                 report = run.step(batches)
                 found[f"{name} {key}"] = _figures(report), run.gradients[:1], _weights(run)
         for alignment in ("hidden", "uld"):
             run = build(process_group, *parts, FLOAT, parallel, alignment=alignment)
-            run.step(window(corpus, rank))
+            run.step(micro_batches(dataset, rank))
             found[f"{alignment} {parallel}"] = run.gradients[0]
         run = build(process_group, *parts, FLOAT, parallel)
-        run.step(window(corpus, rank), clip=0.01)
+        run.step(micro_batches(dataset, rank), clip=0.01)
         found[f"clipped {parallel}"] = run.gradients[0]
-    run = build(process_group, corpus, _with_experts(student), teacher)
-    run.step(window(corpus, rank))
+    run = build(process_group, dataset, _with_experts(student), teacher)
+    run.step(micro_batches(dataset, rank))
     found["experts"] = run.gradients[0]
     with pytest.raises(UsageError, match="--parallel ddp"):
-        build(process_group, corpus, _with_experts(student), teacher, parallel="fsdp")
+        build(process_group, dataset, _with_experts(student), teacher, parallel="fsdp")
     return found
 
 
-def _with_less(corpus, rank):
+def _with_less(dataset, rank):
     """Windows in which rank 1 has no target in one micro-batch, or in none, or nobody has any."""
-    mine = window(corpus, rank)
+    mine = micro_batches(dataset, rank)
     nothing = list(map(without_targets, mine))
     less = [mine[0], nothing[1]]
     return {"less": less if rank else mine, "idle": nothing if rank else mine, "none": nothing}
@@ -167,14 +167,14 @@ def _with_less(corpus, rank):
 def _one_sided_nan(run, rank):
     """A step in which a token that only rank 1 reads has a NaN for an embedding."""
     own, other = (
-        set(batch.student.input_ids.flatten().tolist()) for batch in (run.corpus.batch([9]), run.corpus.batch([8]))
+        set(batch.student.input_ids.flatten().tolist()) for batch in (run.dataset.batch([9]), run.dataset.batch([8]))
     )
     token, before, state = min(own - other), _weights(run), _state(run)
     scale = run.precision.loss_scale.item()
     handle = run.student.get_input_embeddings().register_forward_hook(
         lambda module, inputs, output: torch.where((inputs[0] == token)[..., None], math.nan, output)
     )
-    report = run.step([run.corpus.batch([8 + rank])])
+    report = run.step([run.dataset.batch([8 + rank])])
     handle.remove()
     same = all(map(torch.equal, before, _weights(run))) and all(map(torch.equal, state, _state(run)))
     return _figures(report), same, run.precision.loss_scale.item() == scale
@@ -188,11 +188,11 @@ def _one_sided_overflow(run, rank):
 
     before, scale = _weights(run), run.precision.loss_scale.item()
     handle = run.student.model.norm.register_forward_hook(overflow) if rank else None
-    report = run.step(window(run.corpus, rank))
+    report = run.step(micro_batches(run.dataset, rank))
     if handle is not None:
         handle.remove()
     is_unchanged, after = all(map(torch.equal, before, _weights(run))), run.precision.loss_scale.item()
-    good = run.step(window(run.corpus, rank))
+    good = run.step(micro_batches(run.dataset, rank))
     return _figures(report), is_unchanged, scale, after, _figures(good)
 
 
@@ -262,14 +262,14 @@ def _assert_close(gradients, reference, tolerance):
     assert max(gradient.abs().max().item() for gradient in reference if gradient is not None) > 10 * tolerance
 
 
-def _joined_window(corpus):
-    return [batch for rank in range(2) for batch in window(corpus, rank)]
+def joined_micro_batches(dataset):
+    return [batch for rank in range(2) for batch in micro_batches(dataset, rank)]
 
 
 @EVERY
 def test_the_gradient_is_that_of_one_process_with_the_joined_batch(parts, both, parallel, dtype):
     alone = build(SINGLE_PROCESS, *parts, dtype)
-    expected = alone.step(_joined_window(parts[0]))
+    expected = alone.step(joined_micro_batches(parts[0]))
     for own, gradients, weights, _ in (end[f"plain {parallel} {dtype}"] for end in both):
         _assert_close(gradients[0], alone.gradients[0], TOLERANCE[dtype])
         assert own["num_target_tokens"] == expected.num_target_tokens
@@ -281,7 +281,7 @@ def test_the_gradient_is_that_of_one_process_with_the_joined_batch(parts, both, 
 
 
 def test_the_two_ranks_have_a_different_number_of_targets(parts):
-    counts = [sum(batch.num_target_tokens for batch in window(parts[0], rank)) for rank in range(2)]
+    counts = [sum(batch.num_target_tokens for batch in micro_batches(parts[0], rank)) for rank in range(2)]
     assert 0 < counts[0] != counts[1] > 0
 
 
@@ -306,7 +306,7 @@ def test_a_rank_without_targets_adds_nothing_and_hangs_nobody(parts, both, paral
 
 
 @EVERY
-def test_a_window_in_which_no_rank_has_a_target_is_skipped_as_such_by_all(parts, both, parallel, dtype):
+def test_a_step_in_which_no_rank_has_a_target_is_skipped_as_such_by_all(parts, both, parallel, dtype):
     for own, gradients, weights in (end[f"none {parallel} {dtype}"] for end in both):
         assert own["verdict"].cause == "no_targets"
         assert gradients == []
@@ -335,7 +335,7 @@ def test_an_infinite_gradient_on_one_rank_is_skipped_by_both_and_lowers_both_los
 @pytest.mark.parametrize("alignment", ["hidden", "uld"])
 def test_every_alignment_has_the_joined_gradient_the_projection_of_hidden_states_too(parts, both, alignment, parallel):
     alone = build(SINGLE_PROCESS, *parts, FLOAT, alignment=alignment)
-    alone.step(_joined_window(parts[0]))
+    alone.step(joined_micro_batches(parts[0]))
     assert len(alone.gradients[0]) == len(list(parts[1].parameters())) + (alignment == "hidden")
     for end in both:
         _assert_close(end[f"{alignment} {parallel}"], alone.gradients[0], 1e-5)
@@ -350,7 +350,7 @@ def test_the_joined_gradient_is_what_is_clipped(both, parallel):
 
 def test_an_expert_that_one_rank_uses_has_its_gradient_and_one_that_none_uses_has_none(parts, both):
     alone = build(SINGLE_PROCESS, parts[0], _with_experts(parts[1]), parts[2])
-    alone.step(_joined_window(parts[0]))
+    alone.step(joined_micro_batches(parts[0]))
     for end in both:
         _assert_close(end["experts"], alone.gradients[0], 1e-5)
     names = [name for name, _ in alone.student.named_parameters()]
@@ -359,20 +359,20 @@ def test_an_expert_that_one_rank_uses_has_its_gradient_and_one_that_none_uses_ha
     assert {name for name in names if "experts.2" in name} == set(names) - used
 
 
-def test_what_a_world_agrees_on_is_the_same_on_every_rank(both):
-    worlds = [end["world"] for end in both]
-    assert [w["first"] for w in worlds] == [[0], None]
-    assert {w["refused"] for w in worlds} == {"--flag: no"}
-    for w in worlds:
+def test_the_collectives_give_the_same_on_every_rank(both):
+    groups = [end["world"] for end in both]
+    assert [w["first"] for w in groups] == [[0], None]
+    assert {w["refused"] for w in groups} == {"--flag: no"}
+    for w in groups:
         assert w["sum"] == [3.0, 0.2]
         assert w["any"] == [False, True, True]
         assert w["rows"] == [[0.0, 2.0], [1.0, 2.0]]
         assert w["gather"] == ["rank 0", "rank 1"]
         assert w["shared"] == 0
-    assert worlds[0]["seed"] == 7 != worlds[1]["seed"]
+    assert groups[0]["seed"] == 7 != groups[1]["seed"]
 
 
-def test_rows_are_added_up_or_their_worst_is_taken():
+def test_metrics_are_summed_or_their_maximum_is_taken():
     rows = [[1.0, 2.0, 5.0, 3.0], [0.5, math.nan, 7.0, math.inf]]
     sums, largest = sum_and_max(rows, 2)
     assert sums[0] == 1.5
@@ -384,24 +384,24 @@ def test_rows_are_added_up_or_their_worst_is_taken():
 
 @pytest.mark.parametrize("step", [0, 1, 5])
 def test_two_ranks_read_the_blocks_of_one_process_with_twice_the_batch(parts, step):
-    corpus = parts[0]
-    alone = [batch.blocks for batch in corpus.micro_batches(step, 4, 3, seed=1)]
-    by_rank = [[b.blocks for b in corpus.micro_batches(step, 2, 3, seed=1, rank=r, ranks=2)] for r in range(2)]
+    dataset = parts[0]
+    alone = [batch.blocks for batch in dataset.micro_batches(step, 4, 3, seed=1)]
+    by_rank = [[b.blocks for b in dataset.micro_batches(step, 2, 3, seed=1, rank=r, ranks=2)] for r in range(2)]
     assert [first + second for first, second in zip(*by_rank, strict=True)] == alone
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_shares_of_an_evaluation_are_equally_many_and_count_every_batch_once(parts, size):
+def test_shards_of_an_evaluation_are_equally_many_and_count_every_batch_once(parts, size):
     batches = list(parts[0].token_batches("student", 5))
-    worlds = [SimpleNamespace(rank=rank, size=size) for rank in range(size)]
-    shares = [list(shard_batches(iter(batches), process_group)) for process_group in worlds]
+    groups = [SimpleNamespace(rank=rank, size=size) for rank in range(size)]
+    shares = [list(shard_batches(iter(batches), process_group)) for process_group in groups]
     assert {len(part) for part in shares} == {math.ceil(len(batches) / size)}
     targets = sorted(tuple(batch.targets.tolist()) for part in shares for batch in part if len(batch.targets))
     assert targets == sorted(tuple(batch.targets.tolist()) for batch in batches)
     assert all(len(batch.input_ids) for part in shares for batch in part)
 
 
-def test_one_process_has_a_world_and_a_placement_that_do_nothing(parts, monkeypatch):
+def test_one_process_has_a_group_and_a_strategy_that_do_nothing(parts, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     assert join_process_group() is SINGLE_PROCESS
@@ -411,5 +411,5 @@ def test_one_process_has_a_world_and_a_placement_that_do_nothing(parts, monkeypa
     assert "no effect" in strategy.messages[0]
     figures = torch.ones(3)
     assert SINGLE_PROCESS.all_gather(figures).data_ptr() == figures.data_ptr()
-    batches = window(parts[0], 0)
+    batches = micro_batches(parts[0], 0)
     assert list(SINGLE_DEVICE.accumulate(batches)) == batches

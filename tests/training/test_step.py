@@ -45,7 +45,7 @@ def tokenizer_pairs(byte_tokenizer, sp_tokenizer):
 
 
 @pytest.fixture(scope="module")
-def corpora(tokenizer_pairs, corpus_texts):
+def datasets(tokenizer_pairs, corpus_texts):
     documents = [Document(str(number), text) for number, text in enumerate(corpus_texts)]
     return {name: _corpus(documents, *pair) for name, pair in tokenizer_pairs.items()}
 
@@ -58,21 +58,21 @@ def _corpus(documents, student, teacher, aligns=False) -> Dataset:
 
 
 @pytest.fixture
-def make_run(corpora, make_student):
+def make_run(datasets, make_student):
     """make_run(dtype, tokenizers, ...): the parts of a step over tiny dense models."""
 
     def make(dtype=torch.float32, tokenizers="equal", skip=NO_LIMIT, clip=NO_LIMIT, scale=1024.0, **loss):
-        corpus = corpora[tokenizers]
-        student = make_student(len(corpus.pair.student), num_hidden_layers=1)
-        teacher = make_student(len(corpus.pair.teacher), num_hidden_layers=1, hidden_size=16, intermediate_size=32)
+        dataset = datasets[tokenizers]
+        student = make_student(len(dataset.pair.student), num_hidden_layers=1)
+        teacher = make_student(len(dataset.pair.teacher), num_hidden_layers=1, hidden_size=16, intermediate_size=32)
         for model in (student, teacher):
             model.lm_head.weight.data.mul_(20.0)  # opinions: a fresh head is all but uniform
         teacher.requires_grad_(False).eval().to(dtype)
         precision = Precision(CPU, dtype, scale)
         settings = LossConfig(**({"alpha_kd": 0.5, "alpha_ce": 0.5} | NO_CLAMPS | loss))
-        run = SimpleNamespace(corpus=corpus, student=student, teacher=teacher, precision=precision, clip=clip)
+        run = SimpleNamespace(dataset=dataset, student=student, teacher=teacher, precision=precision, clip=clip)
         torch.manual_seed(2)
-        run.objective = Objective(teacher, student, settings, corpus.aligner, precision)
+        run.objective = Objective(teacher, student, settings, dataset.aligner, precision)
         run.optimizer = build_optimizer(student, OptimConfig(student_lr=1e-3), run.objective.parameters())
         run.guard = StepGuard(GuardConfig(skip_grad_norm=skip, skip_rule="fixed"))
         run.step = lambda batches: train_step(
@@ -90,7 +90,7 @@ def make_run(corpora, make_student):
 
 
 def _batches(run, *groups):
-    return [run.corpus.batch(list(group)) for group in groups]
+    return [run.dataset.batch(list(group)) for group in groups]
 
 
 def _norm(tensors) -> float:
@@ -109,7 +109,7 @@ def _unchanged(before, after) -> bool:
 
 def _poison(run, block, others=()):
     """Make NaN the embedding of a token that `block` holds and the other blocks do not."""
-    own, *rest = (set(run.corpus.batch([i]).student.input_ids[0].tolist()) for i in (block, *others))
+    own, *rest = (set(run.dataset.batch([i]).student.input_ids[0].tolist()) for i in (block, *others))
     run.student.get_input_embeddings().weight.data[min(own.difference(*rest))] = math.nan
 
 
@@ -120,7 +120,7 @@ def _poison(run, block, others=()):
 def test_accumulation_matches_one_large_batch(make_run, tokenizers, alignment):
     large, small = (make_run(tokenizers=tokenizers, alignment=alignment) for _ in range(2))
     for run in (large, small):
-        run.corpus = _ragged(run.corpus)
+        run.dataset = _ragged(run.dataset)
     one = large.step(_batches(large, range(8)))
     many = small.step(_batches(small, *([block] for block in range(8))))
     assert many.num_target_tokens == one.num_target_tokens
@@ -129,9 +129,9 @@ def test_accumulation_matches_one_large_batch(make_run, tokenizers, alignment):
     assert max(differences) <= 1e-6 < max(a.abs().max().item() for a in large.gradients[0])
 
 
-def _ragged(corpus) -> Dataset:
-    """The same corpus in which every second block has grown by its neighbour."""
-    ragged, blocks = copy.copy(corpus), corpus.blocks
+def _ragged(dataset) -> Dataset:
+    """The same dataset in which every second block has grown by its neighbour."""
+    ragged, blocks = copy.copy(dataset), dataset.blocks
     ragged.blocks = []
     for first in range(0, 12, 3):
         a, b, c = blocks[first : first + 3]
@@ -144,7 +144,7 @@ def _ragged(corpus) -> Dataset:
 
 def test_a_block_counts_by_its_tokens_not_as_one_of_n(make_run):
     run = make_run(alpha_kd=0.0, alpha_ce=1.0)
-    run.corpus = _ragged(run.corpus)
+    run.dataset = _ragged(run.dataset)
     batches = _batches(run, [0], [1])
     report = run.step(batches)
     run = make_run(alpha_kd=0.0, alpha_ce=1.0)
@@ -375,7 +375,7 @@ def test_the_logit_clamp_bounds_both_terms_and_not_the_logged_text_loss(make_run
 
 @HALF_OR_FLOAT
 @pytest.mark.parametrize("tokenizers", ["equal", "different"])
-def test_teacher_rows_that_are_not_finite_are_dropped_and_text_still_trains(make_run, dtype, tokenizers):
+def test_teacher_positions_that_are_not_finite_are_dropped_and_text_still_trains(make_run, dtype, tokenizers):
     deaf, alone = make_run(dtype, tokenizers), make_run(dtype, tokenizers, alpha_kd=0.0)
     deaf.teacher.lm_head.weight.data.fill_(math.inf)
     (batch,) = _batches(deaf, [0, 1])
@@ -405,7 +405,7 @@ def test_a_batch_in_which_nowhere_both_start_a_token_teaches_what_there_is(make_
     assert (report.kd_loss > 0) == learns
 
 
-def test_only_the_teacher_rows_that_are_not_finite_are_dropped(make_run):
+def test_only_the_teacher_positions_that_are_not_finite_are_dropped(make_run):
     run = make_run()
     (batch,) = _batches(run, [0, 1])
     run.teacher.get_input_embeddings().weight.data[batch.teacher.input_ids[0, 5]] = math.inf
@@ -444,7 +444,7 @@ def test_a_teacher_of_its_own_does_move_the_student(make_run):
 
 def test_heads_padded_to_different_sizes_share_their_tokens(make_run, make_student):
     run = make_run()
-    vocab = len(run.corpus.pair.teacher)
+    vocab = len(run.dataset.pair.teacher)
     run.objective.teacher = make_student(vocab + 40, num_hidden_layers=1).eval()
     assert run.step(_batches(run, [0])).verdict.applied
     assert 0 < run.objective(*_batches(run, [0])).kd.item() < math.inf
@@ -506,13 +506,13 @@ def test_a_nan_batch_leaves_the_projection_of_hidden_states_as_it_was(make_run, 
 
 
 @pytest.mark.parametrize("alignment", ["auto", "strict", "alm", "uld"])
-def test_no_other_kind_learns_anything_beside_the_student(make_run, alignment):
+def test_no_other_alignment_has_parameters_of_its_own(make_run, alignment):
     run = make_run(tokenizers="different", alignment=alignment)
     assert run.objective.parameters() == []
     assert len(parameters_of(run.optimizer)) == len(list(run.student.parameters()))
 
 
-def test_the_state_of_the_objective_is_what_it_learns(make_run):
+def test_the_state_of_the_objective_is_its_parameters(make_run):
     run, other = make_run(alignment="hidden"), make_run(alignment="hidden")
     run.step(_batches(run, [0, 1]))
     saved = run.objective.state_dict()
@@ -526,8 +526,8 @@ def test_the_state_of_the_objective_is_what_it_learns(make_run):
 
 
 def _evaluate(run, batch_size=3, precision=None) -> Evaluation:
-    batches = run.corpus.token_batches("student", batch_size)
-    return evaluate(run.student, batches, run.corpus.text.num_bytes, precision or run.precision)
+    batches = run.dataset.token_batches("student", batch_size)
+    return evaluate(run.student, batches, run.dataset.text.num_bytes, precision or run.precision)
 
 
 def test_uniform_logits_have_the_perplexity_of_the_vocabulary(make_run):
@@ -541,7 +541,7 @@ def test_perplexity_does_not_depend_on_the_batch_size(make_run, tokenizers):
     run = make_run(tokenizers=tokenizers)
     evaluations = [_evaluate(run, batch_size) for batch_size in (1, 3, 1000)]
     assert [e.perplexity for e in evaluations] == pytest.approx([evaluations[0].perplexity] * 3, rel=1e-6)
-    assert {e.num_tokens for e in evaluations} == {run.corpus.num_tokens}
+    assert {e.num_tokens for e in evaluations} == {run.dataset.num_tokens}
 
 
 def test_nan_logits_give_nan_perplexity(make_run):
@@ -564,7 +564,7 @@ def test_a_perplexity_beyond_a_float_is_inf():
 
 def test_perplexity_is_exp_of_the_mean_cross_entropy_of_the_text(make_run):
     run = make_run(alpha_kd=0.0)
-    terms = [run.objective(run.corpus.batch([block])) for block in range(len(run.corpus))]
+    terms = [run.objective(run.dataset.batch([block])) for block in range(len(run.dataset))]
     nats = sum(term.ce.item() for term in terms)
     assert _evaluate(run).nats == pytest.approx(nats, rel=1e-6)
 
@@ -587,7 +587,7 @@ def test_evaluation_leaves_mode_and_weights_as_they_were(make_run, training):
 # The optimizer
 
 
-def test_the_rate_rises_linearly_to_its_peak_and_falls_to_a_tenth():
+def test_the_learning_rate_rises_linearly_to_its_peak_and_falls_to_a_tenth():
     config = OptimConfig(student_lr=2e-4, warmup_steps=10)
     rates = [learning_rate_at(step, 100, config, config.student_lr) for step in range(100)]
     assert rates[0] == pytest.approx(2e-5)
@@ -598,14 +598,14 @@ def test_the_rate_rises_linearly_to_its_peak_and_falls_to_a_tenth():
     assert sorted(rates[10:], reverse=True) == rates[10:]
 
 
-def test_a_constant_rate_stays_at_its_peak():
+def test_a_constant_learning_rate_stays_at_its_peak():
     config = OptimConfig(student_lr=2e-4, warmup_steps=10, lr_schedule="constant")
     assert learning_rate_at(0, 100, config, config.student_lr) == pytest.approx(2e-5)
     assert {learning_rate_at(step, 100, config, config.student_lr) for step in range(10, 100)} == {2e-4}
 
 
 @pytest.mark.parametrize("warmup", [0, 3, 50])
-def test_every_length_of_run_has_a_rate(warmup):
+def test_every_length_of_run_has_a_learning_rate(warmup):
     config = OptimConfig(student_lr=2e-4, warmup_steps=warmup)
     rates = [
         learning_rate_at(step, steps, config, config.student_lr) for steps in (1, 2, 3, 4) for step in range(steps)
@@ -619,7 +619,7 @@ def test_every_trainable_parameter_is_in_exactly_one_group(make_run):
     assert sorted(own) == sorted(id(parameter) for parameter in run.student.parameters())
 
 
-def test_tied_weights_are_moved_once(make_student):
+def test_tied_weights_are_updated_once(make_student):
     student = make_student(64, num_hidden_layers=1, tie_word_embeddings=True)
     own = [id(parameter) for parameter in parameters_of(build_optimizer(student, OptimConfig()))]
     assert own.count(id(student.lm_head.weight)) == 1
