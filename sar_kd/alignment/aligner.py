@@ -27,27 +27,12 @@ _FIT_TOKENS = 2**20
 """Student tokens of the text that the vocabulary maps are fitted to."""
 
 
-class _Candidates(NamedTuple):
-    """Boundaries at which one tokenizer starts a token and the other's last token may continue."""
-
-    positions: tuple[np.ndarray, np.ndarray]
-    """int64 [K]: student positions, teacher positions: of the token that may continue, and of the one that starts"""
-    continues: np.ndarray
-    """bool [K]: the token does continue in the text"""
-    tokens: np.ndarray
-    """int64 [K]: the token that may continue"""
-    prefix_lengths: np.ndarray
-    """int64 [K]: bytes of it before the boundary"""
-    of_boundary: np.ndarray
-    """int64: the candidate at each boundary of the text, -1 for none"""
-
-
-class _ContinuationTables(NamedTuple):
+class _Continuing(NamedTuple):
     """The continuations of one side in a batch, and their classes."""
 
     record: Continuations
-    of_candidate: np.ndarray
-    """int64: the continuation of each candidate, -1 where no token of the vocabulary continues"""
+    at_boundary: np.ndarray
+    """int64: the continuation at each boundary of the text, -1 for none"""
     tables: list[ClassTable]
     table_of: np.ndarray
     """int64 [K]: index in `tables` of each continuation"""
@@ -151,94 +136,73 @@ class Aligner:
         """The alignment of a batch of blocks, each one row of inputs of these widths, start token first."""
         student = _BatchTokens(self._text.student, [block[:2] for block in blocks], student_width)
         teacher = _BatchTokens(self._text.teacher, [block[2:] for block in blocks], teacher_width)
-        student_positions, teacher_positions = np.cumsum(student.is_target) - 1, teacher.inputs - 1
-        found = find_boundaries(student.ends, teacher.ends)
-        common = (found.student_prefix_length == 0) & (found.teacher_prefix_length == 0)
-        common &= student.is_usable[found.student] & teacher.is_usable[found.teacher]
+        student.positions = np.cumsum(student.is_target) - 1
+        boundaries = find_boundaries(student.ends, teacher.ends)
+        common = (boundaries.student_prefix_length == 0) & (boundaries.teacher_prefix_length == 0)
+        common &= student.is_usable[boundaries.student] & teacher.is_usable[boundaries.teacher]
 
         chunks = find_chunks(student.ends, teacher.ends)
-        is_valid = np.ones(len(chunks.ends), dtype=bool)
+        no_chunk = len(chunks.ends)
+        is_valid = np.arange(no_chunk + 1) < no_chunk
         for side, chunk_of in ((student, chunks.student), (teacher, chunks.teacher)):
+            chunk_of[side.is_trailing] = no_chunk
             is_valid[chunk_of[side.invalidates_chunk]] = False
-        numbers = np.append(np.where(is_valid, np.cumsum(is_valid) - 1, -1), -1)
-        chunk_ends = chunks.ends[is_valid]
+        numbers, chunk_ends = np.where(is_valid, np.cumsum(is_valid) - 1, -1), chunks.ends[is_valid[:-1]]
 
         student_continuations = teacher_continuations = None
         token_end, paths = np.full(np.count_nonzero(common), -1), np.zeros((3, 0), dtype=np.int64)
         if self.pair.projects:
-            positions = student_positions, teacher_positions
-            candidates = [self._find_candidates(found, i, (student, teacher), positions) for i in range(2)]
-            continuations = [self._continuations(each, i) for i, each in enumerate(candidates)]
-            student_continuations, teacher_continuations = (each.record for each in continuations)
-            coarser, candidate = continuations[self.teacher_is_coarser], candidates[self.teacher_is_coarser].of_boundary
-            candidate = candidate[common]
-            if len(coarser.of_candidate):
-                token_end = np.where(candidate >= 0, coarser.of_candidate[candidate], -1)
+            both = [self._continuations(i, boundaries, (student, teacher)) for i in range(2)]
+            student_continuations, teacher_continuations = (each.record for each in both)
+            coarser = both[self.teacher_is_coarser]
+            token_end = coarser.at_boundary[common]
             paths = self._continuation_paths(token_end, coarser)
         return Alignment(
-            student_positions=torch.from_numpy(student_positions[found.student[common]]),
-            teacher_positions=torch.from_numpy(teacher_positions[found.teacher[common]]),
-            strict=torch.from_numpy(chunks.strict[chunks.student[found.student[common]]]),
+            student_positions=torch.from_numpy(student.positions[boundaries.student[common]]),
+            teacher_positions=torch.from_numpy(teacher.positions[boundaries.teacher[common]]),
+            strict=torch.from_numpy(chunks.strict[chunks.student[boundaries.student[common]]]),
             teacher_continuations=teacher_continuations,
             student_continuations=student_continuations,
             token_end=torch.from_numpy(token_end),
             continuation_paths=torch.from_numpy(paths),
-            student_chunks=torch.from_numpy(
-                np.where(student.is_trailing, -1, numbers[chunks.student])[student.is_target]
-            ),
-            teacher_chunks=torch.from_numpy(
-                np.where(teacher.is_trailing, -1, numbers[chunks.teacher])[teacher.is_target]
-            ),
+            student_chunks=torch.from_numpy(numbers[chunks.student[student.is_target]]),
+            teacher_chunks=torch.from_numpy(numbers[chunks.teacher[teacher.is_target]]),
             num_chunks=len(chunk_ends),
             student_ends=torch.from_numpy(student.inputs[np.searchsorted(student.ends, chunk_ends)]),
             teacher_ends=torch.from_numpy(teacher.inputs[np.searchsorted(teacher.ends, chunk_ends)]),
         )
 
-    def _find_candidates(
-        self,
-        found: Boundaries,
-        coarse: int,
-        sides: tuple[_BatchTokens, _BatchTokens],
-        positions: tuple[np.ndarray, np.ndarray],
-    ) -> _Candidates:
-        """Where the other side starts a token and the last token of `coarse` (0 student, 1 teacher) may continue.
+    def _continuations(
+        self, coarse: int, boundaries: Boundaries, sides: tuple[_BatchTokens, _BatchTokens]
+    ) -> _Continuing:
+        """Where the last token of `coarse` (0 student, 1 teacher) may continue and the other side starts a token.
 
         For the coarser tokenizer at every such boundary; for the finer one only inside its tokens, where it does
-        continue.
-
-        positions: of every token of the student and of the teacher
+        continue. Left out where no token of the vocabulary continues.
         """
-        tokens = found.student, found.teacher
-        prefix_lengths = found.student_prefix_length, found.teacher_prefix_length
-        own, other = sides[coarse], sides[1 - coarse]
-        boundary = own.starts[tokens[coarse]] + prefix_lengths[coarse]
-        last = np.searchsorted(own.starts, boundary, side="left") - 1  # holds the byte before
-        wanted = (prefix_lengths[1 - coarse] == 0) & (boundary > own.block_starts[tokens[coarse]])
-        wanted &= (prefix_lengths[coarse] > 0) | (coarse == self.teacher_is_coarser)
-        wanted &= other.is_usable[tokens[1 - coarse]] & own.is_usable[last]
-        last, following = last[wanted], tokens[1 - coarse][wanted]
-        student, teacher = (last, following) if coarse == 0 else (following, last)
-        return _Candidates(
-            (positions[0][student], positions[1][teacher]),
-            prefix_lengths[coarse][wanted] > 0,
-            own.ids[last].astype(np.int64),
-            boundary[wanted] - own.starts[last],
-            np.where(wanted, np.cumsum(wanted) - 1, -1),
-        )
+        tokens = boundaries.student, boundaries.teacher
+        prefix_lengths = boundaries.student_prefix_length, boundaries.teacher_prefix_length
+        own, other, is_inside = sides[coarse], sides[1 - coarse], prefix_lengths[coarse] > 0
+        start = own.starts[tokens[coarse]] + prefix_lengths[coarse]
+        last = np.searchsorted(own.starts, start, side="left") - 1  # holds the byte before
+        may_continue = (prefix_lengths[1 - coarse] == 0) & (start > own.block_starts[tokens[coarse]])
+        may_continue &= is_inside | (coarse == self.teacher_is_coarser)
+        may_continue &= other.is_usable[tokens[1 - coarse]] & own.is_usable[last]
+        (found,) = may_continue.nonzero()
+        last, lengths = last[found], (start - own.starts[last])[found]
 
-    def _continuations(self, candidates: _Candidates, coarse: int) -> _ContinuationTables:
-        """The continuations among the candidates of the student (coarse 0) or the teacher (1)."""
-        pieces, width = self.pair.token_tables[coarse].pieces, candidates.prefix_lengths.max(initial=0) + 1
-        keys, prefix_of = np.unique(candidates.tokens * width + candidates.prefix_lengths, return_inverse=True)
+        pieces, width = self.pair.token_tables[coarse].pieces, lengths.max(initial=0) + 1
+        keys, prefix_of = np.unique(own.ids[last].astype(np.int64) * width + lengths, return_inverse=True)
         by_prefix = [self._maps[coarse].after_prefix(pieces[key // width][: key % width]) for key in keys.tolist()]
-        can_continue = np.array([table is not None for table in by_prefix], dtype=bool)[prefix_of]
-        order = np.argsort(~candidates.continues, kind="stable")  # those inside a token come first
-        order = order[can_continue[order]]
-        of_candidate = np.full(len(can_continue), -1)
-        of_candidate[order] = np.arange(len(order))
-        num_inside = int(candidates.continues[order].sum())
+        has_table = np.array([table is not None for table in by_prefix], dtype=bool)[prefix_of]
+        order = np.argsort(~is_inside[found], kind="stable")  # those inside a token come first
+        order = order[has_table[order]]
+        found, last, prefix_of = found[order], last[order], prefix_of[order]
+        at_boundary = np.full(len(start), -1)
+        at_boundary[found] = np.arange(len(found))
+        num_inside = np.count_nonzero(is_inside[found])
 
-        used, table_of = np.unique(prefix_of[order], return_inverse=True)
+        used, table_of = np.unique(prefix_of, return_inverse=True)
         tables = [table for i in used if (table := by_prefix[i]) is not None]
         counts = np.array([table.num_classes for table in tables], dtype=np.int64)[table_of]
         first_classes = np.cumsum(counts) - counts
@@ -246,8 +210,8 @@ class Aligner:
         fine_lists = [(table.fine_tokens, table.fine_classes) for table in tables]
         can_end = np.array([table.can_end for table in tables], dtype=bool)[table_of[:num_inside]]
         record = Continuations(
-            coarse_positions=torch.from_numpy(candidates.positions[coarse][order]),
-            fine_positions=torch.from_numpy(candidates.positions[1 - coarse][order[:num_inside]]),
+            coarse_positions=torch.from_numpy(own.positions[last]),
+            fine_positions=torch.from_numpy(other.positions[tokens[1 - coarse][found[:num_inside]]]),
             coarse_entries=torch.from_numpy(_entries(coarse_lists, table_of, first_classes)),
             fine_entries=torch.from_numpy(_entries(fine_lists, table_of[:num_inside], first_classes[:num_inside])),
             class_continuations=torch.from_numpy(np.repeat(np.arange(len(table_of)), counts)),
@@ -255,9 +219,9 @@ class Aligner:
             can_end=torch.from_numpy(can_end),
             num_inside_classes=int(counts[:num_inside].sum()),
         )
-        return _ContinuationTables(record, of_candidate, tables, table_of)
+        return _Continuing(record, at_boundary, tables, table_of)
 
-    def _continuation_paths(self, token_end: np.ndarray, coarser: _ContinuationTables) -> np.ndarray:
+    def _continuation_paths(self, token_end: np.ndarray, coarser: _Continuing) -> np.ndarray:
         """`Alignment.continuation_paths`: classes that the coarser side also reaches if its token does not end."""
         (pairs,) = (token_end >= 0).nonzero()
         continuations = token_end[pairs]
@@ -293,13 +257,15 @@ class _BatchTokens:
         firsts = np.cumsum(counts) - counts
         self.inputs = np.arange(len(self.ids)) + np.repeat(1 + width * np.arange(len(spans)) - firsts, counts)
         """Index of each token in the flattened inputs"""
+        self.positions = self.inputs - 1
+        """The position that predicts each token; the student's are counted by target instead"""
         dummy = np.concatenate([stream.has_dummy[span] for span in spans])
         # A token with a dummy space has bytes that are not in the text; what is no target is not learned.
         self.is_usable = self.is_target & ~dummy
-        # Without bytes behind the last chunk of a block, and in none.
-        self.is_trailing = self.starts == np.repeat(block_ends, counts)
         # A template's token has no bytes, and leaves the chunk that it stands before valid.
-        self.invalidates_chunk = ~self.is_usable & ((self.ends > self.starts) | dummy) & ~self.is_trailing
+        self.invalidates_chunk = ~self.is_usable & ((self.ends > self.starts) | dummy)
+        self.is_trailing = self.starts == np.repeat(block_ends, counts)
+        """Without bytes at the end of a block, and so in no chunk"""
 
 
 def _entries(lists: list[tuple[np.ndarray, np.ndarray]], list_of: np.ndarray, first_classes: np.ndarray) -> np.ndarray:

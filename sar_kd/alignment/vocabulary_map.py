@@ -11,7 +11,6 @@ token that only the finer vocabulary has.
 
 from __future__ import annotations
 
-import dataclasses
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -183,23 +182,11 @@ class VocabularyMap:
         """The classes after a coarse token, or a part of one, that spells `prefix`; None if no token extends it."""
         if prefix not in self._tables:
             can_continue = prefix and prefix in self._tokens_by_prefix
-            self._tables[prefix] = self._with_token_end(self._build_table(prefix, {}, [])) if can_continue else None
+            self._tables[prefix] = self._build_table(prefix, {}, []) if can_continue else None
         return self._tables[prefix]
 
-    def _with_token_end(self, table: ClassTable) -> ClassTable:
-        """The table with one class more, that the coarse token is the prefix itself."""
-        by_bytes, prefix, end_class = self._coarse.by_bytes, table.prefix, table.num_classes
-        end = np.array([by_bytes[prefix]] if prefix in by_bytes else [], dtype=np.int64)
-        return dataclasses.replace(
-            table,
-            num_classes=end_class + 1,
-            coarse_tokens=np.concatenate([table.coarse_tokens, end]),
-            coarse_classes=np.concatenate([table.coarse_classes, np.full(len(end), end_class)]),
-            can_end=len(end) > 0,
-        )
-
     def _build_table(self, prefix: bytes, special_pairs: dict[int, int], special_fine: list[int]) -> ClassTable:
-        """The classes after `prefix` without the token end.
+        """The classes after `prefix`, the token end as the last; or those at a common boundary.
 
         special_pairs: the fine token of each coarse one without bytes; special_fine: all fine ones without bytes that
         have a class
@@ -210,20 +197,23 @@ class VocabularyMap:
             following = self._match_spelling(coarse_tokens, following)
         fine_tokens, merged = self._merge_shared_prefixes(prefix, coarse_tokens, following)
         pairs = np.array(list(special_pairs.items()), dtype=np.int64).reshape(-1, 2)
+        special = np.array(special_fine, dtype=np.int64)
         coarse_tokens = np.concatenate([coarse_tokens, pairs[:, 0]])
         following = np.concatenate([following, pairs[:, 1]])
-        special = np.array(special_fine, dtype=np.int64)
         fine_tokens, merged = np.concatenate([fine_tokens, special]), np.concatenate([merged, special])
         representatives, coarse_classes = np.unique(self._representative[following], return_inverse=True)
         order, fine_order = np.argsort(coarse_tokens, kind="stable"), np.argsort(fine_tokens, kind="stable")
+        num_classes, by_bytes = len(representatives), self._coarse.by_bytes
+        end = np.array([by_bytes[prefix]] if prefix in by_bytes else [], dtype=np.int64)
         return ClassTable(
-            len(representatives),
-            coarse_tokens[order],
-            coarse_classes.reshape(-1)[order],
+            num_classes + bool(prefix),
+            np.concatenate([coarse_tokens[order], end]),
+            np.concatenate([coarse_classes.reshape(-1)[order], np.full(len(end), num_classes)]),
             fine_tokens[fine_order],
             np.searchsorted(representatives, self._representative[merged])[fine_order],
             representatives,
             prefix,
+            can_end=len(end) > 0,
         )
 
     def _match_spelling(self, coarse_tokens: np.ndarray, following: np.ndarray) -> np.ndarray:
