@@ -1,12 +1,12 @@
-"""`sar-kd COMMAND`, or `python -m sar_kd COMMAND`.
+"""sar-kd COMMAND, or python -m sar_kd COMMAND
 
 train           distil a teacher into a student, as train_sar_kd_stable.py does
 preflight       check a run before it starts; nothing is trained
 cache           run a teacher once over a text and store its logits
 report          show a run, or compare several, on one HTML page
-generate        continue a prompt with the teacher, the student before and the student after
+generate        continue a prompt with the teacher and the student, before and after
 sft             fine-tune a model on questions with answers
-explain         find the likely cause of the losses and gradient norms in a training log
+explain         find the likely cause of bad losses in a training log
 forensics       show why a step of a run was not finite, and what to try
 audit           show how two tokenizers align on a text
 routers         list the routers of a mixture-of-experts model

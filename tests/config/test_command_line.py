@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from sar_kd.commands.preflight import PREFLIGHT
 from sar_kd.config.command_line import parse
 from sar_kd.config.presets import EMBEDDED_LR_FACTOR, EMBEDDED_ROUTER_LR_FACTOR, FP16_SAFE, MODES, STABLE
 from sar_kd.config.runs import SECTIONS, Config
@@ -352,6 +353,12 @@ def test_resume_may_log_and_save_at_other_times_without_a_notice(tmp_path):
     resumed = _parse(f"--resume --output_dir {tmp_path} --eval_steps 7 --save_steps 8 --log_steps 9")
     assert (resumed.train.eval_steps, resumed.train.save_steps, resumed.train.log_steps) == (7, 8, 9)
     assert not resumed.notices
+
+
+def test_preflight_of_a_run_to_resume_takes_an_option_that_the_run_does_not_have(tmp_path):
+    _save(_parse(f"--output_dir {tmp_path} --seed 3"), tmp_path)
+    config = parse(PREFLIGHT, ["--resume", "--output_dir", str(tmp_path), "--json"])
+    assert (config.output.json, config.train.seed, config.train.resume) == (True, 3, True)
 
 
 def test_a_folder_without_a_run_cannot_be_resumed(tmp_path):
