@@ -16,17 +16,12 @@ class ExplainConfig(Section):
     """Log: the one to explain."""
 
     log: str = option(
-        "", "the output of a Trainer, its trainer_state.json, a metrics.jsonl, or a folder with one", metavar="LOG"
+        "", "a Trainer's output, trainer_state.json, metrics.jsonl, or their folder", metavar="LOG", positional=True
     )
     json: bool = option(False, "print JSON")
 
 
-EXPLAIN = Command(
-    "explain",
-    "Find the likely cause of the losses and gradient norms in a training log.",
-    ExplainConfig,
-    positionals=("log",),
-)
+EXPLAIN = Command("explain", "Find the likely cause of the losses and gradient norms in a training log.", ExplainConfig)
 
 
 def main(argv: list[str]) -> dict:

@@ -14,13 +14,11 @@ from sar_kd.errors import UsageError
 class ForensicsConfig(Section):
     """Run: the one to look at."""
 
-    run: str = option("", "a run folder", metavar="RUN_DIR")
+    run: str = option("", "a run folder", metavar="RUN_DIR", positional=True)
     json: bool = option(False, "print JSON")
 
 
-FORENSICS = Command(
-    "forensics", "Show why a step of a run was not finite, and what to try.", ForensicsConfig, positionals=("run",)
-)
+FORENSICS = Command("forensics", "Show why a step of a run was not finite, and what to try.", ForensicsConfig)
 
 
 def main(argv: list[str]) -> dict:

@@ -23,8 +23,8 @@ from sar_kd.runtime.precision import Precision, setup_precision
 class GenerateConfig(Section):
     """Generation: how each model continues the prompt."""
 
-    run: str = option("", "a run folder", metavar="RUN_DIR")
-    prompt: str = option("", "the text to continue", metavar="PROMPT")
+    run: str = option("", "a run folder", metavar="RUN_DIR", positional=True)
+    prompt: str = option("", "the text to continue", metavar="PROMPT", positional=True)
     max_new_tokens: int = option(60, "longest continuation in tokens", at_least=1)
     sample_temperature: float = option(0.0, "temperature of sampling; 0: greedy", at_least=0)
     chat: bool = option(False, "make the prompt a user message in the model's chat template")
@@ -34,10 +34,7 @@ class GenerateConfig(Section):
 
 
 GENERATE = Command(
-    "generate",
-    "Continue a prompt with the teacher, the student before and the student after a run.",
-    GenerateConfig,
-    positionals=("run", "prompt"),
+    "generate", "Continue a prompt with the teacher, the student before and the student after a run.", GenerateConfig
 )
 
 

@@ -17,12 +17,14 @@ from sar_kd.reporting.report import FILE, write_report
 class ReportConfig(Section):
     """Runs: which ones to show, and where to write the page."""
 
-    runs: tuple[str, ...] = option((), "run folders; several are compared on one page", metavar="RUN_DIR")
+    runs: tuple[str, ...] = option(
+        (), "run folders; several are compared on one page", metavar="RUN_DIR", positional=True
+    )
     output: str = option("", "file to write; by default report.html, in the run folder or, for several runs, here")
     json: bool = option(False, "print JSON")
 
 
-REPORT = Command("report", "Show a run, or compare several, on one HTML page.", ReportConfig, positionals=("runs",))
+REPORT = Command("report", "Show a run, or compare several, on one HTML page.", ReportConfig)
 
 
 def main(argv: list[str]) -> dict:

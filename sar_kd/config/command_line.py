@@ -1,4 +1,4 @@
-"""From the words of a command line, or from values given in Python, to a checked configuration."""
+"""From a command line, or from values given in Python, to a checked configuration."""
 
 from __future__ import annotations
 
@@ -125,7 +125,8 @@ def _read_config(command: Command, path: Path) -> tuple[dict[str, Any], str]:
         raise ValueError(f"its run format is {found or 'older'}, not {RUN_FORMAT}")
     if (mode := saved.pop("mode")) not in command.presets.get("mode", (command.name,)):
         raise ValueError(f"no mode is called {mode}")
-    options = {"json": False} | {name: value for section in saved.values() for name, value in section.items()}
+    not_saved = {"json": False}
+    options = not_saved | {name: value for section in saved.values() for name, value in section.items()}
     for item, kind in options_of(command.sections.values()):
         if not is_allowed(item, kind, options[item.name]):
             raise ValueError(f"{item.name} is {options[item.name]!r}")
@@ -183,12 +184,12 @@ def _unknown_option(name: str, names: Sequence[str]) -> str:
 def _build_parser(command: Command) -> _Parser:
     """A parser with one option for each field, in a group for each section."""
     width = min(100, shutil.get_terminal_size((100, 24)).columns)
-    fields = {item.name: item for item, _ in options_of(command.sections.values())}
     modes = command.presets.get("mode", {})
-    usage = ["%(prog)s", *(_usage_of(fields[name]) for name in command.positionals), "[--mode MODE]" * bool(modes)]
+    positionals = [item for item, _ in options_of(command.sections.values()) if item.metadata["positional"]]
+    usage = ["%(prog)s", *map(_usage_of, positionals), *(["[--mode MODE]"] if modes else []), "[options]"]
     parser = _Parser(
         prog=f"{program_name()} {command.name}" if command.name else None,
-        usage=" ".join([*filter(None, usage), "[options]"]),
+        usage=" ".join(usage),
         description=command.description,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=width),
         allow_abbrev=False,
@@ -201,9 +202,8 @@ def _build_parser(command: Command) -> _Parser:
     for section in command.sections.values():
         title, _, description = (section.__doc__ or "").rstrip(".").partition(": ")
         group = parser.add_argument_group(title, description)
-        order = [*command.positionals, *(item.name for item in dataclasses.fields(section))]
-        for item, kind in sorted(options_of([section]), key=lambda pair: order.index(pair[0].name)):
-            _add_option(group, item, kind, defaults.get(item.name, item.default), item.name in command.positionals)
+        for item, kind in options_of([section]):
+            _add_option(group, item, kind, defaults.get(item.name, item.default))
     return parser
 
 
@@ -212,22 +212,22 @@ def _usage_of(item: dataclasses.Field) -> str:
     return f"{metavar} [{metavar} ...]" if item.default == () else metavar
 
 
-def _add_option(group, item: dataclasses.Field, kind: type, default, positional: bool) -> None:
+def _add_option(group, item: dataclasses.Field, kind: type, default) -> None:
     default = " ".join(default) if isinstance(default, tuple) else default
     shown = "" if default in ("", (), False) else f" ({default:g})" if isinstance(default, float) else f" ({default})"
-    how: dict[str, Any] = {"help": item.metadata["help"] + shown}
+    syntax = item.metadata
+    how: dict[str, Any] = {"help": syntax["help"] + shown}
     if kind is bool:
         how |= {"action": "store_true"}
-    elif item.metadata["choices"]:
-        how |= {"choices": item.metadata["choices"]}
+    elif syntax["choices"]:
+        how |= {"choices": syntax["choices"]}
     elif kind not in KIND_NAMES:
-        how |= {"nargs": "+", "metavar": item.metadata["metavar"]}
-    elif positional:
-        how |= {"metavar": item.metadata["metavar"]}
+        how |= {"nargs": "+", "metavar": syntax["metavar"]}
+    elif syntax["positional"]:
+        how |= {"metavar": syntax["metavar"]}
     else:
-        auto = item.metadata["auto"]
-        how |= {"type": _converter(kind, auto), "metavar": kind.__name__.upper() + "|auto" * auto}
-    group.add_argument(item.name if positional else f"--{item.name}", **how)
+        how |= {"type": _converter(kind, syntax["auto"]), "metavar": kind.__name__.upper() + "|auto" * syntax["auto"]}
+    group.add_argument(item.name if syntax["positional"] else f"--{item.name}", **how)
 
 
 def _converter(kind: type, auto: bool) -> Callable[[str], object]:

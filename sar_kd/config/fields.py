@@ -1,5 +1,5 @@
 """What settings are made of: dataclass fields that are also command-line options, the checks of their values, a run's
-configuration, and the `Command` that says which options a command line takes.
+configuration, and the `Command` with the options of a command line.
 """
 
 from __future__ import annotations
@@ -41,16 +41,18 @@ def option(
     positive: bool = False,
     not_empty: str = "",
     metavar: str = "FILE",
+    positional: bool = False,
     auto: bool = False,
 ):
     """A dataclass field that is also a command-line option, with this help text.
 
     at_least, positive: a finite number of at least this, or above 0; not_empty: the remedy where '' is given
-    metavar: of a positional, or of an option that takes several values; auto: a count that may also be `AUTO`
+    positional: given without its name, in the order of the fields; metavar: of a positional, or of several values
+    auto: a count that may also be `AUTO`
     """
-    shown = {"help": text, "choices": choices, "metavar": metavar, "auto": auto}
+    syntax = {"help": text, "choices": choices, "metavar": metavar, "positional": positional, "auto": auto}
     limits = {"at_least": at_least, "positive": positive, "not_empty": not_empty}
-    return field(default=default, metadata=shown | limits)
+    return field(default=default, metadata=syntax | limits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +144,6 @@ class Command(Generic[C]):
     description: str
     config: type[C]
     """A kind of `RunConfig`, or a single section"""
-    positionals: tuple[str, ...] = ()
-    """Fields given by position instead of by name, in this order; the last may take several values"""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Values that differ from the fields' own; where there is a `--mode`, its default is one of them"""
     presets: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
