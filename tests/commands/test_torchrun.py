@@ -60,7 +60,7 @@ def _argv(inputs, out, *more, batch=2, steps=4, student="student"):
 
 
 def _alone(argv):
-    """A run in this one process."""
+    """A run in this process."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as err:
         code = main.run(train_sar_kd_stable.main, argv)
     return SimpleNamespace(code=code, err=err.getvalue().splitlines())
@@ -80,7 +80,7 @@ def _lines(ended):
 
 
 class _Changed:
-    """A change of the script in one rank before it runs; a pickle can carry it."""
+    """A change of the script in one rank before it runs; can be pickled."""
 
     def __init__(self, act, at, rank):
         self.act, self.at, self.rank = act, at, rank
