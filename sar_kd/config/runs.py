@@ -59,9 +59,7 @@ class RoutingConfig(Section):
     )
     router_lr: float = option(1e-5, "peak learning rate of the routers", at_least=0)
     router_beta: float = option(0.01, "weight of the load balancing loss, CV^2 of the expert probabilities", at_least=0)
-    router_anchor: float = option(
-        0.1, "weight of the routers' squared distance from their initial values, relative", at_least=0
-    )
+    router_anchor: float = option(0.1, "weight of the routers' relative squared distance from the start", at_least=0)
     router_direction: str = option(
         "forward",
         "divergence that the routers minimize; forward: KL(teacher || student); reverse: KL(student || teacher); jsd: "
@@ -90,13 +88,9 @@ class OnPolicyConfig(Section):
         "sar-paper, ka-paper: Algorithm 2 or 1 of arXiv 2502.12947 with its values; the run lists what differs",
         choices=("", "sar-paper", "ka-paper"),
     )
-    on_policy_fraction: float = option(
-        0.0, "share of the micro-batches whose responses the student generates; 1: all of them"
-    )
+    on_policy_fraction: float = option(0.0, "share of micro-batches whose responses the student generates; 1: all")
     sample_temperature: float = option(1.0, "temperature of the student's generation; 0: greedy", at_least=0)
-    sample_top_p: float = option(
-        1.0, "generation draws from the fewest tokens with this total probability", positive=True
-    )
+    sample_top_p: float = option(1.0, "sample from the fewest tokens with this total probability", positive=True)
     max_new_tokens: int = option(128, "longest generated response in tokens, within a block", at_least=1)
     replay_size: int = option(0, "generated responses to keep and train on again; 0: each is used once", at_least=0)
     replay_fraction: float = option(0.5, "share of the on-policy micro-batches taken from the kept responses")
@@ -175,9 +169,7 @@ class SftTrainConfig(TrainConfig):
     train_steps: int = option(0, "attempted optimizer updates; 0: as many as --epochs takes", at_least=0)
     max_steps: int = option(0, "stop after this many steps in any case, for a quick check; 0: no limit", at_least=0)
     per_device_batch_size: int = option(8, AUTO_BATCH.format(what="examples"), at_least=1, auto=True)
-    eval_steps: int = option(
-        200, "steps between validations; there is also one at the start and one at the end", at_least=1
-    )
+    eval_steps: int = option(200, "steps between validations; also one at the start and one at the end", at_least=1)
     log_steps: int = option(10, "steps between printed lines; with --max_steps every step is printed", at_least=1)
     save_strategy: str = option(
         "epoch",
@@ -254,9 +246,7 @@ class CacheConfig(Section):
         metavar="T",
     )
     per_device_batch_size: int = option(4, "blocks in one forward of the teacher", at_least=1)
-    loss_workspace_mb: int = option(
-        64, "MiB for the teacher's logits, which are computed in tiles of this size", at_least=1
-    )
+    loss_workspace_mb: int = option(64, "MiB for the teacher's logits, computed in tiles of this size", at_least=1)
     overwrite: bool = option(False, "delete the cache in --teacher_cache and start again")
 
     def __post_init__(self):

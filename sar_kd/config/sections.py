@@ -55,9 +55,7 @@ class DataConfig(Section):
     task_teacher_steps: int = option(
         1500, "with --task: steps of fine-tuning the embedded teacher before distillation; 0: none", at_least=0
     )
-    skip_baseline: bool = option(
-        False, "with --task: leave out the second student, trained by cross-entropy alone for comparison"
-    )
+    skip_baseline: bool = option(False, "with --task: train no baseline student by cross-entropy alone")
     block_size: int = option(256, "student tokens in a block; the teacher gets the same text")
     token_cache: str = option(
         "", "folder that stores the tokens of a large text; by default sar_kd in the user's cache folder; 'off': none"
@@ -80,9 +78,7 @@ class DataConfig(Section):
 class LossConfig(Section):
     """Loss: alpha_ce * CE(text) + alpha_kd * T^2 * D(teacher, student)."""
 
-    temperature: float = option(
-        2.0, "T: logits are divided by it before the softmax of the distillation term", positive=True
-    )
+    temperature: float = option(2.0, "T: divides the logits before the softmax of the distillation term", positive=True)
     alpha_kd: float = option(0.1, "weight of the distillation term; 0: train by cross-entropy alone", at_least=0)
     alpha_ce: float = option(0.9, "weight of the cross-entropy term", at_least=0)
     logit_clamp: float = option(5.0, "c: logits in the training loss are limited to [-c, c]", positive=True)
@@ -92,9 +88,7 @@ class LossConfig(Section):
         "loss; raw: plain clamp(z, -c, c); off",
         choices=("normalized", "raw", "off"),
     )
-    loss_clamp: float = option(
-        6.0, "limit of the cross-entropy and of the total loss, in nats per token", positive=True
-    )
+    loss_clamp: float = option(6.0, "limit of the cross-entropy and the total loss, in nats per token", positive=True)
     loss_clamp_style: str = option(
         "scale",
         "scale: scale a loss above the limit down to it, which keeps the direction of its gradient; hard: plain clamp, "
@@ -118,9 +112,7 @@ class LossConfig(Section):
         0, "teacher tokens kept at each position, the most likely; the others form one class; 0: all tokens", at_least=0
     )
     alm_tau: float = option(5.0, "temperature of the chunk likelihoods in --alignment alm", positive=True)
-    loss_workspace_mb: int = option(
-        64, "MiB for the logits in the loss, which is computed in tiles of this size", at_least=1
-    )
+    loss_workspace_mb: int = option(64, "MiB for logits; the loss is computed in tiles of this size", at_least=1)
     force: bool = option(False, "train even if preflight finds that nothing can be learned or memory is short")
 
     def __post_init__(self):
@@ -204,9 +196,7 @@ class TrainConfig(Section):
     train_steps: int = option(500, "attempted optimizer updates", at_least=1)
     per_device_batch_size: int = option(4, AUTO_BATCH.format(what="blocks"), at_least=1, auto=True)
     grad_accum_steps: int = option(1, "micro-batches in a step", at_least=1)
-    eval_steps: int = option(
-        50, "steps between validations; there is also one at the start and one at the end", at_least=1
-    )
+    eval_steps: int = option(50, "steps between validations; also one at the start and one at the end", at_least=1)
     log_steps: int = option(25, "steps between printed lines", at_least=1)
     save_steps: int = option(100, "steps between checkpoints", at_least=1)
     parallel: str = option(
@@ -214,9 +204,7 @@ class TrainConfig(Section):
         "with several devices (torchrun): ddp: the whole student on each; fsdp: the student sharded over them",
         choices=("ddp", "fsdp"),
     )
-    keep_checkpoints: int = option(
-        2, "checkpoints to keep; if the last one is damaged, the one before it is used", at_least=1
-    )
+    keep_checkpoints: int = option(2, "checkpoints to keep; the one before is used if the last is damaged", at_least=1)
     time_limit: str = option("", "save and exit after this time, as if interrupted: 11h, 90m, 1h30m")
     tensorboard: bool = option(False, "also write TensorBoard event files into the run folder")
     wandb: bool = option(False, "also send the metrics to Weights & Biases")
@@ -241,9 +229,7 @@ class TrainConfig(Section):
 class MemoryConfig(Section):
     """Memory: recompute, move or round so that a run fits; `sar-kd preflight` shows what fits."""
 
-    gradient_checkpointing: bool = option(
-        False, "recompute the student's activations in backward: less memory, a third more time"
-    )
+    gradient_checkpointing: bool = option(False, "recompute the student's activations: less memory, a third more time")
 
 
 @dataclass(frozen=True, kw_only=True)
