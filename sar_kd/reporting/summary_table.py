@@ -47,8 +47,8 @@ def summary_table(summary: dict, folder: Path) -> list[str]:
 def _on_policy_line(found: dict, seconds: float) -> str:
     """What the student generated, and the share of the run's time that took."""
     count = max(1, found["responses"])
-    faults = ", ".join(f"{name} {count}" for name, count in found["faults"].items() if count)
-    shown = f" (faults: {faults})" if faults else ""
+    issues = ", ".join(f"{name} {count}" for name, count in found["issues"].items() if count)
+    shown = f" (issues: {issues})" if issues else ""
     return (
         f"  generated {found['responses']:,} responses of {found['tokens'] / count:.1f} tokens on average, "
         f"{found['ended'] / count:.0%} of them ended{shown}; that took "

@@ -63,7 +63,7 @@ _MAX_ZERO_STEPS = 3
 
 _NO_TARGETS = (
     "nothing in them is to be learned. Likely causes: the answer is cut off (raise --block_size, or shorten the "
-    "question), the chat template drops the assistant's turn, or the answer stands in another field (question and "
+    "question), the chat template drops the assistant's turn, or the answer is in another field (question and "
     "answer, prompt and completion, or messages with the role assistant)"
 )
 

@@ -196,7 +196,7 @@ class OnPolicy(Callback):
     def summary(self) -> dict:
         totals = self.state["totals"]
         counts, issues = ({name: totals[name] for name in names} for names in (_COUNTS, ISSUES))
-        return {"on_policy": {"sampling_seconds": self.state["sampling_seconds"], **counts, "faults": issues}}
+        return {"on_policy": {"sampling_seconds": self.state["sampling_seconds"], **counts, "issues": issues}}
 
 
 def _is_due(index: int, share: float) -> bool:

@@ -506,4 +506,4 @@ def test_a_run_whose_student_is_not_finite_stops_and_names_the_module(inputs, tm
     )
     assert code == 3
     assert "down_proj" in " ".join(err)
-    assert read_json(tmp_path / "run" / "summary.json")["on_policy"]["faults"]["nonfinite"] > 0
+    assert read_json(tmp_path / "run" / "summary.json")["on_policy"]["issues"]["nonfinite"] > 0
