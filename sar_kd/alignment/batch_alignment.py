@@ -55,6 +55,11 @@ class Continuations:
     num_inside_classes: int
     """O_1: classes of the first K_1"""
 
+    @property
+    def num_inside(self) -> int:
+        """K_1."""
+        return len(self.fine_positions)
+
 
 @dataclass(frozen=True)
 class Alignment:

@@ -106,7 +106,7 @@ class _Segmenter:
         ranges = [self._ranges(side, max(0, shared[side]), lasts[side]) for side in range(2)]
         coarse = [np.concatenate([self.coarse[i][slice(*span)] for span in ranges[i]]) for i in range(2)]
         own = np.arange(shared[0] + 1, min(lasts[0] + 1, self.num_positions[0]))
-        orders, records = [], []
+        orders, parts = [], []
         for side in range(2):
             inside = ranges[1 - side][0]
             ahead = np.concatenate([self.pairs[side][first_pair:pair_end], self.fine[1 - side][slice(*inside)]])
@@ -115,75 +115,61 @@ class _Segmenter:
             index = np.zeros(lasts[side] - shared[side] + 1, dtype=np.int64)
             index[order - shared[side]] = np.arange(len(order))
             orders.append(order)
-            records.append(self._continuations(side, ranges[side], index[coarse[side] - shared[side]], num_pairs))
-        token_end, paths = self._token_ends(first_pair, pair_end, ranges[self.coarser])
+            parts.append(self._continuations(side, ranges[side], index[coarse[side] - shared[side]], num_pairs))
+        _, shift, class_shift = parts[self.coarser]
+        token_end = self.alignment.token_end.numpy()[first_pair:pair_end]
+        paths = self.alignment.continuation_paths.numpy()
+        paths = paths[:, slice(*np.searchsorted(paths[0], [first_pair, pair_end]))]
         return Segment(
             student_positions=torch.from_numpy(orders[0]),
             teacher_positions=torch.from_numpy(self.teacher_positions[orders[1]]),
             counts=torch.from_numpy((orders[0] > shared[0]).astype(np.float32)),
             num_pairs=num_pairs,
-            teacher_continuations=records[1],
-            student_continuations=records[0],
-            token_end=torch.from_numpy(token_end),
-            continuation_paths=torch.from_numpy(paths),
+            teacher_continuations=parts[1][0],
+            student_continuations=parts[0][0],
+            token_end=torch.from_numpy(np.where(token_end < 0, -1, token_end - shift)),
+            continuation_paths=torch.from_numpy(paths - np.array([[first_pair], [0], [class_shift]])),
         )
 
     def _ranges(self, side: int, low: int, high: int) -> tuple[_Range, _Range]:
         """The continuations with coarse positions in [low, high): those inside a token, those at a common boundary."""
-        positions, num_inside = self.coarse[side], len(self.fine[side])
+        positions, num_inside = self.coarse[side], self.records[side].num_inside
         inside = np.searchsorted(positions[:num_inside], [low, high])
         at_boundary = num_inside + np.searchsorted(positions[num_inside:], [low, high])
         return tuple(inside.tolist()), tuple(at_boundary.tolist())
 
-    def _class_ranges(self, side: int, ranges: tuple[_Range, _Range]) -> tuple[_Range, _Range]:
-        """The classes of such continuations."""
-        firsts = self.first_classes[side]
-        inside, at_boundary = ((int(firsts[start]), int(firsts[end])) for start, end in ranges)
-        return inside, at_boundary
-
     def _continuations(
         self, side: int, ranges: tuple[_Range, _Range], coarse_positions: np.ndarray, num_pairs: int
-    ) -> Continuations:
-        """The continuations of a segment, with positions, continuations and classes counted from 0."""
+    ) -> tuple[Continuations, int, int]:
+        """The continuations of a segment, with positions, continuations and classes counted from 0.
+
+        Returns: them; by how much continuations and classes at a common boundary are counted lower
+        """
+        record, first_classes = self.records[side], self.first_classes[side]
         inside, at_boundary = ranges
-        inside_classes, boundary_classes = self._class_ranges(side, ranges)
-        num_inside, num_inside_classes = inside[1] - inside[0], inside_classes[1] - inside_classes[0]
+        num_inside, first_class = inside[1] - inside[0], int(first_classes[inside[0]])
+        num_inside_classes = int(first_classes[inside[1]]) - first_class
         # Those at a common boundary follow directly on those inside.
-        shift, class_shift = at_boundary[0] - num_inside, boundary_classes[0] - num_inside_classes
-        record = self.records[side]
+        shift, class_shift = at_boundary[0] - num_inside, int(first_classes[at_boundary[0]]) - num_inside_classes
 
         def entries(found: Tensor, span: _Range, first: int, first_class: int) -> np.ndarray:
             part = found.numpy()[:, slice(*np.searchsorted(found[0].numpy(), span))]
             return part - np.array([[first], [0], [first_class]])
 
         coarse_entries = (
-            entries(record.coarse_entries, inside, inside[0], inside_classes[0]),
+            entries(record.coarse_entries, inside, inside[0], first_class),
             entries(record.coarse_entries, at_boundary, shift, class_shift),
         )
         ends = record.end_classes.numpy()
-        ends = np.concatenate([ends[slice(*inside)] - inside_classes[0], ends[slice(*at_boundary)] - class_shift])
-        return Continuations(
+        ends = np.concatenate([ends[slice(*inside)] - first_class, ends[slice(*at_boundary)] - class_shift])
+        part = Continuations(
             coarse_positions=torch.from_numpy(coarse_positions),
             fine_positions=torch.arange(num_pairs, num_pairs + num_inside),
             coarse_entries=torch.from_numpy(np.concatenate(coarse_entries, axis=1)),
-            fine_entries=torch.from_numpy(entries(record.fine_entries, inside, inside[0], inside_classes[0])),
+            fine_entries=torch.from_numpy(entries(record.fine_entries, inside, inside[0], first_class)),
             class_continuations=torch.from_numpy(np.repeat(np.arange(len(ends)), np.diff(ends, prepend=-1))),
             end_classes=torch.from_numpy(ends),
             can_end=record.can_end[slice(*inside)],
             num_inside_classes=num_inside_classes,
         )
-
-    def _token_ends(
-        self, first_pair: int, pair_end: int, ranges: tuple[_Range, _Range]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """`token_end` and `continuation_paths` of a segment; `ranges` of the coarser side's continuations."""
-        inside, at_boundary = ranges
-        inside_classes, boundary_classes = self._class_ranges(self.coarser, ranges)
-        shift = at_boundary[0] - (inside[1] - inside[0])
-        class_shift = boundary_classes[0] - (inside_classes[1] - inside_classes[0])
-        token_end, paths = (
-            self.alignment.token_end.numpy()[first_pair:pair_end],
-            self.alignment.continuation_paths.numpy(),
-        )
-        paths = paths[:, slice(*np.searchsorted(paths[0], [first_pair, pair_end]))]
-        return np.where(token_end < 0, -1, token_end - shift), paths - np.array([[first_pair], [0], [class_shift]])
+        return part, shift, class_shift

@@ -51,15 +51,6 @@ def add_continuation_paths(after_end: Tensor, paths: ContinuationPaths) -> Tenso
     return total.index_put((classes, boundaries), joint)
 
 
-class PathGrad(NamedTuple):
-    """d loss / d log-probabilities of `ContinuationPaths`."""
-
-    log_probs: Tensor
-    """float32 [O]"""
-    end_log_probs: Tensor
-    """float32 [R]"""
-
-
 class BoundaryLoss(NamedTuple):
     """The divergence at each of K common boundaries, nats, and its gradient."""
 
@@ -69,8 +60,8 @@ class BoundaryLoss(NamedTuple):
     """float32 [K]: without a floor"""
     grad: Tensor | None = None
     """float32 [V, K]: d loss / d logits of the side with a gradient"""
-    path_grad: PathGrad | None = None
-    """Where that side is the coarser"""
+    path_grad: tuple[Tensor, Tensor] | None = None
+    """float32 [O] and [R]: d loss / d `log_probs` and `end_log_probs` of the paths, where that side is the coarser"""
 
 
 def boundary_divergence(
@@ -120,6 +111,6 @@ def boundary_divergence(
         num_ends = len(paths.end_log_probs)
         end_grad = paths.end_log_probs.new_zeros(num_ends + 1)
         end_grad.index_add_(0, paths.token_end.where(paths.token_end >= 0, num_ends), grad_sum * counts)
-        path_grad = PathGrad(log_prob_grad, end_grad[:-1])
+        path_grad = log_prob_grad, end_grad[:-1]
     log_softmax_backward_(grad, grad_sum, sides[grad_side], counts * weight)
     return BoundaryLoss(loss, unclamped, grad, path_grad)

@@ -24,12 +24,7 @@ from sar_kd.data.batch import MASKED_LOGIT, Batch, TopKLogits
 from sar_kd.losses.distillation import Distillation, dense_tile
 from sar_kd.losses.divergence import logsumexp_backward
 from sar_kd.losses.functional import GroupSums
-from sar_kd.losses.projection.joint import (
-    BoundaryLoss,
-    ContinuationPaths,
-    add_continuation_paths,
-    boundary_divergence,
-)
+from sar_kd.losses.projection.joint import BoundaryLoss, ContinuationPaths, add_continuation_paths, boundary_divergence
 from sar_kd.losses.projection.marginals import (
     KNOWN_THRESHOLD,
     ClassMap,
@@ -41,13 +36,7 @@ from sar_kd.losses.projection.marginals import (
 )
 from sar_kd.losses.projection.truncated import SparseClasses, dense_with_tail, known_classes, known_entries
 from sar_kd.losses.tiled_loss import SparseGrad, TeacherTile, Tile, TileGrad, TileLoss
-from sar_kd.models.logit_tiles import (
-    LogProbs,
-    finite_positions,
-    flat_view,
-    logsumexp_per_position,
-    mask_positions_,
-)
+from sar_kd.models.logit_tiles import LogProbs, finite_positions, flat_view, logsumexp_per_position, mask_positions_
 
 Sums = tuple[Tensor, Tensor]
 """A sum over positions with the floor and without it, fp32 scalars, nats"""
@@ -62,17 +51,6 @@ class _ContinuationLogits(NamedTuple):
     """float32 [E]: the `coarse_entries` of this side's continuations"""
     indices: Tensor
     """int64 [E]: of the entries, in `flat_view` of the tile"""
-
-
-class _TruncatedTeacher(NamedTuple):
-    """A teacher truncated to its top k, inside tokens."""
-
-    coarse_log_probs: Tensor
-    """float32 [O], of its own continuations"""
-    inside: Tensor
-    """float32 [V_t + 1, K_1]: logits inside the student's tokens, the tail last"""
-    counts: Tensor
-    """bool [K_1]: which continuations inside its own tokens count"""
 
 
 class Projection(Distillation[Segment]):
@@ -159,8 +137,8 @@ class Projection(Distillation[Segment]):
 
     def _top_k_loss_and_grad(self, student: Tensor, top: TopKLogits, segment: Segment, needs_grad: bool) -> TileLoss:
         num_pairs, temperature, class_map = segment.num_pairs, self.temperature, self.student_map
-        teacher = self._truncated_teacher(top, segment)
-        paths, counts = self._paths(teacher.coarse_log_probs, segment, top.is_finite)
+        teacher_coarse, teacher_inside, counts_inside = self._truncated_teacher(top, segment)
+        paths, counts = self._paths(teacher_coarse, segment, top.is_finite)
         known = known_classes(top.slice(0, num_pairs), self.teacher_map, temperature, paths)
         own = self._continuation_logits(
             student, num_pairs, segment.teacher_continuations, segment.student_continuations
@@ -181,8 +159,8 @@ class Projection(Distillation[Segment]):
                 for leaf in leaves:
                     leaf.requires_grad_()
             with torch.enable_grad():
-                coarse = coarse_log_probs(own.entries, segment.student_continuations), teacher.coarse_log_probs
-                inside = self._inside_loss(coarse, (own.inside, teacher.inside), segment, top.is_finite, teacher.counts)
+                coarse = coarse_log_probs(own.entries, segment.student_continuations), teacher_coarse
+                inside = self._inside_loss(coarse, (own.inside, teacher_inside), segment, top.is_finite, counts_inside)
                 multi_logits = torch.cat([multi, multi.new_zeros(1, num_pairs)])[multi_index, known.positions]
                 logits = torch.where(multi_index < 0, single, multi_logits).where(known.is_known, MASKED_LOGIT)
                 positions = torch.cat([known.positions, numbers])
@@ -236,11 +214,11 @@ class Projection(Distillation[Segment]):
 
     def differentiable_loss(self, student: Tensor, teacher: TeacherTile, context: Segment) -> TileLoss:
         segment, num_pairs, top = context, context.num_pairs, self._top_k(teacher)
-        truncated = self._truncated_teacher(top, segment)
-        num_inside, record = len(segment.teacher_continuations.fine_positions), segment.student_continuations
+        teacher_coarse, teacher_inside, counts_inside = self._truncated_teacher(top, segment)
+        num_inside, record = segment.teacher_continuations.num_inside, segment.student_continuations
         own = gather_logits(student, self.student_map, num_pairs, num_inside, record, self.temperature)
-        coarse = coarse_log_probs(own.entries, record), truncated.coarse_log_probs
-        inside = self._inside_loss(coarse, (own.inside, truncated.inside), segment, top.is_finite, truncated.counts)
+        coarse = coarse_log_probs(own.entries, record), teacher_coarse
+        inside = self._inside_loss(coarse, (own.inside, teacher_inside), segment, top.is_finite, counts_inside)
         paths, counts = self._paths(coarse[0], segment, top.is_finite)
         log_p = add_continuation_paths(own.boundary.log_softmax(0), paths)
         known = known_classes(top.slice(0, num_pairs), self.teacher_map, self.temperature)
@@ -262,16 +240,21 @@ class Projection(Distillation[Segment]):
     ) -> _ContinuationLogits:
         continuation, token, _ = as_coarse.coarse_entries
         indices = token * tile.stride(0) + as_coarse.coarse_positions[continuation]
-        inside = tile[:, num_pairs : num_pairs + len(as_fine.fine_positions)]
+        inside = tile[:, num_pairs : num_pairs + as_fine.num_inside]
         entries = flat_view(tile).index_select(0, indices)
         return _ContinuationLogits(inside.div(self.temperature).contiguous(), entries.div_(self.temperature), indices)
 
-    def _truncated_teacher(self, top: TopKLogits, segment: Segment) -> _TruncatedTeacher:
+    def _truncated_teacher(self, top: TopKLogits, segment: Segment) -> tuple[Tensor, Tensor, Tensor]:
+        """The teacher's top k inside tokens.
+
+        Returns: log-probabilities of its own continuations, float32 [O]; its logits inside the student's tokens, the
+        tail last, float32 [V_t + 1, K_1]; which continuations inside its own tokens count, bool [K_1]
+        """
         record, num_pairs = segment.teacher_continuations, segment.num_pairs
         entries, counts = known_entries(top, record, self.teacher_vocab_size, self.temperature)
-        inside = top.slice(num_pairs, num_pairs + len(segment.student_continuations.fine_positions))
+        inside = top.slice(num_pairs, num_pairs + segment.student_continuations.num_inside)
         logits = dense_with_tail(inside, self.teacher_vocab_size, self.temperature)
-        return _TruncatedTeacher(coarse_log_probs(entries, record), logits, counts[: len(record.fine_positions)])
+        return coarse_log_probs(entries, record), logits, counts[: record.num_inside]
 
     def _paths(self, coarse_log_probs: Tensor, segment: Segment, is_finite: Tensor) -> tuple[ContinuationPaths, Tensor]:
         """The coarser side's continuations at common boundaries, and which boundaries count: bool [num_pairs]."""
@@ -285,9 +268,9 @@ class Projection(Distillation[Segment]):
 
     def _num_dropped(self, segment: Segment, is_finite: Tensor) -> Tensor:
         """Teacher positions that are not finite, each as often as it would be compared."""
-        record = segment.teacher_continuations
-        inside = record.coarse_positions[: len(record.fine_positions)], segment.student_continuations.fine_positions
-        return (~is_finite[: segment.num_pairs]).sum() + (~is_finite[torch.cat(inside)]).sum()
+        coarse = segment.teacher_continuations.coarse_positions[: segment.teacher_continuations.num_inside]
+        inside = torch.cat([coarse, segment.student_continuations.fine_positions])
+        return (~is_finite[: segment.num_pairs]).sum() + (~is_finite[inside]).sum()
 
     def _inside_loss(
         self,
@@ -295,16 +278,16 @@ class Projection(Distillation[Segment]):
         fine_logits: tuple[Tensor, Tensor],
         segment: Segment,
         is_finite: Tensor,
-        is_known: Tensor | None = None,
+        counts_inside: Tensor | None = None,
     ) -> Sums:
         """The divergence where one side starts a token inside a token of the other; student first in all pairs.
 
         coarse: float32 [O], log-probabilities of each side's continuations; fine_logits: float32 [V, K_1]
-        is_known: bool [K_1]: the continuations inside the teacher's tokens that count, of a truncated teacher
+        counts_inside: bool [K_1]: which continuations inside a truncated teacher's tokens count
         """
         record = segment.teacher_continuations
-        counts = is_finite[record.coarse_positions[: len(record.fine_positions)]]
-        counts = counts if is_known is None else counts & is_known
+        counts = is_finite[record.coarse_positions[: record.num_inside]]
+        counts = counts if counts_inside is None else counts & counts_inside
         student = fine_log_probs(fine_logits[0], record, self.divergence.direction == "reverse")
         in_teacher = self._continuation_loss(student, coarse[1][: record.num_inside_classes], record, counts)
         record = segment.student_continuations
@@ -318,7 +301,7 @@ class Projection(Distillation[Segment]):
         if self.top_k:
             if self.divergence.direction == "reverse":  # a class outside the top k would have probability 0
                 student = on_support(student, teacher)
-            groups = GroupSums(continuation_of, len(record.fine_positions))
+            groups = GroupSums(continuation_of, record.num_inside)
             student, teacher, shared = renormalise(student, teacher, groups)
             counts = counts & shared
         return self.divergence(student, teacher, counts[continuation_of])
