@@ -12,15 +12,13 @@ import time
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from sar_kd.config.fields import AUTO, KIND_NAMES, Command, is_allowed, options_of, require
+from sar_kd.config.fields import AUTO, KIND_NAMES, C, Command, is_allowed, options_of, require
 from sar_kd.config.presets import default_batch_size, recipe_lines
 from sar_kd.config.sections import EMBEDDED
 from sar_kd.errors import UsageError
 from sar_kd.version import RUN_FORMAT
-
-C = TypeVar("C")
 
 # A resumed run may have other values of these: they change when it stops, saves and reports, not what it computes.
 _MAY_CHANGE_ON_RESUME = {

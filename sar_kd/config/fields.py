@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 from sar_kd.errors import UsageError
 from sar_kd.version import RUN_FORMAT
 
-C = TypeVar("C")
+C = TypeVar("C", bound="RunConfig | Section")
 
 AUTO = "auto"
 """The value of a count that the program is to find; `fit_batch_size` puts a number in its place."""
@@ -74,6 +74,12 @@ class Section:
             if limits["not_empty"]:
                 require(value != "", name, "''", limits["not_empty"])
 
+    @classmethod
+    def from_options(cls, values: Mapping[str, Any]):
+        """The section in which each field named in `values` has that value; lists become tuples."""
+        own = {item.name: values[item.name] for item in dataclasses.fields(cls) if item.name in values}
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in own.items()})
+
 
 def options_of(sections: Iterable[type]) -> Iterator[tuple[dataclasses.Field, type]]:
     """Every field of these sections, with its type."""
@@ -116,7 +122,7 @@ class RunConfig:
         return {"format": RUN_FORMAT, **values}
 
     @classmethod
-    def sections(cls) -> dict[str, type]:
+    def sections(cls) -> dict[str, type[Section]]:
         """The sections whose fields are options, by name, in order."""
         kinds = typing.get_type_hints(cls)
         names = [item.name for item in dataclasses.fields(cls) if item.metadata.get("options", True)]
@@ -125,14 +131,8 @@ class RunConfig:
     @classmethod
     def from_options(cls, values: dict[str, Any], mode: str, notices: tuple[str, ...] = ()):
         """The configuration in which each option named in `values` has that value and the others their default."""
-        parts: dict[str, Any] = {name: section_from(section, values) for name, section in cls.sections().items()}
+        parts: dict[str, Any] = {name: section.from_options(values) for name, section in cls.sections().items()}
         return cls(**parts, mode=mode, notices=notices)
-
-
-def section_from(section: type[C], values: Mapping[str, Any]) -> C:
-    """The section whose fields have the values given for them; lists become tuples."""
-    own = {name: values[name] for item in dataclasses.fields(section) if (name := item.name) in values}  # type: ignore[arg-type]
-    return section(**{name: tuple(value) if isinstance(value, list) else value for name, value in own.items()})
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class Command(Generic[C]):
     """Begins the name of a run folder; '' for a command that makes none"""
 
     @property
-    def sections(self) -> dict[str, type]:
+    def sections(self) -> dict[str, type[Section]]:
         """The sections whose fields are its options."""
         return self.config.sections() if issubclass(self.config, RunConfig) else {self.name: self.config}
 
@@ -162,4 +162,4 @@ class Command(Generic[C]):
         """Its configuration with these values; mode and notices are a run's."""
         if issubclass(self.config, RunConfig):
             return self.config.from_options(values, mode, notices)
-        return section_from(self.config, values)
+        return self.config.from_options(values)
