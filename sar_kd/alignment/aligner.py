@@ -27,7 +27,7 @@ _FIT_TOKENS = 2**20
 """Student tokens of the text that the vocabulary maps are fitted to."""
 
 
-class _Continuing(NamedTuple):
+class _SideContinuations(NamedTuple):
     """The continuations of one side in a batch, and their classes."""
 
     record: Continuations
@@ -133,7 +133,10 @@ class Aligner:
         )
 
     def align(self, blocks: Sequence[Block], student_width: int, teacher_width: int) -> Alignment:
-        """The alignment of a batch of blocks, each one row of inputs of these widths, start token first."""
+        """The alignment of a batch of blocks, each one row of inputs of these widths, start token first.
+
+        Blocks begin and end at common boundaries, so each has the same bytes on both sides.
+        """
         student = _BatchTokens(self._text.student, [block[:2] for block in blocks], student_width)
         teacher = _BatchTokens(self._text.teacher, [block[2:] for block in blocks], teacher_width)
         student.positions = np.cumsum(student.is_target) - 1
@@ -174,7 +177,7 @@ class Aligner:
 
     def _continuations(
         self, coarse: int, boundaries: Boundaries, sides: tuple[_BatchTokens, _BatchTokens]
-    ) -> _Continuing:
+    ) -> _SideContinuations:
         """Where the last token of `coarse` (0 student, 1 teacher) may continue and the other side starts a token.
 
         For the coarser tokenizer at every such boundary; for the finer one only inside its tokens, where it does
@@ -219,9 +222,9 @@ class Aligner:
             can_end=torch.from_numpy(can_end),
             num_inside_classes=int(counts[:num_inside].sum()),
         )
-        return _Continuing(record, at_boundary, tables, table_of)
+        return _SideContinuations(record, at_boundary, tables, table_of)
 
-    def _continuation_paths(self, token_end: np.ndarray, coarser: _Continuing) -> np.ndarray:
+    def _continuation_paths(self, token_end: np.ndarray, coarser: _SideContinuations) -> np.ndarray:
         """`Alignment.continuation_paths`: classes that the coarser side also reaches if its token does not end."""
         (pairs,) = (token_end >= 0).nonzero()
         continuations = token_end[pairs]

@@ -28,10 +28,11 @@ class SharedClasses:
 
 @dataclass(frozen=True)
 class Continuations:
-    """K places where one tokenizer (fine) starts a token, and the other's (coarse) last token may continue.
+    """K boundaries at which one tokenizer starts a token, and the last token of the other may continue.
 
-    The coarse position is the one that predicts that last token. Conditioned on the token's bytes up to the place (its
-    prefix), the token is one of those that extend the prefix, or it ends there. Each continuation has classes of its
+    The former is the fine, the latter the coarse side of this record, whichever tokenizer is the coarser on the whole.
+    The coarse position is the one that predicts that last token. Conditioned on the token's bytes before the boundary,
+    its prefix, it is one of the tokens that extend the prefix, or it ends there. Each continuation has classes of its
     own, numbered across all K; its last class is that the token ends.
 
     The first K_1 are inside a token of the text: it does continue, and only the fine side starts a token. The others
@@ -45,7 +46,7 @@ class Continuations:
     coarse_entries: Tensor
     """int64 [3, E]: continuation, token id, class"""
     fine_entries: Tensor
-    """int64 [3, E']: the same of the first K_1. No token means the end: all that are not listed here do"""
+    """int64 [3, E']: the same of the first K_1; the tokens that are not listed stand for the end"""
     class_continuations: Tensor
     """int64 [O]: the continuation of each class, ascending"""
     end_classes: Tensor

@@ -1,7 +1,8 @@
 """From the logits of a vocabulary's tokens to log-probabilities of shared classes, and back to gradients of tokens.
 
-A token without a class takes no part, so no probability is pushed down because the other vocabulary lacks the token.
-With equal vocabularies every class is one token, and the divergence is the token-level one.
+A class holds one fine token, with the fine tokens that are merged into it, and every coarse token that begins with it
+(`alignment.vocabulary_map`). A token without a class takes no part, so no probability is pushed down because the other
+vocabulary lacks the token. With equal vocabularies every class is one token, and the divergence the token-level one.
 """
 
 from __future__ import annotations
