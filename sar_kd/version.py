@@ -1,4 +1,4 @@
-"""The version of the package, in one place for setup, model cards and reports; and that of the files of a run folder."""
+"""The version of the package, and that of the files of a run folder."""
 
 __version__ = "0.1.0"
 

@@ -21,13 +21,15 @@ import difflib
 import importlib
 import sys
 from collections.abc import Callable
-
-import torch
+from typing import TYPE_CHECKING
 
 from sar_kd.config.command_line import program_name
 from sar_kd.errors import TrainingDiverged, UsageError
-from sar_kd.runtime.distributed import current_process_group
+from sar_kd.runtime.threads import set_wait_policy
 from sar_kd.version import __version__
+
+if TYPE_CHECKING:
+    from sar_kd.runtime.distributed import ProcessGroup
 
 DONE, USAGE, DIVERGED, INTERRUPTED = 0, 2, 3, 130
 
@@ -51,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"did you mean {nearest[0]}?" if nearest else f"the commands are {', '.join(COMMANDS)}"
         print(f"error: {argv[0]}: no such command; {hint}", file=sys.stderr)
         return USAGE
+    set_wait_policy()  # before the command's module imports torch
     command = importlib.import_module(COMMANDS[argv[0]])
     return run(command.main, argv[1:], resumable=argv[0] == "train")
 
@@ -61,17 +64,19 @@ def run(main: Callable[[list[str] | None], dict], argv: list[str] | None = None,
     0 done; 2 an error that the user can mend, in one line; 3 emergency stop; 130 interrupted
     resumable: the command saves checkpoints from which `--resume` continues
     """
+    set_wait_policy()
     try:
         summary = main(argv)
     except UsageError as error:
         return _report(f"error: {error}", USAGE)
-    except torch.cuda.OutOfMemoryError:
-        remedy = f"give --per_device_batch_size auto, or see what needs the memory: {program_name()} preflight"
-        return _report(f"error: out of GPU memory; {remedy}", USAGE)
     except TrainingDiverged as error:
         return _report(str(error), DIVERGED)
     except RuntimeError as error:
-        line = current_process_group().explain_lost_rank(error)
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is imported late
+            remedy = f"give --per_device_batch_size auto, or see what needs the memory: {program_name()} preflight"
+            return _report(f"error: out of GPU memory; {remedy}", USAGE)
+        group = _process_group()
+        line = group.explain_lost_rank(error) if group else None
         if line is None:
             raise
         return _report(
@@ -84,12 +89,20 @@ def run(main: Callable[[list[str] | None], dict], argv: list[str] | None = None,
     except KeyboardInterrupt:
         rest = "; --resume continues from the last checkpoint, if there is one" if resumable else ""
         return _report(f"interrupted at once{rest}", INTERRUPTED)
-    current_process_group().destroy()
+    if group := _process_group():
+        group.destroy()
     return INTERRUPTED if summary["status"] == "interrupted" else DONE
 
 
 def _report(line: str, code: int, follows: bool = False) -> int:
     """Print an error; returns the code. follows: from a failure of another process, which reports the cause"""
-    if current_process_group().should_report(line, follows):
+    group = _process_group()
+    if group is None or group.should_report(line, follows):
         print("\\n".join(line.splitlines()), file=sys.stderr)  # a value in it may contain newlines
     return code
+
+
+def _process_group() -> ProcessGroup | None:
+    """That of this run; None where nothing has imported its module, and torch with it."""
+    distributed = sys.modules.get("sar_kd.runtime.distributed")
+    return distributed.current_process_group() if distributed else None

@@ -24,6 +24,7 @@ from sar_kd.preflight.memory_plan import fit_batch_size
 from sar_kd.reporting.run_log import SftLog, open_run
 from sar_kd.runtime.distributed import join_process_group
 from sar_kd.runtime.precision import setup_precision
+from sar_kd.runtime.threads import limit_threads
 from sar_kd.teacher.base import NoTeacher
 from sar_kd.training.callbacks import Callback, TargetChecks, TaskEvaluation, check_targets
 from sar_kd.training.guards import StepGuard
@@ -69,6 +70,8 @@ def fine_tune(config: SftConfig) -> dict:
 
     dtype = precision.dtype if config.lora.lora_rank else torch.float32  # trainable weights are float32
     models = load_student(config.models, dtype, precision)  # and its tokenizer
+    for line in limit_threads(models.num_parameters, precision.device):  # one CPU thread for small models
+        log.info(line)
     if config.memory.gradient_checkpointing:
         recompute_activations_(models.student, same_dropout=True)
         models.student.enable_input_require_grads()  # type: ignore[operator]  # transformers'

@@ -22,6 +22,7 @@ from sar_kd.preflight.memory_plan import fit_batch_size
 from sar_kd.reporting.run_log import open_run
 from sar_kd.runtime.distributed import join_process_group
 from sar_kd.runtime.precision import setup_precision
+from sar_kd.runtime.threads import limit_threads
 from sar_kd.teacher.cached import CachedTeacher, open_teacher_cache
 from sar_kd.teacher.live import LiveTeacher
 from sar_kd.training.guards import StepGuard
@@ -59,6 +60,8 @@ def train(config: Config, loaded: LoadedModels = NO_LOADED_MODELS) -> dict:
 
     config, cache = open_teacher_cache(config, group, log.info)  # --teacher_cache: logits without a teacher
     models = load_models(config, precision, cache.teacher if cache else None, loaded)  # and their tokenizers
+    for line in limit_threads(models.num_parameters, precision.device):  # one CPU thread for small models
+        log.info(line)
     limits = models.block_limits(config.data.block_size)  # tokens in a block, for each model
     documents = load_documents(config.data)  # training and held-out text
     logits = cache.texts(documents, models.tokenizers.teacher) if cache else (None, None)
