@@ -96,7 +96,7 @@ MUTATIONS = (
              "        if num_targets == 0:\n", "        if False:\n"),
     Mutation("a micro-batch without targets is passed over", "training/parallel.py",
              "return batch.num_target_tokens > 0", "return True"),
-    Mutation("counts and window alike: one denominator", "training/step.py",
+    Mutation("one denominator for the whole step", "training/step.py",
              "precision.backward(total / divisor)",
              "precision.backward(total / max(1, batch.num_target_tokens) / len(micro_batches))"),
     # the loss scale, the norm and the weights
@@ -119,7 +119,7 @@ MUTATIONS = (
              "names, torch.float32, loaded", "names, precision.dtype, loaded"),
     Mutation("the optimizer refuses half weights", "training/optimizer.py",
              "    assert all(parameter.dtype is torch.float32 for parameter in trainable)", "    assert True"),
-    # the figures that are told
+    # the printed metrics
     Mutation("evaluation is not clamped", "evaluation/perplexity.py",
              "target_log_probs(logits.select(batch.positions), batch.targets, tile_size)[0]",
              "target_log_probs(logits.select(batch.positions), batch.targets, tile_size, 5.0)[0]"),

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from sar_kd.commands.main import main as verbs
+from sar_kd.commands.main import main as run_command
 from sar_kd.commands.main import run as run_as_script
 from sar_kd.config.command_line import parse
 from sar_kd.config.presets import FP16_SAFE
@@ -114,7 +114,7 @@ def test_the_page_names_module_dtype_reach_documents_and_remedy(stopped):
 
 def test_the_stop_names_the_page_and_the_command_prints_it(stopped, capsys):
     assert "crash.md" in stopped.line
-    assert verbs(["forensics", str(stopped.folder)]) == 0
+    assert run_command(["forensics", str(stopped.folder)]) == 0
     assert capsys.readouterr().out == (stopped.folder / "crash" / "crash.md").read_text()
 
 
@@ -138,7 +138,7 @@ def test_nothing_is_replayed_and_nothing_written_while_nothing_is_wrong(make_tra
     summary = trainer.run()
     assert summary["skipped"]["overflow"] > 0
     assert not (tmp_path / "run" / "crash").exists()
-    assert verbs(["forensics", str(tmp_path / "run")]) == 0
+    assert run_command(["forensics", str(tmp_path / "run")]) == 0
     assert "No step of this run had a NaN" in capsys.readouterr().out
 
 
@@ -170,7 +170,7 @@ def test_an_applied_step_of_a_run_reads_the_device_once_its_logging_and_callback
 
 @pytest.mark.parametrize("argv", [[], ["a", "b"], ["--jsn"], ["nowhere"]])
 def test_the_command_names_in_one_line_what_is_missing(argv, capsys):
-    assert verbs(["forensics", *argv]) == 2
+    assert run_command(["forensics", *argv]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 

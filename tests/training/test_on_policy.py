@@ -1,4 +1,4 @@
-"""On-policy distillation: what stands in an on-policy micro-batch, what it teaches, and whole runs with it."""
+"""On-policy distillation: rollouts and their issues, gradients, the replay buffer, and whole runs."""
 
 import dataclasses
 import itertools
@@ -64,7 +64,7 @@ def make_dataset(byte_tokenizer, sp_tokenizer, corpus_texts):
 
 @pytest.fixture
 def make_models(make_student, byte_tokenizer, sp_tokenizer):
-    """make_models(kind): a loud student and a loud teacher."""
+    """make_models(kind): a student and a teacher with heads scaled up: a fresh head is all but uniform."""
 
     def make(kind="different"):
         student = make_student(len(sp_tokenizer), num_hidden_layers=1)
@@ -93,7 +93,7 @@ def _gradients(models, dataset, batch, **loss):
 
 
 def _overfit(student, batch, steps=150):
-    """Teach a student by heart what a batch says."""
+    """Overfit a student to a batch."""
     optimizer = torch.optim.Adam(student.parameters(), lr=1e-2)
     for _ in range(steps):
         logits = student(input_ids=batch.student.input_ids).logits.flatten(0, 1)[batch.student.positions]
@@ -103,7 +103,7 @@ def _overfit(student, batch, steps=150):
 
 
 def _spelt(dataset, batch, side):
-    """The bytes that each row of a batch predicts, its stop token left out."""
+    """The bytes of the targets of each example of a batch, without the stop token."""
     tokens = batch.teacher if side else batch.student
     return [dataset.pair.tables[side].spell(labels[labels >= 0].tolist()) for labels in tokens.labels]
 
@@ -165,12 +165,12 @@ def test_only_the_response_is_a_target_and_both_models_get_the_same_bytes(make_d
     _overfit(models.student, dataset.batch(blocks), 40)
     policy = _on_policy(models, dataset, max_new_tokens=20)
     (batch,) = policy.micro_batches(0, [blocks])
-    rows = policy.state["responses"]["0"]
-    assert batch.blocks == tuple(row[0][0] for row in rows)
+    responses = policy.state["responses"]["0"]
+    assert batch.blocks == tuple(response[0][0] for response in responses)
     student, teacher = _spelt(dataset, batch, 0), _spelt(dataset, batch, 1)
     assert student == teacher
-    assert student == [dataset.pair.tables[0].spell(row[1]) for row in rows]
-    for number, (block, of_student, of_teacher) in enumerate(row[0] for row in rows):
+    assert student == [dataset.pair.tables[0].spell(response[1]) for response in responses]
+    for number, (block, of_student, of_teacher) in enumerate(response[0] for response in responses):
         cut = dataset.blocks[block]
         for tokens, start, size in (
             (batch.student, cut.student_start, of_student), (batch.teacher, cut.teacher_start, of_teacher)
@@ -207,7 +207,7 @@ def test_a_conversation_is_answered_at_its_last_response(make_dataset):
         assert spell(stream.ids[size:].tolist()) == b"Second."
 
 
-# What may be wrong with a response
+# Issues of responses
 
 
 def _ids(dataset, text):
@@ -297,13 +297,13 @@ def test_a_teacher_that_puts_a_space_before_its_text_puts_none_before_a_response
         assert _spelt(dataset, rollouts.batch(kept), 1) == [text.encode()]
 
 
-# Which micro-batches, and what is kept
+# Which micro-batches are on-policy, and the replay buffer
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25, 1 / 3, 0.5, 0.7, 1.0])
 def test_the_share_of_on_policy_micro_batches_is_exact_and_evenly_spread(fraction, make_dataset, make_models):
     policy = _on_policy(make_models(), make_dataset(), on_policy_fraction=fraction)
-    marks = [policy.is_on_policy(place) for place in range(1000)]
+    marks = [policy.is_on_policy(index) for index in range(1000)]
     for size in (10, 100, 1000):
         assert abs(sum(marks[:size]) - fraction * size) <= 1
 

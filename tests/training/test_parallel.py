@@ -1,4 +1,4 @@
-"""Steps of two processes on a CPU beside one process with the joined batch: gradients, verdicts, and who takes part."""
+"""Steps of two processes on a CPU beside one process with the joined batch: gradients, verdicts, collectives."""
 
 import copy
 import dataclasses
@@ -118,11 +118,11 @@ def micro_batches(dataset, rank, count=2):
     return [ragged(dataset, [4 * micro + 2 * rank, 4 * micro + 2 * rank + 1], rank) for micro in range(count)]
 
 
-# What happens in the two processes: one pair of them for all the claims below
+# The two processes: one pair of them for all the tests below
 
 
 def _scenarios(rank, dataset, student, teacher):
-    process_group, found = join_process_group(), {"world": _process_group(join_process_group())}
+    process_group, found = join_process_group(), {"collectives": _process_group(join_process_group())}
     parts = dataset, student, teacher
     for parallel in ("ddp", "fsdp"):
         for dtype in (FLOAT, HALF):
@@ -360,16 +360,16 @@ def test_an_expert_that_one_rank_uses_has_its_gradient_and_one_that_none_uses_ha
 
 
 def test_the_collectives_give_the_same_on_every_rank(both):
-    groups = [end["world"] for end in both]
-    assert [w["first"] for w in groups] == [[0], None]
-    assert {w["refused"] for w in groups} == {"--flag: no"}
-    for w in groups:
-        assert w["sum"] == [3.0, 0.2]
-        assert w["any"] == [False, True, True]
-        assert w["rows"] == [[0.0, 2.0], [1.0, 2.0]]
-        assert w["gather"] == ["rank 0", "rank 1"]
-        assert w["shared"] == 0
-    assert groups[0]["seed"] == 7 != groups[1]["seed"]
+    results = [end["collectives"] for end in both]
+    assert [result["first"] for result in results] == [[0], None]
+    assert {result["refused"] for result in results} == {"--flag: no"}
+    for result in results:
+        assert result["sum"] == [3.0, 0.2]
+        assert result["any"] == [False, True, True]
+        assert result["rows"] == [[0.0, 2.0], [1.0, 2.0]]
+        assert result["gather"] == ["rank 0", "rank 1"]
+        assert result["shared"] == 0
+    assert results[0]["seed"] == 7 != results[1]["seed"]
 
 
 def test_metrics_are_summed_or_their_maximum_is_taken():
