@@ -238,9 +238,9 @@ def _write(config, precision, student) -> None:
 
     train, most = config.train, config.data.block_size - 1
     prompts = [[1] * most] * (train.per_device_batch_size * train.grad_accum_steps - 1) + [[1]]
-    rooms = [max(1, min(config.on_policy.max_new_tokens, most + 1 - len(prompt))) for prompt in prompts]
+    max_new_tokens = [max(1, min(config.on_policy.max_new_tokens, most + 1 - len(prompt))) for prompt in prompts]
     with precision.autocast():
-        generate(student.eval(), prompts, stop_token_ids=[0], max_new_tokens=rooms, temperature=1.0)
+        generate(student.eval(), prompts, stop_token_ids=[0], max_new_tokens=max_new_tokens, temperature=1.0)
     student.train()
 
 

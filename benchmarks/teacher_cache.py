@@ -33,7 +33,7 @@ from paired import NEVER_SKIPS, Run, Shape, add_flags, device_of, make_pair, wri
 
 from sar_kd import embedded
 from sar_kd.commands import cache
-from sar_kd.commands.main import main as verbs
+from sar_kd.commands.main import main as run_command
 
 TOP_K = 32
 TINY, FEW_TOKENS, FEW = Shape(32, 1), 512, 4
@@ -90,13 +90,13 @@ def difference(stored: Run, live: Run, batches: int = 4) -> dict:
 
 
 def in_process(argv: list[str]) -> None:
-    """Run a verb in this process; print what it held at its peak beyond what it held before, MB."""
+    """Run a command in this process; print its peak memory beyond that before it, MB."""
     from input import Meter, anonymous_mb
 
     torch.set_num_threads(1)
     before, meter = anonymous_mb(), Meter()
     with contextlib.redirect_stdout(sys.stderr):
-        code = verbs(argv)
+        code = run_command(argv)
     print(json.dumps({"code": code, "anonymous_mb": meter.peak - before}))
 
 
@@ -118,19 +118,19 @@ def memory(size_mb: int, folder: Path, steps: int) -> dict:
     ]
     train = ["--train_steps", str(steps), "--eval_steps", str(steps), "--output_dir", str(folder / "run")]
     found: dict = {"text_mb": text.stat().st_size / 1e6}
-    for verb, more in (("cache", ["--teacher_top_k", str(FEW)]), ("train", train)):
-        command = [sys.executable, __file__, "--verb", verb, *flags, *more, "--device", "cpu"]
+    for command_name, more in (("cache", ["--teacher_top_k", str(FEW)]), ("train", train)):
+        command = [sys.executable, __file__, "--command", command_name, *flags, *more, "--device", "cpu"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         row = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"code": done.returncode}
         if row["code"]:
-            sys.exit(f"{verb}: {done.stderr[-2000:]}")
-        found[f"{verb}_mb"] = row["anonymous_mb"]
+            sys.exit(f"{command_name}: {done.stderr[-2000:]}")
+        found[f"{command_name}_mb"] = row["anonymous_mb"]
     found["cache_bytes"] = sum(path.stat().st_size for path in (folder / "kept").rglob("*") if path.is_file())
     return found
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--verb"]:
+    if sys.argv[1:2] == ["--command"]:
         in_process(sys.argv[2:])
         return
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

@@ -131,18 +131,18 @@ def test_every_link_of_a_page_leads_somewhere(page):
 def test_every_flag_and_verb_that_a_page_names_exists(page):
     sections = [*SECTIONS.values(), *SftConfig.sections().values()]
     flags = {name for section in sections for name in section.__dataclass_fields__}
-    of_verbs = {"help", "json", "mode", "version", "output", "chat", "model", "max_new_tokens", "sample_temperature"}
+    of_commands = {"help", "json", "mode", "version", "output", "chat", "model", "max_new_tokens", "sample_temperature"}
     of_others = {
-        "check", "index-url", "force-reinstall", "no-index", "find-links", "no-deps", "depth", "local-dir", "logdir", "kills",
-        "variants", "seeds", "flags", "groups", "pairs", "rounds", "steps", "sizes", "shapes", "limit_mb",
+        "check", "index-url", "force-reinstall", "no-index", "find-links", "no-deps", "depth", "local-dir", "logdir",
+        "kills", "variants", "seeds", "flags", "groups", "pairs", "rounds", "steps", "sizes", "shapes", "limit_mb",
         "vocab_size", "rows", "cpu_time", "minutes", "warmup", "shape", "batch_size",
         "nproc_per_node", "repo-type",
         "nnodes", "node_rank", "master_addr", "master_port", "ranks", "workspaces", "temperatures",
     }  # fmt: skip
     named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", PAGES[page]))
-    assert named <= flags | of_verbs | of_others
-    verbs = set(re.findall(r"(?:python -m sar_kd|`sar-kd) ([a-z]+)", PAGES[page]))
-    assert verbs <= set(COMMANDS)
+    assert named <= flags | of_commands | of_others
+    commands = set(re.findall(r"(?:python -m sar_kd|`sar-kd) ([a-z]+)", PAGES[page]))
+    assert commands <= set(COMMANDS)
 
 
 def test_the_table_of_modes_has_the_modes_values():

@@ -196,7 +196,7 @@ def _print_plan(teacher: str, folder: Path, header: dict, texts: list[TeacherTex
     size = record_dtype(metadata).itemsize + _INDEX_BYTES
     total = sum(text.num_records for text in texts)
     print(
-        f"Teacher {teacher} in {metadata['dtype']}, {metadata['teacher_top_k']} likeliest of "
+        f"Teacher {teacher} in {metadata['dtype']}, {metadata['teacher_top_k']} most likely of "
         f"{metadata['num_tokens']:,} tokens: {size} bytes a token, {total:,} tokens, {total * size / 1e6:,.1f} MB in "
         f"{folder}"
     )
@@ -204,7 +204,7 @@ def _print_plan(teacher: str, folder: Path, header: dict, texts: list[TeacherTex
         print(f"Going on: {num_cached:,} of {total:,} tokens are cached")
     remedy = "free some, lower --teacher_top_k, or name another folder"
     missing = (total - num_cached) * size
-    require_disk_space(folder, missing, "the teacher's logits", flag="teacher_cache", remedy=remedy)
+    require_disk_space(folder, missing, "the teacher's logits", option="teacher_cache", remedy=remedy)
 
 
 def _report(folder: Path, header: dict, as_json: bool) -> dict:

@@ -85,7 +85,7 @@ class TokenCache:
     def require_disk_space(self, num_bytes: int) -> None:
         """Raise UsageError unless the folder's disk has `num_bytes` free."""
         remedy = "free some, or name another folder"
-        require_disk_space(self.folder, num_bytes, "the text's tokens", flag="token_cache", remedy=remedy)
+        require_disk_space(self.folder, num_bytes, "the text's tokens", option="token_cache", remedy=remedy)
 
     @contextmanager
     def _writable(self):

@@ -54,9 +54,9 @@ class LoadedModels:
 
     pairs: Mapping[str, tuple[nn.Module, Any]]
 
-    def model(self, flag: str) -> Any:
+    def model(self, option: str) -> Any:
         """The model for this option; None if it is to be loaded."""
-        return self.pairs[flag][0] if flag in self.pairs else None
+        return self.pairs[option][0] if option in self.pairs else None
 
 
 NO_LOADED_MODELS = LoadedModels(MappingProxyType({}))
@@ -121,7 +121,9 @@ def load_models(
     names, quantization = config.models, config.memory.teacher_quantization
     student = _load_checked_model("student_model", names, torch.float32, loaded)
     if quantization != "off" and loaded.model("teacher_model") is not None:
-        raise UsageError(f"--teacher_quantization {quantization}: the teacher is in memory already; leave the flag out")
+        raise UsageError(
+            f"--teacher_quantization {quantization}: the teacher is in memory already; leave the option out"
+        )
     options = quantization_options(quantization, precision)
     teacher = None if cached else _load_checked_model("teacher_model", names, precision.dtype, loaded, **options)
     info = cached or _teacher_info(teacher)
@@ -182,17 +184,17 @@ def load_tokenizers(names: Any, aligns: bool = True) -> TokenizerPair:
     Raises: UsageError as `load_models`
     """
     silence_transformers()
-    flags = ("student_model", "teacher_model")
-    return _load_tokenizers(names, {flag: _configured_vocab_size(flag, names) for flag in flags}, aligns=aligns)
+    roles = ("student_model", "teacher_model")
+    return _load_tokenizers(names, {role: _configured_vocab_size(role, names) for role in roles}, aligns=aligns)
 
 
-def load_for_generation(flag: str, name: str, trust_remote_code: bool, dtype: torch.dtype = torch.float32):
+def load_for_generation(option: str, name: str, trust_remote_code: bool, dtype: torch.dtype = torch.float32):
     """A model in eval mode, and its tokenizer.
 
     Raises: UsageError as `load_models`
     """
     silence_transformers()
-    return _load_model(flag, name, dtype, trust_remote_code).eval(), _load_tokenizer(flag, name, trust_remote_code)
+    return _load_model(option, name, dtype, trust_remote_code).eval(), _load_tokenizer(option, name, trust_remote_code)
 
 
 class MetaModels:
@@ -207,25 +209,25 @@ class MetaModels:
         """'teacher', if there is one, and 'student'; built on first use, or the model itself where it is in memory."""
         names, found = self.config.models, {}
         for role in self.roles:
-            flag = f"{role}_model"
-            model = self.loaded.model(flag)
-            found[role] = model or load_meta_model(flag, getattr(names, flag), names.trust_remote_code)
+            option = f"{role}_model"
+            model = self.loaded.model(option)
+            found[role] = model or load_meta_model(option, getattr(names, option), names.trust_remote_code)
         return found
 
 
-def load_meta_model(flag: str, name: str, trust_remote_code: bool) -> nn.Module:
+def load_meta_model(option: str, name: str, trust_remote_code: bool) -> nn.Module:
     """The model without its weights, on the meta device: names and shapes as `load_models` gives, whatever its size.
 
     Raises: UsageError as `load_models`
     """
     silence_transformers()
-    config = _load_config(flag, name, trust_remote_code)
+    config = _load_config(option, name, trust_remote_code)
 
     def build() -> nn.Module:
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
-    return _with_usage_errors(flag, name, build)
+    return _with_usage_errors(option, name, build)
 
 
 def silence_transformers() -> None:
@@ -255,33 +257,33 @@ def _teacher_info(teacher: Any) -> TeacherInfo:
 
 
 def _load_checked_model(
-    flag: str, names: ModelConfig, dtype: torch.dtype, loaded: LoadedModels = NO_LOADED_MODELS, **options
+    option: str, names: ModelConfig, dtype: torch.dtype, loaded: LoadedModels = NO_LOADED_MODELS, **options
 ) -> nn.Module:
     """The model of an option, checked: it has an LM head, and every weight is finite in `dtype`.
 
     options: further arguments of `from_pretrained`
     """
-    name, model = getattr(names, flag), loaded.model(flag)
-    model = _load_model(flag, name, dtype, names.trust_remote_code, **options) if model is None else model.to(dtype)
+    name, model = getattr(names, option), loaded.model(option)
+    model = _load_model(option, name, dtype, names.trust_remote_code, **options) if model is None else model.to(dtype)
     if model.get_output_embeddings() is None:
         raise UsageError(
-            f"--{flag} {name}: {type(model).__name__} has no language-model head; use a causal language model"
+            f"--{option} {name}: {type(model).__name__} has no language-model head; use a causal language model"
         )
     for weight, values in model.named_parameters():
         if not values.isfinite().all():
             remedy = f"float32 might hold what {dtype} cannot (--model_dtype float32), or the file is damaged"
-            raise UsageError(f"--{flag} {name}: its weight {weight} is not finite; {remedy}")
+            raise UsageError(f"--{option} {name}: its weight {weight} is not finite; {remedy}")
     return model
 
 
-def _load_model(flag: str, name: str, dtype: torch.dtype, trust_remote_code: bool, **options) -> Any:
-    location = _location(flag, name)
+def _load_model(option: str, name: str, dtype: torch.dtype, trust_remote_code: bool, **options) -> Any:
+    location = _location(option, name)
     load = transformers.AutoModelForCausalLM.from_pretrained
     options |= {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
-    model, info = _with_usage_errors(flag, name, lambda: load(location, **options))
+    model, info = _with_usage_errors(option, name, lambda: load(location, **options))
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
-        raise UsageError(f"--{flag} {name}: {len(missing)} weights are not in its files, {missing[0]} among them")
+        raise UsageError(f"--{option} {name}: {len(missing)} weights are not in its files, {missing[0]} among them")
     return model
 
 
@@ -289,7 +291,7 @@ def _load_tokenizers(
     names: ModelConfig, vocab_sizes: Mapping[str, int], loaded: LoadedModels = NO_LOADED_MODELS, **options
 ) -> TokenizerPair:
     """vocab_sizes: of the models, by option, student first; options: further arguments of `TokenizerPair`"""
-    tokenizers = [_load_checked_tokenizer(flag, names, size, loaded) for flag, size in vocab_sizes.items()]
+    tokenizers = [_load_checked_tokenizer(option, names, size, loaded) for option, size in vocab_sizes.items()]
     return _pair_tokenizers(names, tokenizers, list(vocab_sizes.values()), **options)
 
 
@@ -301,55 +303,61 @@ def _pair_tokenizers(names: ModelConfig, tokenizers: list, vocab_sizes: list[int
             *tokenizers, student_vocab_size=student_vocab_size, teacher_vocab_size=teacher_vocab_size, **options
         )
     except UnfitTokenizer as error:
-        flag = f"{error.whose}_model"
-        raise UsageError(f"--{flag} {getattr(names, flag)}: its tokenizer {error.reason}; use another model") from None
+        option = f"{error.whose}_model"
+        raise UsageError(
+            f"--{option} {getattr(names, option)}: its tokenizer {error.reason}; use another model"
+        ) from None
 
 
-def _load_checked_tokenizer(flag: str, names: ModelConfig, vocab_size: int, loaded: LoadedModels = NO_LOADED_MODELS):
+def _load_checked_tokenizer(option: str, names: ModelConfig, vocab_size: int, loaded: LoadedModels = NO_LOADED_MODELS):
     """The tokenizer of an option, checked: it encodes plain text, and the model has a logit for every id."""
-    name, pair = getattr(names, flag), loaded.pairs.get(flag)
-    tokenizer = _load_tokenizer(flag, name, names.trust_remote_code) if pair is None else pair[1]
+    name, pair = getattr(names, option), loaded.pairs.get(option)
+    tokenizer = _load_tokenizer(option, name, names.trust_remote_code) if pair is None else pair[1]
     try:
         encode(tokenizer, ["a"])
     except (AttributeError, NotImplementedError, TypeError):
         kind = type(tokenizer).__name__
-        raise UsageError(f"--{flag} {name}: its {kind} cannot encode plain text; save it as a fast tokenizer") from None
+        raise UsageError(
+            f"--{option} {name}: its {kind} cannot encode plain text; save it as a fast tokenizer"
+        ) from None
     if len(tokenizer) > vocab_size:
-        raise UsageError(f"--{flag} {name}: the tokenizer has {len(tokenizer)} ids, the model only {vocab_size}")
+        raise UsageError(f"--{option} {name}: the tokenizer has {len(tokenizer)} ids, the model only {vocab_size}")
     return tokenizer
 
 
-def _load_tokenizer(flag: str, name: str, trust_remote_code: bool):
-    location = _location(flag, name)
+def _load_tokenizer(option: str, name: str, trust_remote_code: bool):
+    location = _location(option, name)
     load = transformers.AutoTokenizer.from_pretrained
-    return _with_usage_errors(flag, name, lambda: load(location, trust_remote_code=trust_remote_code))
+    return _with_usage_errors(option, name, lambda: load(location, trust_remote_code=trust_remote_code))
 
 
-def _configured_vocab_size(flag: str, names: ModelConfig) -> int:
-    return _load_config(flag, getattr(names, flag), names.trust_remote_code).get_text_config().vocab_size
+def _configured_vocab_size(option: str, names: ModelConfig) -> int:
+    return _load_config(option, getattr(names, option), names.trust_remote_code).get_text_config().vocab_size
 
 
-def _load_config(flag: str, name: str, trust_remote_code: bool):
-    location = _location(flag, name)
+def _load_config(option: str, name: str, trust_remote_code: bool):
+    location = _location(option, name)
     load = transformers.AutoConfig.from_pretrained
-    return _with_usage_errors(flag, name, lambda: load(location, trust_remote_code=trust_remote_code))
+    return _with_usage_errors(option, name, lambda: load(location, trust_remote_code=trust_remote_code))
 
 
-def _location(flag: str, name: str) -> str:
+def _location(option: str, name: str) -> str:
     if name == EMBEDDED:
-        if not _EMBEDDED_DIRS[flag].is_dir():
-            raise UsageError(f"--{flag} {EMBEDDED}: not in this installation; make it with `python -m sar_kd embedded`")
-        return str(_EMBEDDED_DIRS[flag])
+        if not _EMBEDDED_DIRS[option].is_dir():
+            raise UsageError(
+                f"--{option} {EMBEDDED}: not in this installation; make it with `python -m sar_kd embedded`"
+            )
+        return str(_EMBEDDED_DIRS[option])
     if name.startswith(IN_MEMORY):
-        raise UsageError(f"--{flag} {name}: was handed over in Python; continue there, with the same model")
+        raise UsageError(f"--{option} {name}: was handed over in Python; continue there, with the same model")
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise UsageError(f"--{flag} {name}: no such directory")
+        raise UsageError(f"--{option} {name}: no such directory")
     return os.path.expanduser(name)
 
 
-def _with_usage_errors(flag: str, name: str, load):
+def _with_usage_errors(option: str, name: str, load):
     """What `load` returns, with the errors of disk, hub and unknown formats as one line."""
     try:
         return load()
     except _LOADING_ERRORS as error:
-        raise UsageError(f"--{flag} {name}: cannot be loaded ({explain_hub_error(error, name)})") from None
+        raise UsageError(f"--{option} {name}: cannot be loaded ({explain_hub_error(error, name)})") from None

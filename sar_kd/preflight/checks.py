@@ -93,9 +93,9 @@ def _check_device(meta: MetaModels) -> Finding:
 def _check_hub(meta: MetaModels) -> Finding:
     offline, where = hub.offline_variable(), {}
     for role in meta.roles:
-        flag = f"{role}_model"
-        name = getattr(meta.config.models, flag)
-        if meta.loaded.model(flag) is not None:
+        option = f"{role}_model"
+        name = getattr(meta.config.models, option)
+        if meta.loaded.model(option) is not None:
             where[role] = "in memory"
         elif name == EMBEDDED:
             where[role] = "shipped with the package"

@@ -57,11 +57,11 @@ class RunHistory:
         return sum(bool(record.get("applied")) for record in self.steps)
 
     def setting(self, name: str) -> object:
-        """The value of a flag; None in a run of a version without it."""
+        """The value of a option; None in a run of a version without it."""
         return self.settings().get(name)
 
     def settings(self) -> dict[str, object]:
-        """Every flag with its value."""
+        """Every option with its value."""
         sections = [section for section in self.config.values() if isinstance(section, dict)]
         return {name: value for section in sections for name, value in section.items()}
 

@@ -176,7 +176,7 @@ class RunLog:
         self._recent.clear()
         self._bar.reset()
         self._bar.update(record["step"])
-        skipped = f"{len(record['left_out'])} of {num_blocks} blocks ({first_few(record['documents'])})"
+        skipped = f"{len(record['skipped_blocks'])} of {num_blocks} blocks ({first_few(record['documents'])})"
         self.info(
             f"Step {record['rewound_from']}: diverged. Back to step {record['step']}, once, at half the learning rate, "
             f"without {skipped}. See {self.folder / 'crash'}"

@@ -87,7 +87,7 @@ class ProcessGroup:
     def check_same_config(self, config: C) -> C:
         """Rank 0's config, of which only the run folder may differ: its default name contains the time.
 
-        Raises: UsageError if the ranks were started with different flags
+        Raises: UsageError if the ranks were started with different options
         """
         return config
 
@@ -166,11 +166,11 @@ class TorchrunGroup(ProcessGroup):
 
     def check_same_config(self, config: C) -> C:
         configs = self.all_gather_object(config)
-        flags = [_flatten(config.to_dict()) | {"output_dir": None} for config in configs]
-        for rank, own in enumerate(flags):
+        settings = [_flatten(config.to_dict()) | {"output_dir": None} for config in configs]
+        for rank, own in enumerate(settings):
             for name, value in own.items():
-                if value != flags[0][name]:
-                    others = f"rank {rank} was given this and rank 0 {flags[0][name]}"
+                if value != settings[0][name]:
+                    others = f"rank {rank} was given this and rank 0 {settings[0][name]}"
                     raise UsageError(f"--{name} {value}: {others}; start every process with the same flags")
         return configs[0]
 

@@ -33,13 +33,13 @@ _SPARE_BYTES = 2**24
 def atomic_write(
     path: Path,
     data: str | bytes | Callable[[Path], object],
-    flag: str = "output_dir",
+    option: str = "output_dir",
     remedy: str = "then --resume",
 ) -> None:
     """Write a file so that a reader, a kill or a power cut finds the old content or the new, never a part of it.
 
     data: the content (text becomes UTF-8), or a function that writes it into the path it is given
-    flag, remedy: the option that named the folder, and what to do once there is room
+    option, remedy: the option that named the folder, and what to do once there is room
     Raises: UsageError if it cannot be written; the old file is then intact
     """
     partial = path.with_name(f".{path.name}.partial")
@@ -52,7 +52,7 @@ def atomic_write(
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise UsageError(
-            f"--{flag}: {path} cannot be written ({error.strerror or error}); what was saved before is intact: free "
+            f"--{option}: {path} cannot be written ({error.strerror or error}); what was saved before is intact: free "
             f"some room, {remedy}"
         ) from None
 
@@ -138,9 +138,9 @@ class FolderLock:
     The operating system frees the lock with the process, so a kill leaves none. A file system without locks has none.
     """
 
-    def __init__(self, folder: Path, flag: str = "output_dir"):
-        """flag: the option that named the folder"""
-        self.folder, self._flag = folder, flag
+    def __init__(self, folder: Path, option: str = "output_dir"):
+        """option: the option that named the folder"""
+        self.folder, self._option = folder, option
         self._files = [folder / name for name in LOCK_FILES]
         self._lock = FileLock(self._files[0], thread_local=False)
 
@@ -163,7 +163,7 @@ class FolderLock:
             path = self._files[1]
             holder = (path.read_text(encoding="utf-8") if path.is_file() else "") or "unknown"
             raise UsageError(
-                f"--{self._flag} {self.folder}: process {holder} is running in it; wait for it, or name another"
+                f"--{self._option} {self.folder}: process {holder} is running in it; wait for it, or name another"
             ) from None
         except (OSError, NotImplementedError) as error:
             if isinstance(error, OSError) and error.errno not in _WITHOUT_LOCKS:
@@ -213,7 +213,7 @@ def clear_run_folder(folder: Path) -> None:
 
 
 def require_disk_space(
-    folder: Path, num_bytes: int, what: str, *, flag: str = "output_dir", remedy: str = "free some, then --resume"
+    folder: Path, num_bytes: int, what: str, *, option: str = "output_dir", remedy: str = "free some, then --resume"
 ) -> int:
     """The free bytes of the folder's disk. Raises UsageError unless they are `num_bytes` and 16 MiB more."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -221,6 +221,6 @@ def require_disk_space(
     if free < num_bytes + _SPARE_BYTES:
         needed = format_bytes(num_bytes + _SPARE_BYTES)
         raise UsageError(
-            f"--{flag} {folder}: no room for {what} ({needed} needed, {format_bytes(free)} free); {remedy}"
+            f"--{option} {folder}: no room for {what} ({needed} needed, {format_bytes(free)} free); {remedy}"
         )
     return free

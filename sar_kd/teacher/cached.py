@@ -108,7 +108,7 @@ class CacheReader:
         compared = _check_teacher(self.folder, self.metadata["teacher"], found)
         k, dtype = self.metadata["teacher_top_k"], self.metadata["dtype"]
         show(
-            f"Teacher: not loaded; {size / 1e6:,.1f} MB of cached logits, the {k} likeliest tokens per position, in "
+            f"Teacher: not loaded; {size / 1e6:,.1f} MB of cached logits, the {k} most likely tokens per position, in "
             f"{dtype}, are read from {self.folder}" + ("" if compared else "; its weights are not here to compare")
         )
 

@@ -92,7 +92,7 @@ class Recovery(Callback):
         skipped_blocks = self._documents_to_skip(report.verdict.cause)
         last_step = load()
         self.state = {"rewound_from": step, "lr_scale": _LR_SCALE, "skipped_blocks": skipped_blocks}
-        return {"step": last_step, "rewound_from": step, "left_out": skipped_blocks, "documents": documents}
+        return {"step": last_step, "rewound_from": step, "skipped_blocks": skipped_blocks, "documents": documents}
 
     def _documents_to_skip(self, cause: str | None) -> list[int]:
         """Every block of the documents that were not finite in the last NaN batches; only the bad blocks themselves, if

@@ -301,7 +301,7 @@ def test_a_document_that_only_the_second_rank_reads_is_named_and_skipped_by_both
     if rewinds:
         (record,) = read_metrics(tmp_path / "run", "rewind")
         assert record["rewound_from"] == step + 1 == read_json(tmp_path / "run" / "summary.json")["rewound_from"]
-        assert bad in record["left_out"]
+        assert bad in record["skipped_blocks"]
     crash = read_json(tmp_path / "run" / "crash" / "crash.json")
     assert crash["documents"] == corpus.documents_of(bad)
     assert len(crash["documents"]) < 4

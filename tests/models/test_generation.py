@@ -14,7 +14,7 @@ STOPS = [2, 4]
 
 @pytest.fixture
 def model(make_student):
-    """A tiny Llama with a head large enough for its likeliest tokens to differ."""
+    """A tiny Llama with a head large enough for its most likely tokens to differ."""
     made = make_student(60).eval().requires_grad_(False)
     made.lm_head.weight.data.mul_(30.0)
     return made

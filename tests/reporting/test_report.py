@@ -347,7 +347,7 @@ def test_the_log_of_another_rank_shows_and_writes_nothing(tmp_path, capsys):
     log.log_start({"val_ppl": 3.0}, {"val_ppl": 2.0})
     log.log_step(_step(1), 1.0, 1.0)
     log.log_evaluation(_evaluation(1, 2.5), True)
-    log.log_rewind({"step": 0, "rewound_from": 1, "left_out": [], "documents": []}, 9)
+    log.log_rewind({"step": 0, "rewound_from": 1, "skipped_blocks": [], "documents": []}, 9)
     log.close()
     assert capsys.readouterr().out == ""
     assert list(tmp_path.iterdir()) == []

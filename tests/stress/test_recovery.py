@@ -280,9 +280,9 @@ def test_a_rewound_run_goes_back_once_at_half_the_rate_without_the_bad_documents
     assert (summary["status"], summary["steps"], summary["rewound_from"]) == ("finished", 24, 15)
     (rewind,) = _metrics(run.folder, "rewind")
     assert (rewind["step"], rewind["rewound_from"]) == (14, 15)
-    assert set(bad) <= set(rewind["left_out"])
-    assert not set(rewind["left_out"]).intersection(*run.seen[15:])
-    assert not any(set(rewind["left_out"]) & set(blocks) for blocks in run.seen[15:])
+    assert set(bad) <= set(rewind["skipped_blocks"])
+    assert not set(rewind["skipped_blocks"]).intersection(*run.seen[15:])
+    assert not any(set(rewind["skipped_blocks"]) & set(blocks) for blocks in run.seen[15:])
     rates = {record["step"]: record["learning_rate"] for record in _metrics(run.folder, "step")}
     assert sorted(rates) == list(range(1, 25))
     optim = run.trainer.config.optim

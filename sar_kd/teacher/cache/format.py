@@ -54,7 +54,7 @@ def record_dtype(metadata: dict) -> np.dtype:
 
     target_log_prob  float32, log-probability of the target token, nats
     max_log_prob     float32, the largest log-probability, nats; nan where the logits were not finite
-    ids              [k], the k likeliest tokens, the likeliest first; uint16 where that suffices, else int32
+    ids              [k], the k most likely tokens, the most likely first; uint16 where that suffices, else int32
     log_prob_gaps    float16 [k], log-probability of each minus the largest, nats
     tail_log_ratios  float16, for each temperature T: log sum exp(z / T) over all other tokens, minus that over these k
     """

@@ -31,7 +31,7 @@ class Routing:
     native  the model's own routing
     all     every expert, weighted by its probability: softmax over all logits of the router, or normalised sigmoids,
             times the model's own scale
-    ka      every expert but one, drawn anew in each forward (knowledge augmentation): with probability 1 - lambda the
+    ka      every expert but one, drawn again in each forward (knowledge augmentation): with probability 1 - lambda the
             one with the smallest logit, else the one that remains when all others are drawn from the gate's
             distribution without replacement; weights normalised over the others
 
