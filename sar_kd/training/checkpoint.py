@@ -217,6 +217,7 @@ def load_checkpoint(folder: Path, context: StepContext, teacher: Teacher) -> Tra
         if damage := _damage(path):
             raise ValueError(damage)
         tensors = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        of_ranks = [tensors["precision"], *tensors.get("other_ranks", ())]
         counters = json.loads((path / "progress.json").read_text())
         found = counters.get("format")
     if found != RUN_FORMAT:
@@ -224,8 +225,6 @@ def load_checkpoint(folder: Path, context: StepContext, teacher: Teacher) -> Tra
             f"--resume: {path} has format {found or 1} and this version reads format {RUN_FORMAT}; resume it with the "
             "version that wrote it, or start again with --overwrite"
         )
-    with _reading(folder, path):
-        of_ranks = [tensors["precision"], *tensors["other_ranks"]]
     if len(of_ranks) != num_ranks:
         start = f"with torchrun, {len(of_ranks)} processes in all" if len(of_ranks) > 1 else "without torchrun"
         raise UsageError(

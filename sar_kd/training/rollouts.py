@@ -73,13 +73,8 @@ class Rollouts:
         """A block in the student's tokens (side 0) or the teacher's (1)."""
         stream = self.train.text.teacher if side else self.train.text.student
         start, end = block[2 * side : 2 * side + 2]
-        before = stream.ends[start - 1] if start else 0
-        return TokenStream(
-            stream.ids[start:end],
-            stream.ends[start:end] - before,
-            stream.has_dummy[start:end],
-            stream.is_target[start:end],
-        )
+        ends = stream.ends[start:end] - (stream.ends[start - 1] if start else 0)
+        return TokenStream(stream.ids[start:end], ends, stream.has_dummy[start:end], stream.is_target[start:end])
 
     def _response_starts(self, streams: list[TokenStream]) -> list[tuple[int, int]]:
         """Where responses begin, at the same byte on both sides; tokens before it, student's and teacher's."""
