@@ -4,7 +4,7 @@
 #     benchmarks/gpu.sh [--device cuda|cuda:N|cpu] [--minutes 25] [--results DIR] [--python PYTHON] [--brief]
 #
 # Writes benchmarks/results/gpu-CARD.md (the card, its driver, PyTorch, every command with its table), and each
-# benchmark's figures as JSON in benchmarks/results/gpu-CARD/. What does not end in its time is cut off, and said to be.
+# benchmark's numbers as JSON in benchmarks/results/gpu-CARD/. A part that does not end in time is cut off, and the page says so.
 # Exit code 0 if every benchmark ended well, 1 if not, 2 without a GPU or with a wrong flag.
 # --device cpu and --brief (few rounds of the smallest sizes) try the script itself where there is no GPU.
 set -uo pipefail
@@ -21,7 +21,7 @@ while [ $# -gt 0 ]; do
             shift 2 ;;
         --brief) brief=yes; shift ;;
         -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; exit 0 ;;
-        *) fail "$1: no such flag; --help lists them" ;;
+        *) fail "$1: no such option; --help lists them" ;;
     esac
 done
 [[ $device =~ ^(cpu|cuda(:[0-9]+)?)$ ]] || fail "--device $device: must be cuda, cuda:N or cpu"
@@ -50,13 +50,13 @@ PYTHON
 case $? in
     0) ;;
     3) fail "--device $device: PyTorch sees no such GPU, so nothing was measured; --device cpu tries the script itself" ;;
-    *) fail "--python $python: PyTorch could not be asked for its GPUs" ;;
+    *) fail "--python $python: PyTorch could not list its GPUs" ;;
 esac
 { read -r card; read -r driver; read -r torch; read -ra dtypes; } <<< "$found"
 
 name=gpu-$(tr -cs 'A-Za-z0-9\n' '-' <<< "$card" | sed 's/-*$//')
-page=$results/$name.md figures=$results/$name
-mkdir -p "$figures" || exit 2
+page=$results/$name.md numbers=$results/$name
+mkdir -p "$numbers" || exit 2
 deadline=$((SECONDS + 60 * minutes)) code=0
 printf '# %s\n\nDriver %s, PyTorch %s, %s, %s.\n' \
     "$card" "$driver" "$torch" "${dtypes[*]}" "$(date -u +%Y-%m-%d)" > "$page"
@@ -74,18 +74,18 @@ measure() {
         return
     fi
     local begun=$SECONDS ended
-    timeout -k 10 "$limit" "$@" 2> "$figures/errors.txt" >> "$page"
+    timeout -k 10 "$limit" "$@" 2> "$numbers/errors.txt" >> "$page"
     ended=$?
     if [ "$ended" = 124 ] || [ "$ended" = 137 ]; then
         printf '\nCut off after %s s.\n' "$limit" >> "$page"
     elif [ "$ended" != 0 ]; then
-        printf '\nFailed (exit code %s):\n\n    %s\n' "$ended" "$(tail -n 1 "$figures/errors.txt")" >> "$page"
+        printf '\nFailed (exit code %s):\n\n    %s\n' "$ended" "$(tail -n 1 "$numbers/errors.txt")" >> "$page"
     fi
     [ "$ended" = 0 ] || code=1
     echo "$title: exit code $ended, $((SECONDS - begun)) s"
 }
 
-run() { measure "$1" "$2" "$python" "benchmarks/$3.py" --device "$device" --output "$figures/$3.json" "${@:4}"; }
+run() { measure "$1" "$2" "$python" "benchmarks/$3.py" --device "$device" --output "$numbers/$3.json" "${@:4}"; }
 
 both=(--model_dtype "${dtypes[@]}")
 if [ -n "$brief" ]; then
@@ -95,7 +95,7 @@ if [ -n "$brief" ]; then
     run "Growth" 300 growth "${both[@]}" --tokens 256 512 768 --vocab_size 2048 3000 --at_tokens 256 --times --rounds 1
     run "The guards" 300 guard_cost "${both[@]}" --pairs 1
     measure "The memory plan" 120 "$python" benchmarks/memory_plan.py --device "$device" --only llama_2048_long \
-        --output "$figures/memory_plan.json"
+        --output "$numbers/memory_plan.json"
     steps=2
 else
     run "The losses alone" 240 loss "${both[@]}" --rounds 5
@@ -104,15 +104,15 @@ else
     run "The guards" 180 guard_cost "${both[@]}"
     for dtype in "${dtypes[@]}"; do
         measure "The memory plan, $dtype" 240 "$python" benchmarks/memory_plan.py --device "$device" \
-            --model_dtype "$dtype" --output "$figures/memory_plan_$dtype.json"
+            --model_dtype "$dtype" --output "$numbers/memory_plan_$dtype.json"
     done
     steps=50
 fi
 for dtype in "${dtypes[@]}"; do
     measure "$steps steps, $dtype" 240 "$python" train_sar_kd_fp16_safe.py --device "$device" --model_dtype "$dtype" \
-        --train_steps "$steps" --log_steps "$steps" --output_dir "$figures/run_$dtype" --overwrite
-    if [ -f "$figures/run_$dtype/summary.json" ]; then
-        "$python" - "$figures/run_$dtype/summary.json" >> "$page" << 'PYTHON'
+        --train_steps "$steps" --log_steps "$steps" --output_dir "$numbers/run_$dtype" --overwrite
+    if [ -f "$numbers/run_$dtype/summary.json" ]; then
+        "$python" - "$numbers/run_$dtype/summary.json" >> "$page" << 'PYTHON'
 import json
 import sys
 
@@ -121,10 +121,10 @@ names = "status", "applied", "skipped", "val_ppl_start", "val_ppl_final", "token
 print("\n| " + " | ".join(names) + " |\n|" + "---|" * len(names))
 print("| " + " | ".join(str(found[name]) for name in names) + " |")
 PYTHON
-        mv "$figures/run_$dtype/summary.json" "$figures/summary_$dtype.json"
+        mv "$numbers/run_$dtype/summary.json" "$numbers/summary_$dtype.json"
     fi
-    rm -rf "$figures/run_$dtype"
+    rm -rf "$numbers/run_$dtype"
 done
-rm -f "$figures/errors.txt"
+rm -f "$numbers/errors.txt"
 echo "$page"
 exit "$code"

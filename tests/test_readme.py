@@ -91,6 +91,7 @@ def little_text(monkeypatch, splits):
     monkeypatch.setattr(embedded, "read_text", lambda *names: [splits[name] for name in names])
 
 
+@pytest.mark.slow
 def test_every_command_of_the_readme_runs_as_printed_with_few_steps(place, little_text, capsys):
     """In this process, one after another, as the README has them."""
     for command in HERE:

@@ -27,6 +27,8 @@ from sar_kd.training import trainer
 from tests.helpers import ranks
 from tests.helpers.runs import latest_checkpoint, read_json, read_metrics, untimed
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -10,6 +10,8 @@ from sar_kd.config.presets import STABLE
 from sar_kd.data import unit_questions
 from tests.helpers.runs import read_json, read_metrics, run_script
 
+pytestmark = pytest.mark.slow
+
 
 def _run(folder, *more):
     argv = [

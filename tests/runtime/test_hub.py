@@ -16,6 +16,8 @@ from sar_kd.data import sources
 from sar_kd.errors import UsageError
 from sar_kd.runtime.hub import explain_hub_error, offline_variable
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 _LOAD = """
 import json, sys

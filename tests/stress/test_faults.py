@@ -28,6 +28,8 @@ from sar_kd.errors import UsageError
 from sar_kd.runtime.files import FolderLock
 from sar_kd.training.checkpoint import save_student
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 
 

@@ -28,6 +28,8 @@ from tests.helpers.runs import (
     run_script,
 )
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["inputs"]  # a fixture
 IDS = torch.arange(3, 43).view(2, 20)
 SAR = ("--routing", "sar", "--sar_routing", "all", "--router_lr", 1e-2)
