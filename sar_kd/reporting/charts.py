@@ -33,7 +33,7 @@ _STYLE: dict[Any, Any] = {
     "axes.facecolor": "none", "savefig.facecolor": "none",
 }  # fmt: skip
 
-_LOSS = "Training loss by step, nats per token, as it is before any clamp."
+_LOSS = "Training loss by step, nats per token, unclamped."
 
 _BITS = "On held-out text. Compares across tokenizers; lower is better."
 
