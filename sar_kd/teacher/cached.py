@@ -116,7 +116,7 @@ class CacheReader:
         """The cached training and held-out text.
 
         texts: training and held-out documents of the run; tokenizer: the teacher's, as the run has loaded it
-        Raises: UsageError if the cache was made with another text or tokenizer
+        Raises: UsageError if the cache was made with a different text or tokenizer
         """
         metadata = {"text": [digest_of(text) for text in texts], "tokenizer": fingerprint(tokenizer)}
         check_compatible(self.folder, self._header, metadata)
@@ -148,7 +148,7 @@ def _check_teacher(folder: Path, stored: dict[str, str], found: dict[str, str]) 
     weights = common - {"config.json"}
     differ = any(stored[name] != found[name] for name in common)
     if differ or (not weights and len(found) > 1 and len(stored) > 1):
-        raise cache_error(folder, "was made with another teacher (its files have other digests)")
+        raise cache_error(folder, "was made with a different teacher (the digests of its files differ)")
     return bool(weights)
 
 

@@ -12,9 +12,9 @@ one file that the header does not name.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +30,20 @@ HEADER = "header.json"
 
 TEXTS = ("train", "validation")
 
-RESUMES = {"flag": "teacher_cache", "remedy": "then the same command goes on"}
-"""How an atomic write is refused where the disk is full"""
+_atomic_write = functools.partial(atomic_write, option="teacher_cache", remedy="then the same command continues")
 
 _MAX_OPEN_SHARDS = 64
 
 _DIFFERENCES = {
-    "text": "another text",
-    "tokenizer": "another tokenizer of the teacher's",
-    "teacher": "another teacher",
-    "block_size": "another --block_size",
-    "teacher_top_k": "another --teacher_top_k",
-    "block_tokenizer": "blocks cut for another student's tokenizer",
-    "dtype": "another --model_dtype",
-    "batch_size": "another --per_device_batch_size",
-    "temperatures": "other --temperatures",
+    "text": "a different text",
+    "tokenizer": "a different teacher tokenizer",
+    "teacher": "a different teacher",
+    "block_size": "a different --block_size",
+    "teacher_top_k": "a different --teacher_top_k",
+    "block_tokenizer": "blocks cut for a different student tokenizer",
+    "dtype": "a different --model_dtype",
+    "batch_size": "a different --per_device_batch_size",
+    "temperatures": "different --temperatures",
 }
 """In an error message, by name in the metadata; the names that an option determines"""
 
@@ -101,7 +100,7 @@ def read_header(folder: Path) -> dict[str, Any]:
 def write_header(folder: Path, header: dict[str, Any]) -> None:
     """Replace the header, with its digest."""
     text = json.dumps({**header, "sha256": _digest(header)}, indent=1) + "\n"
-    atomic_write(folder / HEADER, text, **RESUMES)
+    _atomic_write(folder / HEADER, text)
 
 
 def check_compatible(folder: Path, header: dict, metadata: dict) -> None:
@@ -110,7 +109,7 @@ def check_compatible(folder: Path, header: dict, metadata: dict) -> None:
         stored = header["metadata"].get(name)
         if stored != value:
             shown = f" ({stored}, not {value})" if isinstance(value, (int, str)) and len(str(value)) < 20 else ""
-            raise cache_error(folder, f"was made with {_DIFFERENCES.get(name, f'another {name}')}{shown}")
+            raise cache_error(folder, f"was made with {_DIFFERENCES.get(name, f'a different {name}')}{shown}")
 
 
 def index_key(header: dict, text: str) -> str:
@@ -134,7 +133,7 @@ def shard_path(folder: Path, text: str, number: int) -> Path:
 
 def write_shard(path: Path, records: np.ndarray) -> str:
     """Write a shard; returns its digest."""
-    atomic_write(path, records.tofile, **RESUMES)
+    _atomic_write(path, records.tofile)
     return file_digest(path)
 
 
@@ -155,7 +154,7 @@ class Shards:
         self.digests = [digest for _, digest in header["shards"][text]]
         self.ends = np.cumsum([num_records for num_records, _ in header["shards"][text]], dtype=np.int64)
         # Each map takes one of the files that a process may have open.
-        self._map = lru_cache(maxsize=_MAX_OPEN_SHARDS)(self._open)
+        self._map = functools.lru_cache(maxsize=_MAX_OPEN_SHARDS)(self._open)
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0

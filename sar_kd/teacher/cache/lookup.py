@@ -1,8 +1,9 @@
 """Finds the cached record of each target token of a run: by document, and by token within the document.
 
 A run may skip documents that are in the cache, because its student's tokenizer cannot represent them, and may cut a
-conversation shorter. A document whose teacher tokens differ from the cached ones, because the student's tokenizer has
-changed its text, has no records.
+conversation shorter. Both tokenizers read text that the student's has normalised (`TokenizerPair.canonical`), so with
+another student the teacher's tokens can differ from the cached ones; such a document has no records. A plain document
+is one that is not a conversation.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ class CacheIndex:
     ends: np.ndarray
     """int64 [N]: where that token ends in the concatenated text, in bytes; in tokens if the tokenizer has no bytes"""
     documents: np.ndarray
-    """int64 [D + 1]: records before each document, and of all"""
+    """int64 [documents + 1]: cumulative record counts (offsets)"""
     names: Sequence[str]
     """Names of the documents, in order"""
     block_ends: np.ndarray
-    """int64: records of plain documents before the end of each of the teacher's blocks"""
+    """int64: record offset at the end of each of the teacher's blocks of plain documents"""
     num_conversations: int
     """The last documents; each was one of the teacher's blocks"""
 
@@ -47,7 +48,10 @@ class CachedText:
     """A text whose teacher logits are cached."""
 
     def __init__(self, folder: Path, header: dict, text: str, temperature: float):
-        """text: one of `TEXTS`; temperature: of the run; it matters where the cache has it
+        """text: one of `TEXTS`; temperature: of the run
+
+        The tail is read at that temperature, or at the cache's first one if it lacks that: `check_settings` refuses
+        this for the methods that use the tail.
 
         Raises: UsageError if the index is damaged
         """
@@ -93,7 +97,7 @@ class CacheLookup:
         num_conversations = len(self._conversation_starts)
         if (len(names), num_conversations) == (len(stored_names), self.index.num_conversations):
             return np.arange(len(names))
-        found = np.full(len(names), -1, dtype=np.int64)
+        cached_index = np.full(len(names), -1, dtype=np.int64)
         plain = len(names) - num_conversations, len(stored_names) - self.index.num_conversations
         start = stored = 0
         for end, stored_end in (plain, (len(names), len(stored_names))):
@@ -101,9 +105,9 @@ class CacheLookup:
                 name = names[document]
                 match = next((i for i in range(stored, stored_end) if stored_names[i] == name), None)
                 if match is not None:
-                    found[document], stored = match, match + 1
+                    cached_index[document], stored = match, match + 1
             start, stored = end, stored_end
-        return found
+        return cached_index
 
     def _drop_changed(self, stored: np.ndarray) -> None:
         """Unset the records of documents whose tokens differ from the cached ones."""
@@ -197,7 +201,7 @@ class CacheLookup:
 
 
 def plain_starts(text: TokenizedText) -> np.ndarray:
-    """int64 [P + 1]: the teacher's tokens before each plain document, and in all of them."""
+    """int64 [plain documents + 1]: cumulative counts (offsets) of the teacher's tokens."""
     count = len(text.names) - len(text.conversations)
     end = int(text.conversations[0].teacher_start) if len(text.conversations) else len(text.teacher.ids)
     starts = np.asarray(text.starts[:count])

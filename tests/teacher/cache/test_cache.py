@@ -378,12 +378,12 @@ def test_a_disk_without_room_is_one_line(inputs, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        (["--teacher_top_k", 8], r"another --teacher_top_k \(16, not 8\); name another folder, or --overwrite"),
-        (["--block_size", 32], r"another --block_size \(48, not 32\)"),
-        (["--per_device_batch_size", 2], r"another --per_device_batch_size"),
-        (["--model_dtype", "float16"], r"another --model_dtype \(float32, not float16\)"),
+        (["--teacher_top_k", 8], r"a different --teacher_top_k \(16, not 8\); name another folder, or --overwrite"),
+        (["--block_size", 32], r"a different --block_size \(48, not 32\)"),
+        (["--per_device_batch_size", 2], r"a different --per_device_batch_size"),
+        (["--model_dtype", "float16"], r"a different --model_dtype \(float32, not float16\)"),
         (["--teacher_top_k", 600], "the teacher has 600 tokens; give fewer"),
-        (["--temperatures", 1, 3], "other --temperatures"),
+        (["--temperatures", 1, 3], "different --temperatures"),
         (["--temperatures", 1, "warm"], "--temperatures 1 warm: must be numbers above 0"),
     ],
 )
@@ -399,9 +399,9 @@ def test_another_text_or_teacher_is_not_gone_on_with_and_overwrite_begins_anew(i
     folder = tmp_path / "cache"
     _build(inputs, folder)
     for flags, reason in (
-        (["--train_file", inputs / "mixed.jsonl"], "another text"),
-        (["--teacher_model", inputs / "dense"], "another teacher"),
-        (["--student_model", inputs / "equal_student"], "another student's tokenizer"),
+        (["--train_file", inputs / "mixed.jsonl"], "a different text"),
+        (["--teacher_model", inputs / "dense"], "a different teacher"),
+        (["--student_model", inputs / "equal_student"], "a different student tokenizer"),
     ):
         with pytest.raises(UsageError, match=reason):
             _build(inputs, folder, *flags)
@@ -451,11 +451,11 @@ def test_a_flipped_byte_is_refused_wherever_it_is(inputs, built, tmp_path):
         (["--alpha_kd", 0], "distillation is off"),
         (["--temperature", 3], "serves --temperature 1, 1.5, 2, not 3; make it with --temperatures"),
         (["--teacher_top_k", 17], "holds 16 tokens per position, fewer than --teacher_top_k 17"),
-        (["--block_size", 32], r"another --block_size (48, not 32)"),
-        (["--teacher_model", "dense"], "another teacher"),
-        (["--teacher_model", "retrained"], "another teacher"),
-        (["--teacher_model", "student"], "another teacher"),
-        (["--train_file", "mixed.jsonl"], "another text"),
+        (["--block_size", 32], r"a different --block_size (48, not 32)"),
+        (["--teacher_model", "dense"], "a different teacher"),
+        (["--teacher_model", "retrained"], "a different teacher"),
+        (["--teacher_model", "student"], "a different teacher"),
+        (["--train_file", "mixed.jsonl"], "a different text"),
         (["--teacher_cache", "nowhere"], "no such folder"),
         (["--teacher_cache", "."], "holds no teacher cache"),
     ],
@@ -487,7 +487,7 @@ def test_another_tokenizer_of_the_teachers_is_refused(inputs, built, tmp_path):
     argv[1] = str(tmp_path / "teacher")
     code, _, err = run_script(argv)
     assert (code, len(err)) == (2, 1)
-    assert "another tokenizer of the teacher's" in err[0]
+    assert "a different teacher tokenizer" in err[0]
 
 
 def test_the_command_refuses_a_wrong_option_in_one_line(capsys, tmp_path, monkeypatch):
