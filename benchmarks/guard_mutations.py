@@ -83,7 +83,7 @@ MUTATIONS = (
     Mutation("a good step resets the count of NaN batches", "training/guards.py",
              "            self.applied += 1\n            self.consecutive_nan_batches = 0\n",
              "            self.applied += 1\n"),
-    Mutation("an overflow that can be calibrated away is no NaN batch", "training/guards.py",
+    Mutation("an overflow that a lower loss scale cures is no NaN batch", "training/guards.py",
              '_NAN_CAUSES = ("forward", "gradient")', '_NAN_CAUSES = ("forward", "gradient", "overflow")'),
     Mutation("an overflow at the floor is a NaN batch", "training/guards.py",
              '_NAN_CAUSES = ("forward", "gradient")', '_NAN_CAUSES = ("forward",)'),

@@ -138,7 +138,7 @@ class OptimConfig(AdamWConfig):
 
 
 MIN_LOSS_SCALE = 1.0
-"""Floor of the loss scale. An overflow at the floor cannot be calibrated away, so it counts as a NaN batch."""
+"""Floor of the loss scale. There an overflow cannot be cured by a lower loss scale, so it counts as a NaN batch."""
 
 MAX_LOSS_SCALE = 2.0**24
 
@@ -180,7 +180,7 @@ class GuardConfig(Section):
     on_divergence: str = option(
         "stop",
         "stop: save the last good student and exit with code 3; rewind: once, go back to the last checkpoint, "
-        "halve the learning rate and skip the documents that were not finite",
+        "halve the learning rate and skip the documents whose loss was not finite",
         choices=("stop", "rewind"),
     )
 
@@ -204,7 +204,9 @@ class TrainConfig(Section):
         "with several devices (torchrun): ddp: the whole student on each; fsdp: the student sharded over them",
         choices=("ddp", "fsdp"),
     )
-    keep_checkpoints: int = option(2, "checkpoints to keep; the one before is used if the last is damaged", at_least=1)
+    keep_checkpoints: int = option(
+        2, "checkpoints to keep; if the last is damaged, an error names the one before", at_least=1
+    )
     time_limit: str = option("", "save and exit after this time, as if interrupted: 11h, 90m, 1h30m")
     tensorboard: bool = option(False, "also write TensorBoard event files into the run folder")
     wandb: bool = option(False, "also send the metrics to Weights & Biases")

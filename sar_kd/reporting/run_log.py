@@ -56,7 +56,8 @@ class Observer(Protocol):
 class RunLog:
     """The log of a distillation: its run folder, the terminal, and observers.
 
-    enabled: False on all ranks but rank 0; the log then shows and writes nothing
+    enabled: False on all ranks but rank 0; the log then shows and writes nothing, and
+    `open` and `log_summary` are not called
     """
 
     def __init__(self, config: RunConfig, observers: Sequence[Observer] = (), enabled: bool = True):

@@ -1,4 +1,4 @@
-"""What survives the process: the student in Hugging Face format, and everything needed to resume bit for bit.
+"""Checkpoints and the saved student: its Hugging Face format, and everything needed to resume bit for bit.
 
 `checkpoint/step-N/` is written whole, with a digest of every file, and flushed before one atomic rename points
 `checkpoint/latest` at it; only then are older ones deleted, all but `--keep_checkpoints`. So a kill at any moment, or a

@@ -17,7 +17,7 @@ CAUSES = ("no_targets", "forward", "overflow", "gradient", "norm")
 
 no_targets  the step's blocks hold no token to predict
 forward     a student logit, or the loss, is not finite
-overflow    the forward is finite, a gradient is not, and the loss scale can still be lowered: calibration
+overflow    the forward is finite, a gradient is not, and the loss scale can still be lowered: normal loss-scale search
 gradient    a gradient is not finite although the loss scale is at its floor (or there is none)
 norm        the gradient norm is finite and above the limit
 """
@@ -58,8 +58,8 @@ class StepGuard:
     """Judges every attempted update of a run, in order.
 
     skip_rule  'storm': skip above `skip_grad_norm` until 80 % of the last 50 attempts were skipped for a finite
-               norm (a fresh student's norm stays there); from then on the limit is `skip_factor` times the median of
-               the last 50 finite norms, never below `skip_grad_norm`.
+               norm (an untrained student's norm stays there); from then on the limit is `skip_factor` times the median
+               of the last 50 finite norms, never below `skip_grad_norm`.
                'adaptive': that median rule from the start; no limit before 20 norms are known.
                'fixed': `skip_grad_norm` throughout.
     """

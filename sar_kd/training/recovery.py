@@ -89,14 +89,14 @@ class Recovery(Callback):
     def rewind(self, step: int, report: StepReport, load: Callable[[], int]) -> dict:
         """Go back, once; returns the record of it for the log. load: loads the last checkpoint, returns its step"""
         documents = self.explain(step, report, "The run went back to its last checkpoint, once.")["documents"]
-        skipped_blocks = self._documents_to_skip(report.verdict.cause)
+        skipped_blocks = self._blocks_to_skip(report.verdict.cause)
         last_step = load()
         self.state = {"rewound_from": step, "lr_scale": _LR_SCALE, "skipped_blocks": skipped_blocks}
         return {"step": last_step, "rewound_from": step, "skipped_blocks": skipped_blocks, "documents": documents}
 
-    def _documents_to_skip(self, cause: str | None) -> list[int]:
-        """Every block of the documents that were not finite in the last NaN batches; only the bad blocks themselves, if
-        those documents are half of the text or more.
+    def _blocks_to_skip(self, cause: str | None) -> list[int]:
+        """Every block of the documents whose loss was not finite in the last NaN batches; only the bad blocks
+        themselves, if those documents are half of the text or more.
         """
         bad = {block for batches in self._nan_steps for block in self._examine(batches, cause)[1]["bad_blocks"]}
         self._nan_steps.clear()
