@@ -1,6 +1,6 @@
 """What is checked before a run, one function for each check.
 
-A check returns lines for people and a record for programs; a run that cannot go well is refused in one line. Every run
+A check returns lines for people and a record for programs; a run that would fail is refused in one line. Every run
 starts with the cheap checks, before a weight is loaded; `sar-kd preflight` also reads tokenizers and text.
 """
 
@@ -64,10 +64,10 @@ def run_checks(checks: Sequence[Callable[[MetaModels], Finding]], meta: MetaMode
 
 
 def _check_versions(meta: MetaModels) -> Finding:
-    found = environment.versions()
+    versions = environment.versions()
     names = {"python": "Python", "torch": "PyTorch"}
-    shown = [f"{names.get(name, name)} {found[name]}" for name in ("python", "torch", "transformers")]
-    return Finding("versions", [", ".join(shown), *environment.require_versions(found)], found)
+    shown = [f"{names.get(name, name)} {versions[name]}" for name in ("python", "torch", "transformers")]
+    return Finding("versions", [", ".join(shown), *environment.require_versions(versions)], versions)
 
 
 def _check_device(meta: MetaModels) -> Finding:
@@ -82,7 +82,7 @@ def _check_device(meta: MetaModels) -> Finding:
         )
     device, dtype, why = choose_device(meta.config.precision)  # runs one kernel on a GPU
     name = str(dtype).removeprefix("torch.")
-    rounded = "; each product is rounded to half" if dtype is torch.float16 and device.type == "cpu" else ""
+    rounded = "; matmul outputs are rounded to float16" if dtype is torch.float16 and device.type == "cpu" else ""
     lines.append(f"Computing in {name} on {device} ({why}{rounded}); trainable weights are float32")
     if not gpus:
         lines.append(f"No GPU: {os.cpu_count()} CPU cores, {threads} thread{'s' if threads > 1 else ''}")
@@ -104,7 +104,7 @@ def _check_hub(meta: MetaModels) -> Finding:
         else:
             where[role] = "in the cache" if hub.is_cached(name) else "to be downloaded"
     needed = bool({"in the cache", "to be downloaded"} & set(where.values()) or meta.config.data.dataset_name)
-    token = "with a token" if hub.has_token() else "without a token, so gated models are closed"
+    token = "with a token" if hub.has_token() else "without a token, so gated models cannot be downloaded"
     line = f"Hub: offline ({offline})" if offline else f"Hub: allowed, {token}"
     return Finding("hub", [line] if needed else [], {"needed": needed, "offline": bool(offline), "models": where})
 
@@ -142,12 +142,12 @@ def _check_memory(meta: MetaModels) -> Finding:
     device, dtype, _ = choose_device(config.precision)
     lines = _teacher_memory_lines(config, models, device) if "teacher" in models else []
     try:
-        found = plan(config, models, device, dtype)
+        memory_plan = plan(config, models, device, dtype)
     except NotEstimated as reason:
         record = {"verdict": "not estimated", "reason": str(reason)}
         return Finding("memory", [*lines, f"Memory: not estimated ({reason})"], record)
-    plan_lines, refusal = advice(found, config, models, dtype, len(environment.find_gpus()))
-    return Finding("memory", lines + plan_lines, found.record(), found.table(), refusal)
+    plan_lines, refusal = advice(memory_plan, config, models, dtype, len(environment.find_gpus()))
+    return Finding("memory", lines + plan_lines, memory_plan.record(), memory_plan.table(), refusal)
 
 
 def _teacher_memory_lines(config: RunConfig, models: dict, device: torch.device) -> list[str]:
@@ -173,9 +173,10 @@ def _check_teacher_cache(meta: MetaModels) -> Finding:
     metadata = check_settings(meta.config)["metadata"]
     top_k, dtype = metadata["teacher_top_k"], metadata["dtype"]
     line = (
-        f"Teacher cache {folder}: the {top_k} largest logits of each position, in {dtype}; a run compares its teacher, "
+        f"Teacher cache {folder}: the {top_k} largest logits of each position, in {dtype}; a run verifies that "
+        "teacher, text and shard digests match the cache"
     )
-    return Finding("teacher_cache", [f"{line}text and digests"], {"used": True, **metadata})
+    return Finding("teacher_cache", [line], {"used": True, **metadata})
 
 
 def _check_alignment(meta: MetaModels) -> Finding:
@@ -205,7 +206,7 @@ ALL_CHECKS = (*START_CHECKS, _check_teacher_cache, _check_alignment)
 
 
 def describe_text(train: Dataset, validation: Dataset) -> list[str]:
-    """Lines about the tokenized text: its size, how the tokenizers meet on it, what was skipped or truncated."""
+    """Lines about the tokenized text: its size, how the tokenizers align on it, what was skipped or truncated."""
     lines = [
         f"Text: {_format_bytes(train.text.num_bytes)}, {train.num_tokens:,} tokens in {len(train):,} blocks; "
         f"held out: {_format_bytes(validation.text.num_bytes)}, {validation.num_tokens:,} tokens",
@@ -214,7 +215,9 @@ def describe_text(train: Dataset, validation: Dataset) -> list[str]:
         lines += measure_coverage(train).lines()
     roles = ("student",) if train.pair.teacher is train.pair.student else ("student", "teacher")  # or no teacher at all
     for role in (role for role in roles if role in train.text.without_template):
-        lines.append(f"The {role}'s tokenizer has no chat template: its conversations read 'User: ... Assistant: ...'")
+        lines.append(
+            f"The {role}'s tokenizer has no chat template: conversations are formatted as 'User: ... Assistant: ...'"
+        )
     truncated = [*train.text.truncated, *validation.text.truncated]
     if truncated:
         lost = train.text.dropped_tokens + validation.text.dropped_tokens

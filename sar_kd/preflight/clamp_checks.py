@@ -1,4 +1,4 @@
-"""What raw logit clamps and hard loss clamps leave to learn, and a refusal where that is nothing."""
+"""Refuses clamp settings under which nothing can be learned, and describes the effect of the others."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def clamp_lines(loss: LossConfig, student_vocab_size: int, teacher_vocab_size: i
         "normalized": f"{bound}, normalized: no probability is capped (raw: {limits})",
         "off": "Logits are not clamped",
     }
-    fresh = f"a fresh student starts at ln V = {math.log(student_vocab_size):.2f}"
+    untrained = f"an untrained student has loss ln V = {math.log(student_vocab_size):.2f}"
     of_loss = {
-        "hard": f"Loss above {loss.loss_clamp:g} has no gradient; {fresh}",
+        "hard": f"Loss above {loss.loss_clamp:g} has no gradient; {untrained}",
         "scale": f"Loss above {loss.loss_clamp:g} is scaled down to it, its gradient's direction kept",
         "off": "The loss is not clamped",
     }
@@ -97,8 +97,8 @@ def require_learnable(
         largest = raw_clamp_largest_probability(teacher_vocab_size, clamp, loss.temperature)
         if loss.alpha_kd > 0 and largest < 0.1:
             reasons.append(
-                f"{option} with V = {teacher_vocab_size} and --temperature {loss.temperature:g} the teacher can give "
-                f"no token more than p = {largest:.4f}{remedy}"
+                f"{option} with V = {teacher_vocab_size} and --temperature {loss.temperature:g} no teacher "
+                f"probability can exceed p = {largest:.4f}{remedy}"
             )
         if saturated > 0.5:
             reasons.append(
@@ -106,7 +106,7 @@ def require_learnable(
                 f"no gradient{remedy}"
             )
     if reasons and not loss.force:
-        raise UsageError(f"{reasons[0]}, or --force to try all the same")
+        raise UsageError(f"{reasons[0]}, or --force to run anyway")
     return reasons
 
 

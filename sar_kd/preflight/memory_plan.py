@@ -54,7 +54,7 @@ class Plan:
     baseline: int
     """Bytes of the process beside the phases: what libraries take, and on a CPU what it holds already"""
     available: int | None
-    """Bytes that the process can have in all; None where the system does not tell"""
+    """Bytes that the process can have in all; None if unknown"""
 
     @property
     def peak(self) -> Phase:
@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def verdict(self) -> str:
-        """'fits', 'close', 'too large', or 'unknown' where the system does not tell how much is available."""
+        """'fits', 'close', 'too large', or 'unknown' if the available memory is unknown."""
         if self.available is None:
             return "unknown"
         if self.needed * (1 + MARGIN) <= self.available:
@@ -162,27 +162,27 @@ def _shard(phase: Phase, student: nn.Module, ranks: int) -> Phase:
 
 
 def advice(
-    found: Plan, config: Any, models: Mapping[str, nn.Module], dtype: torch.dtype, num_gpus: int = 0
+    memory_plan: Plan, config: Any, models: Mapping[str, nn.Module], dtype: torch.dtype, num_gpus: int = 0
 ) -> tuple[list[str], UsageError | None]:
     """Lines about a plan, and the refusal if it clearly does not fit and `--force` is not given."""
-    lines = found.lines()
-    if found.verdict in ("fits", "unknown"):
+    lines = memory_plan.lines()
+    if memory_plan.verdict in ("fits", "unknown"):
         return lines, None
-    fitting = remedies(found, config, models, dtype, num_gpus)
+    fitting = remedies(memory_plan, config, models, dtype, num_gpus)
     remedy = f"what fits: {', or '.join(fitting)}" if fitting else "take smaller models or a smaller --block_size"
     has_force = "loss" in type(config).sections()
-    if found.verdict == "close" or config.loss.force or not has_force:
+    if memory_plan.verdict == "close" or config.loss.force or not has_force:
         return [*lines, f"That may not be enough; {remedy}"], None
-    where = "the machine's" if found.device.type == "cpu" else f"{found.device}'s"
+    where = "the machine's" if memory_plan.device.type == "cpu" else f"{memory_plan.device}'s"
     return lines, UsageError(
         f"--per_device_batch_size {config.train.per_device_batch_size}: the run needs about "
-        f"{format_bytes(found.needed)} of {where} memory, and {format_bytes(found.available or 0)} are there; "
-        f"{remedy}; or --force to try all the same"
+        f"{format_bytes(memory_plan.needed)} of {where} memory, and {format_bytes(memory_plan.available or 0)} are "
+        f"available; {remedy}; or --force to run anyway"
     )
 
 
 def remedies(
-    found: Plan, config: RunConfig, models: Mapping[str, nn.Module], dtype: torch.dtype, num_gpus: int = 0
+    memory_plan: Plan, config: RunConfig, models: Mapping[str, nn.Module], dtype: torch.dtype, num_gpus: int = 0
 ) -> list[str]:
     """Options with which the run fits, and what it then needs: each that is enough alone, else all together."""
 
@@ -191,12 +191,12 @@ def remedies(
         for _, section, values in changes:
             smaller = _replace(smaller, section, **values)
         with contextlib.suppress(NotEstimated):
-            planned = plan(smaller, models, found.device, dtype)
+            planned = plan(smaller, models, memory_plan.device, dtype)
             if planned.verdict == "fits":
                 return [f"{' '.join(options for options, _, _ in changes)} ({format_bytes(planned.needed)})"]
         return []
 
-    changes = list(_smaller(found, config, models))
+    changes = list(_smaller(memory_plan, config, models))
     fitting = [text for change in changes for text in if_it_fits(change)]
     if not fitting and len(changes) > 1:
         fitting = if_it_fits(*changes)
@@ -209,12 +209,12 @@ _Change = tuple[str, str, dict[str, Any]]
 """Options as they are typed; the section of the config and the values that they stand for"""
 
 
-def _smaller(found: Plan, config: Any, models: Mapping[str, nn.Module]) -> Iterator[_Change]:
+def _smaller(memory_plan: Plan, config: Any, models: Mapping[str, nn.Module]) -> Iterator[_Change]:
     """The options that could still save memory."""
-    memory, size, activations = config.memory, config.train.per_device_batch_size, found.peak.bytes["activations"]
+    memory, size, activations = config.memory, config.train.per_device_batch_size, memory_plan.peak.bytes["activations"]
     if size > 1:
         # Activations grow with the batch size, the rest does not.
-        limit = size * ((found.available or 0) / (1 + MARGIN) - (found.needed - activations))
+        limit = size * ((memory_plan.available or 0) / (1 + MARGIN) - (memory_plan.needed - activations))
         divisors = [n for n in range(size // 2, 0, -1) if size % n == 0]
         best = next((n for n in divisors if n * activations <= limit), 1)
         values = {"per_device_batch_size": best, "grad_accum_steps": config.train.grad_accum_steps * size // best}
@@ -223,7 +223,7 @@ def _smaller(found: Plan, config: Any, models: Mapping[str, nn.Module]) -> Itera
         yield "--gradient_checkpointing", "memory", {"gradient_checkpointing": True}
     if "teacher" not in models or config.models.teacher_cache or config.routing.routing in ("sar", "auto"):
         return
-    if found.device.type != "cpu" and not memory.offload_teacher_to_cpu:
+    if memory_plan.device.type != "cpu" and not memory.offload_teacher_to_cpu:
         yield "--offload_teacher_to_cpu", "memory", {"offload_teacher_to_cpu": True}
     quantizable = sum(layer.weight.numel() for layer in quantizable_layers(models["teacher"]))
     if memory.teacher_quantization == "off" and 2 * quantizable > sum(
@@ -242,7 +242,7 @@ def fit_batch_size(config: R, process_group: ProcessGroup, loaded: LoadedModels 
     The number of blocks in an update is what it is without `auto`, as it is part of what is learned: the default batch
     size times `--grad_accum_steps`.
 
-    Raises: UsageError if the models or the device are not there
+    Raises: UsageError if the models or the device are not available
     """
     if config.train.per_device_batch_size != AUTO:
         return config
