@@ -3,13 +3,14 @@
     from sar_kd import distill
     result = distill("embedded", "embedded", mode="precise", train_steps=100)
 
-Shapes, everywhere: B batch, T positions, V vocabulary size (of the LM head), D hidden size, N flattened positions that
-count, K those of them that are compared with the teacher (a tile's, in a tile), C classes shared by two vocabularies,
-or chunks of bytes, M tokens of a vocabulary map, E entries of an index array, or experts of a router; `_s` student,
-`_t` teacher.
+Shapes, everywhere: B batch, T positions, V vocabulary size (of the LM head), D hidden size, N flattened positions with
+a target, or tokens of a text; K positions compared with the teacher (in a tile: those of the tile), boundaries, or
+continuations; C classes shared by two vocabularies, or chunks of bytes; O classes of continuations; M tokens of a
+vocabulary map; E entries of an index array, or experts of a router; X triples of `continuation_paths`; `_s` student,
+`_t` teacher. Other letters are defined where they are used.
 
-Reading order: `commands/train.py`, `training/step.py`, `losses/objective.py`, `training/guards.py`; then the way of the
-data: `data/sources.py`, `data/tokenized_text.py`, `data/blocks.py`, `data/dataset.py`, `alignment/aligner.py`.
+Reading order: `commands/train.py`, `training/step.py`, `losses/objective.py`, `training/guards.py`; then the data
+path: `data/sources.py`, `data/tokenized_text.py`, `data/blocks.py`, `data/dataset.py`, `alignment/aligner.py`.
 """
 
 from __future__ import annotations

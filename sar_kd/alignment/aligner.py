@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sar_kd.alignment.batch_alignment import Alignment, Continuations, SharedClasses
+from sar_kd.alignment.batch_alignment import STUDENT, TEACHER, Alignment, Continuations, SharedClasses
 from sar_kd.alignment.byte_alignment import Boundaries, find_boundaries, find_chunks
 from sar_kd.alignment.segments import positions_per_tile
 from sar_kd.alignment.vocabulary_map import ClassTable, VocabularyMap, same_token_map
@@ -30,7 +30,7 @@ _FIT_TOKENS = 2**20
 class _SideContinuations(NamedTuple):
     """The continuations of one side in a batch, and their classes."""
 
-    record: Continuations
+    continuations: Continuations
     at_boundary: np.ndarray
     """int64: the continuation at each boundary of the text, -1 for none"""
     tables: list[ClassTable]
@@ -63,7 +63,11 @@ class Aligner:
             if not (teacher_is_cached and self.teacher_is_coarser):  # else no tile of teacher logits is made
                 sizes.append(pair.teacher_vocab_size)
             self.segment_size = positions_per_tile(loss_workspace_mb, *sizes)
-        self._paths_by_prefix: dict[bytes, np.ndarray] = {}
+        self._continuation_paths_by_prefix: dict[bytes, np.ndarray] = {}
+
+    @property
+    def coarser_side(self) -> int:
+        return TEACHER if self.teacher_is_coarser else STUDENT
 
     def for_text(self, text: TokenizedText) -> Aligner:
         """An aligner of another text, with the shared classes of this one."""
@@ -80,18 +84,19 @@ class Aligner:
         maps = VocabularyMap(student, teacher, self.pair.teacher), VocabularyMap(teacher, student, self.pair.student)
         last = next((block for block in self._blocks if block.student_end >= _FIT_TOKENS), self._blocks[-1])
         streams = self._text.student, self._text.teacher
-        found = find_boundaries(streams[0].ends[: last.student_end], streams[1].ends[: last.teacher_end])
-        ids = streams[0].ids[found.student], streams[1].ids[found.teacher]
-        prefix_lengths = found.student_prefix_length, found.teacher_prefix_length
-        plain = ~(streams[0].has_dummy[found.student] | streams[1].has_dummy[found.teacher])
+        boundaries = find_boundaries(streams[0].ends[: last.student_end], streams[1].ends[: last.teacher_end])
+        ids = streams[0].ids[boundaries.student], streams[1].ids[boundaries.teacher]
+        prefix_lengths = boundaries.student_prefix_length, boundaries.teacher_prefix_length
+        # Without tokens that begin with a dummy space, one that the tokenizer added to the text.
+        is_text = ~(streams[0].has_dummy[boundaries.student] | streams[1].has_dummy[boundaries.teacher])
         for coarse, vocabulary_map in enumerate(maps):
-            starts = plain & (prefix_lengths[1 - coarse] == 0)
+            starts = is_text & (prefix_lengths[1 - coarse] == 0)
             vocabulary_map.fit_(ids[coarse][starts], prefix_lengths[coarse][starts], ids[1 - coarse][starts])
         return maps
 
     @cached_property
     def _shared_table(self) -> ClassTable:
-        return self._maps[self.teacher_is_coarser].at_common_boundary()
+        return self._maps[self.coarser_side].at_common_boundary()
 
     @cached_property
     def shared_classes(self) -> SharedClasses:
@@ -109,7 +114,7 @@ class Aligner:
     @cached_property
     def _shared_class_of(self) -> np.ndarray:
         """int64 [V]: the shared class of each token of the finer vocabulary, -1 for none."""
-        finer = self.pair.token_tables[not self.teacher_is_coarser]
+        finer = self.pair.token_tables[1 - self.coarser_side]
         class_of = np.full(len(finer.pieces), -1, dtype=np.int64)
         class_of[self._shared_table.fine_tokens] = self._shared_table.fine_classes
         return class_of
@@ -137,9 +142,8 @@ class Aligner:
 
         Blocks begin and end at common boundaries, so each has the same bytes on both sides.
         """
-        student = _BatchTokens(self._text.student, [block[:2] for block in blocks], student_width)
-        teacher = _BatchTokens(self._text.teacher, [block[2:] for block in blocks], teacher_width)
-        student.positions = np.cumsum(student.is_target) - 1
+        student = _BatchTokens(self._text.student, [block[:2] for block in blocks], student_width, STUDENT)
+        teacher = _BatchTokens(self._text.teacher, [block[2:] for block in blocks], teacher_width, TEACHER)
         boundaries = find_boundaries(student.ends, teacher.ends)
         common = (boundaries.student_prefix_length == 0) & (boundaries.teacher_prefix_length == 0)
         common &= student.is_usable[boundaries.student] & teacher.is_usable[boundaries.teacher]
@@ -155,9 +159,9 @@ class Aligner:
         student_continuations = teacher_continuations = None
         token_end, paths = np.full(np.count_nonzero(common), -1), np.zeros((3, 0), dtype=np.int64)
         if self.pair.projects:
-            both = [self._continuations(i, boundaries, (student, teacher)) for i in range(2)]
-            student_continuations, teacher_continuations = (each.record for each in both)
-            coarser = both[self.teacher_is_coarser]
+            by_side = [self._continuations(side, boundaries, (student, teacher)) for side in (STUDENT, TEACHER)]
+            student_continuations, teacher_continuations = (each.continuations for each in by_side)
+            coarser = by_side[self.coarser_side]
             token_end = coarser.at_boundary[common]
             paths = self._continuation_paths(token_end, coarser)
         return Alignment(
@@ -176,98 +180,105 @@ class Aligner:
         )
 
     def _continuations(
-        self, coarse: int, boundaries: Boundaries, sides: tuple[_BatchTokens, _BatchTokens]
+        self, side: int, boundaries: Boundaries, tokens_by_side: tuple[_BatchTokens, _BatchTokens]
     ) -> _SideContinuations:
-        """Where the last token of `coarse` (0 student, 1 teacher) may continue and the other side starts a token.
+        """The boundaries at which the other side starts a token and the last token of `side` may continue.
 
-        For the coarser tokenizer at every such boundary; for the finer one only inside its tokens, where it does
-        continue. Left out where no token of the vocabulary continues.
+        "lower!" as lower|! (coarser) and low|er|! (finer): at byte 3 the coarser side is inside lower, which continues.
+        At byte 5 lower has ended in the text, but the vocabulary also has lowers, so it might have continued. The
+        coarser side has both kinds of boundary, the finer one only the first. A boundary is left out if no token of the
+        vocabulary of `side` extends the bytes before it.
         """
         tokens = boundaries.student, boundaries.teacher
         prefix_lengths = boundaries.student_prefix_length, boundaries.teacher_prefix_length
-        own, other, is_inside = sides[coarse], sides[1 - coarse], prefix_lengths[coarse] > 0
-        start = own.starts[tokens[coarse]] + prefix_lengths[coarse]
-        last = np.searchsorted(own.starts, start, side="left") - 1  # holds the byte before
-        may_continue = (prefix_lengths[1 - coarse] == 0) & (start > own.block_starts[tokens[coarse]])
-        may_continue &= is_inside | (coarse == self.teacher_is_coarser)
-        may_continue &= other.is_usable[tokens[1 - coarse]] & own.is_usable[last]
-        (found,) = may_continue.nonzero()
-        last, lengths = last[found], (start - own.starts[last])[found]
+        continuing, starting = tokens_by_side[side], tokens_by_side[1 - side]
+        is_inside = prefix_lengths[side] > 0
+        start = continuing.starts[tokens[side]] + prefix_lengths[side]
+        last = np.searchsorted(continuing.starts, start, side="left") - 1  # holds the byte before
+        may_continue = (prefix_lengths[1 - side] == 0) & (start > continuing.block_starts[tokens[side]])
+        may_continue &= is_inside | (side == self.coarser_side)
+        may_continue &= starting.is_usable[tokens[1 - side]] & continuing.is_usable[last]
+        (chosen,) = may_continue.nonzero()
+        last, lengths = last[chosen], (start - continuing.starts[last])[chosen]
 
-        pieces, width = self.pair.token_tables[coarse].pieces, lengths.max(initial=0) + 1
-        keys, prefix_of = np.unique(own.ids[last].astype(np.int64) * width + lengths, return_inverse=True)
-        by_prefix = [self._maps[coarse].after_prefix(pieces[key // width][: key % width]) for key in keys.tolist()]
+        pieces, width = self.pair.token_tables[side].pieces, lengths.max(initial=0) + 1
+        keys, prefix_of = np.unique(continuing.ids[last].astype(np.int64) * width + lengths, return_inverse=True)
+        by_prefix = [self._maps[side].after_prefix(pieces[key // width][: key % width]) for key in keys.tolist()]
         has_table = np.array([table is not None for table in by_prefix], dtype=bool)[prefix_of]
-        order = np.argsort(~is_inside[found], kind="stable")  # those inside a token come first
+        order = np.argsort(~is_inside[chosen], kind="stable")  # those inside a token come first
         order = order[has_table[order]]
-        found, last, prefix_of = found[order], last[order], prefix_of[order]
+        chosen, last, prefix_of = chosen[order], last[order], prefix_of[order]
         at_boundary = np.full(len(start), -1)
-        at_boundary[found] = np.arange(len(found))
-        num_inside = np.count_nonzero(is_inside[found])
+        at_boundary[chosen] = np.arange(len(chosen))
+        num_inside = np.count_nonzero(is_inside[chosen])
 
         used, table_of = np.unique(prefix_of, return_inverse=True)
         tables = [table for i in used if (table := by_prefix[i]) is not None]
-        counts = np.array([table.num_classes for table in tables], dtype=np.int64)[table_of]
-        first_classes = np.cumsum(counts) - counts
-        coarse_lists = [(table.coarse_tokens, table.coarse_classes) for table in tables]
-        fine_lists = [(table.fine_tokens, table.fine_classes) for table in tables]
+        num_classes = np.array([table.num_classes for table in tables], dtype=np.int64)[table_of]
+        first_classes = np.cumsum(num_classes) - num_classes
+        continuing_lists = [(table.coarse_tokens, table.coarse_classes) for table in tables]
+        starting_lists = [(table.fine_tokens, table.fine_classes) for table in tables]
         can_end = np.array([table.can_end for table in tables], dtype=bool)[table_of[:num_inside]]
-        record = Continuations(
-            coarse_positions=torch.from_numpy(own.positions[last]),
-            fine_positions=torch.from_numpy(other.positions[tokens[1 - coarse][found[:num_inside]]]),
-            coarse_entries=torch.from_numpy(_entries(coarse_lists, table_of, first_classes)),
-            fine_entries=torch.from_numpy(_entries(fine_lists, table_of[:num_inside], first_classes[:num_inside])),
-            class_continuations=torch.from_numpy(np.repeat(np.arange(len(table_of)), counts)),
-            end_classes=torch.from_numpy(first_classes + counts - 1),
+        continuations = Continuations(
+            continuing_positions=torch.from_numpy(continuing.positions[last]),
+            starting_positions=torch.from_numpy(starting.positions[tokens[1 - side][chosen[:num_inside]]]),
+            continuing_entries=torch.from_numpy(_entries(continuing_lists, table_of, first_classes)),
+            starting_entries=torch.from_numpy(
+                _entries(starting_lists, table_of[:num_inside], first_classes[:num_inside])
+            ),
+            class_continuations=torch.from_numpy(np.repeat(np.arange(len(table_of)), num_classes)),
+            end_classes=torch.from_numpy(first_classes + num_classes - 1),
             can_end=torch.from_numpy(can_end),
-            num_inside_classes=int(counts[:num_inside].sum()),
+            num_inside_classes=int(num_classes[:num_inside].sum()),
         )
-        return _SideContinuations(record, at_boundary, tables, table_of)
+        return _SideContinuations(continuations, at_boundary, tables, table_of)
 
     def _continuation_paths(self, token_end: np.ndarray, coarser: _SideContinuations) -> np.ndarray:
         """`Alignment.continuation_paths`: classes that the coarser side also reaches if its token does not end."""
         (pairs,) = (token_end >= 0).nonzero()
         continuations = token_end[pairs]
-        first_classes = np.append(0, coarser.record.end_classes.numpy() + 1)[continuations]
+        first_classes = np.append(0, coarser.continuations.end_classes.numpy() + 1)[continuations]
         lists = [(paths[0], paths[1]) for paths in map(self._paths_of, coarser.tables)]
         paths = _entries(lists, coarser.table_of[continuations], first_classes)
         paths[0] = pairs[paths[0]]
         return paths
 
     def _paths_of(self, table: ClassTable) -> np.ndarray:
-        """int64 [2, X]: the shared classes that are also classes of a continuation, each once, and which ones."""
-        if table.prefix not in self._paths_by_prefix:
-            shared, own = np.unique(self._shared_class_of[table.representatives], return_index=True)
-            self._paths_by_prefix[table.prefix] = np.stack([shared, own])[:, shared >= 0]
-        return self._paths_by_prefix[table.prefix]
+        """int64 [2, X]: pairs (shared class, continuation class) with the same next token; each shared class once."""
+        if table.prefix not in self._continuation_paths_by_prefix:
+            shared, of_continuation = np.unique(self._shared_class_of[table.representatives], return_index=True)
+            self._continuation_paths_by_prefix[table.prefix] = np.stack([shared, of_continuation])[:, shared >= 0]
+        return self._continuation_paths_by_prefix[table.prefix]
 
 
 class _BatchTokens:
-    """One tokenizer's tokens of a batch, block after block, with the bytes counted through all blocks."""
+    """One tokenizer's tokens of a batch, block after block; byte offsets continue across blocks."""
 
-    def __init__(self, stream: TokenStream, ranges: Sequence[tuple[int, ...]], width: int):
-        """ranges: of the blocks in the stream; width: of a row of inputs, start token first"""
+    def __init__(self, stream: TokenStream, ranges: Sequence[tuple[int, ...]], width: int, side: int):
+        """ranges: of the blocks in the stream; width: of the inputs, start token first; side: STUDENT or TEACHER"""
         spans = [slice(*span) for span in ranges]
-        counts = np.array([span.stop - span.start for span in spans])
+        num_tokens = np.array([span.stop - span.start for span in spans])
         bounds = np.array([[stream.ends[i - 1] if i else 0 for i in span] for span in ranges], dtype=np.int64)
         lengths = bounds[:, 1] - bounds[:, 0]
         block_ends = np.cumsum(lengths)
         self.ids = np.concatenate([stream.ids[span] for span in spans])
         self.is_target = np.concatenate([stream.is_target[span] for span in spans])
-        self.block_starts = np.repeat(block_ends - lengths, counts)
-        self.ends = np.concatenate([stream.ends[span] for span in spans]) + np.repeat(block_ends - bounds[:, 1], counts)
+        self.block_starts = np.repeat(block_ends - lengths, num_tokens)
+        self.ends = np.concatenate([stream.ends[span] for span in spans]) + np.repeat(
+            block_ends - bounds[:, 1], num_tokens
+        )
         self.starts = np.concatenate([[0], self.ends[:-1]])
-        firsts = np.cumsum(counts) - counts
-        self.inputs = np.arange(len(self.ids)) + np.repeat(1 + width * np.arange(len(spans)) - firsts, counts)
+        firsts = np.cumsum(num_tokens) - num_tokens
+        self.inputs = np.arange(len(self.ids)) + np.repeat(1 + width * np.arange(len(spans)) - firsts, num_tokens)
         """Index of each token in the flattened inputs"""
-        self.positions = self.inputs - 1
-        """The position that predicts each token; the student's are counted by target instead"""
+        self.positions = np.cumsum(self.is_target) - 1 if side == STUDENT else self.inputs - 1
+        """The position that predicts each token: the student's among its N targets, the teacher's in all logits"""
         dummy = np.concatenate([stream.has_dummy[span] for span in spans])
-        # A token with a dummy space has bytes that are not in the text; what is no target is not learned.
+        # A token with a dummy space (one that the tokenizer added) has bytes that are not in the text.
         self.is_usable = self.is_target & ~dummy
-        # A template's token has no bytes, and leaves the chunk that it stands before valid.
+        # A template's token has no bytes, and does not invalidate the next chunk.
         self.invalidates_chunk = ~self.is_usable & ((self.ends > self.starts) | dummy)
-        self.is_trailing = self.starts == np.repeat(block_ends, counts)
+        self.is_trailing = self.starts == np.repeat(block_ends, num_tokens)
         """Without bytes at the end of a block, and so in no chunk"""
 
 

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+STUDENT, TEACHER = range(2)
+"""Index of a side in a pair (student, teacher)"""
+
 
 @dataclass(frozen=True)
 class SharedClasses:
@@ -30,36 +33,36 @@ class SharedClasses:
 class Continuations:
     """K boundaries at which one tokenizer starts a token, and the last token of the other may continue.
 
-    The former is the fine, the latter the coarse side of this record, whichever tokenizer is the coarser on the whole.
-    The coarse position is the one that predicts that last token. Conditioned on the token's bytes before the boundary,
-    its prefix, it is one of the tokens that extend the prefix, or it ends there. Each continuation has classes of its
-    own, numbered across all K; its last class is that the token ends.
+    The former is the starting, the latter the continuing side; either model can be either. The continuing position is
+    the one that predicts that last token. Conditioned on the token's bytes before the boundary, its prefix, it is one
+    of the tokens that extend the prefix, or it ends there. Each continuation has classes of its own, numbered across
+    all K; its last class is that the token ends.
 
-    The first K_1 are inside a token of the text: it does continue, and only the fine side starts a token. The others
-    are at common boundaries, where the token ended; only the coarse side's probabilities are needed there.
+    The first K_1 are inside a token of the text: it does continue, and only the starting side starts a token. The
+    others are at common boundaries, where the token ended; only the continuing side's probabilities are needed there.
     """
 
-    coarse_positions: Tensor
+    continuing_positions: Tensor
     """int64 [K]"""
-    fine_positions: Tensor
+    starting_positions: Tensor
     """int64 [K_1]"""
-    coarse_entries: Tensor
+    continuing_entries: Tensor
     """int64 [3, E]: continuation, token id, class"""
-    fine_entries: Tensor
+    starting_entries: Tensor
     """int64 [3, E']: the same of the first K_1; the tokens that are not listed stand for the end"""
     class_continuations: Tensor
     """int64 [O]: the continuation of each class, ascending"""
     end_classes: Tensor
     """int64 [K]: the last class of each continuation, that the token ends"""
     can_end: Tensor
-    """bool [K_1]: the coarse vocabulary has a token that is the prefix itself"""
+    """bool [K_1]: the continuing vocabulary has a token that is the prefix itself"""
     num_inside_classes: int
     """O_1: classes of the first K_1"""
 
     @property
     def num_inside(self) -> int:
         """K_1."""
-        return len(self.fine_positions)
+        return len(self.starting_positions)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Token boundaries and chunks of two tokenizations of the same bytes, from the byte at which each token ends.
 
-numpy on the host, before the loop, without a loop over tokens. Tokens are given by their index in the stream.
+numpy on the host, without a loop over tokens. Tokens are given by their index in the stream.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Boundaries:
 
 
 def find_boundaries(student_ends: np.ndarray, teacher_ends: np.ndarray) -> Boundaries:
-    """The boundaries of both tokenizations, ascending; tokens without bytes hold none. O((S + T) log).
+    """The boundaries of both tokenizations, ascending; zero-byte tokens are skipped. O(N log N).
 
-    student_ends, teacher_ends: int64 [S], [T], ascending; the byte at which each token ends, from a common start at
+    student_ends, teacher_ends: int64 [N_s], [N_t], ascending; the byte at which each token ends, from a common start at
     0 to a common end
     """
     student_starts, teacher_starts = _starts(student_ends), _starts(teacher_ends)
@@ -44,9 +44,9 @@ class Chunks:
     """The smallest spans of bytes on whose ends both tokenizers agree."""
 
     student: np.ndarray
-    """int64 [S]: the chunk of each student token, ascending; a token without bytes joins the one that follows"""
+    """int64 [N_s]: the chunk of each student token, ascending; a token without bytes joins the one that follows"""
     teacher: np.ndarray
-    """int64 [T]"""
+    """int64 [N_t]"""
     ends: np.ndarray
     """int64 [C]: the byte at which each chunk ends"""
     sizes: np.ndarray
@@ -64,7 +64,7 @@ class Chunks:
 
 
 def ends_on_both(student_ends: np.ndarray, teacher_ends: np.ndarray) -> np.ndarray:
-    """bool [S]: whether a teacher token ends where each student token does. Arguments as for `find_boundaries`."""
+    """bool [N_s]: whether a teacher token ends where each student token does. Arguments as for `find_boundaries`."""
     # Both are sorted, so this is their intersection, many times faster than `np.intersect1d`.
     places = np.searchsorted(teacher_ends, student_ends)
     return teacher_ends[np.minimum(places, len(teacher_ends) - 1)] == student_ends
@@ -73,7 +73,7 @@ def ends_on_both(student_ends: np.ndarray, teacher_ends: np.ndarray) -> np.ndarr
 def find_chunks(student_ends: np.ndarray, teacher_ends: np.ndarray) -> Chunks:
     """Split the text at every byte where a token ends on both sides. Arguments as for `find_boundaries`.
 
-    A token without bytes behind the last chunk belongs to none: its number is the number of chunks.
+    A token without bytes behind the last chunk belongs to none: it gets index len(ends).
     """
     ends = student_ends[ends_on_both(student_ends, teacher_ends) & (np.diff(student_ends, prepend=0) > 0)]
     members, sizes = [], []

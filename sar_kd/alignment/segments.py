@@ -26,11 +26,11 @@ class Segment:
     """int64 [n]: among the student's N"""
     teacher_positions: Tensor
     """int64 [m]: in the teacher's flattened logits"""
-    counts: Tensor
+    ce_mask: Tensor
     """float32 [n]: 1 for the student positions of this segment, 0 for the one that it shares with the segment before"""
     num_pairs: int
     teacher_continuations: Continuations
-    """Positions are indices into `teacher_positions` (coarse) and `student_positions` (fine)"""
+    """Positions are indices into `teacher_positions` (continuing) and `student_positions` (starting)"""
     student_continuations: Continuations
     """The same with the sides exchanged"""
     token_end: Tensor
@@ -77,10 +77,12 @@ class _Segmenter:
         self.num_positions = [num_student, len(teacher_positions)]
         self.pairs = [alignment.student_positions.numpy(), self._by_target(alignment.teacher_positions)]
         self.num_pairs = len(self.pairs[0])
-        self.records = student, teacher
-        self.coarse = [student.coarse_positions.numpy(), self._by_target(teacher.coarse_positions)]
-        self.fine = [self._by_target(student.fine_positions), teacher.fine_positions.numpy()]
-        self.first_classes = [np.append(0, record.end_classes.numpy() + 1) for record in self.records]
+        self.continuations = student, teacher
+        self.continuing = [student.continuing_positions.numpy(), self._by_target(teacher.continuing_positions)]
+        self.starting = [self._by_target(student.starting_positions), teacher.starting_positions.numpy()]
+        self.first_classes = [
+            np.append(0, continuations.end_classes.numpy() + 1) for continuations in self.continuations
+        ]
 
     def _by_target(self, teacher_positions: Tensor) -> np.ndarray:
         return np.searchsorted(self.teacher_positions, teacher_positions.numpy())
@@ -104,18 +106,18 @@ class _Segmenter:
         num_pairs, shared = pair_end - first_pair, self._positions_of(start)
         lasts = self.num_positions if end == self.num_pairs else self._positions_of(end)
         ranges = [self._ranges(side, max(0, shared[side]), lasts[side]) for side in range(2)]
-        coarse = [np.concatenate([self.coarse[i][slice(*span)] for span in ranges[i]]) for i in range(2)]
+        continuing = [np.concatenate([self.continuing[i][slice(*span)] for span in ranges[i]]) for i in range(2)]
         own = np.arange(shared[0] + 1, min(lasts[0] + 1, self.num_positions[0]))
         orders, parts = [], []
         for side in range(2):
             inside = ranges[1 - side][0]
-            ahead = np.concatenate([self.pairs[side][first_pair:pair_end], self.fine[1 - side][slice(*inside)]])
-            rest = np.setdiff1d(np.concatenate([coarse[0], own]) if side == 0 else coarse[1], ahead)
+            ahead = np.concatenate([self.pairs[side][first_pair:pair_end], self.starting[1 - side][slice(*inside)]])
+            rest = np.setdiff1d(np.concatenate([continuing[0], own]) if side == 0 else continuing[1], ahead)
             order = np.concatenate([ahead, rest])
             index = np.zeros(lasts[side] - shared[side] + 1, dtype=np.int64)
             index[order - shared[side]] = np.arange(len(order))
             orders.append(order)
-            parts.append(self._continuations(side, ranges[side], index[coarse[side] - shared[side]], num_pairs))
+            parts.append(self._continuations(side, ranges[side], index[continuing[side] - shared[side]], num_pairs))
         _, shift, class_shift = parts[self.coarser]
         token_end = self.alignment.token_end.numpy()[first_pair:pair_end]
         paths = self.alignment.continuation_paths.numpy()
@@ -123,7 +125,7 @@ class _Segmenter:
         return Segment(
             student_positions=torch.from_numpy(orders[0]),
             teacher_positions=torch.from_numpy(self.teacher_positions[orders[1]]),
-            counts=torch.from_numpy((orders[0] > shared[0]).astype(np.float32)),
+            ce_mask=torch.from_numpy((orders[0] > shared[0]).astype(np.float32)),
             num_pairs=num_pairs,
             teacher_continuations=parts[1][0],
             student_continuations=parts[0][0],
@@ -132,44 +134,44 @@ class _Segmenter:
         )
 
     def _ranges(self, side: int, low: int, high: int) -> tuple[_Range, _Range]:
-        """The continuations with coarse positions in [low, high): those inside a token, those at a common boundary."""
-        positions, num_inside = self.coarse[side], self.records[side].num_inside
+        """The continuations with `continuing` in [low, high): those inside a token, those at a common boundary."""
+        positions, num_inside = self.continuing[side], self.continuations[side].num_inside
         inside = np.searchsorted(positions[:num_inside], [low, high])
         at_boundary = num_inside + np.searchsorted(positions[num_inside:], [low, high])
         return tuple(inside.tolist()), tuple(at_boundary.tolist())
 
     def _continuations(
-        self, side: int, ranges: tuple[_Range, _Range], coarse_positions: np.ndarray, num_pairs: int
+        self, side: int, ranges: tuple[_Range, _Range], continuing_positions: np.ndarray, num_pairs: int
     ) -> tuple[Continuations, int, int]:
         """The continuations of a segment, with positions, continuations and classes counted from 0.
 
         Returns: them; by how much continuations and classes at a common boundary are counted lower
         """
-        record, first_classes = self.records[side], self.first_classes[side]
+        continuations, first_classes = self.continuations[side], self.first_classes[side]
         inside, at_boundary = ranges
         num_inside, first_class = inside[1] - inside[0], int(first_classes[inside[0]])
         num_inside_classes = int(first_classes[inside[1]]) - first_class
         # Those at a common boundary follow directly on those inside.
         shift, class_shift = at_boundary[0] - num_inside, int(first_classes[at_boundary[0]]) - num_inside_classes
 
-        def entries(found: Tensor, span: _Range, first: int, first_class: int) -> np.ndarray:
-            part = found.numpy()[:, slice(*np.searchsorted(found[0].numpy(), span))]
+        def entries(arrays: Tensor, span: _Range, first: int, first_class: int) -> np.ndarray:
+            part = arrays.numpy()[:, slice(*np.searchsorted(arrays[0].numpy(), span))]
             return part - np.array([[first], [0], [first_class]])
 
-        coarse_entries = (
-            entries(record.coarse_entries, inside, inside[0], first_class),
-            entries(record.coarse_entries, at_boundary, shift, class_shift),
+        continuing_entries = (
+            entries(continuations.continuing_entries, inside, inside[0], first_class),
+            entries(continuations.continuing_entries, at_boundary, shift, class_shift),
         )
-        ends = record.end_classes.numpy()
+        ends = continuations.end_classes.numpy()
         ends = np.concatenate([ends[slice(*inside)] - first_class, ends[slice(*at_boundary)] - class_shift])
         part = Continuations(
-            coarse_positions=torch.from_numpy(coarse_positions),
-            fine_positions=torch.arange(num_pairs, num_pairs + num_inside),
-            coarse_entries=torch.from_numpy(np.concatenate(coarse_entries, axis=1)),
-            fine_entries=torch.from_numpy(entries(record.fine_entries, inside, inside[0], first_class)),
+            continuing_positions=torch.from_numpy(continuing_positions),
+            starting_positions=torch.arange(num_pairs, num_pairs + num_inside),
+            continuing_entries=torch.from_numpy(np.concatenate(continuing_entries, axis=1)),
+            starting_entries=torch.from_numpy(entries(continuations.starting_entries, inside, inside[0], first_class)),
             class_continuations=torch.from_numpy(np.repeat(np.arange(len(ends)), np.diff(ends, prepend=-1))),
             end_classes=torch.from_numpy(ends),
-            can_end=record.can_end[slice(*inside)],
+            can_end=continuations.can_end[slice(*inside)],
             num_inside_classes=num_inside_classes,
         )
         return part, shift, class_shift

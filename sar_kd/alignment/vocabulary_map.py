@@ -2,7 +2,8 @@
 
 At a common boundary, all coarse tokens that the finer tokenizer would begin with the same token are one class. Inside a
 coarse token, after its prefix p, every coarse token that extends p and that the finer tokenizer would split after p
-belongs to the class of the fine token that comes next; that the coarse token is p itself is one class more.
+belongs to the class of the fine token that comes next; that the coarse token is p itself is one class more. Coarse and
+fine are the two roles in one map: there is a map for each direction.
 
 Source: byte-prefix marginalisation (arXiv 2607.22334), here with the finer tokenizer's own segmentation instead of a
 residual bucket, with the end of the coarse token as a class, corrected by the text, and never without a class for a
@@ -262,8 +263,8 @@ def same_token_map(student: TokenTable, teacher: TokenTable) -> np.ndarray:
 
     Of tokens that share their bytes only the ordinary one counts. Every end of a text maps to the end of a text.
     """
-    student_ids, found = _SortedVocabulary(student).by_bytes, np.full(len(teacher.pieces), -1, dtype=np.int64)
+    student_ids, student_of = _SortedVocabulary(student).by_bytes, np.full(len(teacher.pieces), -1, dtype=np.int64)
     for piece, index in _SortedVocabulary(teacher).by_bytes.items():
-        found[index] = student_ids.get(piece, -1)
-    found[list(teacher.end_ids)] = student.end_id
-    return found
+        student_of[index] = student_ids.get(piece, -1)
+    student_of[list(teacher.end_ids)] = student.end_id
+    return student_of

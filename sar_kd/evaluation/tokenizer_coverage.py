@@ -93,7 +93,7 @@ def measure_coverage(dataset: Dataset) -> Coverage:
     target_chunks = np.unique(chunks.student[is_target])
     target_chunks = target_chunks[target_chunks < len(chunks.ends)]
     boundaries = find_boundaries(*ends)
-    counts = is_target[boundaries.student]
+    is_counted = is_target[boundaries.student]
     in_teacher, in_student = boundaries.teacher_prefix_length > 0, boundaries.student_prefix_length > 0
     student_table, teacher_table = pair.token_tables
     classes = {name: members[ids] & is_target for name, members in _classes(student_table).items()}
@@ -107,9 +107,9 @@ def measure_coverage(dataset: Dataset) -> Coverage:
         },
         chunks_per_token=len(target_chunks) / num_tokens,
         overlapping=chunks.overlapping[target_chunks].mean(),
-        both_start=(counts & ~in_teacher & ~in_student).sum() / num_tokens,
-        inside_teacher=(counts & in_teacher).sum() / num_tokens,
-        inside_student=(counts & in_student).sum() / num_tokens,
+        both_start=(is_counted & ~in_teacher & ~in_student).sum() / num_tokens,
+        inside_teacher=(is_counted & in_teacher).sum() / num_tokens,
+        inside_student=(is_counted & in_student).sum() / num_tokens,
         coarser="teacher" if dataset.aligner.teacher_is_coarser else "student",
         shared_tokens=len(shared),
         student_tokens=len(pair.student),

@@ -56,7 +56,8 @@ class Divergence:
     reverse  sum p * (log p - log t)                                     KL(student || teacher)
     jsd      beta * sum t * (log t - log m) + (1 - beta) * sum p * (log p - log m),   m = beta * t + (1 - beta) * p
 
-    The value takes log-probabilities below `floor` as `floor`; the gradient is that of the unclamped value.
+    The value takes log-probabilities below `floor` as `floor`; the gradient is that of the unclamped value. A new
+    direction needs a branch in the methods of this class, and an entry in the choices of `--kd_direction`.
 
     Source: Agarwal et al., 2024 (arXiv 2306.13649), section 2, for the generalised JSD
     """
@@ -64,6 +65,11 @@ class Divergence:
     direction: str = "forward"
     beta: float = 0.5
     floor: float = -math.inf
+
+    @property
+    def needs_teacher_support(self) -> bool:
+        """Infinite where only the teacher's probability is 0, so classes outside its support must be left out."""
+        return self.direction == "reverse"
 
     def __call__(self, student: Tensor, teacher: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The sum over all classes and positions, differentiable in both arguments.

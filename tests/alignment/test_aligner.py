@@ -144,7 +144,7 @@ def _alignments(corpus: Dataset, batch: Batch) -> list[BlockAlignment]:
     for (place, tokens), strict in zip(where, a.strict.tolist(), strict=True):
         found[place].pairs.append((*tokens, strict))
     for side, record in enumerate((a.student_continuations, a.teacher_continuations)):
-        pairs = zip(record.coarse_positions.tolist(), record.fine_positions.tolist(), strict=False)
+        pairs = zip(record.continuing_positions.tolist(), record.starting_positions.tolist(), strict=False)
         for pair, classes in zip(pairs, _classes(record), strict=False):
             place, tokens = place_of(*(pair if side == 0 else pair[::-1]))
             sided = frozenset((fine, coarse, end) if side else (coarse, fine, end) for coarse, fine, end in classes)
@@ -162,8 +162,8 @@ def _alignments(corpus: Dataset, batch: Batch) -> list[BlockAlignment]:
         if continuation < 0:
             assert not paths
             continue
-        assert continuation >= len(record.fine_positions)  # those inside a token come first
-        position = int(record.coarse_positions[continuation])
+        assert continuation >= len(record.starting_positions)  # those inside a token come first
+        position = int(record.continuing_positions[continuation])
         other, last = divmod(position if coarse else int(positions[position]), widths[coarse])
         assert place == other
         found[place].token_end.append((*tokens, last, frozenset((ids, end) for ids, _, end in classes[continuation])))
@@ -200,13 +200,13 @@ def _chunks(batch: Batch):
 def _classes(record) -> list[frozenset]:
     """The classes of each continuation: coarse ids, fine ids, and is it the end."""
     members = [(set(), set()) for _ in record.class_continuations]
-    for side, entries in enumerate((record.coarse_entries, record.fine_entries)):
+    for side, entries in enumerate((record.continuing_entries, record.starting_entries)):
         for continuation, token, class_ in entries.T.tolist():
             assert continuation == record.class_continuations[class_]
             assert token not in members[class_][side]
             members[class_][side].add(token)
-    found = [set() for _ in record.coarse_positions]
-    ends, num_inside = set(record.end_classes.tolist()), len(record.fine_positions)
+    found = [set() for _ in record.continuing_positions]
+    ends, num_inside = set(record.end_classes.tolist()), len(record.starting_positions)
     for class_, (number, (coarse, fine)) in enumerate(zip(record.class_continuations.tolist(), members, strict=True)):
         assert (number < num_inside) == (class_ < record.num_inside_classes)
         assert bool(fine) == (number < num_inside and class_ not in ends)
@@ -427,13 +427,13 @@ def test_continuations_are_ordered_for_sums_by_group(corpora, names):
     alignment = corpora[names].batch([0, 1, 2, 3]).alignment
     for record in (alignment.student_continuations, alignment.teacher_continuations):
         assert torch.equal(record.class_continuations, record.class_continuations.sort().values)
-        assert torch.equal(record.class_continuations.unique(), torch.arange(len(record.coarse_positions)))
-        lasts = [(record.class_continuations == i).nonzero().max() for i in range(len(record.coarse_positions))]
+        assert torch.equal(record.class_continuations.unique(), torch.arange(len(record.continuing_positions)))
+        lasts = [(record.class_continuations == i).nonzero().max() for i in range(len(record.continuing_positions))]
         assert record.end_classes.tolist() == lasts
-        assert record.num_inside_classes == (record.class_continuations < len(record.fine_positions)).sum()
+        assert record.num_inside_classes == (record.class_continuations < len(record.starting_positions)).sum()
         for entries, count in (
-            (record.coarse_entries, len(record.class_continuations)),
-            (record.fine_entries, record.num_inside_classes),
+            (record.continuing_entries, len(record.class_continuations)),
+            (record.starting_entries, record.num_inside_classes),
         ):
             assert torch.equal(entries[0], entries[0].sort().values)
             assert set(entries[2].tolist()) <= set(range(count))
@@ -619,7 +619,9 @@ def test_equal_tokenizers_pair_every_position_with_itself_on_the_aligned_path_to
         assert torch.equal(a.student_ends, b.student_ends)
         assert torch.equal(a.teacher_ends, b.teacher_ends)
         assert a.num_chunks == b.num_chunks == batch.num_target_tokens
-        assert len(a.student_continuations.coarse_positions) == len(a.teacher_continuations.coarse_positions) == 0
+        assert (
+            len(a.student_continuations.continuing_positions) == len(a.teacher_continuations.continuing_positions) == 0
+        )
         assert torch.equal(a.token_end, b.token_end)
         assert (a.token_end == -1).all()
         assert a.continuation_paths.shape == b.continuation_paths.shape == (3, 0)
@@ -672,8 +674,8 @@ def test_shared_classes_undo_a_permutation_of_the_ids(tokenizers, documents, kin
     assert all(student[class_] == new_ids[token] for class_, token in teacher.items())
     alignment = corpus.batch([0]).alignment
     assert (
-        len(alignment.student_continuations.coarse_positions)
-        == len(alignment.teacher_continuations.coarse_positions)
+        len(alignment.student_continuations.continuing_positions)
+        == len(alignment.teacher_continuations.continuing_positions)
         == 0
     )
 

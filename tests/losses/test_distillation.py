@@ -24,7 +24,7 @@ from sar_kd.losses.distillation import ForwardOutputs, TokenLevel
 from sar_kd.losses.objective import build_distillation
 from sar_kd.losses.projection.joint import ContinuationPaths, add_continuation_paths
 from sar_kd.losses.projection.loss import Projection
-from sar_kd.losses.projection.marginals import ClassMap, coarse_log_probs, gather_logits
+from sar_kd.losses.projection.marginals import ClassMap, continuing_log_probs, gather_logits
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 from tests.helpers.lm_heads import lazy_logits
 
@@ -201,11 +201,11 @@ def _naive_projected(case, student: Tensor, temperature=1.0, top_k=0, **divergen
         (alignment.teacher_continuations, True),
     ):
         coarse_side, fine_side = (teacher, student) if teacher_is_coarse else (student, teacher)
-        can_end, num_inside = _can_end(record), len(record.fine_positions)
-        for i, coarse_position in enumerate(record.coarse_positions.tolist()):
+        can_end, num_inside = _can_end(record), len(record.starting_positions)
+        for i, coarse_position in enumerate(record.continuing_positions.tolist()):
             (own,) = (record.class_continuations == i).nonzero(as_tuple=True)
             first, count = own.min(), len(own)
-            _, tokens, ids = record.coarse_entries[:, record.coarse_entries[0] == i]
+            _, tokens, ids = record.continuing_entries[:, record.continuing_entries[0] == i]
             coarse = _sums(coarse_side[coarse_position], tokens, ids - first, count)
             is_unknown = teacher_is_coarse and (coarse.sum() < tails[coarse_position] or coarse.sum() == 0)
             if is_unknown:  # as if the token ended
@@ -214,8 +214,8 @@ def _naive_projected(case, student: Tensor, temperature=1.0, top_k=0, **divergen
             if teacher_is_coarse == is_coarser:
                 continued |= dict(zip(own.tolist(), coarse, strict=True))
             if i < num_inside:
-                fine_position = record.fine_positions[i].item()
-                _, tokens, ids = record.fine_entries[:, record.fine_entries[0] == i]
+                fine_position = record.starting_positions[i].item()
+                _, tokens, ids = record.starting_entries[:, record.starting_entries[0] == i]
                 fine = _sums(fine_side[fine_position], tokens, ids - first, count)
                 if can_end[i] or (teacher_is_coarse and divergence["direction"] != "reverse"):
                     end = fine_side[fine_position].clone()
@@ -231,7 +231,7 @@ def _naive_projected(case, student: Tensor, temperature=1.0, top_k=0, **divergen
         zip(alignment.student_positions.tolist(), alignment.teacher_positions.tolist(), strict=True)
     ):
         ended = alignment.token_end[pair].item()
-        counts = is_finite[r] and not (is_coarser and ended >= 0 and not is_finite[coarser.coarse_positions[ended]])
+        counts = is_finite[r] and not (is_coarser and ended >= 0 and not is_finite[coarser.continuing_positions[ended]])
         if counts:
             t = _sums(teacher[r], classes.teacher_tokens, classes.teacher_classes, classes.num_classes)
             p = _sums(student[k], classes.student_tokens, classes.student_classes, classes.num_classes)
@@ -253,7 +253,7 @@ def _naive_projected(case, student: Tensor, temperature=1.0, top_k=0, **divergen
 
 def _can_end(record) -> list[bool]:
     """For each continuation, whether the coarser side has a token that ends there."""
-    return torch.isin(record.end_classes, record.coarse_entries[2]).tolist()
+    return torch.isin(record.end_classes, record.continuing_entries[2]).tolist()
 
 
 def _partners(case) -> dict[int, int]:
@@ -432,11 +432,11 @@ def test_a_continuation_is_conditioned_on_exactly_the_bytes_of_its_prefix(make_c
     index_of = {r: i for i, r in enumerate(case.batch.teacher.positions.tolist())}
     record = (case.batch.alignment.student_continuations, case.batch.alignment.teacher_continuations)[coarse]
     assert len(record.end_classes) > 1
-    num_inside, can_end = len(record.fine_positions), _can_end(record)
+    num_inside, can_end = len(record.starting_positions), _can_end(record)
     assert can_end[:num_inside] == record.can_end.tolist()
     assert (record.class_continuations < num_inside).sum() == record.num_inside_classes
-    fine_positions = record.fine_positions.tolist() + _fine_positions_at_token_ends(case, coarse, num_inside)
-    for i, pair in enumerate(zip(record.coarse_positions.tolist(), fine_positions, strict=True)):
+    starting_positions = record.starting_positions.tolist() + _fine_positions_at_token_ends(case, coarse, num_inside)
+    for i, pair in enumerate(zip(record.continuing_positions.tolist(), starting_positions, strict=True)):
         own, other = (
             sides[side][k if side == 0 else index_of[k]] for side, k in zip((coarse, 1 - coarse), pair, strict=True)
         )
@@ -444,7 +444,7 @@ def test_a_continuation_is_conditioned_on_exactly_the_bytes_of_its_prefix(make_c
         assert own[0] == other[0]
         last_byte = own[1] + len(tables[coarse].pieces[own[2]])
         assert own[1] < other[1] < last_byte if i < num_inside else other[1] == last_byte
-        _, tokens, classes = record.coarse_entries[:, record.coarse_entries[0] == i]
+        _, tokens, classes = record.continuing_entries[:, record.continuing_entries[0] == i]
         last = classes == record.end_classes[i]
         assert all(tables[coarse].pieces[v] == prefix for v in tokens[last].tolist())
         longer = [tables[coarse].pieces[v] for v in tokens[~last].tolist()]
@@ -538,9 +538,9 @@ def _implied(case) -> Tensor:
     class_map = ClassMap(classes.teacher_tokens, classes.teacher_classes, classes.num_classes)
     (segment,) = _with_alignment(case, alignment).segments
     tile = outputs.teacher_logits[segment.teacher_positions].T.contiguous()
-    num_inside = len(segment.student_continuations.fine_positions)
+    num_inside = len(segment.student_continuations.starting_positions)
     gathered = gather_logits(tile, class_map, segment.num_pairs, num_inside, segment.teacher_continuations, 1.0)
-    inside = coarse_log_probs(gathered.entries, record)
+    inside = continuing_log_probs(gathered.entries, record)
     paths = ContinuationPaths(inside, inside[record.end_classes], alignment.token_end, alignment.continuation_paths)
     joint = add_continuation_paths(gathered.boundary.log_softmax(0), paths).T
     class_of = torch.full((len(case.aligner.pair.student),), -1)
@@ -548,10 +548,10 @@ def _implied(case) -> Tensor:
     own = class_of[targets[alignment.student_positions]]
     implied = torch.full((len(targets),), math.nan, dtype=torch.float64)
     implied[alignment.student_positions] = torch.where(own < 0, math.nan, joint[torch.arange(len(own)), own].double())
-    index, token, in_class = record.fine_entries
-    is_target = token == targets[record.fine_positions[index]]
-    assert implied[record.fine_positions].isnan().all()  # a target starts at a pair or inside a teacher token
-    implied[record.fine_positions[index[is_target]]] = inside[in_class[is_target]].double()
+    index, token, in_class = record.starting_entries
+    is_target = token == targets[record.starting_positions[index]]
+    assert implied[record.starting_positions].isnan().all()  # a target starts at a pair or inside a teacher token
+    implied[record.starting_positions[index[is_target]]] = inside[in_class[is_target]].double()
     return implied
 
 
@@ -584,7 +584,7 @@ def test_the_teachers_likelihood_of_the_text_in_the_students_tokens_is_its_own(e
     implied, own = _implied(embedded_case), _own(embedded_case).sum()
     missing = implied.isnan()
     uniform = math.log(len(embedded_case.aligner.pair.teacher))
-    assert len(embedded_case.batch.alignment.teacher_continuations.fine_positions) > 0.15 * len(implied)
+    assert len(embedded_case.batch.alignment.teacher_continuations.starting_positions) > 0.15 * len(implied)
     assert missing.float().mean() < 0.005
     assert own > 0.6 * -uniform * len(_own(embedded_case))  # the teacher is far from uniform
     assert (implied[~missing].sum() - uniform * missing.sum()).item() == pytest.approx(own.item(), rel=0.03)
@@ -606,9 +606,9 @@ def test_segments_hold_every_position_once_and_share_one_with_the_former(make_ca
     case = make_case(name)
     segments = _with_alignment(case, case.batch.alignment, limit).segments
     assert len(segments) > 1
-    owned = torch.cat([part.student_positions[part.counts > 0] for part in segments])
+    owned = torch.cat([part.student_positions[part.ce_mask > 0] for part in segments])
     assert torch.equal(owned.sort().values, torch.arange(case.batch.num_target_tokens))
-    assert [int((part.counts == 0).sum()) <= 1 for part in segments] == [True] * len(segments)
+    assert [int((part.ce_mask == 0).sum()) <= 1 for part in segments] == [True] * len(segments)
     pairs = torch.cat([part.student_positions[: part.num_pairs] for part in segments])
     assert torch.equal(pairs, case.batch.alignment.student_positions)
     if limit >= 30:
@@ -705,7 +705,7 @@ def _pairs_with_paths(case) -> set[tuple[int, int]]:
     if case.aligner.teacher_is_coarser:
         return set()
     has_path = alignment.token_end >= 0
-    before = alignment.student_continuations.coarse_positions[alignment.token_end[has_path]]
+    before = alignment.student_continuations.continuing_positions[alignment.token_end[has_path]]
     return set(zip(alignment.student_positions[has_path].tolist(), before.tolist(), strict=True))
 
 
@@ -726,15 +726,15 @@ def _affected(case, method, teacher_position: int) -> set[int]:
     positions += [before for position, before in _pairs_with_paths(case) if position in positions]
     records = (True, alignment.teacher_continuations), (False, alignment.student_continuations)
     for teacher_is_coarse, record in records:
-        size = len(record.fine_positions)
+        size = len(record.starting_positions)
         num_classes = record.class_continuations.bincount(minlength=len(record.end_classes))
         can_differ = num_classes - (~torch.tensor(_can_end(record))).long() > 1  # a single class has probability 1
         here = (
-            can_differ & (record.coarse_positions == teacher_position)
+            can_differ & (record.continuing_positions == teacher_position)
             if teacher_is_coarse
-            else can_differ[:size] & (record.fine_positions == teacher_position)
+            else can_differ[:size] & (record.starting_positions == teacher_position)
         )
-        others = record.fine_positions if teacher_is_coarse else record.coarse_positions[:size]
+        others = record.starting_positions if teacher_is_coarse else record.continuing_positions[:size]
         positions += others[here[:size]].tolist()
         if teacher_is_coarse and case.aligner.teacher_is_coarser:  # pairs at which this continuation ends
             positions += alignment.student_positions[
@@ -747,8 +747,8 @@ def _continuation_positions(case) -> set[int]:
     """Student positions of a continuation, or of a pair at which one ends."""
     alignment = case.batch.alignment
     return {
-        *alignment.teacher_continuations.fine_positions.tolist(),
-        *alignment.student_continuations.coarse_positions.tolist(),
+        *alignment.teacher_continuations.starting_positions.tolist(),
+        *alignment.student_continuations.continuing_positions.tolist(),
         *alignment.student_positions[alignment.token_end >= 0].tolist(),
     }
 
@@ -911,8 +911,10 @@ def _teacher_positions(case, method) -> Tensor:
         "projection": lambda: torch.cat(
             [
                 alignment.teacher_positions,
-                alignment.teacher_continuations.coarse_positions[: len(alignment.teacher_continuations.fine_positions)],
-                alignment.student_continuations.fine_positions,
+                alignment.teacher_continuations.continuing_positions[
+                    : len(alignment.teacher_continuations.starting_positions)
+                ],
+                alignment.student_continuations.starting_positions,
             ]
         ),
         "alm": lambda: case.batch.teacher.positions,
@@ -954,7 +956,7 @@ def test_a_pair_is_left_out_where_the_teachers_end_of_token_is_not_finite(make_c
     alignment = case.batch.alignment
     pair = int((alignment.token_end >= 0).nonzero()[3])
     position = alignment.student_positions[pair]
-    before = alignment.teacher_continuations.coarse_positions[alignment.token_end[pair]]
+    before = alignment.teacher_continuations.continuing_positions[alignment.token_end[pair]]
     whole, whole_grad = _distill(case, "projection", kd_direction=direction)
     case.outputs.teacher_logits[before, 0] = math.nan
     terms, grad = _distill(case, "projection", kd_direction=direction)
@@ -1076,8 +1078,8 @@ def test_a_position_without_a_known_class_in_the_teachers_top_k_gives_no_loss(ma
     case = _without(case, *({"teacher_continuations", "student_continuations", "pairs"} - {part}))
     record = getattr(case.batch.alignment, part, None)
     known = {
-        "teacher_continuations": lambda: record.coarse_entries[1],
-        "student_continuations": lambda: record.fine_entries[1],
+        "teacher_continuations": lambda: record.continuing_entries[1],
+        "student_continuations": lambda: record.starting_entries[1],
         "pairs": lambda: case.aligner.shared_classes.teacher_tokens,
     }[part]()
     unknown = next(v for v in range(case.outputs.teacher_logits.shape[1]) if v not in known)
@@ -1085,7 +1087,7 @@ def test_a_position_without_a_known_class_in_the_teachers_top_k_gives_no_loss(ma
     _, whole_grad = _distill(case, "projection", kd_direction="jsd")
     if part == "student_continuations":  # any other token counts for the end of the student's token, where it can end
         assert not record.can_end.all()
-        case.outputs.teacher_logits[record.fine_positions[record.can_end]] = math.nan
+        case.outputs.teacher_logits[record.starting_positions[record.can_end]] = math.nan
     terms, grad = _distill(case, "projection", kd_direction=direction, teacher_top_k=1)
     assert whole_grad.any()
     assert abs(terms.loss) == abs(terms.unclamped) < 1e-6

@@ -383,7 +383,7 @@ def test_teacher_positions_that_are_not_finite_are_dropped_and_text_still_trains
     alone.step([batch])
     assert report.verdict.applied
     records = [batch.alignment.teacher_continuations, batch.alignment.student_continuations]
-    going_on = sum(0 if record is None else len(record.fine_positions) for record in records)
+    going_on = sum(0 if record is None else len(record.starting_positions) for record in records)
     assert (going_on > 0) == (tokenizers == "different")
     assert report.teacher_rows_dropped == len(batch.alignment.teacher_positions) + going_on
     assert report.kd_loss == 0.0

@@ -2,7 +2,8 @@
 
 Wherever either tokenizer starts a token, both models' distributions are summed into classes of tokens that the two
 vocabularies share, and their divergence is added to the loss. `alignment` finds the positions and the classes;
-`marginals` sums logits into classes, `joint` adds up the paths of the coarser tokenizer, `truncated` does both for a
+`marginals` sums logits into classes, `joint` adds up the two ways (paths) in which the coarser tokenizer can reach a
+class: its token ends before the class, or continues with it; `truncated` does both for a
 teacher's top k, `loss` forms values and gradients.
 
 A worked example
@@ -36,10 +37,10 @@ tokens begin with "low": low .2, lower .4 and lowers .1.
     student tokens    er                       all others
     student           .6                       .4
 
-If the token had ended here, the teacher's next token would be known from a position that the text does not have. So the
+If the token had ended here, the teacher's next token would need a forward pass over a different tokenization. So the
 end is one class, compared with all student tokens that do not continue the teacher's token.
 
-Byte 5. A common boundary again. The teacher reaches a class by two paths: its token ends and the next token is of that
+Byte 5. A common boundary again. The teacher reaches a class by both paths: its token ends and the next token is of that
 class, or its token continues with it. By the distribution at byte 0, conditioned on the prefix "lower", the token is
 lower (it ends) with .4 / (.4 + .1) = .8, and lowers (it continues with s) with .2. In the teacher's next distribution
 the classes low, s and ! have .25, .25 and .5.
@@ -54,6 +55,6 @@ The loss is T^2 times the sum of D(teacher, student) over the three bytes: for t
 equal tokenizers every boundary is common and every class one token: the loss is the token-level divergence.
 
 A teacher truncated to its top 1 has, at byte 0, the token lower only: the class low is known with .4, and the tail of
-.6 is one class more; the student has .75 and .25. At byte 3 this teacher does not count: of the continuations only
-lower is known, with .4, and how much of the larger tail, .6, begins with "low" is not known.
+.6 is one class more; the student has .75 and .25. At byte 3 this teacher is not compared: the known
+tokens that begin with "low" must hold at least the tail's mass, and lower has .4, the tail .6.
 """

@@ -11,17 +11,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sar_kd.alignment.batch_alignment import STUDENT
 from sar_kd.losses.divergence import Divergence, GradTarget, log_softmax_backward_
 from sar_kd.models.logit_tiles import LogProbs
 
 
 class ContinuationPaths(NamedTuple):
-    """The coarser side's continuations at K common boundaries."""
+    """The coarser side's continuations at K common boundaries: R continuations with O classes, X ways to continue."""
 
     log_probs: Tensor
     """float32 [O], of all classes of the continuations"""
     end_log_probs: Tensor
-    """float32 [R], of those classes that mean the end of the token"""
+    """float32 [R]: that the token of each continuation ends"""
     token_end: Tensor
     """int64 [K]: the continuation whose token ended at each boundary, -1 for none"""
     indices: Tensor
@@ -70,28 +71,35 @@ def boundary_divergence(
     paths: ContinuationPaths,
     coarser: int,
     grad_side: int | None,
-    counts: Tensor,
+    mask: Tensor,
     weight: float = 1.0,
 ) -> BoundaryLoss:
     """The divergence over shared classes, after `add_continuation_paths` for the coarser side.
 
-    Does in two passes over [V, K] what log_softmax, `add_continuation_paths` and the divergence would do one after the
-    other. With x the log-probability by a token end, y the joint one and w = exp(x - y) at each (k, c, j): dx = w * dy,
-    dlog_probs[j] gets (1 - w) * dy.
+    Two passes over [V, K] instead of one each for log_softmax, `add_continuation_paths` and the divergence.
+    Backward of the joint log-probability at each (k, c, j) of `paths.indices`:
+
+    x = token_end_log_probs[k] + log p(c | the token ended)   the path by the token's end
+    y = log(exp(x) + exp(log_probs[j]))                       both paths
+    w = exp(x - y)                                            share of the first path
+    dx = w * dy,  dlog_probs[j] += (1 - w) * dy
 
     sides: the student's and the teacher's log-probabilities, given that the last token ended. A class has the same
     index in both tiles, and `paths.indices` holds that index. The tile of the side without a gradient is overwritten
-    coarser, grad_side: 0 the student, 1 the teacher
-    counts: float32 [K], factor of each boundary's gradients; weight: a further factor of those of the logits
+    coarser, grad_side: STUDENT or TEACHER
+    mask: float32 [K], 1 where a boundary is compared, else 0: a factor of its gradients
+    weight: a further factor of the gradients of the logits
     """
     boundaries, classes, continuation_classes = paths.indices
-    coarse = sides[coarser]._replace(shift=sides[coarser].shift + paths.token_end_log_probs)
-    logits = coarse.tile[classes, boundaries]
-    by_end = coarse.shift[boundaries] + coarse.scale * logits
+    coarser_probs = sides[coarser]._replace(shift=sides[coarser].shift + paths.token_end_log_probs)
+    logits = coarser_probs.tile[classes, boundaries]
+    by_end = coarser_probs.shift[boundaries] + coarser_probs.scale * logits
     joint = torch.logaddexp(by_end, paths.log_probs.index_select(0, continuation_classes))
     # The few classes with a second path are stored as the logits that give their joint probability.
-    coarse.tile.index_put_((classes, boundaries), (joint - coarse.shift[boundaries]) / coarse.scale)
-    student, teacher = (coarse, sides[1]) if coarser == 0 else (sides[0], coarse)
+    coarser_probs.tile.index_put_(
+        (classes, boundaries), (joint - coarser_probs.shift[boundaries]) / coarser_probs.scale
+    )
+    student, teacher = (coarser_probs, sides[1]) if coarser == STUDENT else (sides[0], coarser_probs)
     if grad_side is None:
         loss, unclamped, _ = divergence.per_position(student, teacher)
         return BoundaryLoss(loss, unclamped)
@@ -100,17 +108,17 @@ def boundary_divergence(
     loss, unclamped, grad_sum = divergence.per_position(student, teacher, target)
     path_grad = None
     if grad_side == coarser:
-        coarse.tile.index_put_((classes, boundaries), logits)
+        coarser_probs.tile.index_put_((classes, boundaries), logits)
         joint_grad = grad[classes, boundaries]
         by_end_grad = (by_end - joint).exp_().mul_(joint_grad)
         grad.index_put_((classes, boundaries), by_end_grad)
         continuation_grad = joint_grad - by_end_grad
         grad_sum = grad_sum.index_add(0, boundaries, continuation_grad, alpha=-1.0)
         log_prob_grad = torch.zeros_like(paths.log_probs)
-        log_prob_grad.index_add_(0, continuation_classes, continuation_grad * counts[boundaries])
+        log_prob_grad.index_add_(0, continuation_classes, continuation_grad * mask[boundaries])
         num_ends = len(paths.end_log_probs)
         end_grad = paths.end_log_probs.new_zeros(num_ends + 1)
-        end_grad.index_add_(0, paths.token_end.where(paths.token_end >= 0, num_ends), grad_sum * counts)
+        end_grad.index_add_(0, paths.token_end.where(paths.token_end >= 0, num_ends), grad_sum * mask)
         path_grad = log_prob_grad, end_grad[:-1]
-    log_softmax_backward_(grad, grad_sum, sides[grad_side], counts * weight)
+    log_softmax_backward_(grad, grad_sum, sides[grad_side], mask * weight)
     return BoundaryLoss(loss, unclamped, grad, path_grad)

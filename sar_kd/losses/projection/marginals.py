@@ -1,8 +1,9 @@
 """From the logits of a vocabulary's tokens to log-probabilities of shared classes, and back to gradients of tokens.
 
-A class holds one fine token, with the fine tokens that are merged into it, and every coarse token that begins with it
-(`alignment.vocabulary_map`). A token without a class takes no part, so no probability is pushed down because the other
-vocabulary lacks the token. With equal vocabularies every class is one token, and the divergence the token-level one.
+A class holds one token of the finer vocabulary, with those that are merged into it, and every token of the coarser one
+that begins with it (`alignment.vocabulary_map`). A token without a class takes no part, so no probability is pushed
+down because the other vocabulary lacks the token. With equal vocabularies every class is one token, and the divergence
+the token-level one.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ class GatheredLogits(NamedTuple):
     inside: Tensor
     """[V, K_1]: all logits at positions inside a token of the other side"""
     entries: Tensor
-    """[E]: single logits, the `coarse_entries` of this side's continuations"""
+    """[E]: single logits, the `continuing_entries` of this side's continuations"""
 
 
 def gather_logits(
@@ -167,8 +168,8 @@ def gather_logits(
     tile: float32 [V, n]: K = num_pairs positions at common boundaries, K_1 = num_inside positions inside a token of the
     other side, then any others; continuations: of this side's tokens
     """
-    continuation, token, _ = continuations.coarse_entries
-    indices = token * tile.shape[1] + continuations.coarse_positions[continuation]
+    continuation, token, _ = continuations.continuing_entries
+    indices = token * tile.shape[1] + continuations.continuing_positions[continuation]
     return GatheredLogits(*_GatherLogits.apply(tile, class_map, num_pairs, num_inside, indices, temperature))
 
 
@@ -207,29 +208,29 @@ class _GatherLogits(torch.autograd.Function):
         return grad if ctx.temperature == 1.0 else grad.div_(ctx.temperature), *[None] * 5
 
 
-def coarse_log_probs(entries: Tensor, continuations: Continuations) -> Tensor:
-    """Log-probabilities of a continuation's classes for the coarse side, conditioned on the prefix.
+def continuing_log_probs(entries: Tensor, continuations: Continuations) -> Tensor:
+    """Log-probabilities of a continuation's classes for the continuing side, conditioned on the prefix.
 
     A softmax over the tokens that extend the prefix and the token that is the prefix itself. A continuation of which a
     teacher's top k holds no token counts as one that ends.
 
-    entries: float32 [E], the logits of `coarse_entries`
+    entries: float32 [E], the logits of `continuing_entries`
     Returns: float32 [O]; about `MASKED_LOGIT` for an impossible class
     """
     continuation_of, end_classes = continuations.class_continuations, continuations.end_classes
-    classes = GroupSums(continuations.coarse_entries[2], len(continuation_of)).logsumexp(entries)
+    classes = GroupSums(continuations.continuing_entries[2], len(continuation_of)).logsumexp(entries)
     totals = GroupSums(continuation_of, len(end_classes)).logsumexp(classes)
     is_unknown = totals < KNOWN_THRESHOLD
     log_probs = classes - totals.masked_fill(is_unknown, 0.0)[continuation_of]
     return log_probs.index_fill(0, end_classes, 0.0).where(is_unknown[continuation_of], log_probs)
 
 
-def fine_log_probs(logits: Tensor, continuations: Continuations, masks_impossible_end: bool) -> Tensor:
-    """Log-probabilities of the same classes for the fine side, at the first K_1 continuations.
+def starting_log_probs(logits: Tensor, continuations: Continuations, masks_impossible_end: bool) -> Tensor:
+    """Log-probabilities of the same classes for the starting side, at the first K_1 continuations.
 
-    A softmax over the whole vocabulary, in which every token that no class lists counts for the end of the coarse
-    token. Where the coarse vocabulary has no token that ends there, its end has probability 0; with
-    `masks_impossible_end` the fine side's softmax then leaves the end out too, else it keeps the whole vocabulary.
+    A softmax over the whole vocabulary, in which every token that no class lists counts for the end of the continuing
+    token. Where the continuing vocabulary has no token that ends there, its end has probability 0; with
+    `masks_impossible_end` the starting side's softmax then leaves the end out too, else it keeps the whole vocabulary.
 
     logits: float32 [V, K_1]
     Returns: float32 [O_1]; about `MASKED_LOGIT` for an impossible class
@@ -237,7 +238,7 @@ def fine_log_probs(logits: Tensor, continuations: Continuations, masks_impossibl
     size = logits.shape[1]
     end_classes = continuations.end_classes[:size]
     continuation_of = continuations.class_continuations[: continuations.num_inside_classes]
-    continuation, token, class_ = continuations.fine_entries
+    continuation, token, class_ = continuations.starting_entries
     indices, flat = token * size + continuation, logits.view(-1)
     classes = GroupSums(class_, len(continuation_of)).logsumexp(flat.index_select(0, indices))
     # From the other tokens' logits, not as 1 - p: a student that is certain of the continuation still gets a gradient.

@@ -85,24 +85,24 @@ def _sum_by_class(classes: Tensor, logits: Tensor, num_classes: int) -> tuple[Te
     k = classes.shape[1]
     entries = is_new.cumsum(1) - 1 + k * torch.arange(len(classes), device=classes.device)[:, None]
     sums = GroupSums(entries.view(-1), classes.numel()).logsumexp(logits.reshape(-1)).view_as(logits)
-    found = torch.full_like(classes, num_classes).view(-1).scatter_(0, entries.view(-1), classes.view(-1))
-    return found.view_as(classes), sums
+    merged = torch.full_like(classes, num_classes).view(-1).scatter_(0, entries.view(-1), classes.view(-1))
+    return merged.view_as(classes), sums
 
 
 def known_entries(
     top: TopKLogits, continuations: Continuations, vocab_size: int, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Logits of the tokens that extend a prefix, divided by the temperature, and which continuations count.
+    """Logits of the tokens that extend a prefix, divided by the temperature, and a mask of the continuations.
 
-    top: of the teacher, the coarse side of `continuations`; vocab_size: of the teacher
-    Returns: float32 [E], of `coarse_entries`, `MASKED_LOGIT` outside the top k; bool [K]
+    top: of the teacher, the continuing side of `continuations`; vocab_size: of the teacher
+    Returns: float32 [E], of `continuing_entries`, `MASKED_LOGIT` outside the top k; bool [K], those that are compared
     """
-    continuation, token, _ = continuations.coarse_entries
-    positions = continuations.coarse_positions
+    continuation, token, _ = continuations.continuing_entries
+    positions = continuations.continuing_positions
     entries = top.logits_of(token, positions[continuation], vocab_size).div_(temperature)
     known = GroupSums(continuation, len(positions)).logsumexp(entries)
-    counts = known >= top.tail_logsumexp[positions] / temperature
-    return entries.where(counts[continuation], MASKED_LOGIT), counts
+    mask = known >= top.tail_logsumexp[positions] / temperature
+    return entries.where(mask[continuation], MASKED_LOGIT), mask
 
 
 def dense_with_tail(top: TopKLogits, vocab_size: int, temperature: float) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sar_kd.alignment.batch_alignment import Continuations
 from sar_kd.data.batch import MASKED_LOGIT
-from sar_kd.losses.projection.marginals import ClassMap, coarse_log_probs, fine_log_probs, gather_logits
+from sar_kd.losses.projection.marginals import ClassMap, continuing_log_probs, gather_logits, starting_log_probs
 
 N, V, NUM_CLASSES = 5, 12, 4
 TOKENS = torch.tensor([0, 2, 3, 5, 6, 8, 9, 11])
@@ -140,12 +140,12 @@ def test_the_padding_of_an_lm_head_has_no_gradient():
 # Classes 0, 1 and the end 2 of one continuation; 3 and the end 4 of another, where no coarse token ends; 5, 6 and the
 # end 7 of a third whose token ended in the text, which has a coarse side only.
 CONTINUATIONS = Continuations(
-    coarse_positions=torch.tensor([0, 1, 2]),
-    fine_positions=torch.tensor([0, 1]),
-    coarse_entries=torch.tensor(
+    continuing_positions=torch.tensor([0, 1, 2]),
+    starting_positions=torch.tensor([0, 1]),
+    continuing_entries=torch.tensor(
         [[0, 0, 0, 0, 1, 1, 2, 2, 2, 2], [1, 3, 7, 9, 3, 5, 0, 2, 6, 8], [1, 0, 0, 2, 3, 3, 6, 5, 5, 7]]
     ),
-    fine_entries=torch.tensor([[0, 0, 0, 1, 1], [0, 4, 6, 2, 8], [0, 1, 1, 3, 3]]),
+    starting_entries=torch.tensor([[0, 0, 0, 1, 1], [0, 4, 6, 2, 8], [0, 1, 1, 3, 3]]),
     class_continuations=torch.tensor([0, 0, 0, 1, 1, 2, 2, 2]),
     end_classes=torch.tensor([2, 4, 7]),
     can_end=torch.tensor([True, False]),
@@ -155,14 +155,14 @@ NUM_COARSE, NUM_FINE = 3, 2
 
 
 def _coarse(logits: Tensor, continuations: Continuations, temperature: float) -> Tensor:
-    return coarse_log_probs(
+    return continuing_log_probs(
         gather_logits(_tile(logits), CLASS_MAP, 0, 0, continuations, temperature).entries, continuations
     )
 
 
 def _fine(logits: Tensor, continuations: Continuations, temperature: float, masks_end: bool) -> Tensor:
     gathered = gather_logits(_tile(logits), CLASS_MAP, 0, len(logits), NO_CONTINUATIONS, temperature)
-    return fine_log_probs(gathered.inside, continuations, masks_end)
+    return starting_log_probs(gathered.inside, continuations, masks_end)
 
 
 MASKS_END = pytest.mark.parametrize("masks_end", [True, False])
@@ -238,7 +238,7 @@ def test_gradients_of_continuations_match_their_definition(side):
 def test_a_prefix_of_vanishing_probability_still_gives_a_distribution(distance):
     logits, high = _logits(0, 1.0, NUM_COARSE), _logits(0, 1.0, NUM_COARSE)
     for i in range(NUM_COARSE):  # tokens that do not extend the prefix
-        extending = CONTINUATIONS.coarse_entries[1, CONTINUATIONS.coarse_entries[0] == i].tolist()
+        extending = CONTINUATIONS.continuing_entries[1, CONTINUATIONS.continuing_entries[0] == i].tolist()
         high[i, [token for token in range(V) if token not in extending]] += distance
     assert torch.equal(_coarse(logits, CONTINUATIONS, 1.0), _coarse(high, CONTINUATIONS, 1.0))
 
@@ -305,10 +305,10 @@ def test_no_continuations_have_no_classes():
 
 def test_continuations_that_all_ended_have_a_coarse_side_only():
     ended = Continuations(
-        coarse_positions=torch.tensor([0]),
-        fine_positions=torch.tensor([], dtype=torch.int64),
-        coarse_entries=torch.tensor([[0, 0], [1, 3], [0, 1]]),
-        fine_entries=torch.zeros(3, 0, dtype=torch.int64),
+        continuing_positions=torch.tensor([0]),
+        starting_positions=torch.tensor([], dtype=torch.int64),
+        continuing_entries=torch.tensor([[0, 0], [1, 3], [0, 1]]),
+        starting_entries=torch.zeros(3, 0, dtype=torch.int64),
         class_continuations=torch.tensor([0, 0]),
         end_classes=torch.tensor([1]),
         can_end=torch.tensor([], dtype=torch.bool),
@@ -321,14 +321,16 @@ def test_continuations_that_all_ended_have_a_coarse_side_only():
 
 def test_the_gradients_of_gathered_logits_add_up_at_a_position():
     """A position at a common boundary, or inside a token, may also have single logits gathered."""
-    num_pairs, continuations = 3, dataclasses.replace(CONTINUATIONS, coarse_positions=torch.tensor([0, 4, 1]))
+    num_pairs, continuations = 3, dataclasses.replace(CONTINUATIONS, continuing_positions=torch.tensor([0, 4, 1]))
 
     def found(z):
         gathered = gather_logits(_tile(z), CLASS_MAP, num_pairs, N - num_pairs, continuations, 2.0)
         return torch.cat([part.t().flatten() for part in gathered])
 
     def wanted(z):
-        entries = z[continuations.coarse_positions[continuations.coarse_entries[0]], continuations.coarse_entries[1]]
+        entries = z[
+            continuations.continuing_positions[continuations.continuing_entries[0]], continuations.continuing_entries[1]
+        ]
         return torch.cat([_naive_class_logits(z[:3], 2.0).flatten(), z[3:].flatten() / 2.0, entries / 2.0])
 
     logits = _logits()

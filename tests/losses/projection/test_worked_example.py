@@ -15,7 +15,7 @@ from sar_kd.losses import projection
 from sar_kd.losses.distillation import top_k_of
 from sar_kd.losses.projection.joint import ContinuationPaths, add_continuation_paths
 from sar_kd.losses.projection.loss import Projection
-from sar_kd.losses.projection.marginals import coarse_log_probs, fine_log_probs, gather_logits
+from sar_kd.losses.projection.marginals import continuing_log_probs, gather_logits, starting_log_probs
 from sar_kd.losses.projection.truncated import known_classes, known_entries
 from sar_kd.tokenization.token_stream import Block, TokenStream
 from tests.helpers.vocabularies import TableTokenizer, encode_any, token_table
@@ -90,10 +90,10 @@ def test_the_distributions_are_those_of_the_example(example):
     _close(of_teacher.boundary.log_softmax(0)[:, 0], [0.7, 0.1, 0.2, 0.0])
     _close(of_student.boundary.log_softmax(0)[:, 0], [0.75, 0.125, 0.125, 0.0])
 
-    continuations = coarse_log_probs(of_teacher.entries, record)
+    continuations = continuing_log_probs(of_teacher.entries, record)
     assert record.class_continuations.tolist() == [0, 0, 1, 1]  # inside lower; where it ended
     _close(continuations, [0.714, 0.286, 0.2, 0.8])
-    _close(fine_log_probs(of_student.inside, record, masks_impossible_end=False), [0.6, 0.4])
+    _close(starting_log_probs(of_student.inside, record, masks_impossible_end=False), [0.6, 0.4])
 
     assert segment.token_end.tolist() == [-1, 1]
     ends = continuations[record.end_classes]
