@@ -413,7 +413,7 @@ def test_pairs_are_the_positions_whose_targets_start_at_the_same_byte(make_case,
     assert all(student[k][:2] == teacher[index_of[r]][:2] for k, r in pairs)
 
 
-def _fine_positions_at_token_ends(case, coarse: int, first: int) -> list[int]:
+def _starting_positions_at_token_ends(case, coarse: int, first: int) -> list[int]:
     """The finer side's position for each continuation whose token ends at a pair; of the coarser side only."""
     alignment = case.batch.alignment
     if case.aligner.teacher_is_coarser != coarse:
@@ -435,7 +435,9 @@ def test_a_continuation_is_conditioned_on_exactly_the_bytes_of_its_prefix(make_c
     num_inside, can_end = len(record.starting_positions), _can_end(record)
     assert can_end[:num_inside] == record.can_end.tolist()
     assert (record.class_continuations < num_inside).sum() == record.num_inside_classes
-    starting_positions = record.starting_positions.tolist() + _fine_positions_at_token_ends(case, coarse, num_inside)
+    starting_positions = record.starting_positions.tolist() + _starting_positions_at_token_ends(
+        case, coarse, num_inside
+    )
     for i, pair in enumerate(zip(record.continuing_positions.tolist(), starting_positions, strict=True)):
         own, other = (
             sides[side][k if side == 0 else index_of[k]] for side, k in zip((coarse, 1 - coarse), pair, strict=True)
