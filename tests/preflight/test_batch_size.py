@@ -19,6 +19,8 @@ from sar_kd.preflight.memory_plan import MARGIN, NotEstimated, fit_batch_size, p
 from sar_kd.runtime import environment
 from sar_kd.runtime.distributed import SINGLE_PROCESS
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 FLAGS = ["--per_device_batch_size", "auto", "--block_size", "64", "--device", "cpu", "--output_dir", "out"]
 

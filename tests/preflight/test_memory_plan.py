@@ -37,6 +37,8 @@ from sar_kd.training.guards import StepGuard
 from sar_kd.training.optimizer import build_optimizer
 from sar_kd.training.step import StepContext, train_step
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
 MOE = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 32}

@@ -36,6 +36,8 @@ from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 from tests.helpers import ranks
 from tests.helpers.runs import run_script
 
+pytestmark = pytest.mark.slow
+
 K = 16
 CLAMPS = ("--logit_clamp_style", "normalized", "--loss_clamp_style", "scale")
 
