@@ -49,6 +49,11 @@ def positions_per_tile(workspace_mb: int, *vocab_sizes: int) -> int:
     return positions if positions >= 32 else max(1, workspace // bytes_per_position)
 
 
+def split_range(count: int, size: int) -> list[slice]:
+    """The range of `count` positions in slices of at most `size`."""
+    return [slice(first, min(first + size, count)) for first in range(0, count, size)]
+
+
 def build_segments(
     alignment: Alignment, num_student: int, teacher_positions: Tensor, teacher_is_coarser: bool, limit: int
 ) -> tuple[Segment, ...]:

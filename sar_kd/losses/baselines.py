@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from sar_kd.alignment.aligner import Aligner
 from sar_kd.alignment.batch_alignment import Alignment
+from sar_kd.alignment.segments import split_range
 from sar_kd.config.sections import LossConfig
 from sar_kd.data.batch import MASKED_LOGIT, Batch, CachedTopK
 from sar_kd.losses.distillation import Distillation, DistillationTerms, ForwardOutputs, dense_tile
 from sar_kd.losses.functional import GroupSums, all_finite, chunk_likelihood, sorted_distance, state_distance
 from sar_kd.losses.projection.marginals import on_support
-from sar_kd.losses.tiled_loss import TeacherTile, Tile, TileLoss, split_range, target_log_probs
+from sar_kd.losses.tiled_loss import TeacherTile, Tile, TileLoss, target_log_probs
 from sar_kd.models.logit_tiles import finite_positions
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sar_kd.alignment.aligner import Aligner
-from sar_kd.alignment.segments import positions_per_tile
+from sar_kd.alignment.segments import positions_per_tile, split_range
 from sar_kd.config.sections import LossConfig
 from sar_kd.data.batch import MASKED_LOGIT, Batch, TopKLogits
 from sar_kd.losses.divergence import Divergence, GradTarget, log_softmax_backward_, logsumexp_backward
@@ -28,7 +28,6 @@ from sar_kd.losses.tiled_loss import (
     TiledLossSpec,
     TileGrad,
     TileLoss,
-    split_range,
     tiled_loss,
 )
 from sar_kd.models.lm_head import LazyLogits

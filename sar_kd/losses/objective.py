@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from sar_kd.alignment.aligner import Aligner
-from sar_kd.alignment.segments import positions_per_tile
+from sar_kd.alignment.segments import positions_per_tile, split_range
 from sar_kd.config.sections import LossConfig
 from sar_kd.data.batch import Batch
 from sar_kd.losses.baselines import ChunkLikelihood, HiddenStates, SortedProbabilities, Strict
 from sar_kd.losses.distillation import Distillation, DistillationTerms, ForwardOutputs, TokenLevel
 from sar_kd.losses.functional import LogitClamp, LossClamp, SummedTerms
 from sar_kd.losses.projection.loss import Projection
-from sar_kd.losses.tiled_loss import Tile, TiledLossSpec, split_range, tiled_loss
+from sar_kd.losses.tiled_loss import Tile, TiledLossSpec, tiled_loss
 from sar_kd.models.lm_head import LazyLogits, LMHeads, forward_to_lm_head, text_config_of
 from sar_kd.models.memory_saving import Offload
 from sar_kd.runtime.precision import Precision

@@ -20,6 +20,7 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from sar_kd.alignment.segments import split_range
 from sar_kd.data.batch import CachedTopK, TopKLogits
 from sar_kd.losses.functional import LogitClamp
 from sar_kd.models.lm_head import Gradients, LazyLogits, PositionIndex
@@ -258,11 +259,6 @@ def _clamp_(tile: Tensor, bound: float) -> None:
     """Clamp logits to [-bound, bound], in place; a position that is not finite becomes NaN, which a clamp keeps."""
     if bound < math.inf:
         tile.masked_fill_(~finite_positions(tile), math.nan).clamp_(-bound, bound)
-
-
-def split_range(count: int, size: int) -> list[slice]:
-    """The range of `count` positions in slices of at most `size`."""
-    return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 def target_log_probs(

@@ -6,11 +6,10 @@ import math
 
 import torch
 
-from sar_kd.alignment.segments import positions_per_tile
+from sar_kd.alignment.segments import positions_per_tile, split_range
 from sar_kd.config.sections import LossConfig
 from sar_kd.data.dataset import Dataset
 from sar_kd.errors import UsageError
-from sar_kd.losses.tiled_loss import split_range
 from sar_kd.models.lm_head import LMHeads, forward_to_lm_head
 from sar_kd.models.loading import Models, vocab_size_of
 from sar_kd.runtime.precision import Precision

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sar_kd.alignment.segments import positions_per_tile
+from sar_kd.alignment.segments import positions_per_tile, split_range
 from sar_kd.config.fields import RunConfig
 from sar_kd.config.runs import OnPolicyConfig
 from sar_kd.data.batch import Batch, TokenBatch
 from sar_kd.evaluation.perplexity import log_probs_of
 from sar_kd.losses.distillation import Distillation
 from sar_kd.losses.objective import Objective
-from sar_kd.losses.tiled_loss import Tile, TileGrad, TileLoss, split_range
+from sar_kd.losses.tiled_loss import Tile, TileGrad, TileLoss
 from sar_kd.models.lm_head import LMHeads, backbone_of
 from sar_kd.models.loading import vocab_size_of
 from sar_kd.models.logit_tiles import limit_blocks

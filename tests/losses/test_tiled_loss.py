@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sar_kd.alignment.segments import positions_per_tile
+from sar_kd.alignment.segments import positions_per_tile, split_range
 from sar_kd.config.sections import LossConfig
 from sar_kd.losses.distillation import TokenLevel
 from sar_kd.losses.functional import LogitClamp, LossClamp
-from sar_kd.losses.tiled_loss import Tile, TiledLossSpec, split_range, target_log_probs, tiled_loss
+from sar_kd.losses.tiled_loss import Tile, TiledLossSpec, target_log_probs, tiled_loss
 from sar_kd.models.lm_head import LazyLogits, LMHead
 from sar_kd.models.logit_tiles import padded_width
 from sar_kd.runtime.precision import Precision

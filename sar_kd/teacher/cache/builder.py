@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sar_kd.alignment.segments import positions_per_tile
+from sar_kd.alignment.segments import positions_per_tile, split_range
 from sar_kd.config.runs import CachingConfig
 from sar_kd.data.batch import MASKED_LOGIT, TokenBatch
 from sar_kd.data.blocks import pack
@@ -24,7 +24,6 @@ from sar_kd.data.sources import Documents
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.data.tokenized_text import tokenize
 from sar_kd.losses.distillation import top_k_of
-from sar_kd.losses.tiled_loss import split_range
 from sar_kd.models.lm_head import LMHeads, forward_to_lm_head
 from sar_kd.models.logit_tiles import logsumexp_per_position
 from sar_kd.runtime.files import atomic_rename

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sar_kd.alignment.segments import split_range
 from sar_kd.data.batch import CachedTopK
 from sar_kd.data.column_store import DamagedStore, open_column_store, strings_of
-from sar_kd.losses.tiled_loss import split_range
 from sar_kd.teacher.cache.format import Shards, cache_error, index_key, index_path
 from sar_kd.tokenization.token_stream import Block, TokenCount, TokenizedText
 
