@@ -5,14 +5,12 @@ python train_sar_kd_fp16_safe.py --train_steps 500
 
 import sys
 
-from sar_kd.commands.main import run
+from sar_kd.commands.main import run, start
 from sar_kd.config.presets import FP16_SAFE
 
 
 def main(argv=None):
-    from sar_kd.commands import train  # imports torch, for which `run` has prepared the CPU threads
-
-    return train.main(argv, FP16_SAFE)
+    return start(FP16_SAFE, argv)
 
 
 if __name__ == "__main__":

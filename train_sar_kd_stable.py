@@ -5,14 +5,12 @@ python train_sar_kd_stable.py --train_steps 500
 
 import sys
 
-from sar_kd.commands.main import run
+from sar_kd.commands.main import run, start
 from sar_kd.config.presets import STABLE
 
 
 def main(argv=None):
-    from sar_kd.commands import train  # imports torch, for which `run` has prepared the CPU threads
-
-    return train.main(argv, STABLE)
+    return start(STABLE, argv)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ from paired import (
 )
 
 from sar_kd import embedded
-from sar_kd.commands import cache
+from sar_kd.commands.main import start
+from sar_kd.config.commands import CACHE
 from sar_kd.data.batch import Batch
 
 MODES = ("balanced", "precise")
@@ -98,7 +99,7 @@ class Sides:
 
     def __init__(self, flags: list[str], folder: Path, modes: list[str]):
         with contextlib.redirect_stdout(io.StringIO()):
-            cache.main([*flags, "--teacher_cache", str(folder)])
+            start(CACHE, [*flags, "--teacher_cache", str(folder)])
         flags = [*flags, *NEVER_SKIPS, "--student_lr", "1e-6"]
         self.runs: dict[str, Run] = {}
         for mode in modes:

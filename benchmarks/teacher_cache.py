@@ -32,8 +32,9 @@ import torch
 from paired import NEVER_SKIPS, Run, Shape, add_flags, device_of, make_pair, write
 
 from sar_kd import embedded
-from sar_kd.commands import cache
 from sar_kd.commands.main import main as run_command
+from sar_kd.commands.main import start
+from sar_kd.config.commands import CACHE
 
 TOP_K = 32
 TINY, FEW_TOKENS, FEW = Shape(32, 1), 512, 4
@@ -54,7 +55,7 @@ def build(flags: list[str], folder: Path) -> dict:
     """Build a cache; its figures, and the CPU seconds that it took."""
     started = time.process_time()
     with contextlib.redirect_stdout(io.StringIO()):
-        found = cache.main([*flags, "--teacher_cache", str(folder)])
+        found = start(CACHE, [*flags, "--teacher_cache", str(folder)])
     return {**found, "build_seconds": time.process_time() - started}
 
 

@@ -12,7 +12,6 @@ import transformers
 import sar_kd
 from sar_kd import Distilled, distill
 from sar_kd.api import TextsLike
-from sar_kd.commands.train import main as train
 from sar_kd.data import unit_questions
 from sar_kd.embedded import STUDENT_DIR
 from sar_kd.errors import UsageError
@@ -21,6 +20,7 @@ from sar_kd.runtime.signals import StopRequest
 from sar_kd.teacher.moe import router_checkpoint
 from sar_kd.training import trainer
 from sar_kd.version import RUN_FORMAT
+from train_sar_kd_stable import main as train
 
 STEPS = {"train_steps": 2, "block_size": 32, "eval_steps": 1, "log_steps": 1, "student_lr": 3e-3, "device": "cpu"}
 

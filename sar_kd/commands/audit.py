@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
 
-from sar_kd.config.command_line import parse
-from sar_kd.config.fields import Command, RunConfig
-from sar_kd.config.sections import DataConfig, ModelConfig, OutputConfig
+from sar_kd.config.commands import AuditConfig
 from sar_kd.data.dataset import build_dataset
 from sar_kd.data.sources import load_documents
 from sar_kd.data.token_cache import TokenCache
@@ -17,24 +14,11 @@ from sar_kd.models.loading import load_tokenizers
 from sar_kd.runtime.files import json_safe
 
 
-@dataclass(frozen=True, kw_only=True)
-class AuditConfig(RunConfig):
-    """Two tokenizers, and the text to compare them on."""
-
-    models: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    output: OutputConfig = field(default_factory=OutputConfig)
-
-
-AUDIT = Command("audit", "Show how two tokenizers align on a text; nothing is trained.", AuditConfig)
-
-
-def main(argv: list[str]) -> dict:
+def main(config: AuditConfig) -> dict:
     """Print the coverage of `--teacher_model` and `--student_model` on the training text; `--json` for programs.
 
     Raises: UsageError for what the user can mend
     """
-    config = parse(AUDIT, argv)
     pair = load_tokenizers(config.models)
     texts, _ = load_documents(config.data)
     cache = TokenCache(config.data.token_cache)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from sar_kd import embedded
-from sar_kd.config.command_line import parse
-from sar_kd.config.fields import Command, Section, option
+from sar_kd.config.commands import EmbeddedConfig
 from sar_kd.data.dataset import Dataset, build_dataset
 from sar_kd.data.samples import Document
 from sar_kd.evaluation.perplexity import evaluate
@@ -46,24 +44,8 @@ INPUT_NOISE = 0.15
 """Share of input tokens replaced at random: without it the teacher would memorize its 1 MB of text."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EmbeddedConfig(Section):
-    """Training: how long, and where to save the models."""
-
-    output_dir: str = option("", "folder for both models; by default their place in the package")
-    teacher_steps: int = option(2400, "training steps of the teacher", at_least=0)
-    student_steps: int = option(200, "training steps of the student", at_least=0)
-    seed: int = option(0, "seed of weights, data order and noise", at_least=0)
-
-
-EMBEDDED_PAIR = Command(
-    "embedded", "Train the embedded teacher and student again: about 20 minutes on 2 cores.", EmbeddedConfig
-)
-
-
-def main(argv: list[str]) -> dict:
+def main(config: EmbeddedConfig) -> dict:
     """Train both models and save them. Raises: UsageError"""
-    config = parse(EMBEDDED_PAIR, argv)
     output = Path(config.output_dir or Path(embedded.__file__).parent)
     build(output, config.teacher_steps, config.student_steps, config.seed)
     return {"status": "finished"}

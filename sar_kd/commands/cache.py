@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from sar_kd.config.command_line import parse
-from sar_kd.config.fields import Command
 from sar_kd.config.runs import CachingConfig
 from sar_kd.data.sources import digest_of, load_documents
 from sar_kd.data.token_cache import TokenCache
@@ -46,17 +44,12 @@ from sar_kd.tokenization.tokenizer_pair import TokenizerPair, UnfitTokenizer
 _INDEX_BYTES = 12
 """Of a record in the index: the target token, and where it ends"""
 
-CACHE = Command(
-    "cache", "Run a teacher once over a text and store its logits, for runs that do not load it.", CachingConfig
-)
 
-
-def main(argv: list[str]) -> dict:
+def main(config: CachingConfig) -> dict:
     """Build the cache that the command line asks for, or the missing part of it.
 
     Raises: UsageError for what the user can mend
     """
-    config = parse(CACHE, argv)
     if join_process_group().size > 1:
         raise UsageError("cache: one process builds it; start it without torchrun")
     folder = Path(config.cache.teacher_cache)

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from sar_kd.config.command_line import parse
-from sar_kd.config.fields import Command, Section, option
+from sar_kd.config.commands import ForensicsConfig
 from sar_kd.errors import UsageError
 
 
-@dataclass(frozen=True, kw_only=True)
-class ForensicsConfig(Section):
-    """Run: the one to look at."""
-
-    run: str = option("", "a run folder", metavar="RUN_DIR", positional=True)
-    json: bool = option(False, "print JSON")
-
-
-FORENSICS = Command("forensics", "Show why a step of a run was not finite, and what to try.", ForensicsConfig)
-
-
-def main(argv: list[str]) -> dict:
+def main(config: ForensicsConfig) -> dict:
     """Print `crash/` of a run folder; `--json` for programs.
 
     Raises: UsageError if the folder holds no run
     """
-    config = parse(FORENSICS, argv)
     folder = Path(config.run)
     if not (folder / "config.json").is_file():
         raise UsageError(f"forensics {folder}: holds no run")

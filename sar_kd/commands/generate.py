@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from sar_kd.config.command_line import parse
-from sar_kd.config.fields import Command, Section, option
+from sar_kd.config.commands import GenerateConfig
 from sar_kd.config.sections import PrecisionConfig
 from sar_kd.errors import UsageError
 from sar_kd.models.generation import generate
@@ -19,31 +17,11 @@ from sar_kd.runtime.files import as_float
 from sar_kd.runtime.precision import Precision, setup_precision
 
 
-@dataclass(frozen=True, kw_only=True)
-class GenerateConfig(Section):
-    """Generation: how each model continues the prompt."""
-
-    run: str = option("", "a run folder", metavar="RUN_DIR", positional=True)
-    prompt: str = option("", "the text to continue", metavar="PROMPT", positional=True)
-    max_new_tokens: int = option(60, "longest continuation in tokens", at_least=1)
-    sample_temperature: float = option(0.0, "temperature of sampling; 0: greedy", at_least=0)
-    chat: bool = option(False, "make the prompt a user message in the model's chat template")
-    seed: int = option(0, "seed of sampling", at_least=0)
-    device: str = option("auto", "auto, cpu, cuda or cuda:N")
-    json: bool = option(False, "print JSON")
-
-
-GENERATE = Command(
-    "generate", "Continue a prompt with the teacher, the student before and the student after a run.", GenerateConfig
-)
-
-
-def main(argv: list[str]) -> dict:
+def main(config: GenerateConfig) -> dict:
     """Print the continuations; `--json` for programs.
 
     Raises: UsageError if the run has saved no student, or a model cannot be loaded
     """
-    config = parse(GENERATE, argv)
     if not config.prompt:
         raise UsageError("generate: the prompt is empty; give some text to continue")
     run = read_history(Path(config.run))

@@ -1,4 +1,33 @@
-"""sar-kd COMMAND, or python -m sar_kd COMMAND
+"""`sar-kd COMMAND`, `python -m sar_kd COMMAND`, and the way from a command line to an exit code.
+
+A command line is checked before the command's own module is imported, and torch with it, so that help and mistakes are
+answered at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from sar_kd.config.command_line import parse
+from sar_kd.config.commands import COMMANDS
+from sar_kd.config.fields import C, Command
+from sar_kd.config.installation import program_name
+from sar_kd.errors import TrainingDiverged, UsageError
+from sar_kd.runtime.threads import set_wait_policy
+from sar_kd.version import __version__
+
+if TYPE_CHECKING:
+    from sar_kd.runtime.distributed import ProcessGroup
+
+DONE, USAGE, DIVERGED, INTERRUPTED = 0, 2, 3, 130
+
+_HELP = """{program} COMMAND
 
 train           distil a teacher into a student, as train_sar_kd_stable.py does
 preflight       check a run before it starts; nothing is trained
@@ -12,31 +41,7 @@ audit           show how two tokenizers align on a text
 routers         list the routers of a mixture-of-experts model
 embedded        train the embedded models again
 
-sar-kd COMMAND --help lists the options of a command.
-"""
-
-from __future__ import annotations
-
-import difflib
-import importlib
-import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
-from sar_kd.config.command_line import program_name
-from sar_kd.errors import TrainingDiverged, UsageError
-from sar_kd.runtime.threads import set_wait_policy
-from sar_kd.version import __version__
-
-if TYPE_CHECKING:
-    from sar_kd.runtime.distributed import ProcessGroup
-
-DONE, USAGE, DIVERGED, INTERRUPTED = 0, 2, 3, 130
-
-_NAMES = ("train", "preflight", "cache", "report", "generate", "sft", "explain", "forensics", "audit", "routers")
-
-COMMANDS = {name: f"sar_kd.commands.{name}" for name in _NAMES} | {"embedded": "sar_kd.commands.build_embedded"}
-"""The module of each command; its `main(argv)` returns a dict with `status`."""
+{program} COMMAND --help lists the options of a command."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,16 +51,26 @@ def main(argv: list[str] | None = None) -> int:
         print(f"sar-kd {__version__}")
         return DONE
     if not argv or argv[0] in ("-h", "--help"):
-        print((__doc__ or "").strip())
+        print(_HELP.format(program=program_name()))
         return DONE
     if argv[0] not in COMMANDS:
         nearest = difflib.get_close_matches(argv[0], COMMANDS, n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else f"the commands are {', '.join(COMMANDS)}"
         print(f"error: {argv[0]}: no such command; {hint}", file=sys.stderr)
         return USAGE
-    set_wait_policy()  # before the command's module imports torch
-    command = importlib.import_module(COMMANDS[argv[0]])
-    return run(command.main, argv[1:], resumable=argv[0] == "train")
+    return run(partial(start, COMMANDS[argv[0]]), argv[1:], resumable=argv[0] in ("train", "sft"))
+
+
+def start(command: Command[C], argv: Sequence[str] | None = None) -> dict:
+    """Check a command line and run the command; returns its result, a dict with `status`.
+
+    Raises: UsageError for what the user can mend; TrainingDiverged after an emergency stop
+    """
+    if "RANK" in os.environ:  # torchrun: once the processes know one another, only one of them prints an error
+        importlib.import_module("sar_kd.runtime.distributed").join_process_group()
+    config = parse(command, argv)
+    module, _, function = command.entry.partition(":")
+    return getattr(importlib.import_module(f"sar_kd.commands.{module}"), function)(config)
 
 
 def run(main: Callable[[list[str] | None], dict], argv: list[str] | None = None, resumable: bool = True) -> int:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from dataclasses import dataclass, field
 
-from sar_kd.config.command_line import parse
-from sar_kd.config.presets import STABLE
-from sar_kd.config.runs import Config
-from sar_kd.config.sections import OutputConfig
+from sar_kd.config.commands import PreflightConfig
 from sar_kd.errors import UsageError
 from sar_kd.models.loading import MetaModels
 from sar_kd.preflight.checks import ALL_CHECKS, run_checks
@@ -18,27 +13,11 @@ from sar_kd.runtime.distributed import SINGLE_PROCESS
 from sar_kd.runtime.files import json_safe
 
 
-@dataclass(frozen=True, kw_only=True)
-class PreflightConfig(Config):
-    """A distillation run to check, and the output of the checks."""
-
-    output: OutputConfig = field(default_factory=OutputConfig)
-
-
-PREFLIGHT = dataclasses.replace(
-    STABLE,
-    name="preflight",
-    description="Check a run with these options; nothing is trained.",
-    config=PreflightConfig,
-)
-
-
-def main(argv: list[str]) -> dict:
+def main(config: PreflightConfig) -> dict:
     """Print the findings; with `--json` one object, whose `ok` says whether the run could start.
 
     Raises: UsageError if the run could not start
     """
-    config = parse(PREFLIGHT, argv)
     as_json = config.output.json
     record: dict = {"ok": True}
 

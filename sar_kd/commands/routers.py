@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 
-from sar_kd.config.command_line import parse
-from sar_kd.config.fields import Command, Section, option
-from sar_kd.config.runs import ROUTER_PATTERNS
-from sar_kd.config.sections import model_option
+from sar_kd.config.commands import RoutersConfig
 from sar_kd.models.loading import load_meta_model
 from sar_kd.teacher.moe.discovery import describe_routers, find_routers
 
 
-@dataclass(frozen=True, kw_only=True)
-class RoutersConfig(Section):
-    """Model: whose routers to list."""
-
-    model: str = model_option("teacher")
-    router_patterns: tuple[str, ...] = option((), ROUTER_PATTERNS, metavar="REGEX")
-    trust_remote_code: bool = option(False, "run model code that comes with a checkpoint")
-    json: bool = option(False, "print JSON")
-
-
-ROUTERS = Command("routers", "List the routers of a mixture-of-experts model; nothing is trained.", RoutersConfig)
-
-
-def main(argv: list[str]) -> dict:
+def main(config: RoutersConfig) -> dict:
     """Print a line for each router of `--model`; `--json` for programs. No weights are read.
 
     Raises: UsageError for what the user can mend
     """
-    config = parse(ROUTERS, argv)
     model = load_meta_model("model", config.model, config.trust_remote_code)
     records = describe_routers(find_routers(model, config.router_patterns))
     print(json.dumps(records, indent=2) if config.json else "\n".join(router_lines(records)))

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import torch
 
-from sar_kd.config.command_line import parse
-from sar_kd.config.fields import Command
-from sar_kd.config.presets import TASKS
 from sar_kd.config.runs import SftConfig
 from sar_kd.data.dataset import build_dataset
 from sar_kd.data.sources import load_documents
@@ -22,8 +19,9 @@ from sar_kd.models.memory_saving import recompute_activations_
 from sar_kd.preflight.checks import preflight
 from sar_kd.preflight.memory_plan import fit_batch_size
 from sar_kd.reporting.run_log import SftLog, open_run
-from sar_kd.runtime.distributed import join_process_group
+from sar_kd.runtime.distributed import ProcessGroup, join_process_group
 from sar_kd.runtime.precision import setup_precision
+from sar_kd.runtime.run_folder import hold_run_folder
 from sar_kd.runtime.threads import limit_threads
 from sar_kd.teacher.base import NoTeacher
 from sar_kd.training.callbacks import Callback, TargetChecks, TaskEvaluation, check_targets
@@ -36,35 +34,25 @@ from sar_kd.training.trainer import Datasets, Trainer
 QUICK_QUESTIONS = 50
 """Questions of a task in the quick check that --max_steps makes."""
 
-SFT = Command(
-    "sft",
-    "Fine-tune a causal language model on questions with answers, in fp16, without NaN.",
-    SftConfig,
-    defaults={"max_grad_norm": 1.0, "skip_rule": "adaptive", "skip_factor": 4.0},
-    presets={"task": {"units": {**TASKS["units"], "warmup_steps": 50, "log_steps": 100}}},
-    embedded_lr_factors={"learning_rate": 10.0},  # it is far smaller than the models that 2e-4 is meant for
-    run_name="sft",
-)
 
-
-def main(argv: list[str]) -> dict:
-    """Fine-tune as the command line asks; returns the summary.
+def fine_tune(config: SftConfig) -> dict:
+    """One run: fine-tune, and save the best model; returns the summary.
 
     Raises: UsageError for what the user can mend, TrainingDiverged after an emergency stop
     """
-    return fine_tune(parse(SFT, argv))
-
-
-def fine_tune(config: SftConfig) -> dict:
-    """One run: fine-tune, and save the best model; returns the summary. Raises: as `main`"""
     group = join_process_group()
     if group.size > 1:
         raise UsageError(
             f"fine-tuning takes one process, and {group.size} are running: start it without torchrun; likewise --task, "
             "which fine-tunes first"
         )
+    with hold_run_folder(config.train):  # one run in it at a time
+        return _run(config, group)
+
+
+def _run(config: SftConfig, group: ProcessGroup) -> dict:
     config = fit_batch_size(config, group)  # --per_device_batch_size auto
-    log = open_run(config, SftLog)  # terminal and run folder
+    log = open_run(config, SftLog)  # terminal, metrics.jsonl, summary.json
     preflight(config, log.info)  # refuse a run that cannot work
     precision = setup_precision(config.precision, config.train.seed)  # device, compute dtype, loss scale
 

@@ -5,12 +5,7 @@ The two scripts and `sar_kd.distill` call it too.
 
 from __future__ import annotations
 
-import dataclasses
-
 from sar_kd.commands.unit_task import prepare_task, task_callbacks
-from sar_kd.config.command_line import parse
-from sar_kd.config.fields import Command
-from sar_kd.config.presets import STABLE
 from sar_kd.config.runs import Config
 from sar_kd.data.dataset import build_dataset
 from sar_kd.data.sources import load_documents
@@ -20,8 +15,9 @@ from sar_kd.models.loading import NO_LOADED_MODELS, LoadedModels, load_models
 from sar_kd.preflight.checks import preflight
 from sar_kd.preflight.memory_plan import fit_batch_size
 from sar_kd.reporting.run_log import open_run
-from sar_kd.runtime.distributed import join_process_group
+from sar_kd.runtime.distributed import ProcessGroup, join_process_group
 from sar_kd.runtime.precision import setup_precision
+from sar_kd.runtime.run_folder import hold_run_folder
 from sar_kd.runtime.threads import limit_threads
 from sar_kd.teacher.cached import CachedTeacher, open_teacher_cache
 from sar_kd.teacher.live import LiveTeacher
@@ -32,29 +28,23 @@ from sar_kd.training.parallel import build_strategy
 from sar_kd.training.step import StepContext
 from sar_kd.training.trainer import Datasets, Trainer
 
-TRAIN = dataclasses.replace(STABLE, name="train")
-
-
-def main(argv: list[str] | None = None, command: Command[Config] = TRAIN) -> dict:
-    """Train as the command line asks; returns the summary.
-
-    command: of a script, one of `config.presets`
-    Raises: UsageError for what the user can mend, TrainingDiverged after an emergency stop
-    """
-    join_process_group()  # first, so that of several processes only one prints an error
-    return train(parse(command, argv))
-
 
 def train(config: Config, loaded: LoadedModels = NO_LOADED_MODELS) -> dict:
-    """One run: distil, and save the best student; returns the summary. Raises: as `main`
+    """One run: distil, and save the best student; returns the summary.
 
     loaded: models that are in memory already, instead of those that the settings name
+    Raises: UsageError for what the user can mend, TrainingDiverged after an emergency stop
     """
     group = join_process_group()  # torchrun's processes, or this one alone
     config = group.check_same_config(config)
+    with hold_run_folder(config.train, group):  # one run in it at a time
+        return _run(config, loaded, group)
+
+
+def _run(config: Config, loaded: LoadedModels, group: ProcessGroup) -> dict:
     config = fit_batch_size(config, group, loaded)  # --per_device_batch_size auto
     config, baseline = prepare_task(config)  # --task: fine-tune the teacher, train a baseline
-    log = open_run(config, process_group=group)  # terminal and run folder
+    log = open_run(config, process_group=group)  # terminal, metrics.jsonl, summary.json
     group.on_rank_zero(lambda: preflight(config, log.info, loaded))  # refuse a run that cannot work
     precision = setup_precision(config.precision, config.train.seed, group)  # device, compute dtype, loss scale
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sar_kd import embedded
-from sar_kd.commands.sft import SFT, fine_tune
+from sar_kd.commands.sft import fine_tune
+from sar_kd.config.commands import SFT
 from sar_kd.config.runs import Config, SftConfig, SftModelConfig, SftOptimConfig, SftTrainConfig
 from sar_kd.config.sections import EMBEDDED, MemoryConfig
 from sar_kd.errors import UsageError

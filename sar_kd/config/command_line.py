@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sar_kd.config.fields import AUTO, KIND_NAMES, C, Command, is_allowed, options_of, require
+from sar_kd.config.installation import program_name
 from sar_kd.config.presets import default_batch_size, recipe_lines
 from sar_kd.config.sections import EMBEDDED
 from sar_kd.errors import UsageError
@@ -139,11 +140,6 @@ def _drop_found_auto_(given: dict[str, Any], values: dict[str, Any], command: Co
     blocks = default_batch_size(command.sections["train"], values["task"]) * given.get("grad_accum_steps", 1)
     if blocks == values["per_device_batch_size"] * values["grad_accum_steps"]:
         given.pop("grad_accum_steps", None)
-
-
-def program_name() -> str:
-    """How the program was called: as the installed command, or through Python."""
-    return "sar-kd" if Path(sys.argv[0]).stem == "sar-kd" else "python -m sar_kd"
 
 
 class _Parser(argparse.ArgumentParser):

@@ -144,6 +144,8 @@ class Command(Generic[C]):
     description: str
     config: type[C]
     """A kind of `RunConfig`, or a single section"""
+    entry: str
+    """'module:function' of `sar_kd.commands`: takes the configuration, returns a dict with `status`"""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Values that differ from the fields' own; where there is a `--mode`, its default is one of them"""
     presets: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)

@@ -87,6 +87,7 @@ STABLE: Command[Config] = Command(
     "",
     "Distil a large causal language model into a small one, in fp16, without NaN.",
     Config,
+    "train:train",
     defaults={"mode": "balanced", "model_dtype": "auto"},
     presets={"mode": MODES, "task": TASKS, "recipe": RECIPES},
     embedded_lr_factors={"student_lr": EMBEDDED_LR_FACTOR, "router_lr": EMBEDDED_ROUTER_LR_FACTOR},

@@ -1,6 +1,7 @@
 """The installed command, and what `generate` shows."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,12 @@ import transformers
 
 from sar_kd.commands import generate
 from sar_kd.commands.main import COMMANDS, main
-from sar_kd.commands.train import main as train
-from sar_kd.config.command_line import program_name
+from sar_kd.config.installation import program_name
 from sar_kd.version import __version__
+from train_sar_kd_stable import main as train
 
 ROOT = Path(__file__).parents[2]
+SCRIPTS = ("train_sar_kd_stable.py", "train_sar_kd_fp16_safe.py")
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +87,35 @@ def test_the_package_promises_its_types_and_installs_its_command():
         assert f"\n{extra} = [" in project
 
 
-def test_importing_the_package_and_parsing_load_no_torch():
-    code = "import sys, sar_kd, sar_kd.config.command_line; print(sar_kd.__version__, 'torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [__version__, "False"]
+ANSWERED_AT_ONCE = [
+    ["-m", "sar_kd"],
+    *(["-m", "sar_kd", command, words] for command in COMMANDS for words in ("--help", "--zzz")),
+    *([script, words] for script in SCRIPTS for words in ("--help", "--temprature 3", "--resume --overwrite")),
+    ["-m", "sar_kd", "train", "--temperature warm"],
+    ["-m", "sar_kd", "sft", "--train_file a.txt --task units"],
+]
+
+
+def test_help_and_mistakes_are_answered_without_torch_and_in_half_a_second():
+    """In one process, as each would be in its own: what an earlier one imports, a later one would not."""
+    code = """
+import contextlib, io, json, os, resource, runpy, sys
+for words in json.loads(sys.argv[1]):
+    sys.argv = words[1:] if words[0] == "-m" else words
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
+        runpy.run_module("sar_kd", run_name="__main__") if words[0] == "-m" else runpy.run_path(words[0], run_name="__main__")
+heavy = [name for name in ("torch", "transformers", "numpy", "tqdm") if name in sys.modules]
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(json.dumps([heavy, used.ru_utime + used.ru_stime]))
+"""
+    lines = json.dumps([[*words[:-1], *words[-1].split()] for words in ANSWERED_AT_ONCE])
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, lines], cwd=ROOT, capture_output=True, text=True, check=True, env=environment
+    )
+    heavy, seconds = json.loads(done.stdout)
+    assert not heavy
+    assert seconds < 0.5 * len(ANSWERED_AT_ONCE)
 
 
 def test_generate_shows_the_three_models_one_after_another(run, capsys):

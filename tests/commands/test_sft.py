@@ -15,7 +15,8 @@ import torch
 import transformers
 
 from sar_kd.commands import sft
-from sar_kd.commands.main import main
+from sar_kd.commands.main import main, start
+from sar_kd.config.commands import SFT
 from sar_kd.config.runs import SftTrainConfig
 from sar_kd.data import unit_questions
 from sar_kd.errors import UsageError
@@ -474,7 +475,7 @@ def test_help_names_every_option(capsys):
 def test_a_run_in_the_folder_of_another_command_is_not_resumed(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"format": RUN_FORMAT, "mode": "balanced"}))
     with pytest.raises(UsageError, match="no mode is called balanced"):
-        sft.main(["--resume", "--output_dir", str(tmp_path)])
+        start(SFT, ["--resume", "--output_dir", str(tmp_path)])
 
 
 @pytest.mark.long
@@ -482,7 +483,7 @@ def test_the_embedded_student_learns_the_task_in_both_precisions(tmp_path):
     scores = {}
     for dtype in ("float32", "float16"):
         argv = ["--task", "units", "--model_dtype", dtype, "--output_dir", str(tmp_path / dtype)]
-        scores[dtype] = sft.main(argv)["benchmark_result"]
+        scores[dtype] = start(SFT, argv)["benchmark_result"]
         assert scores[dtype]["student_start"]["accuracy"] == 0.0
         assert scores[dtype]["student_start"]["answer_rate"] < 0.05
         assert scores[dtype]["student"]["answer_rate"] > 0.95

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from sar_kd.commands.preflight import PREFLIGHT
 from sar_kd.config.command_line import parse
+from sar_kd.config.commands import PREFLIGHT
 from sar_kd.config.presets import EMBEDDED_LR_FACTOR, EMBEDDED_ROUTER_LR_FACTOR, FP16_SAFE, MODES, STABLE
 from sar_kd.config.runs import SECTIONS, Config
 from sar_kd.config.sections import LossConfig

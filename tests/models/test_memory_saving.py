@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 
-from sar_kd.commands.train import main as train
 from sar_kd.config.command_line import parse
 from sar_kd.config.presets import STABLE
 from sar_kd.config.sections import GuardConfig, LossConfig, OptimConfig, TeacherMemoryConfig
@@ -29,6 +28,7 @@ from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 from sar_kd.training.guards import StepGuard
 from sar_kd.training.optimizer import build_optimizer
 from sar_kd.training.step import StepContext, train_step
+from train_sar_kd_stable import main as train
 
 CPU = torch.device("cpu")
 ALIGNMENTS = pytest.mark.parametrize("alignment", ["auto", "strict", "alm", "uld", "hidden"])

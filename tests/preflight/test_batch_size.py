@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from sar_kd.commands.main import main
-from sar_kd.commands.sft import SFT
 from sar_kd.commands.train import train
 from sar_kd.config.command_line import configure, parse
+from sar_kd.config.commands import SFT
 from sar_kd.config.fields import AUTO
 from sar_kd.config.presets import STABLE
 from sar_kd.errors import UsageError

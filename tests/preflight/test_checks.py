@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from sar_kd.commands.main import main, run
-from sar_kd.commands.train import main as train
 from sar_kd.config.command_line import parse
 from sar_kd.config.presets import FP16_SAFE
 from sar_kd.errors import UsageError
@@ -16,6 +15,7 @@ from sar_kd.models import loading
 from sar_kd.preflight import checks
 from sar_kd.runtime import files
 from sar_kd.training import trainer
+from train_sar_kd_stable import main as train
 
 SECTIONS = {"ok", "versions", "device", "hub", "models", "clamps", "disk", "memory", "alignment", "teacher_cache"}
 

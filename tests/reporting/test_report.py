@@ -1,5 +1,6 @@
 """The report, its findings and the model card, from runs with metrics written by hand; and their cost."""
 
+import functools
 import json
 import math
 import re
@@ -10,9 +11,10 @@ from html.parser import HTMLParser
 import pytest
 from huggingface_hub import ModelCard
 
-from sar_kd.commands import report as command
+from sar_kd.commands import main as command
 from sar_kd.commands.main import run as exit_code
 from sar_kd.config.command_line import parse
+from sar_kd.config.commands import REPORT
 from sar_kd.config.presets import STABLE
 from sar_kd.errors import UsageError
 from sar_kd.reporting import report, trackers
@@ -268,7 +270,7 @@ def test_metrics_that_no_run_wrote_are_one_line(make_run, content):
 def test_the_command_writes_the_page_and_prints_the_findings(make_run, capsys):
     pytest.importorskip("matplotlib")
     folder = make_run(RECORDS)
-    assert exit_code(command.main, [str(folder)]) == 0
+    assert exit_code(functools.partial(command.start, REPORT), [str(folder)]) == 0
     out = capsys.readouterr().out
     assert "40% of the way" in out
     assert out.endswith(f"Written to {folder / 'report.html'}\n")
@@ -280,14 +282,14 @@ def test_the_command_writes_the_page_and_prints_the_findings(make_run, capsys):
     [(["nowhere"], "nowhere: holds no run"), ([], "RUN_DIR"), (["a", "--runs"], "--runs: no such option")],
 )
 def test_a_report_on_nothing_is_one_line(words, expected, capsys):
-    assert exit_code(command.main, words) == 2
+    assert exit_code(functools.partial(command.start, REPORT), words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert expected in line
 
 
 def test_a_report_without_matplotlib_is_one_line_with_the_command(make_run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert exit_code(command.main, [str(make_run(RECORDS))]) == 2
+    assert exit_code(functools.partial(command.start, REPORT), [str(make_run(RECORDS))]) == 2
     assert "`pip install matplotlib`" in capsys.readouterr().err
 
 

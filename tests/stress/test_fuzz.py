@@ -3,6 +3,7 @@ nothing is written outside the run folder. A tenth of the inputs runs by default
 """
 
 import contextlib
+import functools
 import gzip
 import hashlib
 import io
@@ -18,8 +19,8 @@ import pytest
 import torch
 
 from sar_kd.commands import main
-from sar_kd.commands.forensics import main as forensics
 from sar_kd.config.command_line import parse
+from sar_kd.config.commands import FORENSICS
 from sar_kd.config.presets import FP16_SAFE
 from sar_kd.config.runs import SECTIONS
 from sar_kd.config.sections import GuardConfig, OptimConfig, TrainConfig
@@ -367,7 +368,7 @@ def test_no_metrics_and_no_crash_page_end_in_a_traceback(share, run_folder):
             (run_folder / name).write_bytes(_damaged(chance, content))
         with WRITES.only_in(run_folder):
             assert _outcome(resume) == 0
-            _outcome(forensics, [str(run_folder)])
+            _outcome(functools.partial(main.start, FORENSICS), [str(run_folder)])
         steps = [json.loads(line)["step"] for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
         assert all(step <= 3 for step in steps)
 

@@ -17,6 +17,7 @@ import torch
 
 from sar_kd.commands import cache, main
 from sar_kd.config.command_line import parse
+from sar_kd.config.commands import CACHE
 from sar_kd.config.presets import STABLE
 from sar_kd.data.blocks import pack
 from sar_kd.data.dataset import build_dataset
@@ -29,7 +30,7 @@ from sar_kd.runtime.distributed import SINGLE_PROCESS
 from sar_kd.runtime.precision import setup_precision
 from sar_kd.teacher.cache import builder, format
 from sar_kd.teacher.cache.format import TEXTS
-from sar_kd.teacher.cache.lookup import CacheIndex, CacheLookup
+from sar_kd.teacher.cache.lookup import CacheIndex, CacheLookup, PlainTargets
 from sar_kd.teacher.cached import open_teacher_cache
 from sar_kd.tokenization.token_stream import Blocks
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
@@ -51,6 +52,8 @@ def inputs(tmp_path_factory, make_student, make_teacher, sp_tokenizer, byte_toke
         ("equal_student", make_student(len(byte_tokenizer), num_hidden_layers=1), byte_tokenizer),
         ("teacher", make_teacher(len(byte_tokenizer), num_hidden_layers=1, initializer_range=0.3), byte_tokenizer),
         ("dense", make_student(len(byte_tokenizer), num_hidden_layers=1, hidden_size=16), byte_tokenizer),
+        # Its tokenizer has a start token.
+        ("starting", make_student(len(sp_tokenizer), num_hidden_layers=1, initializer_range=0.3), sp_tokenizer),
     ):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -77,7 +80,7 @@ def _build(inputs, folder, *more, student="student", text="text.txt", dtype="flo
     argv = [*_model_flags(inputs, student), *_text(inputs, text), "--model_dtype", dtype, "--device", "cpu"]
     argv += ["--teacher_cache", str(folder), "--teacher_top_k", str(K), "--per_device_batch_size", "3"]
     with contextlib.redirect_stdout(out):
-        cache.main([*argv, *map(str, more)])
+        main.start(CACHE, [*argv, *map(str, more)])
     return out.getvalue()
 
 
@@ -150,6 +153,27 @@ def test_losses_and_gradients_are_those_of_a_live_teacher(inputs, built, student
 def test_so_are_they_with_conversations_and_in_true_float16(inputs, built, student, dtype):
     how = {"student": student, "text": "mixed.jsonl", "dtype": dtype}
     _assert_same(*_runs(inputs, built(**how), *CLAMPS, "--temperature", 2.0, **how))
+
+
+@pytest.mark.parametrize("student", ["equal_student", "student"])
+def test_so_are_they_where_the_teacher_has_a_start_token_before_each_document(inputs, tmp_path, student):
+    teacher = "--teacher_model", inputs / "starting"
+    _build(inputs, tmp_path / "cache", *map(str, teacher), student=student, text="mixed.jsonl")
+    cached, live = _runs(inputs, tmp_path / "cache", *teacher, student=student, text="mixed.jsonl")
+    start = cached.dataset.pair.teacher_start
+    assert cached.dataset.pair.document_starts == ((start,) if student == "student" else (), (start,))
+    assert not cached.dataset.text.teacher.is_target[cached.dataset.text.teacher.ids == start].any()
+    assert cached.dataset.cached_records.num_missing == 0
+    _assert_same(cached, live)
+    nats, count = cached.dataset.cached_records.total_nats()
+    batches = list(live.dataset.token_batches("teacher", 1))
+    assert count == sum(len(batch.targets) for batch in batches)
+    log_probs = 0.0
+    for batch in batches:
+        with torch.no_grad():
+            logits = live.models.teacher(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.positions].double()
+        log_probs += float(logits.log_softmax(-1).gather(1, batch.targets[:, None]).sum())
+    assert nats == pytest.approx(-log_probs, rel=1e-5)
 
 
 @pytest.mark.parametrize("alignment", ["strict", "alm", "uld", "projection"])
@@ -538,6 +562,40 @@ def test_records_are_found_by_document_where_a_run_skips_some(documents, sp_toke
     assert len(np.unique(indices)) == len(indices) < len(index.tokens)
 
 
+@pytest.mark.parametrize("student", ["byte", "sp"])
+def test_every_target_of_a_block_has_its_record_and_a_start_token_has_none(
+    documents, sp_tokenizer, byte_tokenizer, student
+):
+    whole = _dataset(documents, sp_tokenizer, sp_tokenizer)
+    stream, starts = whole.text.teacher, np.append(whole.text.starts, whole.text.num_bytes + len(documents))
+    ids, ends = stream.ids[stream.is_target], stream.ends[stream.is_target]
+    assert len(stream.ids) == len(ids) + len(documents)
+    offsets = np.searchsorted(ends, starts, side="right")
+    index = CacheIndex(ids, ends, offsets, list(whole.text.names), np.array([len(ids)]), 0)
+    kept = [d for number, d in enumerate(documents) if number % 3 != 1]
+    run = _dataset(kept, byte_tokenizer if student == "byte" else sp_tokenizer, sp_tokenizer)
+    lookup, found = CacheLookup(run.text, index), []
+    assert lookup.num_missing == 0
+    for block, batch in zip(run.blocks, run.token_batches("teacher", 1), strict=True):
+        records = lookup.record_indices(block.teacher_start, block.teacher_end)
+        assert ids[records].tolist() == batch.targets.tolist()
+        found += records.tolist()
+    assert len(set(found)) == len(found) == int(run.text.teacher.is_target.sum())
+
+
+def test_the_ends_of_a_teachers_blocks_are_found_between_start_tokens(documents, sp_tokenizer, byte_tokenizer):
+    """Ends as numbers of records, as positions in the tokens, and back."""
+    text = _dataset(documents, byte_tokenizer, sp_tokenizer).text
+    plain, is_target = PlainTargets(text), text.teacher.is_target
+    before = np.append(0, np.cumsum(is_target))
+    tokens = np.arange(len(is_target) + 1)
+    assert plain.count_before(tokens).tolist() == before.tolist()
+    assert len(plain) == before[-1] < plain.num_tokens == len(is_target)
+    counts = np.arange(1, len(plain) + 1)
+    assert plain.token_ends(counts).tolist() == (np.flatnonzero(is_target) + 1).tolist()
+    assert plain[counts - 1].tolist() == text.teacher.ids[is_target].tolist()
+
+
 def test_a_document_with_other_tokens_has_no_records(documents, sp_tokenizer, byte_tokenizer):
     whole = _dataset(documents, byte_tokenizer, byte_tokenizer)
     changed = [d._replace(text=d.text + "!") if d.name == "3" else d for d in documents]
@@ -545,7 +603,7 @@ def test_a_document_with_other_tokens_has_no_records(documents, sp_tokenizer, by
     part = _dataset([*changed, Document("new", "Not there before.")], sp_tokenizer, byte_tokenizer)
     lookup = CacheLookup(part.text, _index(whole))
     assert lookup.first_missing == ["3", "7", "new"]
-    starts = np.append(lookup.starts, 0)
+    starts = np.append(lookup.plain.starts, 0)
     assert np.all(lookup.record_indices(int(starts[3]), int(starts[4])) == -1)
     assert np.all(lookup.record_indices(int(starts[4]), int(starts[5])) >= 0)
 

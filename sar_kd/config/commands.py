@@ -1,0 +1,173 @@
+"""Every command with its options: what `sar-kd COMMAND --help` shows, and what a command line is checked against.
+
+No torch: help and mistakes are answered before a command's own module, and torch with it, is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from sar_kd.config.fields import Command, RunConfig, Section, option
+from sar_kd.config.presets import STABLE, TASKS
+from sar_kd.config.runs import ROUTER_PATTERNS, CachingConfig, Config, SftConfig
+from sar_kd.config.sections import DataConfig, ModelConfig, OutputConfig, model_option
+
+TRAIN = dataclasses.replace(STABLE, name="train")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreflightConfig(Config):
+    """A distillation run to check, and the output of the checks."""
+
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+
+PREFLIGHT = dataclasses.replace(
+    STABLE,
+    name="preflight",
+    description="Check a run with these options; nothing is trained.",
+    config=PreflightConfig,
+    entry="preflight:main",
+)
+
+SFT = Command(
+    "sft",
+    "Fine-tune a causal language model on questions with answers, in fp16, without NaN.",
+    SftConfig,
+    "sft:fine_tune",
+    defaults={"max_grad_norm": 1.0, "skip_rule": "adaptive", "skip_factor": 4.0},
+    presets={"task": {"units": {**TASKS["units"], "warmup_steps": 50, "log_steps": 100}}},
+    embedded_lr_factors={"learning_rate": 10.0},  # it is far smaller than the models that 2e-4 is meant for
+    run_name="sft",
+)
+
+CACHE = Command(
+    "cache",
+    "Run a teacher once over a text and store its logits, for runs that do not load it.",
+    CachingConfig,
+    "cache:main",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditConfig(RunConfig):
+    """Two tokenizers, and the text to compare them on."""
+
+    models: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+
+AUDIT = Command("audit", "Show how two tokenizers align on a text; nothing is trained.", AuditConfig, "audit:main")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig(Section):
+    """Runs: which ones to show, and where to write the page."""
+
+    runs: tuple[str, ...] = option(
+        (), "run folders; several are compared on one page", metavar="RUN_DIR", positional=True
+    )
+    output: str = option("", "file to write; by default report.html, in the run folder or, for several runs, here")
+    json: bool = option(False, "print JSON")
+
+
+REPORT = Command("report", "Show a run, or compare several, on one HTML page.", ReportConfig, "report:main")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(Section):
+    """Generation: how each model continues the prompt."""
+
+    run: str = option("", "a run folder", metavar="RUN_DIR", positional=True)
+    prompt: str = option("", "the text to continue", metavar="PROMPT", positional=True)
+    max_new_tokens: int = option(60, "longest continuation in tokens", at_least=1)
+    sample_temperature: float = option(0.0, "temperature of sampling; 0: greedy", at_least=0)
+    chat: bool = option(False, "make the prompt a user message in the model's chat template")
+    seed: int = option(0, "seed of sampling", at_least=0)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    json: bool = option(False, "print JSON")
+
+
+GENERATE = Command(
+    "generate",
+    "Continue a prompt with the teacher, the student before and the student after a run.",
+    GenerateConfig,
+    "generate:main",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainConfig(Section):
+    """Log: the one to explain."""
+
+    log: str = option(
+        "", "a Trainer's output, trainer_state.json, metrics.jsonl, or their folder", metavar="LOG", positional=True
+    )
+    json: bool = option(False, "print JSON")
+
+
+EXPLAIN = Command(
+    "explain",
+    "Find the likely cause of the losses and gradient norms in a training log.",
+    ExplainConfig,
+    "explain:main",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForensicsConfig(Section):
+    """Run: the one to look at."""
+
+    run: str = option("", "a run folder", metavar="RUN_DIR", positional=True)
+    json: bool = option(False, "print JSON")
+
+
+FORENSICS = Command(
+    "forensics", "Show why a step of a run was not finite, and what to try.", ForensicsConfig, "forensics:main"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutersConfig(Section):
+    """Model: whose routers to list."""
+
+    model: str = model_option("teacher")
+    router_patterns: tuple[str, ...] = option((), ROUTER_PATTERNS, metavar="REGEX")
+    trust_remote_code: bool = option(False, "run model code that comes with a checkpoint")
+    json: bool = option(False, "print JSON")
+
+
+ROUTERS = Command(
+    "routers", "List the routers of a mixture-of-experts model; nothing is trained.", RoutersConfig, "routers:main"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddedConfig(Section):
+    """Training: how long, and where to save the models."""
+
+    output_dir: str = option("", "folder for both models; by default their place in the package")
+    teacher_steps: int = option(2400, "training steps of the teacher", at_least=0)
+    student_steps: int = option(200, "training steps of the student", at_least=0)
+    seed: int = option(0, "seed of weights, data order and noise", at_least=0)
+
+
+EMBEDDED_PAIR = Command(
+    "embedded",
+    "Train the embedded teacher and student again: about 20 minutes on 2 cores.",
+    EmbeddedConfig,
+    "build_embedded:main",
+)
+
+COMMANDS: MappingProxyType[str, Command] = MappingProxyType(
+    {
+        command.name: command
+        for command in (
+            TRAIN, PREFLIGHT, CACHE, REPORT, GENERATE, SFT, EXPLAIN, FORENSICS, AUDIT, ROUTERS, EMBEDDED_PAIR
+        )
+    }
+)  # fmt: skip
+"""By name, in the order of the help"""
