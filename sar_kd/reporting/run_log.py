@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import sys
 import textwrap
@@ -20,23 +19,14 @@ from tqdm import tqdm
 
 from sar_kd.config.fields import RunConfig
 from sar_kd.config.sections import TrainConfig
-from sar_kd.errors import UsageError
 from sar_kd.reporting.model_card import CardWriter
 from sar_kd.reporting.report import find_report_writer
 from sar_kd.reporting.summary_table import summary_table
 from sar_kd.reporting.trackers import find_trackers
 from sar_kd.runtime.console import first_few, format_perplexity
 from sar_kd.runtime.distributed import SINGLE_PROCESS, ProcessGroup
-from sar_kd.runtime.files import (
-    FolderLock,
-    atomic_write,
-    check_contained,
-    clear_run_folder,
-    complete_lines,
-    is_occupied,
-    json_safe,
-    step_of_line,
-)
+from sar_kd.runtime.files import atomic_write, complete_lines, json_safe, step_of_line
+from sar_kd.runtime.run_folder import CONFIG, check_no_run, check_run_folder, clear_run_folder
 from sar_kd.version import RUN_FORMAT
 
 
@@ -65,7 +55,6 @@ class RunLog:
         self.folder = Path(config.train.output_dir)
         self._config, self._observers, self._enabled = config, observers, enabled
         self._log_steps = config.train.log_steps
-        self._lock = FolderLock(self.folder)
         self._bar: Any = None  # a tqdm from `open` on
         self._metrics: Any = None  # a file, likewise
         self._perplexity = math.nan
@@ -82,10 +71,12 @@ class RunLog:
         """Write `config.json`, open `metrics.jsonl` without the steps that a resumed run repeats, show the bar."""
         self._log_steps = train.log_steps
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock.acquire()
-        if first_step == 0 and self._config.train.overwrite:  # not earlier: until now the run could be refused
-            clear_run_folder(self.folder)
-        atomic_write(self.folder / "config.json", json.dumps(self._config.to_dict(), indent=2) + "\n")
+        check_no_run(self.folder, self._config.train)  # again: a file system without locks keeps no other run out
+        is_new = first_step == 0 and self._config.train.overwrite
+        if is_new and (stays := clear_run_folder(self.folder)):  # not earlier: until now the run could be refused
+            self.info(f"--overwrite: {first_few(stays)} in {self.folder} is not a run's, and stays")
+        (self.folder / "summary.json").unlink(missing_ok=True)  # of a run that goes on now; it may be damaged
+        atomic_write(self.folder / CONFIG, json.dumps(self._config.to_dict(), indent=2) + "\n")
         self._open_metrics(first_step)
         self._bar = tqdm(
             total=train.train_steps,
@@ -196,12 +187,11 @@ class RunLog:
             self.info(line)
 
     def close(self) -> None:
-        """Release the terminal, the files and the folder, however the run has ended."""
+        """Release the terminal and the files, however the run has ended."""
         if self._bar is not None:
             self._bar.close()
         if self._metrics is not None:
             self._metrics.close()
-        self._lock.release()
         for observer in self._observers:
             observer.close()
 
@@ -240,7 +230,7 @@ class SftLog(RunLog):
 
 
 def open_run(config: RunConfig, kind: type[RunLog] = RunLog, process_group: ProcessGroup = SINGLE_PROCESS) -> RunLog:
-    """Check the run folder, print what the run is, and return its log. The folder is taken by `RunLog.open` only.
+    """Check the run folder, print what the run is, and return its log. Nothing is written before `RunLog.open`.
 
     Raises: UsageError if the folder holds another run, or cannot be written
     """
@@ -248,20 +238,8 @@ def open_run(config: RunConfig, kind: type[RunLog] = RunLog, process_group: Proc
 
 
 def _open_run(config: RunConfig, kind: type[RunLog]) -> RunLog:
-    folder, train = Path(config.train.output_dir), config.train
-    try:
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not (existing.is_dir() and os.access(existing, os.W_OK)):
-            raise UsageError(f"--output_dir {folder}: cannot be written ({existing} is no folder that can be)")
-        holds_run = (folder / "config.json").exists()
-        if holds_run and not (train.resume or train.overwrite):
-            raise UsageError(f"--output_dir {folder}: holds a run; --resume continues it, --overwrite deletes it")
-        if not holds_run and is_occupied(folder):
-            raise UsageError(f"--output_dir {folder}: is not empty and holds no run; name another folder")
-        check_contained(folder)
-        FolderLock(folder).check()
-    except OSError as error:
-        raise UsageError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
+    folder = Path(config.train.output_dir)
+    check_run_folder(folder, config.train)
     writers, lines = find_report_writer(folder)
     log = kind(config, [CardWriter(folder), *writers, *find_trackers(config)])
     for line in (*config.summary_lines(), *config.notices, *lines):

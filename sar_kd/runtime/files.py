@@ -1,6 +1,5 @@
-"""The files of a run folder: written whole or not at all, and read although a kill may have cut off the last line.
-
-The folder itself: one run in it at a time, no link in it that leads out of it, and enough free disk space.
+"""Files that are written whole or not at all, and read although a kill may have cut off the last line; the lock of a
+folder, and the free space of its disk.
 """
 
 from __future__ import annotations
@@ -60,18 +59,35 @@ def atomic_write(
 def atomic_rename(partial: Path, path: Path) -> None:
     """Give a finished file or folder its final name, in place of what has it, once its content is on the disk.
 
-    A file is replaced in one step; a folder that has the name is deleted first.
+    A file is replaced in one step; a folder that has the name is deleted first. Files get the permissions that a new
+    file has (666 without the umask): some libraries write through a temporary file, which only its owner may read.
     """
+    mode = 0o666 & ~_umask()
     if partial.is_dir():
         for inner in partial.rglob("*"):
+            if inner.is_file():
+                _set_mode(inner, mode)
             _flush(inner)
         _flush(partial)
         shutil.rmtree(path, ignore_errors=True)
         os.rename(partial, path)
     else:
+        _set_mode(partial, mode)
         _flush(partial)
         os.replace(partial, path)
     _flush(path.parent)
+
+
+def _umask() -> int:
+    """The bits that a new file does not get. The system only tells it when it is set."""
+    found = os.umask(0o077)
+    os.umask(found)
+    return found
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    with contextlib.suppress(OSError):  # a file system without permissions
+        path.chmod(mode)
 
 
 def _flush(path: Path) -> None:
@@ -169,10 +185,18 @@ class FolderLock:
             if isinstance(error, OSError) and error.errno not in _WITHOUT_LOCKS:
                 raise
             return
-        if not self._files[0].exists():  # its former holder deleted it between our opening it and our locking it
+        if not self._holds_named_file():  # its former holder deleted it between our opening it and our locking it
             self._lock.release()
             return self.acquire()
         self._files[1].write_text(str(os.getpid()), encoding="utf-8")
+
+    def _holds_named_file(self) -> bool:
+        """Is the locked file the one that has the name now? Another run may have made a new one in the meantime."""
+        descriptor = self._lock._context.lock_file_fd
+        try:
+            return descriptor is not None and os.path.samestat(os.fstat(descriptor), os.stat(self._files[0]))
+        except OSError:
+            return False
 
     def release(self) -> None:
         """Give the folder back."""
@@ -181,35 +205,6 @@ class FolderLock:
                 with contextlib.suppress(OSError):  # Windows deletes no open file
                     path.unlink()
             self._lock.release()
-
-
-def is_occupied(folder: Path) -> bool:
-    """Does the folder hold anything but what a run leaves that was killed as it began?"""
-    leftovers = {*LOCK_FILES, ".config.json.partial"}
-    return folder.exists() and any(path.name not in leftovers for path in folder.iterdir())
-
-
-def check_contained(folder: Path) -> None:
-    """Raise UsageError if a link in the folder leads out of it: a run would write, or delete, what it points at."""
-    inside = folder.resolve()
-    for parent, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            path = Path(parent) / name
-            if path.is_symlink() and not path.resolve().is_relative_to(inside):
-                raise UsageError(f"--output_dir {folder}: {path} is a link that leads out of it; remove it")
-
-
-def clear_run_folder(folder: Path) -> None:
-    """Delete what an earlier run left, but not its lock. Its `config.json` stays until a new one replaces it, so that
-    after a kill in between the folder is still known as a run's.
-    """
-    for path in folder.iterdir():
-        if path.name in (*LOCK_FILES, "config.json"):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink()
 
 
 def require_disk_space(

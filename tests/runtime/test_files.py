@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from sar_kd.errors import UsageError
-from sar_kd.runtime.files import LOCK_FILES, FolderLock, atomic_rename, atomic_write, is_occupied
+from sar_kd.runtime.files import LOCK_FILES, FolderLock, atomic_rename, atomic_write
 
 HOLD = """
 import sys, time
@@ -61,6 +61,24 @@ def test_a_folder_is_on_the_disk_with_all_its_files_before_it_replaces_another(t
     assert [path.name for path in (tmp_path / "old" / "inner").iterdir()] == ["new"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no umask")
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_files_get_the_permissions_that_the_umask_leaves(tmp_path, mask):
+    former = os.umask(mask)
+    try:
+        (tmp_path / "new" / "inner").mkdir(parents=True)
+        for path in (tmp_path / "new" / "inner" / "file", tmp_path / "alone"):
+            path.touch(mode=0o600)  # as by a library that writes through a temporary file
+        atomic_rename(tmp_path / "new", tmp_path / "folder")
+        atomic_rename(tmp_path / "alone", tmp_path / "file")
+        (tmp_path / "plain").touch()
+    finally:
+        assert os.umask(former) == mask
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(modes) == 3
+    assert set(modes.values()) == {0o666 & ~mask}
+
+
 def test_a_disk_that_is_full_is_one_line_and_leaves_the_old_file_alone(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("old")
 
@@ -99,7 +117,6 @@ def test_a_folder_is_refused_with_the_holders_process_id_and_is_free_once_the_ho
         holder.wait()
         holder.stdout.close()
     assert {path.name for path in tmp_path.iterdir()} == set(LOCK_FILES)
-    assert not is_occupied(tmp_path)
     lock = FolderLock(tmp_path)
     lock.check()
     lock.acquire()
@@ -124,6 +141,23 @@ def test_a_lock_file_that_its_holder_deleted_in_between_is_made_again(tmp_path):
     assert len(calls) == 2
     with pytest.raises(UsageError, match=str(os.getpid())):
         FolderLock(tmp_path).acquire()
+
+
+def test_a_lock_file_that_another_run_made_anew_in_between_is_the_others(tmp_path):
+    first, second, third = (FolderLock(tmp_path) for _ in range(3))
+    acquire = second._lock.acquire
+
+    def acquires_an_old_file(**options):
+        acquire(**options)
+        if not third._lock.is_locked:  # its name was given to a new file, which a third run has locked
+            (tmp_path / LOCK_FILES[0]).unlink()
+            third.acquire()
+
+    second._lock.acquire = acquires_an_old_file
+    first.acquire()
+    first.release()
+    with pytest.raises(UsageError, match=str(os.getpid())):
+        second.acquire()
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOTSUP, "no locks"), NotImplementedError("no locks")], ids=type)
