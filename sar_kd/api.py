@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from sar_kd.commands.train import train
-from sar_kd.config.command_line import configure
+from sar_kd.config.command_line import configure, new_run_folder
 from sar_kd.config.presets import STABLE
 from sar_kd.config.sections import EMBEDDED
 from sar_kd.errors import UsageError
@@ -93,7 +92,7 @@ def distill(
             f"--task {values['task']}: the baseline would need a second student, and the one in memory exists once; "
             "give skip_baseline=True"
         )
-    folder = Path(output_dir or f"runs/{STABLE.run_name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder = Path(output_dir or new_run_folder(STABLE.run_name))
     values["output_dir"] = str(folder)
     for option, examples in (("train_file", texts), ("validation_file", validation_texts)):
         if examples is not None:

@@ -19,13 +19,13 @@ from sar_kd.config.commands import COMMANDS
 from sar_kd.config.fields import C, Command
 from sar_kd.config.installation import program_name
 from sar_kd.errors import TrainingDiverged, UsageError
-from sar_kd.runtime.threads import set_wait_policy
+from sar_kd.runtime.signals import INTERRUPTED, end_at_once_on_ctrl_c
 from sar_kd.version import __version__
 
 if TYPE_CHECKING:
     from sar_kd.runtime.distributed import ProcessGroup
 
-DONE, USAGE, DIVERGED, INTERRUPTED = 0, 2, 3, 130
+DONE, USAGE, DIVERGED = 0, 2, 3
 
 _HELP = """{program} COMMAND
 
@@ -46,6 +46,7 @@ embedded        train the embedded models again
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command that `argv` begins with; returns the exit code, as `run`, and 2 for an unknown command."""
+    own_process = argv is None
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--version"]:
         print(f"sar-kd {__version__}")
@@ -58,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"did you mean {nearest[0]}?" if nearest else f"the commands are {', '.join(COMMANDS)}"
         print(f"error: {argv[0]}: no such command; {hint}", file=sys.stderr)
         return USAGE
-    return run(partial(start, COMMANDS[argv[0]]), argv[1:], resumable=argv[0] in ("train", "sft"))
+    resumable = argv[0] in ("train", "sft")
+    return run(partial(start, COMMANDS[argv[0]]), argv[1:], resumable, own_process and resumable)
 
 
 def start(command: Command[C], argv: Sequence[str] | None = None) -> dict:
@@ -69,17 +71,26 @@ def start(command: Command[C], argv: Sequence[str] | None = None) -> dict:
     if "RANK" in os.environ:  # torchrun: once the processes know one another, only one of them prints an error
         importlib.import_module("sar_kd.runtime.distributed").join_process_group()
     config = parse(command, argv)
+    for line in () if command.run_name else config.notices:  # a run shows them in its first lines
+        print(line, file=sys.stderr)
     module, _, function = command.entry.partition(":")
     return getattr(importlib.import_module(f"sar_kd.commands.{module}"), function)(config)
 
 
-def run(main: Callable[[list[str] | None], dict], argv: list[str] | None = None, resumable: bool = True) -> int:
+def run(
+    main: Callable[[list[str] | None], dict],
+    argv: list[str] | None = None,
+    resumable: bool = True,
+    own_process: bool = False,
+) -> int:
     """Run a command's `main` and turn its result into an exit code; of several processes one prints the error.
 
     0 done; 2 an error that the user can mend, in one line; 3 emergency stop; 130 interrupted
     resumable: the command saves checkpoints from which `--resume` continues
+    own_process: the process is the command's own, so that a Ctrl-C may end it at once where no loop waits for one
     """
-    set_wait_policy()
+    if own_process:
+        end_at_once_on_ctrl_c(_interrupted(resumable), is_silent=os.environ.get("RANK", "0") != "0")
     try:
         summary = main(argv)
     except UsageError as error:
@@ -102,11 +113,15 @@ def run(main: Callable[[list[str] | None], dict], argv: list[str] | None = None,
         rest = "; what was saved before is intact, --resume continues from there" if resumable else ""
         return _report(f"error: {reason}{rest}", USAGE)
     except KeyboardInterrupt:
-        rest = "; --resume continues from the last checkpoint, if there is one" if resumable else ""
-        return _report(f"interrupted at once{rest}", INTERRUPTED)
+        return _report(_interrupted(resumable), INTERRUPTED)
     if group := _process_group():
         group.destroy()
     return INTERRUPTED if summary["status"] == "interrupted" else DONE
+
+
+def _interrupted(resumable: bool) -> str:
+    rest = "; --resume continues from the last checkpoint, if there is one" if resumable else ""
+    return f"interrupted at once{rest}"
 
 
 def _report(line: str, code: int, follows: bool = False) -> int:

@@ -27,6 +27,7 @@ from sar_kd.teacher.base import NoTeacher
 from sar_kd.training.callbacks import Callback, TargetChecks, TaskEvaluation, check_targets
 from sar_kd.training.guards import StepGuard
 from sar_kd.training.optimizer import build_optimizer
+from sar_kd.training.run_inputs import digest_inputs
 from sar_kd.training.parallel import build_strategy
 from sar_kd.training.step import StepContext
 from sar_kd.training.trainer import Datasets, Trainer
@@ -66,9 +67,8 @@ def _run(config: SftConfig, group: ProcessGroup) -> dict:
     models = models.with_student(add_adapter(models.student, config.lora))
     limits = models.block_limits(config.data.block_size)
     tokens = TokenCache(config.data.token_cache)
-    train, validation = (
-        build_dataset(text, models.tokenizers, *limits, tokens) for text in load_documents(config.data)
-    )
+    documents = load_documents(config.data)
+    train, validation = (build_dataset(text, models.tokenizers, *limits, tokens) for text in documents)
     config = config.in_steps(len(train))  # epochs to steps
     for line in (describe_trainable(models.student), *check_targets(train, config.data)):
         log.info(line)
@@ -82,4 +82,6 @@ def _run(config: SftConfig, group: ProcessGroup) -> dict:
     if config.data.task:
         max_questions = QUICK_QUESTIONS if config.train.max_steps else None
         callbacks.append(TaskEvaluation(models, limits, precision, config.models.trust_remote_code, max_questions))
-    return Trainer(config, models, Datasets(train, validation), context, log, NoTeacher(), callbacks).run()
+    inputs = digest_inputs(config, documents, models)  # of text, tokenizer, model: for --resume
+    data = Datasets(train, validation)
+    return Trainer(config, models, data, context, log, NoTeacher(), callbacks, inputs=inputs).run()

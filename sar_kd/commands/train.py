@@ -24,6 +24,7 @@ from sar_kd.teacher.live import LiveTeacher
 from sar_kd.training.guards import StepGuard
 from sar_kd.training.on_policy import build_on_policy
 from sar_kd.training.optimizer import build_optimizer
+from sar_kd.training.run_inputs import digest_inputs
 from sar_kd.training.parallel import build_strategy
 from sar_kd.training.step import StepContext
 from sar_kd.training.trainer import Datasets, Trainer
@@ -69,4 +70,6 @@ def _run(config: Config, loaded: LoadedModels, group: ProcessGroup) -> dict:
     guard = StepGuard(config.guards)  # may an update be applied?
     context = StepContext(objective, optimizer, guard, precision, config.guards.max_grad_norm, strategy=strategy)
     callbacks = task_callbacks(config, baseline, models, limits, precision)
-    return Trainer(config, models, Datasets(train, validation), context, log, teacher, callbacks, on_policy).run()
+    inputs = digest_inputs(config, documents, models, group)  # of text, tokenizers, models: for --resume
+    trainer = Trainer(config, models, Datasets(train, validation), context, log, teacher, callbacks, on_policy, inputs)
+    return trainer.run()

@@ -258,6 +258,9 @@ class TeacherMemoryConfig(MemoryConfig):
         """Why the teacher's routers cannot be trained with these settings; '' if they can."""
         if self.offload_teacher_to_cpu:
             return "--offload_teacher_to_cpu removes the teacher before its routers could learn from the student"
+    allow_changed_inputs: bool = option(
+        False, "with --resume: go on although text, tokenizers or models have changed since the run began"
+    )
         if self.teacher_quantization != "off":
             return f"--teacher_quantization {self.teacher_quantization} gives no exact gradient through the teacher"
         return ""

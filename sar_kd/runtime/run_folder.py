@@ -13,6 +13,7 @@ from sar_kd.config.sections import TrainConfig
 from sar_kd.errors import UsageError
 from sar_kd.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from sar_kd.runtime.files import LOCK_FILES, FolderLock
+from sar_kd.runtime.signals import cleaned_up
 
 CONFIG = "config.json"
 
@@ -30,12 +31,9 @@ def hold_run_folder(train: TrainConfig, process_group: ProcessGroup = SINGLE_PRO
     Folders that were made for a run that was then refused are removed again.
     Raises: UsageError if another run is in it, if it holds a run or something else, or cannot be written
     """
-    held = process_group.on_rank_zero(lambda: _take(Path(train.output_dir), train))
-    try:
+    held = process_group.on_rank_zero(lambda: _take(Path(train.output_dir), train)) or contextlib.ExitStack()
+    with cleaned_up(held.close):
         yield
-    finally:
-        if held is not None:
-            held.close()
 
 
 def _take(folder: Path, train: TrainConfig) -> contextlib.ExitStack:

@@ -123,19 +123,21 @@ class CacheReader:
         return self._texts
 
 
-def model_fingerprint(name: str, trust_remote_code: bool) -> dict[str, str]:
+def model_fingerprint(name: str, trust_remote_code: bool, option: str = "teacher_model") -> dict[str, str]:
     """Identifies a model: digests of its files, or its commit on the hub; no weights are loaded.
 
+    option: the one that named the model
     Raises: UsageError if a local model has no config.json
     """
-    folder = embedded.TEACHER_DIR if name == EMBEDDED else Path(name).expanduser()
+    shipped = embedded.STUDENT_DIR if option == "student_model" else embedded.TEACHER_DIR
+    folder = shipped if name == EMBEDDED else Path(name).expanduser()
     if not folder.is_dir():
-        commit = getattr(load_meta_model("teacher_model", name, trust_remote_code).config, "_commit_hash", None)
+        commit = getattr(load_meta_model(option, name, trust_remote_code).config, "_commit_hash", None)
         return {"commit": commit or name}
     config = folder / "config.json"
     if not config.is_file():
-        raise UsageError(f"--teacher_model {name}: has no config.json")
-    weights = (path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
+        raise UsageError(f"--{option} {name}: has no config.json")
+    weights = (path for pattern in ("*.safetensors", "*.bin", "*.gguf", "*.py") for path in folder.glob(pattern))
     return {path.name: file_digest(path) for path in (*sorted(weights), config)}
 
 

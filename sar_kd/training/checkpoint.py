@@ -11,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import pickle
 import re
 import shutil
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +32,7 @@ from sar_kd.runtime.files import atomic_rename, atomic_write, file_digest, requi
 from sar_kd.runtime.precision import Precision
 from sar_kd.teacher.base import Teacher
 from sar_kd.training.guards import CAUSES, StepGuard
+from sar_kd.training.optimizer import parameters_of
 from sar_kd.training.step import StepContext
 from sar_kd.version import RUN_FORMAT
 
@@ -43,8 +46,8 @@ _OWNERS = ("optimizer", "precision", "objective")
 _NAME = re.compile(r"step-\d{8,}")
 
 _UNREADABLE = (
-    OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, pickle.UnpicklingError,
-    safetensors.SafetensorError,
+    OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
+    pickle.UnpicklingError, safetensors.SafetensorError,
 )  # fmt: skip
 """What a checkpoint that is damaged may raise while it is loaded."""
 
@@ -67,7 +70,11 @@ class TrainerState:
     """Validation metrics of the student before the first step; likewise the last ones, and the best ones"""
     last: dict = field(default_factory=dict)
     best: dict = field(default_factory=dict)
+    last_step: int | None = None
+    """The step of the last validation; None in a checkpoint of a version that did not keep it"""
     best_step: int = 0
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Digests of text, tokenizers and models, as `digest_inputs` gives them"""
     callbacks: list[dict] = field(default_factory=list)
     """The state of each callback"""
 
@@ -83,6 +90,7 @@ class TrainerState:
             "val_ppl_final": self.last["val_ppl"],
             "val_ppl_best": self.best["val_ppl"],
             "best_step": self.best_step,
+            "val_step_final": self.last_step,
             "val_loss_final": self.last["val_loss"],
             "val_bits_per_byte_start": self.start["val_bits_per_byte"],
             "val_bits_per_byte_final": self.last["val_bits_per_byte"],
@@ -205,15 +213,34 @@ def _num_bytes(state) -> int:
     return sum(_num_bytes(part) for part in parts)
 
 
-def load_checkpoint(folder: Path, context: StepContext, teacher: Teacher) -> TrainerState:
+def find_checkpoint(folder: Path) -> tuple[Path, list[str]]:
+    """The checkpoint to resume from: the one that `latest` names. Where that file is missing or names none, the newest
+    intact one, and a line that says so.
+
+    Raises: UsageError if there is none
+    """
+    pointer, saved = folder / "latest", _saved(folder)
+    try:
+        name = pointer.read_text().strip() if pointer.is_file() else ""
+    except (OSError, UnicodeDecodeError):
+        name = ""
+    if name in saved:
+        return folder / name, []
+    if not saved:
+        raise UsageError(f"--resume: {folder} holds no checkpoint yet; start again with --overwrite")
+    name = next((name for name in saved if _damage(folder / name) is None), saved[0])
+    return folder / name, [f"{pointer} is missing or damaged: resuming from the newest intact checkpoint, {name}"]
+
+
+def load_checkpoint(path: Path, context: StepContext, teacher: Teacher) -> TrainerState:
     """Restore everything that `save_checkpoint` wrote; returns the trainer's state.
 
-    Raises: UsageError if there is no checkpoint, or it cannot be read (then it names the one before, if that is
-    intact), or it was written in another format or by another number of processes
+    Raises: UsageError if the checkpoint cannot be read (then it names the one before, if that is intact), or was
+    written in another format or by another number of processes
     """
-    path, strategy = folder / _latest(folder), context.strategy
+    strategy = context.strategy
     rank, num_ranks = strategy.process_group.rank, strategy.process_group.size
-    with _reading(folder, path):
+    with _reading(path):
         if damage := _damage(path):
             raise ValueError(damage)
         tensors = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
@@ -230,39 +257,85 @@ def load_checkpoint(folder: Path, context: StepContext, teacher: Teacher) -> Tra
         raise UsageError(
             f"--resume: {path} is of {len(of_ranks)} processes, and {num_ranks} are running; start it {start}"
         )
-    with _reading(folder, path):
+    with _reading(path):
         objective = context.objective
+        _check_weights(path / "student.safetensors")
+        _check_optimizer(tensors["optimizer"], context.optimizer)
+        _check_scaler(of_ranks[rank]["scaler"], context.precision.state_dict()["scaler"])
         strategy.load_student_(objective.student, path / "student.safetensors")
-        strategy.load_optimizer_(context.optimizer, tensors["optimizer"])
+        # Hyperparameters are those of the settings, as at the start of the run.
+        groups = context.optimizer.state_dict()["param_groups"]
+        strategy.load_optimizer_(context.optimizer, {"state": tensors["optimizer"]["state"], "param_groups": groups})
         context.precision.load_state_dict(of_ranks[rank])
         objective.load_state_dict(strategy.shard_like(tensors["objective"], objective.state_dict()))
         teacher.load_state_dict(tensors["teacher"])
+        _check_guard(counters["guard"], context.guard.state_dict())
         context.guard.load_state_dict(counters["guard"])
-        return TrainerState(**counters["progress"])
+        return _trainer_state(counters["progress"])
+
+
+def _check_weights(path: Path) -> None:
+    """Raise ValueError if a weight in the file is not finite: no update that was applied leaves one."""
+    with safetensors.safe_open(str(path), framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  # no dict
+            if not file.get_tensor(name).isfinite().all():
+                raise ValueError(f"{path.name}: {name} is not finite")
+
+
+def _check_optimizer(state: dict, optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError unless each parameter's moments are finite and have its shape.
+
+    A step with others does not raise: it reads memory that is not theirs.
+    """
+    parameters = parameters_of(optimizer)
+    indices = [index for group in state["param_groups"] for index in group["params"]]
+    if indices != list(range(len(parameters))):
+        raise ValueError("state.pt: its optimizer has other parameters")
+    for index, moments in state["state"].items():
+        if set(moments) != {"step", "exp_avg", "exp_avg_sq"}:
+            raise ValueError(f"state.pt: the optimizer's state of parameter {index} is not AdamW's")
+        for name, value in moments.items():
+            shape = () if name == "step" else parameters[index].shape
+            if not isinstance(value, Tensor) or value.shape != shape or value.dtype != torch.float32:
+                raise ValueError(f"state.pt: {name} of parameter {index} has another shape or dtype than the parameter")
+            if not value.isfinite().all():
+                raise ValueError(f"state.pt: {name} of parameter {index} is not finite")
+
+
+def _check_scaler(state: dict, own: dict) -> None:
+    """Raise ValueError unless the gradient scaler's state holds finite numbers, those that a scaler of ours has."""
+    for name, value in own.items():
+        found = state[name]
+        if isinstance(found, bool) or not isinstance(found, (int, type(value))) or not 0 <= found < math.inf:
+            raise ValueError(f"state.pt: {name} of the gradient scaler is {found!r}")
+
+
+def _check_guard(state: dict, own: dict) -> None:
+    """Raise ValueError unless each counter of the guard is of its kind."""
+    for name, value in own.items():
+        found = state.get(name, value)
+        if not (isinstance(found, type(value)) or value is None or found is None):
+            raise ValueError(f"progress.json: the guard's {name} is {found!r}")
+
+
+def _trainer_state(values: dict) -> TrainerState:
+    """The state, if each value has its field's kind."""
+    state, containers = TrainerState(**values), (dict, list)
+    for name, kind in typing.get_type_hints(TrainerState).items():
+        origin = typing.get_origin(kind)
+        if not isinstance(getattr(state, name), origin if origin in containers else kind):
+            raise ValueError(f"progress.json: {name} is {getattr(state, name)!r}")
+    return state
 
 
 @contextlib.contextmanager
-def _reading(folder: Path, path: Path) -> Iterator[None]:
+def _reading(path: Path) -> Iterator[None]:
     """Turn the error of a damaged checkpoint into one line."""
     try:
         yield
     except _UNREADABLE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UsageError(f"--resume: the checkpoint {path} cannot be read ({reason}){_offer(folder, path)}") from None
-
-
-def _latest(folder: Path) -> str:
-    """The checkpoint that `latest` names; the newest one, if that was deleted."""
-    pointer, saved = folder / "latest", _saved(folder)
-    try:
-        name = pointer.read_text().strip() if pointer.is_file() else ""
-    except (OSError, UnicodeDecodeError):
-        name = ""
-    if name in saved:
-        return name
-    if not saved or not pointer.is_file():
-        raise UsageError(f"--resume: {folder} holds no checkpoint yet; start again with --overwrite")
-    return saved[0]
+        raise UsageError(f"--resume: the checkpoint {path} cannot be read ({reason}){_offer(path)}") from None
 
 
 def _saved(folder: Path) -> list[str]:
@@ -287,10 +360,10 @@ def _damage(path: Path) -> str | None:
     return None
 
 
-def _offer(folder: Path, damaged: Path) -> str:
+def _offer(damaged: Path) -> str:
     """The end of the message about a damaged checkpoint: an older one that is intact, if there is one."""
-    for name in _saved(folder):
-        if name < damaged.name and _damage(folder / name) is None:
+    for name in _saved(damaged.parent):
+        if name < damaged.name and _damage(damaged.parent / name) is None:
             step = int(name.removeprefix("step-"))
             return f"; {name} is intact: delete {damaged} and --resume continues after step {step}"
     return "; no other one is there: start again with --overwrite"

@@ -6,9 +6,10 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from sar_kd.config.fields import RunConfig
@@ -24,12 +25,24 @@ from sar_kd.runtime.signals import StopRequest
 from sar_kd.teacher.base import Teacher
 from sar_kd.training.batch_loader import BatchLoader
 from sar_kd.training.callbacks import Callback, MicroBatches
-from sar_kd.training.checkpoint import TrainerState, load_checkpoint, save_checkpoint, save_student
+from sar_kd.training.checkpoint import (
+    TrainerState,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    save_student,
+)
 from sar_kd.training.guards import verdict_messages
 from sar_kd.training.on_policy import OnPolicy
 from sar_kd.training.optimizer import learning_rate_at, set_learning_rate_
 from sar_kd.training.recovery import Recovery
+from sar_kd.training.run_inputs import check_inputs
 from sar_kd.training.step import StepContext, StepReport, train_step
+
+
+_WHILE_TRAINING = "the step under way is finished and a checkpoint saved; once more ends the run at once, without saving"
+
+_AT_END = "all steps are made and saved, the run is about to end; once more ends it at once"
 
 
 class Datasets(NamedTuple):
@@ -52,12 +65,14 @@ class Trainer:
         teacher: Teacher,
         callbacks: Sequence[Callback] = (),
         on_policy: OnPolicy | None = None,
+        inputs: Mapping[str, str] = MappingProxyType({}),
     ):
+        """inputs: digests of what the run reads, as `digest_inputs` gives them"""
         self.config, self.models, self.context, self.log, self.teacher = config, models, context, log, teacher
         self.train, self.validation = datasets
         self.process_group = context.strategy.process_group
         self.folder = Path(config.train.output_dir)
-        self.state = TrainerState()
+        self.state, self.inputs = TrainerState(inputs=dict(inputs)), dict(inputs)
         self.recovery = Recovery(config, self.train, context)
         self.callbacks = [self.recovery, *callbacks, *([] if on_policy is None else [on_policy])]
         self.loader = BatchLoader(
@@ -77,12 +92,13 @@ class Trainer:
                     self._resume()
                 else:
                     self._start()
-                with StopRequest(self.log.deadline if self.process_group.is_rank_zero else math.inf) as stop:
+                with self._stop_request() as stop:
                     status = self._train(stop, started)
-                if status == "finished":
-                    student_folder = self.folder / "student"
-                    self._log(m for callback in self.callbacks for m in callback.on_train_end(student_folder))
-                return self._write_summary(status)
+                    stop.what_follows = _AT_END
+                    if status == "finished":
+                        student_folder = self.folder / "student"
+                        self._log(m for callback in self.callbacks for m in callback.on_train_end(student_folder))
+                    return self._write_summary(status)
             except (RuntimeError, OSError):  # memory, a driver, a disk: the weights are still the last good ones
                 self._save_after_failure()
                 raise
@@ -98,6 +114,7 @@ class Trainer:
         self._log(messages)
         evaluation = self._evaluate()
         state.start = state.last = state.best = evaluation.metrics()
+        state.last_step = 0
         clamps = config.loss, self.models, self.validation, context.precision, evaluation.loss, context.objective.heads
         self._log(context.strategy.inference(lambda: check_clamps(*clamps)))
         self.log.print_start(state.start, state.teacher)
@@ -109,9 +126,22 @@ class Trainer:
             self._save()  # a checkpoint to go back to
 
     def _resume(self) -> None:
-        step = self._load()
+        step, train_steps = self._load(), self.config.train.train_steps
+        if step > train_steps:
+            raise UsageError(
+                f"--resume: the run in {self.folder} has made {step} steps, more than the {train_steps} that this asks "
+                "for (--train_steps, --epochs, --max_steps); ask for more, or leave it out"
+            )
+        self._log(check_inputs(self.state.inputs, self.inputs, self.config.train.allow_changed_inputs))
+        self.state.inputs = self.inputs
         self.log.info(f"Resumed after step {step}")
+        if step == train_steps:
+            self.log.info(f"All {step} steps are made already; a higher --train_steps goes on")
         self.process_group.on_rank_zero(lambda: self.log.open(step, self.config.train))
+
+    def _stop_request(self) -> StopRequest:
+        """Signals, of which rank 0 tells what they lead to, and the time limit, which rank 0 watches."""
+        return StopRequest(self.log.deadline, _WHILE_TRAINING) if self.process_group.is_rank_zero else StopRequest()
 
     def _train(self, stop: StopRequest, started: float) -> str:
         """Make the steps that are left; returns the run's status. started: when the run began"""
@@ -199,7 +229,7 @@ class Trainer:
     def _validate(self) -> None:
         """Evaluate the student, save it if it is the best so far; evaluate routers that learn."""
         state, evaluation = self.state, self._evaluate()
-        state.last = evaluation.metrics()
+        state.last, state.last_step = evaluation.metrics(), self.state.step
         is_best = evaluation.loss < state.best["val_loss"] or not math.isfinite(state.best["val_loss"])
         if is_best:
             state.best, state.best_step = state.last, state.step
@@ -225,7 +255,9 @@ class Trainer:
 
     def _load(self) -> int:
         """Load the last checkpoint; returns its step."""
-        self.state = load_checkpoint(self.folder / "checkpoint", self.context, self.teacher)
+        path, messages = find_checkpoint(self.folder / "checkpoint")
+        self._log(messages)
+        self.state = load_checkpoint(path, self.context, self.teacher)
         for callback, state in zip(self.callbacks, self.state.callbacks, strict=True):
             callback.state = state
         return self.state.step

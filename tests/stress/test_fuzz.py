@@ -28,7 +28,7 @@ from sar_kd.data.dataset import build_dataset
 from sar_kd.data.sources import load_documents
 from sar_kd.reporting.run_log import open_run
 from sar_kd.runtime.precision import Precision
-from sar_kd.training.checkpoint import TrainerState, load_checkpoint, save_checkpoint
+from sar_kd.training.checkpoint import TrainerState, find_checkpoint, load_checkpoint, save_checkpoint
 from sar_kd.training.guards import StepGuard
 from sar_kd.training.optimizer import build_optimizer, learning_rate_at
 from sar_kd.training.step import StepContext
@@ -276,7 +276,7 @@ def saved(tmp_path, make_student):
 @EVERY_SHARE
 def test_no_checkpoint_ends_in_a_traceback_and_no_damaged_one_is_taken(share, saved):
     def main(argv):
-        load_checkpoint(saved.folder, *saved.parts)
+        load_checkpoint(find_checkpoint(saved.folder)[0], *saved.parts)
         return {"status": "finished"}
 
     assert _outcome(main) == 0

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
@@ -40,6 +41,11 @@ def saving(request, tmp_path, make_student):
     return SimpleNamespace(folder=tmp_path / "checkpoint", parts=(context, teacher), former=former, learned=learned)
 
 
+def _load(saving):
+    path, _ = checkpoint.find_checkpoint(saving.folder)
+    return checkpoint.load_checkpoint(path, *saving.parts)
+
+
 class Killed(Exception):
     pass
 
@@ -68,7 +74,7 @@ def test_a_checkpoint_killed_half_way_leaves_the_former_one(saving, monkeypatch,
         patch.setattr(place, how)
         with pytest.raises(Killed):
             checkpoint.save_checkpoint(saving.folder, *saving.parts, checkpoint.TrainerState(step=2))
-    assert checkpoint.load_checkpoint(saving.folder, *saving.parts).step == 1
+    assert _load(saving).step == 1
     assert equal_weights([p.data for p in saving.learned], saving.former)
 
 
@@ -79,7 +85,7 @@ def test_a_checkpoint_killed_while_clearing_up_is_the_new_one(saving, monkeypatc
         patch.setattr(shutil, "rmtree", lambda path, **how: remove(path, **how) if "ignore_errors" in how else _raise())
         with pytest.raises(Killed):
             checkpoint.save_checkpoint(saving.folder, *saving.parts, checkpoint.TrainerState(step=2), keep=1)
-    assert checkpoint.load_checkpoint(saving.folder, *saving.parts).step == 2
+    assert _load(saving).step == 2
     assert equal_weights([p.data for p in saving.learned], moved)
 
 
@@ -87,14 +93,14 @@ def test_what_a_kill_left_is_cleared_away_by_the_next_checkpoint(saving):
     for name in (".step-00000002.partial", ".step-00000007.partial", "step-00000009"):
         (saving.folder / name).mkdir()
         (saving.folder / name / "student.safetensors").write_bytes(b"half")
-    assert checkpoint.load_checkpoint(saving.folder, *saving.parts).step == 1
+    assert _load(saving).step == 1
     checkpoint.save_checkpoint(saving.folder, *saving.parts, checkpoint.TrainerState(step=2))
     assert {path.name for path in saving.folder.iterdir()} == {"latest", "step-00000001", "step-00000002"}
 
 
 def test_no_checkpoint_at_all_is_a_usage_error(saving, tmp_path):
     with pytest.raises(UsageError, match="no checkpoint"):
-        checkpoint.load_checkpoint(tmp_path / "elsewhere", *saving.parts)
+        checkpoint.find_checkpoint(tmp_path / "elsewhere")
 
 
 @pytest.mark.parametrize("found", [None, 1, RUN_FORMAT + 1])
@@ -108,12 +114,127 @@ def test_a_checkpoint_of_another_format_is_refused_in_one_line_that_names_the_re
     digests["progress.json"] = file_digest(path / "progress.json")
     (path / "digests.json").write_text(json.dumps(digests))
     with pytest.raises(UsageError) as error:
-        checkpoint.load_checkpoint(saving.folder, *saving.parts)
+        _load(saving)
     message = str(error.value)
     assert "\n" not in message
     assert message.startswith(f"--resume: {path} has format {found or 1} and this version reads format {RUN_FORMAT}")
     assert "--overwrite" in message
     assert not equal_weights([p.data for p in saving.learned], saving.former)  # nothing was loaded
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "elsewhere", "binary"])
+def test_without_a_pointer_the_newest_intact_checkpoint_is_taken_and_named(saving, damage):
+    checkpoint.save_checkpoint(saving.folder, *saving.parts, checkpoint.TrainerState(step=2))
+    checkpoint.save_checkpoint(saving.folder, *saving.parts, checkpoint.TrainerState(step=3))
+    (saving.folder / "step-00000003" / "state.pt").write_bytes(b"half")
+    pointer = saving.folder / "latest"
+    if damage == "missing":
+        pointer.unlink()
+    else:
+        pointer.write_bytes({"empty": b"", "elsewhere": b"../step-00000009", "binary": b"\xff\x00"}[damage])
+    path, messages = checkpoint.find_checkpoint(saving.folder)
+    assert path.name == "step-00000002"
+    (line,) = messages
+    assert line.startswith(f"{pointer} is missing or damaged")
+    assert line.endswith("step-00000002")
+    assert _load(saving).step == 2
+
+
+# What is in a checkpoint whose digests fit
+
+
+@pytest.fixture
+def stepped(saving):
+    """A checkpoint after an update, whose optimizer has moments."""
+    context, teacher = saving.parts
+    context.objective.student(input_ids=torch.ones(1, 4, dtype=torch.int64)).logits.sum().backward()
+    context.optimizer.step()
+    checkpoint.save_checkpoint(saving.folder, context, teacher, checkpoint.TrainerState(step=2))
+    return saving
+
+
+def _forge(saving, file, change):
+    """Change what a file of the last checkpoint holds, and write its new digest."""
+    path = saving.folder / "step-00000002" / file
+    if file == "state.pt":
+        content = torch.load(path, weights_only=True)
+        change(content)
+        torch.save(content, path)
+    elif file == "progress.json":
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+    else:
+        content = safetensors.torch.load_file(path)
+        change(content)
+        safetensors.torch.save_file(content, path)
+    digests = json.loads((path.parent / "digests.json").read_text())
+    (path.parent / "digests.json").write_text(json.dumps(digests | {file: file_digest(path)}))
+
+
+def _moment(name, value):
+    def change(state):
+        state["optimizer"]["state"][0][name] = value
+
+    return change
+
+
+def _scaler(name, value):
+    def change(state):
+        state["precision"]["scaler"][name] = value
+
+    return change
+
+
+def _poison(weights):
+    next(iter(weights.values())).view(-1)[3] = float("nan")
+
+
+FORGERIES = {
+    "moments of another shape": ("state.pt", _moment("exp_avg", torch.zeros(3)), "exp_avg of parameter 0"),
+    "moments of another dtype": ("state.pt", _moment("exp_avg_sq", torch.zeros(64, 32).half()), "exp_avg_sq"),
+    "moments that are no tensor": ("state.pt", _moment("exp_avg", "x"), "exp_avg of parameter 0"),
+    "moments that are not finite": (
+        "state.pt", lambda state: state["optimizer"]["state"][0]["exp_avg"].fill_(float("inf")), "not finite"
+    ),
+    "a count that is a vector": ("state.pt", _moment("step", torch.ones(2)), "step of parameter 0"),
+    "a moment too many": ("state.pt", _moment("max_exp_avg_sq", torch.ones(1)), "not AdamW's"),
+    "state of no parameter": (
+        "state.pt", lambda state: state["optimizer"]["state"].update({999: state["optimizer"]["state"][0]}), "index"
+    ),
+    "other parameters": ("state.pt", lambda state: state["optimizer"]["param_groups"].pop(), "other parameters"),
+    "no groups": ("state.pt", lambda state: state["optimizer"].update(param_groups=None), "NoneType"),
+    "a scale that is text": ("state.pt", _scaler("scale", "x"), "scale of the gradient scaler is 'x'"),
+    "a scale of inf": ("state.pt", _scaler("scale", float("inf")), "scale of the gradient scaler is inf"),
+    "a weight that is not finite": ("student.safetensors", _poison, "is not finite"),
+    "a step that is text": ("progress.json", lambda found: found["progress"].update(step="2"), "step is '2'"),
+    "a value too many": ("progress.json", lambda found: found["progress"].update(steps=2), "unexpected"),
+    "guards that are text": ("progress.json", lambda found: found["guard"].update(skipped="x"), "skipped is 'x'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("which", FORGERIES)
+def test_a_checkpoint_with_nonsense_in_it_is_refused_although_its_digests_fit(stepped, which):
+    file, change, part = FORGERIES[which]
+    _forge(stepped, file, change)
+    with pytest.raises(UsageError) as error:
+        _load(stepped)
+    message = str(error.value)
+    assert "cannot be read" in message
+    assert part in message
+    assert "step-00000001 is intact: delete" in message
+    assert "\n" not in message
+
+
+def test_hyperparameters_of_the_optimizer_are_those_of_the_settings(stepped):
+    def change(state):
+        state["optimizer"]["param_groups"][0] |= {"betas": "x", "lr": None, "eps": -1}
+
+    _forge(stepped, "state.pt", change)
+    optimizer = stepped.parts[0].optimizer
+    former = [{**group, "params": None} for group in optimizer.param_groups]
+    _load(stepped)
+    assert [{**group, "params": None} for group in optimizer.param_groups] == former
 
 
 def test_a_text_killed_half_way_leaves_the_former_one(tmp_path, monkeypatch):

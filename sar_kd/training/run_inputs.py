@@ -1,0 +1,78 @@
+"""What a run reads, as digests in its checkpoints: a resumed run that would read something else is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sar_kd.config.fields import RunConfig
+from sar_kd.data.sources import Documents, digest_of
+from sar_kd.errors import UsageError
+from sar_kd.models.loading import IN_MEMORY, Models
+from sar_kd.runtime.distributed import SINGLE_PROCESS, ProcessGroup
+from sar_kd.teacher.cache.format import read_header
+from sar_kd.teacher.cached import model_fingerprint
+from sar_kd.teacher.moe.router_checkpoint import hash_tensors
+from sar_kd.tokenization.token_table import fingerprint
+
+
+def digest_inputs(
+    config: RunConfig,
+    documents: tuple[Documents, Documents],
+    models: Models,
+    process_group: ProcessGroup = SINGLE_PROCESS,
+) -> dict[str, str]:
+    """Digests of text, tokenizers and models' files (a commit, for a model of the hub), by what they are of.
+
+    A student whose weights are all trained is compared by its configuration: the checkpoint has its weights.
+    """
+    return process_group.broadcast(process_group.on_rank_zero(lambda: _digests(config, documents, models))) or {}
+
+
+def _digests(config: RunConfig, documents: tuple[Documents, Documents], models: Models) -> dict[str, str]:
+    train, validation = documents
+    found = {"the training text": digest_of(train), "the held-out text": digest_of(validation)}
+    tokenizers = models.tokenizers
+    found["the student's tokenizer"] = fingerprint(tokenizers.student)
+    found["the student's files"] = _digest_model(config, "student_model", models.student)
+    if tokenizers.teacher is not tokenizers.student:
+        found["the teacher's tokenizer"] = fingerprint(tokenizers.teacher)
+    if models.teacher is not None:
+        found["the teacher's files"] = _digest_model(config, "teacher_model", models.teacher)
+    elif cache := getattr(config.models, "teacher_cache", ""):
+        found["the teacher cache"] = _digest(read_header(Path(cache)))
+    return found
+
+
+def _digest_model(config: RunConfig, option: str, model: nn.Module) -> str:
+    name, in_checkpoint = getattr(config.models, option), all(p.requires_grad for p in model.parameters())
+    if name.startswith(IN_MEMORY):
+        settings: Any = model.config
+        return settings.to_json_string() if in_checkpoint else hash_tensors(model.state_dict())
+    found = model_fingerprint(name, config.models.trust_remote_code, option)
+    weights = {file for file in found if file.endswith((".safetensors", ".bin", ".gguf"))}
+    return _digest({file: value for file, value in found.items() if not (in_checkpoint and file in weights)})
+
+
+def _digest(values: dict) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def check_inputs(saved: dict[str, str], found: dict[str, str], allow_changes: bool) -> list[str]:
+    """Compare the inputs of a resumed run with those of its checkpoint; lines about what differs and is allowed to.
+
+    Raises: UsageError naming what has changed
+    """
+    if not saved:
+        return ["The checkpoint holds no digests of text, tokenizers and models: whether they changed is not known"]
+    changed = [what for what in {**saved, **found} if saved.get(what) != found.get(what)]
+    if not changed:
+        return []
+    what = f"{', '.join(changed)} changed since the run began"
+    if not allow_changes:
+        raise UsageError(f"--resume: {what}; put back what was there, or go on with --allow_changed_inputs")
+    return [f"--allow_changed_inputs: {what}; from here on the run reads what is there now"]
