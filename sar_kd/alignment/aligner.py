@@ -19,8 +19,9 @@ from torch import Tensor
 from sar_kd.alignment.batch_alignment import STUDENT, TEACHER, Alignment, Continuations, SharedClasses
 from sar_kd.alignment.byte_alignment import Boundaries, find_boundaries, find_chunks
 from sar_kd.alignment.segments import positions_per_tile
-from sar_kd.alignment.vocabulary_map import ClassTable, VocabularyMap, same_token_map
+from sar_kd.alignment.vocabulary_map import ClassTable, VocabularyMap, as_written, same_token_map
 from sar_kd.tokenization.token_stream import Block, TokenizedText, TokenStream
+from sar_kd.tokenization.token_table import TokenTable
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
 _FIT_TOKENS = 2**20
@@ -55,7 +56,7 @@ class Aligner:
         teacher_is_cached: the teacher's logits come from a cache, cut to the top k
         """
         self.pair, self._text, self._blocks = pair, text, blocks
-        self.teacher_is_coarser = len(text.teacher.ids) <= len(text.student.ids)
+        self.teacher_is_coarser = text.num_tokens(text.teacher) <= text.num_tokens(text.student)
         self.segment_size = sys.maxsize
         """Most positions of either side in a segment"""
         if loss_workspace_mb is not None:
@@ -80,9 +81,9 @@ class Aligner:
     @cached_property
     def _maps(self) -> tuple[VocabularyMap, VocabularyMap]:
         """The map with the student as the coarse side, and the one with the teacher."""
-        student, teacher = self.pair.token_tables
+        student, teacher = self._student_as_written, self.pair.token_tables[TEACHER]
         maps = VocabularyMap(student, teacher, self.pair.teacher), VocabularyMap(teacher, student, self.pair.student)
-        last = next((block for block in self._blocks if block.student_end >= _FIT_TOKENS), self._blocks[-1])
+        last = self._last_fitted_block
         streams = self._text.student, self._text.teacher
         boundaries = find_boundaries(streams[0].ends[: last.student_end], streams[1].ends[: last.teacher_end])
         ids = streams[0].ids[boundaries.student], streams[1].ids[boundaries.teacher]
@@ -93,6 +94,14 @@ class Aligner:
             starts = is_text & (prefix_lengths[1 - coarse] == 0)
             vocabulary_map.fit_(ids[coarse][starts], prefix_lengths[coarse][starts], ids[1 - coarse][starts])
         return maps
+
+    @property
+    def _last_fitted_block(self) -> Block:
+        return next((block for block in self._blocks if block.student_end >= _FIT_TOKENS), self._blocks[-1])
+
+    @cached_property
+    def _student_as_written(self) -> TokenTable:
+        return as_written(self.pair, self._text, self._last_fitted_block.student_end)
 
     @cached_property
     def _shared_table(self) -> ClassTable:
@@ -109,7 +118,7 @@ class Aligner:
     @cached_property
     def same_token(self) -> Tensor:
         """int64 [V_t]: the student token of exactly the same bytes, -1 where there is none."""
-        return torch.from_numpy(same_token_map(*self.pair.token_tables))
+        return torch.from_numpy(same_token_map(self._student_as_written, self.pair.token_tables[TEACHER]))
 
     @cached_property
     def _shared_class_of(self) -> np.ndarray:

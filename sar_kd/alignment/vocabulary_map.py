@@ -19,10 +19,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from sar_kd.tokenization.backends import encode
+from sar_kd.tokenization.token_stream import TokenizedText
 from sar_kd.tokenization.token_table import TokenTable
+from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
 _MAJORITY, _MIN_COUNT = 0.5, 3
 """The text corrects a segmentation by this share of at least so many occurrences."""
+
+_MAX_CONVERSATIONS = 1000
+"""Conversations that are searched for the student's ends of a text"""
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,8 @@ class _SortedVocabulary:
         self.by_bytes: dict[bytes, int] = {}
         for index in sorted(content):
             piece = table.pieces[index]
-            # A byte-fallback token shares its byte with the ordinary token, and the tokenizer prefers the latter.
-            if piece not in self.by_bytes or table.strings[self.by_bytes[piece]].startswith("<0x"):
+            # A byte-fallback token shares its byte with the ordinary token, which the tokenizer writes.
+            if piece not in self.by_bytes or self.by_bytes[piece] in table.unwritten:
                 self.by_bytes[piece] = index
         self._longest = max(map(len, self._pieces), default=0)
 
@@ -166,13 +171,19 @@ class VocabularyMap:
                 self._representative[merged] = self._representative[other]
 
     def at_common_boundary(self) -> ClassTable:
-        """The classes where both tokenizers start a token, the tokens without bytes that both have among them."""
+        """The classes where both tokenizers start a token, the tokens without bytes that both have among them.
+
+        A start token is no end of a text, so the two are never one class, however they are spelled.
+        """
         coarse, fine = self._coarse_table, self._fine_table
         by_string = {string: i for i, string in enumerate(fine.strings) if string and not fine.pieces[i]}
         pairs = {i: by_string[s] for i, s in enumerate(coarse.strings) if s in by_string and not coarse.pieces[i]}
-        pairs |= {coarse.start_id: fine.start_id, coarse.end_id: fine.end_id}
+        if coarse.has_own_start and fine.has_own_start:
+            pairs[coarse.start_id] = fine.start_id
+        pairs[coarse.end_id] = fine.end_id
+        pairs = {i: j for i, j in pairs.items() if not _is_start_and_end(coarse, i, fine, j)}
         special = set(pairs.values())
-        if not pairs.keys() >= set(coarse.end_ids):
+        if not (pairs.keys() >= set(coarse.end_ids) and special >= set(fine.end_ids)):
             # Where the ways to end a text do not correspond one to one, that it ends is one class.
             pairs |= dict.fromkeys(coarse.end_ids, fine.end_id)
             special |= set(fine.end_ids)
@@ -258,10 +269,37 @@ class VocabularyMap:
         return fine_tokens, merged[fine_tokens]
 
 
+def as_written(pair: TokenizerPair, text: TokenizedText, num_tokens: int) -> TokenTable:
+    """The student's table, without classes for tokens that it is never to write: nothing would teach it which to take.
+
+    Of several tokens of the same bytes its tokenizer writes one. Of several ends of a text a document has the
+    tokenizer's own, and a conversation that of the chat template. A token that the teacher has too keeps its class.
+
+    num_tokens: so many of the student's tokens in `text` are searched for what is written
+    """
+    (student, teacher), stream = pair.token_tables, text.student
+    spellings = {string: piece for string, piece in zip(teacher.strings, teacher.pieces, strict=True) if piece}
+    common = {i for i in student.unwritten if spellings.get(student.strings[i]) == student.pieces[i]}
+    written = common.union(np.unique(stream.ids[:num_tokens]).tolist())
+    ends: set[int] = set()
+    for block in text.conversations[:_MAX_CONVERSATIONS]:
+        part = slice(block.student_start, block.student_end)
+        ends.update(np.intersect1d(stream.ids[part][stream.is_target[part]], student.end_ids).tolist())
+    if len(text.names) > len(text.conversations):
+        ends.add(student.end_id)
+    return student if pair.equal else student.as_written(sorted(ends) or student.end_ids, written)
+
+
+def _is_start_and_end(one: TokenTable, token: int, other: TokenTable, other_token: int) -> bool:
+    """Does one token only start texts and the other one end them?"""
+    sides = (one, token, other, other_token), (other, other_token, one, token)
+    return any(a.has_own_start and i == a.start_id and j in b.end_ids for a, i, b, j in sides)
+
+
 def same_token_map(student: TokenTable, teacher: TokenTable) -> np.ndarray:
     """int64 [V_t]: the student token of exactly the same bytes as each teacher token, -1 where there is none.
 
-    Of tokens that share their bytes only the ordinary one counts. Every end of a text maps to the end of a text.
+    Of tokens that share their bytes only the one that is written counts. Every end of a text maps to the end of a text.
     """
     student_ids, student_of = _SortedVocabulary(student).by_bytes, np.full(len(teacher.pieces), -1, dtype=np.int64)
     for piece, index in _SortedVocabulary(teacher).by_bytes.items():

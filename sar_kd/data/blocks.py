@@ -37,6 +37,19 @@ def pack(
     return Blocks(np.concatenate([packed, conversations.ranges]))
 
 
+def skip_start_tokens(blocks: Blocks, text: TokenizedText) -> Blocks:
+    """The blocks of plain documents without a document's start token at either end.
+
+    A block begins with a start token of its own, and predicts nothing from one at its end.
+    """
+    ranges = blocks.ranges.copy()
+    plain = ranges[: len(blocks) - len(text.conversations)]
+    for side, stream in enumerate((text.student, text.teacher)):
+        plain[:, 2 * side] += ~stream.is_target[plain[:, 2 * side]]
+        plain[:, 2 * side + 1] -= ~stream.is_target[plain[:, 2 * side + 1] - 1]
+    return Blocks(ranges)
+
+
 def pack_streams(
     student_ends: Ends,
     teacher_ends: Ends,

@@ -1,6 +1,6 @@
 """Blocks to batches.
 
-Each block begins with its model's start token and predicts all of its tokens, in a conversation its responses, so the
+Each block begins with its model's start token and predicts all of its text, in a conversation its responses, so the
 loss covers every target exactly once an epoch. The blocks of a step follow from the seed and the step alone.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from sar_kd.alignment.aligner import Aligner
 from sar_kd.alignment.segments import Segment, build_segments
 from sar_kd.data.batch import Batch, CachedTopK, TokenBatch, token_batch
-from sar_kd.data.blocks import pack
+from sar_kd.data.blocks import pack, skip_start_tokens
 from sar_kd.data.sources import Documents
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.data.tokenized_text import tokenize
@@ -87,7 +87,8 @@ class Dataset:
         loss_workspace_mb: int | None = None,
     ):
         """loss_workspace_mb: memory for the logits of one segment of a batch, MiB; None: a batch is one segment"""
-        self.text, self.blocks, self.pair, self.cached_records = text, blocks, pair, cached_records
+        self.text, self.pair, self.cached_records = text, pair, cached_records
+        self.blocks = skip_start_tokens(blocks, text)
         self._loss_workspace_mb = loss_workspace_mb
 
     def __len__(self) -> int:

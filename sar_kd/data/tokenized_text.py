@@ -1,4 +1,6 @@
-"""Documents to two token streams over the same bytes, with an end-of-text token after each plain document.
+"""Documents to two token streams over the same bytes.
+
+An end-of-text token follows each plain document; a start token precedes it on the side that has one.
 
 Plain documents come first, then conversations, each a block of its own and cut short where it exceeds one. Text is
 encoded chunk by chunk, so that it need not fit into memory; the streams of a large text stay on the disk. A document
@@ -25,6 +27,7 @@ from sar_kd.tokenization.long_text import TextPiece, encode_pieces, split_text
 from sar_kd.tokenization.token_stream import (
     RESPONSE,
     STOP,
+    TEMPLATE,
     Blocks,
     Span,
     TokenCount,
@@ -34,6 +37,7 @@ from sar_kd.tokenization.token_stream import (
 )
 from sar_kd.tokenization.token_table import TokenTable, fingerprint
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
+from sar_kd.version import TOKEN_FORMAT
 
 MAX_CHANGED_SHARE = 0.05
 """Most of a text's bytes that may be skipped because a tokenizer changes them."""
@@ -98,7 +102,8 @@ def _cache_key(documents: StreamedDocuments, pair: TokenizerPair, limits: tuple[
     return {
         "text": documents.digest,
         "tokenizers": [fingerprint(pair.student), fingerprint(pair.teacher), importlib.metadata.version("tokenizers")],
-        "ends": [pair.student_start, pair.student_end, pair.teacher_start, pair.teacher_end],
+        "format": TOKEN_FORMAT,
+        "ends": [pair.student_start, pair.student_end, pair.teacher_start, pair.teacher_end, pair.document_starts],
         "tables": [[*table.end_ids, table.dummy_prefix, table.nfc] for table in pair.tables or ()],
         "limits": limits if documents.has_conversations else None,
     }
@@ -196,7 +201,7 @@ class _TextWriter:
             yield sum(conversation.num_chars for conversation in conversations)
 
     def _add_plain(self, pieces: list[TextPiece]) -> None:
-        """Append a chunk of plain text: all of it is predicted, and an end-of-text token after each document."""
+        """Append a chunk of plain text: all of it is predicted, and the end of each document, but not its start."""
         for piece, ids, dummies in encode_chunk(pieces, self.pair):
             if piece.is_first:
                 self._skip_reason = ""
@@ -212,7 +217,9 @@ class _TextWriter:
             # A space that both tokenizers put before the text is text; one that only one of them puts is not.
             is_text = all(dummies)
             for side, (own, dummy) in enumerate(zip(ids, dummies, strict=True)):
-                spans = [Span(own, RESPONSE, bool(dummy), is_text)]
+                start = self.pair.document_starts[side] if piece.is_first else ()
+                spans = [Span(start, TEMPLATE)] if start else []
+                spans.append(Span(own, RESPONSE, bool(dummy), is_text))
                 if piece.is_last:
                     spans.append(Span([(self.pair.student_end, self.pair.teacher_end)[side]], STOP))
                 self._pending[side].append(spans)

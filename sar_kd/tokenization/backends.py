@@ -22,7 +22,15 @@ STOP_TOKENS = frozenset(
 )
 """Special tokens that are known to end a text or a turn of it."""
 
+TURN_TOKENS = frozenset(("<|im_start|>",))
+"""Special tokens that are known to begin a turn of a conversation; some tokenizers name one as their start token."""
+
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def is_byte_token(string: str) -> bool:
+    """Is this the spelling of a byte, "<0x61>"?"""
+    return _BYTE_TOKEN.fullmatch(string) is not None
 
 
 class Vocabulary(NamedTuple):

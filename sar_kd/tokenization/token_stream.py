@@ -14,8 +14,8 @@ import numpy as np
 
 from sar_kd.tokenization.token_table import Ids, TokenTable
 
-TEMPLATE, PROMPT, RESPONSE, STOP = range(4)
-"""Kinds of spans; RESPONSE and STOP are predicted."""
+TEMPLATE, PROMPT, RESPONSE, STOP, FORMAT = range(5)
+"""Kinds of spans; RESPONSE, STOP and FORMAT are predicted."""
 
 
 class Span(NamedTuple):
@@ -23,7 +23,8 @@ class Span(NamedTuple):
 
     ids: Ids
     kind: int
-    """TEMPLATE: no bytes. PROMPT and RESPONSE: bytes of the text. STOP: one byte for the last token, none before it."""
+    """TEMPLATE: no bytes. FORMAT: what a template writes inside an answer, no bytes. PROMPT and RESPONSE: bytes of the
+    text. STOP: one byte for the last token, none before it."""
     has_dummy: bool = False
     """The tokenizer put a space (its dummy prefix) before a text that does not begin with one."""
     dummy_is_text: bool = False
@@ -83,7 +84,7 @@ def concatenate_spans(documents: Sequence[list[Span]], table: TokenTable | None)
     lasts = np.cumsum(counts) - 1
     dummy[(lasts - counts + 1)[np.array(has_dummy) & ~np.array(is_text)]] = True
     num_bytes = table.lengths[ids] - dummy
-    num_bytes[(token_kinds == TEMPLATE) | (token_kinds == STOP)] = 0
+    num_bytes[(token_kinds != PROMPT) & (token_kinds != RESPONSE)] = 0
     num_bytes[lasts[span_kinds == STOP]] = 1
     return TokenStream(ids, np.cumsum(num_bytes), dummy, is_target), bounds
 
@@ -154,3 +155,8 @@ class TokenizedText:
     """The student's target tokens in what is cut off."""
     without_template: tuple[str, ...]
     """'student', 'teacher': whose tokenizer has no chat template, so that conversations take `DEFAULT_TEMPLATE`."""
+
+    def num_tokens(self, stream: TokenStream) -> int:
+        """The tokens of one of the two streams, without the start tokens of plain documents."""
+        num_plain = len(self.names) - len(self.conversations)
+        return len(stream.ids) - num_plain * int(num_plain > 0 and not stream.is_target[0])

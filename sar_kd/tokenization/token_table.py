@@ -15,11 +15,21 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import chain
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from sar_kd.tokenization.backends import METASPACE, STOP_TOKENS, Vocabulary, encode, read_vocabulary, unnamed_end
+from sar_kd.tokenization.backends import (
+    METASPACE,
+    STOP_TOKENS,
+    TURN_TOKENS,
+    Vocabulary,
+    encode,
+    is_byte_token,
+    read_vocabulary,
+    unnamed_end,
+)
 
 Ids = Sequence[int] | np.ndarray
 
@@ -56,6 +66,10 @@ _FUZZ_PIECES = (
 )  # fmt: skip
 
 
+_PLACES = ("{}", "\n{}", "a{}", "{}a")
+"""Where a text is tried to find which of several tokens of its bytes is written."""
+
+
 @dataclass(frozen=True)
 class TokenTable:
     """The bytes and the kind of each id of one tokenizer; V ids, the LM head's padding included."""
@@ -71,7 +85,7 @@ class TokenTable:
     end_ids: tuple[int, ...]
     """Every id that ends a text or a turn of it, `end_id` among them, ascending."""
     start_id: int
-    """First input of every block, never predicted."""
+    """First input of every block, and of every document inside one (`document_start`); never predicted."""
     dummy_prefix: bool
     """The tokenizer puts one space before the text, as Llama 2's does; some only where the text has none."""
     nfc: bool
@@ -80,6 +94,13 @@ class TokenTable:
     """U+2581 stands for a space."""
     change: str
     """The first change of text that verification found, such as "'A' becomes 'a'"; "" where text is kept."""
+    unwritten: frozenset[int] = frozenset()
+    """Ids that the tokenizer never writes, because it writes another id of the same bytes: "<0x61>" beside "a"."""
+
+    @property
+    def has_own_start(self) -> bool:
+        """The start token does not also end texts."""
+        return self.start_id not in self.end_ids
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -89,6 +110,16 @@ class TokenTable:
     def spell(self, ids: Iterable[int]) -> bytes:
         """The bytes of some tokens."""
         return b"".join([self.pieces[i] for i in ids])
+
+    def as_written(self, ends: Sequence[int], written: Iterable[int] = ()) -> TokenTable:
+        """The table in which tokens that are never written have no bytes and end no text.
+
+        ends: those of `end_ids` that are written; written: ids that occur in a text, whatever `unwritten` says
+        """
+        never = self.unwritten.difference(written)
+        pieces = [b"" if i in never else piece for i, piece in enumerate(self.pieces)]
+        end = self.end_id if self.end_id in ends else ends[0]
+        return dataclasses.replace(self, pieces=pieces, end_id=end, end_ids=tuple(ends))
 
     def canonical(self, text: str) -> str:
         """The text as this tokenizer sees it; both models read the same canonical text."""
@@ -148,6 +179,16 @@ def start_and_end(tokenizer) -> tuple[int, int]:
     return (end if start is None else start), end
 
 
+def document_start(tokenizer) -> tuple[int, ...]:
+    """The id that each document begins with; none where the tokenizer's start token is an end or begins a chat turn.
+
+    Raises: ValueError as `start_and_end`
+    """
+    start, end = start_and_end(tokenizer)
+    is_other = start == end or tokenizer.bos_token in STOP_TOKENS | TURN_TOKENS
+    return () if is_other else (start,)
+
+
 def fingerprint(tokenizer) -> str:
     """A digest of a tokenizer: its definition, chat template and special tokens, and its ids of the probe texts."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -199,7 +240,26 @@ def _table_of(tokenizer, vocabulary: Vocabulary, vocab_size, start, end, stop_id
         table,
         dummy_prefix=table.spell(encode(tokenizer, ["a b"])[0]).startswith(b" a"),
         nfc=table.spell(_called_ids(tokenizer, "e\u0301")).strip() == "\u00e9".encode(),
+        unwritten=_find_unwritten(tokenizer, pieces, strings),
     )
+
+
+def _find_unwritten(tokenizer, pieces: list[bytes], strings: list[str]) -> frozenset[int]:
+    """Of ids that share their bytes, those that the tokenizer does not write for these bytes in any of four places."""
+    twins: dict[bytes, list[int]] = {}
+    for index, piece in enumerate(pieces):
+        if piece:
+            twins.setdefault(piece, []).append(index)
+    groups = [(piece.decode("utf-8", "replace"), ids) for piece, ids in twins.items() if len(ids) > 1]
+    texts = [form.format(text) for text, _ in groups for form in _PLACES]
+    encoded = encode(tokenizer, texts) if texts else []
+    unwritten: set[int] = set()
+    for number, (_, ids) in enumerate(groups):
+        places = encoded[len(_PLACES) * number : len(_PLACES) * (number + 1)]
+        written = set(ids).intersection(chain.from_iterable(places))
+        written = written or {i for i in ids if not is_byte_token(strings[i])} or set(ids)
+        unwritten |= set(ids) - written
+    return frozenset(unwritten)
 
 
 def _called_ids(tokenizer, text: str) -> list[int]:

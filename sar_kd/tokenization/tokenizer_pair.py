@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from sar_kd.tokenization.token_table import TokenTable, build_token_table, same_tokenizer, start_and_end
+from sar_kd.tokenization.token_table import TokenTable, build_token_table, document_start, same_tokenizer, start_and_end
 
 
 class TokenizerPair:
@@ -35,6 +35,8 @@ class TokenizerPair:
         self.equal = same_tokenizer(student, teacher)
         self.student_start, self.student_end = _named("student", start_and_end, student)
         self.teacher_start, self.teacher_end = _named("teacher", start_and_end, teacher)
+        self.document_starts = document_start(student), document_start(teacher)
+        """The start token before each document, or none; student first"""
         self.tables: tuple[TokenTable, TokenTable] | None = None
         """Student first; None where the tokenizers are taken as equal"""
         if aligns or not self.equal:

@@ -58,6 +58,8 @@ class Rollouts:
         """max_student, max_teacher: most tokens of a block for each model, start token included"""
         self.train, self.pair = train, train.pair
         self._tables = train.pair.tables
+        if self._tables is None:  # both models read the same tokens
+            max_student = max_teacher = min(max_student, max_teacher)
         self._limits = max_student - 1, max_teacher - 1
         self._num_plain = len(train.blocks) - len(train.text.conversations)
 
@@ -85,9 +87,13 @@ class Rollouts:
         return [(found[0][byte], found[1][byte]) for byte in sorted(found[0].keys() & found[1].keys())] or [(0, 0)]
 
     def _common_ends(self, streams: list[TokenStream]) -> list[tuple[int, int]]:
-        """Where both sides end a token inside the block; tokens before it, student's and teacher's."""
+        """Where both sides end a token inside the block; tokens before it, student's and teacher's.
+
+        The start token of the document that begins there, which is never predicted, comes before it too.
+        """
         student, teacher = (np.asarray(stream.ends) for stream in streams)
-        last_tokens = np.flatnonzero(ends_on_both(student, teacher) & (student < student[-1]))
+        is_predicted = np.append(streams[0].is_target[1:], False)  # the token behind each
+        last_tokens = np.flatnonzero(ends_on_both(student, teacher) & (student < student[-1]) & is_predicted)
         num_teacher = np.searchsorted(teacher, student[last_tokens], side="right")
         return list(zip((last_tokens + 1).tolist(), num_teacher.tolist(), strict=True)) or [(0, 0)]
 

@@ -1,18 +1,24 @@
 """The classes that two vocabularies share, against dictionaries and loops over all tokens."""
 
+import dataclasses
 from collections import Counter, defaultdict
 from itertools import product
 
 import numpy as np
 import pytest
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 
 from sar_kd.alignment import vocabulary_map
 from sar_kd.alignment.byte_alignment import find_boundaries
 from sar_kd.alignment.vocabulary_map import ClassTable, VocabularyMap, same_token_map
+from sar_kd.data.dataset import build_dataset
+from sar_kd.data.samples import Conversation, Document, Message
 from sar_kd.tokenization.backends import encode
 from sar_kd.tokenization.token_table import TokenTable, build_token_table
+from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 from tests.helpers.vocabularies import TableTokenizer, encode_any, is_byte_token, token_table
 
 KINDS = ("byte", "sp", "dummy_prefix")
@@ -121,8 +127,12 @@ def _expected(coarse: TokenTable, fine: TokenTable, following: dict, prefix: byt
                 takes_part[u] = rests[starts[-1]]
     if not prefix:
         pairs = {r: u for (r, s), (u, t) in product(enumerate(coarse.strings), enumerate(fine.strings)) if s == t and s}
-        pairs |= {coarse.start_id: fine.start_id} | {coarse.end_id: fine.end_id}
+        starts = [t.start_id if t.start_id != t.end_id else None for t in (coarse, fine)]
+        pairs |= {starts[0]: starts[1]} if None not in starts else {}
+        pairs |= {coarse.end_id: fine.end_id}
         for r, u in pairs.items():
+            if (r == starts[0] and u == fine.end_id) or (r == coarse.end_id and u == starts[1]):
+                continue
             if not coarse.pieces[r] and not fine.pieces[u]:
                 begins[r] = takes_part[u] = u
     members = defaultdict(lambda: (set(), set()))
@@ -362,9 +372,76 @@ def test_tokens_without_bytes_are_paired_by_their_spelling_and_ends_and_starts_b
     coarse = token_table(["</s>", "a", "<s>", "<pad>", "<only>"], "<s>")
     fine = token_table(["<pad>", "a", "</s>", "<other>"])
     found = _spelled(coarse, fine, VocabularyMap(coarse, fine, TableTokenizer(fine)).at_common_boundary())
-    assert found == {("</s>|<s>", "</s>"), ("a", "a"), ("<pad>", "<pad>")}
+    assert found == {("</s>", "</s>"), ("a", "a"), ("<pad>", "<pad>")}
     back = _spelled(fine, coarse, VocabularyMap(fine, coarse, TableTokenizer(coarse)).at_common_boundary())
     assert back == {("</s>", "</s>"), ("a", "a"), ("<pad>", "<pad>")}
+
+
+def test_a_start_token_is_never_the_end_of_the_other_side_however_it_is_spelled():
+    """One side begins texts with what the other one ends them with."""
+    coarse = token_table(["</s>", "a", "<x>"], "<x>")
+    fine = token_table(["</s>", "a", "<x>", "<s>"], "<s>")
+    fine = dataclasses.replace(fine, end_id=2, end_ids=(2,))
+    for one, other in ((coarse, fine), (fine, coarse)):
+        table = VocabularyMap(one, other, TableTokenizer(other)).at_common_boundary()
+        for tokens_of_one, tokens_of_other in _members(table).values():
+            assert not (one.start_id in tokens_of_one and tokens_of_other & set(other.end_ids))
+            assert not (other.start_id in tokens_of_other and tokens_of_one & set(one.end_ids))
+
+
+CHAT = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def chat_pair(sp_tokenizer, byte_tokenizer):
+    """chat_pair(student_is_coarser): the student has byte tokens, and its template ends turns by <|im_end|>."""
+
+    def make(student_is_coarser: bool):
+        rust = Tokenizer.from_str(sp_tokenizer.backend_tokenizer.to_str())
+        rust.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+        student = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=rust, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=CHAT
+        )
+        rust = Tokenizer.from_str(byte_tokenizer.backend_tokenizer.to_str())
+        rust.add_special_tokens(["<|end|>"])
+        if student_is_coarser:  # a tokenizer of single bytes
+            rust.model = models.BPE({k: v for k, v in rust.get_vocab(False).items() if len(k) == 1}, [])
+        teacher = transformers.PreTrainedTokenizerFast(tokenizer_object=rust, eos_token="<|endoftext|>")
+        sizes = {"student_vocab_size": len(student), "teacher_vocab_size": len(teacher) + 1000}
+        return TokenizerPair(student, teacher, **sizes)
+
+    return make
+
+
+GOOD = "The quick brown fox jumps over the lazy dog."
+MESSAGES = (Message("user", "Good?", False), Message("assistant", GOOD, True))
+TEXTS = {
+    "documents": ([Document("d", GOOD)], {"</s>"}),
+    "conversations": ([Conversation("c", MESSAGES, False)], {"<|im_end|>"}),
+    "both": ([Document("d", GOOD), Conversation("c", MESSAGES, False)], {"</s>", "<|im_end|>"}),
+}
+
+
+@pytest.mark.parametrize("student_is_coarser", [False, True])
+@pytest.mark.parametrize("kind", TEXTS)
+def test_of_several_ways_to_spell_bytes_or_an_end_the_student_learns_the_one_that_its_text_holds(
+    chat_pair, kind, student_is_coarser
+):
+    documents, ends = TEXTS[kind]
+    pair = chat_pair(student_is_coarser)
+    aligner = build_dataset(documents, pair, 128, 256).aligner
+    assert aligner.teacher_is_coarser != student_is_coarser
+    classes, table = aligner.shared_classes, pair.tables[0]
+    class_of = dict(zip(classes.student_tokens.tolist(), classes.student_classes.tolist(), strict=True))
+    spelled = {table.strings[i] for i in class_of}
+    assert {"G", "o"} <= spelled
+    assert not {"<0x47>", "<0x6F>"} & spelled
+    assert spelled & {table.strings[i] for i in table.end_ids} == ends
+    teachers = dict(zip(classes.teacher_tokens.tolist(), classes.teacher_classes.tolist(), strict=True))
+    end_classes = {class_of[table.strings.index(end)] for end in ends}
+    assert {teachers[i] for i in pair.tables[1].end_ids} == end_classes  # the probability that the text ends
+    same = same_token_map(aligner._student_as_written, pair.tables[1])
+    assert {table.strings[i] for i in same[list(pair.tables[1].end_ids)]} <= ends
 
 
 def test_padding_of_an_lm_head_has_no_class(sp_tokenizer, byte_tokenizer):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import itertools
 import json
 import sys
 import types
@@ -127,7 +128,7 @@ def test_a_block_names_the_documents_that_it_holds_a_part_of(datasets, documents
     owners = []
     for document in documents:
         (ids,) = encode(tokenizer, [dataset.pair.canonical(document.text)])
-        owners += [document.name] * (len(ids) + 1)
+        owners += [document.name] * (len(dataset.pair.document_starts[0]) + len(ids) + 1)
     for block, (start, end) in enumerate(ranges):
         assert dataset.documents_of(block) == list(dict.fromkeys(owners[start:end]))
 
@@ -157,6 +158,61 @@ def crossed_pair(byte_tokenizer):
     return _pair(merging(("a", "b")), merging(("b", "a")))
 
 
+# Start tokens
+
+
+def _starts(dataset: Dataset, which: str) -> tuple[int, ...]:
+    return dataset.pair.document_starts[0 if which == "student" or dataset.pair.tables is None else 1]
+
+
+@pytest.mark.parametrize("names", PAIRS)
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_every_document_begins_with_the_start_token_of_a_side_that_has_one(pairs, names, which):
+    """Documents of one word each, so that many begin inside a block; the end of each is the only other special id."""
+    words = ["one", "two", "a b", "x", "\u65e5", "end."] * 7
+    dataset = build_dataset([Document(str(i), word) for i, word in enumerate(words)], pairs[names], 24, 40)
+    tokenizer, _, end_id, _ = _side(dataset, which)
+    start = _starts(dataset, which)
+    assert bool(start) == (tokenizer.bos_token_id not in (None, end_id))
+    seen = []
+    for batch in dataset.token_batches(which, 1):
+        inputs, labels = batch.input_ids[0].tolist(), batch.labels[0].tolist()
+        assert inputs[0] == getattr(dataset.pair, f"{which}_start")
+        assert len(inputs) <= (24 if which == "student" else 40)
+        if start:
+            assert inputs[1] != start[0]  # the start token of the block is that of its first document
+            after_end = [b for a, b in itertools.pairwise(inputs) if a == end_id]
+            assert after_end == list(start) * inputs[1:].count(start[0])
+            assert all(label == IGNORE_INDEX for i, label in zip(inputs, labels, strict=True) if i == start[0])
+        seen += [label for label in labels if label != IGNORE_INDEX]
+    texts = encode(tokenizer, [dataset.pair.canonical(word) for word in words])
+    assert seen == [token for ids in texts for token in (*ids, end_id)]
+
+
+@pytest.mark.parametrize("bos", ["<|im_start|>", "<|endoftext|>", None])
+def test_a_start_token_that_begins_a_chat_turn_or_ends_a_text_begins_no_document(byte_tokenizer, bos):
+    tokenizer = Tokenizer.from_str(byte_tokenizer.backend_tokenizer.to_str())
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    for eos in ("<|endoftext|>", "<|im_end|>"):
+        wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos)
+        assert _pair(wrapped, wrapped).document_starts == ((), ())
+
+
+def test_the_positions_of_a_documents_beginning_are_a_pair_also_where_one_side_has_a_start_token(datasets, documents):
+    """The student's start token and the teacher's end of text predict the same first token of a document."""
+    dataset = datasets["sp", "byte"]
+    start, end = dataset.pair.student_start, dataset.pair.teacher_end
+    found = 0
+    for block in range(len(dataset)):
+        batch = dataset.batch([block])
+        inputs = batch.student.input_ids[0], batch.teacher.input_ids[0]
+        positions = batch.student.positions[batch.alignment.student_positions], batch.alignment.teacher_positions
+        predicting = [ids[own].tolist() for ids, own in zip(inputs, positions, strict=True)]
+        assert [i == start for i in predicting[0][1:]] == [i == end for i in predicting[1][1:]]
+        found += predicting[0].count(start)
+    assert found >= len(documents)
+
+
 # Batches
 
 
@@ -168,7 +224,8 @@ def test_a_batch_opens_with_the_start_token_and_has_unshifted_labels(datasets):
         size, ids = end - start, dataset.text.student.ids[start:end].tolist()
         padding = batch.input_ids.shape[1] - 1 - size
         assert batch.input_ids[row].tolist() == [1, *ids, *[1] * padding]
-        assert batch.labels[row].tolist() == [IGNORE_INDEX, *ids, *[IGNORE_INDEX] * padding]
+        labels = [IGNORE_INDEX if i == dataset.pair.student_start else i for i in ids]
+        assert batch.labels[row].tolist() == [IGNORE_INDEX, *labels, *[IGNORE_INDEX] * padding]
 
 
 @pytest.mark.parametrize("names", [("sp", "byte"), ("byte", "byte")])

@@ -60,4 +60,7 @@ def token_table(strings: list[str], start: str = "</s>", dummy_prefix: bool = Fa
         nfc=False,
         metaspace=True,
         change="",
+        unwritten=frozenset(
+            i for i, string in enumerate(strings) if is_byte_token(string) and pieces.count(pieces[i]) > 1
+        ),
     )

@@ -361,6 +361,49 @@ def test_an_ordinary_piece_and_a_byte_token_may_share_their_bytes(make):
     assert table.pieces[table.strings.index("a")] == table.pieces[table.strings.index("<0x61>")] == b"a"
 
 
+EVERY_TWIN = ("llama 2", "gemma", "unigram", "sentencepiece", "gpt2", "byt5", "llama 3")
+
+
+@pytest.mark.parametrize("kind", EVERY_TWIN)
+def test_of_tokens_that_share_their_bytes_all_but_the_written_one_are_known(make, kind, corpus_texts):
+    table, twins = _table(make(kind)), {}
+    for index, piece in enumerate(table.pieces):
+        if piece:
+            twins.setdefault(piece, []).append(index)
+    written = {
+        i for ids in encode(make(kind), [table.canonical(text) for text in (*corpus_texts, *PROBES)]) for i in ids
+    }
+    groups = [ids for ids in twins.values() if len(ids) > 1]
+    assert bool(groups) == (kind not in ("gpt2", "byt5", "llama 3"))
+    for ids in groups:
+        assert len(set(ids) - table.unwritten) == 1
+        assert all(table.strings[i] in BYTE_TOKENS for i in table.unwritten.intersection(ids))
+    assert not table.unwritten & written
+    assert table.unwritten <= {i for ids in groups for i in ids}
+
+
+def test_a_token_that_only_the_tokenizer_itself_shows_is_the_written_one(sp_tokenizer):
+    """An added token is found before the vocabulary's own, however it is spelled and whatever its id."""
+    tokenizer = Tokenizer.from_str(sp_tokenizer.backend_tokenizer.to_str())
+    tokenizer.add_tokens([AddedToken(" the", normalized=False)])
+    table = _table(_wrapped(tokenizer, eos_token="</s>", unk_token="<unk>"))
+    own, added = table.strings.index(SPACE + "the"), table.strings.index(" the")
+    assert table.pieces[own] == table.pieces[added] == b" the"
+    assert (own in table.unwritten, added in table.unwritten) == (True, False)
+
+
+def test_a_table_as_written_has_no_bytes_for_what_is_never_written(make):
+    table = _table(make("llama 2"))
+    letter, byte = table.strings.index("a"), table.strings.index("<0x61>")
+    as_written = table.as_written(table.end_ids)
+    assert (as_written.pieces[letter], as_written.pieces[byte]) == (b"a", b"")
+    assert table.as_written(table.end_ids, written=[byte]).pieces[byte] == b"a"
+    table = _table(make("llama 3"))
+    other = next(i for i in table.end_ids if i != table.end_id)
+    assert (table.as_written([other]).end_id, table.as_written([other]).end_ids) == (other, (other,))
+    assert table.as_written(table.end_ids).end_id == table.end_id
+
+
 def test_an_added_run_of_spaces_is_spaces(sp_tokenizer):
     tokenizer = Tokenizer.from_str(sp_tokenizer.backend_tokenizer.to_str())
     tokenizer.add_tokens([AddedToken(SPACE * 2, normalized=False), AddedToken("\n\n", normalized=False)])

@@ -194,6 +194,32 @@ def test_a_plain_block_is_cut_at_every_common_token_end_equally_often(make_datas
     assert max(found.values()) < 2 * 3000 / len(common)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_that_ends_with_a_document_goes_on_with_the_start_token_of_the_next(make_dataset, kind):
+    dataset = make_dataset(kind, [Document(str(i), "ab") for i in range(40)])
+    start, end = dataset.pair.student_start, dataset.pair.student_end
+    rollouts, last = Rollouts(dataset, *LIMITS), Counter()
+    for seed in range(200):
+        prompt = rollouts.sample_prompt(0, np.random.default_rng(seed))
+        ids = rollouts.prompt_ids(prompt)
+        assert ids[-1] != end
+        last[ids[-1] == start] += 1
+        assert [b for a, b in itertools.pairwise(ids) if a == end] == [start] * ids.count(end)
+    assert min(last[True], last[False]) > 20
+
+
+def test_prompt_and_response_fit_a_teacher_of_the_same_tokenizer_whose_context_is_shorter(make_dataset):
+    dataset = make_dataset("equal", limits=(48, 20))
+    rollouts = Rollouts(dataset, 48, 20)
+    for block in range(len(dataset)):
+        prompt = rollouts.sample_prompt(block, np.random.default_rng(block))
+        size = rollouts.max_new_tokens(prompt, 100)
+        assert size >= 1
+        assert len(rollouts.prompt_ids(prompt)) + size <= 20
+        response, _ = rollouts.keep_usable([(prompt, Generation([5] * (size - 1), dataset.pair.student_end))])
+        assert rollouts.batch(response).teacher.input_ids.shape[1] <= 20
+
+
 def test_a_conversation_is_answered_at_its_last_response(make_dataset):
     messages = [("user", "One?"), ("assistant", "First."), ("user", "Two?"), ("assistant", "Second.")]
     talk = Conversation("t", tuple(Message(role, text, role == "assistant") for role, text in messages), False)

@@ -29,7 +29,7 @@ from sar_kd.models.logit_tiles import logsumexp_per_position
 from sar_kd.runtime.files import atomic_rename
 from sar_kd.runtime.precision import Precision
 from sar_kd.teacher.cache.format import index_key, index_path, record_dtype, shard_path, write_header, write_shard
-from sar_kd.teacher.cache.lookup import CHUNK, CacheIndex, CacheLookup, plain_starts
+from sar_kd.teacher.cache.lookup import CHUNK, CacheIndex, CacheLookup, PlainTargets
 from sar_kd.tokenization.token_stream import Blocks, TokenizedText
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
@@ -123,22 +123,23 @@ class TeacherText:
         block_size: tokens in a block of that student; limit: most tokens in one of the teacher's, start token included
         """
         text = tokenize(documents, teacher_pair, (limit - 1, limit - 1), token_cache)
-        self._starts = plain_starts(text)
+        self._plain = PlainTargets(text)
         if student_pair is None:
             ends = _plain_ends(text, pack(text, min(block_size, limit) - 1, limit - 1))
         else:
             student = build_dataset(documents, student_pair, block_size, limit, token_cache)
             ends = self._block_ends_of(student, text)
-        self.block_ends = self._complete(ends, limit - 1)
-        bounds = np.append(0, self.block_ends)
+        bounds = np.append(0, self._complete(ends, limit - 1))
+        self.block_ends = self._plain.count_before(bounds[1:])
+        """int64, ascending: the number of records at the end of each block of plain documents"""
         plain = np.stack([bounds[:-1], bounds[1:]] * 2, axis=1)
         self.dataset = Dataset(text, Blocks(np.concatenate([plain, text.conversations.ranges])), teacher_pair)
         is_target = text.teacher.is_target
         counts = [int(is_target[start:end].sum()) for _, _, start, end in text.conversations.ranges.tolist()]
         targets = np.array(counts, dtype=np.int64)
-        self.block_sizes = np.append(np.diff(bounds), targets)
+        self.block_sizes = np.append(np.diff(self.block_ends, prepend=0), targets)
         """int64 [blocks]: records of each block"""
-        self._first_records = np.append(self._starts, self._starts[-1] + np.cumsum(targets))
+        self._first_records = np.append(self._plain.starts, len(self._plain) + np.cumsum(targets))
 
     @property
     def num_records(self) -> int:
@@ -147,15 +148,15 @@ class TeacherText:
 
     def _block_ends_of(self, student: Dataset, text: TokenizedText) -> np.ndarray:
         """Where the student's blocks of plain documents end in the teacher's tokens of `text`."""
-        documents = np.append(self._starts, np.full(len(text.conversations), self._starts[-1]))  # no conversations
-        index = CacheIndex(
-            text.teacher.ids, text.teacher.ids[:0], documents, text.names, self._starts[:0], len(text.conversations)
-        )
-        return CacheLookup(student.text, index).record_ends(_plain_ends(student.text, student.blocks))
+        no_conversations = np.full(len(text.conversations), len(self._plain))
+        documents, none = np.append(self._plain.starts, no_conversations), self._plain.starts[:0]
+        index = CacheIndex(self._plain, none, documents, text.names, none, len(text.conversations))
+        ends = CacheLookup(student.text, index).record_ends(_plain_ends(student.text, student.blocks))
+        return self._plain.token_ends(ends)
 
     def _complete(self, ends: np.ndarray, limit: int) -> np.ndarray:
         """These ends, the end of the plain text, and more where a block would exceed the limit."""
-        ends = np.union1d(ends, self._starts[-1:])
+        ends = np.union1d(ends, [self._plain.num_tokens])
         ends = ends[ends > 0]
         sizes = np.diff(ends, prepend=0)
         more = [
@@ -173,7 +174,7 @@ class TeacherText:
         store.metadata = {"num_conversations": len(text.conversations)}
         tokens, ends = store.add("tokens", "int32"), store.add("ends", "int64")
         conversations = (slice(start, end) for _, _, start, end in text.conversations.ranges.tolist())
-        for part in (*split_range(int(self._starts[-1]), CHUNK), *conversations):
+        for part in (*split_range(self._plain.num_tokens, CHUNK), *conversations):
             is_target = text.teacher.is_target[part]
             tokens.append(text.teacher.ids[part][is_target])
             ends.append(np.asarray(text.teacher.ends[part])[is_target])

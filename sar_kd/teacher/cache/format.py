@@ -23,7 +23,7 @@ import numpy as np
 from sar_kd.errors import UsageError
 from sar_kd.runtime.files import atomic_write, file_digest
 
-FORMAT = 2
+FORMAT = 3
 """Version of all these files; a cache of another one is refused"""
 
 HEADER = "header.json"

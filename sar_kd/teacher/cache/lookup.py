@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ CHUNK = 2**20
 class CacheIndex:
     """The index of a cached text, memory-mapped. Records of plain documents come first, then conversations."""
 
-    tokens: np.ndarray
+    tokens: np.ndarray | PlainTargets
     """int32 [N]: the target token of each record"""
     ends: np.ndarray
     """int64 [N]: where that token ends in the concatenated text, in bytes; in tokens if the tokenizer has no bytes"""
@@ -84,7 +85,7 @@ class CacheLookup:
     def __init__(self, text: TokenizedText, index: CacheIndex, cached: CachedText | None = None):
         """cached: the records; None if only their indices are needed"""
         self.text, self.index, self._cached = text, index, cached
-        self.starts = plain_starts(text)
+        self.plain = PlainTargets(text)
         self._conversation_starts = text.conversations.ranges[:, 2]
         stored = self._stored_documents()
         self.first_records = np.where(stored >= 0, index.documents[stored], -1)
@@ -112,24 +113,25 @@ class CacheLookup:
     def _drop_changed(self, stored: np.ndarray) -> None:
         """Unset the records of documents whose tokens differ from the cached ones."""
         sizes = np.diff(self.index.documents)
-        num_plain = len(self.starts) - 1
-        self.first_records[:num_plain][sizes[stored[:num_plain]] != np.diff(self.starts)] = -1
-        for part in split_range(int(self.starts[-1]), CHUNK):
-            documents, records = self._plain_records(np.arange(part.start, part.stop))
-            differ = self.index.tokens[np.maximum(records, 0)] != self.text.teacher.ids[part]
+        num_plain = len(self.plain.starts) - 1
+        self.first_records[:num_plain][sizes[stored[:num_plain]] != np.diff(self.plain.starts)] = -1
+        for part in split_range(len(self.plain), CHUNK):
+            targets = np.arange(part.start, part.stop)
+            documents, records = self._plain_records(targets)
+            differ = self.index.tokens[np.maximum(records, 0)] != self.plain[targets]
             self.first_records[documents[differ]] = -1
         for number, (_, _, start, end) in enumerate(self.text.conversations.ranges.tolist(), num_plain):
             first = self.first_records[number]
             targets = self.text.teacher.ids[start:end][self.text.teacher.is_target[start:end]]
-            tokens = self.index.tokens[first : first + len(targets)]
-            if first >= 0 and (len(targets) > sizes[stored[number]] or not np.array_equal(targets, tokens)):
+            fits = len(targets) <= sizes[stored[number]]
+            if first >= 0 and not (fits and np.all(self.index.tokens[first + np.arange(len(targets))] == targets)):
                 self.first_records[number] = -1
 
-    def _plain_records(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The document and the record index (-1: none) of each of some token positions in the plain documents."""
-        documents = np.searchsorted(self.starts[:-1], tokens, side="right") - 1
+    def _plain_records(self, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The document and the record index (-1: none) of each of some of the `plain` target tokens."""
+        documents = np.searchsorted(self.plain.starts[:-1], targets, side="right") - 1
         firsts = self.first_records[documents]
-        return documents, np.where(firsts < 0, -1, firsts + tokens - self.starts[documents])
+        return documents, np.where(firsts < 0, -1, firsts + targets - self.plain.starts[documents])
 
     @property
     def num_missing(self) -> int:
@@ -143,10 +145,10 @@ class CacheLookup:
 
     def record_indices(self, start: int, end: int) -> np.ndarray:
         """int64: the record of each target token in a block of the teacher's tokens, -1 for none."""
-        if start < self.starts[-1]:
-            return self._plain_records(np.arange(start, end))[1]
+        if start < self.plain.num_tokens:
+            return self._plain_records(np.arange(*self.plain.count_before(np.array([start, end]))))[1]
         count = int(self.text.teacher.is_target[start:end].sum())
-        first = self.first_records[len(self.starts) - 1 + int(np.searchsorted(self._conversation_starts, start))]
+        first = self.first_records[len(self.plain.starts) - 1 + int(np.searchsorted(self._conversation_starts, start))]
         return np.full(count, -1) if first < 0 else np.arange(first, first + count)
 
     def records(self, blocks: Sequence[Block], positions: Tensor, num_positions: int) -> CachedTopK:
@@ -174,37 +176,63 @@ class CacheLookup:
         """The teacher's loss over all targets of the text, and their number; nan if some have no record."""
         assert self._cached is not None
         total, count = 0.0, 0
-        plain = ((part.start, part.stop) for part in split_range(int(self.starts[-1]), CHUNK))
-        conversations = ((start, end) for _, _, start, end in self.text.conversations.ranges.tolist())
-        for start, end in (*plain, *conversations):
-            indices = self.record_indices(start, end)
+        parts = split_range(len(self.plain), CHUNK)
+        plain = (self._plain_records(np.arange(part.start, part.stop))[1] for part in parts)
+        conversations = (self.record_indices(*block[2:]) for block in self.text.conversations)
+        for indices in chain(plain, conversations):
             total -= float(self._cached.shards.take(indices)["target_log_prob"].astype(np.float64).sum())
             count += len(indices)
         return total, count
 
     def block_ends(self) -> np.ndarray:
         """int64, ascending: where the teacher's blocks end, in its tokens of this text's plain documents."""
-        cached = np.flatnonzero(self.first_records[: len(self.starts) - 1] >= 0)
+        plain_starts, last = self.plain.starts, np.array([len(self.plain)])
+        cached = np.flatnonzero(self.first_records[: len(plain_starts) - 1] >= 0)
         if not len(cached):
-            return self.starts[-1:][self.starts[-1:] > 0]
-        firsts, starts = self.first_records[cached], self.starts[cached]
-        sizes = self.starts[cached + 1] - starts
+            return self.plain.token_ends(last[last > 0])
+        firsts, starts = self.first_records[cached], plain_starts[cached]
+        sizes = plain_starts[cached + 1] - starts
         document = np.maximum(np.searchsorted(firsts, self.index.block_ends - 1, side="right") - 1, 0)
         within = np.clip(self.index.block_ends - firsts[document], 0, sizes[document])
-        ends = np.union1d(starts[document] + within, self.starts[-1:])
-        return ends[ends > 0]
+        ends = np.union1d(starts[document] + within, last)
+        return self.plain.token_ends(ends[ends > 0])
 
     def record_ends(self, ends: np.ndarray) -> np.ndarray:
-        """int64: ends of ranges of this text's plain documents, as record indices; only those with records."""
-        records = self._plain_records(ends - 1)[1]
+        """int64: ends of ranges of this text's plain documents, as record indices; only those with records.
+
+        ends: in the teacher's tokens
+        """
+        records = self._plain_records(self.plain.count_before(ends) - 1)[1]
         return records[records >= 0] + 1
 
 
-def plain_starts(text: TokenizedText) -> np.ndarray:
-    """int64 [plain documents + 1]: cumulative counts (offsets) of the teacher's tokens."""
-    count = len(text.names) - len(text.conversations)
-    end = int(text.conversations[0].teacher_start) if len(text.conversations) else len(text.teacher.ids)
-    starts = np.asarray(text.starts[:count])
-    if not isinstance(text.teacher.ends, TokenCount):
-        starts = np.searchsorted(text.teacher.ends[:end], starts, side="right")
-    return np.append(starts, end).astype(np.int64)
+class PlainTargets:
+    """The teacher's target tokens of a text's plain documents: all but a start token before each document."""
+
+    def __init__(self, text: TokenizedText):
+        count = len(text.names) - len(text.conversations)
+        end = int(text.conversations[0].teacher_start) if len(text.conversations) else len(text.teacher.ids)
+        firsts = np.asarray(text.starts[:count])
+        if not isinstance(text.teacher.ends, TokenCount):  # behind the last token with bytes that ends there
+            firsts = np.where(firsts > 0, np.searchsorted(text.teacher.ends[:end], firsts) + 1, 0)
+        self._ids, self._num_starts = text.teacher.ids, int(count > 0 and not text.teacher.is_target[0])
+        self._first_tokens = firsts.astype(np.int64)
+        self.num_tokens = end
+        """Tokens of the plain documents, start tokens included"""
+        self.starts = np.append(self._first_tokens, end) - self._num_starts * np.arange(count + 1)
+        """int64 [plain documents + 1]: the number of targets before each document, and of all"""
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, targets: np.ndarray) -> np.ndarray:
+        """int32: the tokens of some targets."""
+        return self._ids[self.token_ends(targets + 1) - 1]
+
+    def count_before(self, tokens: np.ndarray) -> np.ndarray:
+        """int64: the number of targets before each of some positions in the tokens."""
+        return tokens - self._num_starts * np.searchsorted(self._first_tokens, tokens)
+
+    def token_ends(self, counts: np.ndarray) -> np.ndarray:
+        """int64: the position in the tokens behind so many targets, at least one."""
+        return counts + self._num_starts * np.searchsorted(self.starts[:-1], counts)
