@@ -26,6 +26,7 @@ def main(config: PreflightConfig) -> dict:
             print(line)
 
     try:
+        show(*config.notices)
         fitted = fit_batch_size(config, SINGLE_PROCESS)
         if fitted is not config:
             names = ("per_device_batch_size", "grad_accum_steps")
@@ -33,7 +34,7 @@ def main(config: PreflightConfig) -> dict:
             show(fitted.notices[-1])
         for finding in run_checks(ALL_CHECKS, MetaModels(fitted)):
             record[finding.name] = finding.record
-            show(*finding.lines, *(f"  {line}" for line in finding.table))
+            show(*finding.lines, *(f"  {line}" for line in (*finding.details, *finding.table)))
             if finding.refusal:
                 raise finding.refusal
     except UsageError as error:

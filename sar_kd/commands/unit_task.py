@@ -18,7 +18,7 @@ from sar_kd import embedded
 from sar_kd.commands.sft import fine_tune
 from sar_kd.config.commands import SFT
 from sar_kd.config.runs import Config, SftConfig, SftModelConfig, SftOptimConfig, SftTrainConfig
-from sar_kd.config.sections import EMBEDDED, MemoryConfig
+from sar_kd.config.sections import EMBEDDED, DataConfig, MemoryConfig
 from sar_kd.errors import UsageError
 from sar_kd.models.loading import Models
 from sar_kd.runtime.precision import Precision
@@ -90,8 +90,8 @@ class Baseline(Callback):
 def _teacher_config(config: Config, folder: str) -> SftConfig:
     return SftConfig(
         models=SftModelConfig(student_model=str(embedded.TEACHER_DIR)),
-        data=config.data,
-        optim=SftOptimConfig(learning_rate=TEACHER_LR, warmup_steps=50),
+        data=_data_config(config),
+        optim=SftOptimConfig(student_lr=TEACHER_LR, warmup_steps=50),
         precision=config.precision,
         guards=dataclasses.replace(config.guards, **SFT.defaults),
         train=_train_config(config, folder, train_steps=config.data.task_teacher_steps, grad_accum_steps=1),
@@ -100,13 +100,12 @@ def _teacher_config(config: Config, folder: str) -> SftConfig:
 
 
 def _baseline_config(config: Config, folder: str) -> SftConfig:
-    optim = dataclasses.asdict(config.optim)
     return SftConfig(
         models=SftModelConfig(
             student_model=config.models.student_model, trust_remote_code=config.models.trust_remote_code
         ),
-        data=config.data,
-        optim=SftOptimConfig(learning_rate=optim.pop("student_lr"), **optim),
+        data=_data_config(config),
+        optim=SftOptimConfig(**dataclasses.asdict(config.optim)),
         loss=dataclasses.replace(config.loss, alpha_kd=0.0, alpha_ce=config.loss.alpha_ce or 1.0),
         precision=config.precision,
         memory=MemoryConfig(gradient_checkpointing=config.memory.gradient_checkpointing),
@@ -119,6 +118,10 @@ def _baseline_config(config: Config, folder: str) -> SftConfig:
 def _train_config(config: Config, folder: str, **changes: Any) -> SftTrainConfig:
     values = dataclasses.asdict(config.train) | {"output_dir": folder, "save_strategy": "steps", "resume": False}
     return SftTrainConfig(**values | changes)
+
+
+def _data_config(config: Config) -> DataConfig:
+    return DataConfig.from_options(dataclasses.asdict(config.data))
 
 
 def _with_time_left(config: R, started: float) -> R:

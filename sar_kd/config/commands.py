@@ -12,7 +12,7 @@ from types import MappingProxyType
 from sar_kd.config.fields import Command, RunConfig, Section, option
 from sar_kd.config.presets import STABLE, TASKS
 from sar_kd.config.runs import ROUTER_PATTERNS, CachingConfig, Config, SftConfig
-from sar_kd.config.sections import DataConfig, ModelConfig, OutputConfig, model_option
+from sar_kd.config.sections import DataConfig, OutputConfig, PairConfig, model_option
 
 TRAIN = dataclasses.replace(STABLE, name="train")
 
@@ -39,7 +39,7 @@ SFT = Command(
     "sft:fine_tune",
     defaults={"max_grad_norm": 1.0, "skip_rule": "adaptive", "skip_factor": 4.0},
     presets={"task": {"units": {**TASKS["units"], "warmup_steps": 50, "log_steps": 100}}},
-    embedded_lr_factors={"learning_rate": 10.0},  # it is far smaller than the models that 2e-4 is meant for
+    embedded_lr_factors={"student_lr": 10.0},  # it is far smaller than the models that 2e-4 is meant for
     run_name="sft",
 )
 
@@ -55,7 +55,7 @@ CACHE = Command(
 class AuditConfig(RunConfig):
     """Two tokenizers, and the text to compare them on."""
 
-    models: ModelConfig = field(default_factory=ModelConfig)
+    models: PairConfig = field(default_factory=PairConfig)
     data: DataConfig = field(default_factory=DataConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 

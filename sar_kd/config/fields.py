@@ -43,14 +43,19 @@ def option(
     metavar: str = "FILE",
     positional: bool = False,
     auto: bool = False,
+    aliases: tuple[str, ...] = (),
 ):
     """A dataclass field that is also a command-line option, with this help text.
 
     at_least, positive: a finite number of at least this, or above 0; not_empty: the remedy where '' is given
     positional: given without its name, in the order of the fields; metavar: of a positional, or of several values
     auto: a count that may also be `AUTO`
+    aliases: further names that it may be given by
     """
-    syntax = {"help": text, "choices": choices, "metavar": metavar, "positional": positional, "auto": auto}
+    syntax = {
+        "help": text, "choices": choices, "metavar": metavar, "positional": positional, "auto": auto,
+        "aliases": aliases,
+    }  # fmt: skip
     limits = {"at_least": at_least, "positive": positive, "not_empty": not_empty}
     return field(default=default, metadata=syntax | limits)
 
@@ -61,6 +66,9 @@ class Section:
 
     Raises: UsageError naming an option that is out of bounds, its value and the remedy
     """
+
+    notices: typing.ClassVar[tuple[str, ...]] = ()
+    """Lines to show, where the section is all that a command has"""
 
     def __post_init__(self):
         for item in dataclasses.fields(self):
@@ -94,6 +102,20 @@ def is_allowed(item: dataclasses.Field, kind: type, value: object) -> bool:
         return isinstance(value, list) and all(isinstance(part, str) for part in value)
     fits = type(value) is kind or (kind is float and type(value) is int) or (item.metadata["auto"] and value == AUTO)
     return fits and (not item.metadata["choices"] or value in item.metadata["choices"])
+
+
+def value_error(item: dataclasses.Field, kind: type, value: object) -> str:
+    """What is wrong with a value that `is_allowed` refuses; '' for any other."""
+    if is_allowed(item, kind, value):
+        return ""
+    words = tuple(filter(None, item.metadata["choices"])) or (KIND_NAMES.get(kind, "a list of texts"),)
+    return f"must be {' or '.join(words)}"
+
+
+def known_options(sections: Iterable[type]) -> dict[str, tuple[dataclasses.Field, type]]:
+    """Every field of these sections and its type, by its name and by its aliases."""
+    found = options_of(sections)
+    return {name: (item, kind) for item, kind in found for name in (item.name, *item.metadata["aliases"])}
 
 
 def seconds_of(text: str) -> float:
@@ -156,6 +178,11 @@ class Command(Generic[C]):
     """Begins the name of a run folder; '' for a command that makes none"""
 
     @property
+    def has_config_file(self) -> bool:
+        """Does it take `--config FILE`? A command with a single section has too few options for one."""
+        return issubclass(self.config, RunConfig)
+
+    @property
     def sections(self) -> dict[str, type[Section]]:
         """The sections whose fields are its options."""
         return self.config.sections() if issubclass(self.config, RunConfig) else {self.name: self.config}
@@ -164,4 +191,6 @@ class Command(Generic[C]):
         """Its configuration with these values; mode and notices are a run's."""
         if issubclass(self.config, RunConfig):
             return self.config.from_options(values, mode, notices)
-        return self.config.from_options(values)
+        section = self.config.from_options(values)
+        object.__setattr__(section, "notices", notices)  # it is frozen, and this is no setting
+        return section

@@ -11,7 +11,7 @@ from sar_kd.config.runs import Config
 
 _CLAMPED = {
     "logit_clamp": 5.0, "logit_clamp_style": "normalized", "loss_clamp": 6.0, "loss_clamp_style": "scale",
-    "max_grad_norm": 0.5, "skip_grad_norm": 2.0, "skip_rule": "storm", "skip_factor": 2.0, "max_nan_batches": 10,
+    "max_grad_norm": 0.5, "skip_grad_norm": 2.0, "skip_rule": "adaptive", "skip_factor": 4.0, "max_nan_batches": 10,
 }  # fmt: skip
 
 MODES = MappingProxyType(
@@ -25,7 +25,7 @@ MODES = MappingProxyType(
         "precise": {
             "student_lr": 2e-5, "temperature": 1.0, "alpha_kd": 0.6, "alpha_ce": 0.4, **_CLAMPED,
             "logit_clamp_style": "off", "loss_clamp_style": "off",
-            "max_grad_norm": 1.0, "skip_rule": "adaptive", "skip_factor": 4.0,
+            "max_grad_norm": 1.0,
         },
     }
 )  # fmt: skip

@@ -14,8 +14,9 @@ from sar_kd.config.fields import RunConfig, Section, option, require
 from sar_kd.config.sections import (
     AUTO_BATCH,
     EMBEDDED,
-    AdamWConfig,
     DataConfig,
+    DeviceConfig,
+    DistillationDataConfig,
     GuardConfig,
     LoraConfig,
     LossConfig,
@@ -109,7 +110,7 @@ class Config(RunConfig):
     """Everything a distillation run is made from; each module gets its own section."""
 
     models: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DistillationDataConfig = field(default_factory=DistillationDataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     on_policy: OnPolicyConfig = field(default_factory=OnPolicyConfig)
@@ -125,12 +126,12 @@ class Config(RunConfig):
         require(uses_teacher, "on_policy_fraction", fraction, "generated text is learned by --alpha_kd, which is 0")
 
     def summary_lines(self) -> list[str]:
-        """The run in its first lines."""
+        """The run in its first line, and further lines that few people need."""
         models, loss = self.models, self.loss
         return [
-            f"Mode {self.mode}, teacher {models.teacher_model}, student {models.student_model}, run folder "
+            f"Distilling {models.teacher_model} into {models.student_model}, mode {self.mode}; run folder "
             f"{self.train.output_dir}",
-            f"loss = {loss.alpha_ce:g} * ce + {loss.alpha_kd:g} * kd at temperature {loss.temperature:g}, "
+            f"Loss: {loss.alpha_ce:g} * ce + {loss.alpha_kd:g} * kd at temperature {loss.temperature:g}, "
             "shown unclamped",
         ]
 
@@ -147,15 +148,10 @@ class SftModelConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftOptimConfig(AdamWConfig):
+class SftOptimConfig(OptimConfig):
     """Optimizer: AdamW with linear warm-up, then cosine decay to 10 %."""
 
-    learning_rate: float = option(2e-4, "peak learning rate", positive=True)
-
-    @property
-    def student_lr(self) -> float:
-        """The learning rate, under its name in `OptimConfig`."""
-        return self.learning_rate
+    student_lr: float = option(2e-4, "peak learning rate", positive=True, aliases=("learning_rate",))
 
 
 _NEVER = 2**62
@@ -215,10 +211,10 @@ class SftConfig(RunConfig):
         return dataclasses.replace(self, train=self.train.in_steps(num_examples))
 
     def summary_lines(self) -> list[str]:
-        """The run in its first lines."""
+        """The run in its first line."""
         rank = self.lora.lora_rank
         how = f"LoRA of rank {rank}" if rank else "all weights"
-        return [f"Supervised fine-tuning of {self.models.student_model}, {how}, run folder {self.train.output_dir}"]
+        return [f"Fine-tuning {self.models.student_model}, {how}; run folder {self.train.output_dir}"]
 
 
 _NUMBER = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
@@ -274,5 +270,5 @@ class CachingConfig(RunConfig):
 
     cache: CacheConfig = field(default_factory=CacheConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    precision: DeviceConfig = field(default_factory=DeviceConfig)
     output: OutputConfig = field(default_factory=OutputConfig)

@@ -24,12 +24,18 @@ def model_option(which: str):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(Section):
+class PairConfig(Section):
     """Models: which teacher and which student."""
 
     teacher_model: str = model_option("teacher")
     student_model: str = model_option("student")
     trust_remote_code: bool = option(False, "run model code that comes with a checkpoint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(PairConfig):
+    """Models: which teacher and which student."""
+
     teacher_cache: str = option(
         "", "folder made by `sar-kd cache`: the teacher's logits are read from it and the teacher is not loaded"
     )
@@ -52,14 +58,30 @@ class DataConfig(Section):
         "text and sets defaults of its own",
         choices=("", "units"),
     )
-    task_teacher_steps: int = option(
-        1500, "with --task: steps of fine-tuning the embedded teacher before distillation; 0: none", at_least=0
-    )
-    skip_baseline: bool = option(False, "with --task: train no baseline student by cross-entropy alone")
     block_size: int = option(256, "student tokens in a block; the teacher gets the same text")
     token_cache: str = option(
         "", "folder that stores the tokens of a large text; by default sar_kd in the user's cache folder; 'off': none"
     )
+
+    def describe(self) -> str:
+        """The text in a few words."""
+        if self.task:
+            return f"questions of the task {self.task}"
+        if self.dataset_name:
+            return f"{self.dataset_name} {self.dataset_config_name}".strip()
+        names = [file.replace("\\", "/").rsplit("/", 1)[-1] for file in self.train_file]
+        if not names:
+            return "the embedded text (documentation of CPython)"
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+    def warnings(self, *models: str) -> tuple[str, ...]:
+        """A line where a model that is not the embedded one would be trained on the embedded text."""
+        if self.task or self.dataset_name or self.train_file or set(models) <= {EMBEDDED}:
+            return ()
+        return (
+            "Warning: no text is given, so these models meet the embedded text, documentation of CPython; give "
+            "--train_file or --dataset_name",
+        )
 
     def __post_init__(self):
         super().__post_init__()
@@ -72,6 +94,16 @@ class DataConfig(Section):
             raise UsageError(f"--dataset_config_name {self.dataset_config_name}: needs --dataset_name")
         if self.validation_file and not (self.train_file or self.dataset_name):
             raise UsageError(f"--validation_file {self.validation_file[0]}: needs --train_file or --dataset_name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationDataConfig(DataConfig):
+    """Text: what to train on; without any of these options, the embedded text."""
+
+    task_teacher_steps: int = option(
+        1500, "with --task: steps of fine-tuning the embedded teacher before distillation; 0: none", at_least=0
+    )
+    skip_baseline: bool = option(False, "with --task: train no baseline student by cross-entropy alone")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +166,7 @@ class AdamWConfig(Section):
 class OptimConfig(AdamWConfig):
     """Optimizer: AdamW with linear warm-up, then cosine decay to 10 %."""
 
-    student_lr: float = option(1e-5, "peak learning rate of the student", positive=True)
+    student_lr: float = option(1e-5, "peak learning rate of the student", positive=True, aliases=("learning_rate",))
 
 
 MIN_LOSS_SCALE = 1.0
@@ -144,8 +176,8 @@ MAX_LOSS_SCALE = 2.0**24
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecisionConfig(Section):
-    """Precision: device and compute dtype; trainable weights are always float32."""
+class DeviceConfig(Section):
+    """Precision: device and compute dtype."""
 
     model_dtype: str = option(
         "auto",
@@ -153,12 +185,21 @@ class PrecisionConfig(Section):
         choices=("auto", "float16", "bfloat16", "float32"),
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
-    init_loss_scale: float = option(16384.0, "initial loss scale of the GradScaler, a power of two")
 
     def __post_init__(self):
         super().__post_init__()
         known = self.device in ("auto", "cpu", "cuda") or self.device.removeprefix("cuda:").isdecimal()
         require(known, "device", self.device, "must be auto, cpu, cuda or cuda:N")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig(DeviceConfig):
+    """Precision: device and compute dtype; trainable weights are always float32."""
+
+    init_loss_scale: float = option(16384.0, "initial loss scale of the GradScaler, a power of two")
+
+    def __post_init__(self):
+        super().__post_init__()
         fits = MIN_LOSS_SCALE <= self.init_loss_scale <= MAX_LOSS_SCALE and math.log2(self.init_loss_scale).is_integer()
         require(fits, "init_loss_scale", self.init_loss_scale, "must be a power of two between 1 and 16777216")
 
@@ -168,14 +209,16 @@ class GuardConfig(Section):
     """Guards: when an update is skipped, and when the run stops."""
 
     max_grad_norm: float = option(0.5, "gradients are clipped to this L2 norm", positive=True)
-    skip_grad_norm: float = option(2.0, "skip an update whose gradient norm is above this", positive=True)
-    skip_rule: str = option(
-        "storm",
-        "fixed: skip above --skip_grad_norm; adaptive: skip above --skip_factor times the median of recent norms; "
-        "storm: fixed until 80 %% of 50 steps were skipped for their norm, then adaptive",
-        choices=("storm", "fixed", "adaptive"),
+    skip_grad_norm: float = option(
+        2.0, "lowest limit of the gradient norm above which an update is skipped", positive=True
     )
-    skip_factor: float = option(2.0, "factor of the median norm in --skip_rule adaptive and storm", at_least=1)
+    skip_rule: str = option(
+        "adaptive",
+        "adaptive: the limit follows the run, --skip_factor times the median of recent norms, never below "
+        "--skip_grad_norm; fixed: the limit is --skip_grad_norm",
+        choices=("adaptive", "fixed"),
+    )
+    skip_factor: float = option(4.0, "factor of the median norm in --skip_rule adaptive", at_least=1)
     max_nan_batches: int = option(10, "consecutive NaN batches before --on_divergence applies", at_least=1)
     on_divergence: str = option(
         "stop",
@@ -198,6 +241,8 @@ class TrainConfig(Section):
     grad_accum_steps: int = option(1, "micro-batches in a step", at_least=1)
     eval_steps: int = option(50, "steps between validations; also one at the start and one at the end", at_least=1)
     log_steps: int = option(25, "steps between printed lines", at_least=1)
+    verbose: bool = option(False, "print every check and measurement; without it they are in log.txt and in the report")
+    quiet: bool = option(False, "print errors only; everything is in log.txt")
     save_steps: int = option(100, "steps between checkpoints", at_least=1)
     parallel: str = option(
         "ddp",
@@ -211,8 +256,11 @@ class TrainConfig(Section):
     tensorboard: bool = option(False, "also write TensorBoard event files into the run folder")
     wandb: bool = option(False, "also send the metrics to Weights & Biases")
     seed: int = option(0, "seed of the data order and of every random number", at_least=0)
-    output_dir: str = option("", "run folder; by default runs/<script>-<date>-<time>")
+    output_dir: str = option("", "run folder; by default runs/<script>-<date>-<time>-<process id>")
     resume: bool = option(False, "continue the run in --output_dir from its checkpoint")
+    allow_changed_inputs: bool = option(
+        False, "with --resume: go on although text, tokenizers or models have changed since the run began"
+    )
     overwrite: bool = option(False, "delete the run in --output_dir and start again")
 
     def __post_init__(self):
@@ -220,6 +268,8 @@ class TrainConfig(Section):
         require(self.time_limit_seconds > 0, "time_limit", self.time_limit, "must be a time such as 11h, 90m or 1h30m")
         if self.resume and self.overwrite:
             raise UsageError("--resume --overwrite: one continues the run, the other deletes it; give one")
+        if self.quiet and self.verbose:
+            raise UsageError("--quiet --verbose: one prints less, the other more; give one")
 
     @property
     def time_limit_seconds(self) -> float:
@@ -245,7 +295,7 @@ class TeacherMemoryConfig(MemoryConfig):
     )
     teacher_quantization: str = option(
         "off",
-        "nf4: the teacher's linear layers in 4 bits, through bitsandbytes (pip install 'sar-kd[quant]')",
+        "nf4: the teacher's linear layers in 4 bits, through bitsandbytes (`pip install bitsandbytes accelerate`)",
         choices=("off", "nf4"),
     )
 
@@ -258,9 +308,6 @@ class TeacherMemoryConfig(MemoryConfig):
         """Why the teacher's routers cannot be trained with these settings; '' if they can."""
         if self.offload_teacher_to_cpu:
             return "--offload_teacher_to_cpu removes the teacher before its routers could learn from the student"
-    allow_changed_inputs: bool = option(
-        False, "with --resume: go on although text, tokenizers or models have changed since the run began"
-    )
         if self.teacher_quantization != "off":
             return f"--teacher_quantization {self.teacher_quantization} gives no exact gradient through the teacher"
         return ""

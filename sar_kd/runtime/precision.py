@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sar_kd.config.sections import MAX_LOSS_SCALE, MIN_LOSS_SCALE, PrecisionConfig
+from sar_kd.config.sections import MAX_LOSS_SCALE, MIN_LOSS_SCALE, DeviceConfig, PrecisionConfig
 from sar_kd.errors import UsageError
 from sar_kd.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from sar_kd.runtime.environment import require_kernels
@@ -124,6 +124,9 @@ class Precision:
         keeps = cause in ("forward", "no_targets")
         fixed = MIN_LOSS_SCALE if at_floor else loss_scale if keeps or at_ceiling else None
         self._scaler.update(fixed)
+        if cause == "overflow" and self._scaler.get_scale() >= loss_scale:  # a host read, only after an overflow
+            # The norm is not finite and no gradient that the scaler has seen is: the routers', or a sum that overflows.
+            self._scaler.update(loss_scale * self._scaler.get_backoff_factor())
 
     def state_dict(self) -> dict:
         return {"scaler": self._scaler.state_dict(), "rng": _rng_state(self.device)}
@@ -134,7 +137,7 @@ class Precision:
         _set_rng_state(state["rng"], self.device)
 
 
-def setup_precision(config: PrecisionConfig, seed: int, process_group: ProcessGroup = SINGLE_PROCESS) -> Precision:
+def setup_precision(config: DeviceConfig, seed: int, process_group: ProcessGroup = SINGLE_PROCESS) -> Precision:
     """Choose device and dtype, and seed all random number generators, each rank with its own seed.
 
     Raises: UsageError if the device is not there, or cannot compute in the dtype asked for
@@ -143,11 +146,12 @@ def setup_precision(config: PrecisionConfig, seed: int, process_group: ProcessGr
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    return Precision(*choose_device(config, process_group)[:2], config.init_loss_scale)
+    init_loss_scale = config.init_loss_scale if isinstance(config, PrecisionConfig) else 1.0  # without, nothing trains
+    return Precision(*choose_device(config, process_group)[:2], init_loss_scale)
 
 
 def choose_device(
-    config: PrecisionConfig, process_group: ProcessGroup = SINGLE_PROCESS
+    config: DeviceConfig, process_group: ProcessGroup = SINGLE_PROCESS
 ) -> tuple[torch.device, torch.dtype, str]:
     """The device, the compute dtype, and the reason for it. Runs one kernel where the device is a GPU.
 

@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import os
+import time
+from pathlib import Path
 
 import pytest
 
 from sar_kd.config.command_line import parse
-from sar_kd.config.commands import PREFLIGHT
+from sar_kd.config.commands import PREFLIGHT, SFT
 from sar_kd.config.presets import EMBEDDED_LR_FACTOR, EMBEDDED_ROUTER_LR_FACTOR, FP16_SAFE, MODES, STABLE
 from sar_kd.config.runs import SECTIONS, Config
 from sar_kd.config.sections import LossConfig
@@ -16,7 +19,7 @@ from sar_kd.version import RUN_FORMAT
 OPTIONS = [
     "teacher_model", "student_model", "trust_remote_code", "teacher_cache",
     "train_file", "validation_file", "text_field", "dataset_name", "dataset_config_name", "task",
-    "task_teacher_steps", "skip_baseline", "block_size", "token_cache",
+    "block_size", "token_cache", "task_teacher_steps", "skip_baseline",
     "temperature", "alpha_kd", "alpha_ce", "logit_clamp", "logit_clamp_style", "loss_clamp", "loss_clamp_style",
     "alignment", "kd_direction", "jsd_beta", "teacher_top_k", "alm_tau", "loss_workspace_mb",
     "force",
@@ -29,8 +32,9 @@ OPTIONS = [
     "model_dtype", "device", "init_loss_scale",
     "gradient_checkpointing", "offload_teacher_to_cpu", "teacher_quantization",
     "max_grad_norm", "skip_grad_norm", "skip_rule", "skip_factor", "max_nan_batches", "on_divergence",
-    "train_steps", "per_device_batch_size", "grad_accum_steps", "eval_steps", "log_steps", "save_steps",
-    "parallel", "keep_checkpoints", "time_limit", "tensorboard", "wandb", "seed", "output_dir", "resume", "overwrite",
+    "train_steps", "per_device_batch_size", "grad_accum_steps", "eval_steps", "log_steps", "verbose", "quiet",
+    "save_steps", "parallel", "keep_checkpoints", "time_limit", "tensorboard", "wandb", "seed", "output_dir", "resume",
+    "allow_changed_inputs", "overwrite",
 ]  # fmt: skip
 
 BAD_VALUES = [
@@ -84,7 +88,7 @@ BAD_VALUES = [
     ("--init_loss_scale nan", "nan", "between 1 and 16777216"),
     ("--max_grad_norm 0", "0", "above 0"),
     ("--skip_grad_norm inf", "inf", "above 0"),
-    ("--skip_rule always", "always", "storm"),
+    ("--skip_rule always", "always", "adaptive"),
     ("--skip_factor 0.5", "0.5", "at least 1"),
     ("--max_nan_batches 0", "0", "at least 1"),
     ("--train_steps 0", "0", "at least 1"),
@@ -109,9 +113,9 @@ def _parse(line: str = "", script=STABLE) -> Config:
     return parse(script, line.split())
 
 
-def _message(line: str) -> str:
+def _message(line: str, *script) -> str:
     with pytest.raises(UsageError) as caught:
-        _parse(line)
+        _parse(line, *script)
     return str(caught.value)
 
 
@@ -161,7 +165,7 @@ def test_a_seed_that_no_generator_takes_is_refused(seed):
 
 @pytest.mark.parametrize(
     ("typed", "meant"),
-    [("--temprature", "--temperature"), ("--student-lr", "--student_lr"), ("--train_step", "--train_steps")],
+    [("--temprature", "--temperature"), ("--student-lrr", "--student_lr"), ("--train_step", "--train_steps")],
 )
 def test_an_unknown_option_is_answered_with_the_nearest(typed, meant):
     assert _message(f"{typed} 3") == f"{typed}: no such option; did you mean {meant}?"
@@ -234,7 +238,7 @@ def test_a_clamped_mode_has_the_designs_values(mode, rate, temperature, alpha_kd
     assert (loss.temperature, loss.alpha_kd, loss.alpha_ce) == (temperature, alpha_kd, alpha_ce)
     assert (loss.logit_clamp, loss.logit_clamp_style) == (5.0, "normalized")
     assert (loss.loss_clamp, loss.loss_clamp_style) == (6.0, "scale")
-    assert (guards.max_grad_norm, guards.skip_grad_norm, guards.skip_rule) == (0.5, 2.0, "storm")
+    assert (guards.max_grad_norm, guards.skip_grad_norm, guards.skip_rule) == (0.5, 2.0, "adaptive")
     assert guards.max_nan_batches == 10
 
 
@@ -373,14 +377,83 @@ def test_a_run_folder_of_another_format_is_refused_in_one_line(tmp_path, run_for
     assert saved.pop("format") == RUN_FORMAT
     path.write_text(json.dumps(saved if run_format is None else saved | {"format": run_format}))
     line = _message(f"--resume --output_dir {tmp_path}")
-    assert f"its run format is {run_format or 'older'}, not {RUN_FORMAT}" in line
-    assert line.endswith("; start a new run")
+    assert f"{path} has run format {run_format or 1!r}, and this version reads {RUN_FORMAT}; resume it with" in line
+    assert line.endswith("start a new run")
     assert "\n" not in line
 
 
-def test_a_config_json_that_is_no_json_is_refused_in_one_line(tmp_path):
-    (tmp_path / "config.json").write_text("{")
-    assert str(tmp_path) in _message(f"--resume --output_dir {tmp_path}")
+@pytest.mark.parametrize("content", ["{", "\xff", "[" * 10**5], ids=["cut", "odd", "deep"])
+def test_a_config_json_that_is_no_json_is_refused_in_one_line(tmp_path, content):
+    (tmp_path / "config.json").write_text(content, encoding="latin-1")
+    expected = f"--resume: {tmp_path / 'config.json'} is damaged, or cannot be read; put back a copy of it"
+    assert _message(f"--resume --output_dir {tmp_path}").startswith(expected)
+
+
+@pytest.mark.parametrize("content", [{"model_type": "llama"}, [], None, {"models": {}}], ids=str)
+def test_a_model_folder_holds_no_run_to_resume(tmp_path, content):
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert "holds no run to resume (config.json is not a run's)" in _message(f"--resume --output_dir {tmp_path}")
+
+
+@pytest.mark.parametrize(("own", "other", "name"), [(SFT, STABLE, "train"), (STABLE, SFT, "sft")])
+def test_a_run_of_another_command_names_the_command_that_resumes_it(tmp_path, own, other, name):
+    _save(_parse(f"--output_dir {tmp_path}", other), tmp_path)
+    kind = {"train": "distillation", "sft": "fine-tuning"}[name]
+    line = _message(f"--resume --output_dir {tmp_path}", own)
+    assert f"{tmp_path} holds a {kind} run; resume it with `" in line
+    assert f"sar_kd {name} --resume --output_dir {tmp_path}`" in line
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [({"seed": None}, "damaged: --seed is None"), ({"seed": ...}, "no value of --seed"), ({"mode": 3}, "called 3")],
+)
+def test_an_option_that_a_config_json_lacks_or_cannot_have_is_named(tmp_path, change, part):
+    saved = _parse(f"--output_dir {tmp_path}").to_dict()
+    ((name, value),) = change.items()
+    section = saved if name in saved else saved["train"]
+    section[name] = value
+    if value is ...:
+        del section[name]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    line = _message(f"--resume --output_dir {tmp_path}")
+    assert part in line
+    assert line.endswith("; start a new run")
+
+
+def test_an_option_that_a_run_of_an_older_version_lacks_has_its_default_if_it_may_change(tmp_path):
+    saved = _parse(f"--output_dir {tmp_path}").to_dict()
+    del saved["train"]["allow_changed_inputs"], saved["train"]["keep_checkpoints"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert _parse(f"--resume --output_dir {tmp_path}").train.keep_checkpoints == 2
+
+
+def test_changed_inputs_are_allowed_for_one_resume_only(tmp_path):
+    _save(_parse(f"--output_dir {tmp_path}"), tmp_path)
+    once = _parse(f"--resume --output_dir {tmp_path} --allow_changed_inputs")
+    assert once.train.allow_changed_inputs
+    _save(once, tmp_path)
+    assert not _parse(f"--resume --output_dir {tmp_path}").train.allow_changed_inputs
+    assert "is for --resume" in _message("--allow_changed_inputs")
+
+
+def test_another_scripts_run_shows_whose_settings_hold(tmp_path):
+    _save(_parse(f"--output_dir {tmp_path}", FP16_SAFE), tmp_path)
+    (line,) = _parse(f"--resume --output_dir {tmp_path}", STABLE).notices
+    assert line == f"--resume: mode ultra-conservative and every other setting are the run's own, as {tmp_path}/" + (
+        "config.json has them"
+    )
+
+
+def test_two_runs_of_one_second_have_different_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda form: "20260101-000000")
+    first = _parse("").train.output_dir
+    assert first == f"runs/stable-20260101-000000-{os.getpid()}"
+    Path(first).mkdir(parents=True)
+    assert _parse("").train.output_dir == f"{first}-2"
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    assert _parse("").train.output_dir == "runs/stable-20260101-000000-7"
 
 
 @pytest.mark.parametrize(
