@@ -18,6 +18,7 @@ from torch import nn
 
 from sar_kd.config.sections import ALL_LINEAR, LoraConfig
 from sar_kd.errors import UsageError
+from sar_kd.runtime.precision import Precision
 
 
 def add_adapter(student: nn.Module, config: LoraConfig) -> nn.Module:
@@ -37,23 +38,41 @@ def add_adapter(student: nn.Module, config: LoraConfig) -> nn.Module:
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
+        exclude_modules=_untrainable(student) if targets == ALL_LINEAR else None,
         task_type="CAUSAL_LM",
     )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft imports a deprecated name
-            warnings.filterwarnings("ignore", message="fan_in_fan_out")  # GPT-2: peft sets it by itself
+            warnings.simplefilter("ignore")  # of GPT-2's layers, ties and experts, all of which are handled here
             return peft.get_peft_model(student, settings, autocast_adapter_dtype=True)
     except ValueError as error:
+        if "lora_dropout" in str(error):
+            raise UsageError(
+                f"--lora_dropout {config.lora_dropout:g}: the student's experts are stacked in one tensor, and its "
+                "adapter takes no dropout; leave it out"
+            ) from None
         names = " ".join(config.lora_targets)
         raise UsageError(f"--lora_targets {names}: {str(error).splitlines()[0]}") from None
 
 
-def models_to_save(student: nn.Module) -> dict[str, nn.Module]:
-    """The models that a run saves, by folder: `student`, whole; `adapter` too, where there is one, in peft's format."""
+def _untrainable(student: nn.Module) -> list[str] | None:
+    """The layers of a state-space model whose weights are read past an adapter, so that it would not learn."""
+    mixers = (module for module in student.modules() if hasattr(module, "A_log"))
+    names = {name for mixer in mixers for name in ("conv1d", "dt_proj", "out_proj") if hasattr(mixer, name)}
+    return sorted(names) or None
+
+
+def models_to_save(student: nn.Module, precision: Precision) -> dict[str, nn.Module]:
+    """The models that a run saves, by folder: `student`, whole; `adapter` too, where there is one, in peft's format.
+
+    precision: in which the student computes
+    Raises: UsageError if the merged student is not the trained one
+    """
     if not hasattr(student, "peft_config"):
         return {"student": student}
-    return {"student": merged_model(student), "adapter": student}
+    whole = merged_model(student)
+    require_equal_logits(student, whole, precision)
+    return {"student": whole, "adapter": student}
 
 
 @torch.no_grad()
@@ -62,22 +81,72 @@ def merged_model(student: nn.Module) -> nn.Module:
 
     W + (alpha / rank) * B A
 
-    The student is unchanged: merging in place and unmerging would not restore its weights bit for bit.
+    Where only one of a tied LM head and embedding has an adapter, they differ in the copy, and its config says so. The
+    student is unchanged: merging in place and unmerging would not restore its weights bit for bit.
     """
     base: Any = student.get_base_model()  # type: ignore[operator]  # peft's
-    weights = {name: value.cpu().float() for name, value in base.state_dict().items() if ".lora_" not in name}
+    weights = {_plain(name): value.cpu().float() for name, value in base.state_dict().items() if ".lora_" not in name}
     for name, module in base.named_modules():
         if hasattr(module, "get_delta_weight"):
+            # peft adapts a linear layer's weight, or, of experts stacked in one tensor, the parameter that it names.
+            key = f"{_plain(name)}.{getattr(module, 'parameter_name', 'weight')}"
             for adapter in module.active_adapters:
-                delta = module.get_delta_weight(adapter).cpu().float()
-                weights[f"{name}.base_layer.weight"] = weights[f"{name}.base_layer.weight"] + delta
-    weights = {name.replace(".base_layer.", "."): value for name, value in weights.items()}
+                weights[key] = weights[key] + module.get_delta_weight(adapter).cpu().float()
+    config = copy.deepcopy(base.config)
+    names = {module: _plain(name) for name, module in base.named_modules()}
+    ends = base.get_output_embeddings(), base.get_input_embeddings()
+    if not torch.equal(*(weights[f"{names[module]}.weight"] for module in ends)):
+        untie_config_(config)
     with torch.device("meta"):
-        merged = type(base)(copy.deepcopy(base.config))
+        merged = type(base)(config)
     merged.load_state_dict(weights, assign=True)
     merged.tie_weights()
+    for name, buffer in base.named_buffers():  # those that are saved in no file, such as rotary frequencies
+        parent, _, leaf = _plain(name).rpartition(".")
+        merged.get_submodule(parent)._buffers[leaf] = buffer.cpu()
     merged.generation_config = base.generation_config
-    return merged
+    return merged.eval()
+
+
+def _plain(name: str) -> str:
+    """A name in the model without an adapter."""
+    return name.replace(".base_layer", "")
+
+
+def untie_config_(config: Any) -> None:
+    """Let a transformers config say that LM head and embeddings are two tensors."""
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+
+
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+"""Largest relative difference of logits by the dtype of the products"""
+
+
+@torch.no_grad()
+def require_equal_logits(student: nn.Module, whole: nn.Module, precision: Precision) -> None:
+    """Raise UsageError if the logits of two models differ: the median over positions of |z - z'|, over that of |z|.
+
+    Of the median, because in half a router may choose another expert at a position or two.
+    """
+    was_training = student.training
+    student.eval()
+    device = next(student.parameters()).device
+    input_ids = torch.arange(16)[None] % student.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    try:
+        with precision.autocast():
+            trained = student(input_ids=input_ids.to(device), use_cache=False).logits[0].cpu().double()
+    finally:
+        student.train(was_training)
+    saved = whole(input_ids=input_ids, use_cache=False).logits[0].double()
+    comparable = trained.isfinite().all(1)  # a student whose logits are not finite is saved as it is
+    if not comparable.any():
+        return
+    difference, size = ((z[comparable].norm(dim=1).median()) for z in (saved - trained, trained))
+    if not difference <= _TOLERANCE[precision.dtype] * size:
+        raise UsageError(
+            f"--lora_targets: the merged student's logits differ from the trained one's by {difference / size:.1%}; "
+            "nothing was saved, the adapter is in the run's checkpoint; give other --lora_targets, such as all-linear"
+        )
 
 
 def save_trainable(student: nn.Module, path: Path) -> None:

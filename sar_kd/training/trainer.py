@@ -242,7 +242,7 @@ class Trainer:
         tokenizer, weights = self.models.tokenizers.student, self.context.strategy.full_weights()
 
         def save() -> None:
-            for name, model in models_to_save(self.models.student).items():
+            for name, model in models_to_save(self.models.student, self.context.precision).items():
                 save_student(model, tokenizer, self.folder / name, weights)
 
         self.process_group.on_rank_zero(save)

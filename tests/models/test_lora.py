@@ -9,6 +9,7 @@ import transformers
 
 from sar_kd.config.sections import LoraConfig
 from sar_kd.errors import UsageError
+from sar_kd.models import lora
 from sar_kd.models.lora import (
     add_adapter,
     describe_trainable,
@@ -18,9 +19,11 @@ from sar_kd.models.lora import (
     save_trainable,
 )
 from sar_kd.models.memory_saving import recompute_activations_
+from sar_kd.runtime.precision import Precision
 from sar_kd.training import checkpoint
 
 TOKENS = torch.arange(24)[None] % 20 + 1
+FLOAT32 = Precision(torch.device("cpu"), torch.float32, 1.0)
 
 
 def _student(make_student, dtype=torch.float32, tied=False, **settings):
@@ -84,21 +87,92 @@ def test_merged_equals_unmerged_and_leaves_the_student_unchanged(make_student, d
     whole = merged_model(student).eval()
     assert all(torch.equal(before[name], value) for name, value in student.state_dict().items())
     assert {value.dtype for value in whole.parameters()} == {torch.float32}
-    difference = (_logits(reloaded(whole)) - _logits(student)).abs().max()
+    difference = (_logits(whole) - _logits(student)).abs().max()
     assert difference < 1e-4
-    assert (_logits(reloaded(whole)) - _logits(make_student(64, tie_word_embeddings=tied))).abs().max() > 0.1
+    assert (_logits(whole) - _logits(make_student(64, tie_word_embeddings=tied))).abs().max() > 0.1
 
 
-def reloaded(model):
-    """The model with its buffers, which the merged one lacks until its weights are loaded."""
-    fresh = type(model)(model.config)
-    fresh.load_state_dict(model.state_dict())
-    return fresh.eval()
+SIZES = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+FAMILIES = {
+    "llama": lambda: transformers.LlamaConfig(**SIZES),
+    "tied": lambda: transformers.LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=32),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=8),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**SIZES, **EXPERTS),
+    "mixtral": lambda: transformers.MixtralConfig(**SIZES, num_local_experts=4),
+    "mamba": lambda: transformers.MambaConfig(
+        vocab_size=64, hidden_size=32, state_size=8, num_hidden_layers=2, pad_token_id=0
+    ),
+}
+
+
+def _assert_saved_is_trained(student, folder):
+    """What transformers loads from the saved student has the logits of the trained one, and the adapter learned."""
+    trained, plain = _logits(student), None
+    with student.disable_adapter():
+        plain = _logits(student)
+    assert (trained - plain).abs().max() > 0.01
+    models_to_save(student, FLOAT32)["student"].save_pretrained(folder)
+    saved = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert (_logits(saved) - trained).abs().max() < 1e-4 * max(1.0, trained.abs().max())
+    return saved
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_saved_student_is_the_trained_one_in_every_family(family, tmp_path):
+    base = transformers.AutoModelForCausalLM.from_config(FAMILIES[family]())
+    student = _trained(add_adapter(base, LoraConfig(lora_rank=4)))
+    _assert_saved_is_trained(student, tmp_path)
+
+
+@pytest.mark.parametrize("targets", [("lm_head",), ("embed_tokens",), ("lm_head", "embed_tokens", "q_proj")])
+@pytest.mark.parametrize("tied", [True, False])
+def test_adapted_ends_of_a_tied_student_are_saved_as_two_tensors(make_student, targets, tied, tmp_path, recwarn):
+    student = _trained(_student(make_student, tied=tied, lora_targets=targets))
+    saved = _assert_saved_is_trained(student, tmp_path)
+    assert saved.config.tie_word_embeddings is False
+    assert saved.lm_head.weight is not saved.model.embed_tokens.weight
+    assert student.get_base_model().config.tie_word_embeddings is tied
+    assert not [warning for warning in recwarn if "tie" in str(warning.message)]
+
+
+def test_every_part_of_stacked_experts_gets_one():
+    base = transformers.AutoModelForCausalLM.from_config(FAMILIES["qwen3_moe"]())
+    student = add_adapter(base, LoraConfig(lora_rank=4))
+    adapted = {module.parameter_name for module in student.modules() if hasattr(module, "parameter_name")}
+    assert {"gate_up_proj", "down_proj"} <= adapted
+    with pytest.raises(UsageError, match=r"--lora_dropout 0.1: the student's experts are stacked in one tensor"):
+        add_adapter(transformers.AutoModelForCausalLM.from_config(FAMILIES["qwen3_moe"]()), LoraConfig(
+            lora_rank=4, lora_dropout=0.1
+        ))  # fmt: skip
+
+
+def test_no_layer_of_a_state_space_model_gets_one_that_its_forward_does_not_call():
+    student = add_adapter(transformers.MambaForCausalLM(FAMILIES["mamba"]()), LoraConfig(lora_rank=4))
+    student(input_ids=TOKENS, labels=TOKENS, use_cache=False).loss.backward()
+    grads = {name: value.grad for name, value in student.named_parameters() if "lora_B" in name}
+    assert len(grads) == 4
+    assert all(grad is not None and grad.abs().max() > 0 for grad in grads.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_merged_student_that_is_not_the_trained_one_is_never_saved(make_student, dtype, monkeypatch):
+    student = _trained(_student(make_student, dtype, tied=True, lora_targets=("lm_head", "q_proj")))
+    precision = Precision(torch.device("cpu"), dtype, 1.0)
+    models_to_save(student, precision)
+    monkeypatch.setattr(lora, "untie_config_", lambda config: None)  # the head goes the way of the embeddings
+    with pytest.raises(UsageError, match=r"--lora_targets: the merged student's logits differ .* nothing was saved"):
+        models_to_save(student, precision)
+    assert not student.training
 
 
 def test_transformers_loads_the_whole_and_peft_the_adapter(make_student, sp_tokenizer, tmp_path):
     student = _trained(add_adapter(make_student(len(sp_tokenizer)), LoraConfig(lora_rank=4, lora_alpha=8)))
-    for name, model in models_to_save(student).items():
+    for name, model in models_to_save(student, FLOAT32).items():
         checkpoint.save_student(model, sp_tokenizer, tmp_path / name)
     whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "student").eval()
     base = make_student(len(sp_tokenizer))
@@ -110,7 +184,7 @@ def test_transformers_loads_the_whole_and_peft_the_adapter(make_student, sp_toke
 
 def test_a_student_without_an_adapter_is_saved_as_it_is(make_student):
     student = make_student(64)
-    assert models_to_save(student) == {"student": student}
+    assert models_to_save(student, FLOAT32) == {"student": student}
 
 
 def test_trainable_weights_are_saved_and_loaded_bit_for_bit(make_student, tmp_path):
