@@ -24,7 +24,7 @@ VARIANTS = {
     "kd_fp16": ("... in float16", (*PRECISE, *FP16)),
     "kd_clamps": ("... with the ±5 and 6 clamps as they are by default", (*PRECISE, *CLAMPED)),
     "kd_literal": ("... with the clamps in literal form (raw, hard)", (*PRECISE, *LITERAL)),
-    "kd_clip": ("... clipped at 0.5, skipped above 2.0", (*PRECISE, "--max_grad_norm", "0.5", "--skip_rule", "storm")),
+    "kd_clip": ("... clipped at 0.5, skipped above 2.0", (*PRECISE, "--max_grad_norm", "0.5", "--skip_rule", "fixed")),
     "balanced": ("distilled, balanced, float16", ("--mode", "balanced", *FP16)),
     "balanced_ce": ("... without the teacher (--alpha_kd 0)", ("--mode", "balanced", *FP16, "--alpha_kd", "0")),
     "ultra": ("distilled, ultra-conservative, float16", ("--mode", "ultra-conservative", *FP16)),

@@ -25,11 +25,10 @@ norm        the gradient norm is finite and above the limit
 _NAN_CAUSES = ("forward", "gradient")
 
 _WINDOW = 50
-"""Attempts that the skip storm, the median norm and `frequent_nan` look back on."""
+"""Attempts that the median norm and `frequent_nan` look back on."""
 
-_STORM_SHARE = 0.8
-
-_ADAPTIVE_WARMUP = 20
+_NORMS_NEEDED = 5
+"""Finite norms before the limit can follow them; these first updates are clipped and applied"""
 
 _ZERO_GRADIENT_ALARM = 10
 
@@ -43,8 +42,8 @@ class Verdict:
     """One of `CAUSES` if the update is skipped"""
     norm_limit: float
     """The gradient norm above which this attempt is skipped"""
-    storm: bool = False
-    """A skip storm was recognised at this attempt"""
+    first_norm_skip: bool = False
+    """This is the first attempt of the run that is skipped for its norm"""
     emergency: bool = False
     """The run must stop"""
     frequent_nan: bool = False
@@ -57,11 +56,13 @@ class Verdict:
 class StepGuard:
     """Judges every attempted update of a run, in order.
 
-    skip_rule  'storm': skip above `skip_grad_norm` until 80 % of the last 50 attempts were skipped for a finite
-               norm (an untrained student's norm stays there); from then on the limit is `skip_factor` times the median
-               of the last 50 finite norms, never below `skip_grad_norm`.
-               'adaptive': that median rule from the start; no limit before 20 norms are known.
+    skip_rule  'adaptive': the limit follows the run: `skip_factor` times the median of the last 50 finite norms, never
+               below `skip_grad_norm`; no limit before five norms are known.
                'fixed': `skip_grad_norm` throughout.
+
+    An update that was refused has left the weights as they were. If the next batch has a norm above the limit too, the
+    weights are its cause and not one batch, and to refuse that again would change nothing: up to `skip_factor` times
+    the refused norm it is clipped and applied, and the median then starts again from these two norms.
     """
 
     settings: GuardConfig
@@ -70,7 +71,6 @@ class StepGuard:
     consecutive_nan_batches: int = 0
     """NaN batches since the last applied step"""
     max_consecutive_nan_batches: int = 0
-    in_storm: bool = False
     frequent_nan: bool = False
     zero_gradient_steps: int = 0
     """Applied steps whose gradient was exactly 0"""
@@ -78,9 +78,9 @@ class StepGuard:
     recent_nan: list[bool] = field(default_factory=list)
     """Of the last 50 attempts: was it a NaN batch?"""
     recent_norms: list[float] = field(default_factory=list)
-    """The last 50 finite norms"""
-    recent_norm_skips: list[bool] = field(default_factory=list)
-    """Of the last 50 attempts: was it skipped for its norm?"""
+    """The last 50 finite norms, or those since the norms changed for good"""
+    refused_norm: float | None = None
+    """The norm of the last attempt with a finite norm, if it was refused"""
 
     @property
     def attempts(self) -> int:
@@ -96,23 +96,26 @@ class StepGuard:
 
         num_targets     tokens to predict in the whole step, known before the forward
         forward_finite  every student logit and the loss are finite
-        grad_norm       L2 norm after unscaling, before clipping
+        grad_norm       L2 norm after unscaling, before clipping; not finite if a gradient is not
         loss_scale      the loss scale of this attempt's backward; 1 where there is no scaler
         """
         limit = self._norm_limit()
         cause = self._cause(num_targets, forward_finite, grad_norm, loss_scale, limit)
         if cause is None:
             self.applied += 1
-            self.consecutive_nan_batches = 0
         else:
             self.skipped[cause] += 1
-            self.consecutive_nan_batches += cause in _NAN_CAUSES
+        if cause in _NAN_CAUSES:
+            self.consecutive_nan_batches += 1
             self.max_consecutive_nan_batches = max(self.max_consecutive_nan_batches, self.consecutive_nan_batches)
-        storm = self._detect_storm(cause, grad_norm)
+        elif cause in (None, "norm"):  # the forward and the gradient are finite
+            self.consecutive_nan_batches = 0
+            self._record_norm(grad_norm, is_refused=cause == "norm")
         emergency = self.consecutive_nan_batches >= self.settings.max_nan_batches
         frequent_nan = self._detect_frequent_nan(cause in _NAN_CAUSES) and not emergency
         zero_gradient = self._detect_zero_gradient(cause is None and grad_norm == 0.0)
-        return Verdict(cause is None, cause, limit, storm, emergency, frequent_nan, zero_gradient)
+        first_norm_skip = cause == "norm" and self.skipped["norm"] == 1
+        return Verdict(cause is None, cause, limit, first_norm_skip, emergency, frequent_nan, zero_gradient)
 
     def _cause(self, num_targets, forward_finite, grad_norm, loss_scale, limit) -> str | None:
         if num_targets == 0:
@@ -124,23 +127,28 @@ class StepGuard:
         return None if grad_norm <= limit else "norm"
 
     def _norm_limit(self) -> float:
-        settings = self.settings
-        if settings.skip_rule == "fixed" or (settings.skip_rule == "storm" and not self.in_storm):
-            return settings.skip_grad_norm
-        if len(self.recent_norms) < _ADAPTIVE_WARMUP:
-            return math.inf
-        limit = settings.skip_factor * median(self.recent_norms)
-        return limit if settings.skip_rule == "adaptive" else max(limit, settings.skip_grad_norm)
+        limit = self._usual_limit()
+        if self.refused_norm is None or self.settings.skip_rule == "fixed":
+            return limit
+        return max(limit, self.settings.skip_factor * self.refused_norm)
 
-    def _detect_storm(self, cause: str | None, grad_norm: float) -> bool:
-        """True at the attempt that reveals a skip storm."""
-        _append(self.recent_norm_skips, cause == "norm")
-        if cause in (None, "norm"):
-            _append(self.recent_norms, grad_norm)
-        if self.settings.skip_rule != "storm" or self.in_storm or len(self.recent_norm_skips) < _WINDOW:
-            return False
-        self.in_storm = sum(self.recent_norm_skips) >= _STORM_SHARE * _WINDOW
-        return self.in_storm
+    def _usual_limit(self) -> float:
+        """The limit behind an update that was applied."""
+        settings = self.settings
+        if settings.skip_rule == "fixed":
+            return settings.skip_grad_norm
+        if self.applied + self.skipped["norm"] < _NORMS_NEEDED:
+            return math.inf
+        return max(settings.skip_grad_norm, settings.skip_factor * median(self.recent_norms))
+
+    def _record_norm(self, grad_norm: float, is_refused: bool) -> None:
+        """Keep a finite norm. After one that was refused, another above the usual limit shows that norms have changed
+        for good: those before them no longer count.
+        """
+        if self.refused_norm is not None and not is_refused and grad_norm > self._usual_limit():
+            self.recent_norms = [self.refused_norm]
+        _append(self.recent_norms, grad_norm)
+        self.refused_norm = grad_norm if is_refused else None
 
     def _detect_frequent_nan(self, is_nan: bool) -> bool:
         """True once: when NaN batches with applied steps between them have become frequent."""
@@ -183,11 +191,13 @@ def verdict_messages(
         before, after = loss_scales
         change = f", loss scale {before:.0f} -> {after:.0f}" if after != before else ""
         messages.append(f"Step {step}: skipped ({verdict.cause}{change})")
-    if verdict.storm:
+    if verdict.first_norm_skip:
+        rule = f"{guards.skip_factor:g} times the median, never below --skip_grad_norm {guards.skip_grad_norm:g}"
+        if guards.skip_rule == "fixed":
+            rule = "--skip_rule fixed; adaptive lets it follow the run"
         messages.append(
-            f"Step {step}: skip storm. 80 % of the last 50 steps were skipped for a gradient norm (now "
-            f"{grad_norm:.2f}) above --skip_grad_norm {guards.skip_grad_norm:g}. From here on the limit is "
-            f"{guards.skip_factor:g} times the median norm; --skip_rule fixed keeps it."
+            f"Step {step}: skipped (norm), its gradient norm {grad_norm:.4g} is above the limit of "
+            f"{verdict.norm_limit:.4g} ({rule}). Further skips for a norm are counted and not shown."
         )
     if verdict.frequent_nan:
         messages.append(
@@ -200,3 +210,39 @@ def verdict_messages(
             "(--loss_clamp_style, --logit_clamp_style) and the loss weights."
         )
     return messages
+
+
+_IN_WORDS = {
+    "no_targets": "no token to predict",
+    "forward": "a forward that was not finite",
+    "overflow": "an overflow while the loss scale was being found",
+    "gradient": "a gradient that was not finite at the lowest loss scale",
+    "norm": "a gradient norm above the limit",
+}
+"""What a cause of `CAUSES` means"""
+
+_NOTHING_APPLIED = {
+    "no_targets": "look at the text and at --block_size",
+    "forward": "crash/crash.md names the module",
+    "overflow": "the loss scale needs more --train_steps, or a lower --init_loss_scale",
+    "gradient": "crash/crash.md names the module",
+    "norm": "--skip_rule adaptive lets the limit follow the run, or raise --skip_grad_norm",
+}
+"""What to try where this cause is why no update was applied"""
+
+
+def skips_in_words(guard: StepGuard) -> str:
+    """How many of the run's steps were skipped, and why; '' if none was."""
+    counts = sorted(((count, cause) for cause, count in guard.skipped.items() if count), reverse=True)
+    if not counts:
+        return ""
+    causes = ", ".join(f"{count} for {_IN_WORDS[cause]}" for count, cause in counts)
+    return f"{sum(guard.skipped.values())} of {guard.attempts} steps were skipped: {causes}"
+
+
+def nothing_applied(guard: StepGuard) -> str:
+    """Why a run that ends without one applied update has failed, and what to try; '' if it has one."""
+    if guard.applied or not guard.attempts:
+        return ""
+    most_frequent = max(CAUSES, key=lambda cause: guard.skipped[cause])
+    return f"no update was applied ({skips_in_words(guard)}): {_NOTHING_APPLIED[most_frequent]}"

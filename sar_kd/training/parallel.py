@@ -73,6 +73,14 @@ class ParallelStrategy:
         """L2 norm over all gradients of all ranks: a scalar."""
         return torch.nn.utils.get_total_norm(gradients)
 
+    def large_grad_norm(self, gradients: list[Tensor]) -> float:
+        """`grad_norm` where float32 cannot hold the sum of squares; inf or nan if a gradient is. A host read.
+
+        norm = 2^100 * ||2^-100 * gradients||
+        """
+        norms = [self.grad_norm([gradient * 2.0**-100]) for gradient in gradients]
+        return torch.stack(norms).norm().item() * 2.0**100
+
     def full_weights(self) -> dict[str, Tensor] | None:
         """The student's full weights by name, on the CPU, if it is sharded; else None."""
         return None

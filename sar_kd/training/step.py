@@ -17,6 +17,9 @@ from sar_kd.training.guards import StepGuard, Verdict
 from sar_kd.training.optimizer import parameters_of
 from sar_kd.training.parallel import SINGLE_DEVICE, ParallelStrategy
 
+_LARGE_NORM = 1e18
+"""Up to here a sum of squares fits float32."""
+
 
 @dataclass
 class StepContext:
@@ -79,10 +82,13 @@ def train_step(micro_batches: list[Batch], context: StepContext) -> StepReport:
     routers.update_after_student_(batches)
     precision.unscale_(optimizer)
     parameters = parameters_of(optimizer)
-    grad_norm = strategy.grad_norm([p.grad for p in parameters if p.grad is not None])
-    report = _judge(terms, grad_norm, num_text, num_on_policy, context)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    grad_norm = strategy.grad_norm(gradients)
+    report = _judge(terms, grad_norm, gradients, num_text, num_on_policy, context)
     verdict = report.verdict
     if verdict.applied:
+        if report.grad_norm > _LARGE_NORM:  # the tensor may be inf
+            grad_norm = grad_norm.new_tensor(report.grad_norm, dtype=torch.float64)
         torch.nn.utils.clip_grads_with_norm_(parameters, context.max_grad_norm, grad_norm)
         optimizer.step()
     routers.commit_or_roll_back_(verdict.applied)
@@ -100,7 +106,14 @@ def _loss(
     return terms.total + context.routers.loss(batch, outputs), terms
 
 
-def _judge(terms: LossTerms, grad_norm: Tensor, num_text: int, num_on_policy: int, context: StepContext) -> StepReport:
+def _judge(
+    terms: LossTerms,
+    grad_norm: Tensor,
+    gradients: list[Tensor],
+    num_text: int,
+    num_on_policy: int,
+    context: StepContext,
+) -> StepReport:
     """Reduce a step's metrics over all ranks, and judge the update. num_*: target tokens of all ranks"""
     objective, routers, num_targets = context.objective, context.routers, num_text + num_on_policy
     divisor = max(1, num_targets)
@@ -109,6 +122,8 @@ def _judge(terms: LossTerms, grad_norm: Tensor, num_text: int, num_on_policy: in
     summed, largest, first_nonfinite_rank = reduce_metrics(sums, maxima, context)
     total, ce, kd, nonfinite_positions, dropped, *router_sums = summed
     norm, loss_scale, *router_norms = largest
+    if norm == math.inf:  # perhaps of finite gradients whose squares exceed float32
+        norm = context.strategy.large_grad_norm(gradients)
     router_report = routers.report(router_sums, router_norms, num_targets)
     losses, norms = [total], [norm]
     if router_report is not None:  # its norm has no limit; but if it is not finite, neither update is trusted

@@ -32,7 +32,7 @@ from sar_kd.training.checkpoint import (
     save_checkpoint,
     save_student,
 )
-from sar_kd.training.guards import verdict_messages
+from sar_kd.training.guards import nothing_applied, skips_in_words, verdict_messages
 from sar_kd.training.on_policy import OnPolicy
 from sar_kd.training.optimizer import learning_rate_at, set_learning_rate_
 from sar_kd.training.recovery import Recovery
@@ -96,6 +96,8 @@ class Trainer:
                     status = self._train(stop, started)
                     stop.what_follows = _AT_END
                     if status == "finished":
+                    if skips := skips_in_words(self.context.guard):
+                        self._log([skips])
                         student_folder = self.folder / "student"
                         self._log(m for callback in self.callbacks for m in callback.on_train_end(student_folder))
                     return self._write_summary(status)
@@ -165,6 +167,8 @@ class Trainer:
                 self._stop(f"stopped at step {step}: {reason}")
             if step % config.save_steps == 0 or at_end or stop_requested:
                 self._save()
+            if not reason and at_end:
+                reason = nothing_applied(self.context.guard)
             if stop_requested and not at_end:
                 return "interrupted"
         return "finished"

@@ -9,7 +9,7 @@ import pytest
 
 from sar_kd.config.presets import MODES
 from sar_kd.config.sections import MIN_LOSS_SCALE, GuardConfig
-from sar_kd.training.guards import CAUSES, StepGuard
+from sar_kd.training.guards import CAUSES, StepGuard, nothing_applied, skips_in_words, verdict_messages
 
 HEALTHY = {"num_targets": 100, "forward_finite": True, "grad_norm": 1.0, "loss_scale": 1024.0}
 NAN_FORWARD = {**HEALTHY, "forward_finite": False}
@@ -21,7 +21,7 @@ ZERO_GRADIENT = {**HEALTHY, "grad_norm": 0.0}
 
 
 def _guard(**settings) -> StepGuard:
-    defaults = {"skip_grad_norm": 2.0, "skip_rule": "storm", "skip_factor": 2.0, "max_nan_batches": 10}
+    defaults = {"skip_grad_norm": 2.0, "skip_rule": "adaptive", "skip_factor": 4.0, "max_nan_batches": 10}
     return StepGuard(SimpleNamespace(**{**defaults, **settings}))
 
 
@@ -49,7 +49,7 @@ def _judge(guard: StepGuard, attempt: dict, times: int = 1) -> list:
     ],
 )
 def test_every_attempt_has_one_verdict(num_targets, forward_finite, grad_norm, loss_scale, cause):
-    guard = _guard()
+    guard = _guard(skip_rule="fixed")
     verdict = guard.judge(
         num_targets=num_targets, forward_finite=forward_finite, grad_norm=grad_norm, loss_scale=loss_scale
     )
@@ -60,7 +60,7 @@ def test_every_attempt_has_one_verdict(num_targets, forward_finite, grad_norm, l
     assert {cause: n for cause, n in guard.skipped.items() if n} == ({cause: 1} if cause else {})
 
 
-@pytest.mark.parametrize("skip_rule", ["storm", "adaptive", "fixed"])
+@pytest.mark.parametrize("skip_rule", ["adaptive", "fixed"])
 @pytest.mark.parametrize("grad_norm", [math.nan, math.inf])
 def test_no_rule_applies_a_gradient_that_is_not_finite(skip_rule, grad_norm):
     guard = _guard(skip_rule=skip_rule, skip_grad_norm=math.inf)
@@ -68,7 +68,7 @@ def test_no_rule_applies_a_gradient_that_is_not_finite(skip_rule, grad_norm):
 
 
 def test_every_cause_is_counted_apart():
-    guard = _guard()
+    guard = _guard(skip_rule="fixed")
     for times, attempt in enumerate((HEALTHY, EMPTY, NAN_FORWARD, OVERFLOW, OVERFLOW_AT_FLOOR, LARGE), 1):
         _judge(guard, attempt, times)
     assert guard.applied == 1
@@ -105,13 +105,22 @@ def test_the_largest_number_of_consecutive_nan_batches_is_kept():
     assert (guard.consecutive_nan_batches, guard.max_consecutive_nan_batches) == (3, 7)
 
 
-@pytest.mark.parametrize("between", [OVERFLOW, LARGE, EMPTY])
-def test_a_skip_of_another_cause_neither_counts_nor_resets_nan_batches(between):
+@pytest.mark.parametrize("between", [OVERFLOW, EMPTY])
+def test_a_skip_without_a_finite_gradient_neither_counts_nor_resets_nan_batches(between):
     guard = _guard()
     _judge(guard, NAN_FORWARD, 9)
     assert not guard.judge(**between).emergency
     assert guard.consecutive_nan_batches == 9
     assert guard.judge(**NAN_FORWARD).emergency
+
+
+def test_nan_batches_with_finite_updates_between_them_that_were_refused_are_not_consecutive():
+    guard = _guard(skip_rule="fixed")
+    verdicts = [guard.judge(**attempt) for _ in range(30) for attempt in (NAN_FORWARD, LARGE)]
+    assert {verdict.cause for verdict in verdicts} == {"forward", "norm"}
+    assert not any(verdict.emergency for verdict in verdicts)
+    assert guard.max_consecutive_nan_batches == 1
+    assert sum(verdict.frequent_nan for verdict in verdicts) == 1
 
 
 def test_calibration_of_the_loss_scale_is_never_an_emergency():
@@ -160,91 +169,139 @@ def test_the_tenth_update_without_a_gradient_is_reported_and_all_are_counted():
 # The norm limit
 
 
-def test_a_skip_storm_is_reported_once_and_the_limit_then_follows_the_median():
+def _norms(guard: StepGuard, *norms: float) -> list:
+    return [guard.judge(**{**HEALTHY, "grad_norm": norm}) for norm in norms]
+
+
+NOISE = [0.8 + 0.1 * (i * 7 % 5) for i in range(60)]
+"""Factors of a norm, from 0.8 to 1.2, whose median is 1"""
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("level", [0.01, 2.7, 4.7, 300.0])
+def test_a_run_whose_norms_stay_at_any_level_loses_no_step(mode, level):
+    names = ("skip_grad_norm", "skip_rule", "skip_factor", "max_nan_batches")
+    guard = _guard(**{name: MODES[mode][name] for name in names})
+    assert all(verdict.applied for verdict in _norms(guard, *(level * factor for factor in NOISE)))
+
+
+def test_the_first_five_norms_have_no_limit_and_the_sixth_has_one():
+    verdicts = _norms(_guard(), 3.0, 2000.0, 2.8, 3.2, 3.0, 30.0)
+    assert [verdict.norm_limit for verdict in verdicts[:5]] == [math.inf] * 5
+    assert all(verdict.applied for verdict in verdicts[:5])
+    assert (verdicts[5].cause, verdicts[5].norm_limit) == ("norm", pytest.approx(12.0))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("level", [0.5, 3.0, 40.0])
+@pytest.mark.parametrize("position", range(5, 45, 2))
+def test_a_spike_of_ten_times_the_median_is_refused_wherever_it_comes(mode, level, position):
+    names = ("skip_grad_norm", "skip_rule", "skip_factor", "max_nan_batches")
+    guard = _guard(**{name: MODES[mode][name] for name in names})
+    norms = [level * factor for factor in NOISE]
+    norms[position] = 10 * level
+    assert [i for i, verdict in enumerate(_norms(guard, *norms)) if not verdict.applied] == [position]
+
+
+def test_twenty_spikes_in_one_run_are_all_refused():
+    norms = [3.0 * factor for factor in NOISE]
+    norms[6:46:2] = [30.0] * 20
+    verdicts = _norms(_guard(), *norms)
+    assert [i for i, verdict in enumerate(verdicts) if not verdict.applied] == list(range(6, 46, 2))
+
+
+def test_norms_that_rise_for_good_cost_one_step():
+    verdicts = _norms(_guard(), *[0.4] * 20, *[14.0 * factor for factor in NOISE])
+    assert [i for i, verdict in enumerate(verdicts) if not verdict.applied] == [20]
+    assert verdicts[21].norm_limit == pytest.approx(4 * 14.0 * 0.8)
+
+
+def test_behind_a_refused_norm_a_larger_spike_is_still_refused():
+    verdicts = _norms(_guard(), *[3.0] * 10, 30.0, 130.0, 3.0, 13.0)
+    assert [verdict.applied for verdict in verdicts[10:]] == [False, False, True, False]
+
+
+@pytest.mark.parametrize("between", [NAN_FORWARD, OVERFLOW, EMPTY])
+def test_a_refused_norm_is_remembered_until_the_next_finite_norm(between):
     guard = _guard()
-    verdicts = _judge(guard, LARGE, 52)
-    assert [i for i, verdict in enumerate(verdicts) if verdict.storm] == [49]
-    assert not verdicts[49].applied
-    assert [verdict.applied for verdict in verdicts[50:]] == [True, True]
-    assert verdicts[51].norm_limit == pytest.approx(2 * 2.6)
+    _norms(guard, *[3.0] * 10, 30.0)
+    _judge(guard, between, 3)
+    assert _norms(guard, 30.0)[0].applied
 
 
-@pytest.mark.parametrize(("num_skipped", "is_storm"), [(39, False), (40, True)])
-def test_a_storm_is_four_fifths_of_fifty_attempts(num_skipped, is_storm):
+def test_after_norms_have_risen_for_good_the_limit_follows_them_down_again():
     guard = _guard()
-    verdicts = _judge(guard, LARGE, num_skipped) + _judge(guard, HEALTHY, 50 - num_skipped)
-    assert verdicts[-1].storm == is_storm
-    assert not any(verdict.storm for verdict in verdicts[:-1])
+    _norms(guard, *[0.4] * 20, 14.0, 14.0, *[1.0] * 5)
+    assert _norms(guard, 10.0)[0].cause == "norm"
 
 
-def test_a_storm_is_recognised_in_the_last_fifty_attempts_of_a_long_run():
-    guard = _guard()
-    verdicts = _judge(guard, HEALTHY, 200) + _judge(guard, LARGE, 60)
-    assert [i for i, verdict in enumerate(verdicts) if verdict.storm] == [239]
-
-
-def test_many_skips_among_as_many_updates_are_no_storm():
-    guard = _guard()
-    verdicts = [verdict for _ in range(10) for verdict in _judge(guard, LARGE, 10) + _judge(guard, HEALTHY, 10)]
-    assert not any(verdict.storm for verdict in verdicts)
-
-
-def test_skips_of_other_causes_are_no_storm():
-    verdicts = _judge(_guard(max_nan_batches=1000), OVERFLOW, 60)
-    assert not any(verdict.storm for verdict in verdicts)
-
-
-def test_after_a_storm_the_limit_is_the_factor_times_the_median_of_the_last_fifty_finite_norms():
+def test_the_limit_is_the_factor_times_the_median_of_the_last_fifty_finite_norms():
     guard = _guard(skip_factor=3.0)
-    _judge(guard, LARGE, 50)
     norms = [2.0 + 0.001 * (i * 7 % 50) ** 2 for i in range(80)]
     for norm in norms:
-        _judge(guard, {**HEALTHY, "grad_norm": norm})
+        _norms(guard, norm)
         _judge(guard, OVERFLOW)
     assert guard.judge(**HEALTHY).norm_limit == pytest.approx(3.0 * median(norms[-50:]))
 
 
-def test_after_a_storm_the_limit_does_not_fall_below_the_setting():
-    guard = _guard()
-    _judge(guard, LARGE, 50)
-    verdicts = _judge(guard, {**HEALTHY, "grad_norm": 0.01}, 60)
-    assert verdicts[-1].norm_limit == 2.0
-
-
-def test_after_a_storm_a_spike_is_still_refused():
-    guard = _guard()
-    _judge(guard, LARGE, 55)
-    assert guard.judge(**{**HEALTHY, "grad_norm": 5.3}).cause == "norm"
-    assert guard.judge(**{**HEALTHY, "grad_norm": 5.1}).applied
+def test_the_limit_does_not_fall_below_the_setting():
+    verdicts = _norms(_guard(), *[0.01] * 60, 1.99, 2.01)
+    assert verdicts[-2].norm_limit == 2.0
+    assert [verdict.applied for verdict in verdicts[-2:]] == [True, False]
 
 
 def test_the_fixed_rule_never_adapts():
     verdicts = _judge(_guard(skip_rule="fixed"), LARGE, 200)
-    assert not any(verdict.applied or verdict.storm for verdict in verdicts)
+    assert not any(verdict.applied for verdict in verdicts)
     assert {verdict.norm_limit for verdict in verdicts} == {2.0}
 
 
-def test_the_adaptive_rule_has_no_limit_before_twenty_norms():
-    guard = _guard(skip_rule="adaptive", skip_factor=4.0)
-    verdicts = _judge(guard, {**HEALTHY, "grad_norm": 30.0}, 20)
-    assert all(verdict.applied and verdict.norm_limit == math.inf for verdict in verdicts)
-    assert guard.judge(**{**HEALTHY, "grad_norm": 120.1}).cause == "norm"
-    assert guard.judge(**{**HEALTHY, "grad_norm": 119.9}).applied
+@pytest.mark.parametrize(("skip_rule", "remedy"), [("adaptive", "4 times the median"), ("fixed", "adaptive lets it")])
+def test_the_first_skip_for_a_norm_is_shown_at_once_with_norm_and_limit_and_the_next_ones_are_not(skip_rule, remedy):
+    guard = _guard(skip_rule=skip_rule)
+    norms = [1.0] * 6 + [7.5, 1.0, 7.5]
+    shown = [
+        verdict_messages(step, verdict, norm, (1.0, 1.0), guard.settings)
+        for step, (norm, verdict) in enumerate(zip(norms, _norms(guard, *norms), strict=True), 1)
+    ]
+    (line,) = shown[6]
+    limit = "4" if skip_rule == "adaptive" else "2"
+    assert line.startswith(f"Step 7: skipped (norm), its gradient norm 7.5 is above the limit of {limit} (")
+    assert remedy in line
+    assert guard.skipped["norm"] == 2
+    assert not any(shown[:6] + shown[7:])
 
 
-def test_the_adaptive_rule_may_fall_below_the_setting_and_knows_no_storm():
-    guard = _guard(skip_rule="adaptive")
-    verdicts = _judge(guard, {**HEALTHY, "grad_norm": 0.1}, 21) + _judge(guard, {**HEALTHY, "grad_norm": 0.3})
-    assert verdicts[-1].cause == "norm"
-    assert not any(verdict.storm for verdict in verdicts)
+def test_skips_are_counted_in_words():
+    guard = _guard(skip_rule="fixed")
+    assert skips_in_words(guard) == ""
+    for times, attempt in ((5, HEALTHY), (3, LARGE), (1, OVERFLOW)):
+        _judge(guard, attempt, times)
+    assert skips_in_words(guard) == (
+        "4 of 9 steps were skipped: 3 for a gradient norm above the limit, 1 for an overflow while the loss scale was "
+        "being found"
+    )
+    assert nothing_applied(guard) == ""
+
+
+@pytest.mark.parametrize(
+    ("attempt", "remedy"),
+    [(LARGE, "--skip_rule adaptive"), (OVERFLOW, "--init_loss_scale"), (EMPTY, "--block_size"), (NAN_FORWARD, "crash")],
+)
+def test_a_run_without_an_applied_update_has_a_reason_and_a_remedy(attempt, remedy):
+    guard = _guard(skip_rule="fixed")
+    assert nothing_applied(guard) == ""
+    _judge(guard, attempt, 4)
+    assert nothing_applied(guard).startswith("no update was applied (4 of 4 steps were skipped: 4 for ")
+    assert remedy in nothing_applied(guard)
 
 
 def test_norms_that_are_not_finite_do_not_enter_the_median():
-    guard = _guard(skip_rule="adaptive")
+    guard = _guard()
     _judge(guard, {**HEALTHY, "grad_norm": 3.0}, 20)
     for attempt in (OVERFLOW, OVERFLOW_AT_FLOOR, {**NAN_FORWARD, "grad_norm": math.nan}, EMPTY):
         _judge(guard, attempt, 5)
-    assert guard.judge(**HEALTHY).norm_limit == 6.0
+    assert guard.judge(**HEALTHY).norm_limit == 12.0
 
 
 def test_the_settings_of_every_mode_make_a_guard():
@@ -259,12 +316,15 @@ def test_the_settings_of_every_mode_make_a_guard():
 
 
 def _history(length: int) -> list[dict]:
-    kinds = (*[LARGE] * 5, OVERFLOW, *[LARGE] * 4, NAN_FORWARD, LARGE)  # a storm at the 50th attempt
-    return [{**kinds[i % len(kinds)]} | {"loss_scale": 2.0 ** (i % 5)} for i in range(length)]
+    kinds = (*[LARGE] * 5, OVERFLOW, *[LARGE] * 4, NAN_FORWARD, LARGE)
+    attempts = [{**kinds[i % len(kinds)]} | {"loss_scale": 2.0 ** (i % 5)} for i in range(length)]
+    for i in (29, 50, 51, 90, 91):  # spikes; from the second of two the norms have risen for good
+        attempts[i] = {**LARGE, "grad_norm": 40.0}
+    return attempts
 
 
-@pytest.mark.parametrize("skip_rule", ["storm", "adaptive", "fixed"])
-@pytest.mark.parametrize("interrupted_at", [1, 30, 49, 50, 90])
+@pytest.mark.parametrize("skip_rule", ["adaptive", "fixed"])
+@pytest.mark.parametrize("interrupted_at", [1, 4, 30, 50, 51, 91])
 def test_a_guard_restored_from_json_gives_the_same_verdicts(skip_rule, interrupted_at):
     guard, restored = _guard(skip_rule=skip_rule), _guard(skip_rule=skip_rule)
     history = _history(150)

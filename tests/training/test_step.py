@@ -289,6 +289,40 @@ def test_clipping_keeps_the_direction_and_never_lengthens(make_run):
         torch.testing.assert_close(short, long * (0.5 / norm), rtol=1e-4, atol=1e-8)
 
 
+def _enlarge_gradients(run, factor):
+    for parameter in run.student.parameters():
+        parameter.register_hook(lambda gradient: gradient * factor)
+
+
+@HALF_OR_FLOAT
+@pytest.mark.parametrize("skip_rule", ["adaptive", "fixed"])
+def test_a_finite_gradient_whose_norm_exceeds_float32_is_finite(make_run, dtype, skip_rule):
+    usual, large = make_run(dtype, clip=0.5), make_run(dtype, clip=0.5)
+    large.guard = StepGuard(GuardConfig(skip_rule=skip_rule))
+    _enlarge_gradients(large, 2.0**90)
+    usual_report = usual.step(_batches(usual, [0, 1]))
+    before, scale = _bits(large), large.precision.loss_scale.item()
+    report = large.step(_batches(large, [0, 1]))
+    assert report.grad_norm == pytest.approx(usual_report.grad_norm * 2.0**90, rel=1e-4)
+    assert large.precision.loss_scale.item() == scale
+    if skip_rule == "fixed":
+        assert report.verdict.cause == "norm"
+        assert _unchanged(before, _bits(large))
+        return
+    assert report.verdict.applied  # among the first five norms, so it is clipped
+    assert _norm(large.gradients[0]) == pytest.approx(0.5, rel=1e-4)
+    for clipped, reference in zip(large.gradients[0], usual.gradients[0], strict=True):
+        torch.testing.assert_close(clipped, reference, rtol=1e-3, atol=1e-7)
+
+
+def test_every_overflow_lowers_the_loss_scale_also_one_that_the_scaler_does_not_see(make_run):
+    run = make_run(torch.float16, scale=1024.0)
+    run.precision.backward(run.student.lm_head.weight.sum())
+    run.precision.unscale_(run.optimizer)
+    run.precision.update_("overflow", 1024.0)
+    assert run.precision.loss_scale.item() == 512.0
+
+
 class _HostReads(TorchDispatchMode):
     """Operations whose result the host has to wait for on a GPU."""
 
