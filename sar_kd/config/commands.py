@@ -149,7 +149,7 @@ ROUTERS = Command(
 class EmbeddedConfig(Section):
     """Training: how long, and where to save the models."""
 
-    output_dir: str = option("", "folder for both models; by default their place in the package")
+    output_dir: str = option("", "new folder for both models", not_empty="give a folder for both models")
     teacher_steps: int = option(2400, "training steps of the teacher", at_least=0)
     student_steps: int = option(200, "training steps of the student", at_least=0)
     seed: int = option(0, "seed of weights, data order and noise", at_least=0)
@@ -157,7 +157,7 @@ class EmbeddedConfig(Section):
 
 EMBEDDED_PAIR = Command(
     "embedded",
-    "Train the embedded teacher and student again: about 20 minutes on 2 cores.",
+    "Train the embedded teacher and student again, into a new folder: about 20 minutes on 2 cores.",
     EmbeddedConfig,
     "build_embedded:main",
 )

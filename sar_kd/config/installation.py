@@ -19,3 +19,8 @@ def program_name() -> str:
     is_importable = Path.cwd() == _ROOT or str(_ROOT) in sys.path[1:]
     place = "" if is_importable or Path(sys.argv[0]).name == "__main__.py" else f"PYTHONPATH={_ROOT} "
     return f"{place}{python} -m sar_kd"
+
+
+def as_called_here(text: str) -> str:
+    """A constant text about this program's commands, with the name that they have in this installation."""
+    return text.replace("`sar-kd ", f"`{program_name()} ")

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sar_kd.config.fields import AUTO, KIND_NAMES, Command, options_of
-from sar_kd.config.installation import program_name
+from sar_kd.config.installation import as_called_here, program_name
 from sar_kd.errors import UsageError
 
 CONFIG = "config"
@@ -147,16 +147,11 @@ def build_parser(command: Command) -> argparse.ArgumentParser:
         parser.add_argument("--mode", choices=tuple(modes), help=text)
     defaults = {**command.defaults, **modes.get(command.defaults.get("mode", ""), {})}
     for section in command.sections.values():
-        title, _, description = _as_called_here((section.__doc__ or "").rstrip(".")).partition(": ")
+        title, _, description = as_called_here((section.__doc__ or "").rstrip(".")).partition(": ")
         group = parser.add_argument_group(title, description)
         for item, kind in options_of([section]):
             _add_option(group, item, kind, defaults.get(item.name, item.default))
     return parser
-
-
-def _as_called_here(text: str) -> str:
-    """A text about this program's commands, with the name that they have in this installation."""
-    return text.replace("`sar-kd ", f"`{program_name()} ")
 
 
 def _usage_of(item: dataclasses.Field) -> str:
@@ -169,7 +164,7 @@ def _add_option(group, item: dataclasses.Field, kind: type, default) -> None:
     nothing = default == "" or default is False
     shown = "" if nothing else f" ({default:g})" if isinstance(default, float) else f" ({default})"
     syntax = item.metadata
-    how: dict[str, Any] = {"help": _as_called_here(syntax["help"]) + shown}
+    how: dict[str, Any] = {"help": as_called_here(syntax["help"]) + shown}
     if kind is bool:
         how |= {"action": "store_true"}
     elif syntax["choices"]:

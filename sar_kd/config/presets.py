@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sar_kd.config.fields import Command
+from sar_kd.config.installation import as_called_here
 from sar_kd.config.runs import Config
 
 _CLAMPED = {
@@ -74,7 +75,7 @@ def recipe_lines(recipe: str) -> tuple[str, ...]:
     """How a recipe differs from the paper, a line each; none without a recipe."""
     if not recipe:
         return ()
-    return tuple(f"Unlike the paper: {line}." for line in (*DEVIATIONS[recipe], *_COMMON_DEVIATIONS))
+    return tuple(as_called_here(f"Unlike the paper: {line}.") for line in (*DEVIATIONS[recipe], *_COMMON_DEVIATIONS))
 
 
 EMBEDDED_LR_FACTOR = 200.0

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from sar_kd.config.installation import program_name
 from sar_kd.errors import UsageError
 from sar_kd.runtime.files import atomic_write, file_digest
 
@@ -82,7 +83,7 @@ def read_header(folder: Path) -> dict[str, Any]:
     path = folder / HEADER
     if not path.is_file():
         where = "holds no teacher cache" if folder.is_dir() else "no such folder"
-        raise cache_error(folder, f"{where}; make one with `python -m sar_kd cache --teacher_cache {folder}`")
+        raise cache_error(folder, f"{where}; make one with `{program_name()} cache --teacher_cache {folder}`")
     try:
         header = json.loads(path.read_bytes())
         digest = header.pop("sha256")

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from sar_kd.config.installation import program_name
 from sar_kd.errors import UsageError
 
 MAX_PARAMETER_SHARE = 0.01
@@ -129,7 +130,7 @@ def _matching(modules: dict[str, nn.Module], patterns: tuple[str, ...]) -> dict[
         if not found:
             raise UsageError(
                 f"--router_patterns {pattern}: matches the full name of no module; "
-                "`python -m sar_kd routers --model M` lists the routers found without it"
+                f"`{program_name()} routers --model M` lists the routers found without it"
             )
         matched |= dict.fromkeys(found, "pattern")
     return matched
