@@ -71,7 +71,7 @@ def _models(summary: dict) -> list[tuple[str, str, _Metrics]]:
 
     models = [
         student("student, start", "student_start", "start"),
-        student("student, end", "student_end", "final"),
+        student(_name_of_last(summary), "student_end", "final"),
         student(f"student, best (step {summary['best_step']})", "student", "best"),
     ]
     if "cross_entropy_only" in summary:
@@ -95,3 +95,9 @@ def _teachers(summary: dict) -> dict[str, _Metrics]:
                 routing = "own routing" if how == "native" else "every expert" if summary["experts"] == "all" else "ka"
                 teachers[f"teacher, {routing}, {'end' if when == 'final' else when}"] = pair
     return teachers
+def _name_of_last(summary: dict) -> str:
+    """What the last validation is of: a run that was interrupted made steps after it."""
+    step = summary.get("val_step_final")
+    return "student, end" if step in (None, summary["steps"]) else f"student, step {step}"
+
+

@@ -42,3 +42,18 @@ def test_scores_stand_under_their_names():
     header, first, *_ = _table(SUMMARY | TASK)
     for name, shown in (("perplexity", "1.23e+06"), ("bits per byte", "12.5000"), ("accuracy", "0.125")):
         assert header.index(name) + len(name) == first.index(shown) + len(shown)
+
+
+@pytest.mark.parametrize(
+    ("more", "name"),
+    [
+        ({}, "student, end "),  # of a version that did not keep the step
+        ({"val_step_final": 12345}, "student, end "),
+        ({"val_step_final": 12300}, "student, step 12300 "),
+        ({"val_step_final": 0}, "student, step 0 "),
+    ],
+    ids=str,
+)
+def test_the_last_validation_has_its_step_where_the_run_went_on_after_it(more, name):
+    _, _, last, *_ = _table(SUMMARY | more)
+    assert last.startswith(f"  {name}")
