@@ -6,7 +6,9 @@ answer shows the calculation and puts the result between tags:
     How many feet are 8.4 m?    8.4*3.28=26.2+1.3=<answer>28</answer>
 
 A conversion is calculated digit by digit, so that a small model can do it for a number that is not in the training
-text. Answers are rounded to two digits, which is within 5 % for every number, and 5 % is the tolerance of an answer.
+text. Factors have three digits, and so has the larger of two terms, or four. An answer is the sum of the terms as they
+stand there, rounded half up to two digits. It is within 5 % of the true value for every number, and 5 % is the
+tolerance of an answer.
 
 The split of a question follows from a hash of the number's digits and the two units, whatever its wording, its
 direction and the place of its decimal point: 84 feet in metres and 8.4 m in feet are in the same split. So a table of
@@ -21,6 +23,7 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import ROUND_HALF_UP, Decimal
 from functools import lru_cache
 
 from sar_kd.data.samples import Conversation, Message
@@ -73,7 +76,7 @@ class Question:
     """A key of `FACTORS`, or 'temperature'"""
     text: str
     answer: str
-    """The target: the calculation and, between the tags, `true_value` in two digits"""
+    """The target: the calculation and, between the tags, its result in two digits"""
     true_value: float
     split: str
 
@@ -105,15 +108,14 @@ def parse_answer(text: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def in_two_digits(number: float) -> str:
-    """The number rounded to two significant digits, without an exponent: 0.0254 is 0.025, 2540 is 2500, 3.0 is 3."""
-    return _rounded(number, 2)
-
-
-def _rounded(number: float, digits: int) -> str:
-    mantissa, exponent = f"{number:.{digits - 1}e}".split("e")
-    text = f"{float(f'{mantissa}e{exponent}'):.{max(0, digits - 1 - int(exponent))}f}"
+def in_digits(number: Decimal, digits: int) -> str:
+    """The number rounded half up to significant digits, no exponent: in two, 0.0254 is 0.025 and 2540 is 2500."""
+    text = f"{_rounded(number, digits):f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _rounded(number: Decimal, digits: int) -> Decimal:
+    return number.quantize(Decimal(1).scaleb(number.adjusted() - digits + 1), ROUND_HALF_UP)
 
 
 @lru_cache(maxsize=1)
@@ -127,40 +129,66 @@ def _generate() -> Iterator[Question]:
         for (large, small), factor in factors.items():
             for value in values:
                 for source, target, share in ((large, small, factor), (small, large, 1 / factor)):
-                    yield from _worded(quantity, value, source, target, float(value) * share, _steps(value, share))
+                    calculation = _product(Decimal(value), share)
+                    yield from _worded(quantity, value, source, target, float(value) * share, *calculation)
     for (source, target), (numbers, convert) in _TEMPERATURES.items():
         for number in numbers:
-            steps = _temperature_steps(number, source, target)
-            yield from _worded("temperature", str(number), source, target, convert(number), steps)
+            calculation = _temperature(Decimal(number), source, target)
+            yield from _worded("temperature", str(number), source, target, convert(number), *calculation)
 
 
-def _steps(value: str, factor: float) -> str:
-    """The calculation, in products of the last digit and of the digits before it: '8.4*3.28=26.2+1.3='."""
-    formula = f"{value}*{_rounded(factor, 3)}=" if factor > 1 else f"{value}/{_rounded(1 / factor, 3)}="
-    moves_point = math.log10(factor) == round(math.log10(factor))
-    terms = _terms(value, factor)
-    return formula + (f"{terms}=" if "+" in terms and not moves_point else "")
+def _product(value: Decimal, factor: float) -> tuple[str, Decimal]:
+    """`value` times the factor in three digits: the calculation and its result, '8.4*3.28=26.2+1.3=' and 27.5."""
+    divides = factor < 1
+    shown = _rounded(Decimal(1 / factor if divides else factor), 3)
+    formula = f"{value}{'/' if divides else '*'}{in_digits(shown, 3)}="
+    is_power_of_ten = shown == Decimal(1).scaleb(shown.adjusted())
+    terms = [value] if is_power_of_ten else _digits_of(value)
+    products = [term / shown if divides else term * shown for term in terms]
+    if len(products) == 1:
+        return formula, products[0]
+    rounded = _to_one_place(products)
+    return f"{formula}{_sum(rounded)}=", sum(rounded, Decimal(0))
 
 
-def _terms(value: str, factor: float) -> str:
-    """The products of `factor` with the digits before the last one and with the last: '26.2+1.3' for 8.4 and 3.28."""
-    last = float(re.sub("[0-9](?=.)", "0", value))  # 0.4 of 8.4
-    if last in (0.0, float(value)):
-        return _rounded(float(value) * factor, 3)
-    first = _rounded((float(value) - last) * factor, 3)
-    return f"{first}+{last * factor:.{len(first.partition('.')[2])}f}"
+def _digits_of(value: Decimal) -> list[Decimal]:
+    """The digits before the last one, and the last: 8 and 0.4 of 8.4; the value alone if one of them is 0."""
+    last = value % Decimal(1).scaleb(int(value.as_tuple().exponent) + 1)
+    return [value - last, last] if last not in (0, value) else [value]
 
 
-def _temperature_steps(number: int, source: str, target: str) -> str:
+def _to_one_place(terms: list[Decimal]) -> list[Decimal]:
+    """All rounded at one place, the third digit of the first, so that none is lost in the sum: 23.0+0.7, 1.00+0.11.
+
+    The fourth digit where the first is 1: there half of the third is 0.5 %, and with the answer's rounding too much.
+    """
+    exponent = terms[0].adjusted()
+    begins_with_one = terms[0] < Decimal(2).scaleb(exponent)
+    place = Decimal(1).scaleb(min(0, exponent - 2 - begins_with_one))
+    return [term.quantize(place, ROUND_HALF_UP) for term in terms]
+
+
+def _sum(terms: list[Decimal]) -> str:
+    return "+".join(f"{term:f}" for term in terms)
+
+
+def _temperature(number: Decimal, source: str, target: str) -> tuple[str, Decimal]:
+    """The calculation for a temperature and its result, as `_product`."""
     if target == "fahrenheit":
-        return f"{number}*1.8+32={_terms(str(number), 1.8)}+32="
+        steps, product = _product(number, 1.8)
+        terms = steps.split("=")[1]
+        return f"{number}*1.8+32=" + (f"{terms}+32=" if terms else ""), product + 32
     if source == "fahrenheit":
-        return f"({number}-32)/1.8={_steps(str(number - 32), 1 / 1.8)}"
-    return f"{number}{'+' if target == 'kelvins' else '-'}273="
+        steps, quotient = _product(number - 32, 1 / 1.8)
+        return f"({number}-32)/1.8={steps}", quotient
+    offset = Decimal("273.15")
+    return (f"{number}+{offset}=", number + offset) if target == "kelvins" else (f"{number}-{offset}=", number - offset)
 
 
-def _worded(quantity: str, value: str, source: str, target: str, true_value: float, step: str) -> Iterator[Question]:
-    answer, split = f"{step}<answer>{in_two_digits(true_value)}</answer>", split_of(value, source, target)
+def _worded(
+    quantity: str, value: str, source: str, target: str, true_value: float, steps: str, result: Decimal
+) -> Iterator[Question]:
+    answer, split = f"{steps}<answer>{in_digits(result, 2)}</answer>", split_of(value, source, target)
     for wording in WORDINGS:
         text = wording.format(value=value, source=source, target=target)
         yield Question(quantity, text, answer, true_value, split)

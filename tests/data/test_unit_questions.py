@@ -1,12 +1,14 @@
 """The unit questions: their wording, their right answers, and that no split knows another's answers."""
 
 import re
+from decimal import Decimal
+from fractions import Fraction
 from itertools import combinations
 
 import pytest
 
 from sar_kd.data import unit_questions
-from sar_kd.data.unit_questions import Question, in_two_digits, parse_answer, questions
+from sar_kd.data.unit_questions import Question, in_digits, parse_answer, questions
 
 # Metres, kilograms, seconds, cubic metres, metres a second and bytes, from the definitions of the units.
 SI = {
@@ -61,6 +63,31 @@ def test_every_answer_is_right_by_its_own_rule(splits):
     assert all(asked.is_right(parse_answer(asked.answer)) for found in splits.values() for asked in found)
 
 
+def _exact(expression: str) -> Fraction:
+    """The value of '26.2+1.3', in exact arithmetic."""
+    return eval(re.sub(r"[\d.]+", r'Fraction("\g<0>")', expression), {"Fraction": Fraction})
+
+
+def _places(expression: str) -> int:
+    """Decimals of the number with the fewest."""
+    return min(len(number.partition(".")[2]) for number in re.findall(r"[\d.]+", expression))
+
+
+def _in_two_digits(number: Fraction) -> Fraction:
+    unit = Fraction(10) ** next(e for e in range(-9, 9) if Fraction(10) ** (e + 1) <= number < Fraction(10) ** (e + 2))
+    return (number / unit + Fraction(1, 2)).__floor__() * unit
+
+
+def test_every_calculation_is_right_as_it_stands_there(splits):
+    """Two terms lose at most half a unit of their last place each, and the answer is the last sum in two digits."""
+    for text in {asked.answer for found in splits.values() for asked in found}:
+        *steps, answer = text.removesuffix("</answer>").replace("<answer>", "").split("=")
+        values = [_exact(step) for step in steps]
+        for value, after, step in zip(values, values[1:], steps[1:], strict=False):
+            assert abs(value - after) <= Fraction(1, 10 ** _places(step)), text
+        assert _in_two_digits(values[-1]) == Fraction(answer), text
+
+
 def test_no_question_stands_in_two_splits_or_twice(splits):
     texts = [asked.text for found in splits.values() for asked in found]
     assert len(texts) == len(set(texts)) > 30000
@@ -101,12 +128,12 @@ def test_a_seed_gives_its_questions_and_another_gives_others():
     [(0.0254, "0.025"), (2540, "2500"), (3.0, "3"), (0.0996, "0.1"), (99.6, "100"), (1e-4, "0.0001")],
 )
 def test_numbers_are_written_in_two_digits_without_an_exponent(number, text):
-    assert in_two_digits(number) == text
+    assert in_digits(Decimal(str(number)), 2) == text
 
 
 def test_rounding_to_two_digits_stays_within_the_tolerance():
     numbers = [mantissa / 1000 * 10**exponent for exponent in range(-3, 6) for mantissa in range(1000, 10000, 7)]
-    assert max(abs(float(in_two_digits(x)) - x) / x for x in numbers) < unit_questions.TOLERANCE
+    assert max(abs(float(in_digits(Decimal(x), 2)) - x) / x for x in numbers) < unit_questions.TOLERANCE
 
 
 @pytest.mark.parametrize(
