@@ -8,7 +8,6 @@ embedded text; the student for fewer steps, so that it has something to learn fr
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from sar_kd import embedded
 from sar_kd.config.commands import EmbeddedConfig
 from sar_kd.data.dataset import Dataset, build_dataset
 from sar_kd.data.samples import Document
+from sar_kd.errors import UsageError
 from sar_kd.evaluation.perplexity import evaluate
 from sar_kd.runtime.precision import Precision
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
@@ -46,7 +46,10 @@ INPUT_NOISE = 0.15
 
 def main(config: EmbeddedConfig) -> dict:
     """Train both models and save them. Raises: UsageError"""
-    output = Path(config.output_dir or Path(embedded.__file__).parent)
+    output = Path(config.output_dir)
+    for name in ("teacher", "student"):
+        if (output / name).exists():
+            raise UsageError(f"--output_dir {config.output_dir}: it holds a folder {name}; give another folder")
     build(output, config.teacher_steps, config.student_steps, config.seed)
     return {"status": "finished"}
 
@@ -173,7 +176,6 @@ def dataset_of(tokenizer: Any, texts: dict[str, str]) -> Dataset:
 
 
 def _save(folder: Path, name: str, model: Any, tokenizer, scores, steps: int, noise: float, seed: int) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
