@@ -37,7 +37,7 @@ from sar_kd.commands import main as command_line  # noqa: E402
 from sar_kd.commands.build_embedded import byte_level_bpe  # noqa: E402
 
 STEPS = 12
-_TIMING = {"tokens_per_second", "peak_memory_bytes", "wall_seconds", "seconds", "train_seconds"}
+_TIMING = {"tokens_per_second", "peak_memory_bytes", "wall_seconds", "seconds", "train_seconds", "time"}
 
 
 def build_inputs(folder: Path) -> list[str]:
@@ -94,7 +94,7 @@ def end_of(folder: Path) -> dict:
         "checkpoint": (latest / "student.safetensors").read_bytes(),
         "state": [tensor.tolist() if isinstance(tensor, torch.Tensor) else tensor for tensor in _leaves(state)],
         "progress": _untimed(json.loads((latest / "progress.json").read_text())),
-        "metrics": (folder / "metrics.jsonl").read_text(),
+        "metrics": [_untimed(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()],
         "summary": _untimed(json.loads((folder / "summary.json").read_text())),
     }
 

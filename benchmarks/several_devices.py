@@ -145,7 +145,9 @@ def kill(folder: Path, parallel: str) -> dict:
 def _end(run: Path) -> tuple:
     latest = run / "checkpoint" / (run / "checkpoint" / "latest").read_text()
     weights = safetensors.torch.load_file(latest / "student.safetensors")
-    return (run / "metrics.jsonl").read_text(), {name: value.tolist() for name, value in weights.items()}
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    metrics = [{name: value for name, value in each.items() if name not in ("time", "seconds")} for each in records]
+    return metrics, {name: value.tolist() for name, value in weights.items()}
 
 
 def main() -> int:

@@ -192,7 +192,11 @@ def test_a_script_names_its_preset_and_nothing_else(script, preset):
     assert sum(preset in line for line in lines) == 2  # imported once, used once
 
 
-@EVERY_MODULE
+# What a drawing library raises must not end a run.
+MAY_CATCH_ALL = {"sar_kd.reporting.run_log"}
+
+
+@pytest.mark.parametrize("module", sorted(TREES.keys() - MAY_CATCH_ALL))
 def test_no_error_is_caught_wholesale(module):
     handlers = [node for node in ast.walk(TREES[module]) if isinstance(node, ast.ExceptHandler)]
     caught = [name for handler in handlers for name in _caught(handler)]

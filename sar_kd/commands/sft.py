@@ -22,13 +22,12 @@ from sar_kd.reporting.run_log import SftLog, open_run
 from sar_kd.runtime.distributed import ProcessGroup, join_process_group
 from sar_kd.runtime.precision import setup_precision
 from sar_kd.runtime.run_folder import hold_run_folder
-from sar_kd.runtime.threads import limit_threads
 from sar_kd.teacher.base import NoTeacher
 from sar_kd.training.callbacks import Callback, TargetChecks, TaskEvaluation, check_targets
 from sar_kd.training.guards import StepGuard
 from sar_kd.training.optimizer import build_optimizer
-from sar_kd.training.run_inputs import digest_inputs
 from sar_kd.training.parallel import build_strategy
+from sar_kd.training.run_inputs import digest_inputs
 from sar_kd.training.step import StepContext
 from sar_kd.training.trainer import Datasets, Trainer
 
@@ -54,13 +53,11 @@ def fine_tune(config: SftConfig) -> dict:
 def _run(config: SftConfig, group: ProcessGroup) -> dict:
     config = fit_batch_size(config, group)  # --per_device_batch_size auto
     log = open_run(config, SftLog)  # terminal, metrics.jsonl, summary.json
-    preflight(config, log.info)  # refuse a run that cannot work
+    preflight(config, log.info, detail=log.detail)  # refuse a run that cannot work
     precision = setup_precision(config.precision, config.train.seed)  # device, compute dtype, loss scale
 
     dtype = precision.dtype if config.lora.lora_rank else torch.float32  # trainable weights are float32
     models = load_student(config.models, dtype, precision)  # and its tokenizer
-    for line in limit_threads(models.num_parameters, precision.device):  # one CPU thread for small models
-        log.info(line)
     if config.memory.gradient_checkpointing:
         recompute_activations_(models.student, same_dropout=True)
         models.student.enable_input_require_grads()  # type: ignore[operator]  # transformers'
@@ -70,11 +67,11 @@ def _run(config: SftConfig, group: ProcessGroup) -> dict:
     documents = load_documents(config.data)
     train, validation = (build_dataset(text, models.tokenizers, *limits, tokens) for text in documents)
     config = config.in_steps(len(train))  # epochs to steps
-    for line in (describe_trainable(models.student), *check_targets(train, config.data)):
+    for line in (*models.notes, describe_trainable(models.student), *check_targets(train, config.data)):
         log.info(line)
 
     objective = Objective(None, models.student, config.loss, train.aligner, precision)  # cross-entropy alone
-    optimizer = build_optimizer(models.student, config.optim)  # type: ignore[arg-type]  # has student_lr too
+    optimizer = build_optimizer(models.student, config.optim)
     guard = StepGuard(config.guards)  # may an update be applied?
     strategy = build_strategy(objective, config.train, group)
     context = StepContext(objective, optimizer, guard, precision, config.guards.max_grad_norm, strategy=strategy)

@@ -18,14 +18,13 @@ from sar_kd.reporting.run_log import open_run
 from sar_kd.runtime.distributed import ProcessGroup, join_process_group
 from sar_kd.runtime.precision import setup_precision
 from sar_kd.runtime.run_folder import hold_run_folder
-from sar_kd.runtime.threads import limit_threads
 from sar_kd.teacher.cached import CachedTeacher, open_teacher_cache
 from sar_kd.teacher.live import LiveTeacher
 from sar_kd.training.guards import StepGuard
 from sar_kd.training.on_policy import build_on_policy
 from sar_kd.training.optimizer import build_optimizer
-from sar_kd.training.run_inputs import digest_inputs
 from sar_kd.training.parallel import build_strategy
+from sar_kd.training.run_inputs import digest_inputs
 from sar_kd.training.step import StepContext
 from sar_kd.training.trainer import Datasets, Trainer
 
@@ -46,12 +45,12 @@ def _run(config: Config, loaded: LoadedModels, group: ProcessGroup) -> dict:
     config = fit_batch_size(config, group, loaded)  # --per_device_batch_size auto
     config, baseline = prepare_task(config)  # --task: fine-tune the teacher, train a baseline
     log = open_run(config, process_group=group)  # terminal, metrics.jsonl, summary.json
-    group.on_rank_zero(lambda: preflight(config, log.info, loaded))  # refuse a run that cannot work
+    group.on_rank_zero(lambda: preflight(config, log.info, loaded, log.detail))  # refuse a run that cannot work
     precision = setup_precision(config.precision, config.train.seed, group)  # device, compute dtype, loss scale
 
     config, cache = open_teacher_cache(config, group, log.info)  # --teacher_cache: logits without a teacher
     models = load_models(config, precision, cache.teacher if cache else None, loaded)  # and their tokenizers
-    for line in limit_threads(models.num_parameters, precision.device):  # one CPU thread for small models
+    for line in models.notes:
         log.info(line)
     limits = models.block_limits(config.data.block_size)  # tokens in a block, for each model
     documents = load_documents(config.data)  # training and held-out text

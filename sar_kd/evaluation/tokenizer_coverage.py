@@ -9,7 +9,7 @@ import numpy as np
 
 from sar_kd.alignment.byte_alignment import find_boundaries, find_chunks
 from sar_kd.data.dataset import Dataset
-from sar_kd.runtime.console import first_few
+from sar_kd.runtime.console import count_of, first_few
 from sar_kd.tokenization.token_table import TokenTable
 
 _MAX_TOKENS = 2**18
@@ -55,30 +55,43 @@ class Coverage:
         finer = "student" if self.coarser == "teacher" else "teacher"
         return f"projection of the {self.coarser}'s tokens onto the {finer}'s, at every byte where either starts one"
 
+    def summary(self) -> str:
+        """One line for people."""
+        if self.equal:
+            return "Alignment: the tokenizers are equal, so tokens are compared one by one"
+        return (
+            f"Alignment: {self.strict:.0%} of the student's tokens are tokens of the teacher too, and both start a "
+            f"token at {self.both_start:.0%} of them"
+        )
+
     def lines(self) -> list[str]:
         """A table for people."""
         shares = {
-            "same token on both sides (strict)": self.strict,
-            **{f"  ... {name}": share for name, share in self.strict_by_class.items()},
-            "both start a token": self.both_start,
-            "starts inside a teacher token": self.inside_teacher,
-            "a teacher token starts inside it": self.inside_student,
+            "the teacher has the same token": self.strict,
+            **{f"  of those {name}": share for name, share in self.strict_by_class.items()},
+            "the teacher starts a token there too": self.both_start,
+            "start inside one of the teacher's": self.inside_teacher,
+            "one of the teacher's starts inside": self.inside_student,
         }
         return [
-            f"Vocabularies: teacher {self.teacher_tokens:,}, student {self.student_tokens:,}, "
-            f"{self.shared_tokens:,} tokens of the same bytes; the {self.coarser}'s tokenizer is coarser",
-            f"Of {self.num_tokens:,} student tokens:",
+            f"Vocabularies: teacher {count_of(self.teacher_tokens, 'token')}, student {self.student_tokens:,}; "
+            f"{self.shared_tokens:,} have the same bytes; the {self.coarser}'s tokens are longer",
+            f"Of {count_of(self.num_tokens, 'student token')}:",
             *(f"  {name:<36}{'none' if np.isnan(share) else f'{share:.1%}':>8}" for name, share in shares.items()),
-            f"Aligned chunks: {self.chunks_per_token:.3f} per student token; in {self.overlapping:.1%} of them tokens "
-            "overlap",
+            f"Aligned chunks: {self.chunks_per_token:.3f} per student token; {self.overlapping:.1%} of them hold "
+            "tokens that overlap",
             f"--alignment auto: {self.auto_alignment}",
         ]
 
 
 def skipped_lines(documents: Sequence[str]) -> list[str]:
     """A line about documents that are empty or that a tokenizer changes, if there are any."""
-    reason = "that are empty or that a tokenizer changes"
-    return [f"Skipped {len(documents)} documents {reason}: {first_few(documents)}"] if documents else []
+    reason = (
+        "that is empty or that a tokenizer changes"
+        if len(documents) == 1
+        else ("that are empty or that a tokenizer changes")
+    )
+    return [f"Skipped {count_of(len(documents), 'document')} {reason}: {first_few(documents)}"] if documents else []
 
 
 def measure_coverage(dataset: Dataset) -> Coverage:

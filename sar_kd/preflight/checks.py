@@ -1,7 +1,7 @@
 """What is checked before a run, one function for each check.
 
 A check returns lines for people and a record for programs; a run that would fail is refused in one line. Every run
-starts with the cheap checks, before a weight is loaded; `sar-kd preflight` also reads tokenizers and text.
+starts with `START_CHECKS`, before a weight is loaded; `sar-kd preflight` makes the same ones, and tokenizes the text.
 """
 
 from __future__ import annotations
@@ -17,19 +17,31 @@ import torch
 from sar_kd.config.fields import RunConfig
 from sar_kd.config.sections import EMBEDDED
 from sar_kd.data.dataset import Dataset, build_dataset
+from sar_kd.data.file_checks import check_first_lines
 from sar_kd.data.samples import Sample
-from sar_kd.data.sources import load_documents
+from sar_kd.data.sources import Documents, load_documents
 from sar_kd.errors import UsageError
 from sar_kd.evaluation.tokenizer_coverage import measure_coverage, skipped_lines
-from sar_kd.models.loading import NO_LOADED_MODELS, LoadedModels, MetaModels, load_tokenizers, vocab_size_of
+from sar_kd.models.loading import (
+    NO_LOADED_MODELS,
+    LoadedModels,
+    MetaModels,
+    context_length_of,
+    load_tokenizers,
+    require_context,
+    vocab_size_of,
+)
 from sar_kd.models.memory_saving import quantizable_layers, require_quantization_packages
 from sar_kd.preflight.clamp_checks import clamp_lines, require_learnable
+from sar_kd.preflight.data_checks import text_warnings
 from sar_kd.preflight.memory_plan import NotEstimated, advice, plan
 from sar_kd.runtime import environment, hub
-from sar_kd.runtime.console import first_few
-from sar_kd.runtime.files import require_disk_space
+from sar_kd.runtime.console import count_of, first_few
+from sar_kd.runtime.files import FolderLock, require_disk_space
 from sar_kd.runtime.precision import choose_device
+from sar_kd.runtime.run_folder import check_run_folder
 from sar_kd.teacher.cached import check_settings
+from sar_kd.teacher.moe.discovery import find_routers, require_routers
 
 _SAMPLE_CHARACTERS = 200_000
 
@@ -40,20 +52,29 @@ class Finding(NamedTuple):
     name: str
     lines: list[str]
     record: dict
+    details: Sequence[str] = ()
+    """Further lines, shown by `preflight` and by a run with --verbose"""
     table: Sequence[str] = ()
     """Further lines, of the command `preflight` only"""
     refusal: UsageError | None = None
     """To be raised once the lines are printed"""
 
 
-def preflight(config: RunConfig, log: Callable[[str], None], loaded: LoadedModels = NO_LOADED_MODELS) -> None:
+def preflight(
+    config: RunConfig,
+    log: Callable[[str], None],
+    loaded: LoadedModels = NO_LOADED_MODELS,
+    detail: Callable[[str], None] = lambda line: None,
+) -> None:
     """Run the checks with which every run starts.
 
+    log, detail: show a line; show one of the lines that few people need
     Raises: UsageError with cause and remedy, from the first check that fails
     """
     for finding in run_checks(START_CHECKS, MetaModels(config, loaded)):
-        for line in finding.lines:
-            log(line)
+        for show, lines in ((log, finding.lines), (detail, finding.details)):
+            for line in lines:
+                show(line)
         if finding.refusal:
             raise finding.refusal
 
@@ -67,27 +88,54 @@ def _check_versions(meta: MetaModels) -> Finding:
     versions = environment.versions()
     names = {"python": "Python", "torch": "PyTorch"}
     shown = [f"{names.get(name, name)} {versions[name]}" for name in ("python", "torch", "transformers")]
-    return Finding("versions", [", ".join(shown), *environment.require_versions(versions)], versions)
+    return Finding("versions", environment.require_versions(versions), versions, [", ".join(shown)])
 
 
 def _check_device(meta: MetaModels) -> Finding:
     gpus, archs, threads = environment.find_gpus(), torch.cuda.get_arch_list(), torch.get_num_threads()
-    lines = []
+    details = []
     for gpu in gpus:
         has = "has" if environment.has_kernels_for(archs, gpu.capability) else "has no"
         capability = ".".join(map(str, gpu.capability))
-        lines.append(
+        details.append(
             f"GPU {gpu.number}: {gpu.name}, {gpu.memory / 1e9:.1f} GB, compute capability {capability}; this PyTorch "
             f"{has} kernels for it"
         )
     device, dtype, why = choose_device(meta.config.precision)  # runs one kernel on a GPU
     name = str(dtype).removeprefix("torch.")
     rounded = "; matmul outputs are rounded to float16" if dtype is torch.float16 and device.type == "cpu" else ""
-    lines.append(f"Computing in {name} on {device} ({why}{rounded}); trainable weights are float32")
+    card = f" ({gpus[device.index or 0].name})" if device.type == "cuda" and gpus else ""
+    line = f"Device: {device}{card}, computing in {name} ({why}{rounded}); trainable weights are float32"
     if not gpus:
-        lines.append(f"No GPU: {os.cpu_count()} CPU cores, {threads} thread{'s' if threads > 1 else ''}")
+        details.append(f"No GPU: {os.cpu_count()} CPU cores, {count_of(threads, 'thread')}")
     record = {"gpus": [gpu._asdict() for gpu in gpus], "arch_list": archs, "device": str(device), "dtype": name}
-    return Finding("device", lines, {**record, "why": why, "threads": threads})
+    return Finding("device", [line], {**record, "why": why, "threads": threads}, details)
+
+
+def _check_packages(meta: MetaModels) -> Finding:
+    config = meta.config
+    needed = {
+        "dataset_name": ("datasets",) if config.data.dataset_name else (),
+        "lora_rank": ("peft",) if "lora" in type(config).sections() and config.lora.lora_rank else (),
+        "tensorboard": ("tensorboard",) if config.train.tensorboard else (),
+        "wandb": ("wandb",) if config.train.wandb else (),
+    }
+    for option, packages in needed.items():
+        environment.require_packages(f"--{option}", packages)
+    return Finding("packages", [], {"needed": [name for packages in needed.values() for name in packages]})
+
+
+def _check_files(meta: MetaModels) -> Finding:
+    data = meta.config.data
+    check_first_lines(data)
+    return Finding("files", [], {"files": [*data.train_file, *data.validation_file]})
+
+
+def _check_folder(meta: MetaModels) -> Finding:
+    train = meta.config.train
+    check_run_folder(Path(train.output_dir), train)
+    FolderLock(Path(train.output_dir)).check()
+    return Finding("folder", [], {"output_dir": train.output_dir})
 
 
 def _check_hub(meta: MetaModels) -> Finding:
@@ -118,11 +166,28 @@ def _check_models(meta: MetaModels) -> Finding:
     return Finding("models", lines, record)
 
 
+def _check_context(meta: MetaModels) -> Finding:
+    require_context(meta.models["student"], meta.config.data.block_size)
+    return Finding("context", [], {role: context_length_of(model) for role, model in meta.models.items()})
+
+
+def _check_routing(meta: MetaModels) -> Finding:
+    settings = getattr(meta.config, "routing", None)
+    if settings is None or settings.routing not in ("all", "ka", "sar"):
+        return Finding("routing", [], {"routers": None})
+    teacher = meta.models["teacher"]
+    specs = find_routers(teacher, settings.router_patterns)
+    trains_natively = settings.routing == "sar" and settings.sar_routing == "native"
+    require_routers(teacher, specs, settings.routing, trains_natively)
+    return Finding("routing", [], {"routers": len(specs)})
+
+
 def _check_clamps(meta: MetaModels) -> Finding:
     # Without a teacher the student's vocabulary stands for both.
     teacher, student = (vocab_size_of(meta.models[role]) for role in (meta.roles[0], "student"))
     require_learnable(meta.config.loss, student, teacher)
-    return Finding("clamps", *clamp_lines(meta.config.loss, student, teacher))
+    lines, record = clamp_lines(meta.config.loss, student, teacher)
+    return Finding("clamps", [], record, lines)
 
 
 def _check_disk(meta: MetaModels) -> Finding:
@@ -134,7 +199,7 @@ def _check_disk(meta: MetaModels) -> Finding:
     remedy = "free some, or lower --keep_checkpoints" if train.keep_checkpoints > 1 else "free some"
     free = require_disk_space(Path(train.output_dir), needed, "the run's files", remedy=remedy)
     line = f"Disk: up to {needed / 1e9:,.2f} GB will be written to {train.output_dir}, {free / 1e9:,.1f} GB are free"
-    return Finding("disk", [line], {"needed_bytes": needed, "free_bytes": free, "output_dir": train.output_dir})
+    return Finding("disk", [], {"needed_bytes": needed, "free_bytes": free, "output_dir": train.output_dir}, [line])
 
 
 def _check_memory(meta: MetaModels) -> Finding:
@@ -147,14 +212,14 @@ def _check_memory(meta: MetaModels) -> Finding:
         record = {"verdict": "not estimated", "reason": str(reason)}
         return Finding("memory", [*lines, f"Memory: not estimated ({reason})"], record)
     plan_lines, refusal = advice(memory_plan, config, models, dtype, len(environment.find_gpus()))
-    return Finding("memory", lines + plan_lines, memory_plan.record(), memory_plan.table(), refusal)
+    needed, at_the_peak, *others = plan_lines
+    table = memory_plan.table()
+    return Finding("memory", [*lines, needed, *others], memory_plan.record(), [at_the_peak], table, refusal)
 
 
 def _teacher_memory_lines(config: RunConfig, models: dict, device: torch.device) -> list[str]:
     """Lines about options of the teacher's memory whose effect may surprise; UsageError if they cannot be used."""
     memory, lines = config.memory, []
-    if config.routing.routing == "sar" and memory.routers_frozen_reason:
-        raise UsageError(f"--routing sar: {memory.routers_frozen_reason}; use --routing all or native")
     if memory.offload_teacher_to_cpu and device.type == "cpu":
         lines.append("--offload_teacher_to_cpu: has no effect, the run is on the CPU already")
     if memory.teacher_quantization != "off":
@@ -167,7 +232,7 @@ def _teacher_memory_lines(config: RunConfig, models: dict, device: torch.device)
 
 
 def _check_teacher_cache(meta: MetaModels) -> Finding:
-    folder = meta.config.models.teacher_cache
+    folder = getattr(meta.config.models, "teacher_cache", "")
     if not folder:
         return Finding("teacher_cache", [], {"used": False})
     metadata = check_settings(meta.config)["metadata"]
@@ -179,40 +244,64 @@ def _check_teacher_cache(meta: MetaModels) -> Finding:
     return Finding("teacher_cache", [line], {"used": True, **metadata})
 
 
-def _check_alignment(meta: MetaModels) -> Finding:
-    config = meta.config
-    if config.loss.alpha_kd == 0 or config.loss.alignment == "uld":
-        reason = "distillation is off" if config.loss.alpha_kd == 0 else "--alignment uld compares by rank alone"
-        return Finding("alignment", [f"Alignment: none, {reason}"], {"audited": False})
-    sample: list[Sample] = []
-    size = 0
-    for document in load_documents(config.data)[0]:
-        sample.append(document)
+def _first_samples(documents: Documents) -> list[Sample]:
+    """As many as hold enough characters to judge by."""
+    found, size = list[Sample](), 0
+    for document in documents:
+        found.append(document)
         size += document.num_chars
         if size >= _SAMPLE_CHARACTERS:
             break
-    block_size = config.data.block_size
-    coverage = measure_coverage(build_dataset(sample, load_tokenizers(config.models), block_size, 8 * block_size))
-    lines = [f"Alignment, on the first {size / 1e3:,.0f} thousand characters of the text:", *coverage.lines()]
+    return found
+
+
+def _check_text(meta: MetaModels) -> Finding:
+    """Tokenize the text, or the beginning of a large one, as a run does."""
+    config, block_size = meta.config, meta.config.data.block_size
+    sample, held_out = map(_first_samples, load_documents(config.data))
+    size = sum(document.num_chars for document in sample)
+    # Blocks as long as in the run; only those of a whole text can be counted.
+    settings = config.train if size < _SAMPLE_CHARACTERS else dataclasses.replace(config.train, train_steps=1)
+    compares = config.loss.alpha_kd > 0 and config.loss.alignment != "uld"
+    pair, limit = load_tokenizers(config.models, aligns=compares), context_length_of(meta.models[meta.roles[0]])
+    train, validation = (
+        build_dataset(text, pair, block_size, limit or 8 * block_size) for text in (sample, held_out)
+    )
+    warnings = text_warnings(train, validation, settings)
+    if not compares:
+        reason = "distillation is off" if config.loss.alpha_kd == 0 else "--alignment uld compares by rank alone"
+        return Finding("alignment", [f"Alignment: none, {reason}", *warnings], {"audited": False, "warnings": warnings})
+    coverage = measure_coverage(train)
+    lines = [f"{coverage.summary()} (on the first {size / 1e3:,.0f} thousand characters of the text)"]
     record = {"audited": True, **dataclasses.asdict(coverage), "auto_alignment": coverage.auto_alignment}
-    return Finding("alignment", [*lines, *skipped_lines(coverage.skipped_documents)], record)
+    lines += [*skipped_lines(coverage.skipped_documents), *warnings]
+    return Finding("alignment", lines, record | {"warnings": warnings}, coverage.lines())
 
 
-START_CHECKS = (_check_versions, _check_device, _check_hub, _check_models, _check_clamps, _check_disk, _check_memory)
-"""The checks with which every run starts"""
+START_CHECKS = (
+    _check_versions, _check_packages, _check_files, _check_device, _check_hub, _check_models, _check_context,
+    _check_routing, _check_teacher_cache, _check_clamps, _check_disk, _check_memory,
+)  # fmt: skip
+"""The checks with which every run starts: no weights are loaded yet, and none are downloaded"""
 
-ALL_CHECKS = (*START_CHECKS, _check_teacher_cache, _check_alignment)
-"""The checks of the command `preflight`"""
+ALL_CHECKS = (*START_CHECKS[:3], _check_folder, *START_CHECKS[3:], _check_text)
+"""The checks of the command `preflight`. A run has taken its folder before, and reads its text in any case."""
 
 
-def describe_text(train: Dataset, validation: Dataset) -> list[str]:
-    """Lines about the tokenized text: its size, how the tokenizers align on it, what was skipped or truncated."""
+def describe_text(train: Dataset, validation: Dataset, name: str) -> tuple[list[str], list[str]]:
+    """Lines about the tokenized text (its size, how the tokenizers align on it, what was skipped or truncated), and
+    further ones that few people need. name: of the text
+    """
     lines = [
-        f"Text: {_format_bytes(train.text.num_bytes)}, {train.num_tokens:,} tokens in {len(train):,} blocks; "
-        f"held out: {_format_bytes(validation.text.num_bytes)}, {validation.num_tokens:,} tokens",
+        f"Text: {name}, {_format_bytes(train.text.num_bytes)}, {count_of(train.num_tokens, 'token')} in "
+        f"{count_of(len(train), 'block')}; held out: {_format_bytes(validation.text.num_bytes)}, "
+        f"{count_of(validation.num_tokens, 'token')}",
     ]
+    details = []
     if train.pair.tables is not None:
-        lines += measure_coverage(train).lines()
+        coverage = measure_coverage(train)
+        lines.append(coverage.summary())
+        details = coverage.lines()
     roles = ("student",) if train.pair.teacher is train.pair.student else ("student", "teacher")  # or no teacher at all
     for role in (role for role in roles if role in train.text.without_template):
         lines.append(
@@ -222,9 +311,10 @@ def describe_text(train: Dataset, validation: Dataset) -> list[str]:
     if truncated:
         lost = train.text.dropped_tokens + validation.text.dropped_tokens
         lines.append(
-            f"Cut short {len(truncated)} conversations that exceed a block, by {lost:,} tokens: {first_few(truncated)}"
+            f"Cut short {count_of(len(truncated), 'conversation')} that exceed a block, by {count_of(lost, 'token')}: "
+            f"{first_few(truncated)}"
         )
-    return lines + skipped_lines([*train.text.skipped_documents, *validation.text.skipped_documents])
+    return lines + skipped_lines([*train.text.skipped_documents, *validation.text.skipped_documents]), details
 
 
 def _num_parameters(model: torch.nn.Module) -> int:
@@ -232,7 +322,7 @@ def _num_parameters(model: torch.nn.Module) -> int:
 
 
 def _format_bytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e3:,.1f} kB" if num_bytes >= 1000 else f"{num_bytes} bytes"
+    return f"{num_bytes / 1e3:,.1f} kB" if num_bytes >= 1000 else count_of(num_bytes, "byte")
 
 
 def _format_count(number: int) -> str:

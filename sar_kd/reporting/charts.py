@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,13 @@ _MAX_BINS = 300
 
 _INK, _FAINT = "#010203", "#010204"
 
-_COLOURS = [f"#0102{10 + index}" for index in range(6)]
+_COLOURS = [f"#0102{10 + index}" for index in range(8)]
+
+_DASHES = ("-", "--", "-.", ":")
+"""Of the first eight runs, the next eight, and so on"""
+
+_LARGEST = 1e30
+"""A larger value is not drawn: the arithmetic of the axes would overflow"""
 
 _VARIABLES = {_INK: "var(--ink)", _FAINT: "var(--faint)"} | {c: f"var(--s{i})" for i, c in enumerate(_COLOURS)}
 """The CSS variable of the page for each placeholder"""
@@ -30,7 +37,7 @@ _STYLE: dict[Any, Any] = {
     "grid.color": _FAINT, "grid.linewidth": 0.6, "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False,
     "axes.spines.right": False, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "legend.frameon": False, "legend.fontsize": 8, "lines.linewidth": 1.4, "figure.facecolor": "none",
-    "axes.facecolor": "none", "savefig.facecolor": "none",
+    "axes.facecolor": "none", "savefig.facecolor": "none", "text.parse_math": False,
 }  # fmt: skip
 
 _LOSS = "Training loss by step, nats per token, unclamped."
@@ -40,6 +47,8 @@ _BITS = "On held-out text. Compares across tokenizers; lower is better."
 _PERPLEXITY = "On held-out text, in each model's own tokens; lower is better."
 
 _NORM = "L2 norm of the gradients, loss scale taken out, before clipping."
+
+_RATE = "Peak of the schedule is --student_lr; a run that diverged goes on at half of it."
 
 _SCALE = "The factor that lifts small gradients into float16's range; halved by an overflow."
 
@@ -65,7 +74,8 @@ def _charts_of_one(run: RunHistory) -> list[tuple[str, Draw]]:
         (_BITS, lambda axes: _validation(axes, [run], "val_bits_per_byte", "Bits per byte")),
         (_PERPLEXITY, lambda axes: _validation(axes, [run], "val_ppl", "Perplexity")),
         (_NORM, lambda axes: _norms(axes, run)),
-        (_SCALE, lambda axes: _scales(axes, [run])),
+        (_RATE, lambda axes: _rates(axes, [run])),
+        *([(_SCALE, lambda axes: _scales(axes, [run]))] if _has_scaler([run]) else []),
         ("Updates that a guard refused, by cause.", lambda axes: _skips(axes, run)),
     ]
     if has_responses:
@@ -80,10 +90,14 @@ def _charts_of_one(run: RunHistory) -> list[tuple[str, Draw]]:
             ),
         ]
     if any("router_entropy" in record for record in run.evaluations):
-        charts += [
-            (_ENTROPY, lambda axes: _entropy(axes, [run])),
-            ("Share of each expert in the routers' choices, last validation.", lambda axes: _usage(axes, run)),
-        ]
+        charts.append((_ENTROPY, lambda axes: _entropy(axes, [run])))
+    if _usage_of(run):
+        charts.append(
+            (
+                "Share of each expert in the routers' choices, last validation.",
+                lambda axes: _usage(axes, _usage_of(run)),
+            )
+        )
     return charts
 
 
@@ -93,7 +107,8 @@ def _charts_of_several(runs: Sequence[RunHistory]) -> list[tuple[str, Draw]]:
         (_PERPLEXITY, lambda axes: _validation(axes, runs, "val_ppl", "Perplexity")),
         (_LOSS, lambda axes: _compare(axes, runs, "loss", "Loss")),
         (_NORM, lambda axes: _compare(axes, runs, "grad_norm", "Gradient norm")),
-        (_SCALE, lambda axes: _scales(axes, runs)),
+        (_RATE, lambda axes: _rates(axes, runs)),
+        *([(_SCALE, lambda axes: _scales(axes, runs))] if _has_scaler(runs) else []),
     ]
     if any("router_entropy" in record for run in runs for record in run.evaluations):
         charts.append((_ENTROPY, lambda axes: _entropy(axes, runs)))
@@ -114,6 +129,11 @@ def _svg(draw: Draw) -> str:
     text = file.getvalue()
     text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])  # the same ids in every chart of a page
     return re.sub("|".join(_VARIABLES), lambda match: _VARIABLES[match[0]], text)
+
+
+def _has_scaler(runs: Sequence[RunHistory]) -> bool:
+    """Does the loss scale of one of them differ from 1? In float32 and bfloat16 there is none."""
+    return any(as_float(record.get("loss_scale", 1.0)) != 1.0 for run in runs for record in run.steps)
 
 
 def _losses(axes, run: RunHistory) -> None:
@@ -141,7 +161,7 @@ def _binned(steps: Sequence[int], values: Sequence[float]) -> tuple[list[float],
     size = max(1, math.ceil(len(steps) / _MAX_BINS))
     centres, means, lows, highs = [], [], [], []
     for first in range(0, len(steps), size):
-        finite = [value for value in values[first : first + size] if math.isfinite(value)]
+        finite = [value for value in values[first : first + size] if abs(value) <= _LARGEST]
         covered = steps[first : first + size]
         centres.append(sum(covered) / len(covered))
         means.append(sum(finite) / len(finite) if finite else math.nan)
@@ -155,10 +175,22 @@ def _finish(axes, title: str, legend: bool = True) -> None:
     axes.margins(x=0.01)
     axes.xaxis.get_major_locator().set_params(integer=True, nbins=7)
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    if not axes.has_data():
-        axes.text(0.5, 0.5, "nothing yet", transform=axes.transAxes, ha="center", va="center")
+    if not _is_drawn(axes):
+        why = "no finite value" if axes.has_data() else "nothing yet"
+        axes.text(0.5, 0.5, why, transform=axes.transAxes, ha="center", va="center")
+        axes.set(xticks=[], yticks=[])
     elif legend:
         _legend(axes)
+
+
+def _is_drawn(axes) -> bool:
+    """Is there a finite value in one of the lines that follow the steps?"""
+    return any(
+        math.isfinite(y)
+        for line in axes.lines
+        if line.get_transform() == axes.transData
+        for y in map(float, line.get_ydata())
+    )
 
 
 def _legend(axes) -> None:
@@ -168,22 +200,28 @@ def _legend(axes) -> None:
 
 
 def _validation(axes, runs: Sequence[RunHistory], key: str, title: str) -> None:
-    for run, colour in _coloured(runs):
-        label = "student" if len(runs) == 1 else _short_name(run)
-        axes.plot(*run.series(run.validations(), key), color=colour, marker="o", markersize=3, label=label)
-    teachers = {as_float(run.start.get(f"teacher_{key}")) for run in runs}
+    for run, style in _styled(runs):
+        steps, values = run.series(run.validations(), key)
+        values = [value if abs(value) <= _LARGEST else math.nan for value in values]
+        axes.plot(steps, values, **style, marker="o", markersize=3, label="student")
+    teachers = {as_float(run.start.get(f"teacher_{key}")) for run in runs} if _compares(runs, key) else set()
     for index, value in enumerate(sorted(filter(math.isfinite, teachers))):
         axes.axhline(value, color=_INK, linestyle="--", linewidth=1.1, label="teacher" if index == 0 else None)
-    _finish(axes, title)
+    _finish(axes, title, legend=len(runs) == 1)
 
 
-def _coloured(runs: Sequence[RunHistory]) -> list[tuple[RunHistory, str]]:
-    return [(run, _COLOURS[index % len(_COLOURS)]) for index, run in enumerate(runs)]
+def _compares(runs: Sequence[RunHistory], key: str) -> bool:
+    """May the teacher's value stand in the students' axes? Perplexities of other tokens may not."""
+    return key != "val_ppl" or all(run.start.get("same_tokenizer", True) for run in runs)
 
 
-def _short_name(run: RunHistory) -> str:
-    """A name that leaves room for others in a legend."""
-    return run.name if len(run.name) <= 22 else f"{run.name[:10]}..{run.name[-10:]}"
+def _styled(runs: Sequence[RunHistory]) -> list[tuple[RunHistory, dict]]:
+    """Each run with colour and dashes of its lines; the page has their legend."""
+    styles = [(colour, dash) for dash in _DASHES for colour in _COLOURS]
+    return [
+        (run, {"color": styles[index % len(styles)][0], "linestyle": styles[index % len(styles)][1]})
+        for index, run in enumerate(runs)
+    ]
 
 
 def _norms(axes, run: RunHistory) -> None:
@@ -195,8 +233,17 @@ def _norms(axes, run: RunHistory) -> None:
     skipped_steps, norms = run.series((r for r in run.steps if r.get("cause") == "norm"), "grad_norm")
     if skipped_steps:
         axes.plot(skipped_steps, norms, "x", color=_COLOURS[3], markersize=4, label="skipped")
-    _log_scale(axes, "{x:g}")
+    if _is_drawn(axes):
+        _log_scale(axes, "{x:g}")
     _finish(axes, "Gradient norm")
+
+
+def _rates(axes, runs: Sequence[RunHistory]) -> None:
+    for run, style in _styled(runs):
+        steps, means, _, _ = _binned(*run.series(run.steps, "learning_rate"))
+        axes.plot(steps, means, **style)
+    axes.yaxis.set_major_formatter("{x:g}")
+    _finish(axes, "Learning rate", legend=False)
 
 
 def _log_scale(axes, ticks: str, base: int = 10) -> None:
@@ -213,29 +260,33 @@ def _log_scale(axes, ticks: str, base: int = 10) -> None:
 
 
 def _scales(axes, runs: Sequence[RunHistory]) -> None:
-    for run, colour in _coloured(runs):
+    for run, style in _styled(runs):
         steps, scales = run.series(run.steps, "loss_scale")
+        scales = [scale if 0 < scale <= _LARGEST else math.nan for scale in scales]
         ends = (0, len(steps) - 1)
         changes = [i for i in range(len(steps)) if i in ends or len(set(scales[i - 1 : i + 2])) > 1]
-        axes.step([steps[i] for i in changes], [scales[i] for i in changes], color=colour, label=_short_name(run))
-    _log_scale(axes, "{x:,.0f}", base=2)
-    _finish(axes, "Loss scale", legend=len(runs) > 1)
+        axes.step([steps[i] for i in changes], [scales[i] for i in changes], **style)
+    if _is_drawn(axes):
+        _log_scale(axes, "{x:,.0f}", base=2)
+    _finish(axes, "Loss scale", legend=False)
 
 
 def _skips(axes, run: RunHistory) -> None:
-    width = max(1, math.ceil(len(run.steps) / 60))
-    firsts = range(0, len(run.steps), width)
-    centres = [run.steps[first]["step"] + (width - 1) / 2 for first in firsts]
-    bottom = [0] * len(firsts)
-    for index, cause in enumerate(dict.fromkeys(r["cause"] for r in run.steps if r.get("cause"))):
-        counts = [sum(r.get("cause") == cause for r in run.steps[first : first + width]) for first in firsts]
+    last = max((record["step"] for record in run.steps), default=1)
+    width = max(1, math.ceil(last / 60))
+    counts = Counter(((step - 1) // width, cause) for step, cause in run.skipped)
+    bars = range(math.ceil(last / width))
+    centres = [1 + bar * width + (width - 1) / 2 for bar in bars]
+    bottom = [0] * len(bars)
+    for index, cause in enumerate(dict.fromkeys(cause for _, cause in run.skipped)):
+        heights = [counts[bar, cause] for bar in bars]
         colour = _COLOURS[index % len(_COLOURS)]
-        axes.bar(centres, counts, width=0.9 * width, bottom=bottom, color=colour, label=cause)
-        bottom = [low + count for low, count in zip(bottom, counts, strict=True)]
-    axes.set_xlim(0, max((record["step"] for record in run.steps), default=1) + 1)
+        axes.bar(centres, heights, width=0.9 * width, bottom=bottom, color=colour, label=cause)
+        bottom = [low + count for low, count in zip(bottom, heights, strict=True)]
+    axes.set_xlim(0, last + 1)
     axes.set_ylim(0, max([*bottom, 1]) * 1.15)
     if any(bottom):
-        axes.set_title("Skipped updates" if width == 1 else f"Skipped updates, of {width} a bar")
+        axes.set_title("Skipped updates" if width == 1 else f"Skipped updates, of {width:,} a bar")
         _legend(axes)
     else:
         axes.set_title("Skipped updates")
@@ -250,16 +301,21 @@ def _responses(axes, run: RunHistory, key: str, title: str) -> None:
 
 
 def _entropy(axes, runs: Sequence[RunHistory]) -> None:
-    for run, colour in _coloured(runs):
+    for run, style in _styled(runs):
         steps, values = run.series(run.evaluations, "router_entropy")
-        axes.plot(steps, values, color=colour, marker="o", markersize=3, label=_short_name(run))
+        axes.plot(steps, values, **style, marker="o", markersize=3)
     axes.set_ylim(0, 1.02)
-    _finish(axes, "Router entropy", legend=len(runs) > 1)
+    _finish(axes, "Router entropy", legend=False)
 
 
-def _usage(axes, run: RunHistory) -> None:
-    usage = next(record["router_usage"] for record in reversed(run.evaluations) if "router_usage" in record)
-    shares = [[as_float(share) for share in router] for router in usage.values()]
+def _usage_of(run: RunHistory) -> list[list[float]]:
+    """The share of each expert of each router at the last validation that has one."""
+    usages = [record["router_usage"] for record in run.evaluations if record.get("router_usage")]
+    routers = usages[-1].values() if usages else ()
+    return [[as_float(share) for share in router] for router in routers if router]
+
+
+def _usage(axes, shares: list[list[float]]) -> None:
     num_experts = max(map(len, shares))
     cells = [router + [math.nan] * (num_experts - len(router)) for router in shares]
     mesh = axes.pcolormesh(cells, cmap="viridis", vmin=0.0, edgecolors="none")
@@ -271,6 +327,7 @@ def _usage(axes, run: RunHistory) -> None:
 
 
 def _compare(axes, runs: Sequence[RunHistory], key: str, title: str) -> None:
-    for run, colour in _coloured(runs):
-        _curve(axes, run, key, colour, _short_name(run), band=False)
-    _finish(axes, title)
+    for run, style in _styled(runs):
+        steps, means, _, _ = _binned(*run.series((r for r in run.steps if r.get(key) is not None), key))
+        axes.plot(steps, means, **style, marker="." if len(steps) == 1 else None)
+    _finish(axes, title, legend=False)

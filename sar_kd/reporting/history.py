@@ -4,22 +4,42 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sar_kd.errors import UsageError
-from sar_kd.runtime.files import as_float, complete_lines
+from sar_kd.runtime.console import count_of
+from sar_kd.runtime.files import as_float
 from sar_kd.version import RUN_FORMAT
+
+LOG = "log.txt"
+"""The run's lines, those with --verbose too"""
+
+SAMPLES = "samples.json"
+"""Prompts, and how the models of the run continue them"""
 
 _STEP = '{"event": "step"'
 """The beginning of a step's line in `metrics.jsonl`"""
 
+_STEP_NUMBER = re.compile(r'"step": (\d+)')
+
+_SKIPPED = re.compile(r'"applied": false, "cause": "(\w+)"')
+
+_MAX_STEPS = 20_000
+"""Steps whose metrics are kept; of a longer run every second one, third one, and so on"""
+
+_MAX_LINES = 500
+"""Lines of `log.txt` that are shown"""
+
 _ADVICE = {
     "overflow": "the loss scale was still being calibrated, which is harmless in a few steps",
-    "norm": "the gradient norm was above the limit: lower the learning rate, or --skip_rule adaptive",
-    "forward": "the forward was not finite: `sar-kd forensics` on this run names the module",
-    "gradient": "the gradient was not finite at the lowest loss scale: `sar-kd forensics` on this run names the module",
+    "norm": "the gradient norm was above the limit: lower the learning rate",
+    "forward": "the forward was not finite: `crash/crash.md` in the run folder names the module",
+    "gradient": "the gradient was not finite at the lowest loss scale: `crash/crash.md` in the run folder names the "
+    "module",
     "no_targets": "those steps had no target token: look at the text",
 }
 """By cause of a skipped step"""
@@ -37,9 +57,15 @@ class RunHistory:
     start: dict
     """Validation of student and teacher before the first step; {} in a run that has not got so far"""
     steps: list[dict]
+    """Of a long run not all of them: one of `stride`, and the last"""
     evaluations: list[dict]
     summary: dict
     """{} while the run goes on"""
+    num_steps: int = 0
+    """All steps"""
+    stride: int = 1
+    skipped: list[tuple[int, str]] = field(default_factory=list)
+    """Every skipped step and its cause"""
 
     @property
     def name(self) -> str:
@@ -54,16 +80,40 @@ class RunHistory:
     @property
     def num_applied(self) -> int:
         """Steps whose update was applied."""
-        return sum(bool(record.get("applied")) for record in self.steps)
+        return self.num_steps - len(self.skipped)
+
+    @property
+    def environment(self) -> dict:
+        """Versions, devices, commit, command and date; {} in a run of a version that did not write them."""
+        found = self.config.get("environment")
+        return found if isinstance(found, dict) else {}
 
     def setting(self, name: str) -> object:
-        """The value of a option; None in a run of a version without it."""
+        """The value of an option; None in a run of a version without it."""
         return self.settings().get(name)
 
     def settings(self) -> dict[str, object]:
         """Every option with its value."""
-        sections = [section for section in self.config.values() if isinstance(section, dict)]
-        return {name: value for section in sections for name, value in section.items()}
+        sections = {name: value for name, value in self.config.items() if name != "environment"}
+        return {name: value for each in sections.values() if isinstance(each, dict) for name, value in each.items()}
+
+    def samples(self) -> list[dict]:
+        """Prompts of the held-out text and how the models continue them; [] where the run wrote none."""
+        try:
+            found = json.loads((self.folder / SAMPLES).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return []
+        return found if isinstance(found, list) and all(isinstance(each, dict) for each in found) else []
+
+    def log_head(self) -> list[str]:
+        """The lines of `log.txt` up to the first step, those that the terminal shows with --verbose too."""
+        path = self.folder / LOG
+        if not path.is_file():
+            return []
+        with open(path, encoding="utf-8", errors="replace") as file:
+            lines = [line.rstrip("\n") for _, line in zip(range(_MAX_LINES), file, strict=False)]
+        end = next((i for i, line in enumerate(lines) if line.startswith("Step ")), len(lines))
+        return lines[:end]
 
     def validations(self) -> list[dict]:
         """The student before the first step, where that is known, and at each validation."""
@@ -87,38 +137,79 @@ def read_history(folder: Path, with_steps: bool = True) -> RunHistory:
         config = json.loads(path.read_text(encoding="utf-8"))
         summary_file = folder / "summary.json"
         summary = json.loads(summary_file.read_text(encoding="utf-8")) if summary_file.is_file() else {}
-        lines = complete_lines(folder / "metrics.jsonl")
-        records = [json.loads(line) for line in lines if with_steps or not line.startswith(_STEP)]
+        records, skipped, num_steps, stride = _read_metrics(folder / "metrics.jsonl", with_steps)
         by_event = {event: [r for r in records if r["event"] == event] for event in ("start", "step", "evaluation")}
         if not isinstance(config, dict) or not isinstance(summary, dict):
             raise ValueError("config.json or summary.json holds no object")
-        if any(not isinstance(record["step"], int) for records in by_event.values() for record in records):
+        if any(not _is_step(record["step"]) for records in by_event.values() for record in records):
             raise ValueError("metrics.jsonl holds a step that is no number")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{folder}: what its run has written cannot be read ({error})") from None
     start = by_event["start"][-1] if by_event["start"] else {}
-    return RunHistory(folder, config, start, by_event["step"], by_event["evaluation"], summary)
+    steps, evaluations = by_event["step"], by_event["evaluation"]
+    return RunHistory(folder, config, start, steps, evaluations, summary, num_steps, stride, skipped)
 
 
-def findings_of(run: RunHistory) -> list[str]:
-    """Sentences about a run, the most important first."""
+def _is_step(value: object) -> bool:
+    """Could this be the number of a step? One beyond 2^53 is not a float's, as charts need it."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+
+
+def _read_metrics(path: Path, with_steps: bool) -> tuple[list[dict], list[tuple[int, str]], int, int]:
+    """The records of `metrics.jsonl`, thinned; every skipped step and its cause; the number of steps; the stride."""
+    records: list[dict] = []
+    skipped: list[tuple[int, str]] = []
+    num_steps, stride, last = 0, _stride(path), ""
+    for line in _lines(path):
+        if not line.startswith(_STEP):
+            records.append(json.loads(line))
+            continue
+        if not with_steps:
+            continue
+        num_steps += 1
+        if stride == 1 or num_steps % stride == 1:
+            record, last = json.loads(line), ""
+            records.append(record)
+            if not record.get("applied"):
+                skipped.append((record["step"], str(record.get("cause"))))
+        else:
+            last = line  # of most steps nothing is parsed but whether they were skipped
+            if found := _SKIPPED.search(line):
+                skipped.append((int(_STEP_NUMBER.search(line)[1]), found[1]))
+    return records + ([json.loads(last)] if last else []), skipped, num_steps, stride
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The complete lines of a file; none if there is no file."""
+    if path.exists():
+        with open(path, encoding="utf-8", errors="replace") as file:
+            yield from (line for line in file if line.endswith("\n"))
+
+
+def _stride(path: Path) -> int:
+    """Of how many steps one is kept, estimated from the file's size and its first lines."""
+    head = [len(line) for _, line in zip(range(100), _lines(path), strict=False)]
+    return max(1, round(path.stat().st_size / (sum(head) / len(head)) / _MAX_STEPS)) if head else 1
+
+
+def findings_of(run: RunHistory, with_status: bool = True) -> list[str]:
+    """Sentences about a run, the most important first. with_status: begin with how far it is, and how it ended"""
     validations, own_format = run.validations(), run.config.get("format", 1)
     lines = [f"Its run format is {own_format}, not {RUN_FORMAT}: values that it does not have are shown as nan."]
     lines = [] if own_format == RUN_FORMAT else lines
-    if not run.steps or not validations:
+    if not run.num_steps or not validations:
         return [*lines, "Nothing has been trained yet."]
-    return [*lines, _status(run), *_quality(run, validations), *_updates(run), *_advice(run, validations)]
+    status = [_status(run)] if with_status else []
+    return [*lines, *status, *_quality(run, validations), *_updates(run), *_advice(run, validations)]
 
 
 def _status(run: RunHistory) -> str:
     last, total = run.steps[-1]["step"], run.setting("train_steps")
     status = run.summary.get("status") if run.summary.get("steps") == last else None
     if status == "finished":
-        return f"Finished: {last} steps."
+        return f"Finished: {count_of(last, 'step')}."
     if status == "emergency_stop":
-        return (
-            f"Emergency stop at step {last}: too many NaN batches in a row. `sar-kd forensics {run.folder}` shows why."
-        )
+        return f"Emergency stop at step {last}: {run.summary.get('stop_reason', 'too many NaN batches in a row')}"
     if status == "interrupted":
         return f"Interrupted after {last} of {total} steps; --resume goes on from there."
     return f"Under way: {last} of {total} steps."
@@ -131,8 +222,10 @@ def _quality(run: RunHistory, validations: list[dict]) -> list[str]:
         return ["The last validation is not finite."]
     if validations[0]["step"] != 0 or len(bits) < 2:
         return [f"Bits per byte on held-out text: {last:.4f}."]
-    verb = "fell" if last < start else "rose" if last > start else "stayed"
-    line = f"Bits per byte on held-out text {verb} from {start:.4f} to {last:.4f}"
+    if f"{last:.4f}" == f"{start:.4f}":
+        line = f"Bits per byte on held-out text stayed at {last:.4f}"
+    else:
+        line = f"Bits per byte on held-out text {'fell' if last < start else 'rose'} from {start:.4f} to {last:.4f}"
     if teacher < start and last < start:
         line += f", {(start - last) / (start - teacher):.0%} of the way to the teacher's {teacher:.4f}"
     elif math.isfinite(teacher):
@@ -141,26 +234,27 @@ def _quality(run: RunHistory, validations: list[dict]) -> list[str]:
 
 
 def _updates(run: RunHistory) -> list[str]:
-    causes = _skip_causes(run)
-    if not causes:
-        return [f"All {run.num_applied} updates were applied."]
-    counts = sorted({cause: causes.count(cause) for cause in causes if cause}.items(), key=lambda item: -item[1])
+    if not run.skipped:
+        return [f"All {run.num_applied:,} updates were applied." if run.num_applied > 1 else "The update was applied."]
+    counts = Counter(cause for _, cause in run.skipped).most_common()
     skipped = ", ".join(f"{cause} {count}" for cause, count in counts)
-    return [f"{run.num_applied} of {len(run.steps)} updates were applied; skipped: {skipped}."]
-
-
-def _skip_causes(run: RunHistory) -> list[str | None]:
-    return [record.get("cause") for record in run.steps if not record.get("applied")]
+    if not run.num_applied:
+        return [f"No update was applied, so the student is as it was; skipped: {skipped}."]
+    return [f"{run.num_applied:,} of {run.num_steps:,} updates were applied; skipped: {skipped}."]
 
 
 def _advice(run: RunHistory, validations: list[dict]) -> list[str]:
-    lines, causes = [], _skip_causes(run)
+    lines, causes = [], Counter(cause for _, cause in run.skipped)
     for cause, advice in _ADVICE.items():
-        if causes.count(cause) > _MANY_SKIPS * len(run.steps):
-            lines.append(f"Skipped for {cause} in {causes.count(cause) / len(run.steps):.0%} of the steps: {advice}.")
+        if causes[cause] > _MANY_SKIPS * run.num_steps:
+            lines.append(f"Skipped for {cause} in {causes[cause] / run.num_steps:.0%} of the steps: {advice}.")
     bits = [(as_float(record.get("val_bits_per_byte")), record["step"]) for record in validations]
     finite = [pair for pair in bits if math.isfinite(pair[0])]
-    if len(finite) >= 3:
+    if len(finite) >= 2 and min(finite)[1] == 0 and run.num_applied:
+        lines.append(
+            "No validation was better than the one before the first step: `student/` holds the student as it was."
+        )
+    elif len(finite) >= 3:
         (best, best_step), (first, _), (previous, _), (last, _) = min(finite), finite[0], finite[-2], finite[-1]
         if last > 1.01 * best:
             lines.append(

@@ -22,6 +22,8 @@ _SETTINGS = (
 class CardWriter:
     """An observer of the run log that keeps the card beside the student up to date."""
 
+    name = "the model card"
+
     def __init__(self, folder: Path):
         self.folder = folder
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from sar_kd.config.installation import program_name
 from sar_kd.config.runs import SECTIONS
 from sar_kd.errors import UsageError
 from sar_kd.reporting.charts import build_charts
@@ -28,6 +29,14 @@ _INSTALL = "pip install matplotlib"
 
 _MAX_SHARE = 0.02
 
+_TEXT_SETTINGS = ("train_file", "validation_file", "dataset_name", "dataset_config_name", "dataset_split", "task")
+
+_IMPORT_ERRORS = (ImportError, AttributeError, RuntimeError, ValueError, TypeError, SystemError, OSError)
+"""What the import of a matplotlib that was built for another numpy, or is half installed, may raise"""
+
+_LEVELS = {"finished": "good", "interrupted": "warn", "emergency_stop": "bad"}
+"""The colour of a run's findings, by its status"""
+
 
 class ReportWriter:
     """An observer of the run log that keeps `report.html` up to date.
@@ -35,6 +44,8 @@ class ReportWriter:
     A validation that comes so soon after the last page that another one would take more than 2 % of the time between
     them gets none; the end of the run always gets one.
     """
+
+    name = FILE
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -61,7 +72,7 @@ def find_report_writer(folder: Path) -> tuple[list[ReportWriter], list[str]]:
     """A writer for a run in this folder; without matplotlib none, and a line about how to get the page."""
     if is_installed("matplotlib"):
         return [ReportWriter(folder)], []
-    return [], [f"No {FILE} without matplotlib: `{_INSTALL}`, then `sar-kd report {folder}` at any time"]
+    return [], [f"No {FILE} without matplotlib: `{_INSTALL}`, then `{program_name()} report {folder}` at any time"]
 
 
 def write_report(runs: Sequence[RunHistory], path: Path) -> None:
@@ -70,9 +81,15 @@ def write_report(runs: Sequence[RunHistory], path: Path) -> None:
     Raises: UsageError without matplotlib, or if the file cannot be written
     """
     try:
-        charts = build_charts(runs)
+        import matplotlib.figure  # noqa: F401
     except ModuleNotFoundError as error:
         raise UsageError(f"report: needs matplotlib, and {error.name} is missing: `{_INSTALL}`") from None
+    except _IMPORT_ERRORS as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UsageError(
+            f"report: matplotlib cannot be imported ({reason}); install it again: `pip install --upgrade matplotlib`"
+        ) from None
+    charts = build_charts(runs)
     title = " and ".join(run.name for run in runs[:3]) + (" and others" if len(runs) > 3 else "")
     values = _values_of_one(runs[0]) if len(runs) == 1 else _values_of_several(runs)
     atomic_write(path, render(FILE, title=title, version=__version__, runs=runs, charts=charts, **values))
@@ -84,7 +101,7 @@ def _values_of_one(run: RunHistory) -> dict:
     tiles = {
         "bits per byte": f"{as_float(run.last.get('val_bits_per_byte')):.4f}",
         "perplexity": format_perplexity(as_float(run.last.get("val_ppl"))),
-        "updates applied": f"{run.num_applied} of {len(run.steps)}",
+        "updates applied": f"{run.num_applied:,} of {run.num_steps:,}",
     }
     for name, key, form in (
         ("tokens a second", "tokens_per_second", "{:,.0f}".format),
@@ -102,6 +119,10 @@ def _values_of_one(run: RunHistory) -> dict:
     return {
         "models": f"{models}, mode {run.config.get('mode')}",
         "findings": findings_of(run),
+        "level": _LEVELS.get(str(run.summary.get("status")), "calm"),
+        "environment": {name: _as_typed(value) for name, value in run.environment.items() if value},
+        "log": run.log_head(),
+        "samples": run.samples(),
         "tiles": tiles,
         "settings": settings,
     }
@@ -116,17 +137,34 @@ def _values_of_several(runs: Sequence[RunHistory]) -> dict:
             (
                 run.name,
                 str(run.summary.get("status", "under way")).replace("_", " "),
-                len(run.steps),
+                f"{run.num_steps:,}",
                 f"{as_float(run.last.get('val_bits_per_byte')):.4f}",
                 f"{min(bits, default=math.nan):.4f}",
                 format_perplexity(as_float(run.last.get("val_ppl"))),
                 f"{as_float(teacher):.4f}",
-                f"{run.num_applied / len(run.steps):.1%}" if run.steps else "none",
+                f"{run.num_applied / run.num_steps:.1%}" if run.num_steps else "none",
             )
         )
     settings = [(name, *(_as_typed(run.setting(name)) for run in runs)) for name in runs[0].settings()]
     differing = [row for row in settings if row[0] != "output_dir" and len(set(row[1:])) > 1]
-    return {"results": results, "differing": differing}
+    return {"results": results, "differing": differing, "warnings": _warnings(runs)}
+
+
+def _warnings(runs: Sequence[RunHistory]) -> list[str]:
+    """What must be known before these runs are compared."""
+    lines = []
+    texts = {(run.start.get("val_bytes"), *(str(run.setting(name)) for name in _TEXT_SETTINGS)) for run in runs}
+    if len(texts) > 1:
+        lines.append(
+            "These runs have different texts: what is measured on different held-out texts does not compare. The "
+            "settings that differ are below."
+        )
+    models = {str(run.setting("student_model")) for run in runs}
+    if len(models) > 1:
+        lines.append(
+            "These runs have different students: if their tokenizers differ, compare bits per byte, not perplexity."
+        )
+    return lines
 
 
 def _as_typed(value: object) -> str:

@@ -1,4 +1,4 @@
-"""The log of a run: the bar and the lines in the terminal, `metrics.jsonl` and `summary.json`.
+"""The log of a run: the bar and the lines in the terminal, `log.txt`, `metrics.jsonl` and `summary.json`.
 
 It measures nothing and decides nothing: it shows and writes the metrics that it is given.
 """
@@ -11,27 +11,33 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from sar_kd.config.fields import RunConfig
-from sar_kd.config.sections import TrainConfig
+from sar_kd.config.sections import EMBEDDED, TrainConfig
+from sar_kd.reporting.history import LOG
 from sar_kd.reporting.model_card import CardWriter
 from sar_kd.reporting.report import find_report_writer
-from sar_kd.reporting.summary_table import summary_table
+from sar_kd.reporting.run_environment import describe_environment, timestamp
+from sar_kd.reporting.step_lines import Pace, evaluation_line, fit, sft_line, start_line, step_parts
+from sar_kd.reporting.summary_table import closing_lines, summary_table
 from sar_kd.reporting.trackers import find_trackers
-from sar_kd.runtime.console import first_few, format_perplexity
+from sar_kd.runtime.console import first_few, format_perplexity, paint
 from sar_kd.runtime.distributed import SINGLE_PROCESS, ProcessGroup
-from sar_kd.runtime.files import atomic_write, complete_lines, json_safe, step_of_line
+from sar_kd.runtime.files import as_float, atomic_write, complete_lines, json_safe, step_of_line
 from sar_kd.runtime.run_folder import CONFIG, check_no_run, check_run_folder, clear_run_folder
 from sar_kd.version import RUN_FORMAT
 
 
 class Observer(Protocol):
     """Receives everything that a run writes, once it is written."""
+
+    name: str
+    """What it makes, for a line about an error"""
 
     def log_record(self, record: dict) -> None:
         """A line of `metrics.jsonl`; its `event` is 'start', 'step', 'evaluation' or 'rewind'."""
@@ -46,26 +52,57 @@ class Observer(Protocol):
 class RunLog:
     """The log of a distillation: its run folder, the terminal, and observers.
 
+    observers: an error of one is shown, and it receives nothing more; the run goes on
+    listeners: observers of the caller, whose errors are the caller's
     enabled: False on all ranks but rank 0; the log then shows and writes nothing, and
     `open` and `log_summary` are not called
     """
 
-    def __init__(self, config: RunConfig, observers: Sequence[Observer] = (), enabled: bool = True):
+    def __init__(
+        self,
+        config: RunConfig,
+        observers: Sequence[Observer] = (),
+        enabled: bool = True,
+        listeners: Sequence[Observer] = (),
+    ):
         self.deadline = time.monotonic() + config.train.time_limit_seconds
         self.folder = Path(config.train.output_dir)
-        self._config, self._observers, self._enabled = config, observers, enabled
+        self.same_tokenizer = True
+        """Do teacher and student have the same? Else their perplexities do not compare"""
+        self._config, self._enabled = config, enabled
+        self._observers, self._listeners = list(observers), list(listeners)
         self._log_steps = config.train.log_steps
         self._bar: Any = None  # a tqdm from `open` on
         self._metrics: Any = None  # a file, likewise
+        self._text: Any = None  # log.txt, likewise
+        self._early: list[str] = []
+        """Lines for log.txt from before `open`"""
+        self._first_step, self._started = 0, time.monotonic()
+        self._seconds_before = 0.0
+        """Of the parts of a resumed run"""
         self._perplexity = math.nan
         self._recent: list[dict] = []
         """Records of the steps since the last line"""
 
     def info(self, line: str) -> None:
-        """Print one line, above the bar if there is one."""
-        if self._enabled:
-            tqdm.write(line, file=sys.stdout)
+        """Print one line, above the bar if there is one, and write it to `log.txt`; with --quiet only the latter."""
+        self._show(line, line, not self._config.train.quiet)
+
+    def detail(self, line: str) -> None:
+        """Write one line to `log.txt`, from where the report shows it; print it with --verbose."""
+        self._show(line, line, self._config.train.verbose)
+
+    def _show(self, line: str, full_line: str, is_printed: bool) -> None:
+        """line: for the terminal; full_line: for log.txt"""
+        if not self._enabled:
+            return
+        if is_printed:
+            tqdm.write(paint(line, sys.stdout), file=sys.stdout)
             sys.stdout.flush()
+        if self._text is None:
+            self._early.append(full_line)
+        else:
+            self._text.write(full_line + "\n")
 
     def open(self, first_step: int, train: TrainConfig) -> None:
         """Write `config.json`, open `metrics.jsonl` without the steps that a resumed run repeats, show the bar."""
@@ -76,35 +113,41 @@ class RunLog:
         if is_new and (stays := clear_run_folder(self.folder)):  # not earlier: until now the run could be refused
             self.info(f"--overwrite: {first_few(stays)} in {self.folder} is not a run's, and stays")
         (self.folder / "summary.json").unlink(missing_ok=True)  # of a run that goes on now; it may be damaged
-        atomic_write(self.folder / CONFIG, json.dumps(self._config.to_dict(), indent=2) + "\n")
-        self._open_metrics(first_step)
+        environment = describe_environment()
+        config = {**self._config.to_dict(), "environment": environment}
+        atomic_write(self.folder / CONFIG, json.dumps(config, indent=2) + "\n")
+        self._text = open(self.folder / LOG, "a" if first_step else "w", encoding="utf-8", buffering=1)
+        for line in (f"{environment['date']}  {environment['command']}", *self._early):
+            self._text.write(line + "\n")
+        self._seconds_before = self._open_metrics(first_step)
+        self._first_step, self._started = first_step, time.monotonic()
         self._bar = tqdm(
             total=train.train_steps,
             initial=first_step,
             # No drawn bar: at 80 columns it would push out the metrics, of which the first matter most.
             bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
             dynamic_ncols=True,
-            disable=not sys.stdout.isatty(),
+            disable=self._config.train.quiet or not sys.stdout.isatty(),
             file=sys.stdout,
         )
 
-    def _open_metrics(self, first_step: int) -> None:
+    def _open_metrics(self, first_step: int) -> float:
+        """Returns the seconds that the kept part took."""
         path = self.folder / "metrics.jsonl"
         lines = [line for line in complete_lines(path) if step_of_line(line) <= first_step] if first_step else []
         atomic_write(path, "".join(lines))
         self._metrics = open(path, "a", encoding="utf-8", buffering=1)
+        return as_float(json.loads(lines[-1]).get("seconds", 0.0)) if lines else 0.0
 
     def print_start(self, start: dict, teacher: dict) -> None:
         """Print the validation of student and teacher before the first step."""
-        own, other = (format_perplexity(found["val_ppl"]) for found in (start, teacher))
-        bits = f"bits per byte {start['val_bits_per_byte']:.3f}, teacher {teacher['val_bits_per_byte']:.3f}"
-        self.info(f"Validation PPL at the start = {own} (teacher {other}; {bits})")
+        self.info(start_line(start, teacher, self.same_tokenizer))
 
     def log_start(self, student: dict, teacher: dict) -> None:
         """Write the validation of student and teacher before the first step."""
         teacher = {f"teacher_{name}": value for name, value in teacher.items()}
         self._perplexity = student["val_ppl"]
-        self._write({"event": "start", "step": 0, **student, **teacher})
+        self._write({"event": "start", "step": 0, "same_tokenizer": self.same_tokenizer, **student, **teacher})
 
     def log_step(self, record: dict, success_rate: float, tokens_per_second: float) -> None:
         """Write one attempted update; its `step` counts from 1. Every `log_steps` a line is printed."""
@@ -116,8 +159,17 @@ class RunLog:
         self._bar.set_postfix_str(self._shorten(postfix), refresh=False)
         self._bar.update(1)
         if record["step"] % self._log_steps == 0:
-            self.info(self._line(record["step"], success_rate))
+            elapsed = time.monotonic() - self._started
+            left = elapsed / (record["step"] - self._first_step) * (self._bar.total - record["step"])
+            pace = Pace(record["step"], self._bar.total, success_rate, tokens_per_second, elapsed, left)
+            self._print_step(pace)
             self._recent.clear()
+
+    def _print_step(self, pace: Pace) -> None:
+        """A line about the steps since the last one. A terminal shows the parts that fit, as the bar has the rest."""
+        parts = step_parts(self._recent, pace)
+        columns = shutil.get_terminal_size((80, 24)).columns if sys.stdout.isatty() else math.inf
+        self._show(fit(parts, columns), fit(parts, math.inf), not self._config.train.quiet)
 
     def _shorten(self, postfix: str) -> str:
         """As many of the metrics as fit beside the bar, each whole: 100 % cut short would read as 10."""
@@ -134,36 +186,20 @@ class RunLog:
             f"loss_scale={record['loss_scale']:.0f}"
         )
 
-    def _line(self, step: int, success_rate: float) -> str:
-        """The line about the steps since the last one: means over those whose loss is finite."""
-        finite = [r for r in self._recent if math.isfinite(r["loss"])]
-        loss, kd = (_mean([r[key] for r in finite]) for key in ("loss", "kd_loss"))
-        ce_losses = [r["ce_loss"] for r in finite if r["ce_loss"] is not None]  # None on on-policy text
-        ce = f", ce={_mean(ce_losses):.4f}" if ce_losses or not finite else ""
-        num_bad = len(self._recent) - len(finite)
-        bad = f" not_finite={num_bad}" if num_bad else ""
-        router_kls = [r["router_kl"] for r in finite if "router_kl" in r]
-        routers = f" router_kl={_mean(router_kls):.4f}" if router_kls else ""
-        return f"Step {step}: avg_loss={loss:.4f} (kd={kd:.4f}{ce}){routers} success_rate={success_rate:.0%}{bad}"
-
     def log_evaluation(self, record: dict, is_best: bool) -> None:
         """Write and print one validation of the student."""
         self._write({"event": "evaluation", **record})
         self._perplexity = record["val_ppl"]
-        best = " (best so far)" if is_best else ""
-        teacher = ""
-        if "router_entropy" in record:
-            native, routed = (record[f"teacher_val_ppl_{how}"] for how in ("native", "routed"))
-            every = "" if routed == native else f", {routed:.2f} with every expert"
-            teacher = f"; teacher {native:.2f}{every}, router entropy {record['router_entropy']:.3f}"
-        self.info(f"Step {record['step']}: Validation PPL = {format_perplexity(record['val_ppl'])}{best}{teacher}")
+        self.info(evaluation_line(record, is_best, self.same_tokenizer))
 
     def log_rewind(self, record: dict, num_blocks: int) -> None:
         """Cut `metrics.jsonl` back to the step that `record` names, and print why: the steps after it are repeated."""
         if not self._enabled:
             return
         self._metrics.close()
+        self._seconds_before += time.monotonic() - self._started
         self._open_metrics(record["step"])
+        self._first_step, self._started = record["step"], time.monotonic()
         self._write({"event": "rewind", **record})
         self._recent.clear()
         self._bar.reset()
@@ -178,40 +214,51 @@ class RunLog:
         """Write `summary.json`, close everything, print the table of results."""
         text = json.dumps(json_safe({"format": RUN_FORMAT, **summary}), indent=2)
         atomic_write(self.folder / "summary.json", text + "\n")
-        for observer in self._observers:
-            observer.log_summary(summary)
-        self.close()
+        self._notify(lambda observer: observer.log_summary(summary))
         if summary["status"] == "interrupted" and time.monotonic() >= self.deadline:
             self.info(f"--time_limit {self._config.train.time_limit}: the time is over, everything is saved")
-        for line in summary_table(summary, self.folder):
+        self._close_bar()
+        for line in (*summary_table(summary, self.folder), *closing_lines(self.folder)):
             self.info(line)
+        self.close()
 
     def close(self) -> None:
         """Release the terminal and the files, however the run has ended."""
+        self._close_bar()
+        for file in (self._metrics, self._text):
+            if file is not None:
+                file.close()
+        self._text, self._early = None, []
+        self._notify(lambda observer: observer.close())
+
+    def _close_bar(self) -> None:
         if self._bar is not None:
             self._bar.close()
-        if self._metrics is not None:
-            self._metrics.close()
-        for observer in self._observers:
-            observer.close()
 
     def _write(self, record: dict) -> None:
         if self._enabled:
+            seconds = self._seconds_before + time.monotonic() - self._started
+            record = {**record, "time": timestamp(), "seconds": round(seconds, 3)}
             self._metrics.write(json.dumps(json_safe(record)) + "\n")
-            for observer in self._observers:
-                observer.log_record(record)
+            self._notify(lambda observer: observer.log_record(record))
+
+    def _notify(self, call: Callable[[Observer], None]) -> None:
+        """Call every observer. What is drawn, or sent elsewhere, must not end a run: an observer that fails is left
+        out from then on, with a line about it.
+        """
+        for observer in list(self._observers):
+            try:
+                call(observer)
+            except Exception as error:
+                self._observers.remove(observer)
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                self.info(f"Warning: {observer.name} is not written from here on ({reason}); the run goes on")
+        for listener in self._listeners:
+            call(listener)
 
 
 class SftLog(RunLog):
-    """The log of a run without a teacher.
-
-    Every `--log_steps`: {'loss': 2.27, 'grad_norm': 1.55, 'learning_rate': 0.0002, 'epoch': 0.31}
-    The loss is the mean since the last line, nan if one of them was; the other metrics are those of this step.
-    """
-
-    def print_start(self, start: dict, teacher: dict) -> None:
-        perplexity = format_perplexity(start["val_ppl"])
-        self.info(f"Validation PPL at the start = {perplexity} (bits per byte {start['val_bits_per_byte']:.3f})")
+    """The log of a run without a teacher."""
 
     def _postfix(self, record: dict, success_rate: float) -> str:
         return (
@@ -219,33 +266,34 @@ class SftLog(RunLog):
             f"success={success_rate:.0%} loss_scale={record['loss_scale']:.0f}"
         )
 
-    def _line(self, step: int, success_rate: float) -> str:
-        last = self._recent[-1]
-        losses = [record["loss"] for record in self._recent if record["num_target_tokens"]]
-        # A mean of all steps, finite or not, and nan instead of 0 where there is none: a bad step must show.
-        metrics = {"loss": sum(losses) / len(losses) if losses else math.nan}
-        metrics |= {name: last[name] for name in ("grad_norm", "learning_rate")}
-        rounded = {name: float(f"{value:.4g}") for name, value in metrics.items()}
-        return str({**rounded, "epoch": round(last["epoch"], 2)})
+    def _print_step(self, pace: Pace) -> None:
+        self.info(sft_line(self._recent, pace))
 
 
-def open_run(config: RunConfig, kind: type[RunLog] = RunLog, process_group: ProcessGroup = SINGLE_PROCESS) -> RunLog:
+def open_run(
+    config: RunConfig,
+    kind: type[RunLog] = RunLog,
+    process_group: ProcessGroup = SINGLE_PROCESS,
+    listeners: Sequence[Observer] = (),
+) -> RunLog:
     """Check the run folder, print what the run is, and return its log. Nothing is written before `RunLog.open`.
 
     Raises: UsageError if the folder holds another run, or cannot be written
     """
-    return process_group.on_rank_zero(lambda: _open_run(config, kind)) or kind(config, enabled=False)
+    log = process_group.on_rank_zero(lambda: _open_run(config, kind, listeners))
+    return log or kind(config, enabled=False)
 
 
-def _open_run(config: RunConfig, kind: type[RunLog]) -> RunLog:
+def _open_run(config: RunConfig, kind: type[RunLog], listeners: Sequence[Observer]) -> RunLog:
     folder = Path(config.train.output_dir)
     check_run_folder(folder, config.train)
     writers, lines = find_report_writer(folder)
-    log = kind(config, [CardWriter(folder), *writers, *find_trackers(config)])
-    for line in (*config.summary_lines(), *config.notices, *lines):
+    log = kind(config, [CardWriter(folder), *writers, *find_trackers(config)], listeners=listeners)
+    first, *others = config.summary_lines()
+    log.info(first)
+    for line in others:
+        log.detail(line)
+    models = [getattr(config.models, f"{role}_model", EMBEDDED) for role in ("teacher", "student")]
+    for line in (*config.data.warnings(*models), *config.notices, *lines):
         log.info(line)
     return log
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else math.nan

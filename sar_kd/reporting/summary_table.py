@@ -1,11 +1,17 @@
-"""The table of results at the end of a run."""
+"""The end of a run: the table of results, what they show in sentences, and what to type next."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+from sar_kd.config.installation import program_name
+from sar_kd.config.sections import EMBEDDED
+from sar_kd.errors import UsageError
+from sar_kd.reporting.history import RunHistory, findings_of, read_history
 from sar_kd.reporting.report import FILE as REPORT
-from sar_kd.runtime.console import format_duration, format_perplexity
+from sar_kd.runtime.console import count_of, format_duration, format_perplexity
+from sar_kd.runtime.files import as_float
 
 _COLUMNS = {"perplexity": 12, "bits per byte": 15, "accuracy": 10, "answer rate": 13}
 """The columns after the names, and their widths; all of it fits into 80 columns."""
@@ -24,12 +30,15 @@ def summary_table(summary: dict, folder: Path) -> list[str]:
         scores = scores | {"cross_entropy_only": summary["cross_entropy_only"]}
     columns = list(_COLUMNS.items())[: None if scores else 2]
     skipped = ", ".join(f"{cause} {count}" for cause, count in summary["skipped"].items() if count)
+    status = {"finished": "Finished", "interrupted": "Interrupted"}.get(summary["status"], "Emergency stop")
+    mark = "" if summary.get("same_tokenizer", True) else "*"
     lines = [
         "",
-        f"{summary['status'].replace('_', ' ').capitalize()} after {summary['steps']} steps "
-        f"in {format_duration(summary['wall_seconds'])}, {summary['tokens_per_second']:,.0f} tokens/s",
+        f"{status} after {count_of(summary['steps'], 'step')} in {format_duration(summary['wall_seconds'])}, "
+        f"{summary['tokens_per_second']:,.0f} tokens/s",
         f"  {'':<28}" + "".join(f"{name:>{width}}" for name, width in columns),
-        *(_line(name, metrics, scores.get(key)) for name, key, metrics in _models(summary)),
+        *(_line(name, metrics, scores.get(key), mark) for name, key, metrics in _models(summary)),
+        *(["  * in the teacher's own tokens: compare its bits per byte, not its perplexity"] if mark else []),
         f"  applied {summary['applied']}, skipped {sum(summary['skipped'].values())}"
         + (f" ({skipped})" if skipped else "")
         + f", success rate {summary['success_rate']:.1%}, loss scale {summary['loss_scale_final']:.0f}",
@@ -39,8 +48,31 @@ def summary_table(summary: dict, folder: Path) -> list[str]:
     lines.append(f"  student saved in {folder / 'student'}, metrics in {folder / 'summary.json'}")
     if (folder / REPORT).is_file():
         lines.append(f"  charts in {folder / REPORT}")
-    if summary["status"] == "interrupted":
-        lines.append(f"  continue with the same command and --resume --output_dir {folder}")
+    return lines
+
+
+def closing_lines(folder: Path) -> list[str]:
+    """What the run in this folder shows, and the next commands; nothing if its files cannot be read back."""
+    try:
+        run = read_history(folder)
+    except UsageError:
+        return []
+    return ["", *findings_of(run, with_status=False), *_next_commands(run)]
+
+
+def _next_commands(run: RunHistory) -> list[str]:
+    """The commands to type next, the most useful first."""
+    status, folder, program = run.summary.get("status"), run.folder, program_name()
+    if status == "interrupted":
+        return [f"Next: continue with the same command and --resume --output_dir {folder}"]
+    if status == "emergency_stop":
+        return [f"Next: {program} forensics {folder} shows why, and what to try"]
+    prompt = "Return the largest" if run.setting("student_model") == EMBEDDED else "The"
+    lines = [f'Next: {program} generate {folder} "{prompt}"']
+    if not (folder / REPORT).is_file():
+        lines.append(f"      {program} report {folder}")
+    if run.setting("teacher_model") and as_float(run.setting("alpha_kd")) > 0 and run.config.get("mode") != "precise":
+        lines.append("To learn more from the teacher: the same command with --mode precise")
     return lines
 
 
@@ -56,9 +88,10 @@ def _on_policy_line(found: dict, seconds: float) -> str:
     )
 
 
-def _line(name: str, metrics: _Metrics, score: dict | None) -> str:
-    """score: `accuracy` and `answer_rate`, where they are known"""
-    cells = [format_perplexity(metrics[0]), f"{metrics[1]:.4f}"]
+def _line(name: str, metrics: _Metrics, score: dict | None, mark: str = "") -> str:
+    """score: `accuracy` and `answer_rate`, where they are known; mark: behind a perplexity in the teacher's tokens"""
+    perplexity = format_perplexity(metrics[0]) + (mark if name.startswith("teacher") else "")
+    cells = [perplexity, f"{metrics[1]:.4f}" if math.isfinite(metrics[1]) else str(metrics[1])]
     cells += [f"{score['accuracy']:.3f}", f"{score['answer_rate']:.3f}"] if score else []
     return f"  {name:<28}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, _COLUMNS.values(), strict=False))
 
@@ -81,6 +114,12 @@ def _models(summary: dict) -> list[tuple[str, str, _Metrics]]:
     return models + [(name, name, metrics) for name, metrics in _teachers(summary).items()]
 
 
+def _name_of_last(summary: dict) -> str:
+    """What the last validation is of: a run that was interrupted made steps after it."""
+    step = summary.get("val_step_final")
+    return "student, end" if step in (None, summary["steps"]) else f"student, step {step}"
+
+
 def _teachers(summary: dict) -> dict[str, _Metrics]:
     """The teacher with native routing and with that of the run; also at the end if its routers were trained."""
     if "teacher_val_ppl" not in summary:
@@ -95,9 +134,3 @@ def _teachers(summary: dict) -> dict[str, _Metrics]:
                 routing = "own routing" if how == "native" else "every expert" if summary["experts"] == "all" else "ka"
                 teachers[f"teacher, {routing}, {'end' if when == 'final' else when}"] = pair
     return teachers
-def _name_of_last(summary: dict) -> str:
-    """What the last validation is of: a run that was interrupted made steps after it."""
-    step = summary.get("val_step_final")
-    return "student, end" if step in (None, summary["steps"]) else f"student, step {step}"
-
-

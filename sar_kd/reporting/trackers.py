@@ -9,7 +9,7 @@ from typing import Any
 
 from sar_kd.config.fields import RunConfig
 from sar_kd.errors import UsageError
-from sar_kd.runtime.environment import is_installed
+from sar_kd.runtime.environment import require_packages
 
 
 def find_trackers(config: RunConfig) -> list[Tracker]:
@@ -19,8 +19,7 @@ def find_trackers(config: RunConfig) -> list[Tracker]:
     """
     names = [name for name in _OPEN if getattr(config.train, name)]
     for name in names:
-        if not is_installed(name):
-            raise UsageError(f"--{name}: needs `pip install {name}`")
+        require_packages(f"--{name}", [name])
     return [Tracker(name, config) for name in names]
 
 
@@ -28,14 +27,14 @@ class Tracker:
     """An observer of the run log that sends on the metrics of steps and validations; opened by the first of them."""
 
     def __init__(self, name: str, config: RunConfig):
-        self._name, self._config = name, config
+        self.name, self._config = name, config
         self._run: Any = None  # a wandb run, or what has its methods `log` and `finish`
 
     def log_record(self, record: dict) -> None:
         if record["event"] == "rewind":
             return
         if self._run is None:
-            self._run = _OPEN[self._name](self._config, Path(self._config.train.output_dir), record["step"])
+            self._run = _OPEN[self.name](self._config, Path(self._config.train.output_dir), record["step"])
         self._run.log(_metrics("train" if record["event"] == "step" else "validation", record), step=record["step"])
 
     def log_summary(self, summary: dict) -> None:

@@ -1,12 +1,34 @@
-"""What goes to a terminal: lines beside progress bars, and numbers as text."""
+"""What goes to a terminal: lines beside progress bars, their colours, and numbers as text."""
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from typing import TextIO
+
 from tqdm import tqdm
+
+_RED, _GREEN, _YELLOW, _BOLD = "31", "32", "33", "1"
+
+_COLOURS = (
+    (re.compile(r"error: |emergency stop|Emergency stop|.*: diverged\. "), _RED),
+    (re.compile(r"Warning: |.*: (skipped \(|skip storm|alarm, )"), _YELLOW),
+    (re.compile(r".*\(best so far\)"), _GREEN),
+    (re.compile(r"(Finished|Interrupted) after |Next:"), _BOLD),
+)
+"""By the beginning of a line: the colour of the whole line"""
+
+
+def paint(line: str, stream: TextIO) -> str:
+    """The line in its colour if the stream is a terminal, else as it is; NO_COLOR and TERM=dumb switch colours off."""
+    if not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return line
+    colour = next((colour for pattern, colour in _COLOURS if pattern.match(line)), None)
+    return line if colour is None else f"\033[{colour}m{line}\033[0m"
 
 
 def print_stderr(line: str) -> None:
@@ -28,14 +50,28 @@ def first_few(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
+def count_of(number: int, noun: str) -> str:
+    """'1 line', '2,000 lines'."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def format_clock(seconds: float) -> str:
+    """0:07, 12:34 or 1:02:03, as a progress bar shows time."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
 def format_bytes(size: float) -> str:
     """1,234 MB or 1.23 GB."""
     return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
 
 
 def format_duration(seconds: float) -> str:
-    """12 s or 3 min 04 s."""
+    """12 s, 3 min 04 s or 5 h 06 min."""
     minutes, rest = divmod(int(round(seconds)), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 

@@ -17,6 +17,8 @@ class Teacher:
     """Consecutive steps on the same text"""
     lines: Sequence[str] = ()
     """Shown when the run starts"""
+    details: Sequence[str] = ()
+    """Likewise, with --verbose"""
 
     def __enter__(self) -> Teacher:
         return self

@@ -60,7 +60,8 @@ class LiveTeacher(Teacher):
             if settings.activation_checkpointing:
                 recompute_activations_(model)
         self.passes = settings.ka_passes if name == "ka" else 1
-        self.lines = [_describe_routing(name, reason, settings, specs)]
+        line = _describe_routing(name, reason, settings, specs)
+        self.lines, self.details = ([], [line]) if name == "native" and not reason else ([line], [])
         self.start: dict = {}
         self.last: dict = {}
         self.alarms: list[str] = []
@@ -204,12 +205,9 @@ def _choose_routing(config: Config, objective: Objective, is_sharded: bool) -> t
     settings, option = config.routing, config.routing.routing
     if option == "native":
         return "native", [], ""
-    obstacle = _obstacle(config, objective, is_sharded, trains=option in ("sar", "auto"))
-    if option != "auto":
-        if obstacle:
-            raise UsageError(f"--routing {option}: {'; '.join(obstacle)}")
+    if option != "auto":  # what stands in its way was refused with the options
         return option, find_routers(objective.teacher, settings.router_patterns), ""
-    if obstacle:
+    if obstacle := config.routing_obstacle(trains_routers=True, is_sharded=is_sharded):
         return "native", [], obstacle[0]
     try:
         specs = find_routers(objective.teacher, settings.router_patterns)
@@ -222,23 +220,6 @@ def _choose_routing(config: Config, objective: Objective, is_sharded: bool) -> t
     return ("sar", specs, "the teacher is a mixture of experts") if specs else ("native", [], "the teacher is dense")
 
 
-def _obstacle(config: Config, objective: Objective, is_sharded: bool, trains: bool) -> tuple[str, str] | None:
-    """Why no routing but the native one is possible, and the remedy. trains: for routers that learn."""
-    if objective.distillation is None:
-        return "distillation is off (--alpha_kd is 0)", "use --routing native"
-    if not trains:
-        return None
-    if objective.distillation.needs_states:
-        reason = "--alignment hidden compares no probabilities, from which routers learn"
-        return reason, "use another alignment, or --routing all"
-    if is_sharded:
-        reason = "with --parallel fsdp no device has the whole student, from which routers learn"
-        return reason, "use --parallel ddp, or --routing all"
-    if config.memory.routers_frozen_reason:
-        return config.memory.routers_frozen_reason, "use --routing all or native"
-    return None
-
-
 @torch.no_grad()
 def _run_once(model: Any, precision: Precision) -> None:
     vocab_size = model.get_input_embeddings().weight.shape[0]
@@ -247,9 +228,9 @@ def _run_once(model: Any, precision: Precision) -> None:
 
 
 def _describe_routing(name: str, reason: str, settings: RoutingConfig, specs: list[RouterSpec]) -> str:
-    line = f"--routing auto: {name}, because {reason}" if reason else f"--routing {name}"
+    line = f"Routing: {name}" + (f" (--routing auto, because {reason})" if reason else "")
     if name == "native":
-        return line if reason else f"{line}, the teacher's own"
+        return line if reason else f"{line}, the teacher is used as it is"
     line += f"; {len(specs)} routers of {specs[0].num_experts} experts, {specs[0].top_k} of them in its own routing"
     if name == "sar":
         count = sum(parameter.numel() for parameter in router_parameters(specs).values())

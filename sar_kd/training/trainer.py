@@ -40,7 +40,9 @@ from sar_kd.training.run_inputs import check_inputs
 from sar_kd.training.step import StepContext, StepReport, train_step
 
 
-_WHILE_TRAINING = "the step under way is finished and a checkpoint saved; once more ends the run at once, without saving"
+_WHILE_TRAINING = (
+    "the step under way is finished and a checkpoint saved; once more ends the run at once, without saving"
+)
 
 _AT_END = "all steps are made and saved, the run is about to end; once more ends it at once"
 
@@ -73,6 +75,7 @@ class Trainer:
         self.process_group = context.strategy.process_group
         self.folder = Path(config.train.output_dir)
         self.state, self.inputs = TrainerState(inputs=dict(inputs)), dict(inputs)
+        log.same_tokenizer = self.train.pair.equal
         self.recovery = Recovery(config, self.train, context)
         self.callbacks = [self.recovery, *callbacks, *([] if on_policy is None else [on_policy])]
         self.loader = BatchLoader(
@@ -95,9 +98,9 @@ class Trainer:
                 with self._stop_request() as stop:
                     status = self._train(stop, started)
                     stop.what_follows = _AT_END
-                    if status == "finished":
                     if skips := skips_in_words(self.context.guard):
                         self._log([skips])
+                    if status == "finished":
                         student_folder = self.folder / "student"
                         self._log(m for callback in self.callbacks for m in callback.on_train_end(student_folder))
                     return self._write_summary(status)
@@ -111,7 +114,10 @@ class Trainer:
     def _start(self) -> None:
         """Evaluate both models, refuse a run that cannot learn, save the student as it is."""
         state, config, context = self.state, self.config, self.context
-        self._log([*describe_text(self.train, self.validation), *context.strategy.messages, *self.teacher.lines])
+        lines, details = describe_text(self.train, self.validation, config.data.describe())
+        self._log([*lines, *context.strategy.messages, *self.teacher.lines])
+        for line in (*details, *self.teacher.details):
+            self.log.detail(line)
         state.teacher, messages = self.teacher.evaluate_start(self.validation, context.precision)
         self._log(messages)
         evaluation = self._evaluate()
@@ -123,7 +129,7 @@ class Trainer:
         self._log(message for callback in self.callbacks for message in callback.on_train_begin())
         self.process_group.on_rank_zero(lambda: self.log.open(0, config.train))
         self._save_student()
-        self.log.log_start(state.start, state.teacher)
+        self.log.log_start({**state.start, "val_bytes": self.validation.text.num_bytes}, state.teacher)
         if self.recovery.can_rewind:
             self._save()  # a checkpoint to go back to
 
@@ -163,12 +169,12 @@ class Trainer:
             started = time.monotonic()
             if report.verdict.emergency:
                 self._stop_diverged(report)
+            if not reason and at_end:
+                reason = nothing_applied(self.context.guard)
             if reason:
                 self._stop(f"stopped at step {step}: {reason}")
             if step % config.save_steps == 0 or at_end or stop_requested:
                 self._save()
-            if not reason and at_end:
-                reason = nothing_applied(self.context.guard)
             if stop_requested and not at_end:
                 return "interrupted"
         return "finished"
@@ -252,18 +258,21 @@ class Trainer:
         self.process_group.on_rank_zero(save)
 
     def _save(self) -> None:
+        state = self.state
+        self.recovery.before_save(state.step, state.last_step == state.step and math.isfinite(state.last["val_loss"]))
         self.teacher.save(self.folder, self.state.step)
         self.state.callbacks = [callback.state for callback in self.callbacks]
-        keep = self.config.train.keep_checkpoints
-        save_checkpoint(self.folder / "checkpoint", self.context, self.teacher, self.state, keep)
+        keep, keeps = self.config.train.keep_checkpoints, self.recovery.keeps
+        save_checkpoint(self.folder / "checkpoint", self.context, self.teacher, self.state, keep, keeps)
 
-    def _load(self) -> int:
-        """Load the last checkpoint; returns its step."""
-        path, messages = find_checkpoint(self.folder / "checkpoint")
-        self._log(messages)
+    def _load(self, path: Path | None = None) -> int:
+        """Load a checkpoint, the last one if none is given; returns its step."""
+        if path is None:
+            path, messages = find_checkpoint(self.folder / "checkpoint")
+            self._log(messages)
         self.state = load_checkpoint(path, self.context, self.teacher)
         for callback, state in zip(self.callbacks, self.state.callbacks, strict=True):
-            callback.state = state
+            callback.state |= state
         return self.state.step
 
     def _save_after_failure(self) -> None:
@@ -283,22 +292,46 @@ class Trainer:
         self.log.log_rewind(record, len(self.train))
 
     def _stop_diverged(self, report: StepReport) -> None:
-        """Emergency stop: the weights are the last good ones; save them, explain the NaN, and raise."""
+        """Emergency stop, behind a validation: save the weights as they are, explain the NaN, and raise."""
         count = self.context.guard.consecutive_nan_batches
-        outcome = f"The run was stopped after {count} NaN batches in a row; its weights are the last good ones."
-        record = self.recovery.explain(self.state.step, report, outcome)
+        outcome = f"The run was stopped after {count} NaN batches in a row. {self._weights_in_words()}"
+        held_out = self.state.start["val_loss"], self.state.last["val_loss"]
+        record = self.recovery.explain(self.state.step, report, outcome, held_out)
         self._stop(f"emergency stop after {count} consecutive NaN batches {self.recovery.summary_line(record)}")
+
+    def _weights_in_words(self) -> str:
+        """Are the weights at this emergency stop good ones, by the validation just made; if not, where are some?"""
+        start, last, best = (getattr(self.state, name)["val_bits_per_byte"] for name in ("start", "last", "best"))
+        if math.isfinite(last) and not last > start:
+            return f"Its weights are the last good ones ({last:.4f} bits per byte on held-out text)."
+        found = f"{last:,.4f} bits per byte" if math.isfinite(last) else "no finite loss"
+        text = (
+            f"Its last weights are not good: {found} on held-out text, {start:.4f} bits per byte at the start. "
+            f"`student/` holds the best student, that of step {self.state.best_step} ({best:.4f})."
+        )
+        sound = self.recovery.sound_checkpoint
+        if sound is None:
+            return f"{text} No checkpoint was saved before them."
+        return (
+            f"{text} `checkpoint/{sound.name}` is the last one after which a step or a validation was finite; "
+            "--resume --on_divergence rewind goes back to it once, at half the learning rate."
+        )
 
     def _stop(self, message: str) -> None:
         self._save()
-        self._write_summary("emergency_stop")
+        self._write_summary("emergency_stop", stop_reason=message)
         raise TrainingDiverged(message)
 
-    def _write_summary(self, status: str) -> dict:
-        """Write and return `summary.json`."""
+    def _write_summary(self, status: str, **more: str) -> dict:
+        """Write and return `summary.json`. more: further entries"""
         summary = self.state.summary(status, self.context.guard, self.context.precision)
         summary["peak_memory_bytes"] = max(self.process_group.all_gather_object(summary["peak_memory_bytes"]))
-        summary |= {"embedded": self.models.embedded, **self.teacher.summary()}
+        summary |= {
+            "embedded": self.models.embedded,
+            "same_tokenizer": self.train.pair.equal,
+            **more,
+            **self.teacher.summary(),
+        }
         for callback in self.callbacks:
             summary |= callback.summary()
         self.process_group.on_rank_zero(lambda: self.log.log_summary(summary))

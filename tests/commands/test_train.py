@@ -165,8 +165,11 @@ def test_lines_are_plain_where_stdout_is_no_terminal(finished):
 def test_steps_and_evaluations_are_printed_in_this_form(finished):
     lines = finished.out.splitlines()
     number = r"\d+\.\d{4}"
-    step = re.compile(rf"Step (\d+): avg_loss={number} \(kd={number}, ce={number}\) success_rate=\d+%")
-    evaluation = re.compile(r"Step (\d+): Validation PPL = \d+\.\d\d(?: \(best so far\))?")
+    step = re.compile(
+        rf"Step (\d+): avg_loss={number} \(kd={number}, ce={number}\) lr=\d\.\de-\d\d grad_norm=\d+\.\d\d "
+        r"success_rate=\d+% [\d,]+ tokens/s \d+% in \d+:\d\d, \d+:\d\d left"
+    )
+    evaluation = re.compile(r"Step (\d+): Validation PPL = \d+\.\d\d, bits per byte \d+\.\d{4}(?: \(best so far\))?")
     assert [match[1] for line in lines if (match := step.fullmatch(line))] == ["1", "2", "3"]
     assert [match[1] for line in lines if (match := evaluation.fullmatch(line))] == ["2", "3"]
 
@@ -328,9 +331,6 @@ def test_an_impatient_second_signal_exits_130_too(capsys):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-# Emergency stop
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.2, 1.0, 2.5, 4.0])
 def test_ctrl_c_before_the_first_step_is_one_line_and_leaves_nothing(inputs, tmp_path, seconds):
@@ -343,6 +343,9 @@ def test_ctrl_c_before_the_first_step_is_one_line_and_leaves_nothing(inputs, tmp
         assert not list((tmp_path / "runs").glob("*/.lock*"))
     else:
         assert seconds < 1 or err.startswith("Ctrl-C: ")
+
+
+# Emergency stop
 
 
 def _going_bad(train_step, bad_steps, is_bad=lambda ids, micro_batches: True):

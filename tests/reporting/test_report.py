@@ -1,10 +1,12 @@
 """The report, its findings and the model card, from runs with metrics written by hand; and their cost."""
 
 import functools
+import importlib.machinery
 import json
 import math
 import re
 import sys
+import time
 import types
 from html.parser import HTMLParser
 
@@ -17,12 +19,13 @@ from sar_kd.config.command_line import parse
 from sar_kd.config.commands import REPORT
 from sar_kd.config.presets import STABLE
 from sar_kd.errors import UsageError
-from sar_kd.reporting import report, trackers
+from sar_kd.reporting import history, report, trackers
 from sar_kd.reporting.history import findings_of, read_history
 from sar_kd.reporting.model_card import build_model_card
 from sar_kd.reporting.run_log import RunLog, open_run
 from sar_kd.runtime.files import json_safe
 from sar_kd.version import RUN_FORMAT
+from tests.helpers.runs import untimed
 
 START = {"val_ppl": 71.0, "val_loss": 4.26, "val_bits_per_byte": 2.5, "teacher_val_ppl": 41.0}
 START |= {"teacher_val_bits_per_byte": 1.75}
@@ -184,12 +187,133 @@ def test_several_runs_are_compared_in_a_table_with_the_settings_that_differ(make
     first = make_run(RECORDS, "--student_lr", "1e-3", name="first")
     second = make_run([*RECORDS, _evaluation(6, 2.1)], "--student_lr", "2e-3", "--seed", "5", name="second")
     text, page = _page(first, second)
-    rows = re.findall(r"<tr><td>(.*?)</td></tr>", text)
+    rows = re.findall(r"<tr><td>(?:<svg.*?</svg>)?(.*?)</td></tr>", text)
     assert rows[0].startswith("first</td><td>under way")
     assert "2.2000" in rows[0]
     assert "2.1000" in rows[1]
     assert rows[2:] == ["student_lr</td><td>0.001</td><td>0.002", "seed</td><td>0</td><td>5"]
-    assert page.texts.count("second") >= 4
+    assert page.texts.count("second") == 3  # in the table, in the charts' legend, and above the settings
+    assert not any("different texts" in line for line in page.texts)
+
+
+def test_runs_on_different_texts_are_compared_with_a_warning(make_run):
+    first, second = (make_run(RECORDS, "--train_file", name, name=name) for name in ("a.txt", "b.txt"))
+    _, page = _page(first, second)
+    assert any(line.startswith("These runs have different texts") for line in page.texts)
+    changed = make_run(RECORDS, "--train_file", "a.txt", name="changed", start=START | {"val_bytes": 5})
+    _, page = _page(first, changed)  # the same file name
+    assert any(line.startswith("These runs have different texts") for line in page.texts)
+
+
+def test_each_of_many_runs_has_a_line_of_its_own_and_its_whole_name(make_run):
+    names = [f"a-run-with-a-long-name-{i}" for i in range(10)]
+    text, page = _page(*(make_run(RECORDS, name=name) for name in names))
+    assert all(page.texts.count(name) == 2 for name in names)  # in the table and in the charts' legend
+    keys = re.findall(r'class="key".*?style="(.*?)"', text)[:10]
+    assert len(set(keys)) == 10
+    bits = text[text.index("Bits per byte</text>") - 20_000 :]
+    assert len(set(re.findall(r"stroke: (var\(--s\d\))", bits))) == 8
+
+
+@pytest.mark.parametrize("name", ["$$", "$\\bad{x}$", "a_b^c$"])
+def test_names_that_look_like_formulas_are_names(make_run, name):
+    first, second = make_run(RECORDS, "--train_file", name, name=name), make_run(RECORDS, name="other")
+    _, page = _page(first, second)
+    assert page.texts.count(name) == 4  # in the table, in the legend, and above and in the settings
+
+
+@pytest.mark.parametrize("value", [1e19, -1e19, 1e300, math.inf, 10**400, "1e400", None, "x", True], ids=range(9))
+def test_values_of_any_size_are_drawn_or_left_out(make_run, value):
+    metrics = dict.fromkeys(("loss", "ce_loss", "kd_loss", "grad_norm", "loss_scale", "learning_rate"), value)
+    usage = {"router_entropy": value, "router_usage": {"gate": [value, 0.5]}}
+    records = [
+        _step(1),
+        {**_step(2), **metrics, "norm_limit": value},
+        _evaluation(2, 2.4) | {"val_ppl": value, **usage},
+    ]
+    folder = make_run(records, start=START | {"val_ppl": value, "teacher_val_ppl": value})
+    _page(folder)
+    _page(folder, make_run(RECORDS, name="other"))
+
+
+@pytest.mark.parametrize("usage", [{}, {"gate": []}, None])
+def test_routers_without_a_usage_have_no_chart_of_it(make_run, usage):
+    _, page = _page(make_run([_step(1), _evaluation(1, 2.4, router_entropy=0.8, router_usage=usage)]))
+    assert "Router entropy" in page.texts
+    assert "Expert usage" not in page.texts
+
+
+def test_a_step_that_no_run_has_is_one_line(make_run):
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_history(make_run([_step(10**19)]))
+
+
+def test_the_learning_rate_is_drawn_and_a_loss_scale_only_where_there_is_one(make_run):
+    _, page = _page(make_run(RECORDS))
+    assert {"Learning rate", "Loss scale"} <= set(page.texts)
+    _, page = _page(make_run([_step(1, loss_scale=1.0), _step(2, loss_scale=1.0)], name="float32"))
+    assert "Learning rate" in page.texts
+    assert "Loss scale" not in page.texts
+
+
+@pytest.mark.parametrize(
+    ("status", "level"), [("finished", "good"), ("interrupted", "warn"), ("emergency_stop", "bad"), (None, "calm")]
+)
+def test_how_a_run_ended_has_its_colour(make_run, status, level):
+    text, _ = _page(make_run(RECORDS, summary={"status": status, "steps": 4} if status else None))
+    assert f'<div class="findings {level}">' in text
+
+
+def test_a_run_without_a_finite_loss_has_no_numbers_on_that_axis(make_run):
+    _, page = _page(make_run([_step(i, "forward", loss=math.nan, ce_loss=math.nan, kd_loss=math.nan) for i in (1, 2)]))
+    assert "no finite value" in page.texts
+    assert not any(text in ("-0", "-0.04") for text in page.texts)
+
+
+def test_the_page_has_where_the_run_was_made_its_first_lines_and_its_samples(make_run):
+    folder = make_run(RECORDS)
+    config = json.loads((folder / "config.json").read_text())
+    config["environment"] = {"torch": "9.9", "commit": "abc", "devices": ["T4", "T4"], "command": "python <x>.py"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "log.txt").write_text("Teacher: Big\nStep 1/4: avg_loss=3\nafter\n")
+    (folder / "samples.json").write_text(json.dumps([{"text": "Once <upon>", "student": " a time"}]))
+    text, page = _page(folder)
+    assert {"9.9", "abc", "T4 T4", "python <x>.py", "Teacher: Big"} <= set(page.texts)
+    assert "<upon>" not in text
+    assert any("Once" in part for part in page.texts)
+    assert "after" not in page.texts
+    assert not any("torch" in str(name) for name in read_history(folder).settings())
+
+
+def test_a_long_run_is_thinned_and_its_counts_are_of_all_steps(make_run, monkeypatch):
+    records = [_step(step, "norm" if step % 7 == 0 else None) for step in range(1, 3001)]
+    folder = make_run(records)
+    whole = read_history(folder)
+    assert (len(whole.steps), whole.num_steps, whole.stride) == (3000, 3000, 1)
+    monkeypatch.setattr(history, "_MAX_STEPS", 100)
+    thinned = read_history(folder)
+    assert 90 <= len(thinned.steps) <= 120
+    assert thinned.stride > 1
+    assert (thinned.num_steps, thinned.skipped, thinned.num_applied) == (3000, whole.skipped, whole.num_applied)
+    assert thinned.steps[-1]["step"] == 3000
+    assert findings_of(thinned) == findings_of(whole)
+    text, _ = _page(folder)
+    assert f"one of {thinned.stride} steps" in text
+
+
+@pytest.mark.slow
+def test_a_million_steps_take_seconds(make_run):
+    folder = make_run([])
+    line = json.dumps(_step(123456))
+    with open(folder / "metrics.jsonl", "a") as file:
+        for first in range(0, 1_000_000, 1000):
+            lines = (line.replace("123456", str(step)) for step in range(first + 1, first + 1001))
+            file.write("\n".join(lines) + "\n")
+    started = time.process_time()
+    text, _ = _page(folder)
+    assert time.process_time() - started < 15
+    assert len(text) < 400_000
+    assert "1,000,000 of 1,000,000" in text
 
 
 # Findings
@@ -203,6 +327,7 @@ def test_a_finished_run_is_described_with_its_way_to_the_teacher(make_run):
         lines[1] == "Bits per byte on held-out text fell from 2.5000 to 2.2000, 40% of the way to the teacher's 1.7500."
     )
     assert lines[2] == "3 of 4 updates were applied; skipped: norm 1."
+    assert findings_of(read_history(folder), with_status=False) == lines[1:]
     assert "Skipped for norm in 25% of the steps" in lines[3]
 
 
@@ -217,6 +342,15 @@ def test_a_finished_run_is_described_with_its_way_to_the_teacher(make_run):
 def test_the_course_of_the_validations_is_described(make_run, bits, expected):
     records = [record for i, value in enumerate(bits, 1) for record in (_step(i), _evaluation(i, value))]
     assert any(line.startswith(expected) for line in findings_of(read_history(make_run(records))))
+
+
+def test_a_run_without_an_applied_update_or_a_better_validation_says_so(make_run):
+    folder = make_run([_step(1, "norm"), _step(2, "forward"), _evaluation(2, 2.5)])
+    lines = findings_of(read_history(folder))
+    assert "Bits per byte on held-out text stayed at 2.5000; the teacher has 1.7500." in lines
+    assert "No update was applied, so the student is as it was; skipped: norm 1, forward 1." in lines
+    lines = findings_of(read_history(make_run([_step(1), _evaluation(1, 2.6)], name="worse")))
+    assert "No validation was better than the one before the first step" in lines[-1]
 
 
 def test_a_flat_end_is_not_called_falling(make_run):
@@ -293,6 +427,46 @@ def test_a_report_without_matplotlib_is_one_line_with_the_command(make_run, monk
     assert "`pip install matplotlib`" in capsys.readouterr().err
 
 
+class _Broken:
+    """A finder that lets matplotlib be found, and raises as it is imported."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def find_spec(self, name, *_):
+        if name == "matplotlib":
+            return importlib.machinery.ModuleSpec(name, self)
+        return None
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        raise self.error
+
+
+@pytest.fixture(
+    params=[
+        ImportError("numpy.core.multiarray failed to import\n(auto-generated)"),
+        AttributeError("_ARRAY_API not found"),
+        RuntimeError("module was compiled against another numpy"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def broken_matplotlib(request, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [_Broken(request.param), *sys.meta_path])
+    return request.param
+
+
+def test_a_matplotlib_that_cannot_be_imported_is_one_line(make_run, broken_matplotlib, capsys):
+    assert exit_code(functools.partial(command.start, REPORT), [str(make_run(RECORDS))]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"({type(broken_matplotlib).__name__}: {broken_matplotlib}".splitlines()[0] in line
+    assert "pip install --upgrade matplotlib" in line
+
+
 # During a run
 
 
@@ -301,7 +475,8 @@ def test_a_run_without_matplotlib_prints_once_how_to_get_the_page(tmp_path, monk
     open_run(parse(STABLE, ["--output_dir", str(tmp_path / "run")])).close()
     lines = [line for line in capsys.readouterr().out.splitlines() if "report.html" in line]
     assert lines == [
-        f"No report.html without matplotlib: `pip install matplotlib`, then `sar-kd report {tmp_path}/run` at any time"
+        "No report.html without matplotlib: `pip install matplotlib`, then `python -m sar_kd report "
+        f"{tmp_path}/run` at any time"
     ]
 
 
@@ -338,7 +513,13 @@ def test_an_observer_receives_everything_that_is_written_and_the_end(tmp_path):
     log.close()
     assert seen == ["start", "step", "close"]
     start = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
-    assert start == {"event": "start", "step": 0, "val_ppl": 3.0, "teacher_val_ppl": 2.0}
+    assert untimed(start) == {
+        "event": "start",
+        "step": 0,
+        "same_tokenizer": True,
+        "val_ppl": 3.0,
+        "teacher_val_ppl": 2.0,
+    }
 
 
 def test_the_log_of_another_rank_shows_and_writes_nothing(tmp_path, capsys):

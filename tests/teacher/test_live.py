@@ -60,7 +60,7 @@ def finished(request, inputs, tmp_path_factory):
 
 def test_a_run_shows_the_routing_and_the_teachers_perplexity(finished):
     _, out = finished
-    (line,) = (line for line in out if line.startswith("--routing sar; 1 routers of 4 experts, 2 of them"))
+    (line,) = (line for line in out if line.startswith("Routing: sar; 1 routers of 4 experts, 2 of them"))
     assert "128 parameters learn" in line
     assert any(line.startswith("Step 2: Validation PPL") and "router entropy" in line for line in out)
     assert any("router_kl=" in line for line in out)
