@@ -179,6 +179,28 @@ def start_and_end(tokenizer) -> tuple[int, int]:
     return (end if start is None else start), end
 
 
+def check_vocab_size(tokenizer, vocab_size: int) -> None:
+    """Check that text becomes ids below `vocab_size` only. Special tokens above it, such as an added padding, are fine.
+
+    vocab_size: of the model's LM head
+    Raises: ValueError if text, or a text's start or end, can become an id for which the model has no logit
+    """
+    special = {*tokenizer.all_special_tokens, *STOP_TOKENS}
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    special.update(token.content for token in added if token.special)
+    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= vocab_size)
+    without = f"for which the model has no logits (its vocab_size is {vocab_size})"
+    remedy = "resize the model's embeddings to the tokenizer, or use the tokenizer that the model was trained with"
+    for name, index in zip(("start", "end"), start_and_end(tokenizer), strict=True):
+        if index >= vocab_size:
+            raise ValueError(f"has id {index} as the {name} of a text, {without}; {remedy}")
+    text = [(i, token) for i, token in beyond if token not in special]
+    if text:
+        first, token = text[0]
+        more = f" and {len(text) - 1} more" if text[1:] else ""
+        raise ValueError(f"can turn text into {token!r} (id {first}{more}), {without}; {remedy}")
+
+
 def document_start(tokenizer) -> tuple[int, ...]:
     """The id that each document begins with; none where the tokenizer's start token is an end or begins a chat turn.
 
@@ -209,11 +231,13 @@ def build_token_table(tokenizer, vocab_size: int, stop_ids: tuple[int, ...] = ()
     """The table of a transformers tokenizer, verified on `PROBES` and `fuzz_texts()`; built once and cached.
 
     vocab_size: of the model's LM head; stop_ids: further ids that end a text, as a generation config names them
-    Raises: ValueError with the reason, if the tokens' bytes cannot be known or the tokenizer has no end-of-text token
+    Raises: ValueError with the reason, if the tokens' bytes cannot be known, the tokenizer has no end-of-text token, or
+        text can become ids above the model's
     """
     tables = _TABLES.setdefault(tokenizer, {})
     key = (vocab_size, tuple(stop_ids), len(tokenizer))
     if key not in tables:
+        check_vocab_size(tokenizer, vocab_size)
         start, end = start_and_end(tokenizer)
         table = _table_of(tokenizer, read_vocabulary(tokenizer), vocab_size, start, end, stop_ids)
         tables[key] = dataclasses.replace(table, change=_find_change(tokenizer, table))
@@ -221,8 +245,8 @@ def build_token_table(tokenizer, vocab_size: int, stop_ids: tuple[int, ...] = ()
 
 
 def _table_of(tokenizer, vocabulary: Vocabulary, vocab_size, start, end, stop_ids) -> TokenTable:
-    spellings = vocabulary.strings
-    ids = range(max(vocab_size, 1 + max(spellings)))
+    spellings = {i: string for i, string in vocabulary.strings.items() if i < vocab_size}
+    ids = range(vocab_size)
     pieces, strings = [vocabulary.pieces.get(i, b"") for i in ids], [spellings.get(i, "") for i in ids]
     pieces[start] = pieces[end] = b""
     known_stops = {i for i, string in spellings.items() if string in STOP_TOKENS and not pieces[i]}

@@ -48,7 +48,7 @@ class TokenizerPair:
     @cached_property
     def num_teacher_tokens(self) -> int:
         """Size of the teacher's vocabulary up to its tokenizer's last token; the rest of its LM head is padding."""
-        return 1 + max(self.teacher.get_vocab().values())
+        return min(self.teacher_vocab_size, 1 + max(self.teacher.get_vocab().values()))
 
     @property
     def tokenizers(self) -> list:

@@ -360,6 +360,27 @@ def test_a_text_without_a_document_that_can_be_encoded_is_a_usage_error(pairs, n
         build_dataset([Document("a", ""), Document("b", "\ud800")], pairs[names], 24, 40)
 
 
+# Ids that the model lacks
+
+
+@pytest.mark.parametrize("teacher", ["sp", "byte"])
+def test_a_template_may_not_write_a_token_that_the_model_has_no_logits_for(tokenizers, teacher):
+    size = len(tokenizers["sp"])
+    rust = Tokenizer.from_str(tokenizers["sp"].backend_tokenizer.to_str())
+    rust.add_special_tokens(["<pad>", "<|turn|>"])
+    template = "{% for m in messages %}{{ '<|turn|>' + m.content }}{% endfor %}"
+    student = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=rust, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=template
+    )
+    other = student if teacher == "sp" else tokenizers["byte"]
+    pair = TokenizerPair(student, other, student_vocab_size=size, teacher_vocab_size=len(other))
+    messages = Message("user", "One?", False), Message("assistant", "Two.", True)
+    documents = [Document("a", "<pad> is text"), Conversation("b", messages, plain=False)]
+    assert build_dataset(documents[:1], pair, 64, 64).num_tokens > 5
+    with pytest.raises(UsageError, match=rf"--student_model: its chat template writes '<\|turn\|>' \(id {size + 1}\)"):
+        build_dataset(documents, pair, 64, 64)
+
+
 # Tokenizers that change text
 
 

@@ -27,6 +27,7 @@ from sar_kd.tokenization.token_table import (
     UNKNOWN,
     TokenTable,
     build_token_table,
+    check_vocab_size,
     fuzz_texts,
     same_tokenizer,
     start_and_end,
@@ -514,6 +515,46 @@ def test_the_start_is_the_tokenizers_own_or_the_end(make, kind):
     start, end = start_and_end(tokenizer)
     assert start == (end if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
     assert end == (300 if tokenizer.eos_token_id is None else tokenizer.eos_token_id)
+
+
+# Ids above the model's
+
+
+def _with_tokens(tokenizer, special=(), ordinary=(), **names):
+    rust = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    rust.add_special_tokens(list(special))
+    rust.add_tokens(list(ordinary))
+    own = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token")}
+    return _wrapped(rust, **(own | names))
+
+
+def test_special_tokens_above_the_models_vocabulary_are_left_out_of_the_table(sp_tokenizer):
+    size = len(sp_tokenizer)
+    tokenizer = _with_tokens(sp_tokenizer, ["<pad>", "<image>", "<|im_end|>"], pad_token="<pad>")
+    table, own = build_token_table(tokenizer, size, stop_ids=(size + 2,)), _table(sp_tokenizer)
+    assert len(tokenizer) == size + 3
+    assert (table.pieces, table.strings, table.end_ids) == (own.pieces, own.strings, own.end_ids)
+    assert table.kinds.tolist() == own.kinds.tolist()
+    assert len(build_token_table(tokenizer, size + 3).pieces) == size + 3
+    assert encode(tokenizer, ["a <image><pad>"]) == encode(sp_tokenizer, ["a <image><pad>"])
+
+
+@pytest.mark.parametrize(
+    "added", [{"ordinary": ["<think>", "</think>"]}, {"special": ["<a>"], "ordinary": ["<think>"]}]
+)
+def test_text_that_becomes_an_id_above_the_models_vocabulary_is_refused_with_the_token(sp_tokenizer, added):
+    size, tokenizer = len(sp_tokenizer), _with_tokens(sp_tokenizer, **added)
+    first = tokenizer.convert_tokens_to_ids("<think>")
+    with pytest.raises(ValueError, match=rf"can turn text into '<think>' \(id {first}.*vocab_size is {size}\)"):
+        build_token_table(tokenizer, size)
+    build_token_table(tokenizer, len(tokenizer))
+
+
+@pytest.mark.parametrize("name", ["start", "end"])
+def test_a_start_or_an_end_above_the_models_vocabulary_is_refused(sp_tokenizer, name):
+    tokenizer = _with_tokens(sp_tokenizer, ["<new>"], **{"bos_token" if name == "start" else "eos_token": "<new>"})
+    with pytest.raises(ValueError, match=f"has id {len(sp_tokenizer)} as the {name} of a text"):
+        check_vocab_size(tokenizer, len(sp_tokenizer))
 
 
 # Comparing, keeping
