@@ -69,6 +69,7 @@ def start(command: Command[C], argv: Sequence[str] | None = None) -> dict:
     Raises: UsageError for what the user can mend; TrainingDiverged after an emergency stop
     """
     if "RANK" in os.environ:  # torchrun: once the processes know one another, only one of them prints an error
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings about sockets hold C++ stack traces
         importlib.import_module("sar_kd.runtime.distributed").join_process_group()
     config = parse(command, argv)
     for line in () if command.run_name else config.notices:  # a run shows them in its first lines

@@ -25,12 +25,11 @@ from torch import Tensor
 
 from sar_kd.config.fields import RunConfig
 from sar_kd.errors import UsageError
+from sar_kd.runtime.rendezvous import meet, read_place
 
 T = TypeVar("T")
 
 C = TypeVar("C", bound=RunConfig)
-
-_ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 _TIMEOUT = timedelta(minutes=10)
 """The longest that a rank waits for another one in a collective. A process that has ended is noticed at once."""
@@ -237,23 +236,24 @@ def join_process_group() -> ProcessGroup:
     global _current
     if _current is not SINGLE_PROCESS:
         return _current
-    if not all(name in os.environ for name in _ENVIRONMENT) or int(os.environ["WORLD_SIZE"]) == 1:
+    place = read_place(os.environ)
+    if place is None:
         return SINGLE_PROCESS
-    gpus = torch.cuda.is_available() and dist.is_nccl_available()
+    store = meet(place)
+    store.set_timeout(_TIMEOUT)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
-        backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
         group_store = dist.PrefixStore("group", store)
-        dist.init_process_group(backend, store=group_store, rank=rank, world_size=size, timeout=_TIMEOUT)
+        dist.init_process_group(backend, store=group_store, rank=place.rank, world_size=place.size, timeout=_TIMEOUT)
     except (dist.DistError, ValueError) as error:
         raise UsageError(
-            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: the other processes of the run cannot be "
-            f"reached ({str(error).splitlines()[0]}); start all of them with the same torchrun command"
+            f"{place}: the processes of the run cannot be connected ({str(error).splitlines()[0]}); start all of them "
+            "with the same torchrun command"
         ) from None
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # sent by torchrun when another process has ended
-    if rank:  # all ranks print the same (--help, lines, bars) and torchrun shows the output of all: rank 0's is enough
+    if place.rank:  # all ranks print the same (--help, lines, bars), and torchrun shows the output of all
         sys.stdout = open(os.devnull, "w")
-    _current = TorchrunGroup(store, rank, size)
+    _current = TorchrunGroup(store, place.rank, place.size)
     return _current
 
 

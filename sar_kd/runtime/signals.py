@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a time limit: as a request to stop, which a loop checks between two steps, or as the end at once."""
+"""Ctrl-C, SIGTERM and a time limit: a request to stop, which a loop checks between two steps, or the end at once."""
 
 from __future__ import annotations
 

@@ -118,11 +118,11 @@ def finished(request, inputs, tmp_path_factory):
 def test_two_processes_finish_and_the_first_prints_and_writes_for_both(finished):
     assert _codes(finished.ended) == [0, 0]
     assert _lines(finished.ended) == []
-    assert finished.ended[0].out.startswith("Mode balanced")
+    assert finished.ended[0].out.startswith("Distilling ")
     assert "2 processes" in finished.ended[0].out
     assert finished.ended[1].out == ""
     assert {path.name for path in finished.folder.iterdir()} == {
-        "config.json", "metrics.jsonl", "summary.json", "student", "checkpoint", "report.html"
+        "config.json", "metrics.jsonl", "summary.json", "student", "checkpoint", "report.html", "log.txt"
     }  # fmt: skip
 
 
