@@ -16,16 +16,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sar_kd.alignment.batch_alignment import STUDENT, TEACHER, Alignment, Continuations, SharedClasses
+from sar_kd.alignment.batch_alignment import (
+    STUDENT,
+    TEACHER,
+    Alignment,
+    Continuations,
+    SharedClasses,
+    TokensBefore,
+)
+from sar_kd.alignment.batch_tokens import BatchTokens
 from sar_kd.alignment.byte_alignment import Boundaries, find_boundaries, find_chunks
 from sar_kd.alignment.segments import positions_per_tile
 from sar_kd.alignment.vocabulary_map import ClassTable, VocabularyMap, as_written, same_token_map
-from sar_kd.tokenization.token_stream import Block, TokenizedText, TokenStream
+from sar_kd.tokenization.token_stream import Block, TokenizedText
 from sar_kd.tokenization.token_table import TokenTable
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
 _FIT_TOKENS = 2**20
 """Student tokens of the text that the vocabulary maps are fitted to."""
+
+
+_NONE = np.array([], dtype=np.int64)
+_NO_CLASSES = ClassTable(0, _NONE, _NONE, _NONE, _NONE, _NONE)
 
 
 class _SideContinuations(NamedTuple):
@@ -34,9 +46,26 @@ class _SideContinuations(NamedTuple):
     continuations: Continuations
     at_boundary: np.ndarray
     """int64: the continuation at each boundary of the text, -1 for none"""
-    tables: list[ClassTable]
+    tables: list[_Continuing]
     table_of: np.ndarray
     """int64 [K]: index in `tables` of each continuation"""
+
+
+class _Continuing(NamedTuple):
+    """The tokens that extend a prefix, and the prefix itself as the last class; a list that continuations share."""
+
+    tokens: np.ndarray
+    """int64 [M]"""
+    classes: np.ndarray
+    """int64 [M]"""
+    shared: np.ndarray
+    """int64 [num_classes - 1]: after a token that ended, the shared class that each class is; inside a token empty"""
+    inside: ClassTable | None = None
+    """Inside a token: the classes with the tokens of the starting side"""
+
+    @property
+    def num_classes(self) -> int:
+        return self.inside.num_classes if self.inside else len(self.shared) + 1
 
 
 class Aligner:
@@ -64,7 +93,8 @@ class Aligner:
             if not (teacher_is_cached and self.teacher_is_coarser):  # else no tile of teacher logits is made
                 sizes.append(pair.teacher_vocab_size)
             self.segment_size = positions_per_tile(loss_workspace_mb, *sizes)
-        self._continuation_paths_by_prefix: dict[bytes, np.ndarray] = {}
+        self._ended_by_prefix: dict[bytes, _Continuing | None] = {}
+        self._before_by_prefix: dict[tuple[bytes, int], tuple[np.ndarray, np.ndarray]] = {}
 
     @property
     def coarser_side(self) -> int:
@@ -151,8 +181,8 @@ class Aligner:
 
         Blocks begin and end at common boundaries, so each has the same bytes on both sides.
         """
-        student = _BatchTokens(self._text.student, [block[:2] for block in blocks], student_width, STUDENT)
-        teacher = _BatchTokens(self._text.teacher, [block[2:] for block in blocks], teacher_width, TEACHER)
+        student = BatchTokens(self._text.student, [block[:2] for block in blocks], student_width, STUDENT)
+        teacher = BatchTokens(self._text.teacher, [block[2:] for block in blocks], teacher_width, TEACHER)
         boundaries = find_boundaries(student.ends, teacher.ends)
         common = (boundaries.student_prefix_length == 0) & (boundaries.teacher_prefix_length == 0)
         common &= student.is_usable[boundaries.student] & teacher.is_usable[boundaries.teacher]
@@ -189,7 +219,7 @@ class Aligner:
         )
 
     def _continuations(
-        self, side: int, boundaries: Boundaries, tokens_by_side: tuple[_BatchTokens, _BatchTokens]
+        self, side: int, boundaries: Boundaries, tokens_by_side: tuple[BatchTokens, BatchTokens]
     ) -> _SideContinuations:
         """The boundaries at which the other side starts a token and the last token of `side` may continue.
 
@@ -211,8 +241,11 @@ class Aligner:
         last, lengths = last[chosen], (start - continuing.starts[last])[chosen]
 
         pieces, width = self.pair.token_tables[side].pieces, lengths.max(initial=0) + 1
-        keys, prefix_of = np.unique(continuing.ids[last].astype(np.int64) * width + lengths, return_inverse=True)
-        by_prefix = [self._maps[side].after_prefix(pieces[key // width][: key % width]) for key in keys.tolist()]
+        keys = (continuing.ids[last].astype(np.int64) * width + lengths) * 2 + is_inside[chosen]
+        keys, prefix_of = np.unique(keys, return_inverse=True)
+        prefixes = [pieces[key // width][: key % width] for key in (keys // 2).tolist()]
+        find = self._after_end, self._inside_token
+        by_prefix = [find[key % 2](side, prefix) for key, prefix in zip(keys.tolist(), prefixes, strict=True)]
         has_table = np.array([table is not None for table in by_prefix], dtype=bool)[prefix_of]
         order = np.argsort(~is_inside[chosen], kind="stable")  # those inside a token come first
         order = order[has_table[order]]
@@ -225,9 +258,17 @@ class Aligner:
         tables = [table for i in used if (table := by_prefix[i]) is not None]
         num_classes = np.array([table.num_classes for table in tables], dtype=np.int64)[table_of]
         first_classes = np.cumsum(num_classes) - num_classes
-        continuing_lists = [(table.coarse_tokens, table.coarse_classes) for table in tables]
-        starting_lists = [(table.fine_tokens, table.fine_classes) for table in tables]
-        can_end = np.array([table.can_end for table in tables], dtype=bool)[table_of[:num_inside]]
+        continuing_lists = [(table.tokens, table.classes) for table in tables]
+        inside = [table.inside or _NO_CLASSES for table in tables]
+        starting_lists = [(table.fine_tokens, table.fine_classes) for table in inside]
+        can_end = np.array([table.can_end for table in inside], dtype=bool)[table_of[:num_inside]]
+        before = None
+        if side == TEACHER:
+            before = self._tokens_before(
+                continuing, last[:num_inside], [inside[i] for i in table_of[:num_inside]], first_classes
+            )
+            _, _, class_ = before.entries.numpy()
+            can_end |= np.isin((first_classes + num_classes - 1)[:num_inside], class_)
         continuations = Continuations(
             continuing_positions=torch.from_numpy(continuing.positions[last]),
             starting_positions=torch.from_numpy(starting.positions[tokens[1 - side][chosen[:num_inside]]]),
@@ -239,56 +280,80 @@ class Aligner:
             end_classes=torch.from_numpy(first_classes + num_classes - 1),
             can_end=torch.from_numpy(can_end),
             num_inside_classes=int(num_classes[:num_inside].sum()),
+            before=before,
         )
         return _SideContinuations(continuations, at_boundary, tables, table_of)
+
+    def _tokens_before(
+        self, continuing: BatchTokens, inside: np.ndarray, tables: list[ClassTable], first_classes: np.ndarray
+    ) -> TokensBefore:
+        """Where the token before one of `inside`, the teacher's tokens with a continuation, may go on over its prefix.
+
+        tables: the classes of each continuation; first_classes: the number of the first of them
+        """
+        pieces = self.pair.token_tables[TEACHER].pieces
+        before = np.maximum(inside - 1, 0)
+        may_continue = (continuing.starts[before] < continuing.starts[inside]) & continuing.is_usable[before]
+        may_continue &= continuing.starts[inside] > continuing.block_starts[inside]
+        chosen, lists = [], []
+        for i in may_continue.nonzero()[0].tolist():
+            found = self._going_on(pieces[continuing.ids[before[i]]], tables[i])
+            if len(found[0]):
+                chosen.append(i)
+                lists.append(found)
+        where = np.array(chosen, dtype=np.int64)
+        return TokensBefore(
+            continuations=torch.from_numpy(where),
+            positions=torch.from_numpy(continuing.positions[before[where]]),
+            tokens=torch.from_numpy(continuing.ids[before[where]].astype(np.int64)),
+            entries=torch.from_numpy(_entries(lists, np.arange(len(lists)), first_classes[where])),
+        )
+
+    def _going_on(self, before: bytes, table: ClassTable) -> tuple[np.ndarray, np.ndarray]:
+        """The teacher's tokens that extend the token `before` by the prefix of `table`, and the class of each.
+
+        A token whose next one is in no class counts for the end, as on the starting side.
+        """
+        key = before + table.prefix, len(before)
+        if key not in self._before_by_prefix:
+            tokens, following = self._maps[TEACHER].continuations(key[0]) if before else (_NONE, _NONE)
+            at = np.searchsorted(table.fine_tokens, following).clip(max=len(table.fine_tokens) - 1)
+            is_listed = table.fine_tokens[at] == following
+            self._before_by_prefix[key] = tokens, np.where(is_listed, table.fine_classes[at], table.num_classes - 1)
+        return self._before_by_prefix[key]
 
     def _continuation_paths(self, token_end: np.ndarray, coarser: _SideContinuations) -> np.ndarray:
         """`Alignment.continuation_paths`: classes that the coarser side also reaches if its token does not end."""
         (pairs,) = (token_end >= 0).nonzero()
         continuations = token_end[pairs]
         first_classes = np.append(0, coarser.continuations.end_classes.numpy() + 1)[continuations]
-        lists = [(paths[0], paths[1]) for paths in map(self._paths_of, coarser.tables)]
+        lists = [(table.shared, np.arange(len(table.shared))) for table in coarser.tables]
         paths = _entries(lists, coarser.table_of[continuations], first_classes)
         paths[0] = pairs[paths[0]]
         return paths
 
-    def _paths_of(self, table: ClassTable) -> np.ndarray:
-        """int64 [2, X]: pairs (shared class, continuation class) with the same next token; each shared class once."""
-        if table.prefix not in self._continuation_paths_by_prefix:
-            shared, of_continuation = np.unique(self._shared_class_of[table.representatives], return_index=True)
-            self._continuation_paths_by_prefix[table.prefix] = np.stack([shared, of_continuation])[:, shared >= 0]
-        return self._continuation_paths_by_prefix[table.prefix]
+    def _inside_token(self, side: int, prefix: bytes) -> _Continuing | None:
+        """The continuations inside a token of `side`, after `prefix`; None if no token extends it."""
+        table = self._maps[side].after_prefix(prefix)
+        if table is None:
+            return None
+        return _Continuing(table.coarse_tokens, table.coarse_classes, _NONE, table)
 
+    def _after_end(self, side: int, prefix: bytes) -> _Continuing | None:
+        """The continuations of a token that ended, `prefix`, by the shared class of the token that comes next.
 
-class _BatchTokens:
-    """One tokenizer's tokens of a batch, block after block; byte offsets continue across blocks."""
-
-    def __init__(self, stream: TokenStream, ranges: Sequence[tuple[int, ...]], width: int, side: int):
-        """ranges: of the blocks in the stream; width: of the inputs, start token first; side: STUDENT or TEACHER"""
-        spans = [slice(*span) for span in ranges]
-        num_tokens = np.array([span.stop - span.start for span in spans])
-        bounds = np.array([[stream.ends[i - 1] if i else 0 for i in span] for span in ranges], dtype=np.int64)
-        lengths = bounds[:, 1] - bounds[:, 0]
-        block_ends = np.cumsum(lengths)
-        self.ids = np.concatenate([stream.ids[span] for span in spans])
-        self.is_target = np.concatenate([stream.is_target[span] for span in spans])
-        self.block_starts = np.repeat(block_ends - lengths, num_tokens)
-        self.ends = np.concatenate([stream.ends[span] for span in spans]) + np.repeat(
-            block_ends - bounds[:, 1], num_tokens
-        )
-        self.starts = np.concatenate([[0], self.ends[:-1]])
-        firsts = np.cumsum(num_tokens) - num_tokens
-        self.inputs = np.arange(len(self.ids)) + np.repeat(1 + width * np.arange(len(spans)) - firsts, num_tokens)
-        """Index of each token in the flattened inputs"""
-        self.positions = np.cumsum(self.is_target) - 1 if side == STUDENT else self.inputs - 1
-        """The position that predicts each token: the student's among its N targets, the teacher's in all logits"""
-        dummy = np.concatenate([stream.has_dummy[span] for span in spans])
-        # A token with a dummy space (one that the tokenizer added) has bytes that are not in the text.
-        self.is_usable = self.is_target & ~dummy
-        # A template's token has no bytes, and does not invalidate the next chunk.
-        self.invalidates_chunk = ~self.is_usable & ((self.ends > self.starts) | dummy)
-        self.is_trailing = self.starts == np.repeat(block_ends, num_tokens)
-        """Without bytes at the end of a block, and so in no chunk"""
+        Several next tokens may be of one shared class: a line end may continue with 8 spaces and with 16, and where the
+        coarser tokenizer starts a token, 16 spaces are of the class of the 8 that they begin with. What is of no shared
+        class takes no part. None if nothing is left.
+        """
+        if prefix not in self._ended_by_prefix:
+            tokens, following = self._maps[side].continuations(prefix)
+            classes = np.where(following < 0, sys.maxsize, self._shared_class_of[following])  # the end comes last
+            tokens, classes = tokens[classes >= 0], classes[classes >= 0]
+            shared, classes = np.unique(classes, return_inverse=True)
+            can_continue = len(shared) > 1
+            self._ended_by_prefix[prefix] = _Continuing(tokens, classes, shared[:-1]) if can_continue else None
+        return self._ended_by_prefix[prefix]
 
 
 def _entries(lists: list[tuple[np.ndarray, np.ndarray]], list_of: np.ndarray, first_classes: np.ndarray) -> np.ndarray:

@@ -30,6 +30,23 @@ class SharedClasses:
 
 
 @dataclass(frozen=True)
+class TokensBefore:
+    """B continuations inside a token, where the token before may go on over the prefix: the bytes of both are a token
+    too, or begin one. So the prefix may have come by two paths: that token ended and another one began, as in the text,
+    or it did not end.
+    """
+
+    continuations: Tensor
+    """int64 [B], ascending"""
+    positions: Tensor
+    """int64 [B]: the position that predicts the token before"""
+    tokens: Tensor
+    """int64 [B]: the token before, as in the text"""
+    entries: Tensor
+    """int64 [3, F]: index among the B, ascending; token that spells both or extends that; class of the continuation"""
+
+
+@dataclass(frozen=True)
 class Continuations:
     """K boundaries at which one tokenizer starts a token, and the last token of the other may continue.
 
@@ -58,6 +75,8 @@ class Continuations:
     """bool [K_1]: the continuing vocabulary has a token that is the prefix itself"""
     num_inside_classes: int
     """O_1: classes of the first K_1"""
+    before: TokensBefore | None = None
+    """Of the teacher's continuations: where the token before may continue too"""
 
     @property
     def num_inside(self) -> int:

@@ -7,13 +7,13 @@ but the pair of positions at that boundary.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sar_kd.alignment.batch_alignment import Alignment, Continuations
+from sar_kd.alignment.batch_alignment import STUDENT, TEACHER, Alignment, Continuations, TokensBefore
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ def build_segments(
 
 
 _Range = tuple[int, int]
+_NONE = np.array([], dtype=np.int64)
 
 
 class _Segmenter:
@@ -85,6 +86,10 @@ class _Segmenter:
         self.continuations = student, teacher
         self.continuing = [student.continuing_positions.numpy(), self._by_target(teacher.continuing_positions)]
         self.starting = [self._by_target(student.starting_positions), teacher.starting_positions.numpy()]
+        before = teacher.before
+        assert before is not None
+        self.before, self.before_positions = before, self._by_target(before.positions)
+        self.num_left = [1, 1 + bool(len(before.positions))]
         self.first_classes = [
             np.append(0, continuations.end_classes.numpy() + 1) for continuations in self.continuations
         ]
@@ -95,10 +100,12 @@ class _Segmenter:
     def next_end(self, start: int, limit: int) -> int:
         """The pair that ends the segment after pair `start`; `num_pairs` for the end of the batch."""
         shared = self._positions_of(start)
-        if all(count - position <= limit for count, position in zip(self.num_positions, shared, strict=True)):
+        # A position is left for the pair before, whose last token may continue into this segment, and one for the
+        # token before that.
+        lasts = [first + limit + 1 - left for first, left in zip(shared, self.num_left, strict=True)]
+        if all(count <= last for count, last in zip(self.num_positions, lasts, strict=True)):
             return self.num_pairs
-        # One position is left for the pair before, whose last token may continue into this segment.
-        ends = [np.searchsorted(own, first + limit) - 1 for own, first in zip(self.pairs, shared, strict=True)]
+        ends = [np.searchsorted(own, last) - 1 for own, last in zip(self.pairs, lasts, strict=True)]
         return max(min(map(int, ends)), start + 1)
 
     def _positions_of(self, pair: int) -> list[int]:
@@ -112,17 +119,23 @@ class _Segmenter:
         lasts = self.num_positions if end == self.num_pairs else self._positions_of(end)
         ranges = [self._ranges(side, max(0, shared[side]), lasts[side]) for side in range(2)]
         continuing = [np.concatenate([self.continuing[i][slice(*span)] for span in ranges[i]]) for i in range(2)]
+        before_range = tuple(np.searchsorted(self.before.continuations.numpy(), ranges[TEACHER][0]).tolist())
+        before = [_NONE, self.before_positions[slice(*before_range)]]
         own = np.arange(shared[0] + 1, min(lasts[0] + 1, self.num_positions[0]))
         orders, parts = [], []
         for side in range(2):
             inside = ranges[1 - side][0]
             ahead = np.concatenate([self.pairs[side][first_pair:pair_end], self.starting[1 - side][slice(*inside)]])
-            rest = np.setdiff1d(np.concatenate([continuing[0], own]) if side == 0 else continuing[1], ahead)
+            rest = np.setdiff1d(np.concatenate([continuing[side], own if side == STUDENT else before[side]]), ahead)
             order = np.concatenate([ahead, rest])
-            index = np.zeros(lasts[side] - shared[side] + 1, dtype=np.int64)
-            index[order - shared[side]] = np.arange(len(order))
+            first = min(shared[side], int(before[side].min(initial=shared[side])))
+            index = np.zeros(lasts[side] - first + 1, dtype=np.int64)
+            index[order - first] = np.arange(len(order))
             orders.append(order)
-            parts.append(self._continuations(side, ranges[side], index[continuing[side] - shared[side]], num_pairs))
+            parts.append(self._continuations(side, ranges[side], index[continuing[side] - first], num_pairs))
+            if side == TEACHER:
+                tokens_before = self._before(before_range, ranges[side][0], index[before[side] - first])
+                parts[-1] = (replace(parts[-1][0], before=tokens_before), *parts[-1][1:])
         _, shift, class_shift = parts[self.coarser]
         token_end = self.alignment.token_end.numpy()[first_pair:pair_end]
         paths = self.alignment.continuation_paths.numpy()
@@ -136,6 +149,18 @@ class _Segmenter:
             student_continuations=parts[0][0],
             token_end=torch.from_numpy(np.where(token_end < 0, -1, token_end - shift)),
             continuation_paths=torch.from_numpy(paths - np.array([[first_pair], [0], [class_shift]])),
+        )
+
+    def _before(self, span: _Range, inside: _Range, positions: np.ndarray) -> TokensBefore:
+        """The tokens before those of the continuations `inside`, all counted from 0; `span`: their range."""
+        first_class = int(self.first_classes[TEACHER][inside[0]])
+        entries = self.before.entries.numpy()
+        entries = entries[:, slice(*np.searchsorted(entries[0], span))] - np.array([[span[0]], [0], [first_class]])
+        return TokensBefore(
+            continuations=self.before.continuations[slice(*span)] - inside[0],
+            positions=torch.from_numpy(positions),
+            tokens=self.before.tokens[slice(*span)],
+            entries=torch.from_numpy(entries),
         )
 
     def _ranges(self, side: int, low: int, high: int) -> tuple[_Range, _Range]:

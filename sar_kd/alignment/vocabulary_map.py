@@ -190,6 +190,19 @@ class VocabularyMap:
             self._representative[list(fine.end_ids)] = fine.end_id
         return self._build_table(b"", pairs, sorted(special))
 
+    def continuations(self, prefix: bytes) -> tuple[np.ndarray, np.ndarray]:
+        """The coarse tokens that spell `prefix` or extend it, and the fine token that comes after `prefix` in each.
+
+        None for an empty prefix, that of a token without bytes.
+        Returns: int64 [M] and [M]; -1 for the token that ends there, which comes last; a fine token stands for those
+        that the text merges with it; coarse tokens that are not split after `prefix` are left out
+        """
+        tokens = np.array(self._tokens_by_prefix.get(prefix, []) if prefix else [], dtype=np.int64)
+        following = np.array([self._next_fine[token, len(prefix)] for token in tokens.tolist()], dtype=np.int64)
+        end = [self._coarse.by_bytes[prefix]] if prefix in self._coarse.by_bytes else []
+        following = np.append(self._representative[following], np.full(len(end), -1))
+        return np.append(tokens, np.array(end, dtype=np.int64)), following
+
     def after_prefix(self, prefix: bytes) -> ClassTable | None:
         """The classes after a coarse token, or a part of one, that spells `prefix`; None if no token extends it."""
         if prefix not in self._tables:

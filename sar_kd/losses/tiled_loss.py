@@ -64,12 +64,17 @@ class TileGrad(NamedTuple):
     dense: tuple[tuple[int, Tensor], ...] = ()
     """The first position of each part, and float32 [V', k] for the first V' tokens of k positions"""
     sparse: SparseGrad | None = None
+    columns: tuple[Tensor, Tensor] | None = None
+    """int64 [k], positions, which may repeat; and float32 [V', k]: as a dense part, at positions in any order"""
 
     def add_to_(self, tile: Tensor, weight: Tensor, block: slice = slice(None)) -> None:
-        """Add `weight` times the dense parts to a block of the vocabulary."""
+        """Add `weight` times the dense parts and the columns to a block of the vocabulary."""
         for first, grad in self.dense:
             part = grad[block]
             tile[block][: len(part), first : first + part.shape[1]].addcmul_(part, weight)
+        if self.columns is not None:
+            positions, grad = self.columns
+            tile[block][: len(grad[block])].index_add_(1, positions, grad[block] * weight)
 
     def add_sparse_to_(self, tile: Tensor, weight: Tensor) -> None:
         """Add `weight` times the sparse part."""

@@ -121,6 +121,10 @@ class BlockAlignment(NamedTuple):
     """
     continuation_paths: list[tuple[int, int, frozenset]]
     """Student and teacher token of a pair, and the coarser ids of its continuation that begin with each shared class"""
+    before: list[tuple[int, int, frozenset]]
+    """Student token, teacher token that it is inside of, and where the teacher's token before may go on over the same
+    bytes: the teacher ids that do, with the student ids of their class, none for the end
+    """
     chunks: list[tuple[list[int], list[int], int, int]]
     """Student tokens and teacher tokens of each chunk, and the last of each side"""
 
@@ -130,7 +134,7 @@ def _alignments(corpus: Dataset, batch: Batch) -> list[BlockAlignment]:
     a = batch.alignment
     widths = batch.student.input_ids.shape[1], batch.teacher.input_ids.shape[1]
     positions = batch.student.positions
-    found = [BlockAlignment([], [], [], [], [], []) for _ in batch.blocks]
+    found = [BlockAlignment([], [], [], [], [], [], []) for _ in batch.blocks]
 
     def place_of(student: int, teacher: int) -> tuple[int, tuple[int, int]]:
         (place, token), (other, teacher_token) = (
@@ -149,6 +153,19 @@ def _alignments(corpus: Dataset, batch: Batch) -> list[BlockAlignment]:
             place, tokens = place_of(*(pair if side == 0 else pair[::-1]))
             sided = frozenset((fine, coarse, end) if side else (coarse, fine, end) for coarse, fine, end in classes)
             (found[place].student_continuations, found[place].teacher_continuations)[side].append((*tokens, sided))
+    record = a.teacher_continuations
+    before, fine = record.before, defaultdict(set)
+    for _, token, class_ in record.starting_entries.T.tolist():
+        fine[class_].add(token)
+    assert torch.equal(before.continuations, before.continuations.unique())
+    for b, i in enumerate(before.continuations.tolist()):
+        place, tokens = place_of(int(record.starting_positions[i]), int(record.continuing_positions[i]))
+        other, last = divmod(int(before.positions[b]), widths[1])
+        assert (other, last) == (place, tokens[1] - 1)
+        assert before.tokens[b] == batch.teacher.input_ids[place, last + 1]
+        own = before.entries[:, before.entries[0] == b]
+        assert (record.class_continuations[own[2]] == i).all()
+        found[place].before.append((*tokens, frozenset((t, frozenset(fine[c])) for _, t, c in own.T.tolist())))
     coarse = int(corpus.aligner.teacher_is_coarser)
     record = (a.student_continuations, a.teacher_continuations)[coarse]
     members = defaultdict(set)
@@ -212,8 +229,9 @@ def _classes(record) -> list[frozenset]:
         assert (number < num_inside) == (class_ < record.num_inside_classes)
         assert bool(fine) == (number < num_inside and class_ not in ends)
         found[number].add((frozenset(coarse), frozenset(fine), class_ in ends))
-    for classes, can_end in zip(found, record.can_end.tolist(), strict=False):
-        assert [len(coarse) for coarse, _, is_end in classes if is_end] == [int(can_end)]
+    by_before = set(record.before.entries[2].tolist()) if record.before else set()
+    for classes, can_end, end in zip(found, record.can_end.tolist(), record.end_classes.tolist(), strict=False):
+        assert [bool(coarse) or end in by_before for coarse, _, is_end in classes if is_end] == [can_end]
     assert len(record.can_end) == num_inside
     return list(map(frozenset, found))
 
@@ -241,7 +259,7 @@ def _expected(corpus: Dataset, batch: Batch, place: int) -> BlockAlignment:
     sides = [_tokens(corpus, batch, which, place) for which in ("student", "teacher")]
     holders = [_holders(tokens) for tokens in sides]
     coarser = int(corpus.aligner.teacher_is_coarser)
-    found, at_byte = BlockAlignment([], [], [], [], [], []), {}
+    found, at_byte = BlockAlignment([], [], [], [], [], [], []), {}
     for byte in sorted(holders[0]):
         here = holders[0][byte], holders[1][byte]
         starts = [side[i].first == byte for side, i in zip(sides, here, strict=True)]
@@ -263,6 +281,8 @@ def _expected(corpus: Dataset, batch: Batch, place: int) -> BlockAlignment:
                 else:
                     pair = (before, here[1]) if coarse == 0 else (here[0], before)
                     (found.student_continuations, found.teacher_continuations)[coarse].append((*pair, classes))
+                    if coarse == 1 and (going_on := _going_on(corpus, sides[1], before, prefix, classes)):
+                        found.before.append((*pair, going_on))
         if all(starts) and all(usable):
             student, teacher = (side[i] for side, i in zip(sides, here, strict=True))
             found.pairs.append((*here, student.text == teacher.text))
@@ -292,6 +312,29 @@ def _continuation_paths(aligner: Aligner, prefix: bytes) -> frozenset:
         if own < table.num_classes - 1 and int(table.representatives[own]) in class_of:
             found[class_of[int(table.representatives[own])]].add(token)
     return frozenset((shared, frozenset(ids)) for shared, ids in found.items())
+
+
+def _going_on(corpus: Dataset, teacher: list[Token], token: int, prefix: bytes, classes: frozenset) -> frozenset:
+    """The teacher's tokens that begin with the bytes of the one before `token`, and then those of its prefix."""
+    pieces = corpus.pair.tables[1].pieces
+    if token == 0 or not teacher[token - 1].usable or teacher[token - 1].first == teacher[token].first:
+        return frozenset()
+    last = pieces[teacher[token - 1].id]
+    if not last:
+        return frozenset()
+    table = corpus.aligner._maps[1].after_prefix(last + prefix)
+    pairs = [] if table is None else zip(table.coarse_tokens.tolist(), table.coarse_classes.tolist(), strict=True)
+    following = {v: int(table.representatives[c]) for v, c in pairs if c < table.num_classes - 1}
+    following |= dict.fromkeys((v for v in _by_bytes(corpus, last + prefix)), None)
+    class_of = {fine: ids for ids, _, is_end in classes if not is_end for fine in ids}
+    return frozenset((v, class_of.get(fine, frozenset())) for v, fine in following.items())
+
+
+def _by_bytes(corpus: Dataset, piece: bytes) -> list[int]:
+    """The teacher's token of these bytes, not a byte fallback if there is another."""
+    table = corpus.pair.tables[1]
+    found = [v for v, own in enumerate(table.pieces) if own == piece]
+    return sorted(found, key=lambda v: (table.strings[v].startswith("<0x"), v))[:1]
 
 
 class Read(NamedTuple):
@@ -409,6 +452,14 @@ def test_continuations_list_exactly_the_classes_after_the_prefix(blocks, names):
                 assert all(held.id not in entry[coarse] for entry in classes if entry[2])
                 count += 1
     assert count > 50
+
+
+def test_a_token_before_goes_on_where_the_vocabulary_has_its_bytes_and_the_prefix(blocks):
+    count = 0
+    for _, _, actual, expected in (read for reads in blocks.values() for read in reads):
+        assert actual.before == expected.before
+        count += len(actual.before)
+    assert count > 20
 
 
 @pytest.mark.parametrize("names", CROSS)

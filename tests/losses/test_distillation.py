@@ -12,7 +12,7 @@ import transformers
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from sar_kd.alignment.batch_alignment import Continuations
+from sar_kd.alignment.batch_alignment import Continuations, TokensBefore
 from sar_kd.alignment.segments import build_segments
 from sar_kd.config.sections import LossConfig
 from sar_kd.data.batch import CachedTopK
@@ -180,7 +180,8 @@ def _naive_projected(case, student: Tensor, temperature=1.0, top_k=0, **divergen
     """Inside a token of the coarser side, its continuations; at a common boundary, all paths to each shared class.
 
     The tail of a truncated teacher is one class more, or counts for the end of a token. A continuation of a truncated
-    teacher counts if its top k holds at least as much of it as the tail.
+    teacher counts if its top k holds at least as much of it as the tail. A teacher's token that ended in the text and
+    is not among the k is as likely as the k-th, or as the tail if that is less.
     """
     alignment, classes, is_coarser = case.batch.alignment, case.aligner.shared_classes, case.aligner.teacher_is_coarser
     total, continued, is_truncated = student.new_zeros(()), {}, 0 < top_k < case.outputs.teacher_logits.shape[1]
@@ -189,6 +190,9 @@ def _naive_projected(case, student: Tensor, temperature=1.0, top_k=0, **divergen
     tails = [(a - b).sum() if is_truncated else a.new_zeros(()) for a, b in zip(whole, teacher, strict=True)]
     student = [_weights(logits, temperature) for logits in student]
     is_finite = case.outputs.teacher_logits.isfinite().all(1).tolist()
+
+    def most_likely(row):
+        return torch.minimum(teacher[row][teacher[row] > 0].min(), tails[row])
 
     def compared(p, t, counts):
         if is_truncated and divergence["direction"] == "reverse":
@@ -210,6 +214,16 @@ def _naive_projected(case, student: Tensor, temperature=1.0, top_k=0, **divergen
             is_unknown = teacher_is_coarse and (coarse.sum() < tails[coarse_position] or coarse.sum() == 0)
             if is_unknown:  # as if the token ended
                 coarse = torch.arange(count).eq(count - 1).to(coarse)
+            elif teacher_is_coarse and is_truncated and i >= num_inside and coarse[-1] == 0.0:
+                coarse = torch.cat([coarse[:-1], most_likely(coarse_position)[None]])
+            if teacher_is_coarse and i in record.before.continuations:  # the token before did not end
+                b = record.before.continuations.tolist().index(i)
+                row, last = record.before.positions[b].item(), record.before.tokens[b]
+                has_ended = teacher[row][last] if teacher[row][last] > 0 else most_likely(row)
+                _, tokens, ids = record.before.entries[:, record.before.entries[0] == b]
+                coarse = coarse * has_ended / (teacher[coarse_position].sum() + tails[coarse_position])
+                coarse = coarse + _sums(teacher[row], tokens, ids - first, count)
+                is_unknown = is_unknown or not is_finite[row]
             coarse = coarse / coarse.sum()
             if teacher_is_coarse == is_coarser:
                 continued |= dict(zip(own.tolist(), coarse, strict=True))
@@ -253,7 +267,8 @@ def _naive_projected(case, student: Tensor, temperature=1.0, top_k=0, **divergen
 
 def _can_end(record) -> list[bool]:
     """For each continuation, whether the coarser side has a token that ends there."""
-    return torch.isin(record.end_classes, record.continuing_entries[2]).tolist()
+    before = record.before.entries[2] if record.before else record.end_classes[:0]
+    return torch.isin(record.end_classes, torch.cat([record.continuing_entries[2], before])).tolist()
 
 
 def _partners(case) -> dict[int, int]:
@@ -315,7 +330,7 @@ def test_the_projection_matches_its_definition(make_case, name, direction, tempe
     alignment = case.batch.alignment
     assert len(alignment.student_positions) > 30
     records = alignment.teacher_continuations, alignment.student_continuations
-    assert min(len(record.end_classes) for record in records) > 1
+    assert min(len(record.end_classes) for record in records) > 0
     assert min(alignment.continuation_paths.shape[1], int((alignment.token_end >= 0).sum())) > 10
     settings = {"temperature": temperature, "kd_direction": direction}
     _assert_matches(
@@ -737,6 +752,11 @@ def _affected(case, method, teacher_position: int) -> set[int]:
             else can_differ[:size] & (record.starting_positions == teacher_position)
         )
         others = record.starting_positions if teacher_is_coarse else record.continuing_positions[:size]
+        if teacher_is_coarse:  # the token before may go on
+            is_before = record.before.positions == teacher_position
+            positions += others[
+                record.before.continuations[is_before & can_differ[record.before.continuations]]
+            ].tolist()
         positions += others[here[:size]].tolist()
         if teacher_is_coarse and case.aligner.teacher_is_coarser:  # pairs at which this continuation ends
             positions += alignment.student_positions[
@@ -874,9 +894,10 @@ def test_strict_skips_a_position_whose_shared_tokens_hold_little_of_the_teachers
     case = make_case("sp_from_byte")
     alignment = case.batch.alignment
     pair = alignment.strict.nonzero()[4].item()
-    lacking = next(v for v in range(len(case.aligner.same_token)) if case.aligner.same_token[v] < 0)
+    (unmapped,) = (case.aligner.same_token < 0).nonzero(as_tuple=True)
+    logits, lacking = case.outputs.teacher_logits[alignment.teacher_positions[pair]], unmapped[0]
+    logits[unmapped] = -1e4
     _, before = _distill(case, "strict")
-    logits = case.outputs.teacher_logits[alignment.teacher_positions[pair]]
     for share, counts in ((0.85, True), (0.95, False)):
         logits[lacking] = -math.inf
         logits[lacking] = logits.logsumexp(0) + math.log(share / (1 - share))
@@ -985,8 +1006,9 @@ def _without(case, *parts: str):
     alignment = case.batch.alignment
     none = {}
     for side in ("teacher_continuations", "student_continuations"):
-        arrays = {k: v[..., :0] for k, v in vars(getattr(alignment, side)).items() if k != "num_inside_classes"}
-        none[side] = Continuations(**arrays, num_inside_classes=0)
+        arrays = {k: v[..., :0] for k, v in vars(getattr(alignment, side)).items() if isinstance(v, Tensor)}
+        no_before = TokensBefore(*[v[..., :0] for v in vars(alignment.teacher_continuations.before).values()])
+        none[side] = Continuations(**arrays, num_inside_classes=0, before=no_before)
     no_ends = {
         "token_end": torch.full_like(alignment.token_end, -1),
         "continuation_paths": alignment.continuation_paths[:, :0],
@@ -1052,6 +1074,38 @@ def test_the_projection_of_a_truncated_teacher_matches_its_definition(make_case,
     _assert_matches(
         case, "projection", lambda z: _naive_projected(case, z, 2.0, top_k=top_k, direction=direction), **settings
     )
+
+
+@EVERY_DIRECTION
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_token_that_ended_outside_the_top_k_while_longer_ones_are_in_it_is_as_likely_as_the_tail_lets_it(
+    make_case, direction, cached
+):
+    """Else it would be impossible, with every class behind it, and the reverse KL without a bound."""
+    case, k = make_case("sp_from_byte"), 4
+    record, num_ended = case.batch.alignment.teacher_continuations, 0
+    for i, position in enumerate(record.continuing_positions.tolist()):
+        continuation, tokens, classes = record.continuing_entries
+        own = continuation == i
+        ends, longer = (
+            tokens[own & (classes == record.end_classes[i])],
+            tokens[own & (classes != record.end_classes[i])],
+        )
+        if i >= record.num_inside:
+            case.outputs.teacher_logits[position, ends] = -9.0
+            case.outputs.teacher_logits[position, longer] += 14.0
+            num_ended += len(longer) > 0
+    assert num_ended > 10
+    settings = {"temperature": 2.0, "kd_direction": direction, "teacher_top_k": k}
+    terms, grad = (
+        _distill_from_cache(case, "projection", 32, **settings) if cached else _distill(case, "projection", **settings)
+    )
+    leaf = case.outputs.student_logits.double().requires_grad_()
+    expected = _naive_projected(case, leaf, 2.0, top_k=k, direction=direction)
+    expected.backward()
+    assert 0.1 < expected < 30 * case.batch.num_target_tokens
+    torch.testing.assert_close(terms.loss.double(), expected.detach(), rtol=1e-3 if cached else 1e-5, atol=1e-5)
+    assert (grad - leaf.grad).norm() < (1e-3 if cached else 1e-5) * leaf.grad.norm()
 
 
 @EVERY_PAIR_OF_TWO

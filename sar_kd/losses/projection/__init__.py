@@ -37,6 +37,9 @@ tokens begin with "low": low .2, lower .4 and lowers .1.
     student tokens    er                       all others
     student           .6                       .4
 
+(Had the text a teacher token before this one, that token could have gone on over "low" too, if the vocabulary has such
+tokens. Then the weights of both paths are added: `marginals.continuing_log_probs`.)
+
 If the token had ended here, the teacher's next token would need a forward pass over a different tokenization. So the
 end is one class, compared with all student tokens that do not continue the teacher's token.
 

@@ -27,6 +27,7 @@ from sar_kd.losses.functional import GroupSums
 from sar_kd.losses.projection.joint import BoundaryLoss, ContinuationPaths, add_continuation_paths, boundary_divergence
 from sar_kd.losses.projection.marginals import (
     KNOWN_THRESHOLD,
+    BeforeLogits,
     ClassMap,
     continuing_log_probs,
     gather_logits,
@@ -34,7 +35,13 @@ from sar_kd.losses.projection.marginals import (
     renormalise,
     starting_log_probs,
 )
-from sar_kd.losses.projection.truncated import SparseClasses, dense_with_tail, known_classes, known_entries
+from sar_kd.losses.projection.truncated import (
+    SparseClasses,
+    dense_with_tail,
+    known_before,
+    known_classes,
+    known_entries,
+)
 from sar_kd.losses.tiled_loss import SparseGrad, TeacherTile, Tile, TileGrad, TileLoss
 from sar_kd.models.logit_tiles import LogProbs, finite_positions, flat_view, logsumexp_per_position, mask_positions_
 
@@ -51,6 +58,18 @@ class _ContinuationLogits(NamedTuple):
     """float32 [E]: the `continuing_entries` of this side's continuations"""
     indices: Tensor
     """int64 [E]: of the entries, in `flat_view` of the tile"""
+
+
+class _TileBefore(NamedTuple):
+    """The logits of the tokens before, gathered from the teacher's tile."""
+
+    logits: BeforeLogits
+    indices: Tensor
+    """int64 [F + B]: of the entries and the tokens, in `flat_view` of the tile"""
+    columns: Tensor
+    """int64 [B]: the positions that the normalisers are of"""
+    tile: Tensor
+    """float32 [V, B]: the logits at these"""
 
 
 class Projection(Distillation[Segment]):
@@ -88,9 +107,14 @@ class Projection(Distillation[Segment]):
             self._continuation_logits(tiles[i], segment.num_pairs, continuations[1 - i], continuations[i])
             for i in range(2)
         ]
-        leaves = [] if side is None else [logits[side].inside.requires_grad_(), logits[side].entries.requires_grad_()]
+        before = self._before_logits(tiles[TEACHER], segment.teacher_continuations)
+        leaves = [] if side is None else [logits[side].inside, logits[side].entries]
+        leaves += [] if side != TEACHER or before is None else before.logits
+        for leaf in leaves:
+            leaf.requires_grad_()
         with torch.enable_grad():
-            continuing = [continuing_log_probs(logits[i].entries, continuations[i]) for i in range(2)]
+            of_before = None, before and before.logits
+            continuing = [continuing_log_probs(logits[i].entries, continuations[i], of_before[i]) for i in range(2)]
             inside = self._inside_loss(continuing, (logits[0].inside, logits[1].inside), segment, is_finite)
             paths, mask = self._paths(continuing[self.coarser_side], segment, is_finite)
         boundary, shares = self._boundary_loss(tiles, segment.num_pairs, paths.detach(), side, mask.float())
@@ -107,10 +131,17 @@ class Projection(Distillation[Segment]):
             outputs += [paths.log_probs, paths.end_log_probs]
             output_grads += boundary.path_grad
         # T^2 from the loss, 1/T from the chain rule through z/T.
-        inside_grad, entry_grad = (g.mul_(self.temperature) for g in _grads(outputs, leaves, output_grads))
+        inside_grad, *grads = (g.mul_(self.temperature) for g in _grads(outputs, leaves, output_grads))
         (self.student_map, self.teacher_map)[side].scatter_grad_(boundary.grad, shares)
+        indices, columns = [logits[side].indices], None
+        if before is not None and side == TEACHER:
+            indices.append(before.indices)
+            normalisers = before.logits.normalisers.detach() * self.temperature
+            columns = before.columns, logsumexp_backward(before.tile, normalisers, grads.pop(), self.temperature)
         dense = (0, boundary.grad), (segment.num_pairs, inside_grad)
-        return TileLoss(loss, unclamped, dropped, TileGrad(dense, SparseGrad(logits[side].indices, entry_grad)))
+        return TileLoss(
+            loss, unclamped, dropped, TileGrad(dense, SparseGrad(torch.cat(indices), torch.cat(grads)), columns)
+        )
 
     def _boundary_loss(
         self, tiles: tuple[Tensor, Tensor], num_pairs: int, paths: ContinuationPaths, side: int | None, mask: Tensor
@@ -256,6 +287,24 @@ class Projection(Distillation[Segment]):
         entries = flat_view(tile).index_select(0, indices)
         return _ContinuationLogits(inside.div(self.temperature).contiguous(), entries.div_(self.temperature), indices)
 
+    def _before_logits(self, tile: Tensor, continuations: Continuations) -> _TileBefore | None:
+        before = continuations.before
+        if before is None or not len(before.continuations):
+            return None
+        index, token, _ = before.entries
+        entries, tokens = (
+            token * tile.stride(0) + before.positions[index],
+            before.tokens * tile.stride(0) + before.positions,
+        )
+        indices, columns = torch.cat([entries, tokens]), continuations.continuing_positions[before.continuations]
+        logits, after_end = (
+            flat_view(tile).index_select(0, indices).div_(self.temperature),
+            tile.index_select(1, columns),
+        )
+        normalisers = logsumexp_per_position(after_end, self.temperature)
+        parts = logits.split([len(entries), len(tokens)])
+        return _TileBefore(BeforeLogits(parts[0].clone(), parts[1].clone(), normalisers), indices, columns, after_end)
+
     def _truncated_teacher(self, top: TopKLogits, segment: Segment) -> tuple[Tensor, Tensor, Tensor]:
         """The teacher's top k at boundaries inside a token.
 
@@ -266,7 +315,8 @@ class Projection(Distillation[Segment]):
         entries, mask = known_entries(top, continuations, self.teacher_vocab_size, self.temperature)
         inside = top.slice(num_pairs, num_pairs + segment.student_continuations.num_inside)
         logits = dense_with_tail(inside, self.teacher_vocab_size, self.temperature)
-        return continuing_log_probs(entries, continuations), logits, mask[: continuations.num_inside]
+        before = known_before(top, continuations, self.teacher_vocab_size, self.temperature)
+        return continuing_log_probs(entries, continuations, before), logits, mask[: continuations.num_inside]
 
     def _paths(self, log_probs: Tensor, segment: Segment, is_finite: Tensor) -> tuple[ContinuationPaths, Tensor]:
         """The coarser side's continuations at common boundaries, and a mask of the boundaries: bool [num_pairs].
@@ -304,7 +354,9 @@ class Projection(Distillation[Segment]):
         inside_mask: bool [K_1]: the continuations inside a truncated teacher's tokens that are compared
         """
         continuations = segment.teacher_continuations
-        mask = is_finite[continuations.continuing_positions[: continuations.num_inside]]
+        mask, before = is_finite[continuations.continuing_positions[: continuations.num_inside]], continuations.before
+        if before is not None:
+            mask = mask.index_copy(0, before.continuations, mask[before.continuations] & is_finite[before.positions])
         mask = mask if inside_mask is None else mask & inside_mask
         student = starting_log_probs(starting[STUDENT], continuations, self.divergence.needs_teacher_support)
         in_teacher = self._continuation_loss(

@@ -208,17 +208,40 @@ class _GatherLogits(torch.autograd.Function):
         return grad if ctx.temperature == 1.0 else grad.div_(ctx.temperature), *[None] * 5
 
 
-def continuing_log_probs(entries: Tensor, continuations: Continuations) -> Tensor:
+class BeforeLogits(NamedTuple):
+    """Logits of the `TokensBefore` of B continuations, divided by the temperature; float32."""
+
+    entries: Tensor
+    """[F]: of its entries"""
+    tokens: Tensor
+    """[B]: of the token before"""
+    normalisers: Tensor
+    """[B]: logsumexp of the whole vocabulary at the continuing position, where that token has ended"""
+
+
+def continuing_log_probs(entries: Tensor, continuations: Continuations, before: BeforeLogits | None = None) -> Tensor:
     """Log-probabilities of a continuation's classes for the continuing side, conditioned on the prefix.
 
-    A softmax over the tokens that extend the prefix and the token that is the prefix itself. A continuation of which a
-    teacher's top k holds no token counts as one that ends.
+    A softmax over the tokens that extend the prefix and the token that is the prefix itself. Where the token before may
+    go on over the prefix, over both paths to it; with w that token, p the prefix and z' the logits before w:
 
-    entries: float32 [E], the logits of `continuing_entries`
+    weight of class c = exp(z'[w]) * sum over v of c of exp(z[v] - logsumexp z) + sum over v' of c of exp(z'[v'])
+
+    with v all tokens that begin with p, and v' all that begin with w and p. A continuation of which a teacher's top k
+    holds no token counts as one that ends.
+
+    entries: float32 [E], the logits z of `continuing_entries`; before: of `continuations.before`
     Returns: float32 [O]; about `MASKED_LOGIT` for an impossible class
     """
     continuation_of, end_classes = continuations.class_continuations, continuations.end_classes
-    classes = GroupSums(continuations.continuing_entries[2], len(continuation_of)).logsumexp(entries)
+    continuation, _, class_of = continuations.continuing_entries
+    if before is not None and continuations.before is not None:
+        has_ended = torch.zeros_like(end_classes, dtype=entries.dtype).index_copy(
+            0, continuations.before.continuations, before.tokens - before.normalisers
+        )
+        entries = torch.cat([entries + has_ended[continuation], before.entries])
+        class_of = torch.cat([class_of, continuations.before.entries[2]])
+    classes = GroupSums(class_of, len(continuation_of)).logsumexp(entries)
     totals = GroupSums(continuation_of, len(end_classes)).logsumexp(classes)
     is_unknown = totals < KNOWN_THRESHOLD
     log_probs = classes - totals.masked_fill(is_unknown, 0.0)[continuation_of]

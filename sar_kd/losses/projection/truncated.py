@@ -3,7 +3,8 @@
 At a common boundary the tail, all other tokens, is one class more. A token of the top k without a class takes no part;
 which tokens make up the tail is not known, so all of it is taken to have a class. After a prefix it is not known either
 how much of the tail extends the prefix: none is taken to, and the continuation counts only if its known tokens are at
-least as likely as the whole tail.
+least as likely as the whole tail. A token of the text that ended at a common boundary is one token of the tail if it is
+not among the k: it is taken to be as likely as it can be, as the k-th, or as the whole tail if that is less.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from sar_kd.alignment.batch_alignment import Continuations
 from sar_kd.data.batch import MASKED_LOGIT, TopKLogits
 from sar_kd.losses.functional import GroupSums
 from sar_kd.losses.projection.joint import ContinuationPaths
-from sar_kd.losses.projection.marginals import KNOWN_THRESHOLD, ClassMap
+from sar_kd.losses.projection.marginals import KNOWN_THRESHOLD, BeforeLogits, ClassMap
 
 
 class SparseClasses(NamedTuple):
@@ -95,14 +96,39 @@ def known_entries(
     """Logits of the tokens that extend a prefix, divided by the temperature, and a mask of the continuations.
 
     top: of the teacher, the continuing side of `continuations`; vocab_size: of the teacher
-    Returns: float32 [E], of `continuing_entries`, `MASKED_LOGIT` outside the top k; bool [K], those that are compared
+    Returns: float32 [E], of `continuing_entries`, `MASKED_LOGIT` for what is not known; bool [K], the continuations
+    whose known tokens are at least as likely as the tail
     """
-    continuation, token, _ = continuations.continuing_entries
+    continuation, token, class_ = continuations.continuing_entries
     positions = continuations.continuing_positions
     entries = top.logits_of(token, positions[continuation], vocab_size).div_(temperature)
-    known = GroupSums(continuation, len(positions)).logsumexp(entries)
-    mask = known >= top.tail_logsumexp[positions] / temperature
+    mask = GroupSums(continuation, len(positions)).logsumexp(entries) >= top.tail_logsumexp[positions] / temperature
+    has_ended = (class_ == continuations.end_classes[continuation]) & (continuation >= continuations.num_inside)
+    most = _most_likely_tail(top, positions, temperature)[continuation]
+    entries = torch.where(has_ended & (entries < KNOWN_THRESHOLD), most, entries)
     return entries.where(mask[continuation], MASKED_LOGIT), mask
+
+
+def known_before(
+    top: TopKLogits, continuations: Continuations, vocab_size: int, temperature: float
+) -> BeforeLogits | None:
+    """The logits of the tokens before, as `known_entries`; None if the teacher has none in these continuations."""
+    before = continuations.before
+    if before is None or not len(before.continuations):
+        return None
+    index, token, _ = before.entries
+    entries = top.logits_of(token, before.positions[index], vocab_size).div_(temperature)
+    tokens = top.logits_of(before.tokens, before.positions, vocab_size).div_(temperature)
+    tokens = torch.where(tokens < KNOWN_THRESHOLD, _most_likely_tail(top, before.positions, temperature), tokens)
+    whole = torch.cat([top.logits, top.tail_logsumexp[None]])[
+        :, continuations.continuing_positions[before.continuations]
+    ]
+    return BeforeLogits(entries, tokens, (whole / temperature).logsumexp(0))
+
+
+def _most_likely_tail(top: TopKLogits, positions: Tensor, temperature: float) -> Tensor:
+    """The largest logit that one token of the tail can have, divided by the temperature."""
+    return torch.minimum(top.logits[-1], top.tail_logsumexp)[positions] / temperature
 
 
 def dense_with_tail(top: TopKLogits, vocab_size: int, temperature: float) -> Tensor:

@@ -44,11 +44,14 @@ def example(monkeypatch):
     monkeypatch.setattr(vocabulary_map, "encode", encode_any)
     pair = SimpleNamespace(
         student=TableTokenizer(STUDENT), teacher=TableTokenizer(TEACHER), token_tables=(STUDENT, TEACHER),
-        student_vocab_size=5, teacher_vocab_size=6, num_teacher_tokens=6, projects=True,
+        student_vocab_size=5, teacher_vocab_size=6, num_teacher_tokens=6, projects=True, equal=False,
     )  # fmt: skip
     student, teacher = _stream(STUDENT, ["low", "er", "!"]), _stream(TEACHER, ["lower", "!"])
     block = Block(0, 3, 0, 2)
-    aligner = Aligner(pair, SimpleNamespace(student=student, teacher=teacher), [block])
+    text = SimpleNamespace(
+        student=student, teacher=teacher, names=["text"], conversations=[], num_tokens=lambda stream: len(stream.ids)
+    )
+    aligner = Aligner(pair, text, [block])
     alignment = aligner.align([block], student_width=4, teacher_width=3)
     (segment,) = build_segments(alignment, 3, torch.tensor([0, 1]), aligner.teacher_is_coarser, 10**9)
     assert aligner.teacher_is_coarser
