@@ -3,31 +3,38 @@
 The contents are the same text for both models, and stay text even where they look like special tokens; those are
 recognised only in the template's text between the contents. Both are encoded separately, so that a content's bytes are
 known. Where no token would span their boundary, and templates are made so, the tokens are those of the rendered text.
+Predicted is all that the generation prompt does not hold: of an answer its contents, the template's text around them,
+and the stop token.
 """
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
+from datetime import datetime
+from itertools import pairwise
 from typing import NamedTuple
 
-from jinja2 import TemplateError
-
 from sar_kd.data.blocks import pack_streams
+from sar_kd.data.chat_layout import Form, Layout, LayoutFinder, SkippedConversation, forms
 from sar_kd.data.samples import Conversation
+from sar_kd.data.template_sandbox import TemplateFailure, TemplateSandbox
 from sar_kd.errors import UsageError
 from sar_kd.tokenization.backends import encode
 from sar_kd.tokenization.long_text import ANCHORS, encode_after, encode_texts
-from sar_kd.tokenization.token_stream import PROMPT, RESPONSE, STOP, TEMPLATE, Span, concatenate_spans
-from sar_kd.tokenization.token_table import Ids, TokenTable, build_token_table
+from sar_kd.tokenization.token_stream import FORMAT, PROMPT, RESPONSE, STOP, TEMPLATE, Span, concatenate_spans
+from sar_kd.tokenization.token_table import SPECIAL, Ids, TokenTable, build_token_table
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}{{ message.role | capitalize + ':\\n' + message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}"
     "{% if not loop.last %}{{ '\\n\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n\\nAssistant:\\n' }}{% endif %}"
 )
 """For a model without a chat template. A content follows a line end: a space would belong to its first word."""
 
-_PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")
+_PLAIN_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+"""For two texts and a model without a chat template"""
 
 
 class Rendered(NamedTuple):
@@ -44,163 +51,179 @@ class Rendered(NamedTuple):
     """Bytes of the targets of those that a tokenizer changes."""
     without_template: tuple[str, ...]
     """'student', 'teacher': which of the templates has taken `DEFAULT_TEMPLATE` so far."""
+    dropped_answers: list[str]
+    """For each answer that is not predicted because a template drops a part of it, its conversation and whose."""
 
 
 class _Turns(NamedTuple):
-    """A conversation's contents as both models read them, each model with its own template text around them."""
+    """A conversation's texts as both models read them, each model with its own template text around them."""
 
     conversation: Conversation
-    contents: list[str]
-    separators: list[list[str]]
-    """By side: the template's text before each content, and after the last."""
+    form: Form
+    layouts: list[Layout]
+    """By side"""
+    answers: frozenset[int]
+    """Numbers of the messages that are predicted"""
 
+    def kind_of(self, text: int) -> int:
+        """The kind of a text's tokens; one that the other template drops counts as the template's."""
+        if not all(text in layout.texts for layout in self.layouts):
+            return TEMPLATE
+        return RESPONSE if self.form.texts[text].message in self.answers else PROMPT
 
-class _SkippedConversation(ValueError):
-    """Why a conversation is skipped."""
+    def num_target_bytes(self) -> int:
+        texts = enumerate(self.form.texts)
+        return sum(len(text.text.encode()) for i, text in texts if self.kind_of(i) == RESPONSE)
 
 
 def render(conversations: list[Conversation], templates: list[ChatTemplate]) -> Rendered:
     """Encode conversations as each of `chat_templates(pair)` renders them."""
-    turns, names, skipped, changed_bytes = [], [], [], 0
+    turns, names, skipped, dropped, changed_bytes = [], [], [], [], 0
     for conversation in conversations:
         try:
-            turns.append(_turns(conversation, templates))
-        except _SkippedConversation as reason:
+            turns.append(_turns(conversation, templates, dropped))
+        except SkippedConversation as reason:
             skipped.append(f"{conversation.name} ({reason})")
     sides: list[list[list[Span]]] = [[] for _ in templates]
     encoded = [template.encode_contents(turns, side) for side, template in enumerate(templates)]
     for each, *contents in zip(turns, *encoded, strict=True):
-        name, messages = each.conversation.name, each.conversation.messages
+        name = each.conversation.name
         changing = next((t for t, own in zip(templates, contents, strict=True) if own is None), None)
         if changing is not None:
             skipped.append(f"{name} (the {changing.whose}'s tokenizer changes its text)")
-            changed_bytes += sum(len(message.content.encode()) for message in messages if message.is_target)
+            changed_bytes += each.num_target_bytes()
             continue
         names.append(name)
         # A dummy space that both tokenizers put is text to both models.
-        is_text = [all(span.has_dummy for span in same) for same in zip(*contents, strict=True)]
+        by_text = [dict(zip(own.texts, spans, strict=True)) for own, spans in zip(each.layouts, contents, strict=True)]
+        is_text = [all(i in own and own[i].has_dummy for own in by_text) for i in range(len(each.form.texts))]
         for side, template in enumerate(templates):
-            own = [span._replace(dummy_is_text=both) for span, both in zip(contents[side], is_text, strict=True)]
-            sides[side].append(template.interleave(each.separators[side], own))
+            own = [span._replace(dummy_is_text=is_text[i]) for i, span in by_text[side].items()]
+            sides[side].append(template.interleave(each, side, own))
     without = tuple(template.whose for template in templates if template.took_default)
     if without and len(templates) == 1:
         without = "student", "teacher"
-    return Rendered(names, sides, [template.table for template in templates], skipped, changed_bytes, without)
+    tables = [template.table for template in templates]
+    return Rendered(names, sides, tables, skipped, changed_bytes, without, dropped)
 
 
-def chat_templates(pair: TokenizerPair) -> list[ChatTemplate]:
+def chat_templates(pair: TokenizerPair, now: datetime | None = None) -> list[ChatTemplate]:
     """The template of each token stream: a single one where the tokenizers are taken as equal.
 
+    now: the date that templates may write; None for today
     Raises: UsageError if tokenizers taken as equal have different templates, or their tokens' bytes cannot be known
     """
     if pair.tables is not None:
         student, teacher = pair.tables
-        return [ChatTemplate("student", pair.student, student), ChatTemplate("teacher", pair.teacher, teacher)]
-    if _template_of(pair.student) != _template_of(pair.teacher):
+        return [
+            ChatTemplate("student", pair.student, student, now),
+            ChatTemplate("teacher", pair.teacher, teacher, now),
+        ]
+    if getattr(pair.student, "chat_template", None) != getattr(pair.teacher, "chat_template", None):
         raise UsageError(
             "--alignment auto: the tokenizers are equal and their chat templates differ, so that the models read a "
             "conversation in different tokens; use --alignment projection"
         )
     try:
-        return [ChatTemplate("student", pair.student, build_token_table(pair.student, len(pair.student)))]
+        return [ChatTemplate("student", pair.student, build_token_table(pair.student, pair.student_vocab_size), now)]
     except ValueError as error:
         raise UsageError(f"--student_model: conversations need exact tokens, and its tokenizer {error}") from None
 
 
-def _template_of(tokenizer) -> str | None:
-    template = getattr(tokenizer, "chat_template", None)
-    return template.get("default") if isinstance(template, dict) else template
-
-
-def _turns(conversation: Conversation, templates: list[ChatTemplate]) -> _Turns:
-    """The contents as given or, where a template strips them, stripped for both models."""
+def _turns(conversation: Conversation, templates: list[ChatTemplate], dropped: list[str]) -> _Turns:
+    """The contents in the first form that no template changes. dropped: takes the answers that one drops"""
+    if conversation.fault:
+        raise SkippedConversation(conversation.fault)
     contents = [message.content for message in conversation.messages]
     try:
         "".join(contents).encode()
     except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold and no encoding can
-        raise _SkippedConversation("is no Unicode text") from None
+        raise SkippedConversation("is no Unicode text") from None
     for template in templates:
         contents = [template.table.canonical(text) for text in contents]
-    try:
-        return _Turns(conversation, contents, [t.separators(conversation, contents) for t in templates])
-    except _SkippedConversation:
-        contents = [text.strip() for text in contents]
-        return _Turns(conversation, contents, [t.separators(conversation, contents) for t in templates])
+    refusal: SkippedConversation | None = None
+    for form in forms(conversation, contents):
+        try:
+            layouts = [template.find_layout(conversation, form) for template in templates]
+            break
+        except SkippedConversation as error:
+            refusal = refusal or error
+    else:
+        assert refusal is not None
+        raise refusal
+    answers = frozenset.intersection(*(layout.answers for layout in layouts))
+    for number in (i for i, message in enumerate(conversation.messages) if message.is_target and i not in answers):
+        whose = next(t.whose for t, layout in zip(templates, layouts, strict=True) if number not in layout.answers)
+        reason = f"the {whose}'s chat template drops a part of the answer"
+        if not answers:
+            raise SkippedConversation(reason)
+        dropped.append(f"{conversation.name} ({reason})")
+    return _Turns(conversation, form, layouts, answers)
 
 
 class ChatTemplate:
     """One model's chat template and tokenizer."""
 
-    def __init__(self, whose: str, tokenizer, table: TokenTable):
-        """whose: 'student' or 'teacher'"""
+    def __init__(self, whose: str, tokenizer, table: TokenTable, now: datetime | None = None):
+        """whose: 'student' or 'teacher'; now: the date that the template may write"""
         self.whose, self.tokenizer, self.table = whose, tokenizer, table
         self.took_default = False
         """It has rendered a conversation with `DEFAULT_TEMPLATE`"""
         self.change = ""
         """The first content that the tokenizer changed, as `TokenTable.describe_change`"""
-        self._template = _template_of(tokenizer)
+        self._now = now or datetime.now()
         self._end_ids = frozenset(table.end_ids)
-        self._separators: dict[tuple[str, ...], list[str]] = {}
+        self._finders: dict[str, LayoutFinder] = {}
         self._separator_ids: dict[tuple[str, bool, bool], list[int]] = {}
         self._dummy_after: dict[str, bool] = {}
 
     # Text
 
-    def separators(self, conversation: Conversation, contents: list[str]) -> list[str]:
-        """The template's text before each content of a conversation, and after the last.
-
-        Raises: _SkippedConversation if the template rejects the conversation or changes a content
-        """
-        if self._template is None and conversation.plain:
-            return [""] * (len(contents) + 1)
-        roles = tuple(message.role for message in conversation.messages)
-        if roles not in self._separators:
-            self._separators[roles] = self._split_template(roles)
-        separators = self._separators[roles]
-        joined = separators[0] + "".join(map("".join, zip(contents, separators[1:], strict=True)))
-        if self._apply(roles, contents) != joined:
-            raise _SkippedConversation(f"the {self.whose}'s chat template changes the text of a message")
-        self.took_default |= self._template is None
-        return separators
-
-    def _split_template(self, roles: tuple[str, ...]) -> list[str]:
-        """The template rendered with a placeholder for each content, split there."""
-        parts = _PLACEHOLDER.split(self._apply(roles, [f"\ue000{i}\ue001" for i in range(len(roles))]))
-        found = [int(number) for number in parts[1::2]]
-        if found != list(range(len(roles))):
-            fault = "repeats" if len(set(found)) < len(found) else "drops" if len(found) < len(roles) else "reorders"
-            raise _SkippedConversation(f"the {self.whose}'s chat template {fault} messages ({', '.join(roles)})")
-        return parts[::2]
-
-    def _apply(self, roles: tuple[str, ...], contents: list[str]) -> str:
-        messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
-        template = self._template or DEFAULT_TEMPLATE
-        try:
-            return self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise _SkippedConversation(f"the {self.whose}'s chat template refuses it: {reason}") from None
+    def find_layout(self, conversation: Conversation, form: Form) -> Layout:
+        """The conversation in this template. Raises: SkippedConversation, UsageError as `LayoutFinder.find`"""
+        template = getattr(self.tokenizer, "chat_template", None)
+        if isinstance(template, dict):
+            template = template.get("tool_use" if conversation.tools else "default") or template.get("default")
+        is_default = not template and not conversation.plain
+        template = template or (_PLAIN_TEMPLATE if conversation.plain else DEFAULT_TEMPLATE)
+        if template not in self._finders:
+            try:
+                sandbox = TemplateSandbox(template, self._now)
+            except TemplateFailure as error:
+                raise SkippedConversation(f"the {self.whose}'s chat template cannot be used: {error}") from None
+            variables = {"eos_token": "", **self.tokenizer.special_tokens_map}
+            self._finders[template] = LayoutFinder(self.whose, sandbox, variables)
+        layout = self._finders[template].find(conversation, form)
+        self.took_default |= is_default
+        return layout
 
     # Tokens
 
     def encode_contents(self, turns: list[_Turns], side: int) -> list[list[Span] | None]:
         """The contents of each conversation; None for one with a content that the tokenizer changes.
 
-        side: of this template in `_Turns.separators`
+        side: of this template in `_Turns.layouts`
         """
-        encoded = iter(encode_texts(self.tokenizer, [text for each in turns for text in each.contents]))
+        texts = [each.form.texts[i].text for each in turns for i in each.layouts[side].texts]
+        encoded = iter(encode_texts(self.tokenizer, texts))
         found: list[list[Span] | None] = []
         for each in turns:
-            messages = zip(each.conversation.messages, each.contents, each.separators[side], strict=False)
+            layout = each.layouts[side]
             spans = [
-                self._encode_content(next(encoded), RESPONSE if message.is_target else PROMPT, text, separator, not i)
-                for i, (message, text, separator) in enumerate(messages)
+                self._encode_content(
+                    next(encoded), each.kind_of(text), each.form.texts[text].text, separator, starts, not i
+                )
+                for i, (text, separator, starts) in enumerate(
+                    zip(layout.texts, layout.separators, layout.starts, strict=False)
+                )
             ]
             unchanged = [span for span in spans if span is not None]
             found.append(unchanged if len(unchanged) == len(spans) else None)
         return found
 
-    def _encode_content(self, ids: Ids | None, kind: int, text: str, separator: str, first: bool) -> Span | None:
+    def _encode_content(
+        self, ids: Ids | None, kind: int, text: str, separator: str, starts: Sequence[int], first: bool
+    ) -> Span | None:
         dummy = None if ids is None else self.table.dummy_bytes(ids, text)
         if ids is None or dummy is None:
             self.change = self.change or self.table.describe_change([] if ids is None else ids, text)
@@ -210,7 +233,19 @@ class ChatTemplate:
                 own = encode_after(self.tokenizer, anchor, text)
                 if own is not None:
                     return Span(own, kind)
+        if not dummy and separator.endswith(" ") and len(separator) not in starts:
+            joined = self._join_space(text)
+            if joined is not None:
+                return Span(joined, kind, has_dummy=True)
         return Span(ids, kind, bool(dummy))
+
+    def _join_space(self, text: str) -> Ids | None:
+        """Ids of a text with the template's space before it, where the first token holds both; else None."""
+        (ids,) = encode_texts(self.tokenizer, [f" {text}"])
+        if ids is None or not len(ids) or self.table.dummy_bytes(ids, f" {text}") != 0:
+            return None
+        first = self.table.pieces[ids[0]]
+        return ids if first.startswith(b" ") and first.strip() else None
 
     def _puts_dummy_after(self, separator: str, first: bool) -> bool:
         """Would the tokenizer, given the whole rendered text, put a dummy space between a separator and a content?"""
@@ -221,30 +256,49 @@ class ChatTemplate:
             self._dummy_after[separator] = self._template_ids(separator + "a") == apart
         return self._dummy_after[separator]
 
-    def interleave(self, separators: list[str], contents: list[Span]) -> list[Span]:
+    def interleave(self, turns: _Turns, side: int, contents: list[Span]) -> list[Span]:
         """Template text, contents and stop tokens in order."""
-        spans: list[Span] = []
-        for i, separator in enumerate(separators):
+        layout, spans = turns.layouts[side], list[Span]()
+        messages = [turns.form.texts[i].message for i in layout.texts]
+        for i, (separator, starts) in enumerate(zip(layout.separators, layout.starts, strict=True)):
             is_last = i == len(contents)
             if not is_last and contents[i].has_dummy and separator.endswith(" "):
                 separator = separator[:-1]  # the dummy space stands for it
-            ids = self._ids_of_separator(separator, not i, is_last)
-            if i and contents[i - 1].kind == RESPONSE:
-                num_stop = self._num_stop_tokens(separator, ids)
-                spans.append(Span(ids[:num_stop] if num_stop else [self.table.end_id], STOP))
-                ids = ids[num_stop:]
-            if ids:
-                spans.append(Span(ids, TEMPLATE))
+            cuts = [0, *(min(start, len(separator)) for start in starts), len(separator)]
+            in_answer = bool(i) and contents[i - 1].kind == RESPONSE
+            begins_answer = not is_last and contents[i].kind == RESPONSE
+            goes_on = in_answer and begins_answer and messages[i - 1] == messages[i]
+            for k, (low, high) in enumerate(pairwise(cuts)):
+                ends_separator = k == len(starts)
+                ids = self._ids_of_separator(separator[low:high], not i and not k, is_last and ends_separator)
+                if k:
+                    in_answer, goes_on = True, begins_answer
+                if not in_answer:
+                    spans.append(Span(ids, TEMPLATE))
+                elif goes_on and ends_separator:
+                    spans.append(Span(ids, FORMAT))
+                else:
+                    end = next((end for end in layout.ends[i] if low < end <= high), None)
+                    spans += self._stop_spans(ids, None if end is None else separator[low:end])
             spans += contents[i : i + 1]
-        return spans
+        return [span for span in spans if len(span.ids) or span.kind in (PROMPT, RESPONSE)]
 
-    def _num_stop_tokens(self, separator: str, ids: list[int]) -> int:
-        """How many tokens of the separator after a response the model has to predict to stop; 0 if none stops it."""
-        at = next((i for i, token in enumerate(ids) if token in self._end_ids), None)
-        if at is None:
-            return 0
-        # White space before the stop token, as in Llama 2's template, would otherwise never be a target.
-        return 0 if separator.partition(self.table.strings[ids[at]])[0].strip() else at + 1
+    def _stop_spans(self, ids: list[int], answer: str | None) -> list[Span]:
+        """The template's text behind an answer: predicted up to the stop token, with what stands before that.
+
+        answer: the part of it that belongs to the answer's message; None if that is not known
+        """
+        places = [i + 1 for i, token in enumerate(ids) if token in self._end_ids]
+        num_stop = places[0] if places else 0
+        if answer is not None:
+            own = self._template_ids(answer.rstrip())
+            # A template may end several parts of one message, of which the last is its end.
+            num_ends = sum(token in self._end_ids for token in own)
+            num_stop = places[min(num_ends, len(places)) - 1] if num_ends and places else 0
+            if not num_stop and own and own == ids[: len(own)] and self.table.kinds[own[-1]] == SPECIAL:
+                num_stop = len(own)
+        stop = ids[:num_stop] if num_stop else [self.table.end_id]
+        return [Span(stop, STOP), Span(ids[num_stop:], TEMPLATE)]
 
     def _ids_of_separator(self, text: str, first: bool, last: bool) -> list[int]:
         """Ids of a separator as it is cut between contents.
@@ -291,7 +345,7 @@ def truncate_conversation(
     kept = [
         _first_tokens(spans, end) for spans, end in zip(whole, (block.student_end, block.teacher_end), strict=False)
     ]
-    return kept if all(num_tokens(spans, targets=True) for spans in kept) else None
+    return kept if all(any(span.kind in (RESPONSE, STOP) for span in spans) for spans in kept) else None
 
 
 def _first_tokens(spans: list[Span], count: int) -> list[Span]:

@@ -24,6 +24,9 @@ from sar_kd.tokenization.long_text import CHUNK
 PAIRS = (("prompt", "completion"), ("question", "answer"))
 """Fields of a conversation in two texts"""
 
+MESSAGE_FIELDS = ("tool_calls", "reasoning_content", "thinking", "reasoning")
+"""Fields of an assistant's message that it can consist of, without content"""
+
 LONG = 2**23
 """Bytes from which a .txt file is read from the disk each time it is needed."""
 
@@ -90,6 +93,8 @@ class Message(NamedTuple):
     content: str
     is_target: bool
     """Its tokens are predicted: an assistant's turn that is no part of a prompt."""
+    fields: str = ""
+    """JSON of its other fields, such as `tool_calls` and `reasoning_content`, for the chat template; "" for none"""
 
 
 class Conversation(NamedTuple):
@@ -99,6 +104,10 @@ class Conversation(NamedTuple):
     messages: tuple[Message, ...]
     plain: bool
     """Given as two texts; without a chat template they are only concatenated."""
+    tools: str = ""
+    """JSON of the functions that the assistant may call, for the chat template; "" for none"""
+    fault: str = ""
+    """Why it cannot be used; it is then counted and named, and has no messages"""
 
     @property
     def text(self) -> str:
@@ -107,7 +116,7 @@ class Conversation(NamedTuple):
 
     @property
     def num_chars(self) -> int:
-        return sum(len(message.content) for message in self.messages)
+        return sum(len(message.content) + len(message.fields) for message in self.messages)
 
 
 Sample = Document | LongDocument | Conversation
@@ -186,7 +195,7 @@ def _read_lines(option: str, path: Path, kind: str, text_field: str) -> Iterator
             except UnicodeDecodeError:
                 raise _not_utf8(option, path, f"line {number}") from None
             sample = sample_of_line(option, path, number, content, text_field)
-            if sample.text.strip():
+            if isinstance(sample, Conversation) or sample.text.strip():
                 yield sample
 
 
@@ -212,6 +221,8 @@ def sample_of_line(option: str, path: Path, number: int, line: str, text_field: 
     if isinstance(fields.get(text_field), str):
         return Document(name, fields[text_field])
     conversation = conversation_of(name, fields, f"--{option} {path}: line {number}")
+    if conversation is None and (example is None or fields.get(text_field, "") is None):
+        return Conversation(name, (), plain=False, fault=f"its '{text_field}' is null" if fields else "is null")
     if conversation is None:
         found = ", ".join(example) if isinstance(example, dict) else type(example).__name__
         raise UsageError(
@@ -222,7 +233,28 @@ def sample_of_line(option: str, path: Path, number: int, line: str, text_field: 
 
 
 def conversation_of(name: str, example: dict, where: str) -> Conversation | None:
-    """The conversation in an example, None if it has no field of one; `where` begins an error message."""
+    """The conversation in an example, None if it has no field of one; `where` begins an error message.
+
+    One with a null where something must stand is a conversation with a fault.
+    """
+    try:
+        found = _conversation(name, example, where)
+    except _NullField as null:
+        return Conversation(name, (), plain=False, fault=str(null))
+    tools = example.get("tools")
+    if found is None or not tools:
+        return found
+    tools = _parsed(tools)
+    if not isinstance(tools, list):
+        raise UsageError(f"{where}: 'tools' is {_json_type(tools)}; expected a list of functions")
+    return found._replace(tools=_to_json(tools))
+
+
+class _NullField(ValueError):
+    """Which field is null."""
+
+
+def _conversation(name: str, example: dict, where: str) -> Conversation | None:
     if "messages" in example:
         messages = _messages(example["messages"], "messages", where, targets=True)
         return _end_with_target(
@@ -246,18 +278,53 @@ def conversation_of(name: str, example: dict, where: str) -> Conversation | None
 
 def _messages(value: object, field: str, where: str, targets: bool) -> tuple[Message, ...]:
     """A list of messages; the assistant's are targets if `targets`."""
-    expected = "expected {'role': ..., 'content': ...}, both of them text"
+    if value is None:
+        raise _NullField(f"its '{field}' is null")
     if not isinstance(value, list):
-        others = "" if field == "messages" else "text or "
+        others = "text or " if field in chain(*PAIRS) else ""
         raise UsageError(f"{where}: '{field}' is {_json_type(value)}; expected {others}a list of messages")
-    for number, message in enumerate(value, 1):
-        if not isinstance(message, dict):
-            raise UsageError(f"{where}: message {number} of '{field}' is {_json_type(message)}; {expected}")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                fault = f"has {_json_type(message[key])} as '{key}'" if key in message else f"has no '{key}'"
-                raise UsageError(f"{where}: message {number} of '{field}' {fault}; {expected}")
-    return tuple(Message(m["role"], m["content"], targets and m["role"] == "assistant") for m in value)
+    return tuple(_message(message, number, field, where, targets) for number, message in enumerate(value, 1))
+
+
+def _message(value: object, number: int, field: str, where: str, targets: bool) -> Message:
+    expected = "expected {'role': ..., 'content': ...}, both of them text"
+    if value is None:
+        raise _NullField(f"message {number} of its '{field}' is null")
+    if not isinstance(value, dict):
+        raise UsageError(f"{where}: message {number} of '{field}' is {_json_type(value)}; {expected}")
+    others = {key: item for key, item in value.items() if item is not None and key not in ("role", "content")}
+    if others.get("tool_calls"):
+        others["tool_calls"] = _parsed(others["tool_calls"])
+    role, content = value.get("role"), _joined(value.get("content"))
+    if content is None and any(others.get(key) for key in MESSAGE_FIELDS):
+        content = ""  # beside tool calls there need be none
+    for key, found in (("role", role), ("content", content)):
+        if found is None and key in value:
+            raise _NullField(f"message {number} of its '{field}' has null as '{key}'")
+        if not isinstance(found, str):
+            fault = f"has {_json_type(value[key])} as '{key}'" if key in value else f"has no '{key}'"
+            raise UsageError(f"{where}: message {number} of '{field}' {fault}; {expected}")
+    return Message(role, content, targets and role == "assistant", _to_json(others) if others else "")
+
+
+def _joined(content: object) -> object:
+    """A list of text parts as one text; anything else as it is."""
+    if not isinstance(content, list):
+        return content
+    texts = [part.get("text") if isinstance(part, dict) else part for part in content]
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else content
+
+
+def _parsed(value: object) -> object:
+    """A value that some data sets hold as JSON inside a text."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+
+
+def _to_json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _json_type(value: object) -> str:
@@ -267,7 +334,14 @@ def _json_type(value: object) -> str:
 
 def _end_with_target(conversation: Conversation, field: str, expected: str, where: str) -> Conversation:
     """The conversation up to its last target; later messages are never predicted."""
-    targets = [i for i, message in enumerate(conversation.messages) if message.is_target and message.content.strip()]
+    targets = [
+        i for i, message in enumerate(conversation.messages) if message.is_target and _has_something_to_learn(message)
+    ]
     if not targets:
         raise UsageError(f"{where}: '{field}' holds nothing to learn; expected {expected}")
     return conversation._replace(messages=conversation.messages[: targets[-1] + 1])
+
+
+def _has_something_to_learn(message: Message) -> bool:
+    fields = json.loads(message.fields) if message.fields else {}
+    return bool(message.content.strip() or any(fields.get(key) for key in MESSAGE_FIELDS))

@@ -25,6 +25,7 @@ from sar_kd.runtime.console import tokenizing_bar
 from sar_kd.tokenization.backends import encode
 from sar_kd.tokenization.long_text import TextPiece, encode_pieces, split_text
 from sar_kd.tokenization.token_stream import (
+    FORMAT,
     RESPONSE,
     STOP,
     TEMPLATE,
@@ -35,7 +36,7 @@ from sar_kd.tokenization.token_stream import (
     TokenStream,
     concatenate_spans,
 )
-from sar_kd.tokenization.token_table import TokenTable, fingerprint
+from sar_kd.tokenization.token_table import CONTENT, TokenTable, fingerprint
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 from sar_kd.version import TOKEN_FORMAT
 
@@ -71,7 +72,9 @@ def tokenize(
         build(store)
         columns, metadata = store.finalize(), store.metadata
     _check_changed(metadata)
-    names, skipped, truncated = (strings_of(columns, name) for name in ("names", "skipped_documents", "truncated"))
+    names, skipped, truncated, dropped_answers = (
+        strings_of(columns, name) for name in ("names", "skipped_documents", "truncated", "dropped_answers")
+    )
     if not len(names):
         shown = ", ".join(skipped[:3])
         remedy = "; raise --block_size" if any("within a block" in name for name in skipped) else ""
@@ -88,6 +91,9 @@ def tokenize(
         truncated=truncated,
         dropped_tokens=metadata["dropped_tokens"],
         without_template=tuple(metadata["without_template"]),
+        dropped_answers=dropped_answers,
+        stop_ids=tuple(map(tuple, metadata["stop_ids"])),
+        inner_ids=tuple(map(tuple, metadata["inner_ids"])),
     )
 
 
@@ -156,6 +162,10 @@ class _TextWriter:
         self.names = store.add_strings("names")
         self.skipped_documents = store.add_strings("skipped_documents")
         self.truncated = store.add_strings("truncated")
+        self.dropped_answers = store.add_strings("dropped_answers")
+        self._stop_ids: list[set[int]] = [set() for _ in self.streams]
+        """By stream, the special tokens that end an answer, and those that a template writes inside one"""
+        self._inner_ids: list[set[int]] = [set() for _ in self.streams]
         self.num_bytes = self.dropped_tokens = self.changed_bytes = 0
         self.without_template: tuple[str, ...] = ()
         self._templates: list[ChatTemplate] = []
@@ -185,6 +195,8 @@ class _TextWriter:
             "without_template": list(self.without_template),
             "changed_bytes": self.changed_bytes,
             "first_change": self.first_change,
+            "stop_ids": [sorted(stops - inner) for stops, inner in zip(self._stop_ids, self._inner_ids, strict=True)],
+            "inner_ids": [sorted(inner) for inner in self._inner_ids],
         }
 
     def _add_chunks(self, documents: Documents) -> Iterator[int]:
@@ -196,8 +208,11 @@ class _TextWriter:
             return
         found = (sample for sample in documents if isinstance(sample, Conversation))
         for conversations in _in_chunks(found):
-            self._templates = self._templates or chat_templates(self.pair)
-            self._add_conversations(conversations)
+            self.skipped_documents.append([f"{each.name} ({each.fault})" for each in conversations if each.fault])
+            sound = [conversation for conversation in conversations if not conversation.fault]
+            if sound:
+                self._templates = self._templates or chat_templates(self.pair)
+                self._add_conversations(sound)
             yield sum(conversation.num_chars for conversation in conversations)
 
     def _add_plain(self, pieces: list[TextPiece]) -> None:
@@ -270,6 +285,7 @@ class _TextWriter:
     def _add_conversations(self, conversations: list[Conversation]) -> None:
         """Append a chunk of conversations, each cut short where it exceeds `limits`."""
         rendered = render(conversations, self._templates)
+        self._check_ids(rendered.sides)
         names, skipped, truncated = [], rendered.skipped_documents, []
         sides: list[list[list[Span]]] = [[] for _ in self.streams]
         self.without_template = rendered.without_template
@@ -281,8 +297,13 @@ class _TextWriter:
             if kept is None:
                 skipped.append(f"{name} (no response begins within a block)")
                 continue
-            for side, spans in zip(sides, kept, strict=True):
-                side.append(spans)
+            for number, spans in enumerate(kept):
+                sides[number].append(spans)
+                kinds = rendered.tables[number].kinds
+                lasts = {int(span.ids[-1]) for span in spans if span.kind == STOP}
+                self._stop_ids[number] |= {token for token in lasts if kinds[token] != CONTENT}
+                inner = {int(token) for span in spans if span.kind == FORMAT for token in span.ids}
+                self._inner_ids[number] |= {token for token in inner if kinds[token] != CONTENT}
             names.append(name)
             responses = (span for span in kept[0] if span.kind == RESPONSE)
             self.num_bytes += sum(int(rendered.tables[0].lengths[s.ids].sum()) - s.has_dummy for s in responses)
@@ -296,6 +317,22 @@ class _TextWriter:
         self.names.append(names)
         self.skipped_documents.append(skipped)
         self.truncated.append(truncated)
+        self.dropped_answers.append(rendered.dropped_answers)
+
+    def _check_ids(self, sides: list[list[list[Span]]]) -> None:
+        """Raise UsageError if a chat template writes a token that its model has no logits for."""
+        pair, sizes = self.pair, (self.pair.student_vocab_size, self.pair.teacher_vocab_size)
+        for side, (tokenizer, conversations) in enumerate(zip(pair.tokenizers, sides, strict=True)):
+            size = sizes[side] if pair.tables is not None else min(sizes)
+            if max(tokenizer.get_vocab().values()) < size:
+                continue
+            largest = max((max(span.ids, default=0) for spans in conversations for span in spans), default=0)
+            if largest >= size:
+                token = tokenizer.convert_ids_to_tokens(int(largest))
+                raise UsageError(
+                    f"--{_SIDES[side]}_model: its chat template writes {token!r} (id {largest}), for which the model "
+                    f"has no logits (its vocab_size is {size}); resize its embeddings, or leave out conversations"
+                )
 
 
 def _in_chunks(items: Iterable) -> Iterator[list]:

@@ -76,13 +76,13 @@ def answer_questions(
 
 def _answers(model: nn.Module, dataset: Dataset, precision: Precision, which: str) -> Iterator[list[str]]:
     """The generated answers, a batch at a time."""
-    tokenizer, end = getattr(dataset.pair, which), getattr(dataset.pair, f"{which}_end")
+    tokenizer = getattr(dataset.pair, which)
+    # An answer ends with what follows it in training: the end of text, or the chat template's own token.
+    stops = {getattr(dataset.pair, f"{which}_end"), *dataset.text.stop_ids[0 if which == "student" else -1]}
     for batch in dataset.token_batches(which, _BATCH_SIZE):
         is_target = batch.labels != IGNORE_INDEX
         lengths = is_target.sum(1)
         firsts = is_target.int().argmax(1)
-        # An answer ends with what follows it in training: the end of text, or the chat template's own token.
-        stops = {end, *batch.labels.gather(1, (firsts + lengths - 1)[:, None]).flatten().tolist()}
         prompts = [ids[:first].tolist() for ids, first in zip(batch.input_ids, firsts.tolist(), strict=True)]
         max_new_tokens = [int(lengths.max()) + _EXTRA_TOKENS] * len(prompts)
         with eval_mode(model, precision):

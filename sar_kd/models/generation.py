@@ -14,6 +14,11 @@ half a character at the end; special: a token without text in the middle; unrepr
 changes the text; too_long: for the teacher's block; nothing: no token is left of it."""
 
 
+GREEDY = 1e-30
+"""Below this temperature all probability is the likeliest token's, whatever float32 logits differ by, and z /
+temperature would overflow."""
+
+
 class Generation(NamedTuple):
     """The continuation of one prompt."""
 
@@ -38,8 +43,8 @@ def generate(
     """Continue every prompt until a stop token or its `max_new_tokens`.
 
     A token is sampled from softmax(z / temperature), restricted to the fewest tokens whose probabilities reach
-    `top_p`; temperature 0 is greedy. The model's own generation config is ignored. The caller sets the model's mode,
-    its dtype and the random seed.
+    `top_p`; temperature 0 is greedy, and so is one below `GREEDY`. The model's own generation config is ignored. The
+    caller sets the model's mode, its dtype and the random seed.
     max_new_tokens: for each prompt, the stop token included
     """
     width, padding = max(map(len, prompts)), stop_token_ids[0]
@@ -49,7 +54,7 @@ def generate(
         ids[i, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.int64)
         mask[i, width - len(prompt) :] = 1
     finite_check = _StopAtNonfinite(padding, model.device, len(prompts))
-    samples = temperature > 0
+    samples = temperature >= GREEDY
     saved_config, model.generation_config = model.generation_config, type(model.generation_config)()
     try:
         new_ids = model.generate(

@@ -18,7 +18,19 @@ METASPACE = "\u2581"
 END_OF_TEXT = "<|endoftext|>"
 
 STOP_TOKENS = frozenset(
-    ("<|eot_id|>", "<|end_of_text|>", "<|im_end|>", END_OF_TEXT, "</s>", "<end_of_turn>", "<|end|>", "<|return|>")
+    (
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|end_of_text|>",
+        "<|im_end|>",
+        END_OF_TEXT,
+        "</s>",
+        "<end_of_turn>",
+        "<|end|>",
+        "<|return|>",
+        "<|call|>",
+        "<|eot|>",
+    )
 )
 """Special tokens that are known to end a text or a turn of it."""
 

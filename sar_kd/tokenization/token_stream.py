@@ -155,6 +155,12 @@ class TokenizedText:
     """The student's target tokens in what is cut off."""
     without_template: tuple[str, ...]
     """'student', 'teacher': whose tokenizer has no chat template, so that conversations take `DEFAULT_TEMPLATE`."""
+    dropped_answers: Sequence[str] = ()
+    """For each answer that is not predicted because a chat template drops a part of it, its document and whose."""
+    stop_ids: tuple[tuple[int, ...], ...] = ((),)
+    """By stream, the tokens that end an answer of a conversation, and stand inside none."""
+    inner_ids: tuple[tuple[int, ...], ...] = ((),)
+    """By stream, the special tokens that a chat template writes inside answers, where they end none."""
 
     def num_tokens(self, stream: TokenStream) -> int:
         """The tokens of one of the two streams, without the start tokens of plain documents."""

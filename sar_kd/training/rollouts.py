@@ -83,6 +83,10 @@ class Rollouts:
         found = []
         for stream in streams:
             starts = np.flatnonzero(np.diff(stream.is_target.astype(np.int8), prepend=0) > 0)
+            if self._tables:  # behind what only this model's template writes first
+                has_bytes = np.flatnonzero(np.diff(stream.ends, prepend=0) > 0)
+                places = np.searchsorted(has_bytes, starts)
+                starts = has_bytes[places[places < len(has_bytes)]]
             found.append({int(stream.ends[start - 1]) if start else 0: int(start) for start in starts})
         return [(found[0][byte], found[1][byte]) for byte in sorted(found[0].keys() & found[1].keys())] or [(0, 0)]
 
@@ -111,8 +115,10 @@ class Rollouts:
         """The student's tokens that end a response."""
         table = self._tables[0] if self._tables else None
         if table is None and len(self.train.text.conversations):
-            table = build_token_table(self.pair.student, len(self.pair.student))
-        return sorted({self.pair.student_end, *(table.end_ids if table else ())})
+            table = build_token_table(self.pair.student, self.pair.student_vocab_size)
+        text = self.train.text
+        ends = {self.pair.student_end, *(table.end_ids if table else ()), *text.stop_ids[0]}
+        return sorted(ends.difference(text.inner_ids[0]) or ends)
 
     def keep_usable(self, generations: Iterable[tuple[Prompt, Generation]]) -> tuple[list[Response], Counter]:
         """The part of the generations that both models can represent, and a count of `generation.ISSUES`."""
@@ -199,8 +205,12 @@ class Rollouts:
         if last < 0 or table.kinds[stream.ids[last]] == CONTENT:
             return [self.pair.teacher_end]
         widths = np.diff(stream.ends, prepend=0)
+
+        def is_blank(token: int) -> bool:  # as before Llama 2's stop token; not what else a template writes there
+            return table.kinds[token] == CONTENT and not table.pieces[token].strip()
+
         first = last
-        while first > 0 and stream.is_target[first - 1] and not widths[first - 1]:
+        while first and stream.is_target[first - 1] and not widths[first - 1] and is_blank(stream.ids[first - 1]):
             first -= 1
         return stream.ids[first : last + 1].tolist()
 

@@ -27,11 +27,13 @@ from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 LLAMA3 = (
     "{% for m in messages %}{{ bos_token if loop.first }}"
     "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' }}"
     "{{ m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
 )
 LLAMA2 = (
     "{% if messages[0]['role'] == 'system' %}{% set turns = messages[1:] %}"
@@ -48,10 +50,17 @@ GEMMA = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{% for m in messages %}{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\\n'"
     " + m['content'] | trim + '<end_of_turn>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
 )
-ZEPHYR = "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + eos_token + '\\n' }}{% endfor %}"
+ZEPHYR = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + eos_token + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
 DIALOGPT = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
-TURNS = "{% for m in messages %}{{ '<turn>' + m['content'] + eos_token }}{% endfor %}"
+TURNS = (
+    "{% for m in messages %}{{ '<turn>' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<turn>{% endif %}"
+)
 COLONS = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
     "{{ eos_token + 'and then ' if m['role'] == 'assistant' else 'nd so ' }}{% endfor %}"
@@ -197,14 +206,10 @@ def test_the_text_field_wins(tmp_path):
 BAD_EXAMPLES = {
     "no field": ({"body": "x"}, r"--text_field text: line 2 of {path} has no such text, nor messages.*it has: body"),
     "messages in one text": ({"messages": "Hello"}, "line 2: 'messages' is text; expected a list of messages"),
-    "no list": ({"messages": None}, "line 2: 'messages' is null; expected a list of messages"),
+    "no list": ({"messages": {}}, "line 2: 'messages' is an object; expected a list of messages"),
     "a bare text": ({"messages": ["Hello"]}, "line 2: message 1 of 'messages' is text; expected {{'role'"),
     "no role": ({"messages": [HELLO, {"content": "x"}]}, "line 2: message 2 of 'messages' has no 'role'; expected"),
     "no content": ({"messages": [{"role": "user"}]}, "line 2: message 1 of 'messages' has no 'content'; expected"),
-    "content null": (
-        {"messages": [HELLO, {"role": "assistant", "content": None}]},
-        "line 2: message 2 of 'messages' has null as 'content'; expected",
-    ),
     "content in parts": (
         {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
         "line 2: message 1 of 'messages' has a list as 'content'; expected",
@@ -235,6 +240,51 @@ def test_a_line_of_a_bad_shape_is_named_with_what_was_expected(tmp_path, case, f
     with pytest.raises(UsageError, match=begins + message.format(path=path)) as error:
         load_documents(DataConfig(**files))
     assert "\n" not in str(error.value)
+
+
+NULLS = {
+    "a line": (None, "is null"),
+    "the text": ({"text": None}, "its 'text' is null"),
+    "messages": ({"messages": None}, "its 'messages' is null"),
+    "a message": ({"messages": [HELLO, None]}, "message 2 of its 'messages' is null"),
+    "a content": (
+        {"messages": [HELLO, {"role": "assistant", "content": None}]},
+        "message 2 of its 'messages' has null as 'content'",
+    ),
+    "a role": ({"messages": [{"role": None, "content": "x"}]}, "message 1 of its 'messages' has null as 'role'"),
+    "a completion": ({"prompt": "a", "completion": None}, "its 'completion' is null"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NULLS)
+def test_an_example_with_a_null_is_skipped_by_name_and_does_not_end_the_run(tmp_path, tokenizers, case):
+    example, fault = NULLS[case]
+    samples = _load(tmp_path, SHAPES["messages"][0], example, SHAPES["messages"][0])
+    text = tokenize(samples, _pair(tokenizers["chatml"], tokenizers["chatml"]))
+    assert list(text.names) == ["a.jsonl:1", "a.jsonl:3"]
+    assert list(text.skipped_documents) == [f"a.jsonl:2 ({fault})"]
+
+
+def test_content_in_text_parts_is_joined_and_other_fields_are_kept(tmp_path):
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    call = {"function": {"name": "add", "arguments": {"a": 1}}}
+    messages = [
+        {"role": "user", "content": parts, "name": None},
+        {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "Use it."},
+        {"role": "tool", "content": "2", "tool_call_id": "7"},
+        ANSWER,
+    ]
+    tools = [{"name": "add", "parameters": {}}]
+    (found,) = _load(tmp_path, {"messages": messages, "tools": tools})
+    assert [message.content for message in found.messages] == ["Hello", "", "2", "Hi."]
+    fields = [json.loads(message.fields or "{}") for message in found.messages]
+    assert fields == [{}, {"tool_calls": [call], "reasoning_content": "Use it."}, {"tool_call_id": "7"}, {}]
+    assert [message.is_target for message in found.messages] == [False, True, False, True]
+    assert json.loads(found.tools) == tools
+    for text in (json.dumps(tools), tools):  # some data sets hold JSON inside a text
+        assert _load(tmp_path, {"messages": messages, "tools": text})[0] == found
+    with pytest.raises(UsageError, match="'tools' is text; expected a list of functions"):
+        _load(tmp_path, {"messages": messages, "tools": "add"})
 
 
 class _Split(list):
@@ -439,14 +489,14 @@ def test_a_template_without_a_stop_token_gets_the_end_of_text_token(tokenizers):
     assert [span.ids for span in rendered.sides[0][0] if span.kind == STOP] == [[tokenizer.eos_token_id]] * 3
 
 
-def test_a_stop_token_behind_other_words_is_not_the_responses(tokenizers):
+def test_what_the_template_writes_before_the_stop_token_is_learned_with_it(tokenizers):
     tokenizer = copy.deepcopy(tokenizers["chatml"])
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' (' + m['role'] + ')<|im_end|>' }}{% endfor %}"
-    ((*_, stop, separator),) = render(
+    ((*_, stop),) = render(
         [_conversation(CONVERSATIONS["one turn"])], chat_templates(_pair(tokenizer, tokenizer))
     ).sides[0]
-    assert (stop.kind, stop.ids) == (STOP, [tokenizer.eos_token_id])
-    assert tokenizer.decode(separator.ids) == " (assistant)<|im_end|>"
+    assert stop.kind == STOP
+    assert tokenizer.decode(stop.ids) == " (assistant)<|im_end|>"
 
 
 def test_an_empty_message_keeps_the_template_text_around_it(tokenizers):
@@ -508,7 +558,7 @@ BROKEN = {
     "repeats": "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ messages[0]['content'] }}",
     "reorders": "{% for m in messages | reverse %}{{ m['content'] }}\n{% endfor %}",
     "refuses it: no such turns": "{{ raise_exception('no such turns') }}",
-    "refuses it: Expected an expression": "{% for m in %}",
+    "cannot be used: Expected an expression": "{% for m in %}",
     "refuses it: ": "{{ messages[0]['parts'][0]['text'] + 1 }}",
     "changes the text": "{% for m in messages %}{{ m['content'] | replace('e', 'u') }}{% endfor %}",
 }
@@ -550,7 +600,7 @@ def test_a_template_whose_own_text_depends_on_a_content_is_found(tokenizers):
     ]
     text = tokenize(conversations, _pair(tokenizer, tokenizer))
     assert text.names == ["talk"]
-    assert text.skipped_documents == ["thinks (the student's chat template changes the text of a message)"]
+    assert text.skipped_documents == ["thinks (the student's chat template drops a part of the answer)"]
 
 
 @pytest.mark.parametrize("bad", ["\ud800", "\u2581"])
@@ -709,7 +759,7 @@ def test_the_bytes_of_a_cut_conversation_are_those_that_are_left(pairs, names):
 @pytest.mark.parametrize("names", CROSS + EQUAL)
 def test_a_conversation_without_room_for_a_response_is_skipped_by_name(pairs, names):
     late = [("user", "Words, words, words; " * 20), ("assistant", "word")]
-    for limits in ((60, 1000), (1000, 60), (2, 2)):
+    for limits in ((60, 1000), (1000, 60), (3, 3)):
         conversations = [_conversation(late, "late"), Document("plain", "word word")]
         dataset = build_dataset(conversations, pairs[names], *limits)
         assert dataset.text.names == ["plain"]

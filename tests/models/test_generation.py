@@ -38,6 +38,18 @@ def test_greedy_text_is_that_of_one_prompt_at_a_time_without_a_cache(model, limi
     assert len({tuple(each.ids) for each in generated}) == 3
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-40, 1e-30, 1e-20])
+def test_a_temperature_close_to_0_is_greedy(model, temperature):
+    sampled = generate(model, PROMPTS, stop_token_ids=STOPS, max_new_tokens=[20] * 3, temperature=temperature)
+    assert sampled == [_greedy(model, prompt, 20) for prompt in PROMPTS]
+
+
+def test_an_enormous_temperature_is_uniform(model):
+    (sampled,) = generate(model, PROMPTS[:1], stop_token_ids=[59], max_new_tokens=[60], temperature=1e300)
+    assert sampled.is_finite
+    assert len(set(sampled.ids)) > 15 or sampled.stop
+
+
 def test_a_stop_ends_a_text_and_is_no_part_of_it(model):
     free = _greedy(model, PROMPTS[0], 20).ids
     stop = free[5]

@@ -1,5 +1,6 @@
 """On-policy distillation: rollouts and their issues, gradients, the replay buffer, and whole runs."""
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -61,6 +62,26 @@ def make_dataset(byte_tokenizer, sp_tokenizer, corpus_texts):
         return build_dataset(documents, pair, *limits)
 
     return make
+
+
+@pytest.fixture
+def formatted(byte_tokenizer, sp_tokenizer):
+    """An answer inside a format of the student's chat template, which ends a part with a stop token of its own."""
+    student = copy.deepcopy(sp_tokenizer)
+    student.add_tokens(["<|start|>", "<|final|>", "<|end|>", "<|return|>"], special_tokens=True)
+    student.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '<|start|>' + m.content + '<|end|>' }}{% else %}"
+        "{{ '<|start|>' + m.thinking + '<|end|><|final|>' + m.content + '<|return|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>{% endif %}"
+    )
+    teacher = copy.deepcopy(byte_tokenizer)
+    teacher.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}"
+        "{{ '[' + m.thinking + '] ' + m.content + eos_token }}{% endif %}{% endfor %}"
+    )
+    pair = TokenizerPair(student, teacher, student_vocab_size=len(student), teacher_vocab_size=len(teacher))
+    answer = Message("assistant", "Two.", True, '{"thinking": "One more."}')
+    return build_dataset([Conversation("talk", (Message("user", "1 + 1?", False), answer), False)], pair, *LIMITS)
 
 
 @pytest.fixture
@@ -250,6 +271,23 @@ def _usable(dataset, ids, stop=None, finite=True, limits=LIMITS):
     rollouts = Rollouts(dataset, *limits)
     kept, issues = rollouts.keep_usable([(Prompt(0, 1, 1), Generation(ids, stop, finite))])
     return rollouts, kept, {issue: count for issue, count in issues.items() if count}
+
+
+def test_a_response_begins_behind_each_models_own_format_and_ends_with_no_stop_token_inside_it(formatted):
+    rollouts, pair = Rollouts(formatted, *LIMITS), formatted.pair
+    prompt = rollouts.sample_prompt(0, np.random.default_rng(0))
+    assert pair.student.decode(rollouts.prompt_ids(prompt)[1:]) == "<|start|>1 + 1?<|end|><|start|>"
+    assert pair.teacher.decode(formatted.text.teacher.ids[: prompt.num_teacher_tokens].tolist()) == "1 + 1?["
+    stops = pair.student.convert_ids_to_tokens(rollouts.stop_token_ids())
+    assert "<|return|>" in stops
+    assert "<|end|>" not in stops
+    ids = pair.student("Three.", add_special_tokens=False)["input_ids"]
+    stop = pair.student.convert_tokens_to_ids("<|return|>")
+    usable, issues = rollouts.keep_usable([(prompt, Generation(ids, stop))])
+    assert not any(issues.values())
+    batch = rollouts.batch(usable)
+    labels = batch.teacher.labels[0]
+    assert pair.teacher.decode(labels[labels >= 0].tolist()) == f"Three.{pair.teacher.eos_token}"
 
 
 def test_half_a_character_at_the_end_is_cut_off_and_counted(make_dataset):
