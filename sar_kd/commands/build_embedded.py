@@ -26,6 +26,7 @@ from sar_kd.data.dataset import Dataset, build_dataset
 from sar_kd.data.samples import Document
 from sar_kd.errors import UsageError
 from sar_kd.evaluation.perplexity import evaluate
+from sar_kd.runtime.files import atomic_rename
 from sar_kd.runtime.precision import Precision
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
@@ -176,10 +177,11 @@ def dataset_of(tokenizer: Any, texts: dict[str, str]) -> Dataset:
 
 
 def _save(folder: Path, name: str, model: Any, tokenizer, scores, steps: int, noise: float, seed: int) -> None:
-    model.half().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    partial = folder.with_name(f"{name}.partial")
+    model.half().save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    (folder / "README.md").write_text(
+    (partial / "README.md").write_text(
         f"""---
 license: apache-2.0
 library_name: transformers
@@ -198,3 +200,4 @@ any other use.
 - Weights are stored in float16.
 """
     )
+    atomic_rename(partial, folder)
