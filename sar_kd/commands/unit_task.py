@@ -19,8 +19,8 @@ from sar_kd.commands.sft import fine_tune
 from sar_kd.config.commands import SFT
 from sar_kd.config.runs import Config, SftConfig, SftModelConfig, SftOptimConfig, SftTrainConfig
 from sar_kd.config.sections import EMBEDDED, DataConfig, MemoryConfig
-from sar_kd.errors import UsageError
 from sar_kd.models.loading import Models
+from sar_kd.preflight.checks import preflight
 from sar_kd.runtime.precision import Precision
 from sar_kd.training.callbacks import Callback, TaskEvaluation
 
@@ -39,13 +39,9 @@ def prepare_task(config: Config) -> tuple[Config, dict | None]:
     if not config.data.task:
         return config, None
     started = time.monotonic()
+    preflight(config, lambda line: None)  # what stands in the way of the run itself shows now, not after these two
     folder = config.train.output_dir.rstrip("/")
     if config.models.teacher_model == EMBEDDED and config.data.task_teacher_steps:
-        if config.models.teacher_cache:
-            raise UsageError(
-                f"--teacher_cache {config.models.teacher_cache}: --task first fine-tunes the embedded teacher, so the "
-                "cache is not of this teacher; give the fine-tuned one as --teacher_model, and a cache made with it"
-            )
         of_teacher = _teacher_config(config, f"{folder}-teacher")
         _run(of_teacher, config.train.resume, started)
         teacher = str(Path(of_teacher.train.output_dir) / "student")

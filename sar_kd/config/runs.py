@@ -29,6 +29,7 @@ from sar_kd.config.sections import (
     TrainConfig,
     model_option,
 )
+from sar_kd.errors import UsageError
 
 ROUTER_PATTERNS = "regular expressions for the full names of the routers; by default class and structure find them"
 """The help of `--router_patterns`."""
@@ -124,6 +125,34 @@ class Config(RunConfig):
         fraction = self.on_policy.on_policy_fraction
         uses_teacher = self.loss.alpha_kd > 0 or not fraction
         require(uses_teacher, "on_policy_fraction", fraction, "generated text is learned by --alpha_kd, which is 0")
+        routing = self.routing.routing
+        obstacle = self.routing_obstacle(routing == "sar", self.train.parallel == "fsdp")
+        if routing in ("all", "ka", "sar") and obstacle:
+            raise UsageError(f"--routing {routing}: {'; '.join(obstacle)}")
+        if self.data.task and self.models.teacher_cache:
+            learns_first = self.models.teacher_model == EMBEDDED and self.data.task_teacher_steps > 0
+            require(not learns_first, "teacher_cache", self.models.teacher_cache,
+                    "--task first fine-tunes the embedded teacher, so the cache is not of this teacher; give the "
+                    "fine-tuned one as --teacher_model, and a cache made with it")  # fmt: skip
+
+    def routing_obstacle(self, trains_routers: bool, is_sharded: bool) -> tuple[str, str] | None:
+        """Why no routing but the native one is possible with these settings, and the remedy; None if one is.
+
+        is_sharded: the student's weights are sharded over devices
+        """
+        if self.loss.alpha_kd == 0:
+            return "distillation is off (--alpha_kd is 0)", "use --routing native"
+        if not trains_routers:
+            return None
+        if self.loss.alignment == "hidden":
+            reason = "--alignment hidden compares no probabilities, from which routers learn"
+            return reason, "use another alignment, or --routing all"
+        if is_sharded:
+            reason = "with --parallel fsdp no device has the whole student, from which routers learn"
+            return reason, "use --parallel ddp, or --routing all"
+        if self.memory.routers_frozen_reason:
+            return self.memory.routers_frozen_reason, "use --routing all or native"
+        return None
 
     def summary_lines(self) -> list[str]:
         """The run in its first line, and further lines that few people need."""

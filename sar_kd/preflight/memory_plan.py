@@ -146,7 +146,9 @@ def _without_cached_teacher(config: Any, models: Mapping[str, nn.Module]) -> tup
     """With a teacher cache no teacher runs, and the loss takes no more memory than cross-entropy."""
     if not getattr(config.models, "teacher_cache", ""):
         return config, models
-    config = _replace(config, "on_policy", on_policy_fraction=0.0)  # refused beside a cache, later and by name
+    # Both are refused beside a cache, later and by name.
+    config = _replace(config, "on_policy", on_policy_fraction=0.0)
+    config = _replace(config, "routing", routing="native")
     return _replace(config, "loss", alpha_kd=0.0, alpha_ce=1.0), {"student": models["student"]}
 
 

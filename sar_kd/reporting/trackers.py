@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from sar_kd.config.fields import RunConfig
-from sar_kd.errors import UsageError
 from sar_kd.runtime.environment import require_packages
 
 

@@ -68,6 +68,12 @@ def is_installed(package: str) -> bool:
         return package in sys.modules
 
 
+def require_packages(option: str, packages: Sequence[str]) -> None:
+    """Raise UsageError with what to install, if a package is missing that an option needs."""
+    if missing := [package for package in packages if not is_installed(package)]:
+        raise UsageError(f"{option}: needs `pip install {' '.join(missing)}`")
+
+
 def find_gpus() -> list[Gpu]:
     """The GPUs that this process sees."""
     if not torch.cuda.is_available():

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from sar_kd import embedded
 from sar_kd.config.fields import RunConfig
+from sar_kd.config.installation import program_name
 from sar_kd.config.runs import Config
 from sar_kd.config.sections import EMBEDDED
 from sar_kd.data.dataset import Dataset
@@ -68,7 +69,7 @@ def check_settings(config: RunConfig) -> dict:
             raise cache_error(folder, reason)
     header = read_header(folder)
     if not header["complete"]:
-        raise cache_error(folder, "is not finished; `python -m sar_kd cache` with its options goes on")
+        raise cache_error(folder, f"is not finished; `{program_name()} cache` with its options goes on")
     check_compatible(folder, header, {"block_size": config.data.block_size})
     k, temperatures = header["metadata"]["teacher_top_k"], header["metadata"]["temperatures"]
     if loss.teacher_top_k > k:
@@ -76,7 +77,9 @@ def check_settings(config: RunConfig) -> dict:
     if loss.alignment in ("auto", "projection") and loss.temperature not in temperatures:
         served = ", ".join(f"{value:g}" for value in temperatures)
         raise cache_error(
-            folder, f"serves --temperature {served}, not {loss.temperature:g}; make it with --temperatures"
+            folder,
+            f"serves --temperature {served}, not {loss.temperature:g}; make another one with --temperatures "
+            f"{' '.join(f'{value:g}' for value in sorted({*temperatures, loss.temperature}))}",
         )
     return header
 
@@ -183,7 +186,7 @@ def _describe_records(config: Config, train: Dataset) -> list[str]:
         lines.append(
             f"The teacher read plain text in {num_cached:,} blocks, which take {num_blocks:,} blocks of --block_size "
             f"{config.data.block_size} here: after the first of each, its context was longer than the student's. "
-            f"`sar-kd cache --student_model {config.models.student_model}` cuts blocks that fit"
+            f"`{program_name()} cache --student_model {config.models.student_model}` cuts blocks that fit"
         )
     if cached.num_missing:
         names = ", ".join(cached.first_missing) + ", ..." * (cached.num_missing > len(cached.first_missing))

@@ -1,23 +1,29 @@
 """`sar-kd preflight` and the start of a run: what is checked before weights are loaded, and what is refused."""
 
 import json
+import os
 import re
 from collections import namedtuple
 
 import pytest
 import torch
 
+from sar_kd.commands import unit_task
 from sar_kd.commands.main import main, run
 from sar_kd.config.command_line import parse
 from sar_kd.config.presets import FP16_SAFE
+from sar_kd.embedded import STUDENT_DIR
 from sar_kd.errors import UsageError
 from sar_kd.models import loading
 from sar_kd.preflight import checks
-from sar_kd.runtime import files
+from sar_kd.runtime import environment, files
 from sar_kd.training import trainer
 from train_sar_kd_stable import main as train
 
-SECTIONS = {"ok", "versions", "device", "hub", "models", "clamps", "disk", "memory", "alignment", "teacher_cache"}
+SECTIONS = {
+    "ok", "versions", "packages", "files", "folder", "device", "hub", "models", "context", "routing", "teacher_cache",
+    "clamps", "disk", "memory", "alignment",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -69,12 +75,95 @@ def test_a_refusal_is_exit_code_2_with_one_line_and_a_record_of_the_error(capsys
     assert record["device"]["device"]
 
 
+REFUSED = {
+    "--train_file {tmp}/no.txt": "--train_file {tmp}/no.txt: cannot be read (No such file or directory)",
+    "--train_file {text} --validation_file {tmp}/no.txt": "--validation_file {tmp}/no.txt: cannot be read",
+    "--train_file {tmp}": "--train_file {tmp}: is a folder",
+    "--train_file {tmp}/pipe.txt": "--train_file {tmp}/pipe.txt: is a pipe",
+    "--train_file {tmp}/bad.jsonl": "--train_file {tmp}/bad.jsonl: line 1 is not JSON",
+    "--train_file {text} --block_size 2048": "--block_size 2048: the student takes 1024 tokens at most",
+    "--train_file {text} --student_model {tmp}/empty": "--student_model {tmp}/empty: ",
+    "--train_file {text} --teacher_model {tmp}/empty": "--teacher_model {tmp}/empty: ",
+    "--parallel fsdp --routing sar": "--routing sar: with --parallel fsdp no device has the whole student",
+    "--alignment hidden --routing sar": "--routing sar: --alignment hidden compares no probabilities",
+    "--offload_teacher_to_cpu --routing sar": "--routing sar: --offload_teacher_to_cpu removes the teacher",
+    "--alpha_kd 0 --routing all": "--routing all: distillation is off",
+    "--train_file {text} --routing all --teacher_model {student}": "--routing all: the teacher is dense",
+    "--train_file {text} --teacher_cache {tmp}": "--teacher_cache {tmp}: ",
+    "--task units --teacher_cache {tmp}": "--teacher_cache {tmp}: --task first fine-tunes the embedded teacher",
+    "--dataset_name some/dataset": "--dataset_name: needs `pip install datasets`",
+    "--wandb": "--wandb: needs `pip install wandb`",
+    "--tensorboard": "--tensorboard: needs `pip install tensorboard`",
+    "--output_dir {text}/run": "--output_dir {text}/run: cannot be written",
+    "--output_dir {tmp}": "--output_dir {tmp}: holds no run, and is not empty",
+    "--output_dir {tmp}/former": "--output_dir {tmp}/former: holds a run; --resume continues it",
+}
+"""Options -> the beginning of what is said about them, by `preflight` and by a run"""
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_preflight_and_a_run_refuse_the_same_before_a_weight_is_loaded(line, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loading, "load_model", lambda *a, **k: pytest.fail("weights were read"))
+    monkeypatch.setattr(environment, "is_installed", lambda package: package == "matplotlib")
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "bad.jsonl").write_text("{")
+    for name, content in (("empty", {"model_type": "llama"}), ("former", {"mode": "balanced"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
+    names = {"tmp": tmp_path, "text": text, "student": STUDENT_DIR}
+    argv, expected = line.format(**names).split(), REFUSED[line].format(**names)
+    for command in ("preflight", "train"):
+        assert main([command, *argv]) == 2
+        (found,) = capsys.readouterr().err.splitlines()
+        assert found.startswith(f"error: {expected}"), command
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("--lora_rank 4", "--lora_rank: needs `pip install peft`"),
+        ("--block_size 2048", "--block_size 2048: the student"),
+    ],
+)
+def test_so_does_fine_tuning(line, expected, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loading, "load_model", lambda *a, **k: pytest.fail("weights were read"))
+    monkeypatch.setattr(environment, "is_installed", lambda package: package == "matplotlib")
+    monkeypatch.chdir(tmp_path)
+    assert main(["sft", "--train_file", str(text), *line.split()]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {expected}")
+
+
+def test_a_task_is_refused_before_its_teacher_is_fine_tuned(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(unit_task, "fine_tune", lambda *a: pytest.fail("the teacher was fine-tuned"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--task", "units", "--block_size", "2048"]) == 2
+    assert capsys.readouterr().err.startswith("error: --block_size 2048: the student takes 1024 tokens")
+
+
+def test_preflight_warns_about_text_as_a_run_does(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("hello world")
+    flags = ["--train_file", "short.txt", "--validation_file", "short.txt", "--train_steps", "1"]
+    assert main(["preflight", *flags]) == 0
+    expected = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Warning: ")]
+    assert len(expected) == 3
+    assert main(["train", *flags, "--output_dir", "run"]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("Warning: ")] == expected
+
+
+def test_preflight_shows_the_options_that_change_nothing(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["preflight", "--train_file", str(text), "--jsd_beta", "0.3"]) == 0
+    assert "--jsd_beta: has no effect without --kd_direction jsd\n" in capsys.readouterr().out
+
+
 Usage = namedtuple("Usage", "total used free")
 
 
 def test_a_full_disk_is_refused_before_weights_are_loaded(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 10**6, 10**6))
-    monkeypatch.setattr(loading, "_load_model", lambda *a: pytest.fail("weights were read"))
+    monkeypatch.setattr(loading, "load_model", lambda *a, **k: pytest.fail("weights were read"))
     assert run(train, ["--output_dir", str(tmp_path / "run")]) == 2
     line = capsys.readouterr().err
     assert line.startswith(f"error: --output_dir {tmp_path / 'run'}: no room for the run's files (")
@@ -117,7 +206,7 @@ def test_a_run_starts_with_the_same_lines(text, tmp_path, capsys):
 
 
 def test_a_raw_clamp_that_leaves_nothing_to_learn_is_refused_before_weights_are_loaded(monkeypatch, tmp_path):
-    monkeypatch.setattr(loading, "_load_model", lambda *a: pytest.fail("weights were read"))
+    monkeypatch.setattr(loading, "load_model", lambda *a, **k: pytest.fail("weights were read"))
     flags = ["--logit_clamp_style", "raw", "--temperature", "4", "--output_dir", str(tmp_path / "run")]
     with pytest.raises(UsageError, match="use --logit_clamp_style normalized, or --force"):
         train(flags)

@@ -475,7 +475,7 @@ def test_a_flipped_byte_is_refused_wherever_it_is(inputs, built, tmp_path):
         (["--on_policy_fraction", 0.5], "holds a fixed text"),
         (["--logit_clamp_style", "raw", "--force"], "holds no logits"),
         (["--alpha_kd", 0], "distillation is off"),
-        (["--temperature", 3], "serves --temperature 1, 1.5, 2, not 3; make it with --temperatures"),
+        (["--temperature", 3], "serves --temperature 1, 1.5, 2, not 3; make another one with --temperatures 1 1.5 2 3"),
         (["--teacher_top_k", 17], "holds 16 tokens per position, fewer than --teacher_top_k 17"),
         (["--block_size", 32], r"a different --block_size (48, not 32)"),
         (["--teacher_model", "dense"], "a different teacher"),

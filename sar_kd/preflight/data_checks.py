@@ -1,0 +1,78 @@
+"""Warnings about text from which little can be learned, or by which little can be judged; each with its number."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sar_kd.config.sections import TrainConfig
+from sar_kd.data.dataset import Dataset
+from sar_kd.runtime.console import count_of
+
+_FEW_TOKENS = 1000
+"""With a spread of 3 nats a token, the mean of this many is uncertain by 0.1 nats, a tenth of a perplexity."""
+
+_LARGE_OVERLAP = 0.2
+"""Share of the held-out text; less than that may be headers and licences that many documents have"""
+
+_MANY_PASSES = 50
+
+_WINDOW = 16
+"""Tokens in a row that count as the same text; a power of two"""
+
+_MAX_TOKENS = 2**23
+"""Training tokens that are compared with the held-out ones: a second's work"""
+
+
+def text_warnings(train: Dataset, validation: Dataset, settings: TrainConfig, num_ranks: int = 1) -> list[str]:
+    """A line for each reason why a run with this text teaches or shows little.
+
+    num_ranks: processes, each with micro-batches of its own
+    """
+    lines = []
+    for what, data, remedy in (
+        ("training", train, "there is next to nothing to learn"),
+        ("held-out", validation, "its perplexity is uncertain; give more with --validation_file"),
+    ):
+        if data.num_tokens < _FEW_TOKENS:
+            lines.append(f"Warning: the {what} text has only {count_of(data.num_tokens, 'token')}: {remedy}")
+    share = overlap(train, validation)
+    if share >= _LARGE_OVERLAP:
+        lines.append(
+            f"Warning: {share:.0%} of the held-out text is in the training text too: its perplexity shows what was "
+            "memorized; name other text with --validation_file"
+        )
+    blocks = settings.per_device_batch_size * settings.grad_accum_steps * num_ranks
+    passes = settings.train_steps * blocks / max(1, len(train))
+    if len(train) < blocks:
+        lines.append(
+            f"Warning: the training text has {count_of(len(train), 'block')}, and an update takes {blocks}: each "
+            "update repeats text; lower --block_size, --per_device_batch_size or --grad_accum_steps"
+        )
+    elif passes > _MANY_PASSES:
+        steps = count_of(settings.train_steps, "step")
+        remedy = "lower --train_steps, or give more text"
+        lines.append(f"Warning: {steps} read the training text {passes:,.0f} times; {remedy}")
+    return lines
+
+
+def overlap(train: Dataset, validation: Dataset) -> float:
+    """Share of the held-out tokens that lie in a window of 16 tokens which the training text has too, in 0 to 1.
+
+    Of a large training text the first eight million tokens are compared.
+    """
+    held_out, known = (np.asarray(data.text.student.ids[:_MAX_TOKENS]) for data in (validation, train))
+    if min(len(held_out), len(known)) < _WINDOW:
+        return 0.0
+    is_known = np.isin(_window_hashes(held_out), _window_hashes(known))
+    covered = np.convolve(is_known, np.ones(_WINDOW, dtype=np.int64)) > 0  # a window covers the tokens that it begins
+    return float(covered.mean())
+
+
+def _window_hashes(ids: np.ndarray) -> np.ndarray:
+    """uint64 [n - 15]: a hash of each window of 16 ids; the powers of a large odd number, modulo 2^64."""
+    hashes, power, size = ids.astype(np.uint64) + np.uint64(1), np.uint64(0x9E3779B97F4A7C15), 1
+    with np.errstate(over="ignore"):
+        while size < _WINDOW:
+            hashes = hashes[:-size] * power + hashes[size:]
+            power, size = power * power, 2 * size
+    return hashes

@@ -1,0 +1,90 @@
+"""Warnings about text that teaches or shows little, each with its number."""
+
+import random
+
+import pytest
+
+from sar_kd.config.sections import TrainConfig
+from sar_kd.data.dataset import build_dataset
+from sar_kd.data.samples import Document
+from sar_kd.preflight.data_checks import overlap, text_warnings
+from sar_kd.tokenization.tokenizer_pair import TokenizerPair
+
+BLOCK = 32
+
+
+@pytest.fixture(scope="module")
+def build(byte_tokenizer):
+    """A dataset of these texts, a token a byte."""
+    size = len(byte_tokenizer)
+    pair = TokenizerPair(byte_tokenizer, byte_tokenizer, student_vocab_size=size, teacher_vocab_size=size)
+
+    def build(*texts):
+        return build_dataset([Document(str(i), text) for i, text in enumerate(texts)], pair, BLOCK, BLOCK)
+
+    return build
+
+
+def _text(seed: int, length: int) -> str:
+    return "".join(random.Random(seed).choices("abcdefghijklmnopqrstuvwxyz ", k=length))
+
+
+def _naive_overlap(train: list[int], held_out: list[int]) -> float:
+    """By definition: of the held-out tokens, those in a window of 16 that is also in the training tokens."""
+    windows = {tuple(train[i : i + 16]) for i in range(len(train) - 15)}
+    covered = set()
+    for i in range(len(held_out) - 15):
+        if tuple(held_out[i : i + 16]) in windows:
+            covered |= set(range(i, i + 16))
+    return len(covered) / len(held_out)
+
+
+def test_the_overlap_is_that_of_the_definition(build):
+    shared = _text(0, 300)
+    train, held_out = build(_text(1, 500) + shared, _text(2, 200)), build(_text(3, 700), shared[50:250])
+    expected = _naive_overlap(train.text.student.ids[:].tolist(), held_out.text.student.ids[:].tolist())
+    assert 0.1 < expected < 0.5
+    assert overlap(train, held_out) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17])
+def test_a_text_of_a_few_tokens_is_compared_too(build, length):
+    text = _text(0, length)
+    found = overlap(build(text), build(text))
+    assert found == (1.0 if len(build(text).text.student.ids) >= 16 else 0.0)
+
+
+def test_healthy_text_is_not_warned_about(build):
+    settings = TrainConfig(train_steps=10, per_device_batch_size=2)
+    assert text_warnings(build(_text(1, 3000)), build(_text(2, 1500)), settings) == []
+
+
+def test_held_out_text_that_is_training_text_is_shown_with_its_share(build):
+    text = _text(1, 3000)
+    (line,) = text_warnings(build(text), build(text), TrainConfig(train_steps=1))
+    assert line.startswith("Warning: 100% of the held-out text is in the training text too")
+    (line,) = text_warnings(build(text), build(text[:1000] + _text(5, 1000)), TrainConfig(train_steps=1))
+    assert line.startswith("Warning: 50% of the held-out text")
+
+
+def test_text_of_a_few_bytes_is_shown_with_its_tokens(build):
+    lines = text_warnings(build("ab"), build("c"), TrainConfig(train_steps=1, per_device_batch_size=1))
+    count = build("ab").num_tokens
+    assert lines[0] == f"Warning: the training text has only {count} tokens: there is next to nothing to learn"
+    assert lines[1].startswith("Warning: the held-out text has only")
+    assert "--validation_file" in lines[1]
+
+
+@pytest.mark.parametrize(("ranks", "blocks"), [(1, 256), (4, 1024)])
+def test_fewer_blocks_than_an_update_takes_are_shown_with_both_numbers(build, ranks, blocks):
+    train = build(_text(1, 3000))
+    settings = TrainConfig(train_steps=1, per_device_batch_size=64, grad_accum_steps=4)
+    (line,) = text_warnings(train, build(_text(2, 1500)), settings, ranks)
+    assert f"has {len(train)} blocks, and an update takes {blocks}" in line
+
+
+def test_many_passes_are_shown_with_their_number(build):
+    train = build(_text(1, 3000))
+    settings = TrainConfig(train_steps=60 * len(train), per_device_batch_size=1)
+    (line,) = text_warnings(train, build(_text(2, 1500)), settings)
+    assert "read the training text 60 times" in line
