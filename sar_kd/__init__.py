@@ -21,17 +21,21 @@ from typing import TYPE_CHECKING
 from sar_kd.version import __version__
 
 if TYPE_CHECKING:
-    from sar_kd.api import Distilled, distill
+    from sar_kd.api import Comparison, Distilled, RunResult, cache, compare, distill, preflight, sft
     from sar_kd.errors import TrainingDiverged, UsageError
     from sar_kd.teacher.moe.router_checkpoint import load_router_update
 
-__all__ = ["Distilled", "TrainingDiverged", "UsageError", "__version__", "distill", "load_router_update"]
+__all__ = [
+    "Comparison", "Distilled", "RunResult", "TrainingDiverged", "UsageError", "__version__", "cache", "compare",
+    "distill", "load_router_update", "preflight", "sft",
+]  # fmt: skip
 
 _MODULES = {
-    "Distilled": "sar_kd.api",
+    **dict.fromkeys(
+        ("Comparison", "Distilled", "RunResult", "cache", "compare", "distill", "preflight", "sft"), "sar_kd.api"
+    ),
     "TrainingDiverged": "sar_kd.errors",
     "UsageError": "sar_kd.errors",
-    "distill": "sar_kd.api",
     "load_router_update": "sar_kd.teacher.moe.router_checkpoint",
 }
 

@@ -11,11 +11,13 @@ import transformers
 
 import sar_kd
 from sar_kd import Distilled, distill
-from sar_kd.api import TextsLike
+from sar_kd.config.presets import STABLE
+from sar_kd.config.python_arguments import errors_of_arguments
 from sar_kd.data import unit_questions
+from sar_kd.data.given_texts import TextsLike
 from sar_kd.embedded import STUDENT_DIR
-from sar_kd.errors import UsageError
-from sar_kd.models.loading import IN_MEMORY
+from sar_kd.errors import TrainingDiverged, UsageError
+from sar_kd.models.model_files import IN_MEMORY
 from sar_kd.runtime.signals import StopRequest
 from sar_kd.teacher.moe import router_checkpoint
 from sar_kd.training import trainer
@@ -76,9 +78,9 @@ def test_examples_may_be_conversations_and_held_out_text_may_be_in_memory(pairs,
         output_dir=tmp_path / "run",
         **STEPS | {"block_size": 128},
     )
-    saved = [json.loads(line) for line in (tmp_path / "run.train.jsonl").read_text().splitlines()]
+    saved = [json.loads(line) for line in (tmp_path / "run/given_texts/train.jsonl").read_text().splitlines()]
     assert saved == examples
-    held_out = (tmp_path / "run.validation.jsonl").read_text().splitlines()
+    held_out = (tmp_path / "run/given_texts/validation.jsonl").read_text().splitlines()
     assert [json.loads(line)["text"] for line in held_out] == corpus_texts[8:16]
 
 
@@ -94,22 +96,169 @@ def test_a_run_from_python_is_resumed_in_python_and_nowhere_else(pairs, corpus_t
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({"train_step": 3}, "train_step: no such option; did you mean train_steps?"),
-        ({"train_steps": "3"}, "--train_steps '3': must be a whole number"),
-        ({"train_steps": 0}, "--train_steps 0: must be a number of at least 1"),
-        ({"mode": "balance"}, "--mode balance: must be ultra-conservative or balanced or precise"),
-        ({"alignment": "gold"}, "--alignment 'gold': must be auto or projection"),
-        ({"texts": []}, "--train_file: holds nothing"),
-        ({"texts": [3]}, "--train_file: holds int"),
-        ({"texts": "nowhere.txt"}, "--train_file nowhere.txt: cannot be read"),
-        ({"student": torch.nn.Linear(2, 2)}, "--student_model: a loaded model needs its tokenizer"),
-        ({"teacher": 3}, "--teacher_model: int is neither a hub id"),
+        ({"train_step": 3}, "train_step: no such argument; did you mean train_steps?"),
+        ({"train_steps": "3"}, "train_steps='3': must be a whole number"),
+        ({"train_steps": 0}, "train_steps=0: must be a number of at least 1"),
+        ({"mode": "balance"}, "mode='balance': must be ultra-conservative or balanced or precise"),
+        ({"alignment": "gold"}, "alignment='gold': must be auto or projection"),
+        ({"texts": []}, "texts: holds nothing"),
+        ({"texts": [3]}, "texts: holds int"),
+        ({"texts": 3}, "texts: is a int"),
+        ({"texts": [{"text": object()}]}, "texts: holds what JSON cannot"),
+        ({"texts": "nowhere.txt"}, "texts='nowhere.txt': "),
+        ({"student": torch.nn.Linear(2, 2)}, "student: a loaded model needs its tokenizer"),
+        ({"teacher": 3}, "teacher: int is neither a hub id"),
+        ({"output_dir": 3}, "output_dir=3: must be a path"),
+        ({"callback": 3}, "distill(callback=3): must be a function"),
+        ({"output_dir": None, "resume": True}, "distill(resume=True): give the run folder"),
+        ({"quiet": True, "verbose": True}, "quiet=True verbose=True: "),
     ],
 )
-def test_an_error_is_one_line_that_names_the_option(arguments, expected, tmp_path):
+def test_an_error_is_one_line_that_names_the_argument(arguments, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError) as caught:
         distill(**{"texts": ["a b c"], "output_dir": tmp_path / "run", **arguments})
     assert str(caught.value).startswith(expected)
+    assert "--" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("--train_file a b.txt: no; or --skip_rule fixed", "texts='a b.txt': no; or skip_rule='fixed'"),
+        ("x (--max_grad_norm 1.0), --resume goes on", "x (max_grad_norm=1.0), resume=True goes on"),
+        (
+            "see `sar-kd sft --resume`, --train_file; `pip install --upgrade x`",
+            "see `sar-kd sft --resume`, texts; `pip install --upgrade x`",
+        ),
+        ("--student_lr is high, --alpha_kd, and --nonsense 3", "student_lr is high, alpha_kd, and --nonsense 3"),
+    ],
+)
+def test_options_in_a_sentence_become_arguments(line, expected):
+    with pytest.raises(UsageError) as caught, errors_of_arguments(STABLE, {"train_file": "texts"}):
+        raise UsageError(line)
+    assert str(caught.value) == expected
+    with pytest.raises(TrainingDiverged, match="try student_lr=1e-5"), errors_of_arguments(STABLE, {}):
+        raise TrainingDiverged("try --student_lr 1e-5")
+
+
+def test_files_beside_and_in_the_folder_stay_as_they_are(pairs, corpus_texts, tmp_path):
+    mine = [tmp_path / "corpus.train.jsonl", tmp_path / "corpus.validation.jsonl"]
+    for path in mine:
+        path.write_text("mine")
+    distill(*pairs, corpus_texts, validation_texts=corpus_texts[:3], output_dir=tmp_path / "corpus", **STEPS)
+    assert [path.read_text() for path in mine] == ["mine", "mine"]
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "train.jsonl").write_text("mine")
+    with pytest.raises(UsageError, match="not empty"):
+        distill(*pairs, corpus_texts, output_dir=tmp_path / "full", **STEPS)
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["train.jsonl"]
+
+
+def test_a_refused_run_leaves_no_texts_and_can_be_started_again(pairs, corpus_texts, tmp_path):
+    with pytest.raises(UsageError, match=r"^block_size=100000: "):
+        distill(*pairs, corpus_texts, output_dir=tmp_path / "run", **STEPS | {"block_size": 100_000})
+    assert not (tmp_path / "run" / "given_texts").exists()
+    result = distill(*pairs, corpus_texts, output_dir=tmp_path / "run", **STEPS)
+    again = distill(*pairs, corpus_texts[:9], output_dir=tmp_path / "run", overwrite=True, **STEPS)
+    assert len((tmp_path / "run/given_texts/train.jsonl").read_text().splitlines()) == 9
+    assert again.summary["val_ppl_start"] != result.summary["val_ppl_start"]
+
+
+def test_a_resumed_run_needs_its_own_texts_or_none(pairs, corpus_texts, tmp_path):
+    where = {"output_dir": tmp_path / "run"}
+    distill(*pairs, corpus_texts, mode="precise", **where, **STEPS)
+    with pytest.raises(UsageError, match=r"^texts: these are not the texts of the run"):
+        distill(*pairs, corpus_texts[:5], **where, resume=True, train_steps=3)
+    assert distill(*pairs, **where, resume=True, train_steps=3).summary["steps"] == 3
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["mode"] == "precise"
+
+
+def test_a_callback_sees_every_record_and_a_quiet_run_prints_nothing(pairs, corpus_texts, tmp_path, capsys):
+    seen = []
+    result = distill(*pairs, corpus_texts, output_dir=tmp_path / "run", callback=seen.append, quiet=True, **STEPS)
+    events = [record["event"] for record in seen]
+    assert events == ["start", "step", "evaluation", "step", "evaluation", "end"]
+    assert seen[1]["loss"] == _losses(result.folder)[0]
+    assert seen[-1]["status"] == "finished"
+    assert capsys.readouterr() == ("", "")
+    assert "Step 2: avg_loss" in (result.folder / "log.txt").read_text()
+    shown = repr(result)
+    assert shown.startswith("<finished after 2 steps: bits per byte ")
+    assert len(shown) < 300
+
+
+def test_an_error_of_the_callback_is_the_callers(pairs, corpus_texts, tmp_path):
+    def stop(record):
+        if record["event"] == "step":
+            raise LookupError("mine")
+
+    with pytest.raises(LookupError, match="mine"):
+        distill(*pairs, corpus_texts, output_dir=tmp_path / "run", callback=stop, **STEPS)
+
+
+def test_fine_tuning_from_python(pairs, corpus_texts, tmp_path):
+    examples = [{"question": f"What is {i}?", "answer": text[:60]} for i, text in enumerate(corpus_texts[:12])]
+    few = {"max_steps": 2, "block_size": 128, "device": "cpu", "per_device_batch_size": 2, "quiet": True}
+    result = sar_kd.sft(pairs[1], examples, output_dir=tmp_path / "run", **few)
+    assert result.summary["status"] == "finished"
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["mode"] == "sft"
+    with pytest.raises(UsageError, match=r"^lora_rank=-1: "):
+        sar_kd.sft(pairs[1], examples, output_dir=tmp_path / "other", lora_rank=-1)
+
+
+def test_a_cache_made_in_python_is_one_for_distill(pairs, corpus_texts, tmp_path):
+    model, tokenizer = pairs[0]
+    model.save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    pairs[1][0].save_pretrained(tmp_path / "student")
+    pairs[1][1].save_pretrained(tmp_path / "student")
+    how = {"block_size": 32, "device": "cpu"}
+    folder = sar_kd.cache(
+        tmp_path / "teacher", corpus_texts, folder=tmp_path / "cache", teacher_top_k=8,
+        student_model=str(tmp_path / "student"), **how,
+    )  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "student", "teacher"]
+    result = distill(
+        tmp_path / "teacher", tmp_path / "student", corpus_texts, teacher_cache=str(folder),
+        output_dir=tmp_path / "run", **STEPS,
+    )  # fmt: skip
+    assert result.summary["status"] == "finished"
+    with pytest.raises(UsageError, match=r"^teacher: a cache needs the teacher by name"):
+        sar_kd.cache(pairs[0], corpus_texts, folder=tmp_path / "other")
+    with pytest.raises(UsageError, match=r"^teacher_top_k=0: "):
+        sar_kd.cache(tmp_path / "teacher", corpus_texts, folder=tmp_path / "other", teacher_top_k=0)
+
+
+def test_preflight_from_python_says_whether_a_run_could_start(pairs, corpus_texts, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = sar_kd.preflight(*pairs, corpus_texts, quiet=True, **STEPS)
+    assert found["ok"]
+    assert found["memory"]["verdict"] == "fits"
+    assert capsys.readouterr().out == ""
+    found = sar_kd.preflight(*pairs, texts="nowhere.txt", quiet=True)
+    assert not found["ok"]
+    assert found["error"].startswith("texts='nowhere.txt': ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_are_compared_from_python(pairs, corpus_texts, tmp_path):
+    pytest.importorskip("matplotlib")
+    first = distill(*pairs, corpus_texts, output_dir=tmp_path / "first", quiet=True, **STEPS)
+    found = sar_kd.compare(first, tmp_path / "first", page=tmp_path / "page.html")
+    assert [row["run"] for row in found.results] == ["first", "first"]
+    assert found.results[0]["status"] == "finished"
+    assert found.findings["first"][0] == "Finished: 2 steps."
+    assert found._repr_html_().startswith("<iframe")
+    assert "first" in repr(found)
+    for runs, expected in (
+        ((), "compare: give"),
+        ((3,), "runs=3: must be a path"),
+        ((tmp_path / "no",), "holds no run"),
+    ):
+        with pytest.raises(UsageError, match=expected):
+            sar_kd.compare(*runs)
 
 
 def test_texts_may_be_files_by_path(tmp_path, corpus_texts, pairs):
@@ -129,7 +278,17 @@ def test_the_report_is_shown_in_a_notebook(pairs, corpus_texts, tmp_path):
 
 
 def test_the_public_names_are_these_and_no_other():
-    names = {"Distilled", "TrainingDiverged", "UsageError", "__version__", "distill", "load_router_update"}
+    names = {
+        "Comparison",
+        "Distilled",
+        "RunResult",
+        "TrainingDiverged",
+        "UsageError",
+        "__version__",
+        "cache",
+        "compare",
+    }
+    names |= {"distill", "load_router_update", "preflight", "sft"}
     assert set(sar_kd.__all__) == names
     assert sar_kd.UsageError is UsageError
     assert sar_kd.load_router_update is router_checkpoint.load_router_update

@@ -5,6 +5,9 @@ The loss has one term, cross-entropy on the answers; there is no teacher.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 from sar_kd.config.runs import SftConfig
@@ -13,12 +16,12 @@ from sar_kd.data.sources import load_documents
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.errors import UsageError
 from sar_kd.losses.objective import Objective
-from sar_kd.models.loading import load_student
+from sar_kd.models.loading import NO_LOADED_MODELS, LoadedModels, load_student
 from sar_kd.models.lora import add_adapter, describe_trainable
 from sar_kd.models.memory_saving import recompute_activations_
 from sar_kd.preflight.checks import preflight
 from sar_kd.preflight.memory_plan import fit_batch_size
-from sar_kd.reporting.run_log import SftLog, open_run
+from sar_kd.reporting.run_log import Observer, SftLog, open_run
 from sar_kd.runtime.distributed import ProcessGroup, join_process_group
 from sar_kd.runtime.precision import setup_precision
 from sar_kd.runtime.run_folder import hold_run_folder
@@ -35,9 +38,15 @@ QUICK_QUESTIONS = 50
 """Questions of a task in the quick check that --max_steps makes."""
 
 
-def fine_tune(config: SftConfig) -> dict:
+def fine_tune(
+    config: SftConfig,
+    loaded: LoadedModels = NO_LOADED_MODELS,
+    listeners: Sequence[Observer] = (),
+    texts: AbstractContextManager | None = None,
+) -> dict:
     """One run: fine-tune, and save the best model; returns the summary.
 
+    loaded, listeners, texts: as of `train`
     Raises: UsageError for what the user can mend, TrainingDiverged after an emergency stop
     """
     group = join_process_group()
@@ -46,25 +55,25 @@ def fine_tune(config: SftConfig) -> dict:
             f"fine-tuning takes one process, and {group.size} are running: start it without torchrun; likewise --task, "
             "which fine-tunes first"
         )
-    with hold_run_folder(config.train):  # one run in it at a time
-        return _run(config, group)
+    with hold_run_folder(config.train), texts or nullcontext():  # one run in it at a time
+        return _run(config, loaded, listeners, group)
 
 
-def _run(config: SftConfig, group: ProcessGroup) -> dict:
-    config = fit_batch_size(config, group)  # --per_device_batch_size auto
-    log = open_run(config, SftLog)  # terminal, metrics.jsonl, summary.json
-    preflight(config, log.info, detail=log.detail)  # refuse a run that cannot work
+def _run(config: SftConfig, loaded: LoadedModels, listeners: Sequence[Observer], group: ProcessGroup) -> dict:
+    config = fit_batch_size(config, group, loaded)  # --per_device_batch_size auto
+    log = open_run(config, SftLog, listeners=listeners)  # terminal, metrics.jsonl, summary.json
+    preflight(config, log.info, loaded, log.detail)  # refuse a run that cannot work
     precision = setup_precision(config.precision, config.train.seed)  # device, compute dtype, loss scale
 
+    documents = load_documents(config.data)  # training and held-out text
     dtype = precision.dtype if config.lora.lora_rank else torch.float32  # trainable weights are float32
-    models = load_student(config.models, dtype, precision)  # and its tokenizer
+    models = load_student(config.models, dtype, precision, loaded)  # and its tokenizer
     if config.memory.gradient_checkpointing:
         recompute_activations_(models.student, same_dropout=True)
         models.student.enable_input_require_grads()  # type: ignore[operator]  # transformers'
     models = models.with_student(add_adapter(models.student, config.lora))
     limits = models.block_limits(config.data.block_size)
     tokens = TokenCache(config.data.token_cache)
-    documents = load_documents(config.data)
     train, validation = (build_dataset(text, models.tokenizers, *limits, tokens) for text in documents)
     config = config.in_steps(len(train))  # epochs to steps
     for line in (*models.notes, describe_trainable(models.student), *check_targets(train, config.data)):
@@ -78,6 +87,8 @@ def _run(config: SftConfig, group: ProcessGroup) -> dict:
     callbacks: list[Callback] = [TargetChecks(train)]
     if config.data.task:
         max_questions = QUICK_QUESTIONS if config.train.max_steps else None
+        if max_questions:
+            log.info(f"Questions: the first {max_questions} of the task only, because of --max_steps")
         callbacks.append(TaskEvaluation(models, limits, precision, config.models.trust_remote_code, max_questions))
     inputs = digest_inputs(config, documents, models)  # of text, tokenizer, model: for --resume
     data = Datasets(train, validation)

@@ -5,6 +5,9 @@ The two scripts and `sar_kd.distill` call it too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
 from sar_kd.commands.unit_task import prepare_task, task_callbacks
 from sar_kd.config.runs import Config
 from sar_kd.data.dataset import build_dataset
@@ -14,7 +17,7 @@ from sar_kd.losses.objective import Objective
 from sar_kd.models.loading import NO_LOADED_MODELS, LoadedModels, load_models
 from sar_kd.preflight.checks import preflight
 from sar_kd.preflight.memory_plan import fit_batch_size
-from sar_kd.reporting.run_log import open_run
+from sar_kd.reporting.run_log import Observer, open_run
 from sar_kd.runtime.distributed import ProcessGroup, join_process_group
 from sar_kd.runtime.precision import setup_precision
 from sar_kd.runtime.run_folder import hold_run_folder
@@ -29,31 +32,37 @@ from sar_kd.training.step import StepContext
 from sar_kd.training.trainer import Datasets, Trainer
 
 
-def train(config: Config, loaded: LoadedModels = NO_LOADED_MODELS) -> dict:
+def train(
+    config: Config,
+    loaded: LoadedModels = NO_LOADED_MODELS,
+    listeners: Sequence[Observer] = (),
+    texts: AbstractContextManager | None = None,
+) -> dict:
     """One run: distil, and save the best student; returns the summary.
 
     loaded: models that are in memory already, instead of those that the settings name
+    listeners: receive what the run log writes; texts: puts text that was given in Python into the run folder
     Raises: UsageError for what the user can mend, TrainingDiverged after an emergency stop
     """
     group = join_process_group()  # torchrun's processes, or this one alone
     config = group.check_same_config(config)
-    with hold_run_folder(config.train, group):  # one run in it at a time
-        return _run(config, loaded, group)
+    with hold_run_folder(config.train, group), texts or nullcontext():  # one run in it at a time
+        return _run(config, loaded, listeners, group)
 
 
-def _run(config: Config, loaded: LoadedModels, group: ProcessGroup) -> dict:
+def _run(config: Config, loaded: LoadedModels, listeners: Sequence[Observer], group: ProcessGroup) -> dict:
     config = fit_batch_size(config, group, loaded)  # --per_device_batch_size auto
-    config, baseline = prepare_task(config)  # --task: fine-tune the teacher, train a baseline
-    log = open_run(config, process_group=group)  # terminal, metrics.jsonl, summary.json
+    config, baseline = prepare_task(config, loaded)  # --task: fine-tune the teacher, train a baseline
+    log = open_run(config, process_group=group, listeners=listeners)  # terminal, metrics.jsonl, summary.json
     group.on_rank_zero(lambda: preflight(config, log.info, loaded, log.detail))  # refuse a run that cannot work
     precision = setup_precision(config.precision, config.train.seed, group)  # device, compute dtype, loss scale
 
     config, cache = open_teacher_cache(config, group, log.info)  # --teacher_cache: logits without a teacher
+    documents = load_documents(config.data)  # training and held-out text
     models = load_models(config, precision, cache.teacher if cache else None, loaded)  # and their tokenizers
     for line in models.notes:
         log.info(line)
     limits = models.block_limits(config.data.block_size)  # tokens in a block, for each model
-    documents = load_documents(config.data)  # training and held-out text
     logits = cache.texts(documents, models.tokenizers.teacher) if cache else (None, None)
     tokens, workspace_mb = TokenCache(config.data.token_cache), config.loss.loss_workspace_mb
     train, validation = (

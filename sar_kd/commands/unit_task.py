@@ -19,7 +19,7 @@ from sar_kd.commands.sft import fine_tune
 from sar_kd.config.commands import SFT
 from sar_kd.config.runs import Config, SftConfig, SftModelConfig, SftOptimConfig, SftTrainConfig
 from sar_kd.config.sections import EMBEDDED, DataConfig, MemoryConfig
-from sar_kd.models.loading import Models
+from sar_kd.models.loading import NO_LOADED_MODELS, LoadedModels, Models
 from sar_kd.preflight.checks import preflight
 from sar_kd.runtime.precision import Precision
 from sar_kd.training.callbacks import Callback, TaskEvaluation
@@ -30,7 +30,7 @@ TEACHER_LR = 1e-3
 """Learning rate of the embedded teacher on a task."""
 
 
-def prepare_task(config: Config) -> tuple[Config, dict | None]:
+def prepare_task(config: Config, loaded: LoadedModels = NO_LOADED_MODELS) -> tuple[Config, dict | None]:
     """With `--task`: fine-tune the embedded teacher, and train the baseline.
 
     Returns: the settings with the fine-tuned teacher; the summary of the baseline, None without one
@@ -39,7 +39,7 @@ def prepare_task(config: Config) -> tuple[Config, dict | None]:
     if not config.data.task:
         return config, None
     started = time.monotonic()
-    preflight(config, lambda line: None)  # what stands in the way of the run itself shows now, not after these two
+    preflight(config, lambda line: None, loaded)  # what stands in the way of the run itself shows now, not after these two
     folder = config.train.output_dir.rstrip("/")
     if config.models.teacher_model == EMBEDDED and config.data.task_teacher_steps:
         of_teacher = _teacher_config(config, f"{folder}-teacher")

@@ -174,8 +174,8 @@ def _read_metrics(path: Path, with_steps: bool) -> tuple[list[dict], list[tuple[
                 skipped.append((record["step"], str(record.get("cause"))))
         else:
             last = line  # of most steps nothing is parsed but whether they were skipped
-            if found := _SKIPPED.search(line):
-                skipped.append((int(_STEP_NUMBER.search(line)[1]), found[1]))
+            if (found := _SKIPPED.search(line)) and (number := _STEP_NUMBER.search(line)):
+                skipped.append((int(number[1]), found[1]))
     return records + ([json.loads(last)] if last else []), skipped, num_steps, stride
 
 

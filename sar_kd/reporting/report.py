@@ -128,26 +128,35 @@ def _values_of_one(run: RunHistory) -> dict:
     }
 
 
-def _values_of_several(runs: Sequence[RunHistory]) -> dict:
+RESULTS = ("run", "status", "steps", "bits per byte", "best", "perplexity", "teacher's bits", "applied")
+"""The columns of the table of several runs"""
+
+
+def results_of(runs: Sequence[RunHistory]) -> list[dict]:
+    """The table of several runs: for each, the text under every column of `RESULTS`."""
     results = []
     for run in runs:
         bits = [as_float(record.get("val_bits_per_byte")) for record in run.validations()]
         teacher = run.start.get("teacher_val_bits_per_byte", run.summary.get("teacher_val_bits_per_byte"))
-        results.append(
-            (
-                run.name,
-                str(run.summary.get("status", "under way")).replace("_", " "),
-                f"{run.num_steps:,}",
-                f"{as_float(run.last.get('val_bits_per_byte')):.4f}",
-                f"{min(bits, default=math.nan):.4f}",
-                format_perplexity(as_float(run.last.get("val_ppl"))),
-                f"{as_float(teacher):.4f}",
-                f"{run.num_applied / run.num_steps:.1%}" if run.num_steps else "none",
-            )
+        cells = (
+            run.name,
+            str(run.summary.get("status", "under way")).replace("_", " "),
+            f"{run.num_steps:,}",
+            f"{as_float(run.last.get('val_bits_per_byte')):.4f}",
+            f"{min(bits, default=math.nan):.4f}",
+            format_perplexity(as_float(run.last.get("val_ppl"))),
+            f"{as_float(teacher):.4f}",
+            f"{run.num_applied / run.num_steps:.1%}" if run.num_steps else "none",
         )
+        results.append(dict(zip(RESULTS, cells, strict=True)))
+    return results
+
+
+def _values_of_several(runs: Sequence[RunHistory]) -> dict:
     settings = [(name, *(_as_typed(run.setting(name)) for run in runs)) for name in runs[0].settings()]
     differing = [row for row in settings if row[0] != "output_dir" and len(set(row[1:])) > 1]
-    return {"results": results, "differing": differing, "warnings": _warnings(runs)}
+    results = [tuple(each.values()) for each in results_of(runs)]
+    return {"columns": list(RESULTS), "results": results, "differing": differing, "warnings": _warnings(runs)}
 
 
 def _warnings(runs: Sequence[RunHistory]) -> list[str]:

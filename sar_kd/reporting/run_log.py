@@ -116,7 +116,9 @@ class RunLog:
         environment = describe_environment()
         config = {**self._config.to_dict(), "environment": environment}
         atomic_write(self.folder / CONFIG, json.dumps(config, indent=2) + "\n")
-        self._text = open(self.folder / LOG, "a" if first_step else "w", encoding="utf-8", buffering=1)
+        mode = "a" if first_step else "w"
+        # A file name need not be UTF-8.
+        self._text = open(self.folder / LOG, mode, encoding="utf-8", errors="backslashreplace", buffering=1)
         for line in (f"{environment['date']}  {environment['command']}", *self._early):
             self._text.write(line + "\n")
         self._seconds_before = self._open_metrics(first_step)

@@ -17,8 +17,11 @@ from sar_kd.runtime.signals import cleaned_up
 
 CONFIG = "config.json"
 
+GIVEN_TEXTS = "given_texts"
+"""Where a run that was started from Python keeps the texts that it was given in memory"""
+
 RUN_FILES = (
-    CONFIG, "metrics.jsonl", "summary.json", "report.html", "log.txt", "router_update.safetensors", "student",
+    CONFIG, "metrics.jsonl", "summary.json", "report.html", "log.txt", "samples.json", "router_update.safetensors", "student",
     "adapter", "checkpoint", "crash", "tensorboard", "wandb",
 )  # fmt: skip
 """All that a run writes into its folder; `--overwrite` deletes these and nothing else."""
@@ -101,7 +104,7 @@ def holds_run(folder: Path) -> bool:
 
 def foreign_names(folder: Path) -> list[str]:
     """What is in the folder beside that which a run leaves that was killed as it began."""
-    leftovers = {*LOCK_FILES, f".{CONFIG}.partial"}
+    leftovers = {*LOCK_FILES, f".{CONFIG}.partial", GIVEN_TEXTS}
     return sorted(path.name for path in folder.iterdir() if path.name not in leftovers) if folder.exists() else []
 
 

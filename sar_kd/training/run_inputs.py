@@ -12,12 +12,16 @@ from torch import nn
 from sar_kd.config.fields import RunConfig
 from sar_kd.data.sources import Documents, digest_of
 from sar_kd.errors import UsageError
-from sar_kd.models.loading import IN_MEMORY, Models
+from sar_kd.models.loading import Models
+from sar_kd.models.model_files import IN_MEMORY
 from sar_kd.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from sar_kd.teacher.cache.format import read_header
 from sar_kd.teacher.cached import model_fingerprint
 from sar_kd.teacher.moe.router_checkpoint import hash_tensors
 from sar_kd.tokenization.token_table import fingerprint
+
+
+_SET_BY_SAVING = {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path"}
 
 
 def digest_inputs(
@@ -52,10 +56,15 @@ def _digest_model(config: RunConfig, option: str, model: nn.Module) -> str:
     name, in_checkpoint = getattr(config.models, option), all(p.requires_grad for p in model.parameters())
     if name.startswith(IN_MEMORY):
         settings: Any = model.config
-        return settings.to_json_string() if in_checkpoint else hash_tensors(model.state_dict())
+        return _digest(_of_model(settings)) if in_checkpoint else hash_tensors(model.state_dict())
     found = model_fingerprint(name, config.models.trust_remote_code, option)
     weights = {file for file in found if file.endswith((".safetensors", ".bin", ".gguf"))}
     return _digest({file: value for file, value in found.items() if not (in_checkpoint and file in weights)})
+
+
+def _of_model(settings: Any) -> dict:
+    """The settings of a model in memory, without those that saving it sets."""
+    return {name: value for name, value in settings.to_dict().items() if name not in _SET_BY_SAVING}
 
 
 def _digest(values: dict) -> str:

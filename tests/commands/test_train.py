@@ -49,9 +49,9 @@ CPU = torch.device("cpu")
 SCRIPTS = ("train_sar_kd_fp16_safe", "train_sar_kd_stable")
 STEP_KEYS = {
     "event", "step", "loss", "ce_loss", "kd_loss", "grad_norm", "loss_scale", "num_target_tokens",
-    "teacher_rows_dropped", "applied", "cause", "norm_limit", "learning_rate", "epoch",
+    "teacher_rows_dropped", "applied", "cause", "norm_limit", "learning_rate", "epoch", "time", "seconds",
 }  # fmt: skip
-EVALUATION_KEYS = {"event", "step", "val_ppl", "val_loss", "val_bits_per_byte"}
+EVALUATION_KEYS = {"event", "step", "val_ppl", "val_loss", "val_bits_per_byte", "time", "seconds"}
 SUMMARY_KEYS = {
     "status", "steps", "applied", "skipped", "success_rate", "val_ppl_start", "val_ppl_final", "val_ppl_best",
     "best_step", "val_loss_final", "val_bits_per_byte_start", "val_bits_per_byte_final", "teacher_val_ppl",
@@ -87,7 +87,7 @@ def finished(request, inputs, tmp_path_factory):
 def test_a_run_finishes_and_leaves_its_folder(finished):
     assert finished.summary["status"] == "finished"
     assert {path.name for path in finished.folder.iterdir()} == {
-        "config.json", "metrics.jsonl", "summary.json", "student", "checkpoint"
+        "config.json", "log.txt", "metrics.jsonl", "summary.json", "student", "checkpoint"
     } | ({"report.html"} if is_installed("matplotlib") else set())  # fmt: skip
 
 
@@ -311,7 +311,7 @@ def _finish(process):
 def test_a_script_that_is_done_exits_0_and_prints_nothing_on_stderr(inputs, tmp_path):
     code, out, err = _finish(_start("train_sar_kd_fp16_safe", argv_of(inputs, tmp_path / "run", steps=1)))
     assert (code, err) == (0, "")
-    assert out.startswith("Mode ultra-conservative")
+    assert out.startswith("Distilling ")
 
 
 def test_a_script_that_is_misused_exits_2_with_one_line(inputs, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from sar_kd.config.presets import MODES
 from sar_kd.config.sections import LossConfig
 from sar_kd.errors import UsageError
+from sar_kd.preflight import clamp_checks
 from sar_kd.preflight.clamp_checks import (
     check_clamps,
     raw_clamp_largest_probability,
@@ -64,8 +65,8 @@ def test_each_reason_names_the_option_and_the_remedy(settings, measured, expecte
 
 
 def _check(loss: LossConfig, monkeypatch, saturated: float = 0.0, vocab: int = 50257) -> list[str]:
-    monkeypatch.setattr("sar_kd.preflight.clamp_checks.vocab_size_of", lambda model: vocab)
-    monkeypatch.setattr("sar_kd.preflight.clamp_checks._saturated_share", lambda *_: saturated)
+    monkeypatch.setattr(clamp_checks, "vocab_size_of", lambda model: vocab)
+    monkeypatch.setattr(clamp_checks, "_saturated_share", lambda *_: saturated)
     return check_clamps(loss, SimpleNamespace(student=None, teacher=None), None, None, 10.8)
 
 
