@@ -45,13 +45,16 @@ class ModelConfig(PairConfig):
 class DataConfig(Section):
     """Text: what to train on; without any of these options, the embedded text."""
 
-    train_file: tuple[str, ...] = option((), "training text or conversations: .txt, .jsonl or .jsonl.gz, one or more")
+    train_file: tuple[str, ...] = option(
+        (), "training text or conversations: .txt, .jsonl, .jsonl.gz, .json, .csv or .parquet, one or more"
+    )
     validation_file: tuple[str, ...] = option((), "held-out text; by default a part of the training text")
     text_field: str = option(
-        "text", "field with the text of a .jsonl or dataset example; an example without it may be a conversation"
+        "text", "field or column with the text of an example; an example without it may be a conversation"
     )
     dataset_name: str = option("", "a dataset for the `datasets` package: hub id or directory")
     dataset_config_name: str = option("", "its configuration, for example wikitext-103-raw-v1")
+    dataset_split: str = option("train", "its split to train on, or a part of one such as train[:1000]")
     task: str = option(
         "",
         "units: train on generated questions about units and measure accuracy and answer rate on new ones; needs no "
@@ -92,6 +95,9 @@ class DataConfig(Section):
             raise UsageError(f"--dataset_name {self.dataset_name}: give it or --train_file, not both")
         if self.dataset_config_name and not self.dataset_name:
             raise UsageError(f"--dataset_config_name {self.dataset_config_name}: needs --dataset_name")
+        if self.dataset_split != "train" and not self.dataset_name:
+            raise UsageError(f"--dataset_split {self.dataset_split}: needs --dataset_name")
+        require(bool(self.dataset_split), "dataset_split", self.dataset_split, "is empty; give the name of a split")
         if self.validation_file and not (self.train_file or self.dataset_name):
             raise UsageError(f"--validation_file {self.validation_file[0]}: needs --train_file or --dataset_name")
 

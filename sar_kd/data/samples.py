@@ -1,7 +1,8 @@
-"""Documents and conversations, and the files that hold them: .txt, .jsonl and .jsonl.gz.
+"""Documents and conversations, and the files that hold them: text, JSON lines, and `tables`.
 
-An example with the text field is a document; one with `messages`, or with `prompt` and `completion` (also `question`
-and `answer`), is a conversation. Files are read in chunks, so that none need fit into memory.
+An example with the text field is a document; one with `messages`, with `prompt` and `completion` (also `question` and
+`answer`), or in one of the `public_forms`, is a conversation. Files are read in chunks; none but .json need fit into
+memory.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+from sar_kd.data import public_forms, tables
+from sar_kd.data.tables import json_fault, read_examples
 from sar_kd.errors import UsageError
 from sar_kd.tokenization.long_text import CHUNK
 
@@ -33,7 +37,7 @@ LONG = 2**23
 _MAX_LINE = 2**28
 """Bytes"""
 
-_KINDS = (".txt", ".jsonl", ".jsonl.gz")
+_KINDS = (".txt", ".jsonl", ".jsonl.gz", *tables.KINDS)
 
 
 class Document(NamedTuple):
@@ -129,9 +133,14 @@ def read_file(option: str, path: Path, text_field: str) -> Iterator[Sample]:
     """
     kind = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
     if kind not in _KINDS:
-        raise UsageError(f"--{option} {path}: must be a .txt, .jsonl or .jsonl.gz file")
+        raise UsageError(f"--{option} {path}: must be a {', '.join(_KINDS[:-1])} or {_KINDS[-1]} file")
     with _readable(option, path):
-        yield from _read_text(option, path) if kind == ".txt" else _read_lines(option, path, kind, text_field)
+        if kind == ".txt":
+            yield from _read_text(option, path)
+        else:
+            lines = kind in (".jsonl", ".jsonl.gz")
+            found = _read_lines(option, path, kind, text_field) if lines else _read_table(option, path, text_field)
+            yield from (s for s in found if isinstance(s, Conversation) or s.text.strip())
 
 
 @contextmanager
@@ -194,9 +203,13 @@ def _read_lines(option: str, path: Path, kind: str, text_field: str) -> Iterator
                 content = _line_ends(line.decode("utf-8-sig"))
             except UnicodeDecodeError:
                 raise _not_utf8(option, path, f"line {number}") from None
-            sample = sample_of_line(option, path, number, content, text_field)
-            if isinstance(sample, Conversation) or sample.text.strip():
-                yield sample
+            yield sample_of_line(option, path, number, content, text_field)
+
+
+def _read_table(option: str, path: Path, text_field: str) -> Iterator[Document | Conversation]:
+    columns = (text_field, "messages", "tools", *chain(*PAIRS), *public_forms.FIELDS)
+    for number, example in read_examples(option, path, columns):
+        yield sample_of(f"{path.name}:{number}", example, text_field, f"--{option} {path}: example {number}")
 
 
 def _line_ends(text: str) -> str:
@@ -212,24 +225,40 @@ def sample_of_line(option: str, path: Path, number: int, line: str, text_field: 
 
     Raises: UsageError if it is no JSON, or neither a document nor a conversation
     """
+    where = f"--{option} {path}: line {number}"
     try:
         example = json.loads(line)
     except (ValueError, RecursionError) as error:  # also a number or a nesting beyond Python's limits
-        reason = getattr(error, "msg", error)
-        raise UsageError(f"--{option} {path}: line {number} is not JSON ({reason})") from None
-    name, fields = f"{path.name}:{number}", example if isinstance(example, dict) else {}
-    if isinstance(fields.get(text_field), str):
-        return Document(name, fields[text_field])
-    conversation = conversation_of(name, fields, f"--{option} {path}: line {number}")
+        raise UsageError(f"{where} is not JSON ({json_fault(error).replace('line 1 ', '')})") from None
+    return sample_of(f"{path.name}:{number}", example, text_field, where)
+
+
+def sample_of(name: str, example: object, text_field: str, where: str) -> Document | Conversation:
+    """The sample in an example; `where` begins an error message.
+
+    Raises: UsageError if it is neither a document nor a conversation
+    """
+    fields = example if isinstance(example, dict) else {}
+    text = fields.get(text_field)
+    if isinstance(text, str):
+        return Document(name, text)
+    conversation = conversation_of(name, fields, where)
     if conversation is None and (example is None or fields.get(text_field, "") is None):
         return Conversation(name, (), plain=False, fault=f"its '{text_field}' is null" if fields else "is null")
     if conversation is None:
-        found = ", ".join(example) if isinstance(example, dict) else type(example).__name__
-        raise UsageError(
-            f"--text_field {text_field}: line {number} of {path} has no such text, nor messages, nor a prompt with a "
-            f"completion (it has: {found})"
-        )
+        raise _no_sample(example, text_field, where)
     return conversation
+
+
+def _no_sample(example: object, text_field: str, where: str) -> UsageError:
+    if not isinstance(example, dict):
+        return UsageError(f"{where} is {_json_type(example)}; expected an object with '{text_field}' or a conversation")
+    if text_field in example:
+        return UsageError(f"{where} has {_json_type(example[text_field])} as '{text_field}'; expected text")
+    found = ", ".join(map(str, example)) or "nothing"
+    return UsageError(
+        f"{where} has no text and no conversation that is known here (it has: {found}); name its text with --text_field"
+    )
 
 
 def conversation_of(name: str, example: dict, where: str) -> Conversation | None:
@@ -262,7 +291,13 @@ def _conversation(name: str, example: dict, where: str) -> Conversation | None:
         )
     fields = next((pair for pair in PAIRS if pair[0] in example or pair[1] in example), None)
     if fields is None:
-        return None
+        field, turns = public_forms.as_messages(example) or (None, None)
+        if field is None:
+            return None
+        messages = _messages(turns, field, where, targets=True)
+        if not any(message.is_target and _has_something_to_learn(message) for message in messages):
+            return Conversation(name, (), plain=False, fault=f"its '{field}' holds nothing to learn")
+        return _end_with_target(Conversation(name, messages, plain=False), field, "an assistant's text", where)
     for field in fields:
         if field not in example:
             raise UsageError(f"{where} has no '{field}'; expected '{fields[0]}' with '{fields[1]}'")

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 from sar_kd import embedded
 from sar_kd.config.sections import DataConfig
+from sar_kd.data.file_checks import require_files
+from sar_kd.data.public_forms import has_known_form
 from sar_kd.data.samples import PAIRS, Conversation, Document, LongDocument, Sample, conversation_of, read_file
 from sar_kd.data.unit_questions import task_questions
 from sar_kd.errors import UsageError
@@ -69,6 +71,7 @@ def load_documents(config: DataConfig) -> tuple[Documents, Documents]:
 
     Raises: UsageError for a file that is missing, unreadable or of another kind, and for text without content
     """
+    require_files(config)
     if config.task:
         return task_questions("train"), task_questions("validation")
     if config.dataset_name:
@@ -81,7 +84,7 @@ def load_documents(config: DataConfig) -> tuple[Documents, Documents]:
     if config.validation_file:
         validation = _load_files("validation_file", config.validation_file, config.text_field)
     if not train.count:
-        raise UsageError(f"--dataset_name {config.dataset_name}: its 'train' split holds no text")
+        raise UsageError(f"--dataset_name {config.dataset_name}: its '{config.dataset_split}' split holds no text")
     if not validation.count:
         return _hold_out(train)
     return train.all, validation.all
@@ -163,19 +166,14 @@ def _state_of(path: str) -> tuple[int, int] | None:
 
 def _dataset(config: DataConfig) -> tuple[_Source, _Source]:
     """A dataset's training and validation split."""
-    load_dataset = _import_load_dataset(f"--dataset_name {config.dataset_name}")
-    try:
-        loaded = load_dataset(config.dataset_name, config.dataset_config_name or None)
-    except (OSError, ValueError) as error:  # the package's own errors for the hub, the disk and unknown names
-        reason = explain_hub_error(error, config.dataset_name, "dataset")
-        raise UsageError(f"--dataset_name {config.dataset_name}: cannot be loaded ({reason})") from None
-    if "train" not in loaded:
-        raise UsageError(f"--dataset_name {config.dataset_name}: has no 'train' split (it has: {', '.join(loaded)})")
-    columns = loaded["train"].column_names
+    loaded = _load_splits(config)
+    columns = loaded[config.dataset_split].column_names
     conversations = config.text_field not in columns
-    if conversations and not {"messages", *(field for pair in PAIRS for field in pair)} & set(columns):
+    known = {"messages", *(field for pair in PAIRS for field in pair)} & set(columns)
+    if conversations and not (known or has_known_form(columns)):
         raise UsageError(
-            f"--text_field {config.text_field}: the dataset has no such column (it has: {', '.join(columns)})"
+            f"--text_field {config.text_field}: the dataset has no such column, and no conversations in a form that is "
+            f"known here (it has: {', '.join(columns)})"
         )
 
     def samples(split: str) -> Iterator[Sample]:
@@ -195,7 +193,27 @@ def _dataset(config: DataConfig) -> tuple[_Source, _Source]:
             if text and text.strip():
                 yield Document(f"{split}:{number}", text)
 
-    return _Source(lambda: samples("train")), _Source(lambda: samples("validation"))
+    validation = "validation" if config.dataset_split != "validation" else ""
+    return _Source(lambda: samples(config.dataset_split)), _Source(lambda: samples(validation))
+
+
+def _load_splits(config: DataConfig) -> dict:
+    """A dataset's splits by name, the one to train on among them."""
+    where, split = f"--dataset_name {config.dataset_name}", config.dataset_split
+    load_dataset = _import_load_dataset(where)
+    names = config.dataset_name, config.dataset_config_name or None
+    try:
+        loaded = load_dataset(*names)
+        if split not in loaded and any(mark in split for mark in "[+"):
+            return {**loaded, split: load_dataset(*names, split=split)}
+    except (OSError, ValueError) as error:  # the package's own errors for the hub, the disk and unknown names
+        reason = explain_hub_error(error, config.dataset_name, "dataset")
+        raise UsageError(f"{where}: cannot be loaded ({reason})") from None
+    if split not in loaded:
+        raise UsageError(
+            f"{where}: has no '{split}' split (it has: {', '.join(loaded)}); choose one by --dataset_split"
+        )
+    return loaded
 
 
 def _import_load_dataset(where: str):

@@ -37,7 +37,8 @@ def atomic_write(
 ) -> None:
     """Write a file so that a reader, a kill or a power cut finds the old content or the new, never a part of it.
 
-    data: the content (text becomes UTF-8), or a function that writes it into the path it is given
+    data: the content, or a function that writes it into the path it is given; text becomes UTF-8, and what has none, as
+        in some file names, is escaped
     option, remedy: the option that named the folder, and what to do once there is room
     Raises: UsageError if it cannot be written; the old file is then intact
     """
@@ -46,7 +47,7 @@ def atomic_write(
         if callable(data):
             data(partial)
         else:
-            partial.write_bytes(data.encode() if isinstance(data, str) else data)
+            partial.write_bytes(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
         atomic_rename(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)

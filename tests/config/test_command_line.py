@@ -18,7 +18,8 @@ from sar_kd.version import RUN_FORMAT
 
 OPTIONS = [
     "teacher_model", "student_model", "trust_remote_code", "teacher_cache",
-    "train_file", "validation_file", "text_field", "dataset_name", "dataset_config_name", "task",
+    "train_file", "validation_file", "text_field", "dataset_name", "dataset_config_name",
+    "dataset_split", "task",
     "block_size", "token_cache", "task_teacher_steps", "skip_baseline",
     "temperature", "alpha_kd", "alpha_ce", "logit_clamp", "logit_clamp_style", "loss_clamp", "loss_clamp_style",
     "alignment", "kd_direction", "jsd_beta", "teacher_top_k", "alm_tau", "loss_workspace_mb",
@@ -105,6 +106,7 @@ BAD_VALUES = [
     ("--block_size 7", "7", "at least 8"),
     ("--mode careful", "careful", "balanced"),
     ("--dataset_config_name wikitext-2", "wikitext-2", "needs --dataset_name"),
+    ("--dataset_split test", "test", "needs --dataset_name"),
     ("--validation_file held_out.txt", "held_out.txt", "needs --train_file or --dataset_name"),
 ]
 
@@ -142,7 +144,7 @@ def test_a_bad_value_is_refused_by_option_value_and_remedy(line, value, remedy):
     ("line", "both"),
     [
         ("--dataset_name wikitext --train_file a.txt", ("--dataset_name", "--train_file")),
-        ("--resume --overwrite", ("--resume", "--output_dir")),
+        ("--resume --overwrite", ("--resume", "--overwrite")),
         ("--alpha_kd 0 --alpha_ce 0", ("--alpha_kd", "--alpha_ce")),
         ("--resume", ("--resume", "--output_dir")),
     ],

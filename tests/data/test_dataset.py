@@ -512,19 +512,28 @@ ROW = json.dumps({"text": "a" * 90}).encode() + b"\n"
 TORN = gzip.compress(ROW * 50)
 BAD_FILES = {
     "missing": ("a.txt", None, "--train_file {path}: cannot be read .*No such file"),
-    "wrong extension": ("a.csv", b"a,b", r"--train_file {path}: must be a .txt, .jsonl or .jsonl.gz file"),
-    "compressed text": ("a.txt.gz", b"", r"--train_file {path}: must be a .txt, .jsonl or .jsonl.gz file"),
-    "no extension": ("text", b"words", r"--train_file {path}: must be a .txt, .jsonl or .jsonl.gz file"),
+    "wrong extension": ("a.pdf", b"a,b", r"--train_file {path}: must be a .txt, .*.json or .parquet file"),
+    "compressed text": ("a.txt.gz", b"", r"--train_file {path}: must be a .txt, .*.json or .parquet file"),
+    "no extension": ("text", b"words", r"--train_file {path}: must be a .txt, .*.json or .parquet file"),
     "not UTF-8": ("a.txt", b"caf\xe9", r"--train_file {path}: is not UTF-8 text \(byte 3\); convert it first"),
     "not UTF-8 late": (
         "a.jsonl",
         ROW * 200 + b"\xe9\n",
         rf"--train_file {{path}}: is not UTF-8 .*\b(line 201|{200 * len(ROW)})\b",
     ),
-    "not JSON": ("a.jsonl", ROW + b"{'text': 1}\n", "--train_file {path}: line 2 is not JSON"),
-    "no such field": ("a.jsonl", b'{"body": "b", "id": 3}', r"--text_field text: line 1 of {path} .*has: body, id"),
-    "no text": ("a.jsonl", b'{"text": 3}', "--text_field text: line 1 of {path} has no such text"),
-    "a list": ("a.jsonl", b"[1]", "--text_field text: line 1 of {path} .*has: list"),
+    "not JSON": (
+        "a.jsonl",
+        ROW + b"{'text': 1}\n",
+        r"--train_file {path}: line 2 is not JSON \(Expecting property name enclosed in double quotes, column 2\)$",
+    ),
+    "a line end in a text": (
+        "a.jsonl",
+        b'{"text": "a',
+        r"--train_file {path}: line 1 is not JSON \(Unterminated string starting, column 10\)$",
+    ),
+    "no such field": ("a.jsonl", b'{"body": "b", "id": 3}', r"--train_file {path}: line 1 .*has: body, id\)"),
+    "no text": ("a.jsonl", b'{"text": 3}', "--train_file {path}: line 1 has a number as 'text'; expected text$"),
+    "a list": ("a.jsonl", b"[1]", "--train_file {path}: line 1 is a list; expected an object with 'text'"),
     "empty": ("a.txt", b"", "--train_file {path}: holds no text"),
     "only spaces": ("a.txt", b" \n\n", "--train_file {path}: holds no text"),
     "empty lines": ("a.jsonl", b"\n\n", "--train_file {path}: holds no text"),
@@ -639,13 +648,35 @@ def test_a_dataset_without_a_validation_split_has_text_held_out(serve):
     assert len(validation) == 3
 
 
+def test_a_dataset_is_read_from_the_split_that_is_named(serve, monkeypatch):
+    serve({"train_sft": _Split(text=["a"]), "validation": _Split(text=["c"])})
+    train, validation = load_documents(DataConfig(dataset_name="x", dataset_split="train_sft"))
+    assert (train, validation) == ([Document("train_sft:0", "a")], [Document("validation:0", "c")])
+    texts = ["word word\n" * 20] * 60
+    serve({"train": _Split(text=["a"]), "validation": _Split(text=texts)})
+    train, validation = load_documents(DataConfig(dataset_name="x", dataset_split="validation"))
+    assert (len(train), len(validation)) == (57, 3)
+
+
+def test_a_part_of_a_split_is_asked_of_the_package(monkeypatch):
+    def load_dataset(name, configuration, split=None):
+        texts = [f"text {i}" for i in range(100)]
+        return {"train": _Split(text=texts)} if split is None else _Split(text=texts[:10])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    train, validation = load_documents(DataConfig(dataset_name="x", dataset_split="train[:10]"))
+    assert train[0] == Document("train[:10]:0", "text 0")
+    assert len(train) + len(validation) in (10, 11)
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
         (FileNotFoundError("no\nsuch"), r"--dataset_name x: cannot be loaded \(no\)"),
         (ValueError("unknown configuration"), r"--dataset_name x: cannot be loaded \(unknown configuration\)"),
-        ({"test": _Split(text=["a"])}, "--dataset_name x: has no 'train' split .*test"),
+        ({"test": _Split(text=["a"])}, "--dataset_name x: has no 'train' split .*test.*choose one by --dataset_split"),
         ({"train": _Split(body=["a"])}, "--text_field text: .*body"),
+        ({"train": _Split(instruction=["a"], input=["b"])}, r"--text_field text: .*\(it has: instruction, input\)"),
     ],
 )
 def test_a_dataset_that_cannot_be_used_is_one_clear_line(serve, answer, message):
@@ -662,19 +693,9 @@ def embedded_text():
     return dict(zip(embedded.SPLITS, embedded.read_text(*embedded.SPLITS), strict=True))
 
 
-def test_every_embedded_document_stands_in_the_split_of_its_name(embedded_text):
-    for split, texts in embedded_text.items():
-        assert {embedded.split_of(name) for name in texts} == {split}
-
-
 def test_no_embedded_text_stands_in_two_splits(embedded_text):
     splits = [set(texts.values()) for texts in embedded_text.values()]
     assert len(set.union(*splits)) == sum(map(len, splits))
-
-
-def test_the_split_of_a_name_never_changes():
-    names = {"topic:class": "teacher", "topic:if": "transfer", "topic:lambda": "validation", "argparse.py": "transfer"}
-    assert {name: embedded.split_of(name) for name in names} == names
 
 
 def test_splits_have_the_shares_that_are_promised(embedded_text):

@@ -171,3 +171,9 @@ def test_a_file_system_without_locks_has_none(tmp_path, error):
     lock.acquire()
     lock.release()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_text_with_the_bytes_of_a_file_name_that_is_not_utf8_is_written_escaped(tmp_path):
+    name = os.fsdecode(b"caf\xe9.txt")
+    atomic_write(tmp_path / "a", f"\u00e9 {name}")
+    assert (tmp_path / "a").read_bytes() == "\u00e9 caf\\udce9.txt".encode()
