@@ -69,13 +69,13 @@ def _build(config: CachingConfig, folder: Path) -> dict:
     settings, data = config.cache, config.data
     _prepare_folder(folder, settings.overwrite)
     precision = setup_precision(config.precision, 0)
+    documents = load_documents(data)  # before the weights: a mistake in the files shows at once
     teacher, tokenizer, info = load_teacher(settings, precision)
     info = replace(info, limit=min(info.limit or 8 * data.block_size, 8 * data.block_size))
     teacher_pair, student_pair = _tokenizer_pairs(config, tokenizer, info)
     if settings.teacher_top_k >= teacher_pair.num_teacher_tokens:
         num_tokens = teacher_pair.num_teacher_tokens
         raise UsageError(f"--teacher_top_k {settings.teacher_top_k}: the teacher has {num_tokens} tokens; give fewer")
-    documents = load_documents(data)
     metadata = {
         "text": [digest_of(text) for text in documents],
         "tokenizer": fingerprint(tokenizer),

@@ -97,13 +97,13 @@ def _scale_rate_(values: dict[str, Any], rate: str, given: Collection[str], comm
 
 def _resume(command: Command[C], given: dict[str, Any]) -> C:
     """The configuration of the run in `--output_dir`, with the options that may change."""
+    if "overwrite" in given:
+        raise UsageError("--resume --overwrite: one continues the run, the other deletes it; give one")
     if not given.get("output_dir"):
         raise UsageError("--resume: give the run folder with --output_dir")
     path = Path(given["output_dir"]) / "config.json"
     if not path.is_file():
         raise UsageError(f"--output_dir {given['output_dir']}: holds no run to resume ({path.name} is missing)")
-    if "overwrite" in given:
-        raise UsageError("--resume --overwrite: one continues the run, the other deletes it; give one")
     values, saved_mode = read_run_options(command, path, _MAY_CHANGE_ON_RESUME)
     mode = given.pop("mode", None)
     _drop_found_auto_(given, values, command)
