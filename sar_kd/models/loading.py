@@ -1,51 +1,33 @@
-"""Load teacher, student and tokenizers: from the package, a directory, the hub, or handed over in memory.
+"""Load teacher, student and tokenizers: from the package, a directory, a GGUF file, the hub, or handed over in memory.
 
-The student is trainable in float32, the teacher frozen. The only module that reads checkpoints through transformers.
+The student is trainable in float32, the teacher frozen.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import logging
-import os
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import safetensors
 import torch
-import transformers
 from torch import nn
 
-from sar_kd import embedded
 from sar_kd.config.fields import RunConfig
 from sar_kd.config.runs import Config
 from sar_kd.config.sections import EMBEDDED, ModelConfig
 from sar_kd.errors import UsageError
 from sar_kd.models.lm_head import backbone_of
 from sar_kd.models.memory_saving import Offload, quantization_options, recompute_activations_
-from sar_kd.runtime.hub import explain_hub_error
+from sar_kd.models.model_checks import require_causal, require_finite, require_lm_head, stop_ids_of, vocab_size_of
+from sar_kd.models.model_files import find_model, no_tokenizer, require_weights
+from sar_kd.models.pretrained import build_meta_model, load_config, load_model, load_tokenizer, no_panic
 from sar_kd.runtime.precision import Precision
 from sar_kd.tokenization.backends import encode
+from sar_kd.tokenization.token_table import check_vocab_size
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair, UnfitTokenizer
-
-IN_MEMORY = "(in memory)"
-"""Begins the name of a model that was handed over in Python."""
-
-_EMBEDDED_DIRS = {
-    "teacher_model": embedded.TEACHER_DIR,
-    "student_model": embedded.STUDENT_DIR,
-    "model": embedded.TEACHER_DIR,
-}
-
-_LOADING_ERRORS = (
-    OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError, EOFError,
-    pickle.UnpicklingError, safetensors.SafetensorError,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,6 +69,8 @@ class Models:
     """Most tokens of one teacher input; None if the model states none"""
     offload: Offload | None = None
     """Of a teacher that is on the device only during its forwards"""
+    notes: tuple[str, ...] = ()
+    """Lines about what was left out of the models' files"""
 
     @property
     def num_parameters(self) -> int:
@@ -103,9 +87,7 @@ class Models:
 
         Raises: UsageError if the student's context is shorter than `block_size`
         """
-        context = _context_length_of(self.student)
-        if context and context < block_size:
-            raise UsageError(f"--block_size {block_size}: the student takes {context} tokens at most; lower it")
+        require_context(self.student, block_size)
         return block_size, self.teacher_limit or 8 * block_size
 
 
@@ -117,36 +99,39 @@ def load_models(
     cached: of a teacher whose logits are cached; then only its tokenizer is loaded
     Raises: UsageError naming the option, where a model or tokenizer is missing or cannot be used
     """
-    silence_transformers()
-    names, quantization = config.models, config.memory.teacher_quantization
-    student = _load_checked_model("student_model", names, torch.float32, loaded)
+    names, quantization, notes = config.models, config.memory.teacher_quantization, list[str]()
+    student = _load_checked_model("student_model", names, torch.float32, loaded, notes)
     if quantization != "off" and loaded.model("teacher_model") is not None:
         raise UsageError(
             f"--teacher_quantization {quantization}: the teacher is in memory already; leave the option out"
         )
     options = quantization_options(quantization, precision)
-    teacher = None if cached else _load_checked_model("teacher_model", names, precision.dtype, loaded, **options)
-    info = cached or _teacher_info(teacher)
+    teacher: Any = None
+    if cached is None:
+        teacher = _load_checked_model("teacher_model", names, precision.dtype, loaded, notes, **options)
+    info = cached or _teacher_info(names, teacher)
     tokenizers = _load_tokenizers(
         names,
         {"student_model": vocab_size_of(student), "teacher_model": info.vocab_size},
         loaded,
         aligns=config.loss.alignment != "auto",
         projects=config.loss.alignment in ("auto", "projection") and config.loss.alpha_kd > 0,
-        stop_ids=(_stop_ids_of(student), info.stop_ids),
+        stop_ids=(stop_ids_of(f"--student_model {names.student_model}", student), info.stop_ids),
     )
     offload = None
     if teacher is not None:
         teacher.requires_grad_(False).eval().to(precision.device)
+        require_causal(f"--teacher_model {names.teacher_model}", teacher, precision)
         if config.memory.offloads_from(precision.device):
             offload = Offload(teacher, backbone_of(teacher), precision.device)
+    if config.train.parallel != "fsdp":  # that student may exceed one device: `build_strategy` moves it, shard by shard
+        student.to(precision.device)
+    require_causal(f"--student_model {names.student_model}", student, precision)
     student.train()
     if config.memory.gradient_checkpointing:
         recompute_activations_(student, same_dropout=True)
-    if config.train.parallel != "fsdp":  # that student may exceed one device: `build_strategy` moves it, shard by shard
-        student.to(precision.device)
     is_embedded = names.teacher_model == names.student_model == EMBEDDED
-    return Models(teacher, student, tokenizers, is_embedded, info.limit or None, offload)
+    return Models(teacher, student, tokenizers, is_embedded, info.limit or None, offload, tuple(notes))
 
 
 def load_teacher(names: Any, precision: Precision) -> tuple[nn.Module, Any, TeacherInfo]:
@@ -154,47 +139,58 @@ def load_teacher(names: Any, precision: Precision) -> tuple[nn.Module, Any, Teac
 
     Raises: UsageError as `load_models`
     """
-    silence_transformers()
     teacher = _load_checked_model("teacher_model", names, precision.dtype)
-    info = _teacher_info(teacher)
+    info = _teacher_info(names, teacher)
     tokenizer = _load_checked_tokenizer("teacher_model", names, info.vocab_size)
-    return teacher.requires_grad_(False).eval().to(precision.device), tokenizer, info
+    teacher.requires_grad_(False).eval().to(precision.device)
+    require_causal(f"--teacher_model {names.teacher_model}", teacher, precision)
+    return teacher, tokenizer, info
 
 
-def load_student(names: Any, dtype: torch.dtype, precision: Precision) -> Models:
+def load_student(
+    names: Any, dtype: torch.dtype, precision: Precision, loaded: LoadedModels = NO_LOADED_MODELS
+) -> Models:
     """Load `--student_model` and no teacher; its tokenizer stands for both of the pair.
 
     names: `student_model` and `trust_remote_code`; dtype: of the weights; float32 for weights that are trained
     Raises: UsageError as `load_models`
     """
-    silence_transformers()
-    student = _load_checked_model("student_model", names, dtype)
-    tokenizer = _load_checked_tokenizer("student_model", names, vocab_size_of(student))
-    stop_ids = _stop_ids_of(student)
+    title, notes = f"--student_model {names.student_model}", list[str]()
+    student = _load_checked_model("student_model", names, dtype, loaded, notes=notes)
+    tokenizer = _load_checked_tokenizer("student_model", names, vocab_size_of(student), loaded)
+    stop_ids = stop_ids_of(title, student)
     pair = _pair_tokenizers(
         names, [tokenizer] * 2, [vocab_size_of(student)] * 2, projects=False, stop_ids=(stop_ids, stop_ids)
     )
-    return Models(None, student.train().to(precision.device), pair, names.student_model == EMBEDDED)
+    require_causal(title, student.to(precision.device), precision)
+    return Models(None, student.train(), pair, names.student_model == EMBEDDED, notes=tuple(notes))
 
 
-def load_tokenizers(names: Any, aligns: bool = True) -> TokenizerPair:
+def load_tokenizers(names: Any, aligns: bool = True, loaded: LoadedModels = NO_LOADED_MODELS) -> TokenizerPair:
     """Load the tokenizers alone and no weights; `aligns`: with tables of token bytes even if they are equal.
 
     names: `teacher_model`, `student_model` and `trust_remote_code`
     Raises: UsageError as `load_models`
     """
-    silence_transformers()
-    roles = ("student_model", "teacher_model")
-    return _load_tokenizers(names, {role: _configured_vocab_size(role, names) for role in roles}, aligns=aligns)
+    models = {role: loaded.model(role) for role in ("student_model", "teacher_model")}
+    sizes = {
+        role: vocab_size_of(model) if model is not None else _configured_vocab_size(role, names)
+        for role, model in models.items()
+    }
+    return _load_tokenizers(names, sizes, loaded, aligns=aligns)
 
 
-def load_for_generation(option: str, name: str, trust_remote_code: bool, dtype: torch.dtype = torch.float32):
+def load_for_generation(
+    option: str, name: str, trust_remote_code: bool, dtype: torch.dtype = torch.float32, title: str = ""
+) -> tuple[Any, Any]:
     """A model in eval mode, and its tokenizer.
 
+    title: what an error begins with, where that is not the option
     Raises: UsageError as `load_models`
     """
-    silence_transformers()
-    return _load_model(option, name, dtype, trust_remote_code).eval(), _load_tokenizer(option, name, trust_remote_code)
+    files = find_model(option, name, title)
+    model, _ = load_model(files, dtype, trust_remote_code)
+    return model.eval(), load_tokenizer(files, trust_remote_code, vocab_size_of(model))
 
 
 class MetaModels:
@@ -211,79 +207,61 @@ class MetaModels:
         for role in self.roles:
             option = f"{role}_model"
             model = self.loaded.model(option)
-            found[role] = model or load_meta_model(option, getattr(names, option), names.trust_remote_code)
+            name = getattr(names, option)
+            if model is None:
+                files = find_model(option, name)
+                model = build_meta_model(files, names.trust_remote_code)
+                if role == "student" or not getattr(names, "teacher_cache", ""):
+                    require_weights(files)
+            require_lm_head(f"--{option} {name}", model)
+            found[role] = model
         return found
 
 
 def load_meta_model(option: str, name: str, trust_remote_code: bool) -> nn.Module:
-    """The model without its weights, on the meta device: names and shapes as `load_models` gives, whatever its size.
-
-    Raises: UsageError as `load_models`
-    """
-    silence_transformers()
-    config = _load_config(option, name, trust_remote_code)
-
-    def build() -> nn.Module:
-        with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-
-    return _with_usage_errors(option, name, build)
+    """The model of an option without its weights, on the meta device. Raises: UsageError as `build_meta_model`"""
+    return build_meta_model(find_model(option, name), trust_remote_code)
 
 
-def silence_transformers() -> None:
-    """Switch off transformers' progress bars and warnings."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry of an absent network
+def require_context(student: Any, block_size: int) -> None:
+    """Raise UsageError if the student's context is shorter than a block."""
+    context = context_length_of(student)
+    if context and context < block_size:
+        raise UsageError(f"--block_size {block_size}: the student takes {context} tokens at most; lower it")
 
 
-def vocab_size_of(model: Any) -> int:
-    """V of the logits, the rows of the LM head's weight; may exceed the tokenizer's size."""
-    return model.get_output_embeddings().weight.shape[0]
-
-
-def _context_length_of(model: Any) -> int | None:
+def context_length_of(model: Any) -> int | None:
+    """Most tokens of one input; None if the model states none."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def _stop_ids_of(model: Any) -> tuple[int, ...]:
-    """The end-of-text ids that the generation config adds to the tokenizer's own."""
-    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return tuple(ids) if isinstance(ids, list) else (() if ids is None else (ids,))
-
-
-def _teacher_info(teacher: Any) -> TeacherInfo:
-    return TeacherInfo(vocab_size_of(teacher), _stop_ids_of(teacher), _context_length_of(teacher) or 0)
+def _teacher_info(names: ModelConfig, teacher: Any) -> TeacherInfo:
+    stop_ids = stop_ids_of(f"--teacher_model {names.teacher_model}", teacher)
+    return TeacherInfo(vocab_size_of(teacher), stop_ids, context_length_of(teacher) or 0)
 
 
 def _load_checked_model(
-    option: str, names: ModelConfig, dtype: torch.dtype, loaded: LoadedModels = NO_LOADED_MODELS, **options
+    option: str,
+    names: ModelConfig,
+    dtype: torch.dtype,
+    loaded: LoadedModels = NO_LOADED_MODELS,
+    notes: list[str] | None = None,
+    **options: Any,
 ) -> nn.Module:
     """The model of an option, checked: it has an LM head, and every weight is finite in `dtype`.
 
-    options: further arguments of `from_pretrained`
+    notes: gets a line about tensors in its files that it has not; options: further arguments of `from_pretrained`
     """
-    name, model = getattr(names, option), loaded.model(option)
-    model = _load_model(option, name, dtype, names.trust_remote_code, **options) if model is None else model.to(dtype)
-    if model.get_output_embeddings() is None:
-        raise UsageError(
-            f"--{option} {name}: {type(model).__name__} has no language-model head; use a causal language model"
-        )
-    for weight, values in model.named_parameters():
-        if not values.isfinite().all():
-            remedy = f"float32 might hold what {dtype} cannot (--model_dtype float32), or the file is damaged"
-            raise UsageError(f"--{option} {name}: its weight {weight} is not finite; {remedy}")
-    return model
-
-
-def _load_model(option: str, name: str, dtype: torch.dtype, trust_remote_code: bool, **options) -> Any:
-    location = _location(option, name)
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    options |= {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
-    model, info = _with_usage_errors(option, name, lambda: load(location, **options))
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise UsageError(f"--{option} {name}: {len(missing)} weights are not in its files, {missing[0]} among them")
+    name, model, unused = getattr(names, option), loaded.model(option), list[str]()
+    title = f"--{option} {name}"
+    if model is None:
+        model, unused = load_model(find_model(option, name), dtype, names.trust_remote_code, **options)
+    else:
+        model = model.to(dtype)
+    require_lm_head(title, model)
+    require_finite(title, model, dtype)
+    if unused and notes is not None:
+        notes.append(f"{title}: {len(unused)} tensors in its files are no part of the model, {unused[0]} among them")
     return model
 
 
@@ -299,9 +277,10 @@ def _pair_tokenizers(names: ModelConfig, tokenizers: list, vocab_sizes: list[int
     """tokenizers, vocab_sizes: the student's, the teacher's"""
     student_vocab_size, teacher_vocab_size = vocab_sizes
     try:
-        return TokenizerPair(
-            *tokenizers, student_vocab_size=student_vocab_size, teacher_vocab_size=teacher_vocab_size, **options
-        )
+        with no_panic(f"--student_model {names.student_model}, or the teacher"):
+            return TokenizerPair(
+                *tokenizers, student_vocab_size=student_vocab_size, teacher_vocab_size=teacher_vocab_size, **options
+            )
     except UnfitTokenizer as error:
         option = f"{error.whose}_model"
         raise UsageError(
@@ -312,52 +291,27 @@ def _pair_tokenizers(names: ModelConfig, tokenizers: list, vocab_sizes: list[int
 def _load_checked_tokenizer(option: str, names: ModelConfig, vocab_size: int, loaded: LoadedModels = NO_LOADED_MODELS):
     """The tokenizer of an option, checked: it encodes plain text, and the model has a logit for every id."""
     name, pair = getattr(names, option), loaded.pairs.get(option)
-    tokenizer = _load_tokenizer(option, name, names.trust_remote_code) if pair is None else pair[1]
+    if pair is None:
+        tokenizer = load_tokenizer(find_model(option, name), names.trust_remote_code, vocab_size)
+    else:
+        tokenizer = pair[1]
     try:
-        encode(tokenizer, ["a"])
+        with no_panic(f"--{option} {name}"):
+            (ids,) = encode(tokenizer, ["a"])
     except (AttributeError, NotImplementedError, TypeError):
         kind = type(tokenizer).__name__
         raise UsageError(
             f"--{option} {name}: its {kind} cannot encode plain text; save it as a fast tokenizer"
         ) from None
-    if len(tokenizer) > vocab_size:
-        raise UsageError(f"--{option} {name}: the tokenizer has {len(tokenizer)} ids, the model only {vocab_size}")
+    if not len(ids):  # what transformers makes of some configs without a vocabulary beside them
+        raise no_tokenizer(f"--{option} {name}")
+    try:
+        check_vocab_size(tokenizer, vocab_size)
+    except ValueError as error:
+        raise UsageError(f"--{option} {name}: its tokenizer {error}") from None
     return tokenizer
 
 
-def _load_tokenizer(option: str, name: str, trust_remote_code: bool):
-    location = _location(option, name)
-    load = transformers.AutoTokenizer.from_pretrained
-    return _with_usage_errors(option, name, lambda: load(location, trust_remote_code=trust_remote_code))
-
-
 def _configured_vocab_size(option: str, names: ModelConfig) -> int:
-    return _load_config(option, getattr(names, option), names.trust_remote_code).get_text_config().vocab_size
-
-
-def _load_config(option: str, name: str, trust_remote_code: bool):
-    location = _location(option, name)
-    load = transformers.AutoConfig.from_pretrained
-    return _with_usage_errors(option, name, lambda: load(location, trust_remote_code=trust_remote_code))
-
-
-def _location(option: str, name: str) -> str:
-    if name == EMBEDDED:
-        if not _EMBEDDED_DIRS[option].is_dir():
-            raise UsageError(
-                f"--{option} {EMBEDDED}: not in this installation; make it with `python -m sar_kd embedded`"
-            )
-        return str(_EMBEDDED_DIRS[option])
-    if name.startswith(IN_MEMORY):
-        raise UsageError(f"--{option} {name}: was handed over in Python; continue there, with the same model")
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise UsageError(f"--{option} {name}: no such directory")
-    return os.path.expanduser(name)
-
-
-def _with_usage_errors(option: str, name: str, load):
-    """What `load` returns, with the errors of disk, hub and unknown formats as one line."""
-    try:
-        return load()
-    except _LOADING_ERRORS as error:
-        raise UsageError(f"--{option} {name}: cannot be loaded ({explain_hub_error(error, name)})") from None
+    files = find_model(option, getattr(names, option))
+    return load_config(files, names.trust_remote_code).get_text_config().vocab_size

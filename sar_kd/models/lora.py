@@ -149,6 +149,24 @@ def require_equal_logits(student: nn.Module, whole: nn.Module, precision: Precis
         )
 
 
+def merge_adapter(base: Any, folder: str) -> nn.Module:
+    """The model with an adapter of peft's format in its weights, of any kind that peft can merge.
+
+    Where only one of a tied LM head and embedding has an adapter, they are two tensors afterwards.
+    Raises: whatever peft raises for an adapter that does not fit
+    """
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.PeftModel.from_pretrained(base, folder)
+        head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+        if head is not None and any(hasattr(module, "base_layer") for module in (head, embeddings)):
+            head = getattr(head, "base_layer", head)
+            head.weight = nn.Parameter(head.weight.detach().clone())
+        return adapted.merge_and_unload(safe_merge=True).requires_grad_(True)
+
+
 def save_trainable(student: nn.Module, path: Path) -> None:
     """Write the trainable weights: all of a student, or its adapter."""
     if all(parameter.requires_grad for parameter in student.parameters()):

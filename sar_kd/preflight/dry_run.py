@@ -26,7 +26,6 @@ from sar_kd.losses.distillation import Distillation
 from sar_kd.losses.objective import Objective
 from sar_kd.losses.tiled_loss import Tile, TileGrad, TileLoss
 from sar_kd.models.lm_head import LMHeads, backbone_of
-from sar_kd.models.loading import vocab_size_of
 from sar_kd.models.logit_tiles import limit_blocks
 from sar_kd.models.lora import add_adapter
 from sar_kd.models.memory_saving import (
@@ -37,6 +36,7 @@ from sar_kd.models.memory_saving import (
     quantizable_layers,
     recompute_activations_,
 )
+from sar_kd.models.model_checks import vocab_size_of
 from sar_kd.preflight.memory_tracker import OFF_DEVICE, MemoryTracker, fake_copy, fake_tensors
 from sar_kd.runtime.precision import Precision
 from sar_kd.teacher.moe.discovery import find_routers, router_parameters

@@ -438,7 +438,7 @@ def test_the_adapter_of_a_student_is_planned_in_float32_and_the_rest_in_half(rec
 
 def test_preflight_refuses_before_weights_are_loaded_and_shows_the_table(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(environment, "free_memory", lambda device: 2**24)
-    monkeypatch.setattr(loading, "_load_model", lambda *a, **k: pytest.fail("weights were read"))
+    monkeypatch.setattr(loading, "load_model", lambda *a, **k: pytest.fail("weights were read"))
     flags = ["preflight", "--output_dir", str(tmp_path / "run"), "--per_device_batch_size", "512"]
     assert main(flags) == 2
     printed = capsys.readouterr()

@@ -1,0 +1,92 @@
+"""Checks of a loaded model: it has an LM head, it is causal, its weights are finite, its end tokens are ids of it."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sar_kd.errors import UsageError
+from sar_kd.runtime.precision import Precision
+
+
+def vocab_size_of(model: Any) -> int:
+    """V of the logits, the rows of the LM head's weight; may exceed the tokenizer's size."""
+    return model.get_output_embeddings().weight.shape[0]
+
+
+def stop_ids_of(title: str, model: Any) -> tuple[int, ...]:
+    """The end-of-text ids that the generation config adds to the tokenizer's own.
+
+    Raises: UsageError if one is no id of the model; title: what the error begins with
+    """
+    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    stop_ids = tuple(ids) if isinstance(ids, list) else (() if ids is None else (ids,))
+    vocab_size = vocab_size_of(model)
+    for stop_id in stop_ids:
+        if not isinstance(stop_id, int) or not 0 <= stop_id < vocab_size:
+            raise UsageError(
+                f"{title}: eos_token_id {stop_id!r} in generation_config.json, or config.json, is no id of the model, "
+                f"which has {vocab_size:,}"
+            )
+    return stop_ids
+
+
+def require_lm_head(title: str, model: Any) -> None:
+    """Raise UsageError if the model, which may be on the meta device, has no LM head or is built to read both ways."""
+    kind = type(model).__name__
+    if model.get_output_embeddings() is None:
+        raise UsageError(f"{title}: {kind} has no language-model head; use a causal language model")
+    # BERT and its kin are causal where their config says is_decoder; their attention modules know it.
+    causal = [module.is_causal for module in model.modules() if isinstance(getattr(module, "is_causal", None), bool)]
+    if causal and not any(causal):
+        raise _not_causal(title, kind)
+
+
+@torch.no_grad()
+def require_causal(title: str, model: Any, precision: Precision) -> None:
+    """Raise UsageError if the logits of a position change with a later token.
+
+    Two texts of 16 tokens that differ in the last 8 are run as one batch, as the first 8 positions have to be equal.
+    """
+    weight = model.get_input_embeddings().weight
+    ids = torch.arange(16).repeat(2, 1)
+    ids[1, 8:] += 8
+    was_training = model.training
+    model.eval()
+    try:
+        with contextlib.nullcontext() if weight.dtype is torch.float32 else precision.autocast():
+            out = model(input_ids=(ids % weight.shape[0]).to(weight.device), use_cache=False)
+    finally:
+        model.train(was_training)
+    first, second = out.logits[:, :8].float()
+    if _differ(first, second, weight.dtype):
+        raise _not_causal(title, type(model).__name__)
+
+
+def _differ(first: Tensor, second: Tensor, dtype: torch.dtype) -> bool:
+    """By more than rounding. Not where they are not finite, which other checks find."""
+    tolerance = 1e-4 if dtype is torch.float32 else 2e-2
+    difference, size = (first - second).abs().amax(), first.abs().amax()
+    return bool(difference > tolerance * size)
+
+
+def _not_causal(title: str, kind: str) -> UsageError:
+    return UsageError(
+        f"{title}: {kind} is not causal, its logits depend on tokens that come later; use a causal language model"
+    )
+
+
+def require_finite(title: str, model: nn.Module, dtype: torch.dtype) -> None:
+    """Raise UsageError if a weight is not finite in the dtype that it was loaded in."""
+    for name, values in model.named_parameters():
+        if values.isfinite().all():
+            continue
+        if dtype is torch.float16 and not values.isnan().any():
+            reason = "is beyond the range of float16; use --model_dtype float32"
+        else:
+            count = int((~values.isfinite()).sum())
+            reason = f"holds {count:,} values that are not finite: its file is damaged; fetch it again"
+        raise UsageError(f"{title}: its weight {name} {reason}")

@@ -1,0 +1,179 @@
+"""Configs, models and tokenizers read through transformers, with every failure as one line that names the option.
+
+The only module that reads checkpoints through transformers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import transformers
+from torch import nn
+from transformers import modeling_gguf_pytorch_utils
+
+from sar_kd.errors import UsageError
+from sar_kd.models.lora import merge_adapter, untie_config_
+from sar_kd.models.model_files import (
+    ModelFiles,
+    check_files,
+    check_num_tokens,
+    check_shapes,
+    require_tokenizer,
+    require_weights,
+)
+from sar_kd.runtime.hub import explain_hub_error
+
+_PLAIN_ERRORS = (OSError, ValueError, RuntimeError, ImportError)
+"""Errors whose text says what is wrong; of others the kind is named too."""
+
+_TOKENIZER = "its tokenizer"
+
+
+def silence_transformers() -> None:
+    """Switch off transformers' progress bars and warnings, and the hub's reports of a network that is absent."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def load_config(files: ModelFiles, trust_remote_code: bool) -> Any:
+    """The transformers config of a model, after the checks of `check_files`.
+
+    Raises: UsageError if it is missing or cannot be used
+    """
+    silence_transformers()
+    check_files(files)
+    load = transformers.AutoConfig.from_pretrained
+    part = files.gguf_file or "config.json"
+    return _in_one_line(
+        files, part, lambda: load(files.location, trust_remote_code=trust_remote_code, **files.arguments)
+    )
+
+
+def build_meta_model(files: ModelFiles, trust_remote_code: bool) -> nn.Module:
+    """The model without its weights, on the meta device: names and shapes as `load_model` gives, whatever its size.
+
+    Raises: UsageError if it cannot be built, or its tensors have other sizes than those of its weights file
+    """
+    config = load_config(files, trust_remote_code)
+
+    def build() -> nn.Module:
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+    model = _in_one_line(files, files.gguf_file or "config.json", build)
+    check_shapes(files, model)
+    return model
+
+
+def load_model(
+    files: ModelFiles, dtype: torch.dtype, trust_remote_code: bool, **options: Any
+) -> tuple[nn.Module, list[str]]:
+    """A causal language model, an adapter merged; and the names of tensors in its files that are no part of it.
+
+    options: further arguments of `from_pretrained`
+    Raises: UsageError if a weight is missing, or a file cannot be used
+    """
+    if files.gguf_file:  # whose config takes seconds to be read
+        check_files(files)
+    else:
+        load_config(files, trust_remote_code)
+    require_weights(files)
+    if options and (files.gguf_file or files.adapter):
+        what = "a GGUF file" if files.gguf_file else "an adapter"
+        raise UsageError(f"{files.title}: {what} cannot be quantized; leave out --teacher_quantization")
+    if files.gguf_file and hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    options |= {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True, **files.arguments}
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    with _without_gguf_bar():
+        model, info = _in_one_line(files, "its weights", lambda: load(files.location, **options))
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UsageError(f"{files.title}: {len(missing)} weights are not in its files, {missing[0]} among them")
+    if files.adapter:
+        model = _in_one_line(files, "its adapter", lambda: merge_adapter(model, files.adapter))
+    _state_ties_(model)
+    return model, sorted(info["unexpected_keys"])
+
+
+@contextlib.contextmanager
+def _without_gguf_bar() -> Iterator[None]:
+    """Without the progress bar of a GGUF file, which transformers' own switch leaves on."""
+    silent = functools.partial(modeling_gguf_pytorch_utils.tqdm, disable=True)
+    with mock.patch.object(modeling_gguf_pytorch_utils, "tqdm", silent):
+        yield
+
+
+def _state_ties_(model: Any) -> None:
+    """Let the config of a model whose file has an LM head of its own say so, or a saved student would lose it."""
+    ends = model.get_output_embeddings(), model.get_input_embeddings()
+    if None not in ends and ends[0].weight is not ends[1].weight:
+        untie_config_(model.config)
+
+
+def load_tokenizer(files: ModelFiles, trust_remote_code: bool, vocab_size: int) -> Any:
+    """The tokenizer of a model with logits of `vocab_size` ids.
+
+    Raises: UsageError if there is none, or it cannot be used
+    """
+    silence_transformers()
+    files = files.with_tokenizer()
+    require_tokenizer(files)
+    check_num_tokens(files, vocab_size)
+    load = transformers.AutoTokenizer.from_pretrained
+    part = files.gguf_file or _TOKENIZER
+    return _in_one_line(
+        files, part, lambda: load(files.location, trust_remote_code=trust_remote_code, **files.arguments)
+    )
+
+
+@contextlib.contextmanager
+def no_panic(title: str) -> Iterator[None]:
+    """Turn a panic of a tokenizer's Rust code, caused by nonsense in its file, into a UsageError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UsageError(f"{title}: its tokenizer fails on plain text ({str(error).splitlines()[0]})") from None
+
+
+def _in_one_line(files: ModelFiles, part: str, load: Any) -> Any:
+    """What `load` returns, with the errors of disk, hub, and nonsense in the files as one line.
+
+    part: of a local model, the file that is read
+    """
+    try:
+        return load()
+    except (UsageError, MemoryError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # what a damaged file raises is not known beforehand; Rust's panics are no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if "trust_remote_code" in str(error) or "custom code" in str(error):
+            raise UsageError(
+                f"{files.title}: has code of its own, which runs only with --trust_remote_code; read that code first"
+            ) from None
+        reason = _reason(error, files.location)
+        if part == _TOKENIZER and (type(error) is Exception or isinstance(error, json.JSONDecodeError)):
+            part = "tokenizer.json"  # whose reader is Rust; the other files were checked before
+        where = "" if files.folder is None else f"{part}: "
+        raise UsageError(f"{files.title}: cannot be loaded ({where}{reason})") from None
+
+
+def _reason(error: BaseException, location: str) -> str:
+    if "ignore_mismatched_sizes" in str(error):
+        return "tensors in its files have other sizes than config.json states"
+    text, lines = explain_hub_error(error, location), str(error).strip().splitlines()
+    if text.endswith(":") and text == lines[0] and len(lines) > 1:
+        text += f" {lines[1].strip()}"
+    is_plain = isinstance(error, _PLAIN_ERRORS) or type(error) is Exception or "Validation" in type(error).__name__
+    return text if is_plain else f"{type(error).__name__}: {text}"

@@ -1,0 +1,220 @@
+"""Nonsense in a model's files is one line that names the file, soon; a model's name stands for the right files."""
+
+import json
+import os
+import re
+import shutil
+import time
+
+import pytest
+import safetensors.torch
+import torch
+
+from sar_kd.errors import UsageError
+from sar_kd.models import model_files
+from sar_kd.models.loading import load_for_generation, load_meta_model
+from sar_kd.models.model_files import check_files, find_model
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory, make_student, sp_tokenizer):
+    folder = tmp_path_factory.mktemp("healthy")
+    make_student(len(sp_tokenizer)).save_pretrained(folder)
+    sp_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(healthy, tmp_path):
+    return shutil.copytree(healthy, tmp_path / "model")
+
+
+def _edit(path, **entries):
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def _line(load, *args) -> str:
+    """The one line of a refusal."""
+    started = time.monotonic()
+    with pytest.raises(UsageError) as caught:
+        load(*args)
+    assert time.monotonic() - started < 10
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+def _meta(folder):
+    return load_meta_model("student_model", str(folder), False)
+
+
+def _load(folder):
+    return load_for_generation("student_model", str(folder), False)
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads in config.json is 0, which has to be a whole number"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers in config.json is 1,000,000, and its weights are 21 tensors"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers in config.json is -1"),
+        ({"num_hidden_layers": 1.5}, "num_hidden_layers in config.json is 1.5"),
+        ({"vocab_size": "x"}, "vocab_size in config.json is 'x'"),
+        ({"hidden_size": 0}, "hidden_size in config.json is 0"),
+        (
+            {"hidden_size": 10**9},
+            "model.embed_tokens.weight is [520, 1000000000] by the one and [520, 32] in the other",
+        ),
+        ({"num_key_value_heads": 3}, "config.json and weights do not belong together"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings in config.json is -1"),
+        ({"hidden_act": "nope"}, "cannot be loaded (config.json: KeyError: 'nope')"),
+        ({"rms_norm_eps": "x"}, "Field 'rms_norm_eps' expected float, got str"),
+        ({"num_attention_heads": 7}, "The hidden size (32) is not a multiple of the number of attention heads (7)"),
+        ({"auto_map": {"AutoConfig": "a.B"}, "model_type": "zork"}, "runs only with --trust_remote_code; read that"),
+    ],
+)
+def test_a_config_that_cannot_be_is_one_line(folder, entries, expected):
+    _edit(folder / "config.json", **entries)
+    line = _line(_meta, folder)
+    assert line.startswith(f"--student_model {folder}: ")
+    assert expected in line
+
+
+def test_a_million_layers_without_weights_are_refused_too(folder):
+    (folder / "model.safetensors").unlink()
+    _edit(folder / "config.json", num_hidden_layers=10**6)
+    assert "num_hidden_layers in config.json is 1,000,000, and no model has as many" in _line(_meta, folder)
+    _edit(folder / "config.json", num_hidden_layers=2)
+    _meta(folder)  # of a cached teacher's, say
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"3", b"\xff\xfe", b'{"a":' * 10**5])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+def test_a_damaged_json_file_is_named(folder, name, text):
+    (folder / name).write_bytes(text)
+    assert f"{name} is damaged (" in _line(_load, folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda d: d["model"].update(merges=[["zzz", "qqq"]]), "(tokenizer.json: Token `zzz` out of vocabulary"),
+        (lambda d: d["model"]["vocab"].update({"a": -5}), "(tokenizer.json: invalid value: integer `-5`"),
+        (lambda d: d["model"].update(vocab="x"), '(tokenizer.json: invalid type: string "x"'),
+        (lambda d: d.clear(), "cannot be loaded (its tokenizer: KeyError: 'added_tokens')"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_is_one_line(folder, change, expected):
+    path = folder / "tokenizer.json"
+    definition = json.loads(path.read_text())
+    change(definition)
+    path.write_text(json.dumps(definition))
+    assert expected in _line(_load, folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_hundred_thousand_added_tokens_are_refused_before_they_are_read(folder, name):
+    token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    tokens = [{"id": 1000 + i, "content": f"<{i}>", **token} for i in range(10**5)]
+    in_config = {"added_tokens_decoder": {str(token.pop("id")): token for token in map(dict, tokens)}}
+    _edit(folder / name, **({"added_tokens": tokens} if name == "tokenizer.json" else in_config))
+    assert f"{name} adds 100,000 tokens, and the model has 520 ids" in _line(_load, folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda f: os.truncate(f / "model.safetensors", 5000), "model.safetensors is damaged (Error while"),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors is damaged (Error while"),
+        (lambda f: (f / "model.safetensors").unlink(), "holds no weights (model.safetensors)"),
+        (lambda f: (f / "config.json").unlink(), "cannot be loaded (no config.json in it)"),
+        (lambda f: [(f / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")], "has no tokenizer ("),
+    ],
+)
+def test_a_damaged_or_missing_file_is_named(folder, damage, expected):
+    damage(folder)
+    assert expected in _line(_load, folder)
+
+
+def test_missing_shards_and_a_damaged_index_are_named(folder):
+    index = folder / "model.safetensors.index.json"
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}))
+    assert "model-2.safetensors is missing, which model.safetensors.index.json names" in _line(_load, folder)
+    index.write_text(json.dumps({"weight_map": 3}))
+    assert "model.safetensors.index.json is damaged (it has no weight_map)" in _line(_load, folder)
+
+
+def test_pickled_junk_is_one_line(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"junk")
+    assert "cannot be loaded (its weights: " in _line(_load, folder)
+
+
+def test_an_error_begins_with_the_title_that_is_given(folder):
+    (folder / "model.safetensors").write_bytes(b"")
+    line = _line(load_for_generation, "student_model", str(folder), False, torch.float32, f"generate {folder}")
+    assert line.startswith(f"generate {folder}: model.safetensors is damaged")
+
+
+def test_a_healthy_folder_passes_and_padded_or_missing_sizes_do(folder):
+    check_files(find_model("student_model", str(folder)))
+    _load(folder)
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    safetensors.torch.save_file({**weights, "other": torch.ones(3)}, folder / "model.safetensors", {"format": "pt"})
+    _edit(folder / "config.json", max_position_embeddings=None)
+    with pytest.raises(UsageError, match="max_position_embeddings"):  # transformers' own check, in one line
+        _load(folder)
+
+
+# Which files a name stands for
+
+
+def test_a_file_that_is_no_gguf_file_is_refused(folder):
+    line = _line(find_model, "teacher_model", str(folder / "model.safetensors"))
+    assert "is a file; give the folder that it is in, or a .gguf file" in line
+
+
+def test_a_gguf_file_and_a_folder_with_one_are_the_same_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_files, "is_installed", lambda package: True)
+    path = tmp_path / "model.Q4_1.gguf"
+    path.write_bytes(b"GGUF" + bytes(20))
+    by_file, by_folder = (find_model("teacher_model", str(name)) for name in (path, tmp_path))
+    assert by_file.location == by_folder.location == str(tmp_path)
+    assert by_file.arguments == by_folder.arguments == {"gguf_file": "model.Q4_1.gguf"}
+    check_files(by_file)
+    path.write_bytes(b"junk")
+    assert "model.Q4_1.gguf is damaged (it does not begin as a GGUF file)" in _line(check_files, by_file)
+    (tmp_path / "other.gguf").touch()
+    assert "holds 2 GGUF files; give one of them: model.Q4_1.gguf, other.gguf" in _line(
+        find_model, "teacher_model", str(tmp_path)
+    )
+    assert "no such file" in _line(find_model, "teacher_model", "absent.gguf")
+
+
+def test_a_model_in_both_formats_is_the_folder(folder):
+    (folder / "model.gguf").touch()
+    assert find_model("teacher_model", str(folder)).arguments == {}
+
+
+def test_without_gguf_there_is_one_line_that_names_the_packages(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_files, "is_installed", lambda package: False)
+    (tmp_path / "model.gguf").touch()
+    assert "a GGUF file needs `pip install gguf sentencepiece protobuf`" in _line(find_model, "model", str(tmp_path))
+
+
+def test_an_adapter_left_beside_a_whole_model_is_refused(folder):
+    (folder / "adapter_config.json").write_text("{}")
+    line = _line(find_model, "student_model", str(folder))
+    assert re.search(
+        r"holds a whole model and an adapter \(adapter_config.json\); delete the adapter, or move it", line
+    )
+
+
+def test_an_adapter_without_a_base_model_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "names no base model (base_model_name_or_path)" in _line(find_model, "student_model", str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "./nowhere"}))
+    assert "its base model ./nowhere: no such directory" in _line(find_model, "student_model", str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
+    assert f"its base model {tmp_path} is an adapter too" in _line(find_model, "student_model", str(tmp_path))

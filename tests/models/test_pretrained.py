@@ -1,0 +1,158 @@
+"""What is loaded has the logits of its files: adapters, heads of their own, GGUF; what is left out is named."""
+
+import json
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+import transformers
+
+from sar_kd.errors import UsageError
+from sar_kd.models.loading import load_for_generation, load_meta_model, load_student
+from sar_kd.models.model_files import find_model
+from sar_kd.models.pretrained import load_model, load_tokenizer
+from sar_kd.runtime.environment import is_installed
+from sar_kd.runtime.precision import Precision
+
+TOKENS = torch.arange(24)[None] % 20 + 1
+
+
+@torch.no_grad()
+def _logits(model):
+    return model.eval()(input_ids=TOKENS).logits
+
+
+def _save(model, tokenizer, folder):
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+def _load(folder, **options):
+    return load_model(find_model("student_model", str(folder)), torch.float32, False, **options)[0]
+
+
+def _adapt(base, folder, **settings):
+    """The model with an adapter as after training, which is saved in `folder`."""
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=4, task_type="CAUSAL_LM", **settings))
+    torch.manual_seed(3)
+    for name, value in adapted.named_parameters():
+        if "lora_" in name:
+            value.data.copy_(0.3 * torch.randn_like(value))
+    adapted.save_pretrained(folder)
+    return adapted
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"], ["embed_tokens"], "all-linear"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapters_folder_is_its_base_model_with_the_adapter(make_student, sp_tokenizer, tied, targets, tmp_path):
+    _save(make_student(len(sp_tokenizer), tie_word_embeddings=tied), sp_tokenizer, tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    plain = _logits(base)
+    expected = _logits(_adapt(base, tmp_path / "adapter", target_modules=targets, use_dora=targets == ["q_proj"]))
+    loaded, tokenizer = load_for_generation("student_model", str(tmp_path / "adapter"), False)
+    assert (expected - plain).abs().max() > 1e-3
+    torch.testing.assert_close(_logits(loaded), expected, rtol=1e-4, atol=1e-4)
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    assert tokenizer.get_vocab() == sp_tokenizer.get_vocab()
+    loaded.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(_logits(_load(tmp_path / "again")), expected, rtol=1e-4, atol=1e-4)
+    meta = load_meta_model("student_model", str(tmp_path / "adapter"), False)
+    assert meta.get_input_embeddings().weight.shape == loaded.get_input_embeddings().weight.shape
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_that_does_not_fit_its_base_is_one_line(make_student, sp_tokenizer, tmp_path):
+    _save(make_student(len(sp_tokenizer)), sp_tokenizer, tmp_path / "base")
+    _adapt(
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "a", target_modules=["q_proj"]
+    )
+    _save(make_student(len(sp_tokenizer), hidden_size=16), sp_tokenizer, tmp_path / "base")
+    with pytest.raises(UsageError, match=r"--student_model \S+: cannot be loaded \(its adapter: "):
+        _load(tmp_path / "a")
+    with pytest.raises(UsageError, match="an adapter cannot be quantized; leave out --teacher_quantization"):
+        _load(tmp_path / "a", quantization_config=None)
+
+
+def test_a_head_of_its_own_stays_one_where_the_config_says_tied(make_student, sp_tokenizer, tmp_path):
+    student = _save(make_student(len(sp_tokenizer)), sp_tokenizer, tmp_path / "own")
+    config = json.loads((tmp_path / "own" / "config.json").read_text())
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    loaded = _load(tmp_path / "own")
+    torch.testing.assert_close(_logits(loaded), _logits(student))
+    assert loaded.config.tie_word_embeddings is False  # or other readers of the saved student would tie them
+    tied = _save(make_student(len(sp_tokenizer), tie_word_embeddings=True), sp_tokenizer, tmp_path / "tied")
+    loaded = _load(tmp_path / "tied")
+    assert loaded.config.tie_word_embeddings is True
+    torch.testing.assert_close(_logits(loaded), _logits(tied))
+
+
+def test_tensors_that_are_no_part_of_the_model_are_counted_and_named(make_student, sp_tokenizer, tmp_path):
+    _save(make_student(len(sp_tokenizer), num_hidden_layers=2), sp_tokenizer, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    names = type("Names", (), {"student_model": str(tmp_path), "trust_remote_code": False})
+    models = load_student(names, torch.float32, Precision(torch.device("cpu"), torch.float32, 1.0))
+    (note,) = models.notes
+    assert "9 tensors in its files are no part of the model, model.layers.1.input_layernorm.weight among them" in note
+
+
+def test_a_missing_weight_is_named(make_student, sp_tokenizer, tmp_path):
+    _save(make_student(len(sp_tokenizer)), sp_tokenizer, tmp_path)
+    weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    del weights["model.norm.weight"]
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match=r"1 weights are not in its files, model\.norm\.weight among them"):
+        _load(tmp_path)
+
+
+@pytest.mark.skipif(not is_installed("gguf"), reason="needs gguf")
+def test_a_gguf_file_has_the_weights_and_the_tokenizer_that_were_written(make_student, tmp_path):
+    import gguf
+
+    student, path = make_student(64, tie_word_embeddings=False), tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    sizes = student.config
+    writer.add_name("tiny")
+    writer.add_context_length(sizes.max_position_embeddings)
+    writer.add_embedding_length(sizes.hidden_size)
+    writer.add_block_count(sizes.num_hidden_layers)
+    writer.add_feed_forward_length(sizes.intermediate_size)
+    writer.add_head_count(sizes.num_attention_heads)
+    writer.add_head_count_kv(sizes.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(sizes.rms_norm_eps)
+    writer.add_rope_dimension_count(sizes.hidden_size // sizes.num_attention_heads)
+    writer.add_rope_freq_base(sizes.rope_parameters["rope_theta"])
+    writer.add_vocab_size(64)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([*(chr(33 + i) for i in range(63)), '!"'])
+    writer.add_token_types([1] * 64)
+    writer.add_token_merges(['! "'])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names = {
+        "embed_tokens": "token_embd", "lm_head": "output", "model.norm": "output_norm", "q_proj": "attn_q",
+        "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output", "gate_proj": "ffn_gate", "up_proj": "ffn_up",
+        "down_proj": "ffn_down", "post_attention_layernorm": "ffn_norm", "input_layernorm": "attn_norm",
+    }  # fmt: skip
+    for name, value in student.state_dict().items():
+        part = next(new for old, new in names.items() if f"{old}.weight" in name)
+        layer = name.split("layers.")[1].split(".")[0] if "layers." in name else None
+        if part in ("attn_q", "attn_k"):  # GGUF interleaves the two halves of each head's rotary pairs
+            heads = sizes.num_attention_heads
+            value = value.view(heads, 2, -1, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
+        writer.add_tensor(f"blk.{layer}.{part}.weight" if layer else f"{part}.weight", value.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    files = find_model("student_model", str(path))
+    loaded, _ = load_model(files, torch.float32, False)
+    torch.testing.assert_close(_logits(loaded), _logits(student), rtol=1e-4, atol=1e-5)
+    assert load_tokenizer(files, False, 64).eos_token == "#"
+    assert sum(p.numel() for p in load_meta_model("model", str(tmp_path), False).parameters()) == sum(
+        p.numel() for p in student.parameters()
+    )
