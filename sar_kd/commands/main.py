@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 DONE, USAGE, DIVERGED = 0, 2, 3
 
+_NO_MEMORY = ("DefaultCPUAllocator", "bad_alloc", "Cannot allocate memory", "can't start new thread")
+"""In the texts of errors that are no MemoryError: PyTorch's, those of C++, the system and its threads"""
+
 _HELP = """{program} COMMAND
 
 train           distil a teacher into a student, as train_sar_kd_stable.py does
@@ -98,10 +101,13 @@ def run(
         return _report(f"error: {error}", USAGE)
     except TrainingDiverged as error:
         return _report(str(error), DIVERGED)
-    except RuntimeError as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is imported late
-            remedy = f"give --per_device_batch_size auto, or see what needs the memory: {program_name()} preflight"
-            return _report(f"error: out of GPU memory; {remedy}", USAGE)
+    except (RuntimeError, OSError, MemoryError) as error:
+        if (line := _memory_error(error, resumable)) is not None:
+            return _report(line, USAGE)
+        if isinstance(error, OSError):  # such as a full disk
+            reason = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+            rest = "; what was saved before is intact, --resume continues from there" if resumable else ""
+            return _report(f"error: {reason}{rest}", USAGE)
         group = _process_group()
         line = group.explain_lost_rank(error) if group else None
         if line is None:
@@ -109,15 +115,25 @@ def run(
         return _report(
             f"error: {line}; --resume continues from the last checkpoint, if there is one", USAGE, follows=True
         )
-    except OSError as error:  # such as a full disk
-        reason = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
-        rest = "; what was saved before is intact, --resume continues from there" if resumable else ""
-        return _report(f"error: {reason}{rest}", USAGE)
     except KeyboardInterrupt:
         return _report(_interrupted(resumable), INTERRUPTED)
     if group := _process_group():
         group.destroy()
     return INTERRUPTED if summary["status"] == "interrupted" else DONE
+
+
+def _memory_error(error: Exception, resumable: bool) -> str | None:
+    """The line about memory that has ended; None for any other error."""
+    is_gpu = type(error).__name__ == "OutOfMemoryError"  # torch's, which is imported late
+    text = str(error)
+    if not (is_gpu or isinstance(error, MemoryError) or any(sign in text for sign in _NO_MEMORY)):
+        return None
+    rest = "; what was saved before is intact, --resume continues from there" if resumable else ""
+    return (
+        f"error: out of {'GPU memory' if is_gpu else 'memory'}; lower --per_device_batch_size or --block_size, or give "
+        f"--per_device_batch_size auto or --gradient_checkpointing; `{program_name()} preflight` with the same options "
+        f"shows what needs the memory{rest}"
+    )
 
 
 def _interrupted(resumable: bool) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from sar_kd.config.sections import TrainConfig
@@ -13,6 +14,9 @@ from sar_kd.runtime.distributed import ProcessGroup
 from sar_kd.training.on_policy import OnPolicy
 from sar_kd.training.recovery import Recovery
 from sar_kd.training.step import StepReport
+
+_SECONDS_BETWEEN_LOOKS = 1.0
+"""How often a wait for the thread looks whether there still is one"""
 
 
 class BatchLoader:
@@ -69,12 +73,19 @@ class BatchLoader:
 
 
 class Prefetch:
-    """Calls a function one call ahead, in a thread; its value must depend on its argument alone, so none is saved."""
+    """Calls a function one call ahead, in a thread; its value must depend on its argument alone, so none is saved.
+
+    Where memory ends, the thread may die, or not start at all: then the function is called by the one who asks.
+    """
 
     def __init__(self, make: Callable[[Any], Any]):
         self._make = make
-        self._pool = ThreadPoolExecutor(1, "prefetch")
+        self._thread: threading.Thread | None = None
+        self._pool = ThreadPoolExecutor(1, "prefetch", initializer=self._know_thread)
         self._pending: tuple[Hashable, Future] | None = None
+
+    def _know_thread(self) -> None:
+        self._thread = threading.current_thread()
 
     def get(self, key: Hashable, following: Hashable | None = None) -> Any:
         """`make(key)`; starts `make(following)`, unless that is None.
@@ -83,17 +94,25 @@ class Prefetch:
         """
         if self._pending is None or self._pending[0] != key:
             self._start(key)
-        assert self._pending is not None
-        _, future = self._pending
         try:
-            return future.result()
+            return self._make(key) if self._pending is None else self._wait(*self._pending)
         finally:
             self._start(following)
+
+    def _wait(self, key: Hashable, future: Future) -> Any:
+        while not future.done() and not (self._thread and not self._thread.is_alive()):
+            wait([future], timeout=_SECONDS_BETWEEN_LOOKS)
+        return future.result() if future.done() else self._make(key)
 
     def _start(self, key: Hashable | None) -> None:
         if self._pending is not None:
             self._pending[1].cancel()
-        self._pending = None if key is None else (key, self._pool.submit(self._make, key))
+        self._pending = None
+        if key is not None:
+            try:
+                self._pending = (key, self._pool.submit(self._make, key))
+            except (RuntimeError, MemoryError):  # no thread, or no more
+                self._pool.shutdown(wait=False, cancel_futures=True)
 
     def close(self) -> None:
         """End the thread, once its current call is done."""

@@ -42,6 +42,9 @@ _DIGESTS = "digests.json"
 
 _OWNERS = ("optimizer", "precision", "objective")
 """Parts of a `StepContext` whose state dict is saved in state.pt; the guard's is in progress.json."""
+_WRITE_BUFFERS = 2**24
+"""Bytes of memory that the writers of weights and tokenizers need at most for themselves"""
+
 
 _NAME = re.compile(r"step-\d{8,}")
 
@@ -161,6 +164,7 @@ def save_checkpoint(folder: Path, context: StepContext, teacher: Teacher, state:
     counters = {"format": RUN_FORMAT, "progress": dataclasses.asdict(state), "guard": context.guard.state_dict()}
 
     def write() -> None:
+    bytearray(_WRITE_BUFFERS)  # MemoryError here, where the writers in Rust would abort the process
         name = f"step-{state.step:08d}"
         _write(folder, name, context.objective.student, weights, tensors, counters)
         kept = {name, *[older for older in _saved(folder) if older < name][: keep - 1]}

@@ -104,7 +104,7 @@ class Trainer:
                         student_folder = self.folder / "student"
                         self._log(m for callback in self.callbacks for m in callback.on_train_end(student_folder))
                     return self._write_summary(status)
-            except (RuntimeError, OSError):  # memory, a driver, a disk: the weights are still the last good ones
+            except (RuntimeError, OSError, MemoryError):  # the weights are still the last good ones
                 self._save_after_failure()
                 raise
             finally:
@@ -281,7 +281,7 @@ class Trainer:
             return
         has_stopped = self.context.guard.consecutive_nan_batches >= self.config.guards.max_nan_batches  # and saved
         if self.state.step and not has_stopped:
-            with contextlib.suppress(RuntimeError, OSError, UsageError):
+            with contextlib.suppress(RuntimeError, OSError, MemoryError, UsageError):
                 self._save()
 
     def _rewind(self, report: StepReport) -> None:

@@ -1,5 +1,6 @@
 """The installed command, and what `generate` shows."""
 
+import errno
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from sar_kd.commands.main import COMMANDS, main
 from sar_kd.config.installation import program_name
 from sar_kd.version import __version__
 from train_sar_kd_stable import main as train
+from sar_kd.commands.main import run as exit_code
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ("train_sar_kd_stable.py", "train_sar_kd_fp16_safe.py")
@@ -170,3 +172,39 @@ def test_the_same_seed_samples_the_same_text_and_another_samples_another(run, ca
 def test_an_error_of_generate_is_one_line(run, words, expected, capsys):
     assert main(["generate", *(word.format(run=run) for word in words)]) == 2
     assert expected in capsys.readouterr().err.splitlines()[0]
+
+
+class OutOfMemoryError(RuntimeError):
+    """As PyTorch's of a GPU is called."""
+
+
+@pytest.mark.parametrize(
+    ("error", "where"),
+    [
+        (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "GPU memory"),
+        (MemoryError(), "memory"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), "memory"),
+        (RuntimeError("std::bad_alloc"), "memory"),
+        (RuntimeError("can't start new thread"), "memory"),
+        (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "memory"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_memory_that_ends_is_one_line_with_the_options_to_lower(capsys, error, where):
+    def main(argv):
+        raise error
+
+    for resumable in (True, False):
+        assert exit_code(main, [], resumable) == 2
+        line = capsys.readouterr().err
+        assert line.startswith(f"error: out of {where}; lower --per_device_batch_size or --block_size, ")
+        assert line.count("\n") == 1
+        assert ("--resume continues" in line) == resumable
+
+
+def test_an_error_of_the_program_is_no_lack_of_memory():
+    def main(argv):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        exit_code(main, [])

@@ -26,6 +26,7 @@ import transformers
 from sar_kd.commands import main
 from sar_kd.errors import UsageError
 from sar_kd.runtime.files import FolderLock
+from sar_kd.training import trainer
 from sar_kd.training.checkpoint import save_student
 
 pytestmark = pytest.mark.slow
@@ -183,6 +184,40 @@ def test_a_student_that_does_not_fit_leaves_the_former_one(tmp_path, make_studen
     assert not list(tmp_path.glob(".student*"))
 
 
+# Memory that ends
+
+
+@contextlib.contextmanager
+def _address_space(num_bytes):
+    """The process may have so many bytes more than it has now, as in a container with a limit."""
+    now = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmSize" in line)
+    former = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (1024 * now + num_bytes, former[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, former)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+@pytest.mark.parametrize("place", ["train_step", "evaluate", "save_checkpoint", "save_student"])
+def test_memory_that_ends_is_one_line_and_the_run_resumes(run_folder, monkeypatch, place):
+    act = getattr(trainer, place)
+
+    def starved(*args, **options):
+        with _address_space(0):
+            bytearray(2**26)  # what a larger model would ask for
+        return act(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, place, starved)
+        err = _assert_refused(_resume(run_folder), "out of memory; lower --per_device_batch_size")
+    assert "--resume continues" in err
+    code, _, out = _run(_resume(run_folder))
+    assert code == 0
+    assert "Resumed after step" in out
+
+
 # Damaged files
 
 
@@ -231,6 +266,15 @@ def test_a_pointer_that_leads_elsewhere_is_not_followed(run_folder, tmp_path):
         code, _, out = _run(_resume(shutil.copytree(run_folder, tmp_path / f"copy{len(name)}")))
         assert code == 0
         assert "Resumed after step 4" in out
+
+
+def test_without_a_pointer_the_newest_intact_checkpoint_is_taken_and_named_to_the_user(run_folder):
+    (run_folder / "checkpoint" / "latest").unlink()
+    _flip(_checkpoints(run_folder)[-1] / "state.pt", 0.5)
+    code, _, out = _run(_resume(run_folder))
+    assert code == 0
+    assert "latest is missing or damaged: resuming from the newest intact checkpoint, step-00000003" in out
+    assert "Resumed after step 3" in out
 
 
 @pytest.mark.parametrize("keep", [1, 3])

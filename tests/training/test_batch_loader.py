@@ -1,6 +1,7 @@
 """Batches are made a step ahead, and are those that would be made in time."""
 
 import threading
+from concurrent.futures import thread
 
 import pytest
 
@@ -60,6 +61,35 @@ def test_all_are_made_in_one_other_thread():
     assert len(names) == 1
     assert threading.current_thread().name not in names
     assert not [thread for thread in threading.enumerate() if thread.name in names]
+
+
+def test_without_memory_for_a_thread_the_one_who_asks_makes_them(monkeypatch):
+    def no_thread(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    prefetch = Prefetch(lambda key: (key, threading.current_thread() is threading.main_thread()))
+    assert [prefetch.get(n, n + 1) for n in range(4)] == [(n, True) for n in range(4)]
+    prefetch.close()
+
+
+@pytest.mark.parametrize("dies_at", [1, 3])
+def test_a_thread_that_has_died_is_not_waited_for(monkeypatch, dies_at):
+    """As where memory ends in the thread's own code: the future stays without a result."""
+    monkeypatch.setattr(batch_loader, "_SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    run = thread._WorkItem.run
+
+    def dies(self, *args):
+        if self.args == (dies_at,) and threading.current_thread() is not threading.main_thread():
+            del self  # as the pool's thread does
+            raise SystemExit
+        run(self, *args)
+
+    monkeypatch.setattr(thread._WorkItem, "run", dies)
+    prefetch = Prefetch(lambda key: f"batch {key}")
+    assert [prefetch.get(n, n + 1) for n in range(6)] == [f"batch {n}" for n in range(6)]
+    prefetch.close()
 
 
 class _InTime:
