@@ -2,7 +2,8 @@
 
     python benchmarks/guard_mutations.py [--only WORD]
 
-Each mutation changes one place of a copy of the package, by its text, and runs `tests/stress/test_fp16.py` on the copy.
+Each mutation changes one place of a copy of the package, by its text, and runs `tests/stress/test_fp16.py` on the copy,
+or the tests that it names.
 The table goes to the terminal and to `benchmarks/results/guard_mutations.md`. Exit code 1 if a mutation is caught by no
 scenario; `tests/test_mutations.py` checks that every text is still there.
 """
@@ -21,6 +22,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 SUITE = "tests/stress/test_fp16.py"
+RECOVERY, GUARDS, STEP = "tests/stress/test_recovery.py", "tests/training/test_guards.py", "tests/training/test_step.py"
 
 
 class Mutation(NamedTuple):
@@ -32,6 +34,7 @@ class Mutation(NamedTuple):
     text: str
     """What stands there, once"""
     changed: str
+    suite: str = SUITE
 
 
 MUTATIONS = (
@@ -80,28 +83,28 @@ MUTATIONS = (
     Mutation("the limit is finite after five norms", "training/guards.py",
              "if self.applied + self.skipped[\"norm\"] < _NORMS_NEEDED:", "if True:"),
     Mutation("the first five norms have no limit", "training/guards.py",
-             "if self.applied + self.skipped[\"norm\"] < _NORMS_NEEDED:", "if not self.recent_norms:"),
+             "if self.applied + self.skipped[\"norm\"] < _NORMS_NEEDED:", "if not self.recent_norms:", GUARDS),
     Mutation("norms that have risen for good are not refused again", "training/guards.py",
-             "if self.refused_norm is None or", "if True or"),
+             "if self.refused_norm is None or", "if True or", GUARDS),
     Mutation("the limit stays where norms have risen for good", "training/guards.py",
-             "            self.recent_norms = [self.refused_norm]\n", "            pass\n"),
+             "            self.recent_norms = [self.refused_norm]\n", "            pass\n", GUARDS),
     Mutation("the first skip for a norm is shown", "training/guards.py",
-             'cause == "norm" and self.skipped["norm"] == 1', "False"),
+             'cause == "norm" and self.skipped["norm"] == 1', "False", GUARDS),
     Mutation("a run without an applied update fails", "training/guards.py",
-             "    if guard.applied or not guard.attempts:\n", "    if True:\n"),
+             "    if guard.applied or not guard.attempts:\n", "    if True:\n", GUARDS),
     Mutation("a finite gradient beyond float32's squares is no overflow", "training/step.py",
-             "    if norm == math.inf:", "    if False:"),
+             "    if norm == math.inf:", "    if False:", STEP),
     Mutation("it is clipped by its own norm", "training/step.py",
-             "        if report.grad_norm > _LARGE_NORM:", "        if False:"),
+             "        if report.grad_norm > _LARGE_NORM:", "        if False:", STEP),
     Mutation("an overflow always lowers the loss scale", "runtime/precision.py",
-             'if cause == "overflow" and self._scaler.get_scale() >= loss_scale:', "if False:"),
+             'if cause == "overflow" and self._scaler.get_scale() >= loss_scale:', "if False:", STEP),
     Mutation("emergency after 10 NaN batches", "training/guards.py",
              "emergency = self.consecutive_nan_batches >= self.settings.max_nan_batches", "emergency = False"),
     Mutation("a finite step resets the count of NaN batches", "training/guards.py",
              "            self.consecutive_nan_batches = 0\n", "            pass\n"),
     Mutation("a finite step that is refused resets it too", "training/guards.py",
              "            self.consecutive_nan_batches = 0\n",
-             '            self.consecutive_nan_batches *= cause == "norm"\n'),
+             '            self.consecutive_nan_batches *= cause == "norm"\n', GUARDS),
     Mutation("an overflow that a lower loss scale cures is no NaN batch", "training/guards.py",
              '_NAN_CAUSES = ("forward", "gradient")', '_NAN_CAUSES = ("forward", "gradient", "overflow")'),
     Mutation("an overflow at the floor is a NaN batch", "training/guards.py",
@@ -118,6 +121,21 @@ MUTATIONS = (
     Mutation("one denominator for the whole step", "training/step.py",
              "precision.backward(total / divisor)",
              "precision.backward(total / max(1, batch.num_target_tokens) / len(micro_batches))"),
+    # what follows a NaN batch
+    Mutation("the last sound checkpoint stays", "training/recovery.py",
+             "return step == self.state[\"sound_step\"] or step < self.state[\"nan_from\"]",
+             "return step < self.state[\"nan_from\"]", RECOVERY),
+    Mutation("checkpoints from before the first NaN batch stay", "training/recovery.py",
+             "return step == self.state[\"sound_step\"] or step < self.state[\"nan_from\"]",
+             "return step == self.state[\"sound_step\"]", RECOVERY),
+    Mutation("a rewind goes to a sound checkpoint", "training/recovery.py",
+             "load(self.sound_checkpoint)", "load(None)", RECOVERY),
+    Mutation("in float16 a validation proves no checkpoint", "training/recovery.py",
+             "proves = is_only_evidence or", "proves = True or", RECOVERY),
+    Mutation("a loss that grew is a divergence", "training/recovery.py",
+             "if has_grown(after, before):", "if False:", RECOVERY),
+    Mutation("weights that grew are a divergence", "training/recovery.py",
+             "if not norm <= _WEIGHT_GROWTH * norm_at_start:", "if False:", RECOVERY),
     # the loss scale, the norm and the weights
     Mutation("a loss scale", "runtime/precision.py", "enabled=is_float16)", "enabled=False)"),
     Mutation("the floor of the loss scale", "runtime/precision.py",
@@ -164,20 +182,20 @@ def mutate(package: Path, mutation: Mutation) -> None:
     path.write_text(source.replace(mutation.text, mutation.changed), encoding="utf-8")
 
 
-def catching(mutation: Mutation | None) -> list[str]:
-    """The scenarios that fail on a copy of the package with `mutation`."""
+def catching(mutation: Mutation | None, suite: str) -> list[str]:
+    """The tests of a suite that fail on a copy of the package with `mutation`."""
     with tempfile.TemporaryDirectory() as folder:
         for name in ("sar_kd", "tests"):
             shutil.copytree(ROOT / name, Path(folder) / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", folder)
         if mutation:
             mutate(Path(folder) / "sar_kd", mutation)
-        command = [sys.executable, "-m", "pytest", "-q", SUITE, "--tb=no", "-rfE", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-q", suite, "--tb=no", "-rfE", "-p", "no:cacheprovider"]
         environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode not in (0, 1):
         raise SystemExit(f"pytest ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    names = re.findall(rf"^(?:FAILED|ERROR) {re.escape(SUITE)}::(\S+)", done.stdout, re.MULTILINE)
+    names = re.findall(rf"^(?:FAILED|ERROR) {re.escape(suite)}::(\S+)", done.stdout, re.MULTILINE)
     return list(dict.fromkeys(name.removeprefix("test_") for name in names))
 
 
@@ -186,14 +204,15 @@ def main() -> int:
     parser.add_argument("--only", default="", help="run those whose guard contains this word, keep the other rows")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "guard_mutations.md")
     options = parser.parse_args()
-    if failing := catching(None):
-        print(f"fails without any mutation: {', '.join(failing)}", file=sys.stderr)
-        return 1
+    chosen = [mutation for mutation in MUTATIONS if options.only in mutation.guard]
+    for suite in dict.fromkeys(mutation.suite for mutation in chosen):
+        if failing := catching(None, suite):
+            print(f"fails without any mutation: {', '.join(failing)}", file=sys.stderr)
+            return 1
     rows = _known(options.output) if options.only else {}
-    for mutation in MUTATIONS:
-        if options.only in mutation.guard:
-            rows[mutation.guard] = row = _row(mutation, catching(mutation))
-            print(row, flush=True)
+    for mutation in chosen:
+        rows[mutation.guard] = row = _row(mutation, catching(mutation, mutation.suite))
+        print(row, flush=True)
     table = [rows[mutation.guard] for mutation in MUTATIONS if mutation.guard in rows]
     missed = [row for row in table if "| 0 |" in row]
     verdict = f"{len(table) - len(missed)} of {len(table)} mutations are caught."

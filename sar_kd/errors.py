@@ -4,7 +4,9 @@ from __future__ import annotations
 
 
 class TrainingDiverged(RuntimeError):
-    """Too many consecutive NaN batches; the weights are the last good ones."""
+    """The run was stopped: too many consecutive NaN batches, or nothing was learned. Its text says which, and what to
+    try.
+    """
 
 
 class UsageError(ValueError):

@@ -228,7 +228,7 @@ class GuardConfig(Section):
     max_nan_batches: int = option(10, "consecutive NaN batches before --on_divergence applies", at_least=1)
     on_divergence: str = option(
         "stop",
-        "stop: save the last good student and exit with code 3; rewind: once, go back to the last checkpoint, "
+        "stop: keep the best student and exit with code 3; rewind: once, go back to the last sound checkpoint, "
         "halve the learning rate and skip the documents whose loss was not finite",
         choices=("stop", "rewind"),
     )

@@ -1,9 +1,9 @@
 """Checkpoints and the saved student: its Hugging Face format, and everything needed to resume bit for bit.
 
 `checkpoint/step-N/` is written whole, with a digest of every file, and flushed before one atomic rename points
-`checkpoint/latest` at it; only then are older ones deleted, all but `--keep_checkpoints`. So a kill at any moment, or a
-full disk, leaves a checkpoint that loads; a damaged one is detected, and the one before it offered. No pickle is ever
-loaded: safetensors, JSON, and `torch.load(weights_only=True)`.
+`checkpoint/latest` at it; only then are older ones deleted, all but `--keep_checkpoints` and those that
+`Recovery` keeps. So a kill at any moment, or a full disk, leaves a checkpoint that loads; a damaged one is detected,
+and the one before it offered. No pickle is ever loaded: safetensors, JSON, and `torch.load(weights_only=True)`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import pickle
 import re
 import shutil
 import typing
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,13 @@ from torch import Tensor, nn
 
 from sar_kd.errors import UsageError
 from sar_kd.models.lora import save_trainable
-from sar_kd.runtime.environment import peak_memory
 from sar_kd.runtime.files import atomic_rename, atomic_write, file_digest, require_disk_space
-from sar_kd.runtime.precision import Precision
 from sar_kd.teacher.base import Teacher
-from sar_kd.training.guards import CAUSES, StepGuard
+from sar_kd.tokenization.token_stream import TokenizedText
 from sar_kd.training.optimizer import parameters_of
 from sar_kd.training.step import StepContext
 from sar_kd.version import RUN_FORMAT
+from sar_kd.training.trainer_state import TrainerState
 
 _FILES = ("student.safetensors", "state.pt", "progress.json")
 
@@ -55,62 +53,13 @@ _UNREADABLE = (
 """What a checkpoint that is damaged may raise while it is loaded."""
 
 
-@dataclass
-class TrainerState:
-    """Where a run stands: what a resumed run needs and no other object holds."""
-
-    step: int = 0
-    """Attempts made"""
-    tokens: int = 0
-    """Target tokens of all attempts"""
-    seconds: float = 0.0
-    """Wall time, all parts of a resumed run together"""
-    train_seconds: float = 0.0
-    """The part of it spent in attempts"""
-    teacher: dict = field(default_factory=dict)
-    """`val_ppl` and `val_bits_per_byte` of the teacher before the first step; empty if there is none"""
-    start: dict = field(default_factory=dict)
-    """Validation metrics of the student before the first step; likewise the last ones, and the best ones"""
-    last: dict = field(default_factory=dict)
-    best: dict = field(default_factory=dict)
-    last_step: int | None = None
-    """The step of the last validation; None in a checkpoint of a version that did not keep it"""
-    best_step: int = 0
-    inputs: dict[str, str] = field(default_factory=dict)
-    """Digests of text, tokenizers and models, as `digest_inputs` gives them"""
-    callbacks: list[dict] = field(default_factory=list)
-    """The state of each callback"""
-
-    def summary(self, status: str, guard: StepGuard, precision: Precision) -> dict:
-        """The run's entries of `summary.json`."""
-        return {
-            "status": status,
-            "steps": self.step,
-            "applied": guard.applied,
-            "skipped": {cause: guard.skipped[cause] for cause in CAUSES},
-            "success_rate": guard.success_rate,
-            "val_ppl_start": self.start["val_ppl"],
-            "val_ppl_final": self.last["val_ppl"],
-            "val_ppl_best": self.best["val_ppl"],
-            "best_step": self.best_step,
-            "val_step_final": self.last_step,
-            "val_loss_final": self.last["val_loss"],
-            "val_bits_per_byte_start": self.start["val_bits_per_byte"],
-            "val_bits_per_byte_final": self.last["val_bits_per_byte"],
-            "val_bits_per_byte_best": self.best["val_bits_per_byte"],
-            **{f"teacher_{name}": value for name, value in self.teacher.items()},
-            "nan_batches_max_consecutive": guard.max_consecutive_nan_batches,
-            "zero_gradient_steps": guard.zero_gradient_steps,
-            "loss_scale_final": precision.loss_scale.item(),
-            "tokens": self.tokens,
-            "tokens_per_second": self.tokens / max(1e-9, self.train_seconds),
-            "train_seconds": self.train_seconds,
-            "peak_memory_bytes": peak_memory(precision.device),
-            "wall_seconds": self.seconds,
-        }
-
-
-def save_student(student: Any, tokenizer, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+def save_student(
+    student: Any,
+    tokenizer,
+    folder: Path,
+    weights: dict[str, Tensor] | None = None,
+    text: TokenizedText | None = None,
+) -> None:
     """Write model and tokenizer into `folder`, so that `from_pretrained(folder)` loads them.
 
     weights: the student's full weights, if it is sharded
@@ -150,10 +99,19 @@ def _complete_generation_config_(model: nn.Module, tokenizer) -> None:
         config.do_sample = True
 
 
-def save_checkpoint(folder: Path, context: StepContext, teacher: Teacher, state: TrainerState, keep: int = 2) -> None:
+def save_checkpoint(
+    folder: Path,
+    context: StepContext,
+    teacher: Teacher,
+    state: TrainerState,
+    keep: int = 2,
+    keeps: Callable[[int], bool] = lambda step: False,
+) -> None:
     """Write the state after `state.step` attempts: weights, optimizer, loss scale, random numbers, counters, and the
-    trainable parameters of the objective and of the teacher's routers. The newest `keep` checkpoints stay. Every rank
-    must call this; rank 0 writes.
+    trainable parameters of the objective and of the teacher's routers. Every rank must call this; rank 0 writes.
+
+    The newest `keep` checkpoints stay, and older ones for whose step `keeps` is true; those of later steps, of before a
+    rewind, do not.
 
     Raises: UsageError if it cannot be written; the older ones are then intact
     """
@@ -164,10 +122,10 @@ def save_checkpoint(folder: Path, context: StepContext, teacher: Teacher, state:
     counters = {"format": RUN_FORMAT, "progress": dataclasses.asdict(state), "guard": context.guard.state_dict()}
 
     def write() -> None:
-    bytearray(_WRITE_BUFFERS)  # MemoryError here, where the writers in Rust would abort the process
-        name = f"step-{state.step:08d}"
+        name = checkpoint_name(state.step)
         _write(folder, name, context.objective.student, weights, tensors, counters)
-        kept = {name, *[older for older in _saved(folder) if older < name][: keep - 1]}
+        older = [other for other in _saved(folder) if _step_of(other) < state.step]
+        kept = {name, *older[: keep - 1], *(other for other in older if keeps(_step_of(other)))}
         for old in folder.iterdir():
             if old.is_dir() and old.name not in kept:
                 shutil.rmtree(old)
@@ -218,6 +176,15 @@ def _num_bytes(state) -> int:
 
 
 def find_checkpoint(folder: Path) -> tuple[Path, list[str]]:
+def checkpoint_name(step: int) -> str:
+    """The folder of the checkpoint after so many steps."""
+    return f"step-{step:08d}"
+
+
+def _step_of(name: str) -> int:
+    return int(name.removeprefix("step-"))
+
+
     """The checkpoint to resume from: the one that `latest` names. Where that file is missing or names none, the newest
     intact one, and a line that says so.
 
@@ -347,7 +314,7 @@ def _saved(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
     found = [path.name for path in folder.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda name: int(name.removeprefix("step-")), reverse=True)
+    return sorted(found, key=_step_of, reverse=True)
 
 
 def _damage(path: Path) -> str | None:
@@ -368,6 +335,5 @@ def _offer(damaged: Path) -> str:
     """The end of the message about a damaged checkpoint: an older one that is intact, if there is one."""
     for name in _saved(damaged.parent):
         if name < damaged.name and _damage(damaged.parent / name) is None:
-            step = int(name.removeprefix("step-"))
-            return f"; {name} is intact: delete {damaged} and --resume continues after step {step}"
+            return f"; {name} is intact: delete {damaged} and --resume continues after step {_step_of(name)}"
     return "; no other one is there: start again with --overwrite"

@@ -21,6 +21,7 @@ from sar_kd.runtime.files import atomic_write, json_safe
 from sar_kd.runtime.precision import Precision
 
 REMEDIES = {
+    "diverged": "the updates were too large for this model: start again with a lower --student_lr",
     "fp16 range": "the weights are finite but float16 cannot hold this model's activations: use --model_dtype float32, "
     "or bfloat16 on a card that has it",
     "weights": "a weight of the student is not finite: start from an intact checkpoint",
@@ -34,6 +35,26 @@ REMEDIES = {
     "lower --student_lr or use --model_dtype float32, and test the card's memory",
 }
 """What to try, by diagnosis."""
+
+_IN_FLOAT32 = {
+    "gradient": "the forward is finite and the gradients are not, in float32: look at the module named here, and lower "
+    "--student_lr",
+    "shards": "a sharded student is not replayed: try the documents named here with --parallel ddp or in one process, "
+    "to see which module it is",
+    "not reproduced": "the replay, without dropout, is finite: it was dropout or the hardware; if it happens again, "
+    "lower --student_lr, and test the card's memory",
+}
+"""What to try in a run that computes in float32 already"""
+
+
+def remedy_of(verdict: str, precision: Precision, student_lr: float = math.nan, max_grad_norm: float = 0.0) -> str:
+    """What to try, with the values of the run and without what it does already. verdict: a key of `REMEDIES`"""
+    text = _IN_FLOAT32.get(verdict, REMEDIES[verdict]) if precision.dtype is torch.float32 else REMEDIES[verdict]
+    if not math.isnan(student_lr):
+        text = text.replace("--student_lr", f"--student_lr (it is {student_lr:g})")
+    if verdict == "diverged" and max_grad_norm > 1.0:
+        text += f", or with --max_grad_norm 1 (it is {max_grad_norm:g})"
+    return text
 
 
 def examine(
@@ -49,18 +70,19 @@ def examine(
     loss   the total loss of a batch; needed to detect a bad loss, and to replay the backward of a bad gradient
     Returns: the verdict (a key of `REMEDIES`), its remedy, whether each replay is finite, the blocks whose logits are
     not, and the first module whose output (for a bad gradient: whose gradient) is not, with dtype, largest input,
-    largest weight and its largest output in float32
+    largest weight and its largest output in float32; and the cross-entropy of the batch in float32, nats per token
     """
     input_ids = batch.to(precision.device).student.input_ids
     was_training = student.training
     student.eval()
     with torch.no_grad():
         logits, first = _replay(student, input_ids, precision.autocast())
-        finite_in_float32 = True
+        logits_float32, finite_in_float32 = logits, True
         if first is not None:
             bad_module = next(module for name, module in student.named_modules() if name == first["name"])
             with _largest_output(bad_module) as outputs:
-                finite_in_float32 = _replay(student, input_ids, contextlib.nullcontext())[1] is None
+                logits_float32, bad_in_float32 = _replay(student, input_ids, contextlib.nullcontext())
+            finite_in_float32 = bad_in_float32 is None
             first["largest_output_float32"] = max(outputs, default=math.nan)
     verdict = _verdict(student, first, finite_in_float32, cause)
     if first is None and loss is not None:
@@ -70,7 +92,9 @@ def examine(
     bad_rows = (~logits.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
     return {
         "verdict": verdict,
-        "remedy": REMEDIES[verdict],
+        "growth": "",
+        "remedy": remedy_of(verdict, precision),
+        "ce_float32": _cross_entropy(logits_float32, batch),
         "finite_in_run_dtype": verdict in ("gradient", "not reproduced", "loss"),
         "finite_in_float32": finite_in_float32,
         "first_bad_module": first,
@@ -78,11 +102,20 @@ def examine(
     }
 
 
-def unexamined(micro_batches: list[Batch], cause: str | None) -> dict:
+def _cross_entropy(logits: Tensor, batch: Batch) -> float:
+    """Nats per target token; nan if there is no target."""
+    targets = batch.to(logits.device).student
+    rows = logits.flatten(0, 1)[targets.positions].float()
+    return nn.functional.cross_entropy(rows, targets.targets).item()
+
+
+def unexamined(micro_batches: list[Batch], cause: str | None, precision: Precision) -> dict:
     """The findings about a sharded student, which is not replayed: every block may be the bad one."""
     return {
         "verdict": "shards",
-        "remedy": REMEDIES["shards"],
+        "growth": "",
+        "remedy": remedy_of("shards", precision),
+        "ce_float32": math.nan,
         "finite_in_run_dtype": cause == "gradient",
         "finite_in_float32": None,
         "first_bad_module": None,

@@ -74,7 +74,7 @@ class ParallelStrategy:
         return torch.nn.utils.get_total_norm(gradients)
 
     def large_grad_norm(self, gradients: list[Tensor]) -> float:
-        """`grad_norm` where float32 cannot hold the sum of squares; inf or nan if a gradient is. A host read.
+        """`grad_norm` where float32 may not hold the sum of squares; inf or nan if a gradient is. A host read.
 
         norm = 2^100 * ||2^-100 * gradients||
         """

@@ -1,29 +1,60 @@
-"""What follows a NaN batch: an explanation in `crash/`, and with `--on_divergence rewind` a second try, once."""
+"""What follows a NaN batch: an explanation in `crash/`, a sound checkpoint that stays, and, once, a second try with
+`--on_divergence rewind`.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
+import torch
 from torch import Tensor
 
 from sar_kd.config.fields import RunConfig
 from sar_kd.data.batch import Batch
 from sar_kd.data.dataset import Dataset
 from sar_kd.training.callbacks import Callback, MicroBatches, StepResult
-from sar_kd.training.nan_forensics import examine, unexamined, write_crash
+from sar_kd.training.checkpoint import checkpoint_name
+from sar_kd.training.nan_forensics import examine, remedy_of, unexamined, write_crash
+from sar_kd.training.optimizer import parameters_of
 from sar_kd.training.step import StepContext, StepReport
 
 _LR_SCALE = 0.5
+
+_NO_STEP = -1
+
+_WEIGHT_GROWTH = 10.0
+"""Weights whose L2 norm is so many times that at the start were changed by updates that are too large"""
+
+_WINDOW = 50
+"""Steps whose losses are remembered"""
+
+
+def has_grown(loss: float, usual: float) -> bool:
+    """Is a loss far above the usual one? Both in nats per token; False if one of them is nan."""
+    return loss > max(1.5 * usual, usual + 2.0)
+
+
+_NOTHING_SEEN = {
+    "saved_step": _NO_STEP, "sound_step": _NO_STEP, "nan_from": 0, "losses": [], "weight_norm": math.inf,
+}  # fmt: skip
 
 
 class Recovery(Callback):
     """Keeps the NaN batches since the last applied step, explains the first one of the run, and rewinds.
 
-    A rewind goes back to the last checkpoint, at half the learning rate and without the documents of the NaN batches.
+    A rewind goes back to the last sound checkpoint, at half the learning rate and without the documents of the NaN
+    batches.
     state  rewound_from    the step at which the run diverged and was rewound; 0 if it was not
            lr_scale        factor on the learning rate since then
            skipped_blocks  blocks that are not read since then
+           saved_step      step of the newest checkpoint; -1 if there is none
+           sound_step      step of the newest sound one: a validation of its weights, or a step from them, was finite
+           nan_from        the first NaN batch since the last step with a finite gradient; 0 if that was the last
+           weight_norm     L2 norm of all trainable weights before the first step
+           losses          cross-entropy of the last steps with a finite gradient, at most 50
     """
 
     def __init__(self, config: RunConfig, train: Dataset, context: StepContext):
@@ -32,9 +63,15 @@ class Recovery(Callback):
         self._rewinds = config.guards.on_divergence == "rewind"
         self._train, self._context, self._process_group = train, context, context.strategy.process_group
         self._nan_steps: list[list[Batch]] = []
-        self.state = {"rewound_from": 0, "lr_scale": 1.0, "skipped_blocks": []}
+        self._config = config
+        self.state = {"rewound_from": 0, "lr_scale": 1.0, "skipped_blocks": []} | _NOTHING_SEEN
+
+    def on_train_begin(self) -> list[str]:
+        self.state["weight_norm"] = self._weight_norm()
+        return []
 
     def on_step_end(self, step: int, report: StepReport, micro_batches: MicroBatches) -> StepResult:
+        self._follow(step, report)
         if report.verdict.cause in ("forward", "gradient"):
             self._nan_steps.append(micro_batches())
             if not self._process_group.broadcast((self.folder / "crash.json").exists()):
@@ -46,27 +83,100 @@ class Recovery(Callback):
     def summary(self) -> dict:
         return {"rewound_from": self.state["rewound_from"]}
 
-    def explain(self, step: int, report: StepReport, outcome: str) -> dict:
-        """Replay the last NaN batch, write `crash/`, and return the findings."""
+    # Checkpoints that stay
+
+    def _follow(self, step: int, report: StepReport) -> None:
+        """What this step shows about the newest checkpoint, and about the loss."""
+        state, loss = self.state, report.ce_loss
+        if report.verdict.cause in (None, "norm"):  # the forward and the gradient are finite
+            state["nan_from"] = 0
+            state["losses"] = [*state["losses"], *([] if loss is None else [loss])][-_WINDOW:]
+            # No update came between the newest checkpoint and the first such step after it: these are its weights.
+            state["sound_step"] = state["saved_step"]
+        elif report.verdict.cause in ("forward", "gradient"):
+            state["nan_from"] = state["nan_from"] or step
+
+    def before_save(self, step: int, is_finite: bool) -> None:
+        """A checkpoint is about to be saved. is_finite: its weights were validated, and the loss was finite"""
+        self.state["saved_step"] = step
+        # A validation computes in float32, and says little about gradients, or about what float16 can hold: there it
+        # counts only where no step follows, or nothing else is known to be sound.
+        is_only_evidence = self.state["sound_step"] == _NO_STEP or step == self._config.train.train_steps
+        proves = is_only_evidence or self._context.precision.dtype is torch.float32
+        if is_finite and proves and not self.state["nan_from"]:
+            self.state["sound_step"] = step
+
+    def keeps(self, step: int) -> bool:
+        """Must the checkpoint of this step stay? The newest sound one must, and while NaN batches come all from before
+        the first of them.
+        """
+        return step == self.state["sound_step"] or step < self.state["nan_from"]
+
+    @property
+    def sound_checkpoint(self) -> Path | None:
+        """The newest checkpoint that is known to be sound; None if there is none."""
+        step = self.state["sound_step"]
+        return None if step == _NO_STEP else self.folder.parent / "checkpoint" / checkpoint_name(step)
+
+    # The explanation
+
+    def explain(self, step: int, report: StepReport, outcome: str, held_out: tuple[float, float] | None = None) -> dict:
+        """Replay the last NaN batch, write `crash/`, and return the findings.
+
+        held_out: loss on held-out text at the start and now, nats per token, if these weights were validated
+        """
         batch, findings = self._examine(self._nan_steps[-1], report.verdict.cause)
+        findings |= self._growth(report, findings, held_out)
+        guards, optim = self._config.guards, self._config.optim
+        student_lr = optim.student_lr * self.state["lr_scale"]
+        findings["remedy"] = remedy_of(findings["verdict"], self._context.precision, student_lr, guards.max_grad_norm)
         record = {"step": step, "cause": report.verdict.cause, "outcome": outcome, **findings}
         record |= {"documents": self._documents_of(findings["bad_blocks"]), "loss_scale": report.loss_scale}
         record |= {name: getattr(report, name) for name in ("loss", "ce_loss", "kd_loss", "grad_norm")}
         self._process_group.on_rank_zero(lambda: write_crash(self.folder, batch, record))
         return record
 
+    def _growth(self, report: StepReport, findings: dict, held_out: tuple[float, float] | None) -> dict:
+        """`growth`: how the loss or the weights grew before the NaN batch, '' if they did not. If they did, the verdict
+        is 'diverged'.
+        """
+        losses, verdict = self.state["losses"], findings["verdict"]
+        if not self._context.guard.applied or verdict == "loss":
+            return {"growth": ""}
+        usual, last = (median(losses), losses[-1]) if losses else (math.nan, math.nan)
+        start, now = held_out or (math.nan, math.nan)
+        for before, after, what in (
+            (usual, last, "in the last step before it"),
+            (usual, math.nan if report.ce_loss is None else report.ce_loss, "in this step"),
+            (usual, findings["ce_float32"], "in this step, computed in float32"),
+            (start, now, "on held-out text"),
+        ):
+            if has_grown(after, before):
+                text = f"The loss grew from {before:.4g} to {after:.4g} nats per token {what}."
+                return {"growth": text, "verdict": "diverged"}
+        norm, norm_at_start = self._weight_norm(), self.state["weight_norm"]
+        if not norm <= _WEIGHT_GROWTH * norm_at_start:
+            text = f"The updates have made the weights grow: L2 norm {norm_at_start:.4g} at the start, {norm:.4g} now."
+            return {"growth": text, "verdict": "diverged"}
+        return {"growth": ""}
+
+    def _weight_norm(self) -> float:
+        weights = [parameter.detach() for parameter in parameters_of(self._context.optimizer)]
+        return self._context.strategy.grad_norm(weights).item()
+
     def summary_line(self, record: dict) -> str:
         """Cause, module, remedy, and the path of the page, in one line."""
         module = record["first_bad_module"]
         where = f" First module that is not finite: {module['name']} ({module['output_dtype']})." if module else ""
         cause = f"(cause: {record['cause']}, {record['verdict']})"
+        where = f" {record['growth']}" if record["growth"] else where
         return f"{cause}.{where} What to try: {record['remedy']}. Details: {self.folder / 'crash.md'}"
 
     def _examine(self, micro_batches: list[Batch], cause: str | None) -> tuple[Batch, dict]:
         """The first micro-batch that is not finite when replayed (the last, if none is), and the findings about it."""
         context = self._context
         if context.strategy.is_sharded:
-            return micro_batches[-1], unexamined(micro_batches, cause)
+            return micro_batches[-1], unexamined(micro_batches, cause, context.precision)
         for batch in micro_batches:
             findings = examine(context.objective.student, batch, context.precision, cause, self._total_loss)
             if findings["verdict"] != "not reproduced" and (cause != "gradient" or findings["first_bad_module"]):
@@ -83,15 +193,19 @@ class Recovery(Callback):
 
     @property
     def can_rewind(self) -> bool:
-        """May the run still go back to its last checkpoint?"""
+        """May the run still go back to its last sound checkpoint?"""
         return self._rewinds and not self.state["rewound_from"]
 
-    def rewind(self, step: int, report: StepReport, load: Callable[[], int]) -> dict:
-        """Go back, once; returns the record of it for the log. load: loads the last checkpoint, returns its step"""
-        documents = self.explain(step, report, "The run went back to its last checkpoint, once.")["documents"]
+    def rewind(self, step: int, report: StepReport, load: Callable[[Path | None], int]) -> dict:
+        """Go back, once; returns the record of it for the log.
+
+        load: loads a checkpoint, the last one if None is given, and returns its step
+        """
+        documents = self.explain(step, report, "The run went back to its last sound checkpoint, once.")["documents"]
         skipped_blocks = self._blocks_to_skip(report.verdict.cause)
-        last_step = load()
-        self.state = {"rewound_from": step, "lr_scale": _LR_SCALE, "skipped_blocks": skipped_blocks}
+        last_step = load(self.sound_checkpoint)
+        self.state |= {"rewound_from": step, "lr_scale": _LR_SCALE, "skipped_blocks": skipped_blocks}
+        self.state |= {"saved_step": last_step, "sound_step": last_step, "nan_from": 0}
         return {"step": last_step, "rewound_from": step, "skipped_blocks": skipped_blocks, "documents": documents}
 
     def _blocks_to_skip(self, cause: str | None) -> list[int]:

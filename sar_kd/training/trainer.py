@@ -25,13 +25,7 @@ from sar_kd.runtime.signals import StopRequest
 from sar_kd.teacher.base import Teacher
 from sar_kd.training.batch_loader import BatchLoader
 from sar_kd.training.callbacks import Callback, MicroBatches
-from sar_kd.training.checkpoint import (
-    TrainerState,
-    find_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-    save_student,
-)
+from sar_kd.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint, save_student
 from sar_kd.training.guards import nothing_applied, skips_in_words, verdict_messages
 from sar_kd.training.on_policy import OnPolicy
 from sar_kd.training.optimizer import learning_rate_at, set_learning_rate_
@@ -39,7 +33,7 @@ from sar_kd.training.recovery import Recovery
 from sar_kd.training.run_inputs import check_inputs
 from sar_kd.training.step import StepContext, StepReport, train_step
 
-
+from sar_kd.training.trainer_state import TrainerState
 _WHILE_TRAINING = (
     "the step under way is finished and a checkpoint saved; once more ends the run at once, without saving"
 )
@@ -294,28 +288,29 @@ class Trainer:
     def _stop_diverged(self, report: StepReport) -> None:
         """Emergency stop, behind a validation: save the weights as they are, explain the NaN, and raise."""
         count = self.context.guard.consecutive_nan_batches
-        outcome = f"The run was stopped after {count} NaN batches in a row. {self._weights_in_words()}"
+        outcome = f"The run was stopped after {count} NaN batches in a row.\n{self._weights_in_words()}"
         held_out = self.state.start["val_loss"], self.state.last["val_loss"]
         record = self.recovery.explain(self.state.step, report, outcome, held_out)
         self._stop(f"emergency stop after {count} consecutive NaN batches {self.recovery.summary_line(record)}")
 
     def _weights_in_words(self) -> str:
-        """Are the weights at this emergency stop good ones, by the validation just made; if not, where are some?"""
+        """What the validation at an emergency stop shows about its weights, and where better ones are."""
         start, last, best = (getattr(self.state, name)["val_bits_per_byte"] for name in ("start", "last", "best"))
         if math.isfinite(last) and not last > start:
-            return f"Its weights are the last good ones ({last:.4f} bits per byte on held-out text)."
-        found = f"{last:,.4f} bits per byte" if math.isfinite(last) else "no finite loss"
-        text = (
-            f"Its last weights are not good: {found} on held-out text, {start:.4f} bits per byte at the start. "
-            f"`student/` holds the best student, that of step {self.state.best_step} ({best:.4f})."
-        )
+            text = f"Its weights are the last good ones: {last:.4f} bits per byte on held-out text, in float32."
+        else:
+            found = f"{last:,.4f} bits per byte" if math.isfinite(last) else "no finite loss"
+            text = f"Its last weights are not good: {found} on held-out text, in float32."
+        if math.isfinite(best):
+            step = self.state.best_step
+            text += f"\n`student/` holds the best student, that of step {step} ({best:.4f} bits per byte)."
         sound = self.recovery.sound_checkpoint
-        if sound is None:
-            return f"{text} No checkpoint was saved before them."
-        return (
-            f"{text} `checkpoint/{sound.name}` is the last one after which a step or a validation was finite; "
-            "--resume --on_divergence rewind goes back to it once, at half the learning rate."
-        )
+        if sound is not None:
+            text += (
+                f"\n`checkpoint/{sound.name}` is the last one after which a step or a validation was finite;\n"
+                "--resume --on_divergence rewind goes back to it once, at half the learning rate."
+            )
+        return text
 
     def _stop(self, message: str) -> None:
         self._save()

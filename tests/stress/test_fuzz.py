@@ -28,10 +28,11 @@ from sar_kd.data.dataset import build_dataset
 from sar_kd.data.sources import load_documents
 from sar_kd.reporting.run_log import open_run
 from sar_kd.runtime.precision import Precision
-from sar_kd.training.checkpoint import TrainerState, find_checkpoint, load_checkpoint, save_checkpoint
+from sar_kd.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from sar_kd.training.guards import StepGuard
 from sar_kd.training.optimizer import build_optimizer, learning_rate_at
 from sar_kd.training.step import StepContext
+from sar_kd.training.trainer_state import TrainerState
 from tests.stress.test_faults import SCRIPT
 
 COUNTS = {"flags": 4000, "texts": 3000, "checkpoints": 2000, "configs": 600, "folders": 400}

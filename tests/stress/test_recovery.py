@@ -20,12 +20,13 @@ from sar_kd.errors import TrainingDiverged, UsageError
 from sar_kd.losses.objective import Objective
 from sar_kd.models.loading import Models
 from sar_kd.reporting.run_log import open_run
-from sar_kd.runtime.precision import setup_precision
+from sar_kd.runtime.precision import Precision, setup_precision
 from sar_kd.teacher.live import LiveTeacher
 from sar_kd.training import trainer as trainer_module
 from sar_kd.training.guards import StepGuard
-from sar_kd.training.nan_forensics import crash_page, examine
+from sar_kd.training.nan_forensics import REMEDIES, crash_page, examine, remedy_of
 from sar_kd.training.optimizer import build_optimizer, learning_rate_at
+from sar_kd.training.recovery import has_grown
 from sar_kd.training.step import StepContext
 from sar_kd.training.trainer import Datasets, Trainer
 from tests.stress.harness import break_on_token, token_of
@@ -234,6 +235,155 @@ def test_a_nan_that_the_replay_does_not_reproduce_is_reported_as_such(make_run):
     assert (found["verdict"], found["first_bad_module"]) == ("not reproduced", None)
 
 
+# Divergence by a learning rate that is too high
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_rate_that_is_too_high_is_named_as_the_cause_with_its_value(make_trainer, tmp_path, dtype):
+    trainer = make_trainer("--student_lr", 1e4, "--model_dtype", dtype, "--warmup_steps", 0, steps=40)
+    trainer.models.teacher.to(trainer.context.precision.dtype)
+    with pytest.raises(TrainingDiverged, match="lower --student_lr"):
+        trainer.run()
+    crash = _json(tmp_path / "run" / "crash" / "crash.json")
+    assert crash["verdict"] == "diverged"
+    assert "--student_lr (it is 10000)" in crash["remedy"]
+    assert "float32" not in crash["remedy"]
+    assert "--max_grad_norm" not in crash["remedy"]  # 0.5 is in force
+    text = (tmp_path / "run" / "crash" / "crash.md").read_text()
+    assert "grew" in crash["growth"] or "grow:" in crash["growth"]
+    assert crash["growth"] in text
+
+
+def test_a_clip_that_is_hardly_one_is_named_with_its_value(make_run):
+    precision = make_run().precision
+    assert "--max_grad_norm 1 (it is 50)" in remedy_of("diverged", precision, 1.0, 50.0)
+    assert "--max_grad_norm" not in remedy_of("diverged", precision, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("verdict", REMEDIES)
+def test_a_run_in_float32_is_never_advised_to_compute_in_float32(verdict):
+    precision = Precision(torch.device("cpu"), torch.float32, 1.0)
+    assert verdict == "fp16 range" or "--model_dtype float32" not in remedy_of(verdict, precision, 1e-3)
+
+
+def test_documents_that_are_not_finite_are_no_divergence(make_trainer, tmp_path):
+    trainer = make_trainer(steps=24)
+    _break_blocks(trainer, [blocks[0] for blocks in _steps_blocks(trainer, range(5, 15))])
+    with pytest.raises(TrainingDiverged):
+        trainer.run()
+    crash = _json(tmp_path / "run" / "crash" / "crash.json")
+    assert (crash["verdict"], crash["growth"]) == ("weights or data", "")
+
+
+@pytest.mark.parametrize(
+    ("loss", "usual", "grown"),
+    [(77883.0, 4.39, True), (10.8, 4.39, True), (6.2, 4.39, False), (2.5, 1.0, False), (3.1, 1.0, True),
+     (math.nan, 4.39, False), (4.39, math.nan, False), (math.inf, 4.39, True)],
+)  # fmt: skip
+def test_a_loss_has_grown_if_it_is_half_as_high_again_and_two_nats_higher(loss, usual, grown):
+    assert has_grown(loss, usual) == grown
+
+
+# Checkpoints that stay
+
+
+def _spoil_weights_at(trainer, step):
+    """The update of this step gives weights whose forward is not finite in float16."""
+
+    def spoil(*_):
+        if trainer.state.step + 1 == step:
+            trainer.models.student.model.layers[0].mlp.down_proj.weight.data.mul_(1e9)
+
+    trainer.context.optimizer.register_step_post_hook(spoil)
+
+
+def _checkpoints(folder) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (folder / "checkpoint").glob("step-*"))
+
+
+def test_the_last_sound_checkpoint_is_not_rotated_away(make_trainer, tmp_path):
+    trainer = make_trainer("--keep_checkpoints", 2, steps=60)
+    _spoil_weights_at(trainer, 7)
+    with pytest.raises(TrainingDiverged):
+        trainer.run()
+    assert trainer.state.step == 17
+    assert _checkpoints(tmp_path / "run") == [4, 6, 16, 17]
+    saved = safetensors.torch.load_file(tmp_path / "run" / "checkpoint" / "step-00000006" / "student.safetensors")
+    assert saved["model.layers.0.mlp.down_proj.weight"].abs().max() < 65504
+    page = (tmp_path / "run" / "crash" / "crash.md").read_text()
+    assert "`checkpoint/step-00000006` is the last one after which a step or a validation was finite" in page
+
+
+def test_a_sound_checkpoint_goes_when_a_newer_one_is_sound(make_trainer, tmp_path):
+    make_trainer("--keep_checkpoints", 1, steps=12).run()
+    assert _checkpoints(tmp_path / "run") == [12]
+
+
+def test_a_checkpoint_is_sound_after_a_finite_validation(make_trainer):
+    trainer = make_trainer("--eval_steps", 4, "--model_dtype", "float32", steps=8)
+    trainer.models.teacher.float()
+    sound = []
+    save = trainer._save
+    trainer._save = lambda: (save(), sound.append((trainer.state.step, trainer.recovery.state["sound_step"])))
+    trainer.run()
+    assert sound == [(2, -1), (4, 4), (6, 4), (8, 8)]
+
+
+def test_in_float16_a_validation_does_not_stand_for_a_step_that_follows(make_trainer, tmp_path):
+    trainer = make_trainer("--eval_steps", 2, "--keep_checkpoints", 1, steps=60)
+    _spoil_weights_at(trainer, 8)  # the validation of step 8 is in float32, and finite
+    with pytest.raises(TrainingDiverged):
+        trainer.run()
+    assert _checkpoints(tmp_path / "run") == [6, 8, 18]
+    assert trainer.recovery.state["sound_step"] == 6
+
+
+def test_a_rewind_goes_to_the_last_sound_checkpoint_although_newer_ones_were_saved(make_trainer, tmp_path):
+    trainer = make_trainer("--on_divergence", "rewind", "--keep_checkpoints", 1, steps=24)
+    _spoil_weights_at(trainer, 7)
+    rewind = trainer._rewind
+
+    def spoil_once(report):
+        rewind(report)
+        trainer.context.optimizer._optimizer_step_post_hooks.clear()
+
+    trainer._rewind = spoil_once
+    assert trainer.run()["status"] == "finished"
+    (record,) = _metrics(tmp_path / "run", "rewind")
+    assert (record["step"], record["rewound_from"]) == (6, 17)
+    assert _checkpoints(tmp_path / "run") == [24]
+
+
+def test_a_stopped_run_can_be_resumed_with_a_rewind_to_its_last_sound_checkpoint(make_trainer, tmp_path):
+    trainer = make_trainer(steps=24)
+    _spoil_weights_at(trainer, 7)
+    with pytest.raises(TrainingDiverged):
+        trainer.run()
+    assert make_trainer("--resume", "--on_divergence", "rewind", steps=24).run()["status"] == "finished"
+    (record,) = _metrics(tmp_path / "run", "rewind")
+    assert record["step"] == 6
+
+
+def test_a_run_without_an_applied_update_is_no_success(make_trainer, tmp_path):
+    trainer = make_trainer("--skip_rule", "fixed", "--skip_grad_norm", 1e-9)
+    with pytest.raises(TrainingDiverged, match=r"no update was applied \(12 of 12 steps .* --skip_rule adaptive"):
+        trainer.run()
+    summary = _json(tmp_path / "run" / "summary.json")
+    assert (summary["status"], summary["applied"], summary["skipped"]["norm"]) == ("emergency_stop", 0, 12)
+
+
+def test_the_first_skip_for_a_norm_is_shown_and_all_are_counted_in_words_at_the_end(make_trainer, capsys):
+    trainer = make_trainer("--skip_rule", "fixed")
+    scale = [1.0]
+    for parameter in trainer.models.student.parameters():
+        parameter.register_hook(lambda gradient: gradient * scale[0])
+    trainer.context.optimizer.register_step_post_hook(lambda *_: scale.__setitem__(0, 1e3))
+    trainer.run()
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("skipped (norm), its gradient norm" in line for line in lines) == 1
+    assert "11 of 12 steps were skipped: 11 for a gradient norm above the limit" in lines
+
+
 # The rewind
 
 
@@ -279,16 +429,16 @@ def test_a_rewound_run_goes_back_once_at_half_the_rate_without_the_bad_documents
     summary = run.trainer.run()
     assert (summary["status"], summary["steps"], summary["rewound_from"]) == ("finished", 24, 15)
     (rewind,) = _metrics(run.folder, "rewind")
-    assert (rewind["step"], rewind["rewound_from"]) == (14, 15)
+    assert (rewind["step"], rewind["rewound_from"]) == (4, 15)  # those of steps 6 to 14 were never seen to be sound
     assert set(bad) <= set(rewind["skipped_blocks"])
     assert not set(rewind["skipped_blocks"]).intersection(*run.seen[15:])
     assert not any(set(rewind["skipped_blocks"]) & set(blocks) for blocks in run.seen[15:])
     rates = {record["step"]: record["learning_rate"] for record in _metrics(run.folder, "step")}
     assert sorted(rates) == list(range(1, 25))
     optim = run.trainer.config.optim
-    assert rates[14] == learning_rate_at(13, 24, optim, optim.student_lr)
-    assert rates[15] == 0.5 * learning_rate_at(14, 24, optim, optim.student_lr)
-    assert "went back to its last checkpoint" in (run.folder / "crash" / "crash.md").read_text()
+    assert rates[4] == learning_rate_at(3, 24, optim, optim.student_lr)
+    assert rates[5] == 0.5 * learning_rate_at(4, 24, optim, optim.student_lr)
+    assert "went back to its last sound checkpoint" in (run.folder / "crash" / "crash.md").read_text()
     assert _student_is_finite(run.folder / "student")
 
 
