@@ -28,11 +28,10 @@ from sar_kd.errors import UsageError
 from sar_kd.models.lora import save_trainable
 from sar_kd.runtime.files import atomic_rename, atomic_write, file_digest, require_disk_space
 from sar_kd.teacher.base import Teacher
-from sar_kd.tokenization.token_stream import TokenizedText
 from sar_kd.training.optimizer import parameters_of
 from sar_kd.training.step import StepContext
-from sar_kd.version import RUN_FORMAT
 from sar_kd.training.trainer_state import TrainerState
+from sar_kd.version import RUN_FORMAT
 
 _FILES = ("student.safetensors", "state.pt", "progress.json")
 
@@ -53,13 +52,7 @@ _UNREADABLE = (
 """What a checkpoint that is damaged may raise while it is loaded."""
 
 
-def save_student(
-    student: Any,
-    tokenizer,
-    folder: Path,
-    weights: dict[str, Tensor] | None = None,
-    text: TokenizedText | None = None,
-) -> None:
+def save_student(student: Any, tokenizer, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
     """Write model and tokenizer into `folder`, so that `from_pretrained(folder)` loads them.
 
     weights: the student's full weights, if it is sharded
@@ -122,6 +115,7 @@ def save_checkpoint(
     counters = {"format": RUN_FORMAT, "progress": dataclasses.asdict(state), "guard": context.guard.state_dict()}
 
     def write() -> None:
+    bytearray(_WRITE_BUFFERS)  # MemoryError here, where the writers in Rust would abort the process
         name = checkpoint_name(state.step)
         _write(folder, name, context.objective.student, weights, tensors, counters)
         older = [other for other in _saved(folder) if _step_of(other) < state.step]
@@ -167,15 +161,6 @@ def _writing(partial: Path, run: Path, num_bytes: int, what: str) -> Iterator[No
         ) from None
 
 
-def _num_bytes(state) -> int:
-    """Bytes of the tensors in a nest of dicts and lists."""
-    if isinstance(state, torch.Tensor):
-        return state.numel() * state.element_size()
-    parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
-    return sum(_num_bytes(part) for part in parts)
-
-
-def find_checkpoint(folder: Path) -> tuple[Path, list[str]]:
 def checkpoint_name(step: int) -> str:
     """The folder of the checkpoint after so many steps."""
     return f"step-{step:08d}"
@@ -185,6 +170,15 @@ def _step_of(name: str) -> int:
     return int(name.removeprefix("step-"))
 
 
+def _num_bytes(state) -> int:
+    """Bytes of the tensors in a nest of dicts and lists."""
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size()
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return sum(_num_bytes(part) for part in parts)
+
+
+def find_checkpoint(folder: Path) -> tuple[Path, list[str]]:
     """The checkpoint to resume from: the one that `latest` names. Where that file is missing or names none, the newest
     intact one, and a line that says so.
 
