@@ -115,7 +115,6 @@ def save_checkpoint(
     counters = {"format": RUN_FORMAT, "progress": dataclasses.asdict(state), "guard": context.guard.state_dict()}
 
     def write() -> None:
-    bytearray(_WRITE_BUFFERS)  # MemoryError here, where the writers in Rust would abort the process
         name = checkpoint_name(state.step)
         _write(folder, name, context.objective.student, weights, tensors, counters)
         older = [other for other in _saved(folder) if _step_of(other) < state.step]
@@ -150,6 +149,7 @@ def _writing(partial: Path, run: Path, num_bytes: int, what: str) -> Iterator[No
     """Check the disk space first; turn the error of a full or broken disk into one line, and delete `partial`."""
     shutil.rmtree(partial, ignore_errors=True)
     require_disk_space(run, num_bytes, what)
+    bytearray(_WRITE_BUFFERS)  # MemoryError here, where the writers in Rust would abort the process
     try:
         yield
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
