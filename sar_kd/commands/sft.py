@@ -74,7 +74,10 @@ def _run(config: SftConfig, loaded: LoadedModels, listeners: Sequence[Observer],
     models = models.with_student(add_adapter(models.student, config.lora))
     limits = models.block_limits(config.data.block_size)
     tokens = TokenCache(config.data.token_cache)
-    train, validation = (build_dataset(text, models.tokenizers, *limits, tokens) for text in documents)
+    train, validation = (
+        build_dataset(text, models.tokenizers, *limits, tokens, option=option)
+        for text, option in zip(documents, config.data.text_options(), strict=True)
+    )
     config = config.in_steps(len(train))  # epochs to steps
     for line in (*models.notes, describe_trainable(models.student), *check_targets(train, config.data)):
         log.info(line)

@@ -66,8 +66,8 @@ def _run(config: Config, loaded: LoadedModels, listeners: Sequence[Observer], gr
     logits = cache.texts(documents, models.tokenizers.teacher) if cache else (None, None)
     tokens, workspace_mb = TokenCache(config.data.token_cache), config.loss.loss_workspace_mb
     train, validation = (
-        build_dataset(text, models.tokenizers, *limits, tokens, cached, workspace_mb)
-        for text, cached in zip(documents, logits, strict=True)
+        build_dataset(text, models.tokenizers, *limits, tokens, cached, workspace_mb, option)
+        for text, cached, option in zip(documents, logits, config.data.text_options(), strict=True)
     )
 
     objective = Objective(models.teacher, models.student, config.loss, train.aligner, precision, models.offload)

@@ -66,6 +66,13 @@ class DataConfig(Section):
         "", "folder that stores the tokens of a large text; by default sar_kd in the user's cache folder; 'off': none"
     )
 
+    def text_options(self) -> tuple[str, str]:
+        """The options, with their values, that name the training and the held-out text."""
+        train, validation = " ".join(self.train_file), " ".join(self.validation_file)
+        given = f"--dataset_name {self.dataset_name}" if self.dataset_name else f"--train_file {train}".strip()
+        given = f"--task {self.task}" if self.task else given
+        return given, f"--validation_file {validation}" if validation else given
+
     def describe(self) -> str:
         """The text in a few words."""
         if self.task:

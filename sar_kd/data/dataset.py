@@ -60,16 +60,17 @@ def build_dataset(
     token_cache: TokenCache | None = None,
     cached_logits: CachedLogits | None = None,
     loss_workspace_mb: int | None = None,
+    option: str = "--train_file",
 ) -> Dataset:
     """Documents to token streams to blocks to a dataset.
 
     max_student, max_teacher: most tokens of a block, start token included
     token_cache: for the tokens of a large text; cached_logits: the teacher's, of this text
-    loss_workspace_mb: as `Dataset`
+    loss_workspace_mb: as `Dataset`; option: that names the text, for an error
     Raises: UsageError as `tokenize` and `pack`
     """
     limits = max_student - 1, max_teacher - 1
-    text = tokenize(documents, pair, limits, token_cache)
+    text = tokenize(documents, pair, limits, token_cache, option)
     records = cached_logits.lookup(text) if cached_logits else None
     blocks = pack(text, *limits, records.block_ends() if records else None)
     return Dataset(text, blocks, pair, records, loss_workspace_mb)

@@ -18,6 +18,7 @@ import numpy as np
 from sar_kd.data.chat import ChatTemplate, chat_templates, num_tokens, render, truncate_conversation
 from sar_kd.data.column_store import Column, ColumnStore, strings_of
 from sar_kd.data.samples import Conversation, Sample
+from sar_kd.data.skipped import TOO_LONG, unusable
 from sar_kd.data.sources import Documents, StreamedDocuments
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.errors import UsageError
@@ -54,11 +55,13 @@ def tokenize(
     pair: TokenizerPair,
     limits: tuple[int, int] | None = None,
     cache: TokenCache | None = None,
+    option: str = "--train_file",
 ) -> TokenizedText:
     """Encode all documents with both tokenizers, plain documents before conversations.
 
     limits: most tokens of a conversation for student and teacher, start token excluded; None for no limit
     cache: for the tokens of a large text; None: all of it stays in memory
+    option: that names the text, for an error
     Raises: UsageError if a tokenizer changes too much of the text, or no document is left
     """
 
@@ -76,9 +79,7 @@ def tokenize(
         strings_of(columns, name) for name in ("names", "skipped_documents", "truncated", "dropped_answers")
     )
     if not len(names):
-        shown = ", ".join(skipped[:3])
-        remedy = "; raise --block_size" if any("within a block" in name for name in skipped) else ""
-        raise UsageError(f"--train_file: no document holds text that both tokenizers can represent ({shown}){remedy}")
+        raise unusable(option, skipped, len(skipped))
     streams = [_stream(columns, side, pair) for side in _SIDES if f"{side}_ids" in columns]
     return TokenizedText(
         student=streams[0],
@@ -164,7 +165,7 @@ class _TextWriter:
         self.truncated = store.add_strings("truncated")
         self.dropped_answers = store.add_strings("dropped_answers")
         self._stop_ids: list[set[int]] = [set() for _ in self.streams]
-        """By stream, the special tokens that end an answer, and those that a template writes inside one"""
+        """By stream, the special tokens that end a document or an answer, and those that stand inside an answer"""
         self._inner_ids: list[set[int]] = [set() for _ in self.streams]
         self.num_bytes = self.dropped_tokens = self.changed_bytes = 0
         self.without_template: tuple[str, ...] = ()
@@ -236,7 +237,9 @@ class _TextWriter:
                 spans = [Span(start, TEMPLATE)] if start else []
                 spans.append(Span(own, RESPONSE, bool(dummy), is_text))
                 if piece.is_last:
-                    spans.append(Span([(self.pair.student_end, self.pair.teacher_end)[side]], STOP))
+                    end = (self.pair.student_end, self.pair.teacher_end)[side]
+                    spans.append(Span([end], STOP))
+                    self._stop_ids[side].add(end)
                 self._pending[side].append(spans)
             self._pending_names.append(piece.document if piece.is_first else None)
             self.num_bytes += num_bytes
@@ -295,7 +298,7 @@ class _TextWriter:
         for name, *whole in zip(rendered.names, *rendered.sides, strict=True):
             kept = truncate_conversation(whole, rendered.tables, self.limits) if self.limits else whole
             if kept is None:
-                skipped.append(f"{name} (no response begins within a block)")
+                skipped.append(f"{name} ({TOO_LONG})")
                 continue
             for number, spans in enumerate(kept):
                 sides[number].append(spans)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from sar_kd.alignment.byte_alignment import find_boundaries, find_chunks
 from sar_kd.data.dataset import Dataset
-from sar_kd.runtime.console import count_of, first_few
+from sar_kd.runtime.console import count_of
 from sar_kd.tokenization.token_table import TokenTable
 
 _MAX_TOKENS = 2**18
@@ -82,16 +81,6 @@ class Coverage:
             "tokens that overlap",
             f"--alignment auto: {self.auto_alignment}",
         ]
-
-
-def skipped_lines(documents: Sequence[str]) -> list[str]:
-    """A line about documents that are empty or that a tokenizer changes, if there are any."""
-    reason = (
-        "that is empty or that a tokenizer changes"
-        if len(documents) == 1
-        else ("that are empty or that a tokenizer changes")
-    )
-    return [f"Skipped {count_of(len(documents), 'document')} {reason}: {first_few(documents)}"] if documents else []
 
 
 def measure_coverage(dataset: Dataset) -> Coverage:

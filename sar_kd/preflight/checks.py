@@ -19,9 +19,10 @@ from sar_kd.config.sections import EMBEDDED
 from sar_kd.data.dataset import Dataset, build_dataset
 from sar_kd.data.file_checks import check_first_lines
 from sar_kd.data.samples import Sample
+from sar_kd.data.skipped import by_reason, skipped_lines
 from sar_kd.data.sources import Documents, load_documents
 from sar_kd.errors import UsageError
-from sar_kd.evaluation.tokenizer_coverage import measure_coverage, skipped_lines
+from sar_kd.evaluation.tokenizer_coverage import measure_coverage
 from sar_kd.models.loading import (
     NO_LOADED_MODELS,
     LoadedModels,
@@ -314,6 +315,10 @@ def describe_text(train: Dataset, validation: Dataset, name: str) -> tuple[list[
             f"Cut short {count_of(len(truncated), 'conversation')} that exceed a block, by {count_of(lost, 'token')}: "
             f"{first_few(truncated)}"
         )
+    dropped = [*train.text.dropped_answers, *validation.text.dropped_answers]
+    for reason, names in by_reason(dropped).items():
+        shown = first_few(list(dict.fromkeys(names)))
+        lines.append(f"Not learned: {count_of(len(names), 'answer')}, {reason}: {shown}")
     return lines + skipped_lines([*train.text.skipped_documents, *validation.text.skipped_documents]), details
 
 

@@ -158,7 +158,7 @@ class TokenizedText:
     dropped_answers: Sequence[str] = ()
     """For each answer that is not predicted because a chat template drops a part of it, its document and whose."""
     stop_ids: tuple[tuple[int, ...], ...] = ((),)
-    """By stream, the tokens that end an answer of a conversation, and stand inside none."""
+    """By stream, the tokens that end a document or an answer of a conversation, and stand inside none."""
     inner_ids: tuple[tuple[int, ...], ...] = ((),)
     """By stream, the special tokens that a chat template writes inside answers, where they end none."""
 

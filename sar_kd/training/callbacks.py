@@ -11,8 +11,8 @@ from sar_kd.config.sections import DataConfig
 from sar_kd.data import unit_questions
 from sar_kd.data.batch import Batch
 from sar_kd.data.dataset import Dataset, build_dataset
+from sar_kd.data.skipped import TOO_LONG, by_reason, unusable
 from sar_kd.data.unit_questions import task_questions
-from sar_kd.errors import UsageError
 from sar_kd.evaluation.question_answering import answer_questions
 from sar_kd.models.loading import Models, load_for_generation
 from sar_kd.runtime.console import first_few
@@ -85,8 +85,9 @@ def check_targets(train: Dataset, data: DataConfig) -> list[str]:
     """
     skipped, used = train.text.skipped_documents, len(train.text.names)
     if len(skipped) > _MAX_WITHOUT_TARGETS * (len(skipped) + used):
-        count = f"{len(skipped)} of {len(skipped) + used} documents cannot be used ({first_few(skipped)})"
-        raise UsageError(f"--block_size {data.block_size}: {count}: {_NO_TARGETS}")
+        too_long = next(iter(by_reason(skipped))) == TOO_LONG
+        option = f"--block_size {data.block_size}" if too_long else data.text_options()[0]
+        raise unusable(option, skipped, len(skipped) + used)
     plain = used - len(train.text.conversations)
     return [f"{plain} of {used} documents are plain text: all of it is learned, not an answer only"] if plain else []
 

@@ -24,10 +24,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from sar_kd.data.chat import DEFAULT_TEMPLATE
 from sar_kd.errors import UsageError
 from sar_kd.models.lora import save_trainable
 from sar_kd.runtime.files import atomic_rename, atomic_write, file_digest, require_disk_space
 from sar_kd.teacher.base import Teacher
+from sar_kd.tokenization.token_stream import TokenizedText
 from sar_kd.training.optimizer import parameters_of
 from sar_kd.training.step import StepContext
 from sar_kd.training.trainer_state import TrainerState
@@ -39,9 +41,9 @@ _DIGESTS = "digests.json"
 
 _OWNERS = ("optimizer", "precision", "objective")
 """Parts of a `StepContext` whose state dict is saved in state.pt; the guard's is in progress.json."""
+
 _WRITE_BUFFERS = 2**24
 """Bytes of memory that the writers of weights and tokenizers need at most for themselves"""
-
 
 _NAME = re.compile(r"step-\d{8,}")
 
@@ -52,20 +54,29 @@ _UNREADABLE = (
 """What a checkpoint that is damaged may raise while it is loaded."""
 
 
-def save_student(student: Any, tokenizer, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+def save_student(
+    student: Any,
+    tokenizer,
+    folder: Path,
+    weights: dict[str, Tensor] | None = None,
+    text: TokenizedText | None = None,
+) -> None:
     """Write model and tokenizer into `folder`, so that `from_pretrained(folder)` loads them.
 
     weights: the student's full weights, if it is sharded
+    text: that it was trained on, of which its stop tokens and the default chat template are saved with it
 
     The files are written aside and moved in one by one. Between two saves of a run only the weights differ, so a
     reader finds the old student or the new one.
     Raises: UsageError if they cannot be written; the old student is then intact
     """
-    _complete_generation_config_(student, tokenizer)
+    _complete_generation_config_(student, tokenizer, text.stop_ids[0] if text else ())
     partial = folder.with_name(f".{folder.name}.partial")
     with _writing(partial, folder.parent, _num_bytes(student.state_dict()), "the student"):
         student.save_pretrained(partial, state_dict=weights)
         tokenizer.save_pretrained(partial)
+        if text and "student" in text.without_template:
+            (partial / "chat_template.jinja").write_text(DEFAULT_TEMPLATE, encoding="utf-8")
         for path in sorted(path for path in partial.rglob("*") if path.is_file()):
             target = folder / path.relative_to(partial)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -73,17 +84,21 @@ def save_student(student: Any, tokenizer, folder: Path, weights: dict[str, Tenso
     shutil.rmtree(partial)
 
 
-def _complete_generation_config_(model: nn.Module, tokenizer) -> None:
+def _complete_generation_config_(model: nn.Module, tokenizer, stop_ids: tuple[int, ...]) -> None:
     """Make the model's generation config one that can be saved and that `generate` accepts without a warning.
 
     A published one may have a temperature without `do_sample`, which is refused when saved, and may lack the
-    end-of-text token, which the tokenizer knows.
+    end-of-text token, which the tokenizer knows. stop_ids: further tokens that the model has learned to stop with
     """
     config: Any = getattr(model, "generation_config", None)
     if config is None:
         return
     if config.eos_token_id is None:
         config.eos_token_id = tokenizer.eos_token_id
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ends = list(dict.fromkeys([*(end for end in ends if end is not None), *stop_ids]))
+    if len(ends) > 1:
+        config.eos_token_id = ends
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     try:

@@ -247,7 +247,7 @@ class Trainer:
 
         def save() -> None:
             for name, model in models_to_save(self.models.student, self.context.precision).items():
-                save_student(model, tokenizer, self.folder / name, weights)
+                save_student(model, tokenizer, self.folder / name, weights, self.train.text)
 
         self.process_group.on_rank_zero(save)
 

@@ -570,7 +570,7 @@ def test_a_template_that_does_not_keep_the_messages_is_refused_with_the_reason(t
     broken = copy.deepcopy(tokenizers["chatml"])
     broken.chat_template = BROKEN[fault].replace("\n", "\\n")
     sides = (broken, tokenizers["gemma"]) if whose == "student" else (tokenizers["gemma"], broken)
-    with pytest.raises(UsageError, match=rf"talk \(the {whose}'s chat template {fault}"):
+    with pytest.raises(UsageError, match=f"--train_file: 1 of .*the {whose}'s chat template {fault}.*: talk; change"):
         tokenize([_conversation(CONVERSATIONS["one turn"])], _pair(*sides))
 
 
@@ -764,8 +764,9 @@ def test_a_conversation_without_room_for_a_response_is_skipped_by_name(pairs, na
         dataset = build_dataset(conversations, pairs[names], *limits)
         assert dataset.text.names == ["plain"]
         assert dataset.text.skipped_documents == ["late (no response begins within a block)"]
-    with pytest.raises(UsageError, match=r"no document holds text .*late \(no response begins within a block\)"):
-        build_dataset([_conversation(late, "late")], pairs[names], 60, 60)
+    message = "^--validation_file x: 1 of its 1 document cannot be used: no response .*: late; raise --block_size"
+    with pytest.raises(UsageError, match=message):
+        build_dataset([_conversation(late, "late")], pairs[names], 60, 60, option="--validation_file x")
 
 
 def test_a_conversation_that_just_fits_is_whole(pairs):

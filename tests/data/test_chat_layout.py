@@ -86,7 +86,15 @@ VICUNA = (  # its generation prompt ends with a word, and a space joins the answ
     "{{ '\n' if m.role == 'user' else eos_token }}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 
+GEMMA = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' }}"
+    "{{ m.content | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
 TEMPLATES = {
+    "gemma": (GEMMA, ["<start_of_turn>"], "<end_of_turn>"),
     "chatml": (CHATML, ["<|im_start|>"], "<|im_end|>"),
     "qwen3": (QWEN3, ["<|im_start|>", "<think>", "</think>"], "<|im_end|>"),
     "r1": (R1, ["<|User|>", "<|Assistant|>"], None),
@@ -264,6 +272,16 @@ def test_both_models_learn_the_same_bytes_and_each_its_own_format(tokenizers, na
     gpt_oss = [side for side, name in zip(rendered.sides, names, strict=True) if "gpt-oss" in name]
     for side in gpt_oss:
         assert any(span.kind == FORMAT for span in side[0])
+
+
+def test_a_text_that_a_template_takes_none_of_names_the_reason_and_the_remedy(tokenizers):
+    system = [{"role": "system", "content": "Be brief."}, USER, LAST]
+    with pytest.raises(UsageError) as error:
+        tokenize(_conversations(system, system), _pair(tokenizers["gemma"], tokenizers["chatml"]), option="--dataset_name x")
+    assert str(error.value) == (
+        "--dataset_name x: 2 of its 2 documents cannot be used: the student's chat template refuses it: System role not "
+        "supported: talk 0, talk 1; leave the system messages out, or use a model whose chat template takes them"
+    )
 
 
 # Tools

@@ -356,7 +356,7 @@ def test_both_models_read_the_canonical_text(pairs, names):
 
 @pytest.mark.parametrize("names", PAIRS)
 def test_a_text_without_a_document_that_can_be_encoded_is_a_usage_error(pairs, names):
-    with pytest.raises(UsageError, match=r"no document holds text.*\(a, b\)"):
+    with pytest.raises(UsageError, match="2 of its 2 documents cannot be used: empty, or changed by a tokenizer: a, b"):
         build_dataset([Document("a", ""), Document("b", "\ud800")], pairs[names], 24, 40)
 
 

@@ -1,5 +1,6 @@
 """Checkpoints and the saved student: written whole or not at all, refused if damaged or of another format."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -11,9 +12,12 @@ import torch
 import transformers
 
 from sar_kd.config.sections import GuardConfig, OptimConfig
+from sar_kd.data.samples import Conversation, Message
+from sar_kd.data.tokenized_text import tokenize
 from sar_kd.errors import UsageError
 from sar_kd.runtime.files import atomic_write, file_digest
 from sar_kd.runtime.precision import Precision
+from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 from sar_kd.training import checkpoint
 from sar_kd.training.guards import StepGuard
 from sar_kd.training.optimizer import build_optimizer
@@ -259,6 +263,43 @@ def test_a_student_is_saved_again_whatever_its_chat_templates(tmp_path, template
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "student")
     assert again.chat_template == templates
     assert not list(tmp_path.glob(".student*"))
+
+
+CHATML = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+
+
+@pytest.mark.parametrize("eos", [None, 7, [7, 9]])
+def test_every_token_that_was_learned_as_a_stop_is_saved_in_the_generation_config(
+    tmp_path, make_student, byte_tokenizer, eos
+):
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    tokenizer.chat_template = CHATML
+    messages = (Message("user", "Why?", False), Message("assistant", "So.", True))
+    pair = TokenizerPair(tokenizer, tokenizer, student_vocab_size=len(tokenizer), teacher_vocab_size=len(tokenizer))
+    text = tokenize([Conversation("talk", messages, False)], pair)
+    student = make_student(len(tokenizer), num_hidden_layers=1)
+    student.generation_config = transformers.GenerationConfig(eos_token_id=eos)
+    for _ in range(2):
+        checkpoint.save_student(student, tokenizer, tmp_path / "student", text=text)
+    saved = transformers.GenerationConfig.from_pretrained(tmp_path / "student").eos_token_id
+    before = eos if isinstance(eos, list) else [tokenizer.eos_token_id if eos is None else eos]
+    assert saved == [*before, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+
+
+def test_the_default_chat_template_is_saved_with_the_student_that_learned_it(tmp_path, make_student, byte_tokenizer):
+    messages = (Message("user", "Why?", False), Message("assistant", "So.", True))
+    pair = TokenizerPair(byte_tokenizer, byte_tokenizer, student_vocab_size=600, teacher_vocab_size=600)
+    text = tokenize([Conversation("talk", messages, False)], pair)
+    checkpoint.save_student(make_student(600, num_hidden_layers=1), byte_tokenizer, tmp_path / "student", text=text)
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "student")
+    asked = [{"role": "user", "content": "Why?"}]
+    answered = [*asked, {"role": "assistant", "content": "So."}]
+    prompt = again.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    assert again.apply_chat_template(answered, return_dict=False) == text.student.ids.tolist()
+    assert text.student.ids.tolist()[: len(prompt)] == prompt
+    assert text.student.is_target.tolist().index(True) == len(prompt)
+    assert byte_tokenizer.chat_template is None
 
 
 @pytest.mark.parametrize("eos", [None, 2])
