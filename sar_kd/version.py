@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-RUN_FORMAT = 2
+RUN_FORMAT = 3
 """Written into config.json, summary.json and a checkpoint's progress.json. A run of another format is not resumed."""
 
 TOKEN_FORMAT = 4

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ISSUES = ("nonfinite", "broken_utf8", "special", "unrepresentable", "too_long", "nothing")
 """Why a response cannot be used. nonfinite: its logits were not finite; broken_utf8: bytes that are no text, most often
@@ -48,6 +48,12 @@ def generate(
     max_new_tokens: for each prompt, the stop token included
     """
     width, padding = max(map(len, prompts)), stop_token_ids[0]
+    positions = _position_table_size(model)
+    if len(prompts) > 1 and positions and width + max(max_new_tokens) > positions:
+        # In one batch the longest prompt would get as many new tokens as the shortest, and the table has no more.
+        how: dict[str, Any] = {"stop_token_ids": stop_token_ids, "temperature": temperature, "top_p": top_p}
+        pairs = zip(prompts, max_new_tokens, strict=True)
+        return [generate(model, [prompt], max_new_tokens=[limit], **how)[0] for prompt, limit in pairs]
     ids = torch.full((len(prompts), width), padding, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for i, prompt in enumerate(prompts):
@@ -75,6 +81,14 @@ def generate(
         model.generation_config = saved_config
     first_nonfinite, stops = finite_check.first_nonfinite.tolist(), set(stop_token_ids)
     return [_cut(*each, stops) for each in zip(new_ids, max_new_tokens, first_nonfinite, strict=True)]
+
+
+def _position_table_size(model: Any) -> int | None:
+    """Positions of a model that embeds each by a table, as GPT-2 does; None for other models."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    others = (m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings())
+    # OPT's table has two more.
+    return context if context and any(context <= m.num_embeddings <= context + 2 for m in others) else None
 
 
 def _cut(ids: list[int], limit: int, nonfinite_at: int, stops: set[int]) -> Generation:

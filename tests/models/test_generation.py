@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+import transformers
 
 from sar_kd.models.generation import Generation, generate
 
@@ -119,3 +120,18 @@ def test_there_is_no_autograd_graph(model):
     handle.remove()
     assert seen
     assert not any(out.requires_grad for out in seen)
+
+
+def test_a_batch_does_not_run_beyond_a_table_of_positions(make_student):
+    """The longest prompt fills GPT-2's positions while the shortest still has most of its tokens to write."""
+    config = transformers.GPT2Config(
+        n_layer=1, n_head=2, n_embd=16, vocab_size=40, n_positions=16, initializer_range=0.5
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    prompts, limits = [[3, 4], [5, 6, 7] * 4 + [8, 9]], [14, 2]
+    alone = [
+        generate(model, [prompt], stop_token_ids=[1], max_new_tokens=[limit])[0]
+        for prompt, limit in zip(prompts, limits, strict=True)
+    ]
+    assert generate(model, prompts, stop_token_ids=[1], max_new_tokens=limits) == alone
+    assert generate(make_student(40, max_position_embeddings=16), prompts, stop_token_ids=[1], max_new_tokens=limits)
