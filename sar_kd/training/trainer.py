@@ -20,6 +20,7 @@ from sar_kd.models.loading import Models
 from sar_kd.models.lora import models_to_save
 from sar_kd.preflight.checks import describe_text
 from sar_kd.preflight.clamp_checks import check_clamps
+from sar_kd.preflight.data_checks import text_warnings
 from sar_kd.reporting.run_log import RunLog
 from sar_kd.runtime.signals import StopRequest
 from sar_kd.teacher.base import Teacher
@@ -32,8 +33,8 @@ from sar_kd.training.optimizer import learning_rate_at, set_learning_rate_
 from sar_kd.training.recovery import Recovery
 from sar_kd.training.run_inputs import check_inputs
 from sar_kd.training.step import StepContext, StepReport, train_step
-
 from sar_kd.training.trainer_state import TrainerState
+
 _WHILE_TRAINING = (
     "the step under way is finished and a checkpoint saved; once more ends the run at once, without saving"
 )
@@ -109,7 +110,8 @@ class Trainer:
         """Evaluate both models, refuse a run that cannot learn, save the student as it is."""
         state, config, context = self.state, self.config, self.context
         lines, details = describe_text(self.train, self.validation, config.data.describe())
-        self._log([*lines, *context.strategy.messages, *self.teacher.lines])
+        warnings = text_warnings(self.train, self.validation, config.train, self.process_group.size)
+        self._log([*lines, *warnings, *context.strategy.messages, *self.teacher.lines])
         for line in (*details, *self.teacher.details):
             self.log.detail(line)
         state.teacher, messages = self.teacher.evaluate_start(self.validation, context.precision)
