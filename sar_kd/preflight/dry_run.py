@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -77,13 +79,27 @@ def dry_run(
     if lora is not None and lora.lora_rank:  # now, as peft moves modules, which fake ones cannot be
         base = fake_copy(models["student"], torch.device("meta"), dtype).requires_grad_(True)
         models = {**models, "student": add_adapter(base, lora)}
-    with fake_tensors() as tracker, assume_unpacked_sequences(), limit_blocks():
+    with fake_tensors() as tracker, assume_unpacked_sequences(), limit_blocks(), _without_library_output():
         run = _DryRun(config, models, Precision(device, dtype, 1.0), tracker, keeps_gradients)
         run.sample()
         with run.routing() as trains_routers:
             run.step(trains_routers)
         run.evaluate()
     return run.phases
+
+
+@contextlib.contextmanager
+def _without_library_output() -> Iterator[None]:
+    """Without what PyTorch logs where an operation fails on fake tensors, and libraries warn of."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 class _DryRun:
@@ -182,26 +198,36 @@ class _DryRun:
 
     @torch.no_grad()
     def sample(self) -> None:
-        """Generate on-policy responses: the prefill is run, the last new token is estimated from its KV cache."""
+        """Generate on-policy responses: the prefill is run, and the cache of the last new token is added to it."""
         settings: Any = getattr(self.config, "on_policy", None)
         if settings is None or not settings.on_policy_fraction:
             return
         batch_size, prompt, total = largest_generation(settings, self.config.train, self.block_sizes[0])
         student: Any = self.student.eval()
-        with self._phase("sampling", "activations"), self.precision.autocast():
-            mask = self._empty(torch.bool, batch_size, 1, prompt, prompt)  # prompts are padded
-            ids = self._empty(torch.int64, batch_size, prompt)
-            out = backbone_of(student)(input_ids=ids, attention_mask=mask, use_cache=True)
-            last_states, layers = out.last_hidden_state[:, -1:].clone(), out.past_key_values.layers
-            cached = [value for layer in layers for value in vars(layer).values() if isinstance(value, Tensor)]
-            cache_bytes = sum(value.nbytes for value in cached) * total // prompt
-            del mask, ids, out, layers, cached
-            held = [self._empty(torch.uint8, cache_bytes)]
-            shape, num_sorted = (batch_size, vocab_size_of(student)), _LOGITS_SORTED if settings.sample_top_p < 1 else 1
-            held += [self._empty(torch.float32, *shape) for _ in range(_LOGITS_HELD)]
-            student.get_output_embeddings()(last_states)
-            held += [self._empty(torch.float32, *shape) for _ in range(num_sorted)]
+        with self.precision.autocast():
+            cache_bytes = self._prefill(student, batch_size, total)[1]
+            with self._phase("sampling", "activations"):
+                last_states = self._prefill(student, batch_size, prompt)[0]
+                held = [self._empty(torch.uint8, cache_bytes)]
+                shape = batch_size, vocab_size_of(student)
+                num_sorted = _LOGITS_SORTED if settings.sample_top_p < 1 else 1
+                held += [self._empty(torch.float32, *shape) for _ in range(_LOGITS_HELD)]
+                student.get_output_embeddings()(last_states)
+                held += [self._empty(torch.float32, *shape) for _ in range(num_sorted)]
         student.train()
+
+    def _prefill(self, student: nn.Module, batch_size: int, length: int) -> tuple[Tensor, int]:
+        """Run padded prompts: the hidden states of their last tokens, and the bytes of the cache for the next one.
+
+        The cache is all that the output keeps alive beside the hidden states: keys and values (a sliding window holds those
+        of the whole prompt alive until the next token), or the state of a recurrent model, which does not grow.
+        """
+        before = self.tracker.num_live_bytes
+        mask, ids = (self._empty(torch.int64, batch_size, length) for _ in range(2))
+        out = backbone_of(student)(input_ids=ids, attention_mask=mask, use_cache=True)
+        last_states, num_bytes = out.last_hidden_state[:, -1:].clone(), out.last_hidden_state.nbytes
+        num_bytes += mask.nbytes + ids.nbytes + last_states.nbytes
+        return last_states, max(0, self.tracker.num_live_bytes - before - num_bytes)
 
     def step(self, trains_routers: bool) -> None:
         """A micro-batch from forward to backward, the last of several where there are several."""

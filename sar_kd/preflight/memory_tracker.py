@@ -41,6 +41,11 @@ class MemoryTracker(TorchDispatchMode):
         self.peak = 0
         self._update_peak()
 
+    @property
+    def num_live_bytes(self) -> int:
+        """Of all labels."""
+        return sum(self.live.values())
+
     def relabel(self, tensors: Iterable[Tensor], label: str) -> None:
         """Count the storages of these tensors under `label` from now on, new or not."""
         for tensor in tensors:

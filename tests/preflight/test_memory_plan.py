@@ -280,6 +280,50 @@ def test_the_sampling_phase_is_within_15_percent_of_what_generation_allocates(na
     assert sampling.bytes["activations"] > keys_and_values
 
 
+FAMILIES = {
+    "mamba": lambda: transformers.MambaConfig(
+        vocab_size=500, hidden_size=64, state_size=16, num_hidden_layers=3, pad_token_id=0
+    ),
+    "mistral": lambda: transformers.MistralConfig(**SMALL, vocab_size=500, intermediate_size=160, sliding_window=8),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **SMALL, vocab_size=500, intermediate_size=160, head_dim=32, sliding_window=8
+    ),
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        **SMALL, vocab_size=500, intermediate_size=64, head_dim=32, num_local_experts=4, num_experts_per_tok=2,
+        sliding_window=8,
+    ),
+    "jamba": lambda: transformers.JambaConfig(
+        **SMALL, vocab_size=500, intermediate_size=64, num_experts=2, num_experts_per_tok=1, attn_layer_period=2,
+        attn_layer_offset=1, mamba_d_state=8, mamba_dt_rank=4,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampling_is_planned_whatever_the_cache_holds_windows_and_states_too(family, capfd):
+    kind = FAMILIES[family]()
+    with torch.device("meta"):
+        models = {"student": _build(kind), "teacher": _build(_kind("llama"))}
+    config = _config(on_policy_fraction=0.5, grad_accum_steps=5, max_new_tokens=40)
+    (sampling,) = (phase for phase in plan(config, models, CPU, torch.float32).phases if phase.name == "sampling")
+    assert capfd.readouterr().err == ""
+    measured = _sampling_peak(kind, torch.float32, *largest_generation(config.on_policy, config.train, 64), 1.0)
+    assert sampling.bytes["activations"] == pytest.approx(measured, rel=MARGIN)
+
+
+def test_keys_and_values_grow_with_the_response_and_the_state_of_a_recurrent_model_does_not():
+    def sampling(settings, max_new_tokens: int) -> int:
+        with torch.device("meta"):
+            models = {"student": _build(settings), "teacher": _build(_kind("llama"))}
+        config = _config(on_policy_fraction=1.0, max_new_tokens=max_new_tokens)
+        return next(p.bytes["activations"] for p in plan(config, models, CPU, torch.float32).phases)
+
+    deep = _kind("llama", num_hidden_layers=24)
+    grows, stays = (sampling(kind, 60) - sampling(kind, 20) for kind in (deep, FAMILIES["mamba"]()))
+    assert grows == 2 * 40 * 24 * 2 * 64 * 4  # batch, tokens, layers, keys and values, width, bytes
+    assert stays == 0
+
+
 def test_without_on_policy_text_there_is_no_sampling_phase_and_one_prompt_stays_within_its_block():
     assert "sampling" not in [phase.name for phase in _plan().phases]
     for batch_size, expected in ((1, (1, 63, 63)), (2, (2, 63, 125))):
@@ -322,6 +366,26 @@ def test_the_teachers_block_size_follows_the_vocabularies():
     assert teacher_block_size(256, 1000, 1000) == teacher_block_size(256, 50257, 50304) == 256
     assert teacher_block_size(256, 1024, 2048) == round(256 * 10 / 11)
     assert teacher_block_size(256, 2048, 1024) > 256
+
+
+class _DoesNotFit(transformers.LlamaForCausalLM):
+    """A model in which an operation fails on fake tensors, of which PyTorch logs a traceback."""
+
+    def forward(self, *args, **kwargs):
+        return torch.ones(3) * self.lm_head.weight
+
+    @property
+    def base_model(self):
+        return self
+
+
+def test_a_model_that_fails_on_fake_tensors_leaves_nothing_on_the_terminal(capfd, caplog):
+    with torch.device("meta"):
+        models = _meta_models() | {"student": _DoesNotFit(_kind("llama"))}
+    with pytest.raises(NotEstimated):
+        plan(_config(alpha_kd=0.0), models, CPU, torch.float32)
+    assert capfd.readouterr() == ("", "")
+    assert caplog.records == []
 
 
 class _NeedsValues(transformers.LlamaForCausalLM):
