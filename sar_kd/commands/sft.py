@@ -31,6 +31,7 @@ from sar_kd.training.guards import StepGuard
 from sar_kd.training.optimizer import build_optimizer
 from sar_kd.training.parallel import build_strategy
 from sar_kd.training.run_inputs import digest_inputs
+from sar_kd.training.sample_texts import SampleTexts
 from sar_kd.training.step import StepContext
 from sar_kd.training.trainer import Datasets, Trainer
 
@@ -87,7 +88,7 @@ def _run(config: SftConfig, loaded: LoadedModels, listeners: Sequence[Observer],
     guard = StepGuard(config.guards)  # may an update be applied?
     strategy = build_strategy(objective, config.train, group)
     context = StepContext(objective, optimizer, guard, precision, config.guards.max_grad_norm, strategy=strategy)
-    callbacks: list[Callback] = [TargetChecks(train)]
+    callbacks: list[Callback] = [TargetChecks(train), SampleTexts(models, documents[1], precision, config.train)]
     if config.data.task:
         max_questions = QUICK_QUESTIONS if config.train.max_steps else None
         if max_questions:

@@ -28,6 +28,7 @@ from sar_kd.training.on_policy import build_on_policy
 from sar_kd.training.optimizer import build_optimizer
 from sar_kd.training.parallel import build_strategy
 from sar_kd.training.run_inputs import digest_inputs
+from sar_kd.training.sample_texts import SampleTexts
 from sar_kd.training.step import StepContext
 from sar_kd.training.trainer import Datasets, Trainer
 
@@ -77,7 +78,8 @@ def _run(config: Config, loaded: LoadedModels, listeners: Sequence[Observer], gr
     optimizer = build_optimizer(models.student, config.optim, objective.parameters())
     guard = StepGuard(config.guards)  # may an update be applied?
     context = StepContext(objective, optimizer, guard, precision, config.guards.max_grad_norm, strategy=strategy)
-    callbacks = task_callbacks(config, baseline, models, limits, precision)
+    samples = SampleTexts(models, documents[1], precision, config.train)  # for the report
+    callbacks = [*task_callbacks(config, baseline, models, limits, precision), samples]
     inputs = digest_inputs(config, documents, models, group)  # of text, tokenizers, models: for --resume
     trainer = Trainer(config, models, Datasets(train, validation), context, log, teacher, callbacks, on_policy, inputs)
     return trainer.run()

@@ -39,7 +39,7 @@ def prepare_task(config: Config, loaded: LoadedModels = NO_LOADED_MODELS) -> tup
     if not config.data.task:
         return config, None
     started = time.monotonic()
-    preflight(config, lambda line: None, loaded)  # what stands in the way of the run itself shows now, not after these two
+    preflight(config, lambda line: None, loaded)  # what stands in the way of the run shows now, not after these two
     folder = config.train.output_dir.rstrip("/")
     if config.models.teacher_model == EMBEDDED and config.data.task_teacher_steps:
         of_teacher = _teacher_config(config, f"{folder}-teacher")

@@ -79,12 +79,18 @@ REPORT = Command("report", "Show a run, or compare several, on one HTML page.", 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(Section):
-    """Generation: how each model continues the prompt."""
+    """Generation: which models continue the prompt, and how."""
 
-    run: str = option("", "a run folder", metavar="RUN_DIR", positional=True)
+    run: str = option(
+        "", "a run folder: its teacher, the student before and after; or any model: a folder, a file or a hub id",
+        metavar="RUN_OR_MODEL", positional=True,
+    )  # fmt: skip
     prompt: str = option("", "the text to continue", metavar="PROMPT", positional=True)
     max_new_tokens: int = option(60, "longest continuation in tokens", at_least=1)
-    sample_temperature: float = option(0.0, "temperature of sampling; 0: greedy", at_least=0)
+    sample_temperature: float = option(0.7, "temperature of sampling; 0: greedy", at_least=0)
+    sample_top_p: float = option(0.9, "sample from the fewest tokens with this total probability", positive=True)
+    repetition_penalty: float = option(1.1, "above 1: makes tokens that occur already less likely", at_least=1)
+    trust_remote_code: bool = option(False, "run model code that comes with a checkpoint")
     chat: bool = option(False, "make the prompt a user message in the model's chat template")
     seed: int = option(0, "seed of sampling", at_least=0)
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
@@ -93,7 +99,7 @@ class GenerateConfig(Section):
 
 GENERATE = Command(
     "generate",
-    "Continue a prompt with the teacher, the student before and the student after a run.",
+    "Continue a prompt with the models of a run (teacher, student before, student after), or with any model.",
     GenerateConfig,
     "generate:main",
 )

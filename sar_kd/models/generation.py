@@ -39,6 +39,7 @@ def generate(
     max_new_tokens: Sequence[int],
     temperature: float = 0.0,
     top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
 ) -> list[Generation]:
     """Continue every prompt until a stop token or its `max_new_tokens`.
 
@@ -46,12 +47,14 @@ def generate(
     `top_p`; temperature 0 is greedy, and so is one below `GREEDY`. The model's own generation config is ignored. The
     caller sets the model's mode, its dtype and the random seed.
     max_new_tokens: for each prompt, the stop token included
+    repetition_penalty: z of tokens that occur already is divided by it where positive, else multiplied; 1: unchanged
     """
     width, padding = max(map(len, prompts)), stop_token_ids[0]
     positions = _position_table_size(model)
     if len(prompts) > 1 and positions and width + max(max_new_tokens) > positions:
         # In one batch the longest prompt would get as many new tokens as the shortest, and the table has no more.
         how: dict[str, Any] = {"stop_token_ids": stop_token_ids, "temperature": temperature, "top_p": top_p}
+        how["repetition_penalty"] = repetition_penalty
         pairs = zip(prompts, max_new_tokens, strict=True)
         return [generate(model, [prompt], max_new_tokens=[limit], **how)[0] for prompt, limit in pairs]
     ids = torch.full((len(prompts), width), padding, dtype=torch.int64)
@@ -72,6 +75,7 @@ def generate(
             temperature=temperature if samples else None,
             top_p=top_p if samples else None,
             top_k=0 if samples else None,
+            repetition_penalty=repetition_penalty if repetition_penalty != 1.0 else None,
             num_beams=1,
             use_cache=True,
             eos_token_id=sorted(set(stop_token_ids)),

@@ -5,15 +5,18 @@ A log is what a Trainer prints, its `trainer_state.json`, or a run's `metrics.js
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from sar_kd.errors import UsageError
+from sar_kd.reporting.diagnoses import DIAGNOSES, Diagnosis
 
 _FLAT = 1e-3
 """A loss that varies by less, relative to the first one, does not move"""
@@ -25,133 +28,12 @@ _NORM_RISE = 10.0
 
 _LOG_NAMES = ("metrics.jsonl", "trainer_state.json")
 
-_LINE = re.compile(r"\{[^{}]*['\"]loss['\"][^{}]*\}")
+_BRACES = re.compile(r"\{[^{}]*\}")
+"""Linear in the text: what is between braces is searched for a loss afterwards"""
 
 _ITEM = re.compile(r"['\"](\w+)['\"]\s*:\s*['\"]?([-+.\w]+)")
 
 _SCORE = re.compile(r"\b(accuracy|answer_rate)['\"]?\s*[=:]\s*['\"]?([-+.\w]+)")
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """A pattern, its likely cause, and what to try."""
-
-    name: str
-    pattern: str
-    cause: str
-    remedy: str
-    seen: str = ""
-    """Where others met it"""
-
-
-_ALL = (
-    Diagnosis(
-        "half weights",
-        "'Attempting to unscale FP16 gradients'",
-        "the trainable weights are float16 themselves: loaded in float16 and trained in float16 autocast",
-        "load them in float32 and let autocast compute in float16 (dtype=torch.float32 with fp16=True); under LoRA "
-        "cast the adapter to float32. `python -m sar_kd sft` never trains float16 weights",
-        "PEFT's troubleshooting guide; AdamW(fused=True) does it without the error",
-    ),
-    Diagnosis(
-        "forward overflow",
-        "loss 0.0 or nan, and grad_norm nan, from the first line on",
-        "the forward is not finite in float16, as with a model trained in bfloat16 on a card without it; the Trainer "
-        "leaves a NaN loss out of its sum and prints 0.0. If float32 shows the same, every label is masked",
-        "bfloat16 where the card has it, else --model_dtype float32; `python -m sar_kd forensics RUN_DIR` names the "
-        "module. If it goes away with another attention (sdpa, eager) or without ZeRO-2's overlap_comm, it was that",
-        "QwenLM/Qwen3#670, #868, #826; LlamaFactory#8088; DeepSpeed#5347",
-    ),
-    Diagnosis(
-        "weights became nan",
-        "finite at first, then loss 0.0 or nan with grad_norm nan to the end",
-        "one update made the weights NaN: float16 weights under Adam (its eps is 0 in float16), or an overflow in "
-        "float16 without a GradScaler that refuses the step",
-        "float32 weights, float16 by autocast with a GradScaler (fp16=True), bfloat16 where the card has it",
-        "one step of Adam on float16 weights with eps 1e-8 gives -inf",
-    ),
-    Diagnosis(
-        "exploding",
-        "loss or grad_norm grows many times over, then nan or far above where it began",
-        "the updates are too large: learning rate too high, or no clipping",
-        "--max_grad_norm 1.0, a lower --learning_rate, more --warmup_steps",
-    ),
-    Diagnosis(
-        "backward overflow",
-        "loss finite, grad_norm nan on every line",
-        "the forward fits float16 and the gradients do not, even at the lowest loss scale; often the residual stream",
-        "bfloat16 where the card has it, else --model_dtype float32; a low --init_loss_scale if it ends after a few "
-        "steps",
-        "unslothai/unsloth-zoo#866",
-    ),
-    Diagnosis(
-        "calibration",
-        "loss finite, grad_norm nan or inf now and then",
-        "the loss scale is being calibrated: those updates were skipped and the scale halved",
-        "nothing, as long as it is a few steps in a hundred",
-    ),
-    Diagnosis(
-        "no labels",
-        "loss 0.0 and grad_norm 0 or nan on every line",
-        "there is nothing to learn: every label is masked. The answers are cut off (the prompt fills the length), the "
-        "response template is not found, or the labels stand under another name",
-        "raise --block_size (max_length), keep the prompt below it, and print one example's labels: some must not be "
-        "-100",
-        "TRL#6668, TRL#5826; princeton-nlp/SimPO#35 (max_prompt_length >= max_length)",
-    ),
-    Diagnosis(
-        "some labels missing",
-        "loss 0.0 and grad_norm 0 or nan on some lines, others normal",
-        "some batches have no label left: their answers are cut off by the maximum length",
-        "raise --block_size (max_length), or leave out the long examples",
-        "TRL PR#6671; nanochat#618; OpenRLHF#583; cosmos-rl#155",
-    ),
-    Diagnosis(
-        "loss lost",
-        "loss 0.0 after the first line, grad_norm finite and always the same",
-        "the environment: a mismatch of ZeRO, attention and package versions loses the loss on its way",
-        "run the same on one device without DeepSpeed, then change one version at a time",
-        "MedicalGPT#479, LlamaFactory#9567",
-    ),
-    Diagnosis(
-        "no gradient",
-        "loss finite, grad_norm 0",
-        "the trainable weights do not reach the loss: gradient checkpointing without input gradients, frozen weights, "
-        "a hard clamp on the loss, or float16 gradients rounded to zero",
-        "model.enable_input_require_grads() with checkpointing; check which weights require a gradient; a loss scale",
-    ),
-    Diagnosis(
-        "no movement",
-        "loss and grad_norm finite, and the loss does not change",
-        "the updates have no effect: a rate of 0, or one so small that float16 weights round it away",
-        "float32 weights, and a learning rate that suits them",
-        "at rate 5e-6 no float16 LayerNorm weight moves in 100 steps",
-    ),
-    Diagnosis(
-        "norm skips",
-        "most updates skipped for their gradient norm",
-        "the limit lies below the gradient norms of this model",
-        "--skip_rule storm or adaptive lets the limit follow; else raise --skip_grad_norm",
-    ),
-    Diagnosis(
-        "no answers",
-        "the loss is normal and the answer rate is 0",
-        "the model learned, and its output does not parse: it is prompted in another form than it was trained on "
-        "(template, missing start token, padding on the right), the tags are missing, the answer is cut off, or the "
-        "adapter was not loaded",
-        "print one generation beside one training example; pad on the left; raise max_new_tokens; load the adapter",
-    ),
-    Diagnosis(
-        "wrong answers",
-        "the loss is normal, answers parse, and none is right",
-        "the form is learned and the content is not yet",
-        "train longer, at a higher rate, or a larger model",
-    ),
-    Diagnosis("healthy", "loss and grad_norm finite throughout", "nothing here looks wrong", "go on"),
-)
-
-DIAGNOSES = {diagnosis.name: diagnosis for diagnosis in _ALL}
-"""Every known pattern, by name"""
 
 
 @dataclass(frozen=True)
@@ -191,11 +73,43 @@ class TrainingLog:
     """The last `accuracy` and `answer_rate` in the log"""
     has_unscale_error: bool
     """It holds PyTorch's error about unscaling float16 gradients"""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The options of the run by name, where this program's `config.json` lies beside the log"""
+    uses_float16: bool = True
+    """Was a loss scale in use, or is that not known?"""
 
 
 def diagnose(log: TrainingLog) -> Diagnosis:
-    """The first pattern that the log shows."""
-    return DIAGNOSES[next((name for name, matches in _RULES.items() if matches(log)), "healthy")]
+    """The first pattern that the log shows. Of this program's runs the remedy names its own options, with the values
+    that the run had, and nothing that it did already.
+    """
+    found = DIAGNOSES[next((name for name, matches in _RULES.items() if matches(log)), "healthy")]
+    remedy = _own_remedy(found.name, log) if log.is_own else ""
+    cause = _OWN_CAUSES.get(found.name, found.cause) if log.is_own else found.cause
+    return dataclasses.replace(found, cause=cause, remedy=remedy or found.remedy)
+
+
+_OWN_CAUSES = {"exploding": "the updates are too large: the learning rate is too high"}
+
+
+def _own_remedy(name: str, log: TrainingLog) -> str:
+    """What to try in a run of this program; '' where the general remedy fits."""
+    rate, clip, skip_rule = (log.settings.get(key) for key in ("student_lr", "max_grad_norm", "skip_rule"))
+    rate = log.settings.get("learning_rate") if rate is None else rate
+    lower_rate = "a lower --student_lr" + (f" (it is {rate:g})" if isinstance(rate, (int, float)) else "")
+    to_float32 = "--model_dtype float32, or bfloat16 where the card has it" if log.uses_float16 else ""
+    if name == "exploding":
+        is_loose = isinstance(clip, (int, float)) and clip > 1.0
+        return lower_rate + (f", or --max_grad_norm 1 (it is {clip:g})" if is_loose else "")
+    if name in ("forward overflow", "backward overflow"):
+        return f"{to_float32 or lower_rate}; `crash/crash.md` in the run folder names the module and the documents"
+    if name == "norm skips" and skip_rule == "adaptive":
+        return lower_rate
+    if name == "no gradient":
+        return "look at --loss_clamp_style, --logit_clamp_style and the loss weights (--alpha_ce, --alpha_kd)"
+    if name == "no movement":
+        return lower_rate.replace("lower", "higher")
+    return ""
 
 
 def diagnosis_lines(log: TrainingLog) -> list[str]:
@@ -208,8 +122,24 @@ def diagnosis_lines(log: TrainingLog) -> list[str]:
         )
         counts = ", ".join(f"{count} of them {kind}" for kind, count in bad.items())
         lines[0] += f", from {steps[0].loss:g} to {steps[-1].loss:g}" + (f" ({counts})" if counts else "")
-    lines += [f"Pattern: {found.pattern}", f"Likely cause: {found.cause}", f"What to try: {found.remedy}"]
+    lines += [f"Pattern: {found.pattern}"]
+    if found.name == "exploding":
+        lines += _growth(log)
+    lines += [f"Likely cause: {found.cause}", f"What to try: {found.remedy}"]
     return lines + ([f"Seen: {found.seen}"] if found.seen else [])
+
+
+def _growth(log: TrainingLog) -> list[str]:
+    """How loss and norm grew, in numbers: from the lowest to the last finite value behind it."""
+    lines = []
+    for name in ("loss", "grad_norm"):
+        values = [(i, value) for i, step in enumerate(log.steps, 1) if (value := getattr(step, name)) is not None]
+        finite = [(i, value) for i, value in values if math.isfinite(value) and value]
+        low, last = min(finite, key=lambda pair: pair[1], default=None), finite[-1] if finite else None
+        if low and last and last[1] > _RISE * low[1]:
+            lines.append(f"Growth: {name} {low[1]:.4g} in line {low[0]}, {last[1]:.4g} in line {last[0]}")
+    first_bad = next((i for i, step in enumerate(log.steps, 1) if step.is_nan or step.has_bad_norm), None)
+    return lines + ([f"First line that is not finite: {first_bad}"] if first_bad else [])
 
 
 def _share(log: TrainingLog, holds: Callable[[LoggedStep], bool]) -> float:
@@ -288,6 +218,9 @@ def read_log(path: Path) -> TrainingLog:
         raise UsageError(f"explain {path}: cannot be read ({error.strerror})") from None
     records = _records(text)
     is_own = any(record.get("event") == "step" for record in records)
+    settings = _settings(path.with_name("config.json")) if is_own else {}
+    scales = [_number(record.get("loss_scale")) for record in records]
+    uses_float16 = settings.get("model_dtype") != "float32" and any(scale != 1.0 for scale in scales)
     steps = tuple(step for record in records if (step := _logged_step(record)) is not None)
     scores = {name: number for name, value in _SCORE.findall(text) if (number := _number(value)) is not None}
     has_unscale_error = "Attempting to unscale FP16 gradients" in text
@@ -295,7 +228,17 @@ def read_log(path: Path) -> TrainingLog:
         raise UsageError(
             f"explain {path}: holds no loss; give lines as {{'loss': 2.27, 'grad_norm': 1.55}}, or {_LOG_NAMES[1]}"
         )
-    return TrainingLog(path, steps, is_own, scores, has_unscale_error)
+    return TrainingLog(path, steps, is_own, scores, has_unscale_error, settings, uses_float16)
+
+
+def _settings(path: Path) -> dict:
+    """The options in a run's `config.json`, by name; {} if it cannot be read."""
+    try:
+        config = _json(path.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return {}
+    sections = [section for section in config.values() if isinstance(section, dict)] if isinstance(config, dict) else []
+    return {name: value for section in sections for name, value in section.items()}
 
 
 def _records(text: str) -> list[dict]:
@@ -309,8 +252,10 @@ def _records(text: str) -> list[dict]:
 
 def _printed_records(text: str) -> Iterator[dict]:
     """The dicts that a Trainer prints, in which nan is not JSON; newer versions print their values as text."""
-    for found in _LINE.finditer(text):
-        yield dict(_ITEM.findall(found[0]))
+    for found in _BRACES.finditer(text):
+        items = dict(_ITEM.findall(found[0]))
+        if "loss" in items:
+            yield items
 
 
 def _json(text: str):

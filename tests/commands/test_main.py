@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +12,13 @@ from pathlib import Path
 import pytest
 import transformers
 
+from sar_kd import embedded
 from sar_kd.commands import generate
 from sar_kd.commands.main import COMMANDS, main
+from sar_kd.commands.main import run as exit_code
 from sar_kd.config.installation import program_name
 from sar_kd.version import __version__
 from train_sar_kd_stable import main as train
-from sar_kd.commands.main import run as exit_code
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ("train_sar_kd_stable.py", "train_sar_kd_fp16_safe.py")
@@ -141,12 +144,44 @@ def test_no_line_of_generate_ends_with_spaces_and_an_empty_text_is_named(run, te
 
 
 def test_generate_shows_the_text_that_the_saved_student_generates(run, capsys):
-    assert main(["generate", str(run), "The default value", "--max_new_tokens", "12", "--json"]) == 0
+    greedy = ["--max_new_tokens", "12", "--sample_temperature", "0", "--repetition_penalty", "1", "--json"]
+    assert main(["generate", str(run), "The default value", *greedy]) == 0
     shown = json.loads(capsys.readouterr().out)
     pipe = transformers.pipeline("text-generation", model=str(run / "student"))
     (generated,) = pipe("The default value", max_new_tokens=12, do_sample=False)
     assert generated["generated_text"] == "The default value" + shown["student, after"]
     assert shown.keys() == {"prompt", "teacher", "student, before", "student, after"}
+
+
+def test_generate_takes_any_model(run, capsys):
+    for name in (str(run / "student"), "embedded"):
+        assert main(["generate", name, "The default value", "--max_new_tokens", "5"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[:3] == ["Prompt: The default value", "", f"-- {name}"]
+        assert len(lines) > 3
+
+
+def test_generate_goes_on_without_a_teacher_that_is_gone(run, capsys, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    config["models"]["teacher_model"] = "./gone"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert main(["generate", str(folder), "The", "--max_new_tokens", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "(left out: --teacher_model ./gone: no such directory)" in lines
+
+
+def test_generate_ends_with_the_context_and_refuses_a_prompt_that_fills_it(run, capsys):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(embedded.TEACHER_DIR)
+    context = json.loads((embedded.TEACHER_DIR / "config.json").read_text())["max_position_embeddings"]
+    prompt = " the value" * (context // 4)
+    while len(tokenizer(prompt)["input_ids"]) < context - 9:
+        prompt += " the value"
+    assert main(["generate", "embedded", prompt, "--max_new_tokens", "9999"]) == 0
+    capsys.readouterr()
+    assert main(["generate", "embedded", prompt * 2]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(r"generate: the prompt has \d.* tokens and embedded takes \d+, its answer included", line)
 
 
 def test_the_same_seed_samples_the_same_text_and_another_samples_another(run, capsys):
@@ -161,7 +196,7 @@ def test_the_same_seed_samples_the_same_text_and_another_samples_another(run, ca
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["nowhere", "x"], "nowhere: holds no run"),
+        (["./nowhere", "x"], "generate ./nowhere: no such directory"),
         (["{run}"], "PROMPT: not given"),
         (["{run}", ""], "the prompt is empty"),
         (["{run}", "x", "--max_new_tokens", "0"], "--max_new_tokens 0"),
