@@ -2,12 +2,14 @@
 
 import json
 import math
+import time
 
 import pytest
 
 from sar_kd.commands.main import main
 from sar_kd.errors import UsageError
-from sar_kd.reporting.log_diagnosis import DIAGNOSES, diagnose, diagnosis_lines, read_log
+from sar_kd.reporting.diagnoses import DIAGNOSES
+from sar_kd.reporting.log_diagnosis import diagnose, diagnosis_lines, read_log
 
 NAN, INF = math.nan, math.inf
 GOOD = [(2.9, 1.8), (2.5, 1.5), (2.27, 1.55), (2.1, 1.3), (1.9, 1.2), (1.8, 1.1)]
@@ -83,6 +85,71 @@ def _ours(pairs, causes) -> str:
 def test_a_runs_own_metrics_are_read_with_their_causes(tmp_path, pairs, causes, name):
     assert diagnose(_read(tmp_path, _ours(pairs, causes), "metrics.jsonl")).name == name
     assert diagnose(read_log(tmp_path)).name == name  # the folder that holds it
+
+
+def _run(tmp_path, pairs, causes, **settings):
+    """A run folder of this program: its metrics and its config."""
+    (tmp_path / "metrics.jsonl").write_text(_ours(pairs, causes))
+    (tmp_path / "config.json").write_text(json.dumps({"format": 2, "mode": "balanced", "all": settings}))
+    return read_log(tmp_path)
+
+
+def test_a_run_that_diverged_is_told_its_own_rate_and_no_clip_that_is_in_force(tmp_path):
+    pairs = [(4.39, 1.3), (77883.0, NAN), (77981.0, NAN), (74548.0, NAN)]
+    causes = [None, *["gradient"] * 3]
+    lines = diagnosis_lines(_run(tmp_path, pairs, causes, student_lr=1000.0, max_grad_norm=0.5, model_dtype="float32"))
+    assert "Growth: loss 4.39 in line 1, 7.455e+04 in line 4" in lines
+    assert "First line that is not finite: 2" in lines
+    assert "What to try: a lower --student_lr (it is 1000)" in lines
+    assert "learning_rate" not in " ".join(lines)
+    assert "float32" not in " ".join(lines)
+    loose = diagnose(_run(tmp_path, pairs, causes, student_lr=1000.0, max_grad_norm=50.0))
+    assert loose.remedy == "a lower --student_lr (it is 1000), or --max_grad_norm 1 (it is 50)"
+
+
+def test_a_run_in_float32_is_not_advised_to_compute_in_float32(tmp_path):
+    pairs, causes = [(NAN, NAN)] * 6, ["forward"] * 6
+    assert "float32" not in diagnose(_run(tmp_path, pairs, causes, model_dtype="float32", student_lr=1e-3)).remedy
+    assert "--model_dtype float32" in diagnose(_run(tmp_path, pairs, causes, model_dtype="float16")).remedy
+
+
+@pytest.mark.parametrize(
+    ("rule", "remedy"), [("fixed", "--skip_rule adaptive"), ("adaptive", "--student_lr (it is 1)")]
+)
+def test_skips_for_a_norm_are_not_cured_by_a_rule_that_is_in_force(tmp_path, rule, remedy):
+    found = diagnose(_run(tmp_path, [(2.9, 9.0)] * 6, ["norm"] * 6, skip_rule=rule, student_lr=1.0))
+    assert (found.name, remedy in found.remedy) == ("norm skips", True)
+
+
+def test_the_options_of_another_trainer_are_named_as_it_names_them(tmp_path):
+    found = diagnose(_read(tmp_path, _printed(PATTERNS["exploding"])))
+    assert found.remedy == "a lower learning_rate, max_grad_norm 1.0, more warmup_steps"
+
+
+@pytest.mark.parametrize(
+    "config", [None, "[1]", "{", '{"a": 1}', '{"all": {"student_lr": "high", "max_grad_norm": []}}']
+)
+def test_a_run_whose_config_is_missing_or_nonsense_is_explained_all_the_same(tmp_path, config):
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    pairs = [(2.9, 8.0), *[(NAN, NAN)] * 5]
+    found = diagnose(_read(tmp_path, _ours(pairs, [None, *["forward"] * 5]), "metrics.jsonl"))
+    assert (found.name, found.remedy) == ("exploding", "a lower --student_lr")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{" * 100_000, "{}" * 50_000, "{" * 50_000 + "}" * 50_000, "{'loss'" * 100_000, "{'loss'" + " 'loss'" * 100_000,
+        "{'loss': 1 " * 100_000, "'" * 100_000, '{"a": ' * 100_000, "accuracy " * 100_000, "{\n" * 100_000,
+    ],
+    ids=range(10),
+)  # fmt: skip
+def test_a_hundred_thousand_braces_take_no_time(tmp_path, text):
+    (tmp_path / "x.log").write_text(text + "\n{'loss': 2.5}\n")
+    started = time.process_time()
+    assert read_log(tmp_path / "x.log").steps[-1].loss == 2.5
+    assert time.process_time() - started < 0.5
 
 
 def test_half_weights_are_recognised_by_pytorchs_error(tmp_path):
