@@ -17,7 +17,7 @@ from typing import NamedTuple
 from sar_kd.data.blocks import pack_streams
 from sar_kd.data.chat_layout import Form, Layout, LayoutFinder, SkippedConversation, forms
 from sar_kd.data.samples import Conversation
-from sar_kd.data.template_sandbox import TemplateFailure, TemplateSandbox
+from sar_kd.data.template_sandbox import TemplateFailure, TemplateSandbox, TooMuchWork
 from sar_kd.errors import UsageError
 from sar_kd.tokenization.backends import encode
 from sar_kd.tokenization.long_text import ANCHORS, encode_after, encode_texts
@@ -326,6 +326,23 @@ class ChatTemplate:
     def _template_ids(self, text: str) -> list[int]:
         """Ids of a template's text, special tokens recognised."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def chat_prompt_ids(tokenizer, prompt: str) -> list[int]:
+    """Ids of a user's message and the generation prompt behind it, in the tokenizer's chat template.
+
+    Raises: ValueError with the reason if the template fails, or does not end
+    """
+    template = tokenizer.chat_template
+    template = template["default"] if isinstance(template, dict) else template
+    try:
+        text = TemplateSandbox(template, datetime.now()).render(
+            [{"role": "user", "content": prompt}],
+            tools=None, documents=None, add_generation_prompt=True, **tokenizer.special_tokens_map,
+        )  # fmt: skip
+    except TooMuchWork as error:
+        raise ValueError(str(error)) from None
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def truncate_conversation(

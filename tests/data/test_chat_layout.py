@@ -7,7 +7,7 @@ import json
 import pytest
 
 from sar_kd.config.sections import DataConfig
-from sar_kd.data.chat import chat_templates, render
+from sar_kd.data.chat import chat_prompt_ids, chat_templates, render
 from sar_kd.data.dataset import build_dataset
 from sar_kd.data.samples import conversation_of
 from sar_kd.data.sources import load_documents
@@ -277,7 +277,9 @@ def test_both_models_learn_the_same_bytes_and_each_its_own_format(tokenizers, na
 def test_a_text_that_a_template_takes_none_of_names_the_reason_and_the_remedy(tokenizers):
     system = [{"role": "system", "content": "Be brief."}, USER, LAST]
     with pytest.raises(UsageError) as error:
-        tokenize(_conversations(system, system), _pair(tokenizers["gemma"], tokenizers["chatml"]), option="--dataset_name x")
+        tokenize(
+            _conversations(system, system), _pair(tokenizers["gemma"], tokenizers["chatml"]), option="--dataset_name x"
+        )
     assert str(error.value) == (
         "--dataset_name x: 2 of its 2 documents cannot be used: the student's chat template refuses it: System role not "
         "supported: talk 0, talk 1; leave the system messages out, or use a model whose chat template takes them"
@@ -379,6 +381,19 @@ def test_a_template_that_fails_is_named_with_the_document(tokenizers, template):
     assert list(text.names) == ["talk 1"]
     (skipped,) = text.skipped_documents
     assert skipped.startswith("talk 0 (the student's chat template refuses it: ")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_prompt_of_generate_is_that_of_the_template(tokenizers, name):
+    tokenizer = tokenizers[name]
+    wanted = tokenizer.apply_chat_template([USER], add_generation_prompt=True, return_dict=False)
+    assert chat_prompt_ids(tokenizer, USER["content"]) == wanted
+    failing = copy.deepcopy(tokenizer)
+    for template in ("{{ 1 / 0 }}", "{% for %}", "{{ 'x' * 20000000000 }}"):
+        failing.chat_template = template
+        with pytest.raises(ValueError, match=".") as error:
+            chat_prompt_ids(failing, "a")
+        assert "\n" not in str(error.value)
 
 
 def test_the_prompt_s_kind_is_read_and_not_predicted(tokenizers):
