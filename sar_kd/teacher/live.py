@@ -162,6 +162,7 @@ class LiveTeacher(Teacher):
             "dtype": str(next(self.routing.model.parameters()).dtype).removeprefix("torch."),
             "frozen_sha256": trainer.frozen_sha256,
             "initial_sha256": trainer.initial_sha256,
+            "rounded_sha256": trainer.rounded_sha256,
             "step": step,
             "routers": describe_routers(self.routing.specs),
             "sar_routing": self.routing.rule,

@@ -200,7 +200,7 @@ def _address_space(num_bytes):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
-@pytest.mark.parametrize("place", ["train_step", "evaluate", "save_checkpoint", "save_student"])
+@pytest.mark.parametrize("place", ["train_step", "evaluate", "save_checkpoint"])
 def test_memory_that_ends_is_one_line_and_the_run_resumes(run_folder, monkeypatch, place):
     act = getattr(trainer, place)
 
@@ -321,7 +321,8 @@ def test_a_second_run_in_a_folder_is_refused_with_the_firsts_process_id(inputs, 
         first.kill()
         first.communicate()
     assert (folder / ".lock").exists()
-    assert _run(["--resume", "--output_dir", folder, "--train_steps", 1]) == (0, "", ANY)
+    made = int(_checkpoints(folder)[-1].name.removeprefix("step-"))
+    assert _run(["--resume", "--output_dir", folder, "--train_steps", made]) == (0, "", ANY)
     assert not (folder / ".lock").exists()
 
 

@@ -11,7 +11,14 @@ from sar_kd.errors import UsageError
 from sar_kd.teacher import live
 from sar_kd.teacher.moe import router_metrics
 from sar_kd.teacher.moe.discovery import find_routers, router_parameters
-from sar_kd.teacher.moe.router_checkpoint import hash_frozen, load_router_update, read_router_update, save_router_update
+from sar_kd.teacher.moe.router_checkpoint import (
+    hash_frozen,
+    hash_rounded,
+    hash_routers,
+    load_router_update,
+    read_router_update,
+    save_router_update,
+)
 from sar_kd.teacher.moe.router_metrics import find_alarms
 from sar_kd.teacher.moe.routing_hooks import Routing
 from sar_kd.training import trainer
@@ -121,6 +128,33 @@ def test_the_update_loads_into_the_same_teacher_and_changes_nothing_else_of_it(f
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "teacher", dtype=torch.float16).eval()
     for rule in ("native", "all"):
         assert torch.equal(_logits(again, rule), _logits(teacher, rule))
+
+
+@pytest.mark.parametrize("run_dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16], ids=str)
+def test_the_update_loads_into_the_same_teacher_in_another_dtype(inputs, tmp_path, run_dtype, dtype):
+    trained = _teacher(inputs, getattr(torch, run_dtype))
+    routers = {name: trained.state_dict()[name].float() for name in _routers_of(trained)}
+    metadata = {
+        "base_model": "it", "dtype": run_dtype, "frozen_sha256": hash_frozen(trained, routers),
+        "initial_sha256": hash_routers(routers), "rounded_sha256": hash_rounded(trained, routers),
+    }  # fmt: skip
+    learned = {name: value + 1.0 for name, value in routers.items()}
+    path = tmp_path / "router_update.safetensors"
+    save_router_update(path, learned, metadata)
+    teacher = _teacher(inputs, dtype)
+    if (run_dtype, dtype) == ("float16", torch.bfloat16):
+        with pytest.raises(UsageError, match=r"made in float16, .* load it in float16 or float32"):
+            load_router_update(teacher, path)
+        return
+    load_router_update(teacher, path)
+    assert all(torch.equal(teacher.state_dict()[name], value.to(dtype)) for name, value in learned.items())
+    other = _teacher(inputs, dtype)
+    other.get_output_embeddings().weight.data[0] += 1.0
+    with pytest.raises(UsageError, match="another teacher"):
+        load_router_update(other, path)
+    with pytest.raises(UsageError, match="not those that it began with"):
+        load_router_update(teacher, path)  # a second time
 
 
 def test_a_float32_teacher_with_the_update_is_the_runs_own_to_the_bit(inputs, tmp_path):

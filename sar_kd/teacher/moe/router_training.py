@@ -31,7 +31,7 @@ from sar_kd.losses.functional import GroupSums, SummedTerms
 from sar_kd.losses.objective import Objective, build_distillation
 from sar_kd.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from sar_kd.teacher.moe.discovery import Gate, router_parameters
-from sar_kd.teacher.moe.router_checkpoint import FrozenTeacherChanged, hash_frozen, hash_routers
+from sar_kd.teacher.moe.router_checkpoint import FrozenTeacherChanged, hash_frozen, hash_rounded, hash_routers
 from sar_kd.teacher.moe.routing_hooks import Routing, weights_of
 
 
@@ -125,6 +125,7 @@ class RouterTrainer(FrozenRouters):
         self._initial = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.frozen_sha256 = hash_frozen(objective.teacher, self.parameters)
         self.initial_sha256 = hash_routers(self._initial)
+        self.rounded_sha256 = hash_rounded(objective.teacher, self._initial)
         # No weight decay: the anchor pulls to the initial weights, not to 0.
         self.optimizer = torch.optim.AdamW(
             [*self.parameters.values()], lr=settings.router_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
