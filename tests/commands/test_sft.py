@@ -474,7 +474,7 @@ def test_help_names_every_option(capsys):
 
 def test_a_run_in_the_folder_of_another_command_is_not_resumed(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"format": RUN_FORMAT, "mode": "balanced"}))
-    with pytest.raises(UsageError, match="no mode is called balanced"):
+    with pytest.raises(UsageError, match="holds a distillation run; resume it with"):
         start(SFT, ["--resume", "--output_dir", str(tmp_path)])
 
 

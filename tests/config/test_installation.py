@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[2]
 WITHOUT_A_NAME = {
     "config",  # its help and recipes are shown through `as_called_here`
     "commands/build_embedded.py",  # the card of the models
-    "reporting/log_diagnosis.py",  # advice about logs of other programs too
+    "reporting/diagnoses.py",  # advice about logs of other programs too
+    "reporting/log_diagnosis.py",
 }
 
 
