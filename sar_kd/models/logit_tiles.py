@@ -54,6 +54,12 @@ def logsumexp_per_position(tile: Tensor, temperature: float = 1.0, bound: float 
     tile: float32 [V, n]
     Returns: float32 [n]
     """
+    peaks, log_sums = _peaks_and_log_sums(tile, temperature, bound)
+    return peaks / temperature + log_sums
+
+
+def _peaks_and_log_sums(tile: Tensor, temperature: float, bound: float = math.inf) -> tuple[Tensor, Tensor]:
+    """m[n] = max_v z[v, n] and log sum_v exp((z[v, n] - m[n]) / T), float32 [n]."""
     peaks = tile.new_full((tile.shape[1],), -math.inf)
     for block in vocab_blocks(tile):
         peaks = torch.maximum(peaks, tile[block].amax(0))
@@ -63,7 +69,7 @@ def logsumexp_per_position(tile: Tensor, temperature: float = 1.0, bound: float 
         part = tile[block] if bound == math.inf else tile[block].clamp(-bound, bound)
         part = part - peaks
         totals += exp_(part if temperature == 1.0 else part.div_(temperature)).sum(0)
-    return peaks / temperature + totals.log()
+    return peaks, totals.log()
 
 
 def finite_positions(tile: Tensor) -> Tensor:
@@ -81,20 +87,25 @@ def mask_positions_(tile: Tensor, keep: Tensor) -> Tensor:
 
 
 class LogProbs(NamedTuple):
-    """Log-probabilities computed block by block: shift[n] + scale * tile[v, n]."""
+    """Log-probabilities computed block by block: shift[n] + scale * (tile[v, n] - peak[n])."""
 
     tile: Tensor
+    peak: Tensor
+    """float32 [n]: apart from the shift, because beside logits of 1e4 the log of a sum loses three of its digits"""
     shift: Tensor
+    """float32 [n]"""
     scale: float
 
     @classmethod
     def from_logits(cls, tile: Tensor, temperature: float) -> LogProbs:
         """log softmax(z / T) over the vocabulary, without a second tile."""
-        return cls(tile, -logsumexp_per_position(tile, temperature), 1.0 / temperature)
+        peaks, log_sums = _peaks_and_log_sums(tile, temperature)
+        return cls(tile, peaks, -log_sums, 1.0 / temperature)
 
     def block(self, block: slice) -> Tensor:
         """The log-probabilities of one block of the vocabulary."""
-        return torch.add(self.shift, self.tile[block], alpha=self.scale)
+        part = self.tile[block] - self.peak
+        return torch.add(self.shift, part, alpha=self.scale, out=part)
 
 
 _MIN_EXPONENT = -87.0

@@ -909,6 +909,25 @@ def test_strict_skips_a_position_whose_shared_tokens_hold_little_of_the_teachers
 # float16, and logits that are not finite
 
 
+@EVERY_DIRECTION
+@pytest.mark.parametrize("alignment", ["token", "projection"])
+def test_logits_of_ten_thousand_keep_three_digits_of_the_gradient(make_case, alignment, direction):
+    """The log of a sum is lost beside them: a rounding of 5e-4, times a divergence of 2e4 nats."""
+    case = make_case("byte_from_byte")
+    for logits in (case.outputs.student_logits, case.outputs.teacher_logits):
+        logits.copy_(torch.where(logits > 0, 1e4, -1e4) + 0.5 * logits)
+    terms, grad = _distill(case, alignment, kd_direction=direction)
+    leaf = case.outputs.student_logits.double().requires_grad_()
+    log_p = leaf.log_softmax(-1)
+    log_t = case.outputs.teacher_logits[case.batch.teacher.positions].double().log_softmax(-1)
+    log_m = torch.logaddexp(log_p, log_t) - math.log(2.0)
+    pairs = {"forward": [(log_t, log_p)], "reverse": [(log_p, log_t)], "jsd": [(log_t, log_m), (log_p, log_m)]}
+    expected = sum((a.exp() * (a - b)).sum() for a, b in pairs[direction]) / len(pairs[direction])
+    expected.backward()
+    torch.testing.assert_close(terms.loss.double(), expected.detach(), rtol=1e-3, atol=0.0)
+    assert (grad - leaf.grad).norm() < 5e-3 * leaf.grad.norm()
+
+
 @EVERY_METHOD_AND_DIRECTION
 @pytest.mark.parametrize("name", ["sp_from_byte", "byte_from_dummy"])
 def test_the_largest_float16_logits_give_finite_losses_and_gradients(make_case, alignment, direction, top_k, name):

@@ -93,12 +93,11 @@ def boundary_divergence(
     boundaries, classes, continuation_classes = paths.indices
     coarser_probs = sides[coarser]._replace(shift=sides[coarser].shift + paths.token_end_log_probs)
     logits = coarser_probs.tile[classes, boundaries]
-    by_end = coarser_probs.shift[boundaries] + coarser_probs.scale * logits
+    by_end = coarser_probs.shift[boundaries] + coarser_probs.scale * (logits - coarser_probs.peak[boundaries])
     joint = torch.logaddexp(by_end, paths.log_probs.index_select(0, continuation_classes))
     # The few classes with a second path are stored as the logits that give their joint probability.
-    coarser_probs.tile.index_put_(
-        (classes, boundaries), (joint - coarser_probs.shift[boundaries]) / coarser_probs.scale
-    )
+    joint_logits = (joint - coarser_probs.shift[boundaries]) / coarser_probs.scale + coarser_probs.peak[boundaries]
+    coarser_probs.tile.index_put_((classes, boundaries), joint_logits)
     student, teacher = (coarser_probs, sides[1]) if coarser == STUDENT else (sides[0], coarser_probs)
     if grad_side is None:
         loss, unclamped, _ = divergence.per_position(student, teacher)
