@@ -35,12 +35,8 @@ from sar_kd.data.batch import Batch  # noqa: E402
 from sar_kd.data.dataset import build_dataset  # noqa: E402
 from sar_kd.data.sources import load_documents  # noqa: E402
 from sar_kd.losses.objective import Objective  # noqa: E402
-from sar_kd.models.loading import (  # noqa: E402
-    NO_LOADED_MODELS,
-    LoadedModels,
-    load_models,
-    silence_transformers,
-)
+from sar_kd.models.loading import NO_LOADED_MODELS, LoadedModels, load_models  # noqa: E402
+from sar_kd.models.pretrained import silence_transformers  # noqa: E402
 from sar_kd.runtime.distributed import SINGLE_PROCESS  # noqa: E402
 from sar_kd.runtime.precision import setup_precision  # noqa: E402
 from sar_kd.teacher.cached import open_teacher_cache  # noqa: E402

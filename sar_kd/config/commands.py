@@ -37,7 +37,7 @@ SFT = Command(
     "Fine-tune a causal language model on questions with answers, in fp16, without NaN.",
     SftConfig,
     "sft:fine_tune",
-    defaults={"max_grad_norm": 1.0, "skip_rule": "adaptive", "skip_factor": 4.0},
+    defaults={"max_grad_norm": 1.0},
     presets={"task": {"units": {**TASKS["units"], "warmup_steps": 50, "log_steps": 100}}},
     embedded_lr_factors={"student_lr": 10.0},  # it is far smaller than the models that 2e-4 is meant for
     run_name="sft",

@@ -66,7 +66,8 @@ def _next_commands(run: RunHistory) -> list[str]:
     if status == "interrupted":
         return [f"Next: continue with the same command and --resume --output_dir {folder}"]
     if status == "emergency_stop":
-        return [f"Next: {program} forensics {folder} shows why, and what to try"]
+        explained = (folder / "crash").is_dir()  # a run that was stopped without a NaN batch has said why
+        return [f"Next: {program} forensics {folder} shows why, and what to try"] if explained else []
     prompt = "Return the largest" if run.setting("student_model") == EMBEDDED else "The"
     lines = [f'Next: {program} generate {folder} "{prompt}"']
     if not (folder / REPORT).is_file():
