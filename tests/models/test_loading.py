@@ -64,6 +64,6 @@ def test_a_token_of_text_above_the_models_vocabulary_is_named(load, tmp_path, sp
         load(_with_tokens(sp_tokenizer, ["<pad>"], ["<think>", "</think>"]), size)
     assert str(error.value) == (
         f"--student_model {tmp_path}: its tokenizer can turn text into '<think>' (id {size + 1} and 1 more), for which "
-        f"the model has no logits (its vocab_size is {size}); resize the model's embeddings to the tokenizer, or use the "
-        "tokenizer that the model was trained with"
+        f"the model has no logits (its vocab_size is {size}); resize the model's embeddings to the tokenizer, or use "
+        "the tokenizer that the model was trained with"
     )
