@@ -33,6 +33,7 @@ from sar_kd.models.loading import (
     vocab_size_of,
 )
 from sar_kd.models.memory_saving import quantizable_layers, require_quantization_packages
+from sar_kd.models.model_files import is_local
 from sar_kd.preflight.clamp_checks import clamp_lines, require_learnable
 from sar_kd.preflight.data_checks import text_warnings
 from sar_kd.preflight.memory_plan import NotEstimated, advice, plan
@@ -148,7 +149,7 @@ def _check_hub(meta: MetaModels) -> Finding:
             where[role] = "in memory"
         elif name == EMBEDDED:
             where[role] = "shipped with the package"
-        elif Path(name).expanduser().is_dir():
+        elif is_local(name):
             where[role] = "directory"
         else:
             where[role] = "in the cache" if hub.is_cached(name) else "to be downloaded"

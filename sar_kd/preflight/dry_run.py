@@ -219,8 +219,8 @@ class _DryRun:
     def _prefill(self, student: nn.Module, batch_size: int, length: int) -> tuple[Tensor, int]:
         """Run padded prompts: the hidden states of their last tokens, and the bytes of the cache for the next one.
 
-        The cache is all that the output keeps alive beside the hidden states: keys and values (a sliding window holds those
-        of the whole prompt alive until the next token), or the state of a recurrent model, which does not grow.
+        The cache is all that the output keeps alive beside the hidden states: keys and values (in a sliding window too
+        those of the whole prompt, until the next token), or the state of a recurrent model, which does not grow.
         """
         before = self.tracker.num_live_bytes
         mask, ids = (self._empty(torch.int64, batch_size, length) for _ in range(2))

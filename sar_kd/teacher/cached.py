@@ -10,16 +10,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sar_kd import embedded
 from sar_kd.config.fields import RunConfig
 from sar_kd.config.installation import program_name
 from sar_kd.config.runs import Config
-from sar_kd.config.sections import EMBEDDED
 from sar_kd.data.dataset import Dataset
 from sar_kd.data.sources import digest_of
-from sar_kd.errors import UsageError
 from sar_kd.evaluation.perplexity import Evaluation
 from sar_kd.models.loading import TeacherInfo, load_meta_model
+from sar_kd.models.model_files import find_model
 from sar_kd.runtime.distributed import ProcessGroup
 from sar_kd.runtime.files import file_digest
 from sar_kd.runtime.precision import Precision
@@ -130,18 +128,21 @@ def model_fingerprint(name: str, trust_remote_code: bool, option: str = "teacher
     """Identifies a model: digests of its files, or its commit on the hub; no weights are loaded.
 
     option: the one that named the model
-    Raises: UsageError if a local model has no config.json
+    Raises: UsageError if there is no such model
     """
-    shipped = embedded.STUDENT_DIR if option == "student_model" else embedded.TEACHER_DIR
-    folder = shipped if name == EMBEDDED else Path(name).expanduser()
-    if not folder.is_dir():
+    files = find_model(option, name)
+    if files.folder is None:
         commit = getattr(load_meta_model(option, name, trust_remote_code).config, "_commit_hash", None)
         return {"commit": commit or name}
-    config = folder / "config.json"
-    if not config.is_file():
-        raise UsageError(f"--{option} {name}: has no config.json")
-    weights = (path for pattern in ("*.safetensors", "*.bin", "*.gguf", "*.py") for path in folder.glob(pattern))
-    return {path.name: file_digest(path) for path in (*sorted(weights), config)}
+    if files.gguf_file:
+        return {files.gguf_file: file_digest(files.folder / files.gguf_file)}
+    folders = [files.folder, *([Path(files.adapter)] if files.adapter else [])]
+    patterns = ("*.safetensors", "*.bin", "*.gguf", "*.py", "config.json", "adapter_config.json")
+    return {
+        path.name: file_digest(path)
+        for folder in folders
+        for path in sorted(path for pattern in patterns for path in folder.glob(pattern))
+    }
 
 
 def _check_teacher(folder: Path, stored: dict[str, str], found: dict[str, str]) -> bool:
