@@ -18,6 +18,9 @@ from sar_kd.version import RUN_FORMAT
 _OF_ONE_RUN = ("output_dir", "resume", "overwrite", "allow_changed_inputs")
 """Options that a run's `config.json` has, and that another run does not take over"""
 
+_NO_SETTINGS = ("environment",)
+"""Sections of a run's `config.json` that record something else than options"""
+
 _KINDS = {"sft": ("sft", "fine-tuning")}
 """Mode in `config.json` -> its command, and what its runs are called; every other mode is of a distillation"""
 
@@ -93,7 +96,7 @@ def _pairs(command: Command, where: str, content: dict) -> Iterator[tuple[Any, A
     """Names and values, those in sections too."""
     of_command = {item.name: item.metadata.get("options", True) for item in dataclasses.fields(command.config)}
     for name, value in content.items():
-        if name == "format":
+        if name == "format" or ("format" in content and name in _NO_SETTINGS):
             continue
         if not isinstance(value, dict):
             yield name, value
@@ -140,9 +143,8 @@ def read_run_options(command: Command, path: Path, may_change: Collection[str]) 
         )
     kind_of_run = saved.pop("mode")
     _check_kind(command, path, kind_of_run)
-    options = {
-        name: value for section in saved.values() if isinstance(section, dict) for name, value in section.items()
-    }
+    sections = [part for name, part in saved.items() if isinstance(part, dict) and name not in _NO_SETTINGS]
+    options = {name: value for section in sections for name, value in section.items()}
     for item, kind in options_of(command.sections.values()):
         if item.name not in options and item.name in may_change:
             options[item.name] = list(item.default) if isinstance(item.default, tuple) else item.default
