@@ -266,9 +266,7 @@ def _check_text(meta: MetaModels) -> Finding:
     settings = config.train if size < _SAMPLE_CHARACTERS else dataclasses.replace(config.train, train_steps=1)
     compares = config.loss.alpha_kd > 0 and config.loss.alignment != "uld"
     pair, limit = load_tokenizers(config.models, compares, meta.loaded), context_length_of(meta.models[meta.roles[0]])
-    train, validation = (
-        build_dataset(text, pair, block_size, limit or 8 * block_size) for text in (sample, held_out)
-    )
+    train, validation = (build_dataset(text, pair, block_size, limit or 8 * block_size) for text in (sample, held_out))
     warnings = text_warnings(train, validation, settings)
     if not compares:
         reason = "distillation is off" if config.loss.alpha_kd == 0 else "--alignment uld compares by rank alone"
