@@ -2,7 +2,7 @@
 
 import pytest
 
-from sar_kd.data.skipped import TOO_LONG, by_reason, skipped_lines, unusable
+from sar_kd.data.skipped import TOO_LONG, by_reason, has_null, skipped_lines, unusable
 
 SKIPPED = [
     f"a.jsonl:1 ({TOO_LONG})",
@@ -23,6 +23,13 @@ def test_names_are_told_from_reasons():
         "its 'messages' is null": ["c.jsonl:4"],
         "is no Unicode text": ["d"],
     }
+
+
+def test_an_example_with_a_null_is_told_from_others():
+    nulls = ["c:4 (its 'messages' is null)", "x (message 2 of its 'messages' has null as 'content')", "y (is null)"]
+    assert all(map(has_null, nulls))
+    others = ["null", "a (null)", "b (the student's chat template refuses it: null)", f"c ({TOO_LONG})"]
+    assert not any(map(has_null, others))
 
 
 def test_each_reason_has_a_line():
