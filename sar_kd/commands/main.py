@@ -109,7 +109,7 @@ def run(
             rest = "; what was saved before is intact, --resume continues from there" if resumable else ""
             return _report(f"error: {reason}{rest}", USAGE)
         group = _process_group()
-        line = group.explain_lost_rank(error) if group else None
+        line = group.explain_lost_rank(error) if group and isinstance(error, RuntimeError) else None
         if line is None:
             raise
         return _report(

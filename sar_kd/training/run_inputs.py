@@ -20,7 +20,6 @@ from sar_kd.teacher.cached import model_fingerprint
 from sar_kd.teacher.moe.router_checkpoint import hash_tensors
 from sar_kd.tokenization.token_table import fingerprint
 
-
 _SET_BY_SAVING = {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path"}
 
 
