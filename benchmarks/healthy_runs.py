@@ -189,10 +189,11 @@ def real_cases(folder: Path, teacher: str, student: str):
 
 def row_of(name: str, found: dict) -> str:
     guards, none = found["guards"], found["none"]
+    tried = min(20, len(guards["norms"]) - 5)
     skipped = ", ".join(f"{cause} {count}" for cause, count in guards["skipped"].items()) or "0"
     return (
         f"| {name} | {guards['norm_median']:.2f} | {skipped} | {guards['loss_start']:.3f} | {guards['loss_end']:.3f} | "
-        f"{none['loss_end']:.3f} | {found['loss_ratio'] - 1:+.1%} | {guards['spikes_refused']} of 20 |"
+        f"{none['loss_end']:.3f} | {found['loss_ratio'] - 1:+.1%} | {guards['spikes_refused']} of {tried} |"
     )
 
 
