@@ -217,8 +217,7 @@ class _Call:
         self.command, self.function, self.pairs = command, function, dict[str, tuple[nn.Module, Any]]()
         self.values: dict[str, Any] = dict(options)
         resumes = bool(options.get("resume"))
-        if mode is not None:
-            self.values["mode"] = mode
+        self.values |= {"mode": mode} if mode else {}
         for role, model in models.items():
             if not (resumes and isinstance(model, str) and model == EMBEDDED):  # the run has its own
                 self.values[f"{role}_model"] = self._name_of(f"{role}_model", model)

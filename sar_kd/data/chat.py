@@ -78,7 +78,8 @@ class _Turns(NamedTuple):
 
 def render(conversations: list[Conversation], templates: list[ChatTemplate]) -> Rendered:
     """Encode conversations as each of `chat_templates(pair)` renders them."""
-    turns, names, skipped, dropped, changed_bytes = [], [], [], [], 0
+    turns, names, skipped, changed_bytes = [], [], [], 0
+    dropped: list = []
     for conversation in conversations:
         try:
             turns.append(_turns(conversation, templates, dropped))

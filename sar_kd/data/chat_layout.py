@@ -121,7 +121,7 @@ class LayoutFinder:
     def __init__(self, whose: str, sandbox: TemplateSandbox, variables: dict):
         """whose: 'student' or 'teacher'; variables: the special tokens by name"""
         self.whose, self._sandbox, self._variables = whose, sandbox, variables
-        self._known: dict[tuple, Layout] = {}
+        self._known: dict[str, Layout] = {}
         self._num_endless = 0
 
     def find(self, conversation: Conversation, form: Form) -> Layout:

@@ -333,21 +333,24 @@ def _message(value: object, number: int, field: str, where: str, targets: bool) 
     role, content = value.get("role"), _joined(value.get("content"))
     if content is None and any(others.get(key) for key in MESSAGE_FIELDS):
         content = ""  # beside tool calls there need be none
+    texts = []
     for key, found in (("role", role), ("content", content)):
         if found is None and key in value:
             raise _NullField(f"message {number} of its '{field}' has null as '{key}'")
         if not isinstance(found, str):
             fault = f"has {_json_type(value[key])} as '{key}'" if key in value else f"has no '{key}'"
             raise UsageError(f"{where}: message {number} of '{field}' {fault}; {expected}")
-    return Message(role, content, targets and role == "assistant", _to_json(others) if others else "")
+        texts.append(found)
+    return Message(texts[0], texts[1], targets and role == "assistant", _to_json(others) if others else "")
 
 
 def _joined(content: object) -> object:
     """A list of text parts as one text; anything else as it is."""
     if not isinstance(content, list):
         return content
-    texts = [part.get("text") if isinstance(part, dict) else part for part in content]
-    return "".join(texts) if all(isinstance(text, str) for text in texts) else content
+    parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+    texts = [part for part in parts if isinstance(part, str)]
+    return "".join(texts) if len(texts) == len(parts) else content
 
 
 def _parsed(value: object) -> object:

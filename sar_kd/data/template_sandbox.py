@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from functools import wraps
-from typing import Any, ClassVar
+from typing import Any
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -115,11 +115,13 @@ class _Environment(ImmutableSandboxedEnvironment):
         tree = super()._parse(source, name, filename)
         for concatenation in list(tree.find_all(nodes.Concat)):
             _replace(tree, concatenation, nodes.Filter(nodes.List(concatenation.nodes), "join", [], [], None, None))
-        for repeated in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock, nodes.Block)):
+        repeating: Any = tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock, nodes.Block))
+        for repeated in repeating:
             size = sum(len(text.data) for text in repeated.find_all(nodes.TemplateData))
             charge = nodes.Call(nodes.EnvironmentAttribute("charge"), [nodes.Const(size)], [], None, None)
             repeated.body.insert(0, nodes.ExprStmt(charge, lineno=repeated.lineno))
-        return tree.set_environment(self)
+        tree.set_environment(self)
+        return tree
 
     def _output(self, value: Any) -> Any:
         self.charge(_size(value) if isinstance(value, str) else _deep_size(value, self.remaining))
@@ -185,7 +187,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 class _GenerationTag(Extension):
     """`{% generation %}`, with which templates mark the assistant's text."""
 
-    tags: ClassVar = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  # jinja2 declares it so
 
     def parse(self, parser) -> nodes.Node:
         lineno = next(parser.stream).lineno

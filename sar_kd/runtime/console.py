@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-
 from typing import TextIO
 
 from tqdm import tqdm

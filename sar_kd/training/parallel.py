@@ -76,9 +76,9 @@ class ParallelStrategy:
     def large_grad_norm(self, gradients: list[Tensor]) -> float:
         """`grad_norm` where float32 may not hold the sum of squares; inf or nan if a gradient is. A host read.
 
-        norm = 2^100 * ||2^-100 * gradients||
+        norm = 2^100 * ||gradients / 2^100||
         """
-        norms = [self.grad_norm([gradient * 2.0**-100]) for gradient in gradients]
+        norms = [self.grad_norm([gradient / 2.0**100]) for gradient in gradients]
         return torch.stack(norms).norm().item() * 2.0**100
 
     def full_weights(self) -> dict[str, Tensor] | None:

@@ -107,8 +107,10 @@ def test_help_and_mistakes_are_answered_without_torch_and_in_half_a_second():
 import contextlib, io, json, os, resource, runpy, sys
 for words in json.loads(sys.argv[1]):
     sys.argv = words[1:] if words[0] == "-m" else words
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
-        runpy.run_module("sar_kd", run_name="__main__") if words[0] == "-m" else runpy.run_path(words[0], run_name="__main__")
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), contextlib.suppress(SystemExit):
+        run, name = (runpy.run_module, "sar_kd") if words[0] == "-m" else (runpy.run_path, words[0])
+        run(name, run_name="__main__")
 heavy = [name for name in ("torch", "transformers", "numpy", "tqdm") if name in sys.modules]
 used = resource.getrusage(resource.RUSAGE_SELF)
 print(json.dumps([heavy, used.ru_utime + used.ru_stime]))
