@@ -138,7 +138,8 @@ def test_every_flag_and_verb_that_a_page_names_exists(page):
         "kills", "variants", "seeds", "flags", "groups", "pairs", "rounds", "steps", "sizes", "shapes", "limit_mb",
         "vocab_size", "rows", "cpu_time", "minutes", "warmup", "shape", "batch_size",
         "nproc_per_node", "repo-type",
-        "nnodes", "node_rank", "master_addr", "master_port", "ranks", "workspaces", "temperatures",
+        "nnodes", "node_rank", "master_addr", "master_port", "ranks", "workspaces", "temperatures", "positions",
+        "upgrade", "config", "learning_rate", "student-lr",
     }  # fmt: skip
     named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", PAGES[page]))
     assert named <= flags | of_commands | of_others

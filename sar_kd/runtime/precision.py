@@ -126,7 +126,7 @@ class Precision:
         self._scaler.update(fixed)
         if cause == "overflow" and self._scaler.get_scale() >= loss_scale:  # a host read, only after an overflow
             # The norm is not finite and no gradient that the scaler has seen is: the routers', or a sum that overflows.
-            self._scaler.update(loss_scale * self._scaler.get_backoff_factor())
+            self._scaler.update(max(MIN_LOSS_SCALE, loss_scale * self._scaler.get_backoff_factor()))
 
     def state_dict(self) -> dict:
         return {"scaler": self._scaler.state_dict(), "rng": _rng_state(self.device)}

@@ -204,7 +204,7 @@ def test_the_text_field_wins(tmp_path):
 
 
 BAD_EXAMPLES = {
-    "no field": ({"body": "x"}, r"--text_field text: line 2 of {path} has no such text, nor messages.*it has: body"),
+    "no field": ({"body": "x"}, r"line 2 has no text and no conversation.*it has: body.*--text_field"),
     "messages in one text": ({"messages": "Hello"}, "line 2: 'messages' is text; expected a list of messages"),
     "no list": ({"messages": {}}, "line 2: 'messages' is an object; expected a list of messages"),
     "a bare text": ({"messages": ["Hello"]}, "line 2: message 1 of 'messages' is text; expected {{'role'"),

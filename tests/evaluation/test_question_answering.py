@@ -42,7 +42,7 @@ class Scripted(torch.nn.Module):
 
     def __init__(self, tokenizer, answers):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.weight, self.config = torch.nn.Parameter(torch.zeros(1)), transformers.LlamaConfig()
         self.tokenizer, self.answers, self.prompts = tokenizer, answers, []
         self.device, self.generation_config = CPU, transformers.GenerationConfig()
 

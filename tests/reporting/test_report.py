@@ -23,6 +23,7 @@ from sar_kd.reporting import history, report, trackers
 from sar_kd.reporting.history import findings_of, read_history
 from sar_kd.reporting.model_card import build_model_card
 from sar_kd.reporting.run_log import RunLog, open_run
+from sar_kd.runtime import environment
 from sar_kd.runtime.files import json_safe
 from sar_kd.version import RUN_FORMAT
 from tests.helpers.runs import untimed
@@ -575,7 +576,7 @@ def test_metrics_go_to_tensorboard_when_asked(tmp_path):
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_tracker_that_is_not_installed_is_one_line_before_the_run(tmp_path, monkeypatch, name, capsys):
-    monkeypatch.setattr(trackers, "is_installed", lambda package: False)
+    monkeypatch.setattr(environment, "is_installed", lambda package: False)
     code = exit_code(lambda argv: open_run(parse(STABLE, argv)), [f"--{name}", "--output_dir", str(tmp_path / "run")])
     assert code == 2
     assert capsys.readouterr().err == f"error: --{name}: needs `pip install {name}`\n"

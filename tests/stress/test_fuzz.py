@@ -137,7 +137,7 @@ def _flags(chance: random.Random, folder) -> list[str]:
         if item.name in ("output_dir", "device", "dataset_name"):
             continue
         argv.append(f"--{item.name}" if chance.random() < 0.97 else f"--{item.name}x")
-        choices = item.metadata["choices"]
+        choices = item.metadata.get("choices")
         if choices and chance.random() < 0.7:
             argv.append(chance.choice(choices))
         elif item.type != "bool" or chance.random() < 0.1:
