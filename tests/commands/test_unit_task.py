@@ -48,7 +48,7 @@ def test_teacher_and_baseline_are_runs_of_their_own_beside_it(done):
 
 def test_each_part_begins_with_its_purpose(done):
     _, out = done
-    starts = [i for i, line in enumerate(out) if line.startswith(("Supervised fine-tuning", "Mode "))]
+    starts = [i for i, line in enumerate(out) if line.startswith(("Fine-tuning ", "Distilling "))]
     assert len(starts) == 3
     assert out[starts[0] + 1].startswith("First the teacher learns --task units")
     assert out[starts[1] + 1].startswith("For comparison the student learns without a teacher")
@@ -59,7 +59,7 @@ def test_the_baseline_differs_in_the_teacher_only(done):
     run, baseline = read_json(folder / "config.json"), read_json(f"{folder}-cross-entropy/config.json")
     assert baseline["loss"] == run["loss"] | {"alpha_kd": 0.0}
     assert baseline["guards"] == run["guards"]
-    assert baseline["optim"]["learning_rate"] == run["optim"]["student_lr"]
+    assert baseline["optim"]["student_lr"] == run["optim"]["student_lr"]
     a, b = (read_metrics(Path(path), "step") for path in (folder, f"{folder}-cross-entropy"))
     assert a[0]["ce_loss"] == pytest.approx(b[0]["ce_loss"], rel=1e-5)  # the same batch, the same student
     assert [r["num_target_tokens"] for r in a] == [r["num_target_tokens"] for r in b]

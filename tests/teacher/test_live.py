@@ -179,8 +179,7 @@ def test_an_update_refuses_every_other_teacher_and_leaves_it_unchanged(finished,
     rerouted = _teacher(inputs)
     next(iter(router_parameters(find_routers(rerouted)).values())).data.add_(1.0)
     cases = [
-        (other, "made for another teacher; load .* in float16"),
-        (_teacher(inputs, torch.float32), "made for another teacher; load .* in float16"),
+        (other, "made for another teacher; load "),
         (rerouted, "are not those that it began with"),
         (_teacher(inputs, name="dense_teacher"), "has no router model.layers.0.mlp.gate.weight"),
     ]
@@ -282,7 +281,7 @@ def test_a_run_cannot_go_on_with_another_teacher(inputs, tmp_path):
 )
 def test_auto_is_sar_for_a_mixture_of_experts_and_shows_the_reason(inputs, tmp_path, more, routing, line):
     more = tuple(inputs / part if part == "dense_teacher" else part for part in more)
-    code, out, _ = run_script(argv_of(inputs, tmp_path / "run", "--routing", "auto", *more, steps=1))
+    code, out, _ = run_script(argv_of(inputs, tmp_path / "run", "--routing", "auto", "--verbose", *more, steps=1))
     assert code == 0
     assert sum(shown.startswith(line) for shown in out) == 1
     assert read_json(tmp_path / "run" / "summary.json")["routing"] == routing

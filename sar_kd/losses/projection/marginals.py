@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sar_kd.alignment.batch_alignment import Continuations
 from sar_kd.data.batch import MASKED_LOGIT
 from sar_kd.losses.functional import GroupSums
-from sar_kd.models.logit_tiles import exp_
+from sar_kd.models.logit_tiles import exp_, flat_view
 
 warnings.filterwarnings("ignore", message="index_reduce")  # "in beta" for years; its substitute is many times slower
 
@@ -169,8 +169,8 @@ def gather_logits(
     other side, then any others; continuations: of this side's tokens
     """
     continuation, token, _ = continuations.continuing_entries
-    indices = token * tile.shape[1] + continuations.continuing_positions[continuation]
-    return GatheredLogits(*_GatherLogits.apply(tile, class_map, num_pairs, num_inside, indices, temperature))
+    entries = token, continuations.continuing_positions[continuation]
+    return GatheredLogits(*_GatherLogits.apply(tile, class_map, num_pairs, num_inside, *entries, temperature))
 
 
 class _GatherLogits(torch.autograd.Function):
@@ -180,17 +180,18 @@ class _GatherLogits(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, tile, class_map: ClassMap, num_pairs: int, num_inside: int, indices, temperature: float):
+    def forward(ctx, tile, class_map: ClassMap, num_pairs: int, num_inside: int, tokens, positions, temperature: float):
         ctx.shape, ctx.class_map, ctx.temperature = (*tile.shape, num_pairs, num_inside), class_map, temperature
         pairs, inside = tile[:, :num_pairs], tile[:, num_pairs : num_pairs + num_inside]
         boundary = pairs.index_select(0, class_map.representatives)
         values, shares = class_map.multi_token_logits(pairs, temperature)
         boundary.index_copy_(0, class_map.multi_classes, values)
-        entries, inside = tile.view(-1).index_select(0, indices), inside.contiguous()
+        entries = flat_view(tile).index_select(0, tokens * tile.stride(0) + positions)
+        inside = inside.contiguous()
         if temperature != 1.0:
             for part in (boundary, entries, inside):
                 part.div_(temperature)
-        ctx.save_for_backward(indices, shares)
+        ctx.save_for_backward(tokens * tile.shape[1] + positions, shares)  # the gradient has no padding
         return boundary, inside, entries
 
     @staticmethod
@@ -205,7 +206,7 @@ class _GatherLogits(torch.autograd.Function):
         pairs.index_fill_(0, class_map.unclassed, 0.0)
         grad[:, num_pairs : num_pairs + num_inside] = grad_inside
         grad.view(-1).index_add_(0, indices, grad_entries)
-        return grad if ctx.temperature == 1.0 else grad.div_(ctx.temperature), *[None] * 5
+        return grad if ctx.temperature == 1.0 else grad.div_(ctx.temperature), *[None] * 6
 
 
 class BeforeLogits(NamedTuple):
