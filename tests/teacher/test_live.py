@@ -273,15 +273,23 @@ def test_a_run_cannot_go_on_with_another_teacher(inputs, tmp_path):
 @pytest.mark.parametrize(
     ("more", "routing", "line"),
     [
-        ((), "sar", "--routing auto: sar, because the teacher is a mixture of experts; 1 routers of 4 experts"),
-        (("--teacher_model", "dense_teacher"), "native", "--routing auto: native, because the teacher is dense"),
-        (("--alpha_kd", 0), "native", "--routing auto: native, because distillation is off"),
-        (("--alignment", "hidden"), "native", "--routing auto: native, because --alignment hidden compares no"),
+        ((), "sar", "Routing: sar (--routing auto, because the teacher is a mixture of experts"),
+        (
+            ("--teacher_model", "dense_teacher"),
+            "native",
+            "Routing: native (--routing auto, because the teacher is dense",
+        ),
+        (("--alpha_kd", 0), "native", "Routing: native (--routing auto, because distillation is off"),
+        (
+            ("--alignment", "hidden"),
+            "native",
+            "Routing: native (--routing auto, because --alignment hidden compares no",
+        ),
     ],
 )
 def test_auto_is_sar_for_a_mixture_of_experts_and_shows_the_reason(inputs, tmp_path, more, routing, line):
     more = tuple(inputs / part if part == "dense_teacher" else part for part in more)
-    code, out, _ = run_script(argv_of(inputs, tmp_path / "run", "--routing", "auto", "--verbose", *more, steps=1))
+    code, out, _ = run_script(argv_of(inputs, tmp_path / "run", "--routing", "auto", *more, steps=1))
     assert code == 0
     assert sum(shown.startswith(line) for shown in out) == 1
     assert read_json(tmp_path / "run" / "summary.json")["routing"] == routing
