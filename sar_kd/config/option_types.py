@@ -11,11 +11,10 @@ from typing import Literal, TypedDict
 Mode = Literal["ultra-conservative", "balanced", "precise"]
 
 
-class DistillOptions(TypedDict, total=False):
-    """Options of `distill` and `preflight`."""
+class TrainingOptions(TypedDict, total=False):
+    """Options of both ways to train a student."""
 
     trust_remote_code: bool
-    teacher_cache: str
     text_field: str
     dataset_name: str
     dataset_config_name: str
@@ -23,6 +22,43 @@ class DistillOptions(TypedDict, total=False):
     task: Literal["", "units"]
     block_size: int
     token_cache: str
+    weight_decay: float
+    warmup_steps: int
+    lr_schedule: Literal["cosine", "constant"]
+    student_lr: float
+    model_dtype: Literal["auto", "float16", "bfloat16", "float32"]
+    device: str
+    init_loss_scale: float
+    gradient_checkpointing: bool
+    max_grad_norm: float
+    skip_grad_norm: float
+    skip_rule: Literal["adaptive", "fixed"]
+    skip_factor: float
+    max_nan_batches: int
+    on_divergence: Literal["stop", "rewind"]
+    train_steps: int
+    per_device_batch_size: int | Literal["auto"]
+    grad_accum_steps: int
+    eval_steps: int
+    log_steps: int
+    verbose: bool
+    quiet: bool
+    save_steps: int
+    parallel: Literal["ddp", "fsdp"]
+    keep_checkpoints: int
+    time_limit: str
+    tensorboard: bool
+    wandb: bool
+    seed: int
+    resume: bool
+    allow_changed_inputs: bool
+    overwrite: bool
+
+
+class DistillOptions(TrainingOptions, total=False):
+    """Options of `distill` and `preflight`."""
+
+    teacher_cache: str
     task_teacher_steps: int
     skip_baseline: bool
     temperature: float
@@ -59,87 +95,17 @@ class DistillOptions(TypedDict, total=False):
     max_new_tokens: int
     replay_size: int
     replay_fraction: float
-    weight_decay: float
-    warmup_steps: int
-    lr_schedule: Literal["cosine", "constant"]
-    student_lr: float
-    model_dtype: Literal["auto", "float16", "bfloat16", "float32"]
-    device: str
-    init_loss_scale: float
-    gradient_checkpointing: bool
     offload_teacher_to_cpu: bool
     teacher_quantization: Literal["off", "nf4"]
-    max_grad_norm: float
-    skip_grad_norm: float
-    skip_rule: Literal["adaptive", "fixed"]
-    skip_factor: float
-    max_nan_batches: int
-    on_divergence: Literal["stop", "rewind"]
-    train_steps: int
-    per_device_batch_size: int | Literal["auto"]
-    grad_accum_steps: int
-    eval_steps: int
-    log_steps: int
-    verbose: bool
-    quiet: bool
-    save_steps: int
-    parallel: Literal["ddp", "fsdp"]
-    keep_checkpoints: int
-    time_limit: str
-    tensorboard: bool
-    wandb: bool
-    seed: int
-    resume: bool
-    allow_changed_inputs: bool
-    overwrite: bool
 
 
-class SftOptions(TypedDict, total=False):
+class SftOptions(TrainingOptions, total=False):
     """Options of `sft`."""
 
-    trust_remote_code: bool
-    text_field: str
-    dataset_name: str
-    dataset_config_name: str
-    dataset_split: str
-    task: Literal["", "units"]
-    block_size: int
-    token_cache: str
     lora_rank: int
     lora_alpha: float
     lora_dropout: float
     lora_targets: Sequence[str]
-    weight_decay: float
-    warmup_steps: int
-    lr_schedule: Literal["cosine", "constant"]
-    student_lr: float
-    model_dtype: Literal["auto", "float16", "bfloat16", "float32"]
-    device: str
-    init_loss_scale: float
-    gradient_checkpointing: bool
-    max_grad_norm: float
-    skip_grad_norm: float
-    skip_rule: Literal["adaptive", "fixed"]
-    skip_factor: float
-    max_nan_batches: int
-    on_divergence: Literal["stop", "rewind"]
-    train_steps: int
-    per_device_batch_size: int | Literal["auto"]
-    grad_accum_steps: int
-    eval_steps: int
-    log_steps: int
-    verbose: bool
-    quiet: bool
-    save_steps: int
-    parallel: Literal["ddp", "fsdp"]
-    keep_checkpoints: int
-    time_limit: str
-    tensorboard: bool
-    wandb: bool
-    seed: int
-    resume: bool
-    allow_changed_inputs: bool
-    overwrite: bool
     epochs: float
     max_steps: int
     save_strategy: Literal["epoch", "steps", "no"]

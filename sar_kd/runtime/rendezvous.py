@@ -23,7 +23,7 @@ WAIT_SECONDS = 120.0
 """The longest that a process waits for the others to start. torchrun starts its processes at the same time."""
 
 _QUIET_SECONDS = 10.0
-"""After so long the user is told what is waited for"""
+"""After this time a line names the processes that have not started"""
 
 _STORE_SECONDS = 30.0
 
