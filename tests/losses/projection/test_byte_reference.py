@@ -33,8 +33,8 @@ def make_case(monkeypatch):
     """make_case(teacher_is_coarser): the text in both tokenizations, with random logits."""
     monkeypatch.setattr(vocabulary_map, "encode", encode_any)
 
-    def make(teacher_is_coarser, seed=0, spread=1.5):
-        fine, coarse = token_table(FINE), token_table(COARSE)
+    def make(teacher_is_coarser, seed=0, spread=1.5, coarse=COARSE, fine=FINE, text=TEXT):
+        fine, coarse = token_table(fine), token_table(coarse)
         tables = (fine, coarse) if teacher_is_coarser else (coarse, fine)
         tokenizers = [TableTokenizer(table) for table in tables]
         pair = SimpleNamespace(
@@ -42,7 +42,7 @@ def make_case(monkeypatch):
             student_vocab_size=len(tables[0].pieces), teacher_vocab_size=len(tables[1].pieces),
             num_teacher_tokens=len(tables[1].pieces),
         )  # fmt: skip
-        ids = [tokenizer.encode(TEXT) for tokenizer in tokenizers]
+        ids = [tokenizer.encode(text) for tokenizer in tokenizers]
         streams = [_stream(table, own) for table, own in zip(tables, ids, strict=True)]
         text = SimpleNamespace(
             student=streams[0], teacher=streams[1], names=["text"], conversations=[], num_tokens=lambda s: len(s.ids)
@@ -253,3 +253,59 @@ def test_the_probabilities_of_every_boundary_add_up_to_one(make_case, teacher_is
     _, shared, _ = segment.continuation_paths
     num_continuing = [len(each) for each in both[coarser].continuing_entries[1].split(1)]
     assert len(num_continuing) > len(shared) + segment.num_pairs
+
+
+# The exact marginal
+
+
+def _byte_marginals(probs: Tensor, pieces: list[bytes], text: bytes) -> tuple[Tensor, Tensor]:
+    """The weights of all tokenizations of each prefix of the text, by dynamic programming over its bytes.
+
+    The next token's probability p does not depend on the tokens before:
+
+    ended[b]       = sum over e < b, tokens v = text[e:b], of ended[e] * p(v)
+    going_on[b, x] = sum over e < b, tokens v that begin with text[e:b] and byte x, of ended[e] * p(v)
+    """
+    ended = torch.zeros(len(text) + 1, dtype=torch.float64)
+    going_on = torch.zeros(len(text) + 1, 256, dtype=torch.float64)
+    ended[0] = 1.0
+    for byte in range(1, len(text) + 1):
+        for start in range(byte):
+            before = text[start:byte]
+            for token, piece in enumerate(pieces):
+                weight = ended[start] * probs[token]
+                if piece == before:
+                    ended[byte] += weight
+                elif piece.startswith(before):
+                    going_on[byte, piece[len(before)]] += weight
+    return going_on, ended
+
+
+def test_targets_are_the_exact_marginals_where_the_two_last_tokens_hold_every_way_to_split_the_text(make_case):
+    coarse, fine = ["ab", "abcd", "abce", "abcg", "c", "cd", "ce", "cf", "</s>"], [*"abcdefg", "</s>"]
+    text, letters = "abcfabcf", torch.arange(ord("a"), ord("g") + 1)
+    case = make_case(True, coarse=coarse, fine=fine, text=text)
+    pieces = case.tables[1].pieces
+    assert [pieces[v] for v in case.ids[1]] == [b"ab", b"cf", b"ab", b"cf"]
+    case.logits[1] = case.logits[1][:1].repeat(4, 1)
+    probs = case.logits[1][0].double().softmax(0)
+    going_on, ended = _byte_marginals(probs, pieces, text.encode())
+    begins = torch.tensor([sum(probs[v] for v, piece in enumerate(pieces) if piece[:1] == bytes([x])) for x in letters])
+    wanted = torch.zeros((), dtype=torch.float64)
+    for byte in range(len(text)):
+        student, letter_weights = case.logits[0][byte].double().softmax(0), going_on[byte, letters]
+        if byte % 2 == 0:  # a common boundary: any next letter, or the end of the text
+            teacher = torch.cat([letter_weights + ended[byte] * begins, ended[byte] * probs[-1:]])
+            keep = torch.cat([begins > 0, torch.tensor([True])])  # the others have no class
+            student, teacher = student[keep], teacher[keep]
+        else:  # inside the teacher's token: one goes on with a letter, or neither that nor the token before does
+            prefix = text[byte - 1 : byte]
+            is_next = torch.tensor(
+                [any(piece.startswith((prefix + chr(x)).encode()) for piece in pieces) for x in letters]
+            )
+            teacher = torch.cat([letter_weights[is_next], (ended[byte] + letter_weights[~is_next].sum())[None]])
+            student = student[: len(letters)][is_next]
+            student = torch.cat([student, 1.0 - student.sum()[None]])
+        wanted += _divergence(student / student.sum(), teacher / teacher.sum(), "forward", 0.5)
+    loss, _ = _run(case, kd_direction="forward")
+    assert loss.item() == pytest.approx(wanted.item(), abs=1e-5)
