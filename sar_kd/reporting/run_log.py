@@ -69,6 +69,8 @@ class RunLog:
         self.folder = Path(config.train.output_dir)
         self.same_tokenizer = True
         """Do teacher and student have the same? Else their perplexities do not compare"""
+        self.environment: dict = {}
+        """What `describe_environment` gives, from `open` on"""
         self._config, self._enabled = config, enabled
         self._observers, self._listeners = list(observers), list(listeners)
         self._log_steps = config.train.log_steps
@@ -113,13 +115,13 @@ class RunLog:
         if is_new and (stays := clear_run_folder(self.folder)):  # not earlier: until now the run could be refused
             self.info(f"--overwrite: {first_few(stays)} in {self.folder} is not a run's, and stays")
         (self.folder / "summary.json").unlink(missing_ok=True)  # of a run that goes on now; it may be damaged
-        environment = describe_environment()
-        config = {**self._config.to_dict(), "environment": environment}
+        self.environment = describe_environment()
+        config = {**self._config.to_dict(), "environment": self.environment}
         atomic_write(self.folder / CONFIG, json.dumps(config, indent=2) + "\n")
         mode = "a" if first_step else "w"
         # A file name need not be UTF-8.
         self._text = open(self.folder / LOG, mode, encoding="utf-8", errors="backslashreplace", buffering=1)
-        for line in (f"{environment['date']}  {environment['command']}", *self._early):
+        for line in (f"{self.environment['date']}  {self.environment['command']}", *self._early):
             self._text.write(line + "\n")
         self._seconds_before = self._open_metrics(first_step)
         self._first_step, self._started = first_step, time.monotonic()

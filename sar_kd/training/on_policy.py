@@ -77,6 +77,8 @@ class OnPolicy(Callback):
         self.state: dict[str, Any] = {"replay": [], "step": -1, "responses": {}, "sampling_seconds": 0.0}
         self.state |= {"early_distinct": [], "late_distinct": [], "alarmed": False}
         self.state["totals"] = dict.fromkeys((*_COUNTS, *ISSUES), 0)
+        self._next = self.state
+        """The state after the attempt under way; an attempt that fails changes nothing that a checkpoint keeps"""
 
     def is_on_policy(self, index: int) -> bool:
         """Is the micro-batch on-policy, counted from the start of the run?
@@ -91,15 +93,16 @@ class OnPolicy(Callback):
         step: the same for consecutive steps on the same text, which then have the same responses
         made: a batch, or for an on-policy micro-batch the blocks of its prompts
         """
-        self._metrics = {}
+        self._metrics, self._next = {}, dict(self.state)
+        state = self._next
         blocks = {index: item for index, item in enumerate(made) if not isinstance(item, Batch)}
         started = time.monotonic()
-        if blocks and self.state["step"] != step:
-            self.state |= {"step": step, "responses": {}}
+        if blocks and state["step"] != step:
+            state |= {"step": step, "responses": {}}
             self._fill_responses(step, len(made), blocks)
         batches = []
         for index, item in enumerate(made):
-            responses = self.state["responses"].get(str(index))
+            responses = state["responses"].get(str(index))
             if isinstance(item, Batch):
                 batches.append(item)
             elif responses:
@@ -107,13 +110,13 @@ class OnPolicy(Callback):
             else:  # no response is usable: the text itself
                 batches.append(self.rollouts.train.batch(item))
         if blocks:
-            self.state["sampling_seconds"] += time.monotonic() - started
+            state["sampling_seconds"] += time.monotonic() - started
         return batches
 
     def _fill_responses(self, step: int, num_micro_batches: int, blocks: dict[int, list[int]]) -> None:
         """Set the responses of each on-policy micro-batch: from the replay buffer, or generated, all in one batch."""
         prompts: dict[int, list[Prompt]] = {}
-        responses, replay = self.state["responses"], self.state["replay"]
+        responses, replay = self._next["responses"], self._next["replay"]
         for index, own_blocks in blocks.items():
             rng = np.random.default_rng([self.seed, step, index])
             num_before = math.floor((step * num_micro_batches + index) * self.config.on_policy_fraction)
@@ -132,7 +135,7 @@ class OnPolicy(Callback):
             issues.update(own_issues)
         if self.config.replay_size:
             new = [response for index in prompts for response in responses[str(index)]]
-            self.state["replay"] = [*replay, *new][-self.config.replay_size :]
+            self._next["replay"] = [*replay, *new][-self.config.replay_size :]
         self._count(generations, issues)
 
     def _generate(self, step: int, prompts: list[Prompt]) -> list[Generation]:
@@ -154,7 +157,7 @@ class OnPolicy(Callback):
         return generations
 
     def _count(self, generations: list[Generation], issues: Counter) -> None:
-        state, lengths = self.state, [len(generation.ids) for generation in generations]
+        state, lengths = self._next, [len(generation.ids) for generation in generations]
         distinct_shares = [len(set(g.ids)) / len(g.ids) for g in generations if g.ids]
         distinct = sum(distinct_shares) / len(distinct_shares) if distinct_shares else 0.0
         counts = {
@@ -181,6 +184,7 @@ class OnPolicy(Callback):
 
     def on_step_end(self, step: int, report: StepReport, micro_batches: MicroBatches) -> StepResult:
         """An alarm, once, if the student repeats itself: half as many distinct tokens as at first."""
+        self.state = self._next
         early, late = self.state["early_distinct"], self.state["late_distinct"]
         if self.state["alarmed"] or len(early) < _NUM_COMPARED:
             return [], None

@@ -331,5 +331,6 @@ class Trainer:
         }
         for callback in self.callbacks:
             summary |= callback.summary()
+        summary["environment"] = self.log.environment
         self.process_group.on_rank_zero(lambda: self.log.log_summary(summary))
         return summary

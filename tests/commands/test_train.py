@@ -56,7 +56,7 @@ SUMMARY_KEYS = {
     "status", "steps", "applied", "skipped", "success_rate", "val_ppl_start", "val_ppl_final", "val_ppl_best",
     "best_step", "val_loss_final", "val_bits_per_byte_start", "val_bits_per_byte_final", "teacher_val_ppl",
     "teacher_val_bits_per_byte", "nan_batches_max_consecutive", "loss_scale_final", "tokens", "tokens_per_second",
-    "peak_memory_bytes", "train_seconds", "wall_seconds", "embedded",
+    "peak_memory_bytes", "train_seconds", "wall_seconds", "embedded", "environment",
 }  # fmt: skip
 
 
@@ -116,6 +116,8 @@ def test_the_summary_has_the_designs_keys(finished):
     assert summary.keys() >= SUMMARY_KEYS
     assert summary["skipped"].keys() == set(CAUSES)
     assert summary == {"format": RUN_FORMAT, **finished.summary}
+    assert summary["environment"] == read_json(finished.folder / "config.json")["environment"]
+    assert {"torch", "devices", "commit", "command", "date"} <= summary["environment"].keys()
 
 
 def test_the_summary_agrees_with_the_metrics(finished):

@@ -16,6 +16,7 @@ from sar_kd.commands import main
 ROOT = Path(__file__).parents[2]
 TIMING = {
     "tokens_per_second", "peak_memory_bytes", "wall_seconds", "seconds", "train_seconds", "sampling_seconds", "time",
+    "environment",  # the command and the date
 }  # fmt: skip
 
 
@@ -97,7 +98,7 @@ def equal_weights(a, b) -> bool:
 
 
 def untimed(record):
-    """The record without times and memory."""
+    """The record without times, memory and environment."""
     if isinstance(record, dict):
         return {key: untimed(value) for key, value in record.items() if key not in TIMING}
     return [untimed(value) for value in record] if isinstance(record, list) else record

@@ -28,6 +28,7 @@ from sar_kd.training.optimizer import build_optimizer
 from sar_kd.training.rollouts import Prompt, Rollouts
 from sar_kd.training.step import StepContext, train_step
 from tests.helpers.runs import (
+    TIMING,
     argv_of,
     assert_equal_runs,
     assert_refused,
@@ -187,6 +188,7 @@ def test_only_the_response_is_a_target_and_both_models_get_the_same_bytes(make_d
     _overfit(models.student, dataset.batch(blocks), 40)
     policy = _on_policy(models, dataset, max_new_tokens=20)
     (batch,) = policy.micro_batches(0, [blocks])
+    policy.on_step_end(0, None, None)
     responses = policy.state["responses"]["0"]
     assert batch.blocks == tuple(response[0][0] for response in responses)
     student, teacher = _spelt(dataset, batch, 0), _spelt(dataset, batch, 1)
@@ -388,6 +390,7 @@ def test_responses_depend_on_the_seed_and_the_step_and_on_no_other_random_number
         state = torch.get_rng_state()
         policy = _on_policy(models, dataset, seed=seed)
         policy.micro_batches(step, [[0, 1], [2, 3]])
+        policy.on_step_end(step, None, None)
         assert torch.equal(torch.get_rng_state(), state)
         return policy.state["responses"]
 
@@ -400,6 +403,7 @@ def test_consecutive_steps_on_the_same_text_have_the_same_responses(make_dataset
     models = make_models()
     policy = _on_policy(models, make_dataset())
     (first,) = policy.micro_batches(3, [[0, 1]])
+    policy.on_step_end(4, None, None)
     models.student.lm_head.weight.data.neg_()
     (again,) = policy.micro_batches(3, [[0, 1]])
     (later,) = policy.micro_batches(4, [[0, 1]])
@@ -416,6 +420,7 @@ def test_replayed_responses_replace_generation_in_their_share(make_dataset, make
     seen = []
     for step in range(20):
         policy.micro_batches(step, [[step, step + 1]])
+        policy.on_step_end(step, None, None)
         assert len(policy.state["replay"]) <= 6
         seen.append(json.dumps(policy.state["responses"]["0"]))
     assert len(calls) == 5
@@ -442,6 +447,7 @@ def test_if_no_response_is_usable_the_text_itself_is_used(make_dataset, make_mod
     models.student.lm_head.weight.data.fill_(math.nan)
     policy = _on_policy(models, dataset)
     (batch,) = policy.micro_batches(0, [[0, 1]])
+    policy.on_step_end(0, None, None)
     assert not batch.is_on_policy
     assert torch.equal(batch.student.input_ids, dataset.batch([0, 1]).student.input_ids)
     assert policy.state["totals"]["nonfinite"] == policy.state["totals"]["nothing"] == 2
@@ -532,6 +538,38 @@ def test_an_interrupted_run_goes_on_bit_for_bit(inputs, tmp_path, monkeypatch, m
         assert run_script(argv_of(inputs, halves, *more, steps=6))[0] == 130
     assert run_script(["--resume", "--output_dir", str(halves)])[0] == 0
     assert_equal_runs(whole, halves)
+
+
+@pytest.mark.parametrize("failing", ["generate", "train_step"])
+def test_a_run_resumed_after_an_attempt_that_failed_has_the_summary_of_one_that_never_did(
+    failing, inputs, tmp_path, monkeypatch
+):
+    """Neither are the responses of that attempt counted twice, nor is the given text learned in their place."""
+    more = ("--max_new_tokens", 8, "--on_policy_fraction", 1, "--replay_size", 4)
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert run_script(argv_of(inputs, whole, *more))[0] == 0
+    with monkeypatch.context() as patch:
+        module = on_policy if failing == "generate" else trainer
+        patch.setattr(module, failing, _failing(getattr(module, failing), call=2))
+        assert run_script(argv_of(inputs, halves, *more))[0] == 2
+    assert run_script(["--resume", "--output_dir", str(halves)])[0] == 0
+    summaries = [read_json(folder / "summary.json") for folder in (whole, halves)]
+    assert summaries[0].keys() == summaries[1].keys()
+    differ = {key for key in summaries[0] if untimed(summaries[0][key]) != untimed(summaries[1][key])}
+    assert differ <= TIMING
+    assert_equal_runs(whole, halves)
+
+
+def _failing(function, call):
+    calls = []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise MemoryError
+        return function(*args, **kwargs)
+
+    return failing
 
 
 @pytest.mark.parametrize("recipe", ["sar-paper", "ka-paper"])
