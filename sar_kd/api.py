@@ -221,6 +221,8 @@ class _Call:
         for role, model in models.items():
             if not (resumes and isinstance(model, str) and model == EMBEDDED):  # the run has its own
                 self.values[f"{role}_model"] = self._name_of(f"{role}_model", model)
+        if len({id(model) for model, _ in self.pairs.values()}) < len(self.pairs):
+            raise UsageError("--student_model: is the teacher itself, which is frozen; give a copy of the model")
 
     def _name_of(self, option: str, model: Any) -> str:
         """A model's name in the settings; a loaded model is added to `pairs`."""

@@ -103,6 +103,11 @@ def test_a_run_from_python_is_resumed_in_python_and_nowhere_else(pairs, corpus_t
         ({"alignment": "gold"}, "alignment='gold': must be auto or projection"),
         ({"texts": []}, "texts: holds nothing"),
         ({"texts": [3]}, "texts: holds int"),
+        ({"texts": [None]}, "texts: holds NoneType"),
+        ({"texts": [__file__]}, "texts: its texts are names of files; give each file as a Path"),
+        ({"texts": "a\0.txt"}, "texts='a\\x00.txt': holds a null character"),
+        ({"mode": ["precise"]}, "mode=['precise']: must be ultra-conservative or balanced or precise"),
+        ({"student": (torch.nn.Linear(2, 2), None)}, "student='(in memory) Linear': Linear has no language-model head"),
         ({"texts": 3}, "texts: is a int"),
         ({"texts": [{"text": object()}]}, "texts: holds what JSON cannot"),
         ({"texts": "nowhere.txt"}, "texts='nowhere.txt': "),
@@ -143,6 +148,25 @@ def test_options_in_a_sentence_become_arguments(line, expected):
         raise TrainingDiverged("try --student_lr 1e-5")
 
 
+def test_a_student_that_cannot_be_trained_is_refused(pairs, corpus_texts, tmp_path):
+    teacher, (student, _) = pairs
+    where = {**STEPS, "texts": corpus_texts, "output_dir": tmp_path / "run"}
+    with pytest.raises(UsageError, match=r"^student: is the teacher itself"):
+        distill(teacher, teacher, **where)
+    student.requires_grad_(False)
+    for run, models in ((distill, pairs), (sar_kd.sft, pairs[1:])):
+        with pytest.raises(UsageError, match="all of its weights are frozen"):
+            run(*models, **where)
+
+
+def test_an_adapter_on_a_student_that_has_one_is_refused(pairs, corpus_texts, tmp_path):
+    peft = pytest.importorskip("peft")
+    student, tokenizer = pairs[1]
+    adapted = peft.get_peft_model(student, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(UsageError, match=r"^lora_rank=2: the student has an adapter already"):
+        sar_kd.sft((adapted, tokenizer), corpus_texts, output_dir=tmp_path / "run", lora_rank=2, **STEPS)
+
+
 def test_files_beside_and_in_the_folder_stay_as_they_are(pairs, corpus_texts, tmp_path):
     mine = [tmp_path / "corpus.train.jsonl", tmp_path / "corpus.validation.jsonl"]
     for path in mine:
@@ -177,6 +201,7 @@ def test_a_resumed_run_needs_its_own_texts_or_none(pairs, corpus_texts, tmp_path
 
 def test_a_callback_sees_every_record_and_a_quiet_run_prints_nothing(pairs, corpus_texts, tmp_path, capsys):
     seen = []
+    transformers.utils.logging.enable_progress_bar()  # as where nothing has been loaded from a folder yet
     result = distill(*pairs, corpus_texts, output_dir=tmp_path / "run", callback=seen.append, quiet=True, **STEPS)
     events = [record["event"] for record in seen]
     assert events == ["start", "step", "evaluation", "step", "evaluation", "end"]

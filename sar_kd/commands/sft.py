@@ -19,6 +19,7 @@ from sar_kd.losses.objective import Objective
 from sar_kd.models.loading import NO_LOADED_MODELS, LoadedModels, load_student
 from sar_kd.models.lora import add_adapter, describe_trainable
 from sar_kd.models.memory_saving import recompute_activations_
+from sar_kd.models.model_checks import require_trainable
 from sar_kd.preflight.checks import preflight
 from sar_kd.preflight.memory_plan import fit_batch_size
 from sar_kd.reporting.run_log import Observer, SftLog, open_run
@@ -73,6 +74,7 @@ def _run(config: SftConfig, loaded: LoadedModels, listeners: Sequence[Observer],
         recompute_activations_(models.student, same_dropout=True)
         models.student.enable_input_require_grads()  # type: ignore[operator]  # transformers'
     models = models.with_student(add_adapter(models.student, config.lora))
+    require_trainable(f"--student_model {config.models.student_model}", models.student)
     limits = models.block_limits(config.data.block_size)
     tokens = TokenCache(config.data.token_cache)
     train, validation = (

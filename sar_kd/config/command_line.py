@@ -44,7 +44,7 @@ def configure(command: Command[C], options: Mapping[str, object]) -> C:
         value = list(value) if isinstance(value, tuple) else value
         if name == "mode":
             modes = command.presets.get("mode", {})
-            require(value in modes, name, value, f"must be {' or '.join(modes)}")
+            require(isinstance(value, str) and value in modes, name, value, f"must be {' or '.join(modes)}")
         elif name not in known:
             raise UsageError(unknown_option(name, [*known, "mode"], prefix=""))
         elif error := value_error(*known[name], value):

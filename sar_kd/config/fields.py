@@ -79,6 +79,9 @@ class Section:
                 require(not isinstance(value, int) or value < 2**63, name, value, "must be below 2^63")
             if limits["positive"]:
                 require(math.isfinite(value) and value > 0, name, value, "must be a number above 0")
+            texts = value if isinstance(value, tuple) else (value,)
+            with_null = next((text for text in texts if isinstance(text, str) and "\0" in text), None)
+            require(with_null is None, name, repr(with_null), "holds a null character; leave it out")
             if limits["not_empty"]:
                 require(value != "", name, "''", limits["not_empty"])
 

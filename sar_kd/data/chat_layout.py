@@ -196,11 +196,12 @@ class LayoutFinder:
 
     def _drops_tool_calls(self, messages: list[dict], number: int, whole: str, tools: list | None) -> bool:
         """Does the template not write the calls of a message? Then other names would change nothing."""
-        calls = messages[number].get("tool_calls")
-        if not calls:
+        if not messages[number].get("tool_calls"):
             return False
         others = copy.deepcopy(messages)
-        named = [call.get("function", call) for call in others[number]["tool_calls"] if isinstance(call, dict)]
+        calls = others[number]["tool_calls"]
+        calls = [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+        named = [each for each in (call.get("function", call) for call in calls) if isinstance(each, dict)]
         for call in named:
             call["name"] = f"{call.get('name', '')}_"
         if not named:

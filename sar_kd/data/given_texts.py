@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -36,6 +37,8 @@ class GivenTexts(contextlib.AbstractContextManager):
         examples = list(texts)
         if examples and all(isinstance(example, Path) for example in examples):
             return list(map(str, examples))
+        if examples and all(isinstance(example, str) and os.path.isfile(example) for example in examples):
+            raise UsageError(f"--{option}: its texts are names of files; give each file as a Path")
         path = self._folder / f"{option.removesuffix('_file')}.jsonl"
         content = self._lines(option, examples)
         if self._is_resumed and path.is_file():
@@ -46,9 +49,9 @@ class GivenTexts(contextlib.AbstractContextManager):
         return [str(path)]
 
     def _lines(self, option: str, examples: list) -> str:
-        wrong = next((example for example in examples if not isinstance(example, (str, Mapping))), None)
-        if wrong is not None or not examples:
-            found = "nothing" if not examples else type(wrong).__name__
+        wrong = [example for example in examples if not isinstance(example, (str, Mapping))]
+        if wrong or not examples:
+            found = type(wrong[0]).__name__ if wrong else "nothing"
             raise UsageError(f"--{option}: holds {found}; give texts, dicts as in a .jsonl file, or paths")
         objects = [{self._text_field: each} if isinstance(each, str) else dict(each) for each in examples]
         try:

@@ -21,9 +21,23 @@ from sar_kd.config.sections import EMBEDDED, ModelConfig
 from sar_kd.errors import UsageError
 from sar_kd.models.lm_head import backbone_of
 from sar_kd.models.memory_saving import Offload, quantization_options, recompute_activations_
-from sar_kd.models.model_checks import require_causal, require_finite, require_lm_head, stop_ids_of, vocab_size_of
+from sar_kd.models.model_checks import (
+    require_causal,
+    require_finite,
+    require_lm_head,
+    require_trainable,
+    stop_ids_of,
+    vocab_size_of,
+)
 from sar_kd.models.model_files import find_model, no_tokenizer, require_weights
-from sar_kd.models.pretrained import build_meta_model, load_config, load_model, load_tokenizer, no_panic
+from sar_kd.models.pretrained import (
+    build_meta_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    no_panic,
+    silence_transformers,
+)
 from sar_kd.runtime.precision import Precision
 from sar_kd.tokenization.backends import encode
 from sar_kd.tokenization.token_table import check_vocab_size
@@ -126,7 +140,9 @@ def load_models(
             offload = Offload(teacher, backbone_of(teacher), precision.device)
     if config.train.parallel != "fsdp":  # that student may exceed one device: `build_strategy` moves it, shard by shard
         student.to(precision.device)
-    require_causal(f"--student_model {names.student_model}", student, precision)
+    title = f"--student_model {names.student_model}"
+    require_causal(title, student, precision)
+    require_trainable(title, student)
     student.train()
     if config.memory.gradient_checkpointing:
         recompute_activations_(student, same_dropout=True)
@@ -257,6 +273,7 @@ def _load_checked_model(
     if model is None:
         model, unused = load_model(find_model(option, name), dtype, names.trust_remote_code, **options)
     else:
+        silence_transformers()
         model = model.to(dtype)
     require_lm_head(title, model)
     require_finite(title, model, dtype)

@@ -28,6 +28,11 @@ def add_adapter(student: nn.Module, config: LoraConfig) -> nn.Module:
     """
     if not config.lora_rank:
         return student
+    if hasattr(student, "peft_config"):
+        raise UsageError(
+            f"--lora_rank {config.lora_rank}: the student has an adapter already; leave the option out to train that "
+            "one, or give the model that its merge_and_unload() returns"
+        )
     try:
         import peft
     except ImportError:

@@ -37,7 +37,7 @@ def stop_ids_of(title: str, model: Any) -> tuple[int, ...]:
 def require_lm_head(title: str, model: Any) -> None:
     """Raise UsageError if the model, which may be on the meta device, has no LM head or is built to read both ways."""
     kind = type(model).__name__
-    if model.get_output_embeddings() is None:
+    if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
         raise UsageError(f"{title}: {kind} has no language-model head; use a causal language model")
     # BERT and its kin are causal where their config says is_decoder; their attention modules know it.
     causal = [module.is_causal for module in model.modules() if isinstance(getattr(module, "is_causal", None), bool)]
@@ -77,6 +77,12 @@ def _not_causal(title: str, kind: str) -> UsageError:
     return UsageError(
         f"{title}: {kind} is not causal, its logits depend on tokens that come later; use a causal language model"
     )
+
+
+def require_trainable(title: str, student: nn.Module) -> None:
+    """Raise UsageError if every weight of the student, which may be one that was in memory, is frozen."""
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise UsageError(f"{title}: all of its weights are frozen; call its requires_grad_(True) first")
 
 
 def require_finite(title: str, model: nn.Module, dtype: torch.dtype) -> None:

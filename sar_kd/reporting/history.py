@@ -34,6 +34,9 @@ _MAX_STEPS = 20_000
 _MAX_LINES = 500
 """Lines of `log.txt` that are shown"""
 
+_MUCH_WORSE = 1.2
+"""Bits per byte at the end, over the best ones, that point to a learning rate that is too high"""
+
 _ADVICE = {
     "overflow": "the loss scale was still being calibrated, which is harmless in a few steps",
     "norm": "the gradient norm was above the limit: lower the learning rate",
@@ -260,8 +263,12 @@ def _advice(run: RunHistory, validations: list[dict]) -> list[str]:
             lines.append(
                 f"Best at step {best_step} ({best:.4f}); the later steps made it worse. `student/` holds the best."
             )
-        elif last < previous and previous - last > 0.1 * (first - last):
+        elif last < previous and previous - last > 0.1 * (first - last) and finite[-1] == bits[-1]:
             lines.append("It was still falling at the last validation: more --train_steps would help.")
+    has_stopped = run.summary.get("status") == "emergency_stop"  # and has named its cause
+    if finite and run.num_applied and not has_stopped and not bits[-1][0] <= _MUCH_WORSE * min(finite)[0]:
+        rate = as_float(run.setting("student_lr"))
+        lines.append(f"The updates made it much worse: a lower --student_lr may help (it is {rate:g}).")
     teacher = as_float(run.start.get("teacher_val_bits_per_byte"))
     if finite and teacher >= finite[0][0] and as_float(run.setting("alpha_kd")) > 0:
         lines.append("The teacher is no better than the student was on this text: it has little to teach here.")

@@ -72,7 +72,9 @@ def _next_commands(run: RunHistory) -> list[str]:
     lines = [f'Next: {program} generate {folder} "{prompt}"']
     if not (folder / REPORT).is_file():
         lines.append(f"      {program} report {folder}")
-    if run.setting("teacher_model") and as_float(run.setting("alpha_kd")) > 0 and run.config.get("mode") != "precise":
+    start, last = (as_float(run.summary.get(f"val_bits_per_byte_{when}")) for when in ("start", "final"))
+    has_teacher = run.setting("teacher_model") and as_float(run.setting("alpha_kd")) > 0
+    if has_teacher and run.config.get("mode") != "precise" and last < start:
         lines.append("To learn more from the teacher: the same command with --mode precise")
     return lines
 

@@ -170,10 +170,10 @@ def _writing(partial: Path, run: Path, num_bytes: int, what: str) -> Iterator[No
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
-        raise UsageError(
-            f"--output_dir {run}: {what} cannot be written ({reason}); what was saved before is intact: free some "
-            "room, then --resume"
-        ) from None
+        rest = "what was saved before is intact: free some room, then --resume"
+        if not _saved(run / "checkpoint"):
+            rest = "there is no checkpoint yet: free some room, then start again with --overwrite"
+        raise UsageError(f"--output_dir {run}: {what} cannot be written ({reason}); {rest}") from None
 
 
 def checkpoint_name(step: int) -> str:
@@ -239,7 +239,7 @@ def load_checkpoint(path: Path, context: StepContext, teacher: Teacher) -> Train
         )
     with _reading(path):
         objective = context.objective
-        _check_weights(path / "student.safetensors")
+        _check_weights(path / "student.safetensors", objective.student)
         _check_optimizer(tensors["optimizer"], context.optimizer)
         _check_scaler(of_ranks[rank]["scaler"], context.precision.state_dict()["scaler"])
         strategy.load_student_(objective.student, path / "student.safetensors")
@@ -254,16 +254,22 @@ def load_checkpoint(path: Path, context: StepContext, teacher: Teacher) -> Train
         return _trainer_state(counters["progress"])
 
 
-def _check_weights(path: Path) -> None:
-    """Raise ValueError if a weight in the file is not finite: no update that was applied leaves one."""
+def _check_weights(path: Path, student: nn.Module) -> None:
+    """Raise ValueError if a weight in the file is not finite, which no update that was applied leaves, or is of another
+    dtype than this one has in `student`.
+    """
+    own = student.state_dict()
     with safetensors.safe_open(str(path), framework="pt") as file:
         for name in file.keys():  # noqa: SIM118  # no dict
-            if not file.get_tensor(name).isfinite().all():
+            weight = file.get_tensor(name)
+            if not weight.isfinite().all():
                 raise ValueError(f"{path.name}: {name} is not finite")
+            if name in own and weight.dtype != own[name].dtype:
+                raise ValueError(f"{path.name}: {name} is {weight.dtype}, the student's is {own[name].dtype}")
 
 
 def _check_optimizer(state: dict, optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError unless each parameter's moments are finite and have its shape.
+    """Raise ValueError unless each parameter's moments are finite and have its shape; each gets memory of its own.
 
     A step with others does not raise: it reads memory that is not theirs.
     """
@@ -280,6 +286,9 @@ def _check_optimizer(state: dict, optimizer: torch.optim.Optimizer) -> None:
                 raise ValueError(f"state.pt: {name} of parameter {index} has another shape or dtype than the parameter")
             if not value.isfinite().all():
                 raise ValueError(f"state.pt: {name} of parameter {index} is not finite")
+            if name != "exp_avg" and (value < 0).any():
+                raise ValueError(f"state.pt: {name} of parameter {index} is below 0")
+            moments[name] = value.clone()  # a file can hold tensors that share memory, and AdamW writes into each
 
 
 def _check_scaler(state: dict, own: dict) -> None:
@@ -315,6 +324,8 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except _UNREADABLE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        if isinstance(error, pickle.UnpicklingError):  # PyTorch's text advises to load it nevertheless
+            reason = "state.pt is damaged, or holds other things than tensors and numbers"
         raise UsageError(f"--resume: the checkpoint {path} cannot be read ({reason}){_offer(path)}") from None
 
 

@@ -155,10 +155,21 @@ class Recovery(Callback):
                 text = f"The loss grew from {before:.4g} to {after:.4g} nats per token {what}."
                 return {"growth": text, "verdict": "diverged"}
         norm, norm_at_start = self._weight_norm(), self.state["weight_norm"]
-        if not norm <= _WEIGHT_GROWTH * norm_at_start:
+        if self._have_grown(norm):
             text = f"The updates have made the weights grow: L2 norm {norm_at_start:.4g} at the start, {norm:.4g} now."
             return {"growth": text, "verdict": "diverged"}
         return {"growth": ""}
+
+    @property
+    def weights_are_lost(self) -> bool:
+        """Are NaN batches being counted, at weights that updates have made many times larger?
+
+        Such weights may have a finite loss on held-out text, that of uniform predictions, and no gradient.
+        """
+        return bool(self.state["nan_from"]) and self._have_grown(self._weight_norm())
+
+    def _have_grown(self, norm: float) -> bool:
+        return not norm <= _WEIGHT_GROWTH * self.state["weight_norm"]
 
     def _weight_norm(self) -> float:
         weights = [parameter.detach() for parameter in parameters_of(self._context.optimizer)]

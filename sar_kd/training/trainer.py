@@ -237,6 +237,7 @@ class Trainer:
         state, evaluation = self.state, self._evaluate()
         state.last, state.last_step = evaluation.metrics(), self.state.step
         is_best = evaluation.loss < state.best["val_loss"] or not math.isfinite(state.best["val_loss"])
+        is_best = is_best and not self.recovery.weights_are_lost
         if is_best:
             state.best, state.best_step = state.last, state.step
             self._save_student()
@@ -298,7 +299,7 @@ class Trainer:
     def _weights_in_words(self) -> str:
         """What the validation at an emergency stop shows about its weights, and where better ones are."""
         start, last, best = (getattr(self.state, name)["val_bits_per_byte"] for name in ("start", "last", "best"))
-        if math.isfinite(last) and not last > start:
+        if math.isfinite(last) and not last > start and not self.recovery.weights_are_lost:
             text = f"Its weights are the last good ones: {last:.4f} bits per byte on held-out text, in float32."
         else:
             found = f"{last:,.4f} bits per byte" if math.isfinite(last) else "no finite loss"
@@ -308,10 +309,10 @@ class Trainer:
             text += f"\n`student/` holds the best student, that of step {step} ({best:.4f} bits per byte)."
         sound = self.recovery.sound_checkpoint
         if sound is not None:
-            text += (
-                f"\n`checkpoint/{sound.name}` is the last one after which a step or a validation was finite;\n"
-                "--resume --on_divergence rewind goes back to it once, at half the learning rate."
-            )
+            text += f"\n`checkpoint/{sound.name}` is the last one after which a step or a validation was finite"
+            if not self.recovery.state["rewound_from"]:
+                text += ";\n--resume --on_divergence rewind goes back to it once, at half the learning rate"
+            text += "."
         return text
 
     def _stop(self, message: str) -> None:

@@ -328,6 +328,16 @@ def test_calls_alone_are_learned_from_the_generation_prompt_on(tokenizers):
     assert _learned(tokenizer, text.student) == f"{call}<think>\n\n</think>\n\nIt is 2.<|im_end|>"
 
 
+@pytest.mark.parametrize(
+    "calls", [5, "x", {"name": "add"}, [5], [["add"]], [{"function": "add"}], [{"function": None}]]
+)
+def test_calls_of_an_unknown_form_that_the_template_does_not_write_are_no_target(tokenizers, calls):
+    tokenizer = tokenizers["chatml"]
+    calling = {"role": "assistant", "content": "I add.", "tool_calls": calls}
+    text = tokenize(_conversations([USER, calling, TOOL, LAST]), _pair(tokenizer, tokenizer))
+    assert _learned(tokenizer, text.student) == "It is 2.<|im_end|>"
+
+
 def test_of_several_templates_the_one_for_tools_is_taken(tokenizers):
     tokenizer = copy.deepcopy(tokenizers["chatml"])
     tokenizer.chat_template = {"default": CHATML, "tool_use": QWEN3}

@@ -23,6 +23,7 @@ from sar_kd.reporting import history, report, trackers
 from sar_kd.reporting.history import findings_of, read_history
 from sar_kd.reporting.model_card import build_model_card
 from sar_kd.reporting.run_log import RunLog, open_run
+from sar_kd.reporting.summary_table import closing_lines
 from sar_kd.runtime import environment
 from sar_kd.runtime.files import json_safe
 from sar_kd.version import RUN_FORMAT
@@ -352,6 +353,20 @@ def test_a_run_without_an_applied_update_or_a_better_validation_says_so(make_run
     assert "No update was applied, so the student is as it was; skipped: norm 1, forward 1." in lines
     lines = findings_of(read_history(make_run([_step(1), _evaluation(1, 2.6)], name="worse")))
     assert "No validation was better than the one before the first step" in lines[-1]
+
+
+@pytest.mark.parametrize(("last", "names_rate"), [(2.8, False), (3.1, True), (math.nan, True)])
+def test_a_student_that_got_much_worse_names_the_rate_and_no_mode_that_teaches_more(make_run, last, names_rate):
+    records = [record for i, value in enumerate((2.4, last), 1) for record in (_step(i), _evaluation(i, value))]
+    summary = {"status": "finished", "steps": 2, "val_bits_per_byte_start": 2.5, "val_bits_per_byte_final": last}
+    folder = make_run(records, "--student_lr", "0.5", summary=json_safe(summary))
+    lines = findings_of(read_history(folder))
+    assert names_rate == ("The updates made it much worse: a lower --student_lr may help (it is 0.5)." in lines)
+    assert not any("still falling" in line for line in lines)
+    assert not any("To learn more" in line for line in closing_lines(folder))
+    better = json_safe({**summary, "val_bits_per_byte_final": 2.4})
+    (folder / "summary.json").write_text(json.dumps(better))
+    assert any("To learn more" in line for line in closing_lines(folder))
 
 
 def test_a_flat_end_is_not_called_falling(make_run):

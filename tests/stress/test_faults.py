@@ -165,6 +165,13 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_former_one(run_folder, num_by
     assert _run(_resume(run_folder))[0] == 0
 
 
+def test_a_disk_that_is_full_before_the_first_checkpoint_asks_for_a_new_start(inputs, tmp_path):
+    with _files_end_at(50_000):
+        err = _assert_refused(_argv(inputs, tmp_path / "run"), "cannot be written", "start again with --overwrite")
+    assert "--resume" not in err
+    assert _run(_argv(inputs, tmp_path / "run", "--overwrite", steps=1))[0] == 0
+
+
 def test_a_disk_without_room_is_reported_before_anything_is_written(run_folder, monkeypatch):
     usage = shutil._ntuple_diskusage(10**9, 10**9, 0)
     with monkeypatch.context() as patch:

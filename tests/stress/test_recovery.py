@@ -254,6 +254,19 @@ def test_a_rate_that_is_too_high_is_named_as_the_cause_with_its_value(make_train
     assert crash["growth"] in text
 
 
+def test_weights_without_a_gradient_are_not_called_good_nor_saved_as_the_best(make_trainer, tmp_path):
+    trainer = make_trainer("--student_lr", 1e30, "--model_dtype", "float32", "--warmup_steps", 0, steps=20)
+    trainer.models.teacher.float()
+    with pytest.raises(TrainingDiverged, match="lower --student_lr"):
+        trainer.run()
+    summary = _json(tmp_path / "run" / "summary.json")
+    assert summary["val_bits_per_byte_final"] < summary["val_bits_per_byte_start"]  # uniform predictions
+    assert summary["best_step"] == 0
+    student = safetensors.torch.load_file(tmp_path / "run" / "student" / "model.safetensors")
+    assert max(weight.abs().max() for weight in student.values()) < 10
+    assert "Its last weights are not good" in (tmp_path / "run" / "crash" / "crash.md").read_text()
+
+
 def test_a_clip_that_is_hardly_one_is_named_with_its_value(make_run):
     precision = make_run().precision
     assert "--max_grad_norm 1 (it is 50)" in remedy_of("diverged", precision, 1.0, 50.0)
@@ -450,6 +463,9 @@ def test_a_second_divergence_stops_the_run(spoiled):
     summary = _json(run.folder / "summary.json")
     assert (summary["status"], summary["rewound_from"]) == ("emergency_stop", 10)
     assert len(_metrics(run.folder, "rewind")) == 1
+    text = (run.folder / "crash" / "crash.md").read_text()
+    assert "is the last one after which" in text
+    assert "--resume --on_divergence rewind" not in text  # it has gone back already
 
 
 def test_a_rewind_puts_back_every_bit(spoiled, monkeypatch):

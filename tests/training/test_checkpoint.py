@@ -194,6 +194,11 @@ def _poison(weights):
     next(iter(weights.values())).view(-1)[3] = float("nan")
 
 
+def _halve(weights):
+    name = min(weights)
+    weights[name] = weights[name].half()
+
+
 FORGERIES = {
     "moments of another shape": ("state.pt", _moment("exp_avg", torch.zeros(3)), "exp_avg of parameter 0"),
     "moments of another dtype": ("state.pt", _moment("exp_avg_sq", torch.zeros(64, 32).half()), "exp_avg_sq"),
@@ -201,6 +206,10 @@ FORGERIES = {
     "moments that are not finite": (
         "state.pt", lambda state: state["optimizer"]["state"][0]["exp_avg"].fill_(float("inf")), "not finite"
     ),
+    "second moments below 0": (
+        "state.pt", lambda state: state["optimizer"]["state"][0]["exp_avg_sq"].fill_(-1.0), "exp_avg_sq of parameter 0"
+    ),
+    "a count below 0": ("state.pt", _moment("step", torch.tensor(-5.0)), "step of parameter 0 is below 0"),
     "a count that is a vector": ("state.pt", _moment("step", torch.ones(2)), "step of parameter 0"),
     "a moment too many": ("state.pt", _moment("max_exp_avg_sq", torch.ones(1)), "not AdamW's"),
     "state of no parameter": (
@@ -211,6 +220,7 @@ FORGERIES = {
     "a scale that is text": ("state.pt", _scaler("scale", "x"), "scale of the gradient scaler is 'x'"),
     "a scale of inf": ("state.pt", _scaler("scale", float("inf")), "scale of the gradient scaler is inf"),
     "a weight that is not finite": ("student.safetensors", _poison, "is not finite"),
+    "a weight in half": ("student.safetensors", _halve, "is torch.float16, the student's is torch.float32"),
     "a step that is text": ("progress.json", lambda found: found["progress"].update(step="2"), "step is '2'"),
     "a value too many": ("progress.json", lambda found: found["progress"].update(steps=2), "unexpected"),
     "guards that are text": ("progress.json", lambda found: found["guard"].update(skipped="x"), "skipped is 'x'"),
@@ -239,6 +249,31 @@ def test_hyperparameters_of_the_optimizer_are_those_of_the_settings(stepped):
     former = [{**group, "params": None} for group in optimizer.param_groups]
     _load(stepped)
     assert [{**group, "params": None} for group in optimizer.param_groups] == former
+
+
+def test_moments_that_share_memory_in_the_file_do_not_share_it_in_the_optimizer(stepped):
+    def change(state):  # AdamW writes into a moment as if each of its elements had a place of its own
+        own = state["optimizer"]["state"][0]
+        own["exp_avg"] = own["exp_avg_sq"] = torch.full((1,), 0.25).expand(own["exp_avg"].shape)
+
+    _forge(stepped, "state.pt", change)
+    _load(stepped)
+    moments = next(iter(stepped.parts[0].optimizer.state.values()))
+    assert (moments["exp_avg"] == 0.25).all()
+    moments["exp_avg"].view(-1)[0] = 1.0
+    assert moments["exp_avg"].sum() == 0.25 * moments["exp_avg"].numel() + 0.75
+    assert (moments["exp_avg_sq"] == 0.25).all()
+
+
+class _Other:
+    """Pickled, it is no tensor and no number."""
+
+
+def test_a_checkpoint_that_is_no_checkpoint_is_not_advised_to_be_loaded_nevertheless(stepped):
+    _forge(stepped, "state.pt", lambda content: content.update(optimizer=_Other()))
+    with pytest.raises(UsageError, match="holds other things than tensors and numbers") as error:
+        _load(stepped)
+    assert "weights_only" not in str(error.value)
 
 
 def test_a_text_killed_half_way_leaves_the_former_one(tmp_path, monkeypatch):
