@@ -135,7 +135,9 @@ MUTATIONS = (
     Mutation("a loss that grew is a divergence", "training/recovery.py",
              "if has_grown(after, before):", "if False:", RECOVERY),
     Mutation("weights that grew are a divergence", "training/recovery.py",
-             "if not norm <= _WEIGHT_GROWTH * norm_at_start:", "if False:", RECOVERY),
+             "if self._have_grown(norm):", "if False:", RECOVERY),
+    Mutation("weights that diverged are never the best", "training/trainer.py",
+             "is_best = is_best and not self.recovery.weights_are_lost", "pass", RECOVERY),
     # the loss scale, the norm and the weights
     Mutation("a loss scale", "runtime/precision.py", "enabled=is_float16)", "enabled=False)"),
     Mutation("the floor of the loss scale", "runtime/precision.py",
