@@ -5,8 +5,9 @@
 Takes the script's flags: same text, same batches, same optimizer, same evaluation. The loss is
 `alpha_ce * CE + alpha_kd * GOLD` with `ULDLoss` of `trl.experimental.gold` as its author wrote it: alignment by byte
 offsets, and the hybrid of generalised JSD (beta 0.5) on tokens spelled alike and sorted L1 on the others, mixed by
-their share of the vocabulary. GOLD takes byte-level BPE on both sides only. Our blocks do not close with an
-end-of-text token, so there is none to skip at their end. Needs `trl` beside this package's requirements; with
+their share of the vocabulary. The offsets are made from the exact bytes of each token, so a SentencePiece tokenizer is
+aligned too; its tokens are rarely spelled as those of byte-level BPE. Our blocks do not close with an end-of-text
+token, so there is none to skip at their end. Needs `trl` beside this package's requirements; with
 `benchmarks/alignment.py --trl_python PYTHON_WITH_TRL` it can be an environment of its own.
 """
 
@@ -28,12 +29,11 @@ import transformers  # noqa: E402
 from torch import Tensor  # noqa: E402
 from trl.experimental.gold import GOLDConfig  # noqa: E402
 from trl.experimental.gold.gold_trainer import ULDLoss  # noqa: E402
-from trl.experimental.utils import is_byte_level_tokenizer, piece_byte_len  # noqa: E402
 
 import train_sar_kd_stable  # noqa: E402
+from sar_kd.commands import train  # noqa: E402
 from sar_kd.commands.main import run  # noqa: E402
 from sar_kd.data.batch import Batch, TokenBatch  # noqa: E402
-from sar_kd.errors import UsageError  # noqa: E402
 from sar_kd.losses.objective import LossTerms, Objective  # noqa: E402
 from sar_kd.losses.tiled_loss import Tile, TiledLossSpec, tiled_loss  # noqa: E402
 from sar_kd.models.lm_head import LazyLogits  # noqa: E402
@@ -42,13 +42,11 @@ from sar_kd.models.lm_head import LazyLogits  # noqa: E402
 class GoldObjective(Objective):
     """alpha_ce * CE + alpha_kd * GOLD, per target token."""
 
-    def __init__(self, teacher, student, *parts, gold: GOLDConfig):
-        super().__init__(teacher, student, *parts)
-        self.tokenizers = [transformers.AutoTokenizer.from_pretrained(m.name_or_path) for m in (student, teacher)]
-        if not all(is_byte_level_tokenizer(tokenizer.backend_tokenizer) for tokenizer in self.tokenizers):
-            raise UsageError("GOLD takes byte-level BPE tokenizers only")
-        self.lengths = [_piece_lengths(tokenizer) for tokenizer in self.tokenizers]
-        self.gold = ULDLoss(gold, *self.tokenizers)
+    def __init__(self, teacher, student, config, aligner, *parts, gold: GOLDConfig):
+        super().__init__(teacher, student, config, aligner, *parts)
+        tokenizers = [transformers.AutoTokenizer.from_pretrained(m.name_or_path) for m in (student, teacher)]
+        self.lengths = [torch.tensor([len(piece) for piece in table.pieces]) for table in aligner.pair.token_tables]
+        self.gold = ULDLoss(gold, *tokenizers)
 
     def __call__(self, batch: Batch, outputs=None, grad_scale=1.0) -> LossTerms:
         with self.precision.autocast():
@@ -79,11 +77,6 @@ class GoldObjective(Objective):
         )
 
 
-def _piece_lengths(tokenizer) -> Tensor:
-    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    return torch.tensor([piece_byte_len(piece) for piece in pieces])
-
-
 def _byte_offsets(tokens: TokenBatch, lengths: Tensor) -> Tensor:
     """int64 [B, T, 2]: the bytes of each predicted token within its block, as GOLD's trainer counts them."""
     sizes = torch.where(tokens.labels >= 0, lengths[tokens.input_ids], 0)
@@ -105,7 +98,7 @@ def main(argv: list[str] | None = None) -> dict:
         uld_skip_student_eos=False,
         uld_skip_teacher_eos=False,
     )
-    train_sar_kd_stable.Objective = functools.partial(GoldObjective, gold=gold)
+    train.Objective = functools.partial(GoldObjective, gold=gold)
     return train_sar_kd_stable.main(argv)
 
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -40,8 +40,9 @@ class Run(NamedTuple):
 class Results:
     """The summaries of finished runs, in a JSON file that is rewritten after each of them."""
 
-    def __init__(self, path: Path, fresh: bool = False):
-        self.path, self.source = path, _source_digest()
+    def __init__(self, path: Path, fresh: bool = False, measure: Callable[[Run, Path], dict] | None = None):
+        """measure: further figures of a finished run, from its folder"""
+        self.path, self.source, self.measure = path, _source_digest(), measure
         self.content: dict = {"runs": {}}
         if path.is_file() and not fresh:
             found = json.loads(path.read_text())
@@ -68,6 +69,8 @@ class Results:
                 lines = (done.stderr or done.stdout).strip().splitlines()
                 return f"{run.key}\n    exit {done.returncode}: {lines[-1] if lines else ''}"
             summary = json.loads((Path(folder) / "run" / "summary.json").read_text())
+            if self.measure is not None:
+                summary |= self.measure(run, Path(folder) / "run")
         bits, seconds = summary["val_bits_per_byte_final"], summary["wall_seconds"]
         with self._lock:
             self.content["runs"][run.key] = {"source": self.source, "summary": summary}
