@@ -18,7 +18,7 @@ from sar_kd.config.unused_options import unused_option_lines
 from sar_kd.errors import UsageError
 
 # A resumed run may have other values of these: they change when it stops, saves and reports, not what it computes.
-_MAY_CHANGE_ON_RESUME = {
+MAY_CHANGE_ON_RESUME = {
     "eval_steps", "log_steps", "save_steps", "keep_checkpoints", "on_divergence", "resume", "output_dir", "train_steps",
     "device", "trust_remote_code", "time_limit", "tensorboard", "wandb", "token_cache", "epochs", "max_steps",
     "save_strategy", "allow_changed_inputs", "gradient_checkpointing", "offload_teacher_to_cpu", "json", "verbose",
@@ -104,11 +104,11 @@ def _resume(command: Command[C], given: dict[str, Any]) -> C:
     path = Path(given["output_dir"]) / "config.json"
     if not path.is_file():
         raise UsageError(f"--output_dir {given['output_dir']}: holds no run to resume ({path.name} is missing)")
-    values, saved_mode = read_run_options(command, path, _MAY_CHANGE_ON_RESUME)
+    values, saved_mode = read_run_options(command, path, MAY_CHANGE_ON_RESUME)
     mode = given.pop("mode", None)
     _drop_found_auto_(given, values, command)
     for name, value in given.items():
-        same = name in _MAY_CHANGE_ON_RESUME or values[name] == (list(value) if isinstance(value, tuple) else value)
+        same = name in MAY_CHANGE_ON_RESUME or values[name] == (list(value) if isinstance(value, tuple) else value)
         shown = " ".join(value) if isinstance(value, tuple | list) else value
         former = " ".join(values[name]) if isinstance(values[name], list) else values[name]
         require(same, name, shown, f"the run to resume has '{former}'; leave it out or start a new run")

@@ -169,8 +169,11 @@ class TorchrunGroup(ProcessGroup):
         for rank, own in enumerate(settings):
             for name, value in own.items():
                 if value != settings[0][name]:
-                    others = f"rank {rank} was given this and rank 0 {settings[0][name]}"
-                    raise UsageError(f"--{name} {value}: {others}; start every process with the same flags")
+                    here, first = (
+                        " ".join(each) if isinstance(each, tuple) else each for each in (value, settings[0][name])
+                    )
+                    others = f"rank {rank} was given this and rank 0 {first}"
+                    raise UsageError(f"--{name} {here}: {others}; start every process with the same flags")
         return configs[0]
 
     def seed(self, seed: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from sar_kd.config.command_line import MAY_CHANGE_ON_RESUME
 from sar_kd.config.fields import RunConfig
 from sar_kd.data.sources import Documents, digest_of
 from sar_kd.errors import UsageError
@@ -29,7 +30,9 @@ def digest_inputs(
     models: Models,
     process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, str]:
-    """Digests of text, tokenizers and models' files (a commit, for a model of the hub), by what they are of.
+    """Digests of settings, text, tokenizers and models' files (a commit, for a model of the hub), by what they are of.
+
+    The settings are compared because `config.json` can be edited, and a checkpoint can be one of another run.
 
     A student whose weights are all trained is compared by its configuration: the checkpoint has its weights.
     """
@@ -38,7 +41,10 @@ def digest_inputs(
 
 def _digests(config: RunConfig, documents: tuple[Documents, Documents], models: Models) -> dict[str, str]:
     train, validation = documents
-    found = {"the training text": digest_of(train), "the held-out text": digest_of(validation)}
+    sections = (values for values in config.to_dict().values() if isinstance(values, dict))
+    settings = {name: value for values in sections for name, value in values.items()}
+    found = {"config.json": _digest({name: settings[name] for name in settings.keys() - MAY_CHANGE_ON_RESUME})}
+    found |= {"the training text": digest_of(train), "the held-out text": digest_of(validation)}
     tokenizers = models.tokenizers
     found["the student's tokenizer"] = fingerprint(tokenizers.student)
     found["the student's files"] = _digest_model(config, "student_model", models.student)

@@ -5,7 +5,13 @@ import torch
 import transformers
 
 from sar_kd.errors import UsageError
-from sar_kd.models.model_checks import require_causal, require_finite, require_lm_head, stop_ids_of
+from sar_kd.models.model_checks import (
+    require_causal,
+    require_finite,
+    require_lm_head,
+    require_trainable,
+    stop_ids_of,
+)
 from sar_kd.runtime.precision import Precision
 
 SIZES = {
@@ -110,3 +116,22 @@ def test_an_end_token_that_is_no_id_of_the_model_is_refused(ids):
     model.generation_config.eos_token_id = ids
     with pytest.raises(UsageError, match=r"x: eos_token_id .* is no id of the model, which has 60"):
         stop_ids_of("x", model)
+
+
+def test_a_model_without_values_is_named():
+    with pytest.raises(UsageError, match="is on the meta device, without values"):
+        require_finite("x", _model(CAUSAL["llama"]).to("meta"), torch.float32)
+
+
+def test_a_student_that_is_frozen_as_a_whole_is_refused():
+    student = _model(CAUSAL["llama"])
+    student.model.requires_grad_(False)
+    require_trainable("x", student)
+    student.requires_grad_(False)
+    with pytest.raises(UsageError, match="x: all of its weights are frozen"):
+        require_trainable("x", student)
+
+
+def test_a_module_of_another_kind_has_no_head():
+    with pytest.raises(UsageError, match="Linear has no language-model head"):
+        require_lm_head("x", torch.nn.Linear(2, 2))

@@ -87,7 +87,15 @@ def _another_activation(inputs):  # noqa: F811
     path.write_text(json.dumps(read_json(path) | {"hidden_act": "gelu"}))
 
 
+def _edited_settings(inputs):  # noqa: F811
+    path = inputs.parent / "run" / "config.json"
+    values = read_json(path)
+    values["optim"]["student_lr"] = 0.5
+    path.write_text(json.dumps(values))
+
+
 CHANGES = {
+    "settings": (_edited_settings, "--resume: config.json changed"),
     "text": (_another_text, f"--resume: {TEXT} changed"),
     "teacher": (_another_teacher, f"--resume: {TEACHER} changed"),
     "swapped ids": (_swapped_ids, "--resume: the student's tokenizer changed"),
@@ -110,6 +118,16 @@ def test_a_run_whose_inputs_changed_is_refused_and_goes_on_where_that_is_allowed
     assert any(line.startswith("--allow_changed_inputs: ") for line in lines)
     code, lines = _resume(place)  # the new inputs are the run's own now
     assert (code, [line for line in lines if "changed" in line]) == (0, [])
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_run_is_refused(place):
+    other = place / "other"
+    assert run_script([*argv_of(place / "inputs", other, steps=1), "--seed", "5"])[0] == 0
+    shutil.rmtree(place / "run" / "checkpoint")
+    shutil.copytree(other / "checkpoint", place / "run" / "checkpoint")
+    code, lines = _resume(place)
+    assert (code, lines[-1].split(";")[0]) == (2, "error: --resume: config.json changed since the run began")
 
 
 @pytest.mark.slow
