@@ -56,7 +56,7 @@ def read_option_file(command: Command, name: str) -> OptionFile:
         if option in left_out or (option == "mode" and value == command.name):
             continue
         if option == "mode" and (modes := command.presets.get("mode")):
-            if value not in modes:
+            if not isinstance(value, str) or value not in modes:
                 raise UsageError(f"{where}: mode {value}: must be {' or '.join(modes)}")
         elif option not in known:
             raise UsageError(f"{where}: {unknown_option(str(typed), [*known, *command.presets], prefix='')}")

@@ -88,8 +88,9 @@ def require_trainable(title: str, student: nn.Module) -> None:
 def require_finite(title: str, model: nn.Module, dtype: torch.dtype) -> None:
     """Raise UsageError if a weight is not finite in the dtype that it was loaded in."""
     for name, values in model.named_parameters():
-        if values.is_meta:
-            raise UsageError(f"{title}: its weight {name} is on the meta device, without values; load the model first")
+        if values.is_meta or values.is_inference():
+            how = "on the meta device, without values" if values.is_meta else "made in torch.inference_mode()"
+            raise UsageError(f"{title}: its weight {name} is {how}; load the model without that")
         if values.isfinite().all():
             continue
         if dtype is torch.float16 and not values.isnan().any():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -67,7 +68,9 @@ def format_bytes(size: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """12 s, 3 min 04 s or 5 h 06 min."""
+    """12 s, 3 min 04 s or 5 h 06 min; nan s for a time that a damaged file has lost."""
+    if not math.isfinite(seconds):
+        return f"{seconds} s"
     minutes, rest = divmod(int(round(seconds)), 60)
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60:02d} min"

@@ -203,9 +203,14 @@ class Recovery(Callback):
     # The rewind
 
     @property
-    def can_rewind(self) -> bool:
-        """May the run still go back to its last sound checkpoint?"""
+    def may_rewind(self) -> bool:
+        """Is a rewind asked for, and none made yet?"""
         return self._rewinds and not self.state["rewound_from"]
+
+    @property
+    def can_rewind(self) -> bool:
+        """And is there a sound checkpoint to go back to? Another one would lead to the same NaN batches."""
+        return self.may_rewind and self.sound_checkpoint is not None
 
     def rewind(self, step: int, report: StepReport, load: Callable[[Path | None], int]) -> dict:
         """Go back, once; returns the record of it for the log.

@@ -126,7 +126,7 @@ class Trainer:
         self.process_group.on_rank_zero(lambda: self.log.open(0, config.train))
         self._save_student()
         self.log.log_start({**state.start, "val_bytes": self.validation.text.num_bytes}, state.teacher)
-        if self.recovery.can_rewind:
+        if self.recovery.may_rewind:
             self._save()  # a checkpoint to go back to
 
     def _resume(self) -> None:

@@ -105,6 +105,8 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_script(write)
         ("train_steps:", "a.yaml", ("train_steps None",)),
         ("routing: maybe", "a.yaml", ("routing 'maybe': must be auto or native",)),
         ("mode: careful", "a.yaml", ("must be ultra-conservative or balanced",)),
+        ("mode: [precise]", "a.yaml", ("mode ['precise']: must be ultra-conservative or balanced",)),
+        ('train_file: ["a\\0.txt"]', "a.yaml", ("--train_file 'a\\x00.txt': holds a null character",)),
         ("task: ''\nmodes: precise", "a.yaml", ("did you mean mode?",)),
         ("student_lr: 1\nlearning_rate: 2", "a.yaml", ("student_lr: given twice",)),
         ("lora: {lora_rank: 4}", "a.yaml", ("section lora", "lora_rank")),
@@ -118,7 +120,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_script(write)
 )
 def test_a_wrong_file_is_one_line_with_its_name(write, content, name, parts):
     message = _message(STABLE, "--config", write(content, name))
-    assert message.startswith(("--config", "--temperature"))
+    assert message.startswith(("--config", "--temperature", "--train_file"))
     assert all(part in message for part in parts)
 
 

@@ -121,6 +121,10 @@ def test_an_end_token_that_is_no_id_of_the_model_is_refused(ids):
 def test_a_model_without_values_is_named():
     with pytest.raises(UsageError, match="is on the meta device, without values"):
         require_finite("x", _model(CAUSAL["llama"]).to("meta"), torch.float32)
+    with torch.inference_mode():
+        model = _model(CAUSAL["llama"])
+    with pytest.raises(UsageError, match=r"is made in torch.inference_mode\(\)"):
+        require_finite("x", model, torch.float32)
 
 
 def test_a_student_that_is_frozen_as_a_whole_is_refused():

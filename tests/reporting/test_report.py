@@ -369,6 +369,13 @@ def test_a_student_that_got_much_worse_names_the_rate_and_no_mode_that_teaches_m
     assert any("To learn more" in line for line in closing_lines(folder))
 
 
+@pytest.mark.parametrize("value", [None, "x", math.nan, math.inf, -5, 1e308, True, [], {}])
+def test_a_summary_of_nonsense_is_shown(make_run, value):
+    names = "status steps applied skipped success_rate tokens tokens_per_second wall_seconds peak_memory_bytes"
+    text, _ = _page(make_run(RECORDS, summary=dict.fromkeys(names.split(), value)))
+    assert "2.2000" in text
+
+
 def test_a_flat_end_is_not_called_falling(make_run):
     records = [record for i, value in enumerate((2.1, 2.001, 2.0), 1) for record in (_step(i), _evaluation(i, value))]
     assert not any("falling" in line for line in findings_of(read_history(make_run(records))))

@@ -377,6 +377,18 @@ def test_a_stopped_run_can_be_resumed_with_a_rewind_to_its_last_sound_checkpoint
     assert record["step"] == 6
 
 
+def test_a_run_without_a_sound_checkpoint_is_not_rewound(make_trainer, tmp_path):
+    trainer = make_trainer(steps=24)
+    _spoil_weights_at(trainer, 1)
+    with pytest.raises(TrainingDiverged):
+        trainer.run()
+    with pytest.raises(TrainingDiverged, match="emergency stop after 11 consecutive"):
+        make_trainer("--resume", "--on_divergence", "rewind", steps=24).run()
+    assert _metrics(tmp_path / "run", "rewind") == []
+    assert _json(tmp_path / "run" / "summary.json")["rewound_from"] == 0
+    assert "--resume --on_divergence rewind" not in (tmp_path / "run" / "crash" / "crash.md").read_text()
+
+
 def test_a_run_without_an_applied_update_is_no_success(make_trainer, tmp_path):
     trainer = make_trainer("--skip_rule", "fixed", "--skip_grad_norm", 1e-9)
     with pytest.raises(TrainingDiverged, match=r"no update was applied \(12 of 12 steps .* --skip_rule adaptive"):
@@ -457,7 +469,9 @@ def test_a_rewound_run_goes_back_once_at_half_the_rate_without_the_bad_documents
 
 def test_a_second_divergence_stops_the_run(spoiled):
     run = spoiled("--on_divergence", "rewind", steps=60)
-    run.trainer.models.student.lm_head.register_forward_hook(lambda module, inputs, output: output * math.inf)
+    run.trainer.models.student.lm_head.register_forward_hook(
+        lambda module, inputs, output: output * math.inf if module.training else output
+    )
     with pytest.raises(TrainingDiverged):
         run.trainer.run()
     summary = _json(run.folder / "summary.json")
