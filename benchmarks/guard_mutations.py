@@ -130,6 +130,8 @@ MUTATIONS = (
              "return step == self.state[\"sound_step\"]", RECOVERY),
     Mutation("a rewind goes to a sound checkpoint", "training/recovery.py",
              "load(self.sound_checkpoint)", "load(None)", RECOVERY),
+    Mutation("no rewind without a sound checkpoint", "training/recovery.py",
+             "return self.may_rewind and self.sound_checkpoint is not None", "return self.may_rewind", RECOVERY),
     Mutation("in float16 a validation proves no checkpoint", "training/recovery.py",
              "proves = is_only_evidence or", "proves = True or", RECOVERY),
     Mutation("a loss that grew is a divergence", "training/recovery.py",
