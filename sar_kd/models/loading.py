@@ -214,6 +214,8 @@ class MetaModels:
 
     def __init__(self, config: RunConfig, loaded: LoadedModels = NO_LOADED_MODELS):
         self.config, self.loaded = config, loaded
+        self.conversions: dict[str, str] = {}
+        """By role, what is made of the files before the model is used; of models from such files only"""
         self.roles = [role for role in ("teacher", "student") if hasattr(config.models, f"{role}_model")]
 
     @cached_property
@@ -227,6 +229,7 @@ class MetaModels:
             if model is None:
                 files = find_model(option, name)
                 model = build_meta_model(files, names.trust_remote_code)
+                self.conversions |= {role: files.conversion} if files.conversion else {}
                 if role == "student" or not getattr(names, "teacher_cache", ""):
                     require_weights(files)
             require_lm_head(f"--{option} {name}", model)

@@ -71,6 +71,13 @@ class ModelFiles:
         """Further arguments of transformers' `from_pretrained`."""
         return {"gguf_file": self.gguf_file} if self.gguf_file else {}
 
+    @property
+    def conversion(self) -> str:
+        """What is made of the files before the model is used, in words; '' if nothing."""
+        words = [f"the weights of {self.gguf_file} dequantized"] if self.gguf_file else []
+        words += [f"the adapter merged into {self.location}"] if self.adapter else []
+        return ", ".join(words)
+
     def with_tokenizer(self) -> ModelFiles:
         """Where the tokenizer is: an adapter's folder, if it has one, else the model's."""
         has_own = bool(self.adapter) and _has_any(Path(self.adapter), _TOKENIZERS)
@@ -119,13 +126,14 @@ def _find_in_folder(title: str, folder: Path) -> ModelFiles:
         )
     if has_adapter:
         return _adapter(title, folder)
-    if not has_config:
+    if not has_config or not _has_any(folder, _WEIGHTS):  # some keep a config.json beside GGUF files
         found = sorted(path.name for path in folder.glob("*.gguf"))
-        if not found:
+        if not found and not has_config:
             raise UsageError(f"{title}: cannot be loaded (no config.json in it)")
         if len(found) > 1:
             raise UsageError(f"{title}: holds {len(found)} GGUF files; give one of them: {', '.join(found[:5])}")
-        return _gguf(title, folder / found[0])
+        if found:
+            return _gguf(title, folder / found[0])
     return ModelFiles(title, str(folder))
 
 

@@ -164,7 +164,8 @@ def _check_models(meta: MetaModels) -> Finding:
     for role, model in meta.models.items():
         name, count, vocab_size = type(model).__name__, _num_parameters(model), vocab_size_of(model)
         record[role] = {"class": name, "parameters": count, "vocabulary": vocab_size}
-        lines.append(f"{role.capitalize()}: {name}, {_format_count(count)} parameters, vocabulary {vocab_size:,}")
+        made = f"; {meta.conversions[role]}" if role in meta.conversions else ""
+        lines.append(f"{role.capitalize()}: {name}, {_format_count(count)} parameters, vocabulary {vocab_size:,}{made}")
     return Finding("models", lines, record)
 
 

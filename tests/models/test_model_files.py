@@ -192,9 +192,12 @@ def test_a_gguf_file_and_a_folder_with_one_are_the_same_model(tmp_path, monkeypa
     assert "no such file" in _line(find_model, "teacher_model", "absent.gguf")
 
 
-def test_a_model_in_both_formats_is_the_folder(folder):
+def test_a_model_in_both_formats_is_the_folder(folder, monkeypatch):
+    monkeypatch.setattr(model_files, "is_installed", lambda package: True)
     (folder / "model.gguf").touch()
     assert find_model("teacher_model", str(folder)).arguments == {}
+    (folder / "model.safetensors").unlink()  # a folder of GGUF files with a config beside them
+    assert find_model("teacher_model", str(folder)).arguments == {"gguf_file": "model.gguf"}
 
 
 def test_without_gguf_there_is_one_line_that_names_the_packages(tmp_path, monkeypatch):

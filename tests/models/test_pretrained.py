@@ -12,8 +12,9 @@ from sar_kd.errors import UsageError
 from sar_kd.models.loading import load_for_generation, load_meta_model, load_student
 from sar_kd.models.model_files import find_model
 from sar_kd.models.pretrained import load_model, load_tokenizer
-from sar_kd.runtime.environment import is_installed
 from sar_kd.runtime.precision import Precision
+from tests.helpers.gguf_files import write_gguf
+from tests.helpers.runs import run_script
 
 TOKENS = torch.arange(24)[None] % 20 + 1
 
@@ -108,51 +109,54 @@ def test_a_missing_weight_is_named(make_student, sp_tokenizer, tmp_path):
         _load(tmp_path)
 
 
-@pytest.mark.skipif(not is_installed("gguf"), reason="needs gguf")
-def test_a_gguf_file_has_the_weights_and_the_tokenizer_that_were_written(make_student, tmp_path):
-    import gguf
+@pytest.fixture
+def gguf_file(make_student, byte_tokenizer, tmp_path):
+    """A model and a GGUF file of it."""
+    student, path = make_student(len(byte_tokenizer), tie_word_embeddings=False), tmp_path / "gguf" / "tiny.gguf"
+    path.parent.mkdir()
+    write_gguf(student, byte_tokenizer, path)
+    return student, path
 
-    student, path = make_student(64, tie_word_embeddings=False), tmp_path / "tiny.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    sizes = student.config
-    writer.add_name("tiny")
-    writer.add_context_length(sizes.max_position_embeddings)
-    writer.add_embedding_length(sizes.hidden_size)
-    writer.add_block_count(sizes.num_hidden_layers)
-    writer.add_feed_forward_length(sizes.intermediate_size)
-    writer.add_head_count(sizes.num_attention_heads)
-    writer.add_head_count_kv(sizes.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(sizes.rms_norm_eps)
-    writer.add_rope_dimension_count(sizes.hidden_size // sizes.num_attention_heads)
-    writer.add_rope_freq_base(sizes.rope_parameters["rope_theta"])
-    writer.add_vocab_size(64)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list([*(chr(33 + i) for i in range(63)), '!"'])
-    writer.add_token_types([1] * 64)
-    writer.add_token_merges(['! "'])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    names = {
-        "embed_tokens": "token_embd", "lm_head": "output", "model.norm": "output_norm", "q_proj": "attn_q",
-        "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output", "gate_proj": "ffn_gate", "up_proj": "ffn_up",
-        "down_proj": "ffn_down", "post_attention_layernorm": "ffn_norm", "input_layernorm": "attn_norm",
-    }  # fmt: skip
-    for name, value in student.state_dict().items():
-        part = next(new for old, new in names.items() if f"{old}.weight" in name)
-        layer = name.split("layers.")[1].split(".")[0] if "layers." in name else None
-        if part in ("attn_q", "attn_k"):  # GGUF interleaves the two halves of each head's rotary pairs
-            heads = sizes.num_attention_heads
-            value = value.view(heads, 2, -1, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
-        writer.add_tensor(f"blk.{layer}.{part}.weight" if layer else f"{part}.weight", value.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+
+def test_a_gguf_file_has_the_weights_and_the_tokenizer_that_were_written(gguf_file, byte_tokenizer, corpus_texts):
+    student, path = gguf_file
     files = find_model("student_model", str(path))
     loaded, _ = load_model(files, torch.float32, False)
     torch.testing.assert_close(_logits(loaded), _logits(student), rtol=1e-4, atol=1e-5)
-    assert load_tokenizer(files, False, 64).eos_token == "#"
-    assert sum(p.numel() for p in load_meta_model("model", str(tmp_path), False).parameters()) == sum(
-        p.numel() for p in student.parameters()
+    tokenizer = load_tokenizer(files, False, len(byte_tokenizer))
+    assert tokenizer.eos_token == byte_tokenizer.eos_token
+    assert tokenizer.get_vocab() == byte_tokenizer.get_vocab()
+    for text in corpus_texts:
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+    meta = load_meta_model("model", str(path.parent), False)
+    assert sum(p.numel() for p in meta.parameters()) == sum(p.numel() for p in student.parameters())
+
+
+def test_a_student_from_a_gguf_file_learns_and_is_saved_as_safetensors(
+    gguf_file, byte_tokenizer, tmp_path, corpus_texts
+):
+    student, path = gguf_file
+    start = _logits(student)
+    _save(student, byte_tokenizer, tmp_path / "base")
+    _adapt(
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+        tmp_path / "adapter",
+        target_modules=["q_proj"],
     )
+    (tmp_path / "text.txt").write_text("\n".join(corpus_texts), encoding="utf-8")
+    options = {
+        "student_model": path.parent, "teacher_model": tmp_path / "adapter", "train_file": tmp_path / "text.txt",
+        "train_steps": 2, "block_size": 32, "student_lr": 1e-3, "device": "cpu", "output_dir": tmp_path / "run",
+    }  # fmt: skip
+    code, out, err = run_script([word for name, value in options.items() for word in (f"--{name}", str(value))])
+    assert (code, err) == (0, [])
+    assert any(line.startswith("Student: ") and "; the weights of tiny.gguf dequantized" in line for line in out)
+    assert any(
+        line.startswith("Teacher: ") and f"; the adapter merged into {tmp_path / 'base'}" in line for line in out
+    )
+    saved = tmp_path / "run" / "student"
+    assert (saved / "model.safetensors").is_file()
+    assert not list(saved.glob("*.gguf"))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(saved)
+    assert 0 < (_logits(loaded) - start).abs().max() < 1
+    assert transformers.AutoTokenizer.from_pretrained(saved).get_vocab() == byte_tokenizer.get_vocab()
