@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -20,10 +21,12 @@ class _Rule(NamedTuple):
 
 
 _TASK = ("task_teacher_steps", "skip_baseline")
-_ROUTERS = (
+ROUTER_OPTIONS = (
     "sar_schedule", "sar_routing", "router_lr", "router_beta", "router_anchor", "router_direction",
     "router_max_grad_norm", "router_stop_on_drift", "activation_checkpointing",
 )  # fmt: skip
+"""Of routers that learn"""
+
 _SAMPLING = ("sample_temperature", "sample_top_p", "max_new_tokens", "replay_size", "replay_fraction")
 _DISTILLATION = ("temperature", "alignment", "kd_direction", "jsd_beta", "alm_tau", "teacher_top_k")
 
@@ -37,7 +40,7 @@ _RULES = (
     _Rule(("alm_tau",), lambda v: v["alignment"] == "alm", "without --alignment alm"),
     _Rule(("logit_clamp",), lambda v: v["logit_clamp_style"] != "off", "with --logit_clamp_style off"),
     _Rule(("loss_clamp",), lambda v: v["loss_clamp_style"] != "off", "with --loss_clamp_style off"),
-    _Rule(_ROUTERS, lambda v: v["routing"] in ("auto", "sar"), "without --routing sar or auto"),
+    _Rule(ROUTER_OPTIONS, lambda v: v["routing"] in ("auto", "sar"), "without --routing sar or auto"),
     _Rule(("router_patterns",), lambda v: v["routing"] != "native", "with --routing native"),
     _Rule(("ka_lambda", "ka_passes"), lambda v: v["routing"] == "ka", "without --routing ka"),
     _Rule(_SAMPLING, lambda v: v["on_policy_fraction"] > 0, "without --on_policy_fraction above 0"),
@@ -55,6 +58,8 @@ _RULES = (
     _Rule(("epochs",), lambda v: v["train_steps"] == 0, "beside --train_steps"),
     _Rule(("save_steps",), lambda v: v["save_strategy"] == "steps", "without --save_strategy steps"),
     _Rule(("parallel",), lambda v: "lora_rank" not in v, "on fine-tuning, which takes one process"),
+    _Rule(("parallel",), lambda v: os.environ.get("WORLD_SIZE", "1") != "1",
+          "on one process; start several with torchrun --nproc_per_node N"),
     _Rule(("log_steps",), lambda v: v["max_steps"] == 0, "with --max_steps, which prints every step"),
 )  # fmt: skip
 """A rule counts where the command has all options that its condition asks for."""

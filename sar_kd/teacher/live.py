@@ -10,6 +10,7 @@ import torch
 
 from sar_kd.alignment.aligner import Aligner
 from sar_kd.config.runs import Config, RoutingConfig
+from sar_kd.config.unused_options import ROUTER_OPTIONS
 from sar_kd.data.dataset import Dataset
 from sar_kd.errors import UsageError
 from sar_kd.evaluation.perplexity import Evaluation, evaluate
@@ -62,6 +63,7 @@ class LiveTeacher(Teacher):
         self.passes = settings.ka_passes if name == "ka" else 1
         line = _describe_routing(name, reason, settings, specs)
         self.lines, self.details = ([], [line]) if name == "native" and not reason else ([line], [])
+        self.lines += _unused_options(settings) if name == "native" and reason else []
         self.start: dict = {}
         self.last: dict = {}
         self.alarms: list[str] = []
@@ -226,6 +228,14 @@ def _run_once(model: Any, precision: Precision) -> None:
     vocab_size = model.get_input_embeddings().weight.shape[0]
     with precision.autocast():
         model(input_ids=torch.arange(min(16, vocab_size), device=precision.device)[None], use_cache=False)
+
+
+def _unused_options(settings: RoutingConfig) -> list[str]:
+    """A line about options of routers that learn, where `--routing auto` finds that none can."""
+    unset = RoutingConfig()
+    names = [f"--{name}" for name in ROUTER_OPTIONS if getattr(settings, name) != getattr(unset, name)]
+    verb = "has" if len(names) == 1 else "have"
+    return [f"{', '.join(names)}: {verb} no effect, as no router learns"] if names else []
 
 
 def _describe_routing(name: str, reason: str, settings: RoutingConfig, specs: list[RouterSpec]) -> str:

@@ -36,8 +36,7 @@ def build_strategy(objective: Objective, config: TrainConfig, process_group: Pro
     """
     if process_group.size == 1:
         objective.student.to(objective.precision.device)
-        no_effect = "--parallel fsdp: has no effect on one process; start several with torchrun --nproc_per_node"
-        return ParallelStrategy(no_effect) if config.parallel == "fsdp" else SINGLE_DEVICE
+        return SINGLE_DEVICE
     return (FSDP if config.parallel == "fsdp" else DDP)(process_group, objective)
 
 
@@ -46,10 +45,6 @@ class ParallelStrategy:
 
     process_group = SINGLE_PROCESS
     is_sharded = False
-
-    def __init__(self, *messages: str):
-        """messages: to log at the start"""
-        self.messages = messages
 
     def needs_forward(self, batch: Batch) -> bool:
         """Is this micro-batch run? Without targets it adds nothing to loss or gradient."""

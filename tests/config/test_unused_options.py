@@ -19,8 +19,6 @@ ALWAYS = {
     "logit_clamp_style", "loss_clamp_style", "max_steps", "save_strategy", "lora_rank", "teacher_top_k",
     "temperatures", "json", "verbose", "quiet", "runs", "output", "run", "prompt", "chat", "log", "teacher_steps",
     "student_steps", "repetition_penalty", "alignment", "save_steps", "log_steps", "seed",
-    # `build_strategy` names it, once the number of processes is known
-    "parallel",
     # permissions: they have an effect where something would be refused without them
     "trust_remote_code", "force", "overwrite", "allow_changed_inputs",
 }  # fmt: skip
@@ -57,6 +55,7 @@ def _lines(line: str, command=STABLE) -> list[str]:
         ("--on_policy_fraction 0.5 --replay_fraction 0.2", "--replay_fraction: has no effect without --replay_size"),
         ("--on_policy_fraction 0.5 --sample_top_p 0.2 --sample_temperature 0",
          "--sample_top_p: has no effect with --sample_temperature 0"),
+        ("--parallel ddp", "--parallel: has no effect on one process; start several with torchrun --nproc_per_node N"),
     ],
 )  # fmt: skip
 def test_an_option_that_changes_nothing_is_named_once_with_the_reason(line, expected):
@@ -92,6 +91,12 @@ def test_so_is_one_of_fine_tuning(line, expected):
 )
 def test_an_option_that_has_an_effect_is_not_named(line):
     assert not _lines(line)
+
+
+def test_with_several_processes_parallel_has_an_effect(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not _lines("--parallel fsdp")
+    assert _lines("--parallel fsdp", SFT)
 
 
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)

@@ -279,6 +279,11 @@ def test_a_run_cannot_go_on_with_another_teacher(inputs, tmp_path):
             "native",
             "Routing: native (--routing auto, because the teacher is dense",
         ),
+        (
+            ("--teacher_model", "dense_teacher", "--router_lr", 0.1, "--sar_schedule", "two_stage"),
+            "native",
+            "--sar_schedule, --router_lr: have no effect, as no router learns",
+        ),
         (("--alpha_kd", 0), "native", "Routing: native (--routing auto, because distillation is off"),
         (
             ("--alignment", "hidden"),
