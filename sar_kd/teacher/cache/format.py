@@ -75,6 +75,12 @@ def cache_error(folder: Path, reason: str) -> UsageError:
     return UsageError(f"--teacher_cache {folder}: {reason}")
 
 
+def damaged_cache(folder: Path, reason: str) -> UsageError:
+    """An error about a cache that has to be made again, with the command for it."""
+    command = f"{program_name()} cache --teacher_cache {folder} --overwrite"
+    return cache_error(folder, f"{reason}; make it again with `{command}` and the options that it was made with")
+
+
 def read_header(folder: Path) -> dict[str, Any]:
     """The verified header of a cache, which may be unfinished.
 
@@ -89,12 +95,11 @@ def read_header(folder: Path) -> dict[str, Any]:
         digest = header.pop("sha256")
         is_known = header["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise cache_error(folder, f"{HEADER} cannot be read ({error}); rebuild the cache with --overwrite") from None
+        raise damaged_cache(folder, f"{HEADER} cannot be read ({error})") from None
     if not is_known:
-        reason = f"was written by another version (format {header['format']})"
-        raise cache_error(folder, f"{reason}; rebuild the cache with --overwrite")
+        raise damaged_cache(folder, f"was written by another version (format {header['format']})")
     if digest != _digest(header):
-        raise cache_error(folder, f"{HEADER} is damaged; rebuild the cache with --overwrite")
+        raise damaged_cache(folder, f"{HEADER} is damaged")
     return header
 
 
@@ -172,9 +177,9 @@ class Shards:
         path = shard_path(self.folder, self.text, number)
         name, size = path.relative_to(self.folder), int(np.diff(self.ends, prepend=0)[number]) * self.dtype.itemsize
         if not path.is_file() or path.is_symlink() or path.stat().st_size != size:
-            raise cache_error(self.folder, f"{name} is missing or has another size; rebuild it with --overwrite")
+            raise damaged_cache(self.folder, f"{name} is missing or has another size")
         if file_digest(path) != self.digests[number]:
-            raise cache_error(self.folder, f"{name} is damaged (another digest); rebuild it with --overwrite")
+            raise damaged_cache(self.folder, f"{name} is damaged (another digest)")
         return size
 
     def take(self, indices: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from torch import Tensor
 from sar_kd.alignment.segments import split_range
 from sar_kd.data.batch import CachedTopK
 from sar_kd.data.column_store import DamagedStore, open_column_store, strings_of
-from sar_kd.teacher.cache.format import Shards, cache_error, index_key, index_path
+from sar_kd.teacher.cache.format import Shards, damaged_cache, index_key, index_path
 from sar_kd.tokenization.token_stream import Block, TokenCount, TokenizedText
 
 CHUNK = 2**20
@@ -63,8 +63,7 @@ class CachedText:
         try:
             columns, metadata = open_column_store(path, index_key(header, text))
         except (DamagedStore, OSError) as error:
-            reason = f"{path.relative_to(folder)} cannot be used ({error}); rebuild it with --overwrite"
-            raise cache_error(folder, reason) from None
+            raise damaged_cache(folder, f"{path.relative_to(folder)} cannot be used ({error})") from None
         self.index = CacheIndex(
             columns["tokens"],
             columns["ends"],

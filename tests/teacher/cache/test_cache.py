@@ -459,6 +459,7 @@ def test_a_flipped_byte_is_refused_wherever_it_is(inputs, built, tmp_path):
         code, _, err = run_script(argv)
         assert (code, len(err)) == (2, 1), name
         assert f"--teacher_cache {folder}: " in err[0]
+        assert f"cache --teacher_cache {folder} --overwrite` and the options that it was made with" in err[0]
         (folder / name).write_bytes(content[: len(content) // 2])
         assert run_script(argv)[0] == 2, name
         (folder / name).write_bytes(content)
