@@ -19,17 +19,17 @@ def clamp_lines(loss: LossConfig, student_vocab_size: int, teacher_vocab_size: i
     """The effect of the clamps for these vocabularies, as lines and as a record."""
     floor = raw_clamp_perplexity_floor(student_vocab_size, loss.logit_clamp)
     largest = raw_clamp_largest_probability(teacher_vocab_size, loss.logit_clamp, loss.temperature)
-    limits = f"perplexity {floor:.2f} or more, teacher at most p = {largest:.2g}"
-    bound = f"Logits in [-{loss.logit_clamp:g}, {loss.logit_clamp:g}]"
+    clamp, limit = loss.logit_clamp, loss.loss_clamp
     of_logits = {
-        "raw": f"{bound}, raw: {limits}",
-        "normalized": f"{bound}, normalized: no probability is capped (raw: {limits})",
+        "raw": f"Logits are cut to [-{clamp:g}, {clamp:g}]: training perplexity stays above {floor:.2f}, the teacher's "
+        f"largest probability below {largest:.2g}",
+        "normalized": f"No log-probability counts for less than {-2 * clamp:g} in the loss; gradients are not changed",
         "off": "Logits are not clamped",
     }
-    untrained = f"an untrained student has loss ln V = {math.log(student_vocab_size):.2f}"
     of_loss = {
-        "hard": f"Loss above {loss.loss_clamp:g} has no gradient; {untrained}",
-        "scale": f"Loss above {loss.loss_clamp:g} is scaled down to it, its gradient's direction kept",
+        "hard": f"A loss above {limit:g} has no gradient; that of an untrained student is about "
+        f"{math.log(student_vocab_size):.2f}",
+        "scale": f"A loss above {limit:g} is scaled down to {limit:g}, and its gradient with it",
         "off": "The loss is not clamped",
     }
     record = {"raw_perplexity_floor": floor, "raw_largest_teacher_probability": largest}

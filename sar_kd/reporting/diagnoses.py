@@ -1,4 +1,4 @@
-"""The patterns that a log of losses and gradient norms may show: likely cause, remedy, where others met them."""
+"""The patterns that a log of losses and gradient norms may show: likely cause, remedy, public reports."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ class Diagnosis:
     pattern: str
     cause: str
     remedy: str
-    seen: str = ""
-    """Where others met it"""
+    reports: str = ""
+    """Public reports of it: documentation, issues on GitHub"""
 
 
 _ALL = (
     Diagnosis(
         "half weights",
         "'Attempting to unscale FP16 gradients'",
-        "the trainable weights are float16 themselves: loaded in float16 and trained in float16 autocast",
+        "the trainable weights are float16 themselves: loaded in float16 and trained in float16 autocast. With "
+        "AdamW(fused=True) PyTorch trains them without this error",
         "load them in float32 and let autocast compute in float16 (dtype=torch.float32 with fp16=True); under LoRA "
         "cast the adapter to float32. `python -m sar_kd sft` never trains float16 weights",
-        "PEFT's troubleshooting guide; AdamW(fused=True) does it without the error",
+        "PEFT's troubleshooting guide",
     ),
     Diagnosis(
         "forward overflow",
@@ -38,10 +39,9 @@ _ALL = (
     Diagnosis(
         "weights became nan",
         "finite at first, then loss 0.0 or nan with grad_norm nan to the end",
-        "one update made the weights NaN: float16 weights under Adam (its eps is 0 in float16), or an overflow in "
-        "float16 without a GradScaler that refuses the step",
+        "one update made the weights NaN: float16 weights under Adam (its eps of 1e-8 is 0 in float16, so one step can "
+        "give -inf), or an overflow in float16 without a GradScaler that refuses the step",
         "float32 weights, float16 by autocast with a GradScaler (fp16=True), bfloat16 where the card has it",
-        "one step of Adam on float16 weights with eps 1e-8 gives -inf",
     ),
     Diagnosis(
         "exploding",
@@ -96,9 +96,9 @@ _ALL = (
     Diagnosis(
         "no movement",
         "loss and grad_norm finite, and the loss does not change",
-        "the updates have no effect: a rate of 0, or one so small that float16 weights round it away",
+        "the updates have no effect: a rate of 0, or one so small that float16 weights round it away (at 5e-6 no "
+        "LayerNorm weight in float16 changes in 100 steps)",
         "float32 weights, and a learning rate that suits them",
-        "at rate 5e-6 no float16 LayerNorm weight moves in 100 steps",
     ),
     Diagnosis(
         "norm skips",

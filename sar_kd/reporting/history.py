@@ -229,8 +229,10 @@ def _quality(run: RunHistory, validations: list[dict]) -> list[str]:
         line = f"Bits per byte on held-out text stayed at {last:.4f}"
     else:
         line = f"Bits per byte on held-out text {'fell' if last < start else 'rose'} from {start:.4f} to {last:.4f}"
-    if teacher < start and last < start:
+    if teacher <= last < start:
         line += f", {(start - last) / (start - teacher):.0%} of the way to the teacher's {teacher:.4f}"
+    elif last < teacher < start:
+        line += f", below the teacher's {teacher:.4f}"
     elif math.isfinite(teacher):
         line += f"; the teacher has {teacher:.4f}"
     return [line + "."]

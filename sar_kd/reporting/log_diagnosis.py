@@ -126,7 +126,7 @@ def diagnosis_lines(log: TrainingLog) -> list[str]:
     if found.name == "exploding":
         lines += _growth(log)
     lines += [f"Likely cause: {found.cause}", f"What to try: {found.remedy}"]
-    return lines + ([f"Seen: {found.seen}"] if found.seen else [])
+    return lines + ([f"Reported in: {found.reports}"] if found.reports else [])
 
 
 def _growth(log: TrainingLog) -> list[str]:

@@ -12,6 +12,7 @@ from sar_kd.errors import UsageError
 from sar_kd.preflight import clamp_checks
 from sar_kd.preflight.clamp_checks import (
     check_clamps,
+    clamp_lines,
     raw_clamp_largest_probability,
     raw_clamp_perplexity_floor,
     require_learnable,
@@ -83,6 +84,15 @@ def test_a_raw_or_hard_clamp_is_refused_unless_forced(style, monkeypatch):
     with pytest.raises(UsageError, match="or --force"):
         _check(LossConfig(**style), monkeypatch)
     assert any(line.startswith("Forced: ") for line in _check(LossConfig(**style, force=True), monkeypatch))
+
+
+def test_the_lines_say_what_a_clamp_does_and_name_no_other_styles_limits():
+    normalized, scaled = clamp_lines(LossConfig(logit_clamp=5.0, loss_clamp=6.0), 1024, 2048)[0]
+    assert normalized == "No log-probability counts for less than -10 in the loss; gradients are not changed"
+    assert scaled == "A loss above 6 is scaled down to 6, and its gradient with it"
+    raw, hard = clamp_lines(LossConfig(logit_clamp_style="raw", loss_clamp_style="hard", logit_clamp=5.0), 50257, 9)[0]
+    assert "cut to [-5, 5]: training perplexity stays above 3.28" in raw
+    assert hard.endswith("that of an untrained student is about 10.82")
 
 
 def test_the_limits_of_a_raw_clamp_that_can_learn_are_stated(monkeypatch):

@@ -166,10 +166,10 @@ def test_scores_of_zero_after_a_healthy_loss_are_explained(tmp_path, rate, name)
     assert diagnose(_read(tmp_path, before + _printed(GOOD) + good)).name == "healthy"
 
 
-def test_the_answer_names_pattern_cause_remedy_and_where_it_was_seen(tmp_path):
+def test_the_answer_names_pattern_cause_remedy_and_public_reports(tmp_path):
     lines = diagnosis_lines(_read(tmp_path, _printed(PATTERNS["forward overflow"])))
     assert lines[0].endswith("6 lines with a loss, from 0 to 0 (6 of them 0)")
-    assert [line.split(":")[0] for line in lines[1:]] == ["Pattern", "Likely cause", "What to try", "Seen"]
+    assert [line.split(":")[0] for line in lines[1:]] == ["Pattern", "Likely cause", "What to try", "Reported in"]
     assert "prints 0.0" in lines[2]
 
 

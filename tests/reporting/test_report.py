@@ -333,6 +333,12 @@ def test_a_finished_run_is_described_with_its_way_to_the_teacher(make_run):
     assert "Skipped for norm in 25% of the steps" in lines[3]
 
 
+def test_a_student_that_is_better_than_its_teacher_is_not_so_many_percent_of_the_way(make_run):
+    folder = make_run(RECORDS, start=START | {"teacher_val_bits_per_byte": 2.45})
+    lines = findings_of(read_history(folder))
+    assert any("fell from 2.5000 to 2.2000, below the teacher's 2.4500." in line for line in lines)
+
+
 @pytest.mark.parametrize(
     ("bits", "expected"),
     [
