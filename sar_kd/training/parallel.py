@@ -46,6 +46,10 @@ class ParallelStrategy:
     process_group = SINGLE_PROCESS
     is_sharded = False
 
+    def __init__(self, *messages: str):
+        """messages: to log at the start"""
+        self.messages = messages
+
     def needs_forward(self, batch: Batch) -> bool:
         """Is this micro-batch run? Without targets it adds nothing to loss or gradient."""
         return batch.num_target_tokens > 0

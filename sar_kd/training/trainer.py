@@ -111,7 +111,7 @@ class Trainer:
         state, config, context = self.state, self.config, self.context
         lines, details = describe_text(self.train, self.validation, config.data.describe())
         warnings = text_warnings(self.train, self.validation, config.train, self.process_group.size)
-        self._log([*lines, *warnings, *self.teacher.lines])
+        self._log([*lines, *warnings, *context.strategy.messages, *self.teacher.lines])
         for line in (*details, *self.teacher.details):
             self.log.detail(line)
         state.teacher, messages = self.teacher.evaluate_start(self.validation, context.precision)
