@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from sar_kd.config.installation import program_name
 from sar_kd.config.sections import EMBEDDED
 from sar_kd.errors import UsageError
 from sar_kd.runtime.environment import is_installed
+from sar_kd.runtime.run_folder import holds_run
 
 IN_MEMORY = "(in memory)"
 """Begins the name of a model that was handed over in Python."""
@@ -38,6 +39,9 @@ _SIZES = (
     "max_position_embeddings", "n_layer", "n_embd", "n_head", "n_positions",
 )  # fmt: skip
 """Numbers of a config that are at least 1"""
+
+_WIDTHS = ("vocab_size", "hidden_size", "n_embd", "intermediate_size", "head_dim")
+"""Numbers of a config that shapes of weights show"""
 
 _MAX_LAYERS = 2000
 """Most layers of a model whose weights are not here to be counted"""
@@ -118,6 +122,8 @@ def is_local(name: str) -> bool:
 
 
 def _find_in_folder(title: str, folder: Path) -> ModelFiles:
+    if holds_run(folder) and (folder / "student").is_dir():
+        raise UsageError(f"{title}: is the folder of a run; give the student in it, {folder / 'student'}")
     has_config, has_adapter = ((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
     if has_config and has_adapter:
         raise UsageError(
@@ -224,10 +230,18 @@ def check_shapes(files: ModelFiles, model: nn.Module) -> None:
     for name, tensor in model.state_dict().items():
         shape = tuple(tensor.shape)
         if sorted(stated.get(name, shape)) != sorted(shape):
-            raise UsageError(
-                f"{files.title}: config.json and weights do not belong together: {name} is {list(shape)} by the one "
-                f"and {list(stated[name])} in the other"
-            )
+            raise size_error(files, model.config, name, shape, stated[name])
+
+
+def size_error(files: ModelFiles, config: Any, name: str, wanted: Sequence[int], found: Sequence[int]) -> UsageError:
+    """The error for a weight whose shape is not the one that follows from the config; wanted: that one"""
+    text_config = config.get_text_config()
+    entries = ((key, getattr(text_config, key, None)) for key in _WIDTHS)
+    stated = next((f", where {key} is {value}" for key, value in entries if value in {*wanted} - {*found}), "")
+    return UsageError(
+        f"{files.title}: config.json and weights do not belong together: {name} is {list(found)} in the weights and "
+        f"{list(wanted)} by config.json{stated}; put back the config.json that these weights were saved with"
+    )
 
 
 def _has_any(folder: Path, patterns: tuple[str, ...]) -> bool:

@@ -27,6 +27,7 @@ from sar_kd.models.model_files import (
     check_shapes,
     require_tokenizer,
     require_weights,
+    size_error,
 )
 from sar_kd.runtime.hub import explain_hub_error
 
@@ -91,10 +92,19 @@ def load_model(
         raise UsageError(f"{files.title}: {what} cannot be quantized; leave out --teacher_quantization")
     if files.gguf_file and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    options |= {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True, **files.arguments}
+    options |= {
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+        **files.arguments,
+    }
     load = transformers.AutoModelForCausalLM.from_pretrained
     with _without_gguf_bar():
         model, info = _in_one_line(files, "its weights", lambda: load(files.location, **options))
+    if info["mismatched_keys"]:
+        name, found, wanted = min(info["mismatched_keys"])
+        raise size_error(files, model.config, name, wanted, found)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UsageError(f"{files.title}: {len(missing)} weights are not in its files, {missing[0]} among them")
@@ -170,8 +180,6 @@ def _in_one_line(files: ModelFiles, part: str, load: Any) -> Any:
 
 
 def _reason(error: BaseException, location: str) -> str:
-    if "ignore_mismatched_sizes" in str(error):
-        return "tensors in its files have other sizes than config.json states"
     text, lines = explain_hub_error(error, location), str(error).strip().splitlines()
     if text.endswith(":") and text == lines[0] and len(lines) > 1:
         text += f" {lines[1].strip()}"

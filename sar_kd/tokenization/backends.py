@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable
 from typing import NamedTuple
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 METASPACE = "\u2581"
 
@@ -60,8 +60,6 @@ def encode(tokenizer, texts: list[str]) -> list[list[int]]:
     """Ids of each text. No special token is added, and text that looks like a special token stays text."""
     backend = _backend_of(tokenizer)
     if backend is not None:
-        if type(backend.model).__name__ == "Unigram":
-            backend = _without_look_alikes(tokenizer, backend)
         encode_batch = getattr(backend, "encode_batch_fast", backend.encode_batch)  # without offsets, twice as fast
         return [encoding.ids for encoding in encode_batch(texts, add_special_tokens=False)]
     inner = _mistral_common(tokenizer)
@@ -74,44 +72,55 @@ def encode(tokenizer, texts: list[str]) -> list[list[int]]:
     return [tokenizer.convert_tokens_to_ids(each) for each in tokens]
 
 
-_MARKED: WeakSet = WeakSet()
-
-
-def _backend_of(tokenizer):
-    """The Rust tokenizer, without special tokens in text, truncation and padding; None if there is none."""
+def called_ids(tokenizer, text: str, **options) -> list[int]:
+    """The ids that calling the tokenizer gives; special tokens in the text are recognised."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return None
-    if tokenizer not in _MARKED:
-        # Some definitions forget to mark a token as special (Phi-3's "</s>"); it would be found inside the text.
-        names = {*tokenizer.all_special_tokens, *STOP_TOKENS}
-        added = backend.get_added_tokens_decoder().values()
-        backend.add_special_tokens([token for token in added if not token.special and token.content in names])
-        _MARKED.add(tokenizer)
-    backend.encode_special_tokens = True
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
+    truncation, padding = (backend.truncation, backend.padding) if backend else (None, None)
+    ids = tokenizer(text, **options)["input_ids"]
+    if truncation:  # which the call has switched off
+        backend.enable_truncation(**truncation)
+    if padding:
+        backend.enable_padding(**padding)
+    return ids
 
 
 _COPIES: WeakKeyDictionary = WeakKeyDictionary()
 
 
-def _without_look_alikes(tokenizer, backend):
-    """A copy that splits "</s>" and "<0x41>" in two, because a Unigram model takes them for its pieces of that name."""
-    size, copy = _COPIES.get(tokenizer, (0, None))
+def _backend_of(tokenizer):
+    """A copy of the Rust tokenizer, without special tokens in text, truncation and padding; None if there is none.
+
+    The tokenizer itself is saved with a student, and stays as it was given.
+    """
+    given = getattr(tokenizer, "backend_tokenizer", None)
+    if given is None:
+        return None
+    size, backend = _COPIES.get(tokenizer, (0, None))
     if size != len(tokenizer):
-        special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-        heads = [f"{re.escape(string[0])}(?={re.escape(string[1:])})" for string in sorted(special) if string[1:]]
-        pattern = {"Regex": "|".join([*heads, "<(?=0x[0-9A-F]{2}>)"])}
-        split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
-        definition = json.loads(backend.to_str())
-        own = [definition["pre_tokenizer"]] if definition["pre_tokenizer"] else []
-        definition["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*own, split]}
-        copy = type(backend).from_str(json.dumps(definition))
-        copy.encode_special_tokens = True
-        _COPIES[tokenizer] = len(tokenizer), copy
-    return copy
+        # Some definitions forget to mark a token as special (Phi-3's "</s>"); it would be found inside the text.
+        names = {*tokenizer.all_special_tokens, *STOP_TOKENS}
+        backend = type(given).from_str(given.to_str())
+        added = backend.get_added_tokens_decoder().values()
+        backend.add_special_tokens([token for token in added if not token.special and token.content in names])
+        if type(backend.model).__name__ == "Unigram":
+            backend = _split_look_alikes(backend)
+        backend.encode_special_tokens = True
+        backend.no_truncation()
+        backend.no_padding()
+        _COPIES[tokenizer] = len(tokenizer), backend
+    return backend
+
+
+def _split_look_alikes(backend):
+    """The same, but "</s>" and "<0x41>" are split in two, because a Unigram model takes them for its pieces."""
+    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    heads = [f"{re.escape(string[0])}(?={re.escape(string[1:])})" for string in sorted(special) if string[1:]]
+    pattern = {"Regex": "|".join([*heads, "<(?=0x[0-9A-F]{2}>)"])}
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    definition = json.loads(backend.to_str())
+    own = [definition["pre_tokenizer"]] if definition["pre_tokenizer"] else []
+    definition["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*own, split]}
+    return type(backend).from_str(json.dumps(definition))
 
 
 def _mistral_common(tokenizer):
@@ -139,8 +148,8 @@ def read_vocabulary(tokenizer) -> Vocabulary:
 
     Raises: ValueError if the definition does not give the bytes
     """
-    vocabulary = _read_model(tokenizer)
-    added = getattr(tokenizer, "added_tokens_decoder", None)
+    vocabulary, backend = _read_model(tokenizer), _backend_of(tokenizer)
+    added = backend.get_added_tokens_decoder() if backend else getattr(tokenizer, "added_tokens_decoder", None)
     for index, token in added.items() if isinstance(added, dict) else ():
         text = token.content.replace(METASPACE, " ") if vocabulary.metaspace else token.content
         vocabulary.strings[index] = token.content

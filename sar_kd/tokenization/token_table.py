@@ -25,6 +25,7 @@ from sar_kd.tokenization.backends import (
     STOP_TOKENS,
     TURN_TOKENS,
     Vocabulary,
+    called_ids,
     encode,
     is_byte_token,
     read_vocabulary,
@@ -263,7 +264,7 @@ def _table_of(tokenizer, vocabulary: Vocabulary, vocab_size, start, end, stop_id
     return dataclasses.replace(
         table,
         dummy_prefix=table.spell(encode(tokenizer, ["a b"])[0]).startswith(b" a"),
-        nfc=table.spell(_called_ids(tokenizer, "e\u0301")).strip() == "\u00e9".encode(),
+        nfc=table.spell(called_ids(tokenizer, "e\u0301", add_special_tokens=False)).strip() == "\u00e9".encode(),
         unwritten=_find_unwritten(tokenizer, pieces, strings),
     )
 
@@ -286,11 +287,6 @@ def _find_unwritten(tokenizer, pieces: list[bytes], strings: list[str]) -> froze
     return frozenset(unwritten)
 
 
-def _called_ids(tokenizer, text: str) -> list[int]:
-    """The ids that calling the tokenizer gives, after all that it does to the text before it encodes."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
 def _find_change(tokenizer, table: TokenTable) -> str:
     """The first change of a probe or fuzz text; "" for none.
 
@@ -298,7 +294,7 @@ def _find_change(tokenizer, table: TokenTable) -> str:
     """
     texts = [table.canonical(text) for text in (*PROBES, *fuzz_texts())]
     encoded = encode(tokenizer, texts)
-    called = [i for i in _called_ids(tokenizer, texts[0]) if table.pieces[i]]
+    called = [i for i in called_ids(tokenizer, texts[0], add_special_tokens=False) if table.pieces[i]]
     if called != [i for i in encoded[0] if table.pieces[i]]:
         raise ValueError(f"does not encode text as the encoding inside it does: {texts[0]!r} becomes {called[:10]}")
     for text, ids in zip(texts, encoded, strict=True):

@@ -63,7 +63,8 @@ def _load(folder):
         ({"hidden_size": 0}, "hidden_size in config.json is 0"),
         (
             {"hidden_size": 10**9},
-            "model.embed_tokens.weight is [520, 1000000000] by the one and [520, 32] in the other",
+            "model.embed_tokens.weight is [520, 32] in the weights and [520, 1000000000] by config.json, where "
+            "hidden_size is 1000000000; put back the config.json that these weights were saved with",
         ),
         ({"num_key_value_heads": 3}, "config.json and weights do not belong together"),
         ({"max_position_embeddings": -1}, "max_position_embeddings in config.json is -1"),
@@ -86,6 +87,18 @@ def test_a_million_layers_without_weights_are_refused_too(folder):
     assert "num_hidden_layers in config.json is 1,000,000, and no model has as many" in _line(_meta, folder)
     _edit(folder / "config.json", num_hidden_layers=2)
     _meta(folder)  # of a cached teacher's, say
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize(("entry", "expected"), [("vocab_size", [600, 32]), ("hidden_size", [520, 600])])
+def test_weights_of_another_size_are_named_with_both_sizes(folder, kind, entry, expected):
+    if kind == "bin":
+        torch.save(safetensors.torch.load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    _edit(folder / "config.json", **{entry: 600})
+    line = _line(_load, folder)
+    assert f".weight is [520, 32] in the weights and {expected} by config.json, where {entry} is 600" in line
+    assert line.endswith("put back the config.json that these weights were saved with")
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"3", b"\xff\xfe", b'{"a":' * 10**5])
@@ -134,6 +147,12 @@ def test_a_hundred_thousand_added_tokens_are_refused_before_they_are_read(folder
 def test_a_damaged_or_missing_file_is_named(folder, damage, expected):
     damage(folder)
     assert expected in _line(_load, folder)
+
+
+def test_the_folder_of_a_run_is_refused_with_its_student(folder):
+    (folder / "config.json").write_text(json.dumps({"format": 3, "mode": "precise", "models": {}}))
+    (folder / "student").mkdir()
+    assert f"is the folder of a run; give the student in it, {folder / 'student'}" in _line(_load, folder)
 
 
 def test_missing_shards_and_a_damaged_index_are_named(folder):

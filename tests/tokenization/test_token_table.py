@@ -28,6 +28,7 @@ from sar_kd.tokenization.token_table import (
     TokenTable,
     build_token_table,
     check_vocab_size,
+    fingerprint,
     fuzz_texts,
     same_tokenizer,
     start_and_end,
@@ -420,6 +421,22 @@ def test_a_stop_token_that_its_definition_forgot_to_mark_stays_text(sp_tokenizer
     (ids,) = encode(tokenizer, ["a<|end|>  b"])
     assert _read(table, ids) == b"a<|end|>  b"
     assert tokenizer.convert_tokens_to_ids("<|end|>") in table.end_ids
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama 2 legacy", "gemma", "unigram"])
+def test_a_tokenizer_stays_as_it_is_given(make, kind, tmp_path):
+    rust = Tokenizer.from_str(make(kind).backend_tokenizer.to_str())
+    rust.add_tokens([AddedToken("<|end|>", rstrip=True, normalized=False)])  # not marked as special
+    rust.enable_truncation(4)
+    rust.enable_padding(length=4)
+    names = make(kind).special_tokens_map
+    tokenizer = _wrapped(rust, **{name: names[name] for name in ("eos_token", "unk_token") if name in names})
+    tokenizer.save_pretrained(tmp_path / "before")
+    _table(tokenizer), encode(tokenizer, ["some <|end|> text"]), fingerprint(tokenizer)
+    tokenizer.save_pretrained(tmp_path / "after")
+    given, found = ({f.name: f.read_text() for f in (tmp_path / at).iterdir()} for at in ("before", "after"))
+    assert found == given
+    assert not tokenizer.added_tokens_decoder[tokenizer.convert_tokens_to_ids("<|end|>")].special
 
 
 def test_truncation_and_padding_in_a_definition_do_not_touch_the_ids(byte_tokenizer):
