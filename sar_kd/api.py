@@ -215,7 +215,7 @@ class _Call:
             if option in options:
                 raise UsageError(f"{function}({option}=...): is called {_PARAMETERS[option]} here")
         self.command, self.function, self.pairs = command, function, dict[str, tuple[nn.Module, Any]]()
-        self.values: dict[str, Any] = dict(options)
+        self.values: dict[str, Any] = {name: str(v) if isinstance(v, Path) else v for name, v in options.items()}
         resumes = bool(options.get("resume"))
         self.values |= {"mode": mode} if mode else {}
         for role, model in models.items():

@@ -242,11 +242,11 @@ def test_a_cache_made_in_python_is_one_for_distill(pairs, corpus_texts, tmp_path
     how = {"block_size": 32, "device": "cpu"}
     folder = sar_kd.cache(
         tmp_path / "teacher", corpus_texts, folder=tmp_path / "cache", teacher_top_k=8,
-        student_model=str(tmp_path / "student"), **how,
+        student_model=tmp_path / "student", **how,
     )  # fmt: skip
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "student", "teacher"]
     result = distill(
-        tmp_path / "teacher", tmp_path / "student", corpus_texts, teacher_cache=str(folder),
+        tmp_path / "teacher", tmp_path / "student", corpus_texts, teacher_cache=folder,
         output_dir=tmp_path / "run", **STEPS,
     )  # fmt: skip
     assert result.summary["status"] == "finished"

@@ -87,7 +87,7 @@ def _parse_file(where: str, path: Path) -> Any:
         try:
             return yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ValueError(" ".join(str(error).split())) from None
+            raise ValueError(" ".join(str(error).replace('in "<unicode string>", ', "in ").split())) from None
     except _DAMAGED as error:
         raise UsageError(f"{where}: cannot be read ({error})") from None
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from sar_kd.config.commands import COMMANDS
 from sar_kd.config.fields import AUTO, KIND_NAMES, Command, options_of
 from sar_kd.config.installation import as_called_here, program_name
 from sar_kd.errors import UsageError
@@ -66,7 +67,7 @@ _KNOWN_ELSEWHERE = MappingProxyType(
         "--resume": ("resume_from_checkpoint", "continue"),
         "--overwrite": ("overwrite_output_dir",),
         "--gradient_checkpointing": ("grad_checkpointing", "checkpointing"),
-        "--teacher_quantization nf4": ("load_in_4bit", "quantization", "4bit"),
+        "--teacher_quantization nf4": ("load_in_4bit", "load_in_8bit", "quantization", "quantize", "4bit"),
         "--lora_rank": ("lora_r", "rank", "r", "lora"),
         "--lora_targets": ("target_modules", "lora_target_modules"),
         "--device": ("gpu", "cuda", "cpu", "no_cuda"),
@@ -85,10 +86,23 @@ def unknown_option(name: str, names: Iterable[str], prefix: str = "--") -> str:
     for meant, others in _KNOWN_ELSEWHERE.items():
         if plain in others and meant.split()[0].strip("-,") in known:
             return f"{name}: no such option; did you mean {prefix}{meant.removeprefix('--')}?"
+    if owners := _commands_with(plain):
+        return f"{name}: no such option here; it is one of `{program_name()} {owners[0]}`"
     # A name with a part left out, such as --top_p for --sample_top_p, counts as near.
     nearest = difflib.get_close_matches(plain, known, n=1) or [own for own in known if len(plain) > 2 and plain in own]
     hint = f"did you mean {prefix}{nearest[0]}?" if nearest else "--help lists the options"
     return f"{name}: no such option; {hint}"
+
+
+def _commands_with(name: str) -> list[str]:
+    """The commands that have an option of this name, or of one that other programs call so."""
+    names = {f"--{name}", *(meant for meant, others in _KNOWN_ELSEWHERE.items() if name in others)}
+    return [
+        command.name
+        for command in COMMANDS.values()
+        for item, _ in options_of(command.sections.values())
+        if f"--{item.name}" in names and not item.metadata["positional"]
+    ]
 
 
 class _Parser(argparse.ArgumentParser):

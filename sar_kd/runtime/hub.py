@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 _OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
@@ -58,8 +59,10 @@ def explain_hub_error(error: BaseException, name: str, what: str = "model") -> s
         offline = offline_variable()
         cause = f"{offline} forbids the network" if offline else "no network"
         kind = " --repo-type dataset" if what == "dataset" else ""
+        here = "" if Path(name).expanduser().exists() else "no such directory here, "
         return (
-            f"not in the cache, and {cause}; fetch it elsewhere with `hf download {name}{kind}` and give its directory"
+            f"{here}not in the cache, and {cause}; fetch it elsewhere with `hf download {name}{kind}` and give its "
+            "directory"
         )
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 

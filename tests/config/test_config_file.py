@@ -112,7 +112,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_script(write)
         ("lora: {lora_rank: 4}", "a.yaml", ("section lora", "lora_rank")),
         ("- a\n- b", "a.yaml", ("holds no options",)),
         ("", "a.yaml", ("holds no options",)),
-        ("a: [", "a.yaml", ("cannot be read",)),
+        ("a: [", "a.yaml", ("cannot be read", "in line 1, column 5")),
         ("{", "a.json", ("cannot be read",)),
         ("[" * 100_000, "a.json", ("cannot be read",)),
         ("a: 1", "a.toml", ("must be a .json or .yaml file",)),

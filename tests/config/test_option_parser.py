@@ -62,11 +62,27 @@ def test_hyphens_stand_for_underscores_in_names_and_not_in_values():
         (STABLE, "--temprature", "--temperature"),
         (STABLE, "-o", "--output_dir"),
         (STABLE, "--lr=1e-4", "--student_lr"),
+        (STABLE, "--quantize", "--teacher_quantization nf4"),
     ],
 )
 def test_a_name_from_another_program_is_answered_with_the_one_here(command, typed, meant):
     line = {GENERATE.name: "run prompt "}.get(command.name, "")
     assert _message(command, f"{line}{typed} 1") == f"{typed}: no such option; did you mean {meant}?"
+
+
+@pytest.mark.parametrize(
+    ("command", "typed", "owner"),
+    [
+        (STABLE, "--lora_rank", "sft"),
+        (TRAIN, "--lora-r", "sft"),
+        (SFT, "--alpha_kd", "train"),
+        (STABLE, "--chat", "generate"),
+    ],
+)
+def test_an_option_of_another_command_is_answered_with_that_command(command, typed, owner):
+    message = _message(command, f"{typed} 1")
+    assert message.startswith(f"{typed}: no such option here; it is one of `")
+    assert message.endswith(f" {owner}`")
 
 
 @COMMAND

@@ -80,7 +80,8 @@ def test_a_model_that_is_not_there_and_one_that_is_gated_have_different_errors(h
 def test_an_absent_network_and_a_forbidden_one_have_different_errors(tmp_path):
     (absent,) = _lines(tmp_path, "some/model", HF_ENDPOINT="http://127.0.0.1:9")
     (forbidden,) = _lines(tmp_path, "some/model", HF_HUB_OFFLINE="1")
-    assert "not in the cache, and no network; fetch it elsewhere with `hf download some/model`" in absent
+    assert "(no such directory here, not in the cache, and no network; fetch it elsewhere with " in absent
+    assert "`hf download some/model`" in absent
     assert "not in the cache, and HF_HUB_OFFLINE=1 forbids the network" in forbidden
 
 
@@ -90,6 +91,11 @@ def test_the_network_is_forbidden_by_the_hubs_own_variable(monkeypatch, value, i
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", value)
     assert offline_variable() == (f"HF_HUB_OFFLINE={value}" if is_offline else "")
+
+
+def test_a_folder_that_is_there_is_not_called_missing(tmp_path):
+    line = explain_hub_error(ConnectionError(), str(tmp_path))
+    assert line.startswith("not in the cache, and no network")
 
 
 def test_a_full_disk_during_the_download_is_named():
