@@ -15,13 +15,11 @@ from torch import Tensor
 
 from sar_kd.alignment.batch_alignment import Alignment
 from sar_kd.alignment.segments import Segment
+from sar_kd.runtime.precision import MASKED_LOGIT
 from sar_kd.tokenization.token_stream import TokenStream
 
 IGNORE_INDEX = -100
 """Label of a position at which nothing is predicted."""
-
-MASKED_LOGIT = -1e30
-"""Logit of a masked class: finite, so that 0 * MASKED_LOGIT is 0, and so low that its probability is exactly 0."""
 
 
 @dataclass(frozen=True)
@@ -164,11 +162,11 @@ class CachedTopK:
     max_log_probs: Tensor
     """float32 [N]: the largest log-probability, nats; NaN where the logits were not finite"""
     log_prob_gaps: Tensor
-    """float16 [N, k]: each log-probability minus the largest, nats, at most 0"""
+    """float16 [N, k]: each log-probability minus the largest, nats, at most 0; -inf for a masked token"""
     target_log_probs: Tensor
-    """float32 [N]: log-probability of the target token, nats"""
+    """float32 [N]: log-probability of the target token, nats; -inf for a masked one"""
     tail_log_ratios: Tensor
-    """float16 [N]: log sum exp(z / T) over all other tokens, minus that over these k"""
+    """float16 [N]: log sum exp(z / T) over all other tokens, minus that over these k; -inf if all of them are masked"""
     temperature: float
     """T"""
 
@@ -189,6 +187,7 @@ class CachedTopK:
         max_log_probs = self.max_log_probs[records]
         is_finite = max_log_probs.isfinite()
         log_probs = self.log_prob_gaps[records].float() + max_log_probs[:, None]
-        logits = log_probs.where(is_finite[:, None], 0.0).T.contiguous()
+        logits = log_probs.clamp_min(MASKED_LOGIT).where(is_finite[:, None], 0.0).T.contiguous()
         tail = self.tail_log_ratios[records].float().where(is_finite, 0.0) + (logits / self.temperature).logsumexp(0)
-        return TopKLogits(self.ids[records].T.long(), logits, tail * self.temperature, is_finite)
+        tail = (tail * self.temperature).clamp_min(MASKED_LOGIT)
+        return TopKLogits(self.ids[records].T.long(), logits, tail, is_finite)

@@ -15,12 +15,20 @@ from sar_kd.alignment.aligner import Aligner
 from sar_kd.alignment.batch_alignment import Alignment
 from sar_kd.alignment.segments import split_range
 from sar_kd.config.sections import LossConfig
-from sar_kd.data.batch import MASKED_LOGIT, Batch, CachedTopK
+from sar_kd.data.batch import Batch, CachedTopK
 from sar_kd.losses.distillation import Distillation, DistillationTerms, ForwardOutputs, dense_tile
-from sar_kd.losses.functional import GroupSums, all_finite, chunk_likelihood, sorted_distance, state_distance
+from sar_kd.losses.functional import (
+    GroupSums,
+    LogitClamp,
+    all_finite,
+    chunk_likelihood,
+    sorted_distance,
+    state_distance,
+)
 from sar_kd.losses.projection.marginals import on_support
 from sar_kd.losses.tiled_loss import TeacherTile, Tile, TileLoss, target_log_probs
 from sar_kd.models.logit_tiles import finite_positions
+from sar_kd.runtime.precision import MASKED_BELOW, MASKED_LOGIT
 
 
 class _PairedPositions(Distillation[Tensor]):
@@ -69,9 +77,13 @@ class Strict(_PairedPositions):
         shared_mass = (shared.logsumexp(0) - teacher_logits.logsumexp(0)).exp()
         keep = is_finite & context & (shared_mass >= self._MIN_SHARED_MASS)
         student = on_support(student, shared)
+        log_p, log_t = student.log_softmax(0), shared.log_softmax(0)
+        has_no_mass = student.detach().amax(0) < MASKED_BELOW
+        is_infinite = keep & (has_no_mass | self.divergence.infinite_classes(log_p, log_t).any(0))
         # T^2 keeps the size of the gradient (arXiv 1503.02531, section 2).
-        loss, unclamped = self.divergence(student.log_softmax(0), shared.log_softmax(0), keep)
-        return TileLoss(loss * self.temperature**2, unclamped * self.temperature**2, (~is_finite).sum())
+        loss, unclamped = (self.temperature**2 * each for each in self.divergence(log_p, log_t, keep & ~is_infinite))
+        infinite = is_infinite.sum()
+        return TileLoss(loss, unclamped, (~is_finite).sum() + infinite, infinite)
 
 
 class SortedProbabilities(_PairedPositions):
@@ -84,7 +96,8 @@ class SortedProbabilities(_PairedPositions):
         else:
             teacher_logits, is_finite = self._dense_logits(teacher)
         loss = sorted_distance(student.T, teacher_logits.T, self.temperature, is_finite)
-        return TileLoss(loss, loss.detach(), (~is_finite).sum())
+        dropped = (~is_finite).sum()
+        return TileLoss(loss, loss.detach(), dropped, torch.zeros_like(dropped))
 
 
 class ChunkLikelihood(Distillation[None]):
@@ -94,17 +107,20 @@ class ChunkLikelihood(Distillation[None]):
         super().__init__(config, aligner)
         self.tau = config.alm_tau
 
+    def num_positions(self, batch: Batch) -> int:
+        return len(batch.teacher.targets)
+
     def forward(self, batch: Batch, outputs: ForwardOutputs) -> DistillationTerms:
         alignment, bound, targets = batch.alignment, self.clamp.raw_bound, batch.student.targets
         teacher, is_finite = self._teacher(batch, outputs, bound)
         student, _ = target_log_probs(outputs.student, targets, self.positions_per_tile, bound)
-        loss = self._loss(alignment, self.clamp.floor_log_probs(student), teacher, is_finite)
+        loss, left_out = self._loss(alignment, student, teacher, is_finite, self.clamp)
         with torch.no_grad():
             if bound < math.inf:
                 teacher, _ = self._teacher(batch, outputs)
                 student, _ = target_log_probs(outputs.student, targets, self.positions_per_tile)
-            unclamped = self._loss(alignment, student, teacher, is_finite)
-        return DistillationTerms(loss, unclamped, (~is_finite).sum())
+            unclamped, infinite = self._loss(alignment, student, teacher, is_finite, LogitClamp())
+        return DistillationTerms(loss, unclamped, (~is_finite).sum() + left_out, infinite)
 
     def _teacher(self, batch: Batch, outputs: ForwardOutputs, bound: float = math.inf) -> tuple[Tensor, Tensor]:
         """As `target_log_probs`, of the teacher's targets."""
@@ -114,17 +130,34 @@ class ChunkLikelihood(Distillation[None]):
             return teacher.target_log_probs, teacher.is_finite
         return target_log_probs(teacher.select(tokens.positions), tokens.targets, self.positions_per_tile, bound)
 
-    def _loss(self, alignment: Alignment, student: Tensor, teacher: Tensor, is_finite: Tensor) -> Tensor:
-        count = alignment.num_chunks
-        student_sums = _chunk_sums(student, alignment.student_chunks, count)
-        teacher_sums = _chunk_sums(teacher.masked_fill(~is_finite, 0.0), alignment.teacher_chunks, count)
-        keep = _chunk_sums((~is_finite).float(), alignment.teacher_chunks, count) == 0
-        # A chunk with a teacher token that is not finite gets the same likelihood on both sides: no loss, no gradient.
-        return chunk_likelihood(torch.where(keep, student_sums, -1.0), torch.where(keep, teacher_sums, -1.0), self.tau)
+    def _loss(
+        self,
+        alignment: Alignment,
+        student: Tensor,
+        teacher: Tensor,
+        is_finite: Tensor,
+        clamp: LogitClamp,
+    ) -> tuple[Tensor, Tensor]:
+        """The loss; and the teacher's tokens in chunks that only the student masks, whose loss is infinite.
+
+        A chunk that both mask has no loss, one that only the teacher masks a finite one.
+        """
+        count, chunks = alignment.num_chunks, alignment.teacher_chunks
+        is_masked = _chunk_sums(student.detach(), alignment.student_chunks, count) < MASKED_BELOW
+        student_sums = _chunk_sums(clamp.floor_log_probs(student), alignment.student_chunks, count)
+        teacher_sums = _chunk_sums(teacher.masked_fill(~is_finite, 0.0), chunks, count)
+        is_sound = _chunk_sums((~is_finite).float(), chunks, count) == 0
+        is_infinite = is_sound & is_masked & (teacher_sums >= MASKED_BELOW)
+        keep = is_sound & ~is_masked
+        # A chunk that is left out gets the same likelihood on both sides: no loss, no gradient.
+        sums = (torch.where(keep, side, -1.0) for side in (student_sums, teacher_sums))
+        in_infinite = torch.cat([is_infinite, is_infinite.new_zeros(1)])[chunks]  # -1, the last, is in no chunk
+        return chunk_likelihood(*sums, self.tau), in_infinite.sum()
 
 
 def _chunk_sums(values: Tensor, chunks: Tensor, count: int) -> Tensor:
     """The sum of each chunk: float [count]. Values outside all chunks (-1) go to an extra last group."""
+    values = values.clamp_min(MASKED_LOGIT)  # -inf is a masked token's
     return GroupSums(torch.where(chunks < 0, count, chunks), count + 1).sum(values)[:count]
 
 
@@ -140,6 +173,9 @@ class HiddenStates(Distillation[None]):
         super().__init__(config, aligner)
         self.projection = nn.Linear(student_width, teacher_width, bias=False)
 
+    def num_positions(self, batch: Batch) -> int:
+        return len(batch.alignment.teacher_ends)
+
     def forward(self, batch: Batch, outputs: ForwardOutputs) -> DistillationTerms:
         assert outputs.student_states is not None
         assert outputs.teacher_states is not None
@@ -148,4 +184,5 @@ class HiddenStates(Distillation[None]):
         states = states.masked_fill(~is_finite[:, None], 0.0)
         projected = self.projection(outputs.student_states[batch.alignment.student_ends].float())
         loss = state_distance(projected, states, is_finite)
-        return DistillationTerms(loss, loss.detach(), (~is_finite).sum())
+        dropped = (~is_finite).sum()
+        return DistillationTerms(loss, loss.detach(), dropped, torch.zeros_like(dropped))

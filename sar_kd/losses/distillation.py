@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sar_kd.alignment.aligner import Aligner
 from sar_kd.alignment.segments import positions_per_tile, split_range
 from sar_kd.config.sections import LossConfig
-from sar_kd.data.batch import MASKED_LOGIT, Batch, TopKLogits
+from sar_kd.data.batch import Batch, TopKLogits
 from sar_kd.losses.divergence import Divergence, GradTarget, log_softmax_backward_, logsumexp_backward
 from sar_kd.losses.functional import LogitClamp
 from sar_kd.losses.tiled_loss import (
@@ -32,6 +32,7 @@ from sar_kd.losses.tiled_loss import (
 )
 from sar_kd.models.lm_head import LazyLogits
 from sar_kd.models.logit_tiles import LogProbs, finite_positions, flat_view, logsumexp_per_position, mask_positions_
+from sar_kd.runtime.precision import MASKED_LOGIT
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,9 @@ class DistillationTerms(NamedTuple):
     unclamped: Tensor
     """The loss without a floor and without the logit clamp; no gradient"""
     dropped: Tensor
-    """Teacher positions left out because their logits are not finite"""
+    """See `TileLoss`"""
+    infinite: Tensor
+    """See `TileLoss`"""
 
 
 class Distillation(nn.Module, Generic[Context]):
@@ -86,11 +89,15 @@ class Distillation(nn.Module, Generic[Context]):
         grad_side = "teacher" if outputs.teacher is not None and outputs.teacher.requires_grad else "student"
         spec = TiledLossSpec(self.tiles(batch), None, self.loss_and_grad, 0.0, 1.0, self.clamp, grad_side=grad_side)
         sums = tiled_loss(spec, outputs.student, outputs.teacher)
-        return DistillationTerms(sums.total, sums.unclamped_kd, sums.dropped)
+        return DistillationTerms(sums.total, sums.unclamped_kd, sums.dropped, sums.infinite)
 
     def tiles(self, batch: Batch) -> list[Tile[Context]]:
         """The positions to compare, in tiles that fit into the workspace."""
         raise NotImplementedError
+
+    def num_positions(self, batch: Batch) -> int:
+        """Teacher positions that are compared in a batch, of which `dropped` are left out."""
+        return len(batch.alignment.teacher_positions)
 
     def loss_and_grad(self, student: Tensor, teacher: TeacherTile, context: Context, grad_side: str | None) -> TileLoss:
         """The loss of two tiles of logits, float32 [V_s, n] and [V_t, m], and its gradient.
@@ -103,9 +110,9 @@ class Distillation(nn.Module, Generic[Context]):
         leaf = student if grad_side == "student" else dense_tile(teacher)
         with torch.enable_grad():
             leaf.requires_grad_()
-            loss, unclamped, dropped, _ = self.differentiable_loss(student, teacher, context)
+            loss, unclamped, *counts, _ = self.differentiable_loss(student, teacher, context)
         (grad,) = torch.autograd.grad(loss, leaf)
-        return TileLoss(loss.detach(), unclamped.detach(), dropped.detach(), TileGrad(((0, grad),)))
+        return TileLoss(loss.detach(), unclamped.detach(), *counts, TileGrad(((0, grad),)))
 
     def differentiable_loss(self, student: Tensor, teacher: TeacherTile, context: Context) -> TileLoss:
         """The loss of two tiles as `loss_and_grad` gets them, with an autograd graph instead of a gradient."""
@@ -173,13 +180,15 @@ class TokenLevel(Distillation[None]):
 
     def _loss(self, student: LogProbs, teacher: LogProbs, keep: Tensor, target: GradTarget | None = None) -> TileLoss:
         """The divergence over one set of classes; the gradient of the logits goes to the target's buffer."""
-        loss, unclamped, grad_sum = self.divergence.per_position(student, teacher, target)
+        loss, unclamped, grad_sum, is_infinite = self.divergence.per_position(student, teacher, target)
+        is_infinite = is_infinite & keep
+        keep = keep & ~is_infinite
         # T^2 keeps the size of the gradient (arXiv 1503.02531, section 2); dividing logits by T takes one T away.
         if target is not None:
             log_probs = student if target.side == "student" else teacher
             log_softmax_backward_(target.grad, grad_sum, log_probs, keep * self.temperature)
         weights = keep * self.temperature**2
-        return TileLoss((loss * weights).sum(), (unclamped * weights).sum(), (~keep).sum())
+        return TileLoss((loss * weights).sum(), (unclamped * weights).sum(), (~keep).sum(), is_infinite.sum())
 
 
 def top_k_of(tile: Tensor, k: int, num_tokens: int, temperature: float) -> TopKLogits:

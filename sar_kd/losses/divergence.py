@@ -15,7 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sar_kd.models.logit_tiles import LogProbs, exp, exp_, vocab_blocks
+from sar_kd.models.logit_tiles import SMALLEST_PROBABILITY, LogProbs, exp_, probabilities, vocab_blocks
+from sar_kd.runtime.precision import MASKED_BELOW
+
+_INFINITE = 1e9
+"""A sum above it holds the product of a probability of `SMALLEST_PROBABILITY` or more and a masked logit."""
 
 
 class WeightedLogRatios(NamedTuple):
@@ -48,6 +52,18 @@ class GradTarget(NamedTuple):
     """float32 [V, n]; may be the other side's tile, which is then overwritten"""
 
 
+class PositionSums(NamedTuple):
+    """The divergence at each position of two tiles, float32 [n], nats."""
+
+    loss: Tensor
+    """With the floor"""
+    unclamped: Tensor
+    grad_sum: Tensor
+    """The sum of the gradient over the classes"""
+    is_infinite: Tensor
+    """bool [n]: infinite by definition, to be left out with its gradient, and counted"""
+
+
 @dataclass(frozen=True)
 class Divergence:
     """How far the student's distribution p is from the teacher's t.
@@ -55,6 +71,9 @@ class Divergence:
     forward  sum t * (log t - log p)                                     KL(teacher || student)
     reverse  sum p * (log p - log t)                                     KL(student || teacher)
     jsd      beta * sum t * (log t - log m) + (1 - beta) * sum p * (log p - log m),   m = beta * t + (1 - beta) * p
+
+    0 * log 0 is 0. A class that p alone masks (forward), or t alone (reverse), makes the divergence infinite: the sum
+    is then above 1e9, and the caller leaves the position out.
 
     The value takes log-probabilities below `floor` as `floor`; the gradient is that of the unclamped value. A new
     direction needs a branch in the methods of this class, and an entry in the choices of `--kd_direction`.
@@ -84,7 +103,7 @@ class Divergence:
         """The value's terms, for log-probabilities of one shape."""
 
         def weight(log_probs: Tensor) -> Tensor:
-            return exp(log_probs) if keep is None else exp(log_probs).mul_(keep)
+            return probabilities(log_probs) if keep is None else probabilities(log_probs).mul_(keep)
 
         if self.direction == "forward":
             return WeightedLogRatios((weight(log_t),), ((log_t, log_p),))
@@ -112,12 +131,17 @@ class Divergence:
         """The sum of `grad` over the classes of one position, where it is a constant."""
         return -1.0 if (self.direction, side) in (("forward", "student"), ("reverse", "teacher")) else None
 
-    def per_position(
-        self, student: LogProbs, teacher: LogProbs, target: GradTarget | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def infinite_classes(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """bool: the classes that make the divergence infinite. student, teacher: log-probabilities of one shape"""
+        if self.direction == "jsd":
+            return torch.zeros_like(student, dtype=torch.bool)
+        first, second = (teacher, student) if self.direction == "forward" else (student, teacher)
+        return (first > math.log(SMALLEST_PROBABILITY)) & (second < MASKED_BELOW)
+
+    def per_position(self, student: LogProbs, teacher: LogProbs, target: GradTarget | None = None) -> PositionSums:
         """The divergence at each position of two tiles; writes the `grad` of the target's side into its buffer.
 
-        Returns: with the floor and without it, float32 [n], nats; the sum of the gradient over the classes, float32 [n]
+        A position at which one side masks every class has no divergence; it counts as infinite.
         """
         loss = unclamped = grad_sum = torch.zeros_like(teacher.tile[0])
         constant = None if target is None else self.grad_sum(target.side)
@@ -129,7 +153,8 @@ class Divergence:
                 grad = self.grad(terms, target.side)
                 grad_sum = grad_sum + grad.sum(0) if constant is None else grad_sum
                 target.grad[block] = grad
-        return loss, unclamped, grad_sum if constant is None else grad_sum + constant
+        is_infinite = (unclamped > _INFINITE) | (torch.minimum(student.peak, teacher.peak) < MASKED_BELOW)
+        return PositionSums(loss, unclamped, grad_sum if constant is None else grad_sum + constant, is_infinite)
 
 
 class _Divergence(torch.autograd.Function):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sar_kd.data.batch import MASKED_LOGIT
+from sar_kd.runtime.precision import MASKED_LOGIT
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,10 @@ class GroupSums:
     def sum(self, values: Tensor) -> Tensor:
         """The sum of each group: float [count]."""
         return values.new_zeros(self.count).index_add_(0, self.index, values)
+
+    def any(self, values: Tensor) -> Tensor:
+        """Is one of a group's values, bool, true? bool [count]"""
+        return self.sum(values.float()) > 0
 
     def logsumexp(self, values: Tensor) -> Tensor:
         """log sum exp of each group, shifted by its own maximum: float [count]; `MASKED_LOGIT` for an empty group."""

@@ -35,9 +35,11 @@ class LossTerms(SummedTerms):
     kd: Tensor
     """Unclamped distillation loss; no gradient"""
     nonfinite_positions: Tensor
-    """Student positions whose logits are not finite"""
+    """Student positions whose logits are not finite, or whose cross-entropy is to be learned and infinite"""
     dropped_positions: Tensor
-    """Teacher positions left out of distillation because their logits are not finite"""
+    """Teacher positions left out of distillation: their logits are not finite, or the divergence is infinite"""
+    infinite_positions: Tensor
+    """See `TileLoss`"""
 
 
 LogitsAndStates = tuple[LazyLogits, Tensor | None]
@@ -113,14 +115,24 @@ class Objective:
             loss_and_grad = None
         spec = TiledLossSpec(tiles, targets, loss_and_grad, alpha_ce, self.alpha_kd, *clamps, grad_scale)
         sums = tiled_loss(spec, outputs.student, outputs.teacher)
-        kd = DistillationTerms(sums.kd, sums.unclamped_kd, sums.dropped)
+        kd = DistillationTerms(sums.kd, sums.unclamped_kd, sums.dropped, sums.infinite)
         if method is not None and not method.covers_text:
             kd = method(batch, outputs)
-        mean = alpha_ce * self.loss_clamp(sums.ce / count) + self.alpha_kd * kd.loss / count
+        mean = self.alpha_kd * kd.loss / count
+        if alpha_ce:  # the cross-entropy may be infinite
+            mean = mean + alpha_ce * self.loss_clamp(sums.ce / count)
         # The value has the clamps; the gradient is that of the tiled loss, in which the cross-entropy's clamp is.
         mean = mean + (sums.total - sums.total.detach()) / count
         unclamped_ce = torch.zeros_like(sums.unclamped_ce) if batch.is_on_policy else sums.unclamped_ce
-        return LossTerms(self.loss_clamp(mean) * count, unclamped_ce, kd.unclamped, sums.nonfinite, kd.dropped)
+        total = self.loss_clamp(mean) * count
+        return LossTerms(total, unclamped_ce, kd.unclamped, sums.nonfinite, kd.dropped, kd.infinite)
+
+    def num_teacher_positions(self, batch: Batch) -> tuple[int, int]:
+        """Teacher positions that distillation compares in a batch; and the same, but 0 if a cache has none of them."""
+        if self.distillation is None or batch.num_target_tokens == 0:
+            return 0, 0
+        count, cached = self.distillation.num_positions(batch), batch.cached_logits
+        return count, 0 if cached is not None and cached.is_missing else count
 
     def forward_models(
         self,

@@ -24,7 +24,15 @@ from sar_kd.alignment.segments import split_range
 from sar_kd.data.batch import CachedTopK, TopKLogits
 from sar_kd.losses.functional import LogitClamp
 from sar_kd.models.lm_head import Gradients, LazyLogits, PositionIndex
-from sar_kd.models.logit_tiles import exp_, finite_positions, flat_view, logsumexp_per_position, vocab_blocks
+from sar_kd.models.logit_tiles import (
+    exp_,
+    finite_positions,
+    flat_view,
+    is_finite_peak,
+    logsumexp_per_position,
+    vocab_blocks,
+)
+from sar_kd.runtime.precision import MASKED_BELOW
 
 TeacherLogits = LazyLogits | CachedTopK
 """Where tiles of the teacher's logits, or of its top k, come from"""
@@ -89,7 +97,9 @@ class TileLoss(NamedTuple):
     unclamped: Tensor
     """The loss without a floor and without the logit clamp"""
     dropped: Tensor
-    """Teacher positions left out because their logits are not finite"""
+    """Teacher positions left out: their logits are not finite, or the divergence is infinite even with a raw clamp"""
+    infinite: Tensor
+    """Positions whose unclamped divergence is infinite, because only one of the models masks a token"""
     grad: TileGrad | None = None
     """d loss / d logits of `grad_side`, if there is one"""
 
@@ -131,8 +141,10 @@ class LossSums(NamedTuple):
     kd: Tensor
     unclamped_kd: Tensor
     nonfinite: Tensor
-    """Student positions whose logits are not finite"""
+    """Student positions whose logits are not finite, or whose cross-entropy is to be learned and infinite"""
     dropped: Tensor
+    """See `TileLoss`"""
+    infinite: Tensor
     """See `TileLoss`"""
 
 
@@ -170,7 +182,8 @@ class _Tiles(Generic[Context]):
     ):
         self.spec, self.student, self.teacher, self.gradients = spec, student, teacher, gradients
         zero = torch.zeros((), device=student.states.device)
-        self.ce = self.unclamped_ce = self.nonfinite = self.kd = self.unclamped_kd = self.dropped = zero
+        self.ce = self.unclamped_ce = self.nonfinite = self.kd = self.unclamped_kd = zero
+        self.dropped = self.infinite = zero
         self.ce_factor = zero + 1.0
         self._logsumexps: dict[int, Tensor] = {}
 
@@ -182,8 +195,12 @@ class _Tiles(Generic[Context]):
             self._add_ce(i, self.student.tile(spec.tiles[i].student))
         for i in range(len(spec.tiles)) if self.gradients or spec.loss_and_grad or not two_passes else ():
             self._process(i, adds_ce=not two_passes)
-        total = spec.ce_weight * self.ce_factor * self.ce + spec.kd_weight * self.kd
-        return LossSums(total, self.ce, self.unclamped_ce, self.kd, self.unclamped_kd, self.nonfinite, self.dropped)
+        total = spec.kd_weight * self.kd
+        if spec.ce_weight:  # the cross-entropy may be infinite
+            total = total + spec.ce_weight * self.ce_factor * self.ce
+        return LossSums(
+            total, self.ce, self.unclamped_ce, self.kd, self.unclamped_kd, self.nonfinite, self.dropped, self.infinite
+        )
 
     def _process(self, i: int, adds_ce: bool) -> None:
         """Compute the logits of a tile, add its losses and their gradient. The tile is freed on return."""
@@ -214,11 +231,12 @@ class _Tiles(Generic[Context]):
             return TileGrad()
         if bound < math.inf:
             assert isinstance(teacher, Tensor), "cached logits cannot be clamped"
-            unclamped = spec.loss_and_grad(student.clone(), teacher.clone(), context, None).unclamped
+            _, unclamped, _, infinite, _ = spec.loss_and_grad(student.clone(), teacher.clone(), context, None)
             _clamp_(student, bound)
             _clamp_(teacher, bound)
         kd = spec.loss_and_grad(student, teacher, context, spec.grad_side if self.gradients else None)
         self.kd, self.dropped = self.kd + kd.loss, self.dropped + kd.dropped
+        self.infinite = self.infinite + (infinite if bound < math.inf else kd.infinite)
         self.unclamped_kd = self.unclamped_kd + (kd.unclamped if unclamped is None else unclamped)
         return kd.grad or TileGrad()
 
@@ -229,13 +247,21 @@ class _Tiles(Generic[Context]):
         clamp, ce_mask, targets = self.spec.clamp, self.spec.tiles[i].ce_mask, self._targets(i)
         logsumexp = logsumexp_per_position(tile)
         target_logits = tile.gather(0, targets[None])[0]
-        unclamped = log_probs = target_logits - logsumexp
+        is_finite = is_finite_peak(logsumexp)
+        unclamped = log_probs = _log_prob(target_logits, logsumexp)
+        if self.spec.ce_weight:
+            is_finite = is_finite & (target_logits >= MASKED_BELOW)
         if clamp.style == "raw":
             logsumexp = logsumexp_per_position(tile, bound=clamp.bound)
             log_probs = target_logits.clamp(-clamp.bound, clamp.bound) - logsumexp
-        log_probs, is_finite = clamp.floor_log_probs(log_probs), finite_positions(tile)
+        log_probs = clamp.floor_log_probs(log_probs)
         if ce_mask is not None:
-            unclamped, log_probs, is_finite = unclamped * ce_mask, log_probs * ce_mask, is_finite | (ce_mask == 0)
+            counts = ce_mask > 0
+            unclamped, log_probs, is_finite = (
+                unclamped.where(counts, 0.0),
+                log_probs.where(counts, 0.0),
+                is_finite | ~counts,
+            )
         self.unclamped_ce, self.ce = self.unclamped_ce - unclamped.sum(), self.ce - log_probs.sum()
         self.nonfinite = self.nonfinite + (~is_finite).sum()
         self._logsumexps[i] = logsumexp
@@ -266,13 +292,18 @@ def _clamp_(tile: Tensor, bound: float) -> None:
         tile.masked_fill_(~finite_positions(tile), math.nan).clamp_(-bound, bound)
 
 
+def _log_prob(target_logits: Tensor, logsumexp: Tensor) -> Tensor:
+    """log p of targets, float32 [n]; -inf for a masked one."""
+    return (target_logits - logsumexp).masked_fill(target_logits < MASKED_BELOW, -math.inf)
+
+
 def target_log_probs(
     logits: LazyLogits, targets: Tensor, tile_size: int, bound: float = math.inf
 ) -> tuple[Tensor, Tensor]:
     """log softmax(z_n)[y_n] of logits clamped to [-bound, bound], differentiable in states and LM head.
 
     targets: int64 [N]; tile_size: positions per tile
-    Returns: float32 [N], nats; bool [N], which positions have finite logits
+    Returns: float32 [N], nats, -inf for a masked target, nan where the logits are not finite; bool [N], where they are
     """
     return _TargetLogProbs.apply(logits, targets, tile_size, bound, *logits.tensors)
 
@@ -288,8 +319,9 @@ class _TargetLogProbs(torch.autograd.Function):
         for positions in split_range(len(targets), tile_size):
             tile = logits.tile(positions)
             target_logits = tile.gather(0, targets[None, positions])[0].clamp(-bound, bound)
-            log_probs.append(target_logits - logsumexp_per_position(tile, bound=bound))
-            is_finite.append(finite_positions(tile))
+            logsumexp = logsumexp_per_position(tile, bound=bound)
+            is_finite.append(is_finite_peak(logsumexp) if bound == math.inf else finite_positions(tile))
+            log_probs.append(_log_prob(target_logits, logsumexp).masked_fill(~is_finite[-1], math.nan))
         finite = torch.cat(is_finite)
         ctx.mark_non_differentiable(finite)
         return torch.cat(log_probs), finite

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sar_kd.models.logit_tiles import padded_width, vocab_blocks
-from sar_kd.runtime.precision import Precision
+from sar_kd.runtime.precision import MASKED_BELOW, MASKED_LOGIT, Precision
 
 _SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
 """Names that configurations use for a factor of the logits, and the power to which it is applied"""
@@ -144,8 +144,9 @@ def _product(states: Tensor, head: LMHead, precision: Precision) -> Tensor:
 
 def _close(found: Tensor, expected: Tensor) -> bool:
     """Equal up to rounding of the dtype."""
-    rtol, atol = 4 * torch.finfo(expected.dtype).eps, 1e-6 * expected.float().abs().max().item()
-    return torch.allclose(found.float(), expected.float(), rtol=rtol, atol=atol)
+    rtol, found, expected = 4 * torch.finfo(expected.dtype).eps, found.float(), expected.float()
+    size = expected.where(expected > MASKED_BELOW, 0.0).abs().max().item()  # -inf is a masked token
+    return torch.allclose(found, expected, rtol=rtol, atol=1e-6 * size)
 
 
 PositionIndex = slice | Tensor
@@ -187,10 +188,16 @@ class LazyLogits:
         return replace(self, states=self.states.detach(), head=self.head and self.head.detach())
 
     def tile(self, positions: PositionIndex) -> Tensor:
-        """The logits of some positions, float32 [V, n], computed in the run's dtype; not contiguous if n is padded."""
+        """The logits of some positions, float32 [V, n], computed in the run's dtype; not contiguous if n is padded.
+
+        -inf, a masked token, is `MASKED_LOGIT`.
+        """
         states = _index(self.states.detach(), positions)
         if self.head is None:
-            return states.T.float().contiguous()
+            tile = states.new_empty(states.T.shape, dtype=torch.float32).copy_(states.T)
+            for block in vocab_blocks(tile):
+                tile[block].clamp_min_(MASKED_LOGIT)
+            return tile
         head, count = self.head, len(states)
         padded = nn.functional.pad(states, (0, 0, 0, padded_width(count) - count)).T
         tile = states.new_empty((len(head.weight), padded.shape[1]), dtype=torch.float32)
@@ -214,14 +221,16 @@ class LazyLogits:
         return inside if grad is None else grad.mul_(inside)
 
     def _product(self, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """a b + bias, `MASKED_LOGIT` for -inf: of a bias of -inf, or beyond the range of half."""
         dtype = self.precision.dtype
         if dtype is not torch.float32:
             a, b = a.to(dtype), b.to(dtype)
-            out.copy_(a @ b if bias is None else torch.addmm(bias.to(dtype), a, b))  # rounded once, with the bias
+            product = a @ b if bias is None else torch.addmm(bias.to(dtype), a, b)  # rounded once, with the bias
+            torch.maximum(product, out.new_full((1,), MASKED_LOGIT), out=out)
         elif bias is None:
             torch.mm(a, b, out=out)
         else:
-            torch.addmm(bias, a, b, out=out)
+            torch.addmm(bias.clamp_min(MASKED_LOGIT), a, b, out=out)
 
 
 def forward_to_lm_head(

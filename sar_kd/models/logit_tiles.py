@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sar_kd.runtime.precision import MASKED_BELOW
+
 _BLOCK = {"cpu": 2**17, "cuda": 2**23}
 """Numbers in a block: a CPU core's cache holds several such blocks; on a GPU one is enough to keep it busy."""
 
@@ -73,8 +75,16 @@ def _peaks_and_log_sums(tile: Tensor, temperature: float, bound: float = math.in
 
 
 def finite_positions(tile: Tensor) -> Tensor:
-    """Which positions have finite logits only, in one pass: bool [n]; |z| <= 6.6e4, so that no sum can overflow."""
-    return tile.sum(0).isfinite()
+    """`is_finite_peak` of the largest logit of each position of a tile: bool [n]."""
+    return is_finite_peak(tile.amax(0))
+
+
+def is_finite_peak(peaks: Tensor) -> Tensor:
+    """Are the logits of a position finite, but for masked tokens? By their largest, or by their logsumexp.
+
+    NaN, +inf, and a position of which every token is masked are not. Both numbers are NaN where a logit is.
+    """
+    return (peaks > MASKED_BELOW) & (peaks < math.inf)
 
 
 def mask_positions_(tile: Tensor, keep: Tensor) -> Tensor:
@@ -123,6 +133,14 @@ def exp_(values: Tensor) -> Tensor:
     return torch.threshold_(values.clamp_min_(_MIN_EXPONENT).exp_(), 2e-38, 0.0)
 
 
-def exp(values: Tensor) -> Tensor:
-    """`exp_` into a new tensor."""
-    return exp_(values.clone()) if values.device.type == "cpu" else values.exp()
+SMALLEST_PROBABILITY = 1e-18
+"""A lower one is exactly 0 in `probabilities`: far below the rounding of a sum that it is a term of."""
+
+
+def probabilities(log_probs: Tensor) -> Tensor:
+    """exp into a new tensor; 0 below `SMALLEST_PROBABILITY`, so that 0 or at least 1e12 comes of it times a mask."""
+    if log_probs.device.type == "cpu":  # see `exp_`
+        probs = log_probs.clamp_min(math.log(SMALLEST_PROBABILITY)).exp_()
+    else:
+        probs = log_probs.exp()
+    return torch.threshold_(probs, 1.001 * SMALLEST_PROBABILITY, 0.0)

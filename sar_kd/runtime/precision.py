@@ -33,6 +33,14 @@ _ROUNDED_OUTPUTS = {
 }
 
 
+MASKED_LOGIT = -1e30
+"""Logit of a masked class or token, also where a model gives -inf: finite, so that 0 * MASKED_LOGIT is 0, and so low that
+its probability is exactly 0."""
+
+MASKED_BELOW = 1e-6 * MASKED_LOGIT
+"""A logit or log-probability below it is masked."""
+
+
 class Float16MatmulsOnCpu(TorchDispatchMode):
     """Float16 matmuls on a CPU as a GPU computes them: float16 inputs, float32 accumulation, float16 output.
 
@@ -59,6 +67,12 @@ class Float16MatmulsOnCpu(TorchDispatchMode):
 
 def _cast(value, source: torch.dtype, target: torch.dtype):
     return value.to(target) if isinstance(value, Tensor) and value.dtype is source else value
+
+
+def computes_in_float16(tensor: Tensor) -> bool:
+    """Float16 autocast is on where this tensor is."""
+    kind = tensor.device.type
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.float16
 
 
 class Precision:
@@ -121,7 +135,7 @@ class Precision:
         at_floor = halves and loss_scale * self._scaler.get_backoff_factor() < MIN_LOSS_SCALE
         at_ceiling = not halves and loss_scale >= MAX_LOSS_SCALE
         # A forward that is not finite does not depend on the scale: a lower one would only hide the cause.
-        keeps = cause in ("forward", "no_targets")
+        keeps = cause in ("forward", "teacher", "no_targets")
         fixed = MIN_LOSS_SCALE if at_floor else loss_scale if keeps or at_ceiling else None
         self._scaler.update(fixed)
         if cause == "overflow" and self._scaler.get_scale() >= loss_scale:  # a host read, only after an overflow

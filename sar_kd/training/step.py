@@ -53,7 +53,9 @@ class StepReport:
     """That of this attempt"""
     num_target_tokens: int
     teacher_rows_dropped: int
-    """Positions whose teacher logits are not finite"""
+    """Teacher positions left out of distillation: their logits, or the divergence, are not finite"""
+    teacher_rows_infinite: int
+    """Teacher positions at which the divergence is infinite, because only one of the models masks a token"""
     routers: RouterReport | None = None
     """If the teacher's routers learn"""
     first_nonfinite_rank: int = 0
@@ -120,7 +122,7 @@ def _judge(
     sums = [*terms.values(), *routers.sums()]
     maxima = [grad_norm, context.precision.loss_scale, *routers.norms()]
     summed, largest, first_nonfinite_rank = reduce_metrics(sums, maxima, context)
-    total, ce, kd, nonfinite_positions, dropped, *router_sums = summed
+    total, ce, kd, nonfinite_positions, dropped, infinite, *router_sums = summed
     norm, loss_scale, *router_norms = largest
     if norm == math.inf:  # perhaps of finite gradients whose squares exceed float32
         norm = context.strategy.large_grad_norm(gradients)
@@ -136,13 +138,14 @@ def _judge(
     )
     return StepReport(
         verdict,
-        loss=(objective.alpha_ce * ce + objective.alpha_kd * kd) / divisor,
+        loss=(objective.alpha_kd * kd + (objective.alpha_ce * ce if objective.alpha_ce else 0.0)) / divisor,
         ce_loss=ce / max(1, num_text) if num_text or not num_on_policy else None,
         kd_loss=kd / divisor,
         grad_norm=norm,
         loss_scale=loss_scale,
         num_target_tokens=num_targets,
         teacher_rows_dropped=int(dropped),
+        teacher_rows_infinite=int(infinite),
         routers=router_report,
         first_nonfinite_rank=first_nonfinite_rank,
     )

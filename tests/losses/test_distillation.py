@@ -93,7 +93,7 @@ def make_case(datasets):
             for count, width in zip(counts, (STUDENT_WIDTH, TEACHER_WIDTH), strict=True)
         ]
         return SimpleNamespace(
-            dataset=dataset, aligner=dataset.aligner, batch=batch, outputs=DenseOutputs(*logits, *states)
+            dataset=dataset, aligner=dataset.aligner, batch=batch, outputs=DenseOutputs(*logits, *states), infinite=[]
         )
 
     return make
@@ -147,11 +147,26 @@ def _assert_matches(case, alignment, naive, **settings):
 # The definitions
 
 
+def _is_finite(logits: Tensor) -> Tensor:
+    """Which positions have neither NaN nor +inf, and a token that is not masked by -inf: bool [N]."""
+    return (logits < math.inf).all(1) & (logits > -math.inf).any(1)
+
+
+def _add_finite(case, total: Tensor, value: Tensor) -> Tensor:
+    """The sum; a value that is infinite is counted instead."""
+    if value < math.inf:
+        return total + value
+    case.infinite.append(value)
+    return total
+
+
 def _divergence(p: Tensor, t: Tensor, direction: str, beta: float = 0.5, floor: float = -math.inf) -> Tensor:
-    """Of two distributions."""
+    """Of two distributions; infinite, with any floor, where the second has no probability and the first has."""
 
     def kl(a, b):
         a, b = a[a > 0], b[a > 0]
+        if not (b > 0).all():
+            return torch.tensor(math.inf)
         return (a * (a.log().clamp_min(floor) - b.log().clamp_min(floor))).sum()
 
     if direction == "jsd":
@@ -189,7 +204,7 @@ def _naive_projected(case, student: Tensor, temperature=1.0, top_k=0, **divergen
     teacher = [weights * _top_mask(weights, top_k) for weights in whole]
     tails = [(a - b).sum() if is_truncated else a.new_zeros(()) for a, b in zip(whole, teacher, strict=True)]
     student = [_weights(logits, temperature) for logits in student]
-    is_finite = case.outputs.teacher_logits.isfinite().all(1).tolist()
+    is_finite = _is_finite(case.outputs.teacher_logits).tolist()
 
     def most_likely(row):
         return torch.minimum(teacher[row][teacher[row] > 0].min(), tails[row])
@@ -198,7 +213,7 @@ def _naive_projected(case, student: Tensor, temperature=1.0, top_k=0, **divergen
         if is_truncated and divergence["direction"] == "reverse":
             p = torch.where(t > 0, p, 0.0)
         counts = counts and p.sum() > 0 and t.sum() > 0
-        return _divergence(p / p.sum(), t / t.sum(), **divergence) if counts else 0.0
+        return _divergence(p / p.sum(), t / t.sum(), **divergence) if counts else student[0].new_zeros(())
 
     for record, teacher_is_coarse in (
         (alignment.student_continuations, False),
@@ -239,7 +254,8 @@ def _naive_projected(case, student: Tensor, temperature=1.0, top_k=0, **divergen
                 fine = fine / fine.sum() if fine.sum() > 0 else fine
                 p, t = (fine, coarse) if teacher_is_coarse else (coarse, fine)
                 teacher_position = coarse_position if teacher_is_coarse else fine_position
-                total = total + compared(p, t, is_finite[teacher_position] and not is_unknown)
+                value = compared(p, t, is_finite[teacher_position] and not is_unknown)
+                total = _add_finite(case, total, value)
     coarser = alignment.teacher_continuations if is_coarser else alignment.student_continuations
     for pair, (k, r) in enumerate(
         zip(alignment.student_positions.tolist(), alignment.teacher_positions.tolist(), strict=True)
@@ -261,7 +277,7 @@ def _naive_projected(case, student: Tensor, temperature=1.0, top_k=0, **divergen
                 p, t = sides
                 p, t = (torch.cat([x * (t > 0), y[None]]) for x, y in ((p, p[t == 0].sum()), (t, tail)))
                 sides = [p / p.sum(), t / t.sum()]
-            total = total + _divergence(*sides, **divergence)
+            total = _add_finite(case, total, _divergence(*sides, **divergence))
     return total * temperature**2
 
 
@@ -293,13 +309,14 @@ def _naive_strict(case, student: Tensor, temperature=1.0, top_k=0, **divergence)
         alignment.student_positions, alignment.teacher_positions, alignment.strict.tolist(), strict=True
     ):
         logits = case.outputs.teacher_logits[r].double()
-        if strict and logits.isfinite().all():
+        if strict and _is_finite(logits[None]):
             mask = _top_mask(logits, top_k)
             weights = _weights(logits, temperature) * mask
-            shared = [v for v in mask.nonzero().squeeze(1).tolist() if v in partners]
+            shared = [v for v in (mask & (logits > -math.inf)).nonzero().squeeze(1).tolist() if v in partners]
             if weights[shared].sum() >= 0.1 * weights.sum():
                 p = _weights(student[k], temperature)[[partners[v] for v in shared]]
-                total = total + _divergence(p / p.sum(), weights[shared] / weights[shared].sum(), **divergence)
+                value = _divergence(p / p.sum(), weights[shared] / weights[shared].sum(), **divergence)
+                total = _add_finite(case, total, value)
     return total * temperature**2
 
 
@@ -307,7 +324,7 @@ def _naive_alm(case, student: Tensor, tau=5.0, floor=-math.inf) -> Tensor:
     """tau * the KL of the two Bernoulli distributions of each chunk."""
     alignment, batch = case.batch.alignment, case.batch
     teacher = case.outputs.teacher_logits[batch.teacher.positions].double()
-    teacher = torch.where(teacher.isfinite().all(1, keepdim=True), teacher, math.nan)
+    teacher = torch.where(_is_finite(teacher)[:, None], teacher, math.nan)
     sides = [
         [logits.log_softmax(-1)[i, y] for i, y in enumerate(tokens.targets.tolist())]
         for logits, tokens in ((student, batch.student), (teacher, batch.teacher))
@@ -316,10 +333,11 @@ def _naive_alm(case, student: Tensor, tau=5.0, floor=-math.inf) -> Tensor:
     for chunk in range(alignment.num_chunks):
         student_sum = sum(sides[0][i].clamp_min(floor) for i in (alignment.student_chunks == chunk).nonzero())
         teacher_sum = sum(sides[1][i] for i in (alignment.teacher_chunks == chunk).nonzero())
-        if teacher_sum.isfinite():
+        if not teacher_sum.isnan():
             a, b = teacher_sum / tau - 1e-6, student_sum / tau - 1e-6
             p, q = a.exp(), b.exp()
-            total = total + tau * (p * (a - b) + (1 - p) * ((1 - p).log() - (1 - q).log()))
+            comes = p * (a - b) if p > 0 else 0.0
+            total = _add_finite(case, total, tau * (comes + (1 - p) * ((1 - p).log() - (1 - q).log())))
     return total
 
 
@@ -973,7 +991,8 @@ def test_nonfinite_teacher_positions_are_counted_and_add_nothing(make_case, alig
     whole, whole_grad = _distill(case, alignment, **settings)
     bad = case.batch.teacher.positions[2::7]
     outputs = case.outputs.teacher_states if alignment == "hidden" else case.outputs.teacher_logits
-    outputs[bad, torch.arange(len(bad)) % 5] = torch.tensor([math.inf, -math.inf, math.nan]).repeat(99)[: len(bad)]
+    outputs[bad, torch.arange(len(bad)) % 5] = torch.tensor([math.inf, math.nan]).repeat(99)[: len(bad)]
+    outputs[bad[0]] = -math.inf
     terms, grad = _distill(case, alignment, **settings)
     assert terms.dropped == torch.isin(_teacher_positions(case, alignment), bad).sum() > 3
     assert 0 < terms.loss < whole.loss
@@ -1428,3 +1447,217 @@ def test_only_different_tokenizers_have_continuations(make_case, datasets, name)
     alignment = case.batch.alignment
     counts = [len(record.end_classes) for record in (alignment.teacher_continuations, alignment.student_continuations)]
     assert counts == [0, 0] if datasets[name].pair.equal else min(counts) > 1
+
+
+# Masked tokens
+
+
+def _mask_tokens(case, sides: str) -> None:
+    """Give -inf to tokens that are not in the text, in both models those of the same bytes; more at some positions.
+
+    Where one model alone masks them, at every second position, because most divergences there are infinite.
+    """
+    generator = torch.Generator().manual_seed(7)
+    logits = {"student": case.outputs.student_logits, "teacher": case.outputs.teacher_logits}
+    pieces = {side: _pieces(case, side) for side in logits}
+    in_text = {
+        pieces[side][v] for side in logits for v in getattr(case.batch, side).targets.tolist()
+    }  # of either tokenizer
+    others = sorted({piece for each in pieces.values() for piece in each} - in_text)
+    chosen = {others[i] for i in torch.randperm(len(others), generator=generator)[: len(others) // 5].tolist()}
+    for side in sides.split():
+        masked = torch.tensor([v for v, piece in enumerate(pieces[side]) if piece in chosen])
+        assert len(masked) > 3
+        rows = torch.arange(0, len(logits[side]), 1 if " " in sides else 2)
+        logits[side][rows[:, None], masked] = -math.inf
+    logits[side][3::5, torch.randint(logits[side].shape[1], (2,), generator=generator)] = -math.inf
+
+
+def _pieces(case, side: str) -> list[bytes]:
+    """The bytes of each token; of equal tokenizers its id, as bytes."""
+    if case.aligner.pair.tables is None:
+        return [str(v).encode() for v in range(case.outputs.student_logits.shape[1])]
+    return [piece or b"" for piece in case.aligner.pair.tables[side == "teacher"].pieces]
+
+
+def _masked_case(make_case, name, sides):
+    case = make_case(name)
+    _mask_tokens(case, sides)
+    return case
+
+
+def _naive_token(case, student, temperature, top_k, **divergence):
+    total = student.new_zeros(())
+    for z, y in zip(student, case.outputs.teacher_logits[case.batch.teacher.positions].double(), strict=True):
+        top = _top_mask(y, top_k)
+        sides = [(x / temperature).softmax(-1) for x in (z, y)]
+        value = _divergence(*(torch.cat([x[top], x[~top].sum()[None]]) for x in sides), **divergence)
+        total = _add_finite(case, total, value)
+    return temperature**2 * total
+
+
+EVERY_MASK = pytest.mark.parametrize("sides", ["teacher", "student", "student teacher"])
+
+
+@EVERY_MASK
+@EVERY_DIRECTION
+@pytest.mark.parametrize("top_k", [0, 8])
+@pytest.mark.parametrize(
+    ("name", "alignment"),
+    [("byte_from_byte", "token"), ("byte_from_sp", "strict"), *((name, "projection") for name in DIFFERENT)],
+)
+def test_masked_tokens_have_probability_0_and_infinite_positions_are_left_out(
+    make_case, name, alignment, sides, direction, top_k
+):
+    case = _masked_case(make_case, name, sides)
+    naive = {"token": _naive_token, "strict": _naive_strict, "projection": _naive_projected}[alignment]
+    settings = {"temperature": 2.0, "kd_direction": direction, "teacher_top_k": top_k}
+    _assert_matches(case, alignment, lambda z: naive(case, z, 2.0, top_k, direction=direction), **settings)
+    terms, _ = _distill(case, alignment, **settings)
+    assert terms.infinite == terms.dropped == len(case.infinite)
+
+
+@EVERY_MASK
+@EVERY_DIRECTION
+@pytest.mark.parametrize(
+    ("name", "alignment"), [("byte_from_byte", "token"), ("sp_from_byte", "projection"), ("byte_from_sp", "projection")]
+)
+def test_masked_tokens_of_a_cached_teacher_have_probability_0(make_case, name, alignment, sides, direction):
+    case, settings = _masked_case(make_case, name, sides), {"temperature": 2.0, "kd_direction": direction}
+    for k in (8, case.outputs.teacher_logits.shape[1] - 1):  # all but one: masked tokens are among the k
+        live, live_grad = _distill(case, alignment, **settings, teacher_top_k=k)
+        terms, grad = _distill_from_cache(case, alignment, k, **settings, teacher_top_k=k)
+        torch.testing.assert_close(terms.loss, live.loss, rtol=2e-3, atol=0.0)
+        assert (grad - live_grad).norm() < 2e-3 * live_grad.norm()
+        assert (terms.dropped, terms.infinite) == (live.dropped, live.infinite)
+
+
+@EVERY_MASK
+@EVERY_PAIR_OF_TWO
+def test_chunks_that_the_student_alone_masks_are_left_out(make_case, name, sides):
+    """The text's own tokens are masked here."""
+    case = make_case(name)
+    for side in sides.split():
+        tokens, logits = getattr(case.batch, side), getattr(case.outputs, f"{side}_logits")
+        rows = slice(1, None, 3) if side == "student" else tokens.positions[1::3]
+        logits[rows, tokens.targets[1::3]] = -math.inf
+    _assert_matches(case, "alm", lambda z: _naive_alm(case, z))
+    terms, _ = _distill(case, "alm")
+    assert len(case.infinite) <= terms.infinite == terms.dropped
+    assert bool(case.infinite) == ("student" in sides)
+
+
+@EVERY_MASK
+@EVERY_PAIR_OF_TWO
+@pytest.mark.parametrize("alignment", ["uld", "hidden"])
+def test_masks_do_not_concern_methods_without_a_ratio_of_probabilities(make_case, name, alignment, sides):
+    case = _masked_case(make_case, name, sides)
+    terms, grad = _distill(case, alignment, temperature=2.0)
+    assert terms.dropped == terms.infinite == 0
+    case.outputs.student_logits.clamp_(min=-1e4)  # a probability of 0 as well
+    case.outputs.teacher_logits.clamp_(min=-1e4)
+    expected, expected_grad = _distill(case, alignment, temperature=2.0)
+    assert torch.equal(terms.loss, expected.loss)
+    assert torch.equal(grad, expected_grad)
+
+
+@EVERY_MASK
+@EVERY_DIRECTION
+@pytest.mark.parametrize(("name", "alignment"), [("byte_from_byte", "token"), ("sp_from_byte", "projection")])
+def test_the_floor_holds_for_masked_tokens_at_the_positions_that_stay(make_case, name, alignment, sides, direction):
+    case, floor = _masked_case(make_case, name, sides), {"logit_clamp_style": "normalized", "logit_clamp": 2.0}
+    settings = {"kd_direction": direction, "temperature": 1.0}
+    terms, grad = _distill(case, alignment, **settings, **floor)
+    whole, whole_grad = _distill(case, alignment, **settings)
+    assert torch.equal(grad, whole_grad)
+    assert torch.equal(terms.unclamped, whole.loss)
+    assert terms.infinite == whole.infinite
+    naive = _naive_token if alignment == "token" else _naive_projected
+    expected = naive(case, case.outputs.student_logits.double(), 1.0, 0, direction=direction, floor=-4.0)
+    torch.testing.assert_close(terms.loss.double(), expected, rtol=1e-5, atol=1e-5)
+    assert terms.infinite == len(case.infinite)
+
+
+@EVERY_MASK
+@EVERY_DIRECTION
+@pytest.mark.parametrize(("name", "alignment"), [("byte_from_byte", "token"), ("sp_from_byte", "projection")])
+def test_a_raw_clamp_takes_a_masked_logit_as_its_bound(make_case, name, alignment, sides, direction):
+    case, settings = _masked_case(make_case, name, sides), {"kd_direction": direction, "temperature": 1.0}
+    terms, grad = _distill(case, alignment, **settings, logit_clamp_style="raw", logit_clamp=5.0)
+    unclamped = _distill(case, alignment, **settings)[0]
+    torch.testing.assert_close(terms.unclamped, unclamped.loss)
+    assert (terms.infinite, terms.dropped) == (unclamped.infinite, 0)
+    is_masked = case.outputs.student_logits == -math.inf
+    case.outputs.student_logits.clamp_(-5.0, 5.0)
+    case.outputs.teacher_logits.clamp_(-5.0, 5.0)
+    expected, expected_grad = _distill(case, alignment, **settings)
+    torch.testing.assert_close(terms.loss, expected.loss)
+    assert not grad[is_masked].any()
+    inside = case.outputs.student_logits.abs() < 5.0
+    torch.testing.assert_close(grad[inside], expected_grad[inside])
+
+
+@EVERY_DIRECTION
+@pytest.mark.parametrize(("name", "alignment"), [("byte_from_byte", "token"), ("byte_from_sp", "projection")])
+def test_the_teachers_gradient_leaves_infinite_positions_out(make_case, name, alignment, direction):
+    case = _masked_case(make_case, name, "student teacher")
+    naive = {"token": _naive_token, "projection": _naive_projected}[alignment]
+    leaf = case.outputs.teacher_logits.clone().requires_grad_()
+    outputs = dataclasses.replace(case.outputs, teacher_logits=leaf)
+    terms = _build(case, alignment, temperature=2.0, kd_direction=direction)(case.batch, outputs.outputs())
+    terms.loss.backward()
+    exact = case.outputs.teacher_logits.double().requires_grad_()
+    case.outputs = dataclasses.replace(case.outputs, teacher_logits=exact)
+    expected = naive(case, case.outputs.student_logits.double(), 2.0, 0, direction=direction)
+    expected.backward()
+    torch.testing.assert_close(terms.loss.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
+    assert terms.infinite == len(case.infinite)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("mass", [1e-4, 1e-12, 1e-17, 1e-19, 1e-30, 1e-38, 0.0])
+def test_a_probability_below_1e_18_beside_a_mask_counts_as_0(make_case, direction, mass):
+    """A float32 weight times a mask of -1e30 would be any number."""
+    case = make_case("byte_from_byte")
+    first, second = case.outputs.teacher_logits[case.batch.teacher.positions], case.outputs.student_logits
+    first, second = (first, second) if direction == "forward" else (second, first)
+    second[:, 7] = -math.inf
+    first[:, 7] = -math.inf
+    without = first.logsumexp(1)
+    first[:, 7] = without + (math.log(mass) if mass else -math.inf)
+    if direction == "forward":
+        case.outputs.teacher_logits[case.batch.teacher.positions] = first
+    else:
+        case.outputs.teacher_logits[case.batch.teacher.positions] = second
+    terms, grad = _distill(case, "token", kd_direction=direction)
+    if mass > 1e-18:
+        assert terms.infinite == terms.dropped == len(first)
+        assert terms.loss == 0.0
+        assert not grad.any()
+        return
+    assert terms.infinite == terms.dropped == 0
+    first[:, 7] = -math.inf
+    case.outputs.teacher_logits[case.batch.teacher.positions] = first if direction == "forward" else second
+    expected, expected_grad = _distill(case, "token", kd_direction=direction)
+    torch.testing.assert_close(terms.loss, expected.loss)
+    torch.testing.assert_close(grad, expected_grad)
+
+
+@EVERY_MASK
+@EVERY_METHOD_AND_DIRECTION
+@EVERY_PAIR_OF_TWO
+def test_losses_and_gradients_are_finite_whatever_is_masked(make_case, name, alignment, direction, top_k, sides):
+    """Half of all logits, and the text's own tokens at every fourth position."""
+    case, generator = make_case(name), torch.Generator().manual_seed(3)
+    for side in sides.split():
+        logits, tokens = getattr(case.outputs, f"{side}_logits"), getattr(case.batch, side)
+        logits[torch.rand(logits.shape, generator=generator) < 0.5] = -math.inf
+        rows = slice(0, None, 4) if side == "student" else tokens.positions[::4]
+        logits[rows, tokens.targets[::4]] = -math.inf
+    for style in ("off", "normalized", "raw"):
+        settings = {"kd_direction": direction, "teacher_top_k": top_k, "logit_clamp_style": style}
+        terms, grad = _distill(case, alignment, temperature=2.0, logit_clamp=5.0, **settings)
+        assert all(term.isfinite() for term in terms)
+        assert 0 <= terms.unclamped < 1e5
+        assert grad.isfinite().all()

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sar_kd.data.batch import MASKED_LOGIT
 from sar_kd.losses.divergence import Divergence
 from sar_kd.losses.functional import LogitClamp
 from sar_kd.losses.projection.marginals import on_support
+from sar_kd.runtime.precision import MASKED_LOGIT
 from tests.helpers.lm_heads import cross_entropy
 from tests.helpers.losses import (
     N,

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from sar_kd.data.batch import MASKED_LOGIT
 from sar_kd.losses import tiled_loss
 from sar_kd.losses.divergence import Divergence
 from sar_kd.losses.functional import (
@@ -20,6 +19,7 @@ from sar_kd.losses.functional import (
     sorted_distance,
     state_distance,
 )
+from sar_kd.runtime.precision import MASKED_LOGIT
 from tests.helpers.lm_heads import cross_entropy, lazy_logits
 from tests.helpers.losses import (
     N,

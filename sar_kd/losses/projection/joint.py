@@ -59,6 +59,8 @@ class BoundaryLoss(NamedTuple):
     """float32 [K]"""
     unclamped: Tensor
     """float32 [K]: without a floor"""
+    is_infinite: Tensor
+    """bool [K]: see `PositionSums`; these have no gradient"""
     grad: Tensor | None = None
     """float32 [V, K]: d loss / d logits of the side with a gradient"""
     path_grad: tuple[Tensor, Tensor] | None = None
@@ -100,12 +102,12 @@ def boundary_divergence(
     coarser_probs.tile.index_put_((classes, boundaries), joint_logits)
     student, teacher = (coarser_probs, sides[1]) if coarser == STUDENT else (sides[0], coarser_probs)
     if grad_side is None:
-        loss, unclamped, _ = divergence.per_position(student, teacher)
-        return BoundaryLoss(loss, unclamped)
+        loss, unclamped, _, is_infinite = divergence.per_position(student, teacher)
+        return BoundaryLoss(loss, unclamped, is_infinite)
     grad = sides[1 - grad_side].tile
     target = GradTarget(("student", "teacher")[grad_side], grad)
-    loss, unclamped, grad_sum = divergence.per_position(student, teacher, target)
-    path_grad = None
+    loss, unclamped, grad_sum, is_infinite = divergence.per_position(student, teacher, target)
+    path_grad, mask = None, mask * ~is_infinite
     if grad_side == coarser:
         coarser_probs.tile.index_put_((classes, boundaries), logits)
         joint_grad = grad[classes, boundaries]
@@ -120,4 +122,4 @@ def boundary_divergence(
         end_grad.index_add_(0, paths.token_end.where(paths.token_end >= 0, num_ends), grad_sum * mask)
         path_grad = log_prob_grad, end_grad[:-1]
     log_softmax_backward_(grad, grad_sum, sides[grad_side], mask * weight)
-    return BoundaryLoss(loss, unclamped, grad, path_grad)
+    return BoundaryLoss(loss, unclamped, is_infinite, grad, path_grad)

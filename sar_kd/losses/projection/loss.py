@@ -20,13 +20,12 @@ from sar_kd.alignment.aligner import Aligner
 from sar_kd.alignment.batch_alignment import STUDENT, TEACHER, Continuations
 from sar_kd.alignment.segments import Segment
 from sar_kd.config.sections import LossConfig
-from sar_kd.data.batch import MASKED_LOGIT, Batch, TopKLogits
+from sar_kd.data.batch import Batch, TopKLogits
 from sar_kd.losses.distillation import Distillation, dense_tile
 from sar_kd.losses.divergence import logsumexp_backward
 from sar_kd.losses.functional import GroupSums
 from sar_kd.losses.projection.joint import BoundaryLoss, ContinuationPaths, add_continuation_paths, boundary_divergence
 from sar_kd.losses.projection.marginals import (
-    KNOWN_THRESHOLD,
     BeforeLogits,
     ClassMap,
     continuing_log_probs,
@@ -44,9 +43,10 @@ from sar_kd.losses.projection.truncated import (
 )
 from sar_kd.losses.tiled_loss import SparseGrad, TeacherTile, Tile, TileGrad, TileLoss
 from sar_kd.models.logit_tiles import LogProbs, finite_positions, flat_view, logsumexp_per_position, mask_positions_
+from sar_kd.runtime.precision import MASKED_BELOW, MASKED_LOGIT
 
-Sums = tuple[Tensor, Tensor]
-"""A sum over positions with the floor and without it, fp32 scalars, nats"""
+Sums = tuple[Tensor, Tensor, Tensor]
+"""A sum over positions with the floor and without it, fp32 scalars, nats; how many are left out, as infinite"""
 
 
 class _ContinuationLogits(NamedTuple):
@@ -86,6 +86,10 @@ class Projection(Distillation[Segment]):
     def tiles(self, batch: Batch) -> list[Tile[Segment]]:
         return [Tile(part.student_positions, part.teacher_positions, part.ce_mask, part) for part in batch.segments]
 
+    def num_positions(self, batch: Batch) -> int:
+        both = batch.alignment.teacher_continuations, batch.alignment.student_continuations
+        return super().num_positions(batch) + sum(side.num_inside for side in both if side)
+
     def loss_and_grad(self, student: Tensor, teacher: TeacherTile, context: Segment, grad_side: str | None) -> TileLoss:
         if not self.top_k:
             return self._dense_loss_and_grad(student, dense_tile(teacher), context, grad_side)
@@ -115,17 +119,18 @@ class Projection(Distillation[Segment]):
         with torch.enable_grad():
             of_before = None, before and before.logits
             continuing = [continuing_log_probs(logits[i].entries, continuations[i], of_before[i]) for i in range(2)]
-            inside = self._inside_loss(continuing, (logits[0].inside, logits[1].inside), segment, is_finite)
+            *inside, infinite = self._inside_loss(continuing, (logits[0].inside, logits[1].inside), segment, is_finite)
             paths, mask = self._paths(continuing[self.coarser_side], segment, is_finite)
         boundary, shares = self._boundary_loss(tiles, segment.num_pairs, paths.detach(), side, mask.float())
-        scale = self.temperature**2
+        infinite = infinite + (boundary.is_infinite & mask).sum()
+        mask, scale = mask & ~boundary.is_infinite, self.temperature**2
         loss, unclamped = (
             scale * (at_boundary * mask).sum() + scale * inside_sum.detach()
             for at_boundary, inside_sum in zip((boundary.loss, boundary.unclamped), inside, strict=True)
         )
-        dropped = self._num_dropped(segment, is_finite)
+        dropped = self._num_dropped(segment, is_finite) + infinite
         if side is None or boundary.grad is None:
-            return TileLoss(loss, unclamped, dropped)
+            return TileLoss(loss, unclamped, dropped, infinite)
         outputs, output_grads = [inside[0]], [torch.ones_like(inside[0])]
         if boundary.path_grad is not None:
             outputs += [paths.log_probs, paths.end_log_probs]
@@ -139,9 +144,8 @@ class Projection(Distillation[Segment]):
             normalisers = before.logits.normalisers.detach() * self.temperature
             columns = before.columns, logsumexp_backward(before.tile, normalisers, grads.pop(), self.temperature)
         dense = (0, boundary.grad), (segment.num_pairs, inside_grad)
-        return TileLoss(
-            loss, unclamped, dropped, TileGrad(dense, SparseGrad(torch.cat(indices), torch.cat(grads)), columns)
-        )
+        grad = TileGrad(dense, SparseGrad(torch.cat(indices), torch.cat(grads)), columns)
+        return TileLoss(loss, unclamped, dropped, infinite, grad)
 
     def _boundary_loss(
         self, tiles: tuple[Tensor, Tensor], num_pairs: int, paths: ContinuationPaths, side: int | None, mask: Tensor
@@ -198,19 +202,22 @@ class Projection(Distillation[Segment]):
             with torch.enable_grad():
                 student_continuing = continuing_log_probs(student_logits.entries, segment.student_continuations)
                 continuing, starting = (student_continuing, teacher_continuing), (student_logits.inside, teacher_inside)
-                inside = self._inside_loss(continuing, starting, segment, top.is_finite, inside_mask)
+                *inside, infinite = self._inside_loss(continuing, starting, segment, top.is_finite, inside_mask)
                 multi_logits = torch.cat([multi_token, multi_token.new_zeros(1, num_pairs)])[
                     multi_index, known.positions
                 ]
                 logits = torch.where(multi_index < 0, single_token, multi_logits).where(known.is_known, MASKED_LOGIT)
                 positions = torch.cat([known.positions, numbers])
                 log_p, log_t = torch.cat([logits, tail]), torch.cat([known.log_probs, known.tail])
-                log_p, log_t, shared = renormalise(log_p, log_t, GroupSums(positions, num_pairs))
-                boundary = self.divergence(log_p, log_t, (mask & shared)[positions])
+                groups = GroupSums(positions, num_pairs)
+                log_p, log_t, shared = renormalise(log_p, log_t, groups)
+                is_infinite = groups.any(self.divergence.infinite_classes(log_p, log_t)) & mask & shared
+                boundary = self.divergence(log_p, log_t, (mask & shared & ~is_infinite)[positions])
+                infinite = infinite + is_infinite.sum()
                 loss, unclamped = (temperature**2 * (a + b) for a, b in zip(inside, boundary, strict=True))
-            dropped = self._num_dropped(segment, top.is_finite)
+            dropped = self._num_dropped(segment, top.is_finite) + infinite
             if not needs_grad:
-                return TileLoss(loss, unclamped, dropped)
+                return TileLoss(loss, unclamped, dropped, infinite)
             # T^2 is in the loss already; 1/T from the chain rule through z/T.
             grads = [grad.div_(temperature) for grad in _grads([loss], leaves)]
             tail_grad = logsumexp_backward(tail_tile, temperature * tail.detach(), grads[4], temperature)
@@ -219,7 +226,7 @@ class Projection(Distillation[Segment]):
             torch.cat([student_logits.indices, indices, member_indices]), torch.cat([grads[1], grads[2], member_grad])
         )
         grad = TileGrad(((0, tail_grad), (num_pairs, grads[0])), sparse)
-        return TileLoss(loss.detach(), unclamped.detach(), dropped, grad)
+        return TileLoss(loss.detach(), unclamped.detach(), dropped, infinite, grad)
 
     @contextlib.contextmanager
     def _only_tail(
@@ -261,20 +268,22 @@ class Projection(Distillation[Segment]):
         )
         continuing = continuing_log_probs(student_logits.entries, continuations), teacher_continuing
         starting = student_logits.inside, teacher_inside
-        inside = self._inside_loss(continuing, starting, segment, top.is_finite, inside_mask)
+        *inside, infinite = self._inside_loss(continuing, starting, segment, top.is_finite, inside_mask)
         paths, mask = self._paths(continuing[STUDENT], segment, top.is_finite)
         log_p = add_continuation_paths(student_logits.boundary.log_softmax(0), paths)
         known = known_classes(top.slice(0, num_pairs), self.teacher_map, self.temperature)
         log_t = torch.full((len(log_p) + 1, num_pairs), MASKED_LOGIT, device=log_p.device)
         log_t[known.classes, known.positions] = known.log_probs
         log_t[-1] = known.tail
-        is_known = log_t[:-1] > KNOWN_THRESHOLD
+        is_known = log_t[:-1] > MASKED_BELOW
         tail = log_p.masked_fill(is_known, MASKED_LOGIT).logsumexp(0)
         log_p = torch.cat([log_p.where(is_known, MASKED_LOGIT), tail[None]])
         log_p, log_t, shared = renormalise(log_p, log_t)
-        boundary = self.divergence(log_p, log_t, mask & shared)
+        is_infinite = self.divergence.infinite_classes(log_p, log_t).any(0) & mask & shared
+        boundary = self.divergence(log_p, log_t, mask & shared & ~is_infinite)
         loss, unclamped = (self.temperature**2 * (a + b) for a, b in zip(inside, boundary, strict=True))
-        return TileLoss(loss, unclamped, self._num_dropped(segment, top.is_finite))
+        infinite = infinite + is_infinite.sum()
+        return TileLoss(loss, unclamped, self._num_dropped(segment, top.is_finite) + infinite, infinite)
 
     # The steps that they share
 
@@ -334,7 +343,7 @@ class Projection(Distillation[Segment]):
         return ContinuationPaths(log_probs, end_log_probs, segment.token_end, segment.continuation_paths), mask
 
     def _num_dropped(self, segment: Segment, is_finite: Tensor) -> Tensor:
-        """Teacher positions that are not finite, counted once per comparison."""
+        """Teacher positions that are not finite, counted once per comparison, as `num_positions` counts all."""
         continuing = segment.teacher_continuations.continuing_positions[: segment.teacher_continuations.num_inside]
         inside = torch.cat([continuing, segment.student_continuations.starting_positions])
         return (~is_finite[: segment.num_pairs]).sum() + (~is_finite[inside]).sum()
@@ -368,17 +377,18 @@ class Projection(Distillation[Segment]):
         in_student = self._continuation_loss(
             continuing[STUDENT][: continuations.num_inside_classes], teacher, continuations, mask
         )
-        return in_teacher[0] + in_student[0], in_teacher[1] + in_student[1]
+        return in_teacher[0] + in_student[0], in_teacher[1] + in_student[1], in_teacher[2] + in_student[2]
 
     def _continuation_loss(self, student: Tensor, teacher: Tensor, continuations: Continuations, mask: Tensor) -> Sums:
         continuation_of = continuations.class_continuations[: continuations.num_inside_classes]
+        groups = GroupSums(continuation_of, continuations.num_inside)
         if self.top_k:
             if self.divergence.needs_teacher_support:  # a class outside the top k has probability 0
                 student = on_support(student, teacher)
-            groups = GroupSums(continuation_of, continuations.num_inside)
             student, teacher, shared = renormalise(student, teacher, groups)
             mask = mask & shared
-        return self.divergence(student, teacher, mask[continuation_of])
+        is_infinite = groups.any(self.divergence.infinite_classes(student, teacher)) & mask
+        return *self.divergence(student, teacher, (mask & ~is_infinite)[continuation_of]), is_infinite.sum()
 
 
 def _grads(outputs: list[Tensor], leaves: list[Tensor], output_grads: list[Tensor] | None = None) -> list[Tensor]:

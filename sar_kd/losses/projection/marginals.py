@@ -15,14 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from sar_kd.alignment.batch_alignment import Continuations
-from sar_kd.data.batch import MASKED_LOGIT
 from sar_kd.losses.functional import GroupSums
 from sar_kd.models.logit_tiles import exp_, flat_view
+from sar_kd.runtime.precision import MASKED_BELOW, MASKED_LOGIT
 
 warnings.filterwarnings("ignore", message="index_reduce")  # "in beta" for years; its substitute is many times slower
-
-KNOWN_THRESHOLD = 1e-6 * MASKED_LOGIT
-"""A log-probability or logit below it is masked: not among the teacher's top k, or impossible."""
 
 
 class ClassMap(nn.Module):
@@ -244,7 +241,7 @@ def continuing_log_probs(entries: Tensor, continuations: Continuations, before: 
         class_of = torch.cat([class_of, continuations.before.entries[2]])
     classes = GroupSums(class_of, len(continuation_of)).logsumexp(entries)
     totals = GroupSums(continuation_of, len(end_classes)).logsumexp(classes)
-    is_unknown = totals < KNOWN_THRESHOLD
+    is_unknown = totals < MASKED_BELOW
     log_probs = classes - totals.masked_fill(is_unknown, 0.0)[continuation_of]
     return log_probs.index_fill(0, end_classes, 0.0).where(is_unknown[continuation_of], log_probs)
 
@@ -271,7 +268,7 @@ def starting_log_probs(logits: Tensor, continuations: Continuations, masks_impos
         end = torch.where(continuations.can_end, end, MASKED_LOGIT)
     classes = classes.index_copy(0, end_classes, end)
     log_probs = classes - GroupSums(continuation_of, size).logsumexp(classes)[continuation_of]
-    return torch.where(classes > KNOWN_THRESHOLD, log_probs, MASKED_LOGIT)
+    return torch.where(classes > MASKED_BELOW, log_probs, MASKED_LOGIT)
 
 
 def on_support(student: Tensor, teacher: Tensor) -> Tensor:
@@ -279,7 +276,7 @@ def on_support(student: Tensor, teacher: Tensor) -> Tensor:
 
     Both are then renormalised on the others, so nothing is pushed down because it is not in the top k.
     """
-    return torch.where(teacher > KNOWN_THRESHOLD, student, MASKED_LOGIT)
+    return torch.where(teacher > MASKED_BELOW, student, MASKED_LOGIT)
 
 
 def renormalise(student: Tensor, teacher: Tensor, groups: GroupSums | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -292,7 +289,7 @@ def renormalise(student: Tensor, teacher: Tensor, groups: GroupSums | None = Non
         return values if groups is None else values[groups.index]
 
     totals = [side.logsumexp(0) if groups is None else groups.logsumexp(side) for side in (student, teacher)]
-    shared = torch.minimum(*totals) > KNOWN_THRESHOLD
+    shared = torch.minimum(*totals) > MASKED_BELOW
     student, teacher = (side - by_class(total) for side, total in zip((student, teacher), totals, strict=True))
     keep = by_class(shared)
     return student.where(keep, 0.0), teacher.where(keep, 0.0), shared

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from sar_kd.alignment.batch_alignment import Continuations
-from sar_kd.data.batch import MASKED_LOGIT, TopKLogits
+from sar_kd.data.batch import TopKLogits
 from sar_kd.losses.functional import GroupSums
 from sar_kd.losses.projection.joint import ContinuationPaths
-from sar_kd.losses.projection.marginals import KNOWN_THRESHOLD, BeforeLogits, ClassMap
+from sar_kd.losses.projection.marginals import BeforeLogits, ClassMap
+from sar_kd.runtime.precision import MASKED_BELOW, MASKED_LOGIT
 
 
 class SparseClasses(NamedTuple):
@@ -36,7 +37,7 @@ class SparseClasses(NamedTuple):
     @property
     def is_known(self) -> Tensor:
         """bool [E]"""
-        return self.log_probs > KNOWN_THRESHOLD
+        return self.log_probs > MASKED_BELOW
 
 
 def known_classes(
@@ -50,7 +51,7 @@ def known_classes(
     classes, logits = _sum_by_class(class_map.classes_of(top.ids.T), top.logits.T / temperature, num_classes)
     tail = top.tail_logsumexp / temperature
     totals = torch.logaddexp(logits.logsumexp(1), tail)
-    log_probs, tail = (logits - totals[:, None]).where(logits > KNOWN_THRESHOLD, MASKED_LOGIT), tail - totals
+    log_probs, tail = (logits - totals[:, None]).where(logits > MASKED_BELOW, MASKED_LOGIT), tail - totals
     numbers = torch.arange(len(classes), device=classes.device)
     positions = numbers.repeat_interleave(classes.shape[1])
     if paths is None:
@@ -105,7 +106,7 @@ def known_entries(
     mask = GroupSums(continuation, len(positions)).logsumexp(entries) >= top.tail_logsumexp[positions] / temperature
     has_ended = (class_ == continuations.end_classes[continuation]) & (continuation >= continuations.num_inside)
     most = _most_likely_tail(top, positions, temperature)[continuation]
-    entries = torch.where(has_ended & (entries < KNOWN_THRESHOLD), most, entries)
+    entries = torch.where(has_ended & (entries < MASKED_BELOW), most, entries)
     return entries.where(mask[continuation], MASKED_LOGIT), mask
 
 
@@ -119,7 +120,7 @@ def known_before(
     index, token, _ = before.entries
     entries = top.logits_of(token, before.positions[index], vocab_size).div_(temperature)
     tokens = top.logits_of(before.tokens, before.positions, vocab_size).div_(temperature)
-    tokens = torch.where(tokens < KNOWN_THRESHOLD, _most_likely_tail(top, before.positions, temperature), tokens)
+    tokens = torch.where(tokens < MASKED_BELOW, _most_likely_tail(top, before.positions, temperature), tokens)
     whole = torch.cat([top.logits, top.tail_logsumexp[None]])[
         :, continuations.continuing_positions[before.continuations]
     ]

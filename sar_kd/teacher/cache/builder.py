@@ -16,7 +16,7 @@ from torch import nn
 
 from sar_kd.alignment.segments import positions_per_tile, split_range
 from sar_kd.config.runs import CachingConfig
-from sar_kd.data.batch import MASKED_LOGIT, TokenBatch
+from sar_kd.data.batch import TokenBatch
 from sar_kd.data.blocks import pack
 from sar_kd.data.column_store import ColumnStore
 from sar_kd.data.dataset import Dataset, build_dataset
@@ -27,7 +27,7 @@ from sar_kd.losses.distillation import top_k_of
 from sar_kd.models.lm_head import LMHeads, forward_to_lm_head
 from sar_kd.models.logit_tiles import logsumexp_per_position
 from sar_kd.runtime.files import atomic_rename
-from sar_kd.runtime.precision import Precision
+from sar_kd.runtime.precision import MASKED_BELOW, MASKED_LOGIT, Precision
 from sar_kd.teacher.cache.format import index_key, index_path, record_dtype, shard_path, write_header, write_shard
 from sar_kd.teacher.cache.lookup import CHUNK, CacheIndex, CacheLookup, PlainTargets
 from sar_kd.tokenization.token_stream import Blocks, TokenizedText
@@ -83,6 +83,7 @@ class CacheBuilder:
             tile = logits.tile(batch.positions[part])
             top, logsumexp = top_k_of(tile, self.k, self.num_tokens, 1.0), logsumexp_per_position(tile)
             targets = tile.gather(0, batch.targets[None, part])[0]
+            targets = targets.where(targets >= MASKED_BELOW, -torch.inf)
             for field, logit in (("target_log_prob", targets), ("max_log_prob", top.logits[0])):
                 log_prob = (logit - logsumexp).masked_fill(~top.is_finite, torch.nan)
                 records[field][part] = log_prob.cpu().numpy()

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sar_kd.alignment.batch_alignment import Continuations
-from sar_kd.data.batch import MASKED_LOGIT
 from sar_kd.losses.projection.marginals import ClassMap, continuing_log_probs, gather_logits, starting_log_probs
+from sar_kd.runtime.precision import MASKED_LOGIT
 
 N, V, NUM_CLASSES = 5, 12, 4
 TOKENS = torch.tensor([0, 2, 3, 5, 6, 8, 9, 11])

@@ -10,13 +10,13 @@ from sar_kd.alignment import vocabulary_map
 from sar_kd.alignment.aligner import Aligner
 from sar_kd.alignment.segments import build_segments
 from sar_kd.config.sections import LossConfig
-from sar_kd.data.batch import MASKED_LOGIT
 from sar_kd.losses import projection
 from sar_kd.losses.distillation import top_k_of
 from sar_kd.losses.projection.joint import ContinuationPaths, add_continuation_paths
 from sar_kd.losses.projection.loss import Projection
 from sar_kd.losses.projection.marginals import continuing_log_probs, gather_logits, starting_log_probs
 from sar_kd.losses.projection.truncated import known_classes, known_entries
+from sar_kd.runtime.precision import MASKED_LOGIT
 from sar_kd.tokenization.token_stream import Block, TokenStream
 from tests.helpers.vocabularies import TableTokenizer, encode_any, token_table
 
