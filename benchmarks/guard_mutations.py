@@ -23,6 +23,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 SUITE = "tests/stress/test_fp16.py"
 RECOVERY, GUARDS, STEP = "tests/stress/test_recovery.py", "tests/training/test_guards.py", "tests/training/test_step.py"
+DATASET = "tests/data/test_dataset.py"
 
 
 class Mutation(NamedTuple):
@@ -74,6 +75,11 @@ MUTATIONS = (
              '        return "norm" if grad_norm > limit else None'),
     Mutation("teacher positions that are not finite are left out", "losses/distillation.py",
              "        mask_positions_(teacher, keep)\n", "        keep = keep | True\n"),
+    # what no block can hold
+    Mutation("a text is refused of which no block can hold too much", "data/blocks.py",
+             "    if share > MAX_SKIPPED_SHARE:\n", "    if False:\n", DATASET),
+    Mutation("what no block can hold counts in no perplexity", "data/blocks.py",
+             "num_bytes=text.num_bytes - num_bytes,", "num_bytes=text.num_bytes,", DATASET),
     # verdicts
     Mutation("a verdict is obeyed", "training/step.py", "    if verdict.applied:\n", "    if True:\n"),
     Mutation("the norm limit", "training/guards.py", 'return None if grad_norm <= limit else "norm"', "return None"),

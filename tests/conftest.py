@@ -113,6 +113,20 @@ def byte_tokenizer(corpus_texts):
 
 
 @pytest.fixture(scope="session")
+def superword_tokenizer(corpus_texts):
+    """Byte-level BPE without words: some of its tokens are whole sentences of the corpus."""
+    tokenizer, end = Tokenizer(models.BPE()), "<|endoftext|>"
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = BpeTrainer(vocab_size=900, special_tokens=[end], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(corpus_texts[::7], trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=end, eos_token=end, clean_up_tokenization_spaces=False
+    )
+
+
+@pytest.fixture(scope="session")
 def sp_tokenizer(corpus_texts):
     """Gemma's kind: SentencePiece-like BPE with byte fallback, no dummy prefix."""
     return sentencepiece_bpe(corpus_texts[: -len(_UNICODE) + 1], SP_VOCAB)  # most scripts fall back to bytes

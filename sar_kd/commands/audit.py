@@ -29,5 +29,5 @@ def main(config: AuditConfig) -> dict:
         record = {**dataclasses.asdict(coverage), "auto_alignment": coverage.auto_alignment}
         print(json.dumps(json_safe(record), indent=2))
     else:
-        print("\n".join([*coverage.lines(), *skipped_lines(coverage.skipped_documents)]))
+        print("\n".join([*coverage.lines(), *skipped_lines(dataset.text)]))
     return {"status": "finished"}

@@ -356,9 +356,8 @@ def truncate_conversation(
     if num_tokens(whole[0]) <= limits[0] and num_tokens(whole[-1]) <= limits[1]:
         return whole
     ends = [concatenate_spans([spans], table)[0].ends for spans, table in zip(whole, tables, strict=True)]
-    try:
-        block = next(pack_streams(ends[0], ends[-1], *limits))
-    except UsageError:
+    block = next(pack_streams(ends[0], ends[-1], *limits), None)
+    if block is None or block.student_start or block.teacher_start:  # it begins with a passage that exceeds a block
         return None
     kept = [
         _first_tokens(spans, end) for spans, end in zip(whole, (block.student_end, block.teacher_end), strict=False)

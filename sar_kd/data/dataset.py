@@ -16,7 +16,7 @@ from torch import Tensor
 from sar_kd.alignment.aligner import Aligner
 from sar_kd.alignment.segments import Segment, build_segments
 from sar_kd.data.batch import Batch, CachedTopK, TokenBatch, token_batch
-from sar_kd.data.blocks import pack, skip_start_tokens
+from sar_kd.data.blocks import pack, skip_passages, skip_start_tokens
 from sar_kd.data.sources import Documents
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.data.tokenized_text import tokenize
@@ -41,8 +41,8 @@ class CachedRecords(Protocol):
     def records(self, blocks: Sequence[Block], positions: Tensor, num_positions: int) -> CachedTopK:
         """The records of a batch of blocks."""
 
-    def total_nats(self) -> tuple[float, int]:
-        """The teacher's total loss over the text, and its number of tokens."""
+    def total_nats(self, blocks: Sequence[Block]) -> tuple[float, int]:
+        """The teacher's total loss over some blocks, and their number of target tokens."""
 
 
 class CachedLogits(Protocol):
@@ -67,13 +67,13 @@ def build_dataset(
     max_student, max_teacher: most tokens of a block, start token included
     token_cache: for the tokens of a large text; cached_logits: the teacher's, of this text
     loss_workspace_mb: as `Dataset`; option: that names the text, for an error
-    Raises: UsageError as `tokenize` and `pack`
+    Raises: UsageError as `tokenize` and `skip_passages`
     """
     limits = max_student - 1, max_teacher - 1
     text = tokenize(documents, pair, limits, token_cache, option)
     records = cached_logits.lookup(text) if cached_logits else None
     blocks = pack(text, *limits, records.block_ends() if records else None)
-    return Dataset(text, blocks, pair, records, loss_workspace_mb)
+    return Dataset(skip_passages(text, blocks, pair, limits[0]), blocks, pair, records, loss_workspace_mb)
 
 
 class Dataset:
@@ -98,7 +98,9 @@ class Dataset:
     @property
     def num_tokens(self) -> int:
         """The student's target tokens."""
-        return int(self.text.student.is_target.sum())
+        is_target = self.text.student.is_target
+        skipped = sum(int(is_target[start:end].sum()) for start, end, *_ in self.text.skipped_ranges)
+        return int(is_target.sum()) - skipped
 
     def documents_of(self, block: int) -> Sequence[str]:
         """Names of the documents that a block holds a part of."""

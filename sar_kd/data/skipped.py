@@ -1,7 +1,7 @@
-"""Documents that cannot be used: what is shown of them, and the remedy for each reason.
+"""Documents, and passages of them, that cannot be used: what is shown of them, and the remedy for each reason.
 
-A name in `TokenizedText.skipped_documents` is followed by its reason in brackets, except where a plain document is
-empty or changed by a tokenizer.
+A name in `TokenizedText.skipped_documents` or `skipped_passages` is followed by its reason in brackets, except where a
+plain document is empty.
 """
 
 from __future__ import annotations
@@ -11,14 +11,20 @@ from collections.abc import Iterable, Sequence
 
 from sar_kd.errors import UsageError
 from sar_kd.runtime.console import count_of, first_few
+from sar_kd.tokenization.token_stream import TokenizedText
 
 TOO_LONG = "no response begins within a block"
 
-_PLAIN = "empty, or changed by a tokenizer"
+NO_COMMON_END = "the two tokenizers end no token at the same place within a block"
 
-_NAME_AND_REASON = re.compile(
-    rf"(.*?) \(((?:the (?:student|teacher)'s |its '|message [0-9]|is null|is no Unicode|{TOO_LONG}).*)\)", re.DOTALL
-)
+MAX_SKIPPED_SHARE = 0.05
+"""Most of a text's bytes that may be skipped because of the tokenizers."""
+
+_PLAIN = "empty, or no Unicode text"
+
+_REASONS = f"the (?:student|teacher)'s |its '|message [0-9]|is null|is no Unicode|{TOO_LONG}|{NO_COMMON_END}"
+
+_NAME_AND_REASON = re.compile(rf"(.*?) \(((?:{_REASONS}).*)\)", re.DOTALL)
 
 _REMEDIES = (
     ("within a block", "raise --block_size, or shorten the prompts"),
@@ -47,12 +53,19 @@ def has_null(entry: str) -> bool:
     return match is not None and bool(re.search(r"\bnull\b", match[2])) and " template " not in match[2]
 
 
-def skipped_lines(skipped: Sequence[str]) -> list[str]:
-    """A line for each reason."""
-    return [
-        f"Skipped {count_of(len(names), 'document')}, {reason}: {first_few(names)}"
-        for reason, names in by_reason(skipped).items()
+def skipped_lines(*texts: TokenizedText) -> list[str]:
+    """A line for each reason, and one for the bytes that are skipped because of the tokenizers."""
+    documents = by_reason(name for text in texts for name in text.skipped_documents)
+    passages = by_reason(name for text in texts for name in text.skipped_passages)
+    lines = [
+        f"Skipped {count_of(len(names), noun)}, {reason}: {first_few(list(dict.fromkeys(names)))}"
+        for noun, found in (("document", documents), ("passage", passages))
+        for reason, names in found.items()
     ]
+    num_bytes = sum(text.skipped_bytes for text in texts)
+    share = num_bytes / max(1, num_bytes + sum(text.num_bytes for text in texts))
+    total = f"Skipped because of the tokenizers: {count_of(num_bytes, 'byte')}, {share:.2%} of the text"
+    return [*lines, total] if num_bytes else lines
 
 
 def unusable(option: str, skipped: Sequence[str], num_documents: int) -> UsageError:

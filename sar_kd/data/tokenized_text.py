@@ -3,13 +3,13 @@
 An end-of-text token follows each plain document; a start token precedes it on the side that has one.
 
 Plain documents come first, then conversations, each a block of its own and cut short where it exceeds one. Text is
-encoded chunk by chunk, so that it need not fit into memory; the streams of a large text stay on the disk. A document
-that a tokenizer changes is skipped as a whole and counted; a text that would lose too much is refused.
+encoded chunk by chunk, so that it need not fit into memory; the streams of a large text stay on the disk. A line of a
+document that a tokenizer changes is skipped and counted, a conversation as a whole; a text that would lose too much is
+refused.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -17,14 +17,14 @@ import numpy as np
 
 from sar_kd.data.chat import ChatTemplate, chat_templates, num_tokens, render, truncate_conversation
 from sar_kd.data.column_store import Column, ColumnStore, strings_of
-from sar_kd.data.samples import Conversation, Sample
-from sar_kd.data.skipped import TOO_LONG, unusable
+from sar_kd.data.document_pieces import encode_chunk, pieces_of, without_changed_lines
+from sar_kd.data.samples import Conversation
+from sar_kd.data.skipped import MAX_SKIPPED_SHARE, TOO_LONG, unusable
 from sar_kd.data.sources import Documents, StreamedDocuments
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.errors import UsageError
 from sar_kd.runtime.console import tokenizing_bar
-from sar_kd.tokenization.backends import encode
-from sar_kd.tokenization.long_text import TextPiece, encode_pieces, split_text
+from sar_kd.tokenization.long_text import TextPiece
 from sar_kd.tokenization.token_stream import (
     FORMAT,
     RESPONSE,
@@ -40,9 +40,6 @@ from sar_kd.tokenization.token_stream import (
 from sar_kd.tokenization.token_table import CONTENT, TokenTable, fingerprint
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 from sar_kd.version import TOKEN_FORMAT
-
-MAX_CHANGED_SHARE = 0.05
-"""Most of a text's bytes that may be skipped because a tokenizer changes them."""
 
 _SIDES = ("student", "teacher")
 
@@ -75,8 +72,9 @@ def tokenize(
         build(store)
         columns, metadata = store.finalize(), store.metadata
     _check_changed(metadata)
-    names, skipped, truncated, dropped_answers = (
-        strings_of(columns, name) for name in ("names", "skipped_documents", "truncated", "dropped_answers")
+    names, skipped, passages, truncated, dropped_answers = (
+        strings_of(columns, name)
+        for name in ("names", "skipped_documents", "skipped_passages", "truncated", "dropped_answers")
     )
     if not len(names):
         raise unusable(option, skipped, len(skipped))
@@ -95,6 +93,8 @@ def tokenize(
         dropped_answers=dropped_answers,
         stop_ids=tuple(map(tuple, metadata["stop_ids"])),
         inner_ids=tuple(map(tuple, metadata["inner_ids"])),
+        skipped_passages=passages,
+        skipped_bytes=metadata["changed_bytes"],
     )
 
 
@@ -119,11 +119,11 @@ def _cache_key(documents: StreamedDocuments, pair: TokenizerPair, limits: tuple[
 def _check_changed(metadata: dict) -> None:
     """Raise UsageError if too much of the text is skipped because a tokenizer changes it."""
     share = metadata["changed_bytes"] / max(1, metadata["changed_bytes"] + metadata["num_bytes"])
-    if share > MAX_CHANGED_SHARE:
+    if share > MAX_SKIPPED_SHARE:
         whose, example = metadata["first_change"]
         raise UsageError(
             f"--{whose}_model: its tokenizer changes text ({example}); {share:.1%} of the bytes would be skipped, more "
-            f"than {MAX_CHANGED_SHARE:.0%}; use another model"
+            f"than {MAX_SKIPPED_SHARE:.0%}; use another model"
         )
 
 
@@ -162,6 +162,7 @@ class _TextWriter:
         self.conversations = store.add("conversations", "int64", 4)
         self.names = store.add_strings("names")
         self.skipped_documents = store.add_strings("skipped_documents")
+        self.skipped_passages = store.add_strings("skipped_passages")
         self.truncated = store.add_strings("truncated")
         self.dropped_answers = store.add_strings("dropped_answers")
         self._stop_ids: list[set[int]] = [set() for _ in self.streams]
@@ -176,10 +177,12 @@ class _TextWriter:
         """By stream, pieces of plain documents that are not appended yet"""
         self._pending_names: list[str | None] = []
         """Of each pending piece, the name of the document that begins with it"""
-        self._skip_reason = ""
-        """Why the document at hand is skipped: '', 'empty' or 'changed'"""
-        self._checkpoint: tuple[dict[str, int], list[int], int] = {}, [], 0
-        """Sizes of the columns, last ends and `num_bytes` before the document at hand, if it has several pieces"""
+        self._is_begun = self._is_void = False
+        """Of the document at hand: something is appended, or pending; it cannot be encoded, or is empty"""
+        self._changed_by: list[str] = []
+        """For each line of the document at hand that is skipped, whose tokenizer changes it"""
+        self._checkpoint: tuple[dict[str, int], list[int], int, int] = {}, [], 0, 0
+        """Sizes of the columns, last ends, `num_bytes` and `changed_bytes` before a document of several pieces"""
 
     def add(self, documents: Documents, cache: TokenCache | None) -> None:
         """Append all documents, and set the store's metadata."""
@@ -202,7 +205,7 @@ class _TextWriter:
 
     def _add_chunks(self, documents: Documents) -> Iterator[int]:
         """Append the documents chunk by chunk; yields the characters of each chunk after it is appended."""
-        for pieces in _in_chunks(_pieces(documents, self.pair)):
+        for pieces in _in_chunks(pieces_of(documents, self.pair)):
             self._add_plain(pieces)
             yield sum(piece.num_chars for piece in pieces)
         if isinstance(documents, StreamedDocuments) and not documents.has_conversations:
@@ -220,47 +223,63 @@ class _TextWriter:
         """Append a chunk of plain text: all of it is predicted, and the end of each document, but not its start."""
         for piece, ids, dummies in encode_chunk(pieces, self.pair):
             if piece.is_first:
-                self._skip_reason = ""
-            if piece.is_first and not piece.is_last:
-                self._flush()
-                self._checkpoint = self.store.sizes(), [stream.last_end for stream in self.streams], self.num_bytes
-            if not self._skip_reason and (None in dummies or not len(ids[0])):
-                self._skip_document(piece, ids, dummies)
-            num_bytes = len(piece.text.encode())
-            if self._skip_reason:
-                self.changed_bytes += num_bytes if self._skip_reason == "changed" else 0
-                continue
-            # A space that both tokenizers put before the text is text; one that only one of them puts is not.
-            is_text = all(dummies)
-            for side, (own, dummy) in enumerate(zip(ids, dummies, strict=True)):
-                start = self.pair.document_starts[side] if piece.is_first else ()
-                spans = [Span(start, TEMPLATE)] if start else []
-                spans.append(Span(own, RESPONSE, bool(dummy), is_text))
-                if piece.is_last:
-                    end = (self.pair.student_end, self.pair.teacher_end)[side]
-                    spans.append(Span([end], STOP))
-                    self._stop_ids[side].add(end)
-                self._pending[side].append(spans)
-            self._pending_names.append(piece.document if piece.is_first else None)
-            self.num_bytes += num_bytes
+                self._begin_document(piece)
+            if None in dummies:
+                piece, ids, dummies = self._skip_changed_lines(piece, ids, dummies)
+            elif not len(ids[0]) and not self._is_void:
+                self._take_back()
+            if not self._is_void and (len(ids[0]) or (piece.is_last and self._is_begun)):
+                self._add_piece(piece, ids, dummies)
+            if piece.is_last and self._is_begun:
+                self.skipped_passages.append([f"{piece.document} ({_changed(whose)} it)" for whose in self._changed_by])
+            elif piece.is_last:
+                reason = f" ({_changed(self._changed_by[0])} its text)" if self._changed_by else ""
+                self.skipped_documents.append([piece.document + reason])
         self._flush()
 
-    def _skip_document(self, piece: TextPiece, ids: Sequence, dummies: Sequence[int | None]) -> None:
-        """Skip the document of a piece that is empty or changed, and take back what is appended of it."""
-        self._skip_reason = "changed" if None in dummies else "empty"
-        if None in dummies:
-            side = dummies.index(None)
-            change = self.pair.token_tables[side].describe_change(ids[side], piece.text)
-            self.first_change = self.first_change or (_SIDES[side], change)
-        if not (piece.is_first and piece.is_last):
-            num_bytes = self.num_bytes
-            sizes, last_ends, self.num_bytes = self._checkpoint
-            self.changed_bytes += num_bytes - self.num_bytes if None in dummies else 0
+    def _begin_document(self, piece: TextPiece) -> None:
+        self._is_begun = self._is_void = False
+        self._changed_by = []
+        if not piece.is_last:
+            self._flush()
+            last_ends = [stream.last_end for stream in self.streams]
+            self._checkpoint = self.store.sizes(), last_ends, self.num_bytes, self.changed_bytes
+
+    def _skip_changed_lines(self, piece: TextPiece, ids: Sequence, dummies: Sequence[int | None]) -> tuple:
+        """A piece without the lines that a tokenizer changes; its ids and dummies."""
+        side = dummies.index(None)
+        change = self.pair.token_tables[side].describe_change(ids[side], piece.text)
+        self.first_change = self.first_change or (_SIDES[side], change)
+        kept, sides = without_changed_lines(piece, self.pair)
+        self._changed_by += [_SIDES[side] for side in sides]
+        self.changed_bytes += len(piece.text.encode()) - len(kept[0].text.encode())
+        return kept
+
+    def _add_piece(self, piece: TextPiece, ids: Sequence, dummies: Sequence[int]) -> None:
+        # A space that both tokenizers put before the text is text; one that only one of them puts is not.
+        is_text = all(dummies)
+        for side, (own, dummy) in enumerate(zip(ids, dummies, strict=True)):
+            start = () if self._is_begun else self.pair.document_starts[side]
+            spans = [Span(start, TEMPLATE)] if start else []
+            spans += [Span(own, RESPONSE, bool(dummy), is_text)] if len(own) else []
+            if piece.is_last:
+                end = (self.pair.student_end, self.pair.teacher_end)[side]
+                spans.append(Span([end], STOP))
+                self._stop_ids[side].add(end)
+            self._pending[side].append(spans)
+        self._pending_names.append(None if self._is_begun else piece.document)
+        self.num_bytes += len(piece.text.encode())
+        self._is_begun = True
+
+    def _take_back(self) -> None:
+        """Skip the document at hand, which cannot be encoded or is empty, and take back what is appended of it."""
+        if self._is_begun or self._changed_by:
+            sizes, last_ends, self.num_bytes, self.changed_bytes = self._checkpoint
             self._pending, self._pending_names = [[] for _ in self.streams], []
             self.store.truncate(sizes)
             for stream, last_end in zip(self.streams, last_ends, strict=True):
                 stream.last_end = last_end
-        self.skipped_documents.append([piece.document])
+        self._is_begun, self._is_void, self._changed_by = False, True, []
 
     def _flush(self) -> None:
         """Append what is pending."""
@@ -338,6 +357,10 @@ class _TextWriter:
                 )
 
 
+def _changed(whose: str) -> str:
+    return f"the {whose}'s tokenizer changes"
+
+
 def _in_chunks(items: Iterable) -> Iterator[list]:
     """Items with `num_chars`, in lists of about `_CHUNK` characters."""
     chunk, size = [], 0
@@ -349,39 +372,3 @@ def _in_chunks(items: Iterable) -> Iterator[list]:
             chunk, size = [], 0
     if chunk:
         yield chunk
-
-
-def _pieces(samples: Iterable[Sample], pair: TokenizerPair) -> Iterator[TextPiece]:
-    """All plain documents, in order, in pieces."""
-    encoders = [functools.partial(encode, tokenizer) for tokenizer in pair.tokenizers]
-    for sample in samples:
-        if isinstance(sample, Conversation):
-            continue
-        is_first, last = True, TextPiece("", "")
-        try:
-            pieces = split_text(_encodable(sample.chunks()), encoders, pair.canonical)
-            last = next(pieces, last)
-            for piece in pieces:
-                yield last._replace(document=sample.name, is_first=is_first, is_last=False)
-                is_first, last = False, piece
-        except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold and no encoding can
-            last = TextPiece("", "")
-        yield last._replace(document=sample.name, is_first=is_first)
-
-
-def _encodable(chunks: Iterable[str]) -> Iterator[str]:
-    for chunk in chunks:
-        chunk.encode()
-        yield chunk
-
-
-def encode_chunk(pieces: Sequence[TextPiece], pair: TokenizerPair) -> Iterator[tuple]:
-    """Each piece; by stream, its int32 ids [N]; and by stream, its `TokenTable.dummy_bytes`."""
-    ids = [encode_pieces(functools.partial(encode, tokenizer), pieces) for tokenizer in pair.tokenizers]
-    dummies: list[list] = [[0] * len(pieces)]
-    if pair.tables is not None:
-        dummies = [
-            [table.dummy_bytes(own, piece.text) for own, piece in zip(side, pieces, strict=True)]
-            for table, side in zip(pair.tables, ids, strict=True)
-        ]
-    return zip(pieces, zip(*ids, strict=True), zip(*dummies, strict=True), strict=True)

@@ -13,6 +13,8 @@ from sar_kd.tokenization.token_table import TokenTable
 
 _MAX_TOKENS = 2**18
 
+_UTF8_BYTES = frozenset(range(0x100)) - {0xC0, 0xC1, *range(0xF5, 0x100)}
+
 
 @dataclass(frozen=True)
 class Coverage:
@@ -44,7 +46,14 @@ class Coverage:
     teacher_tokens: int
     """Sizes of the vocabularies"""
     skipped_documents: tuple[str, ...]
-    """Documents that are empty or that a tokenizer changes"""
+    skipped_passages: tuple[str, ...]
+    """Documents, and passages of others, that cannot be used; names with the reason"""
+    skipped_bytes: int
+    skipped_share: float
+    """Bytes that are skipped because of the tokenizers, and their share of the text"""
+    student_lacks: tuple[int, ...]
+    teacher_lacks: tuple[int, ...]
+    """Bytes of UTF-8 that no token of a vocabulary holds, so that text with them is skipped"""
 
     @property
     def auto_alignment(self) -> str:
@@ -80,6 +89,11 @@ class Coverage:
             f"Aligned chunks: {self.chunks_per_token:.3f} per student token; {self.overlapping:.1%} of them hold "
             "tokens that overlap",
             f"--alignment auto: {self.auto_alignment}",
+            *(
+                f"Bytes that no token of the {whose}'s vocabulary holds: {bytes(lacking).hex(' ')}"
+                for whose, lacking in (("teacher", self.teacher_lacks), ("student", self.student_lacks))
+                if lacking
+            ),
         ]
 
 
@@ -117,7 +131,17 @@ def measure_coverage(dataset: Dataset) -> Coverage:
         student_tokens=len(pair.student),
         teacher_tokens=len(pair.teacher),
         skipped_documents=tuple(text.skipped_documents),
+        skipped_passages=tuple(text.skipped_passages),
+        skipped_bytes=text.skipped_bytes,
+        skipped_share=text.skipped_bytes / (text.skipped_bytes + text.num_bytes),
+        student_lacks=_lacking_bytes(student_table),
+        teacher_lacks=_lacking_bytes(teacher_table),
     )
+
+
+def _lacking_bytes(table: TokenTable) -> tuple[int, ...]:
+    """The bytes that UTF-8 text may hold and no token does, ascending."""
+    return tuple(sorted(_UTF8_BYTES - set().union(*table.pieces)))
 
 
 def _classes(table: TokenTable) -> dict[str, np.ndarray]:

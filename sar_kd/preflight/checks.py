@@ -275,7 +275,7 @@ def _check_text(meta: MetaModels) -> Finding:
     coverage = measure_coverage(train)
     lines = [f"{coverage.summary()} (on the first {size / 1e3:,.0f} thousand characters of the text)"]
     record = {"audited": True, **dataclasses.asdict(coverage), "auto_alignment": coverage.auto_alignment}
-    lines += [*skipped_lines(coverage.skipped_documents), *warnings]
+    lines += [*skipped_lines(train.text), *warnings]
     return Finding("alignment", lines, record | {"warnings": warnings}, coverage.lines())
 
 
@@ -319,7 +319,7 @@ def describe_text(train: Dataset, validation: Dataset, name: str) -> tuple[list[
     for reason, names in by_reason(dropped).items():
         shown = first_few(list(dict.fromkeys(names)))
         lines.append(f"Not learned: {count_of(len(names), 'answer')}, {reason}: {shown}")
-    return lines + skipped_lines([*train.text.skipped_documents, *validation.text.skipped_documents]), details
+    return lines + skipped_lines(train.text, validation.text), details
 
 
 def _num_parameters(model: torch.nn.Module) -> int:

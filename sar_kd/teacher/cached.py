@@ -166,7 +166,7 @@ class CachedTeacher(Teacher):
 
     def evaluate_start(self, validation: Dataset, precision: Precision) -> tuple[dict, list[str]]:
         assert validation.cached_records is not None
-        nats, num_tokens = validation.cached_records.total_nats()
+        nats, num_tokens = validation.cached_records.total_nats(validation.blocks)
         metrics = Evaluation(nats, num_tokens, validation.text.num_bytes).metrics()
         return {name: metrics[name] for name in ("val_ppl", "val_bits_per_byte")}, []
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple, overload
 
@@ -146,7 +146,7 @@ class TokenizedText:
     num_bytes: int
     """Bytes of the text that is predicted."""
     skipped_documents: Sequence[str]
-    """Names of the documents that are empty or that a tokenizer changes; of conversations with the reason."""
+    """Names of the documents that cannot be used, with the reason except where one is empty."""
     conversations: Blocks
     """The last documents: one block each."""
     truncated: Sequence[str]
@@ -161,6 +161,12 @@ class TokenizedText:
     """By stream, the tokens that end a document or an answer of a conversation, and stand inside none."""
     inner_ids: tuple[tuple[int, ...], ...] = ((),)
     """By stream, the special tokens that a chat template writes inside answers, where they end none."""
+    skipped_passages: Sequence[str] = ()
+    """For each passage of a document that is skipped, the document's name with the reason."""
+    skipped_bytes: int = 0
+    """Bytes of the text that would be predicted, were it not for the tokenizers."""
+    skipped_ranges: Blocks = field(default_factory=lambda: Blocks.of(()))
+    """Of the skipped passages those that are in the streams, and in no block."""
 
     def num_tokens(self, stream: TokenStream) -> int:
         """The tokens of one of the two streams, without the start tokens of plain documents."""

@@ -5,6 +5,8 @@ import math
 import re
 
 import pytest
+import transformers
+from tokenizers import Tokenizer
 
 from sar_kd.commands.main import main
 from sar_kd.data.dataset import Dataset, build_dataset
@@ -80,6 +82,38 @@ def test_the_command_prints_lines_for_people_and_json_for_programs(capsys):
     assert 0.4 < record["strict"] < record["both_start"] < 1
     assert record["both_start"] + record["inside_teacher"] == pytest.approx(1)
     assert set(record["strict_by_class"]) == {"digits", "whitespace", "non-ASCII"}
+
+
+def test_the_bytes_that_a_vocabulary_lacks_and_what_they_cost_are_shown(
+    capsys, tmp_path, make_student, byte_tokenizer, sp_tokenizer
+):
+    """A byte-level vocabulary without some control characters, as SmolLM2's, on a text that holds one of them."""
+    definition = json.loads(byte_tokenizer.backend_tokenizer.to_str())
+    lacking = [chr(0x100 + byte) for byte in (0x04, 0x13)] + ["\xf1"]  # as byte-level BPE spells these bytes
+    vocab = [token for token in definition["model"]["vocab"] if not set(token) & set(lacking)]
+    definition["model"]["vocab"] = {token: i for i, token in enumerate(vocab)}
+    lossy = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(definition)), eos_token="<|endoftext|>"
+    )
+    for name, tokenizer in (("student", lossy), ("teacher", sp_tokenizer)):
+        make_student(len(tokenizer)).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    models = [f"--{name}_model={tmp_path / name}" for name in ("student", "teacher")]
+    text = tmp_path / "text.txt"
+    text.write_text("a line of words\n" * 60 + "a torn \x13 line\n" + "a line of words\n" * 39, encoding="utf-8")
+    assert main(["audit", *models, "--train_file", str(text)]) == 0
+    shown = capsys.readouterr().out
+    assert "Bytes that no token of the student's vocabulary holds: 04 13 f1\n" in shown
+    assert "the teacher's vocabulary holds" not in shown
+    assert f"Skipped 1 passage, the student's tokenizer changes it: {text}\n" in shown
+    assert re.search(r"Skipped because of the tokenizers: 14 bytes, 0.9\d% of the text\n", shown)
+    assert main(["audit", *models, "--train_file", str(text), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["student_lacks"], record["teacher_lacks"], record["skipped_bytes"]) == ([4, 0x13, 0xF1], [], 14)
+    assert 0.009 < record["skipped_share"] < 0.01
+    text.write_text("a line of words\n" * 9 + "a torn \x13 line\n" * 9, encoding="utf-8")
+    assert main(["audit", *models, "--train_file", str(text)]) == 2
+    assert re.search(r"error: --student_model: .*\\x13.*% of the bytes would be skipped", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import sys
 import types
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer
 
 from sar_kd import embedded
 from sar_kd.config.sections import DataConfig
+from sar_kd.data import blocks
 from sar_kd.data.batch import IGNORE_INDEX
 from sar_kd.data.dataset import Dataset, build_dataset
 from sar_kd.data.samples import Conversation, Document, Message
@@ -134,8 +136,12 @@ def test_a_block_names_the_documents_that_it_holds_a_part_of(datasets, documents
 
 
 def test_text_without_a_common_boundary_names_the_block_size(crossed_pair):
-    with pytest.raises(UsageError, match=r"--block_size 8: .*raise it"):
-        build_dataset([Document("ab", "ab" * 50)], crossed_pair, 8, 64)
+    with pytest.raises(UsageError) as refusal:
+        build_dataset([Document("ab", "c " * 40 + "ab" * 50)], crossed_pair, 8, 64)
+    assert str(refusal.value) == (
+        "--block_size 8: 55.6% of the bytes, more than 5%, would be skipped: the two tokenizers end no token at the "
+        "same place within a block ('ababababababababababababababababababababab'); raise it, or use another model"
+    ).replace("'" + "ab" * 21 + "'", "'" + "ab" * 20 + "'")
 
 
 def test_text_whose_common_boundary_is_within_the_block_is_read(crossed_pair):
@@ -156,6 +162,130 @@ def crossed_pair(byte_tokenizer):
         return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
 
     return _pair(merging(("a", "b")), merging(("b", "a")))
+
+
+# Passages without a common end
+
+
+SPANNING = [("byte", "superword"), ("superword", "byte"), ("sp", "superword"), ("superword", "sp")]
+SPANNING_LIMITS = {"byte": (24, 60), "sp": (24, 60), "superword": (12, 20)}
+
+
+def _ends_by_hand(tokenizer, text: str) -> list[int]:
+    """The byte at which each token of a document ends; the end of the text is one more."""
+    pieces = build_token_table(tokenizer, len(tokenizer)).pieces
+    return [*itertools.accumulate(len(pieces[i]) for i in encode(tokenizer, [text])[0]), len(text.encode()) + 1]
+
+
+def _passages_by_hand(pair, text: str, limits) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The bytes between neighbouring common ends of a document: what fits into a block, and what does not."""
+    sides = [_ends_by_hand(tokenizer, text) for tokenizer in (pair.student, pair.teacher)]
+    common = [0, *sorted(set(sides[0]) & set(sides[1]))]
+    fit, rest = [], []
+    for start, end in itertools.pairwise(common):
+        counts = [sum(start < at <= end for at in side) for side in sides]
+        (fit if counts[0] < limits[0] and counts[1] < limits[1] else rest).append((start, end))
+    return fit, rest
+
+
+def _spanning_dataset(tokenizers, names, documents, monkeypatch) -> Dataset:
+    monkeypatch.setattr(blocks, "MAX_SKIPPED_SHARE", 1.0)
+    return build_dataset(documents, _pair(*(tokenizers[name] for name in names)), *SPANNING_LIMITS[names[0]])
+
+
+@pytest.fixture(scope="module")
+def spanning(tokenizers, superword_tokenizer):
+    return {**tokenizers, "superword": superword_tokenizer}
+
+
+@pytest.fixture(scope="module")
+def joined(corpus_texts):
+    """Three documents, of which one begins and one ends with a sentence that is a single token."""
+    return [
+        Document("all", "\n".join(corpus_texts)),
+        Document("first", corpus_texts[7] + " " + corpus_texts[3]),
+        Document("last", corpus_texts[4] + " " + corpus_texts[14]),
+    ]
+
+
+@pytest.mark.parametrize("names", SPANNING)
+def test_all_but_passages_without_a_common_end_is_read_once(spanning, names, joined, monkeypatch):
+    dataset = _spanning_dataset(spanning, names, joined, monkeypatch)
+    pair, limits = dataset.pair, SPANNING_LIMITS[names[0]]
+    by_hand = {document.name: _passages_by_hand(pair, document.text, limits) for document in joined}
+    wanted = b"".join(
+        (document.text.encode() + END)[start:end] for document in joined for start, end in by_hand[document.name][0]
+    )
+    for which in ("student", "teacher"):
+        assert b"".join(_text_of_blocks(dataset, which)) == wanted
+    for own, other in zip(*(_text_of_blocks(dataset, which) for which in ("student", "teacher")), strict=True):
+        assert own == other
+    skipped = {name: rest for name, (_, rest) in by_hand.items()}
+    text = dataset.text
+    assert text.num_bytes == len(wanted) - len(joined)
+    assert text.skipped_bytes == sum(end - start for rest in skipped.values() for start, end in rest) > 0
+    assert text.num_bytes + text.skipped_bytes == sum(len(document.text.encode()) for document in joined)
+    reason = "the two tokenizers end no token at the same place within a block"
+    assert text.skipped_passages == [f"{name} ({reason})" for name, rest in skipped.items() for _ in rest]
+    for which in ("student", "teacher"):
+        targets = torch.cat([batch.targets for batch in dataset.token_batches(which, 3)])
+        pieces = build_token_table(getattr(pair, which), len(getattr(pair, which))).pieces
+        spelled = b"".join(pieces[i] or END for i in targets.tolist())
+        assert spelled == wanted
+        assert which == "teacher" or len(targets) == dataset.num_tokens
+
+
+@pytest.mark.parametrize("names", SPANNING)
+def test_no_chunk_joins_tokens_of_both_sides_of_a_skipped_passage(spanning, names, joined, monkeypatch):
+    dataset = _spanning_dataset(spanning, names, joined, monkeypatch)
+    batch, tables = dataset.batch(list(range(len(dataset)))), dataset.pair.tables
+    chunks = batch.alignment.student_chunks, batch.alignment.teacher_chunks
+    spelled: list[dict[int, bytes]] = [{}, {}]
+    for side, tokens in enumerate((batch.student, batch.teacher)):
+        for token, chunk in zip(tokens.targets.tolist(), chunks[side].tolist(), strict=True):
+            spelled[side][chunk] = spelled[side].get(chunk, b"") + (tables[side].pieces[token] or END)
+    assert spelled[0] == spelled[1]
+    assert -1 not in spelled[0]
+    alone = [dataset.batch([block]).alignment for block in range(len(dataset))]
+    assert batch.alignment.num_chunks == sum(alignment.num_chunks for alignment in alone)
+
+
+@pytest.mark.parametrize("names", SPANNING)
+@pytest.mark.parametrize("size", [5, 17, 60])
+def test_blocks_along_a_teachers_skip_the_same_passages(spanning, names, joined, size, monkeypatch):
+    """Whatever the blocks of a teacher cache, a passage is skipped only where no block can hold it."""
+    dataset = _spanning_dataset(spanning, names, joined, monkeypatch)
+    text, limits = dataset.text, [limit - 1 for limit in SPANNING_LIMITS[names[0]]]
+    last = len(text.teacher.ids)
+    num_bytes = text.num_bytes + text.skipped_bytes
+    whole = dataclasses.replace(text, num_bytes=num_bytes, skipped_bytes=0, skipped_passages=())
+    along = blocks.pack(whole, *limits, np.append(np.arange(size, last, size), last))
+    found = blocks.skip_passages(whole, along, dataset.pair, limits[0])
+    assert along != dataset.blocks
+    assert found.skipped_ranges == text.skipped_ranges
+    assert (found.num_bytes, found.skipped_bytes) == (text.num_bytes, text.skipped_bytes)
+    assert max(block.student_end - block.student_start for block in along) <= limits[0]
+    assert max(block.teacher_end - block.teacher_start for block in along) <= limits[1]
+
+
+def test_a_space_that_both_tokenizers_put_before_a_text_is_no_byte_of_a_skipped_passage(
+    dummy_prefix_tokenizer, monkeypatch
+):
+    monkeypatch.setattr(blocks, "MAX_SKIPPED_SHARE", 1.0)
+    definition = json.loads(dummy_prefix_tokenizer.backend_tokenizer.to_str())
+    definition["model"]["merges"] = []
+    letters = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(definition)), bos_token="<s>", eos_token="</s>"
+    )
+    pair = _pair(dummy_prefix_tokenizer, letters)
+    text = "The mean and the loss"
+    (first, *_) = encode(dummy_prefix_tokenizer, [text])[0]
+    assert build_token_table(dummy_prefix_tokenizer, len(dummy_prefix_tokenizer)).pieces[first] == b" The"
+    dataset = build_dataset([Document("a", text)] * 2, pair, 24, 4)
+    assert dataset.text.num_bytes + dataset.text.skipped_bytes == 2 * len(text)
+    kept = b"".join(_text_of_blocks(dataset, "student"))
+    assert not kept.startswith(b" The")
+    assert dataset.text.num_bytes == len(kept) - 2
 
 
 # Start tokens
@@ -356,7 +486,7 @@ def test_both_models_read_the_canonical_text(pairs, names):
 
 @pytest.mark.parametrize("names", PAIRS)
 def test_a_text_without_a_document_that_can_be_encoded_is_a_usage_error(pairs, names):
-    with pytest.raises(UsageError, match="2 of its 2 documents cannot be used: empty, or changed by a tokenizer: a, b"):
+    with pytest.raises(UsageError, match="2 of its 2 documents cannot be used: empty, or no Unicode text: a, b"):
         build_dataset([Document("a", ""), Document("b", "\ud800")], pairs[names], 24, 40)
 
 
@@ -416,11 +546,15 @@ def _mostly_kept(text: str, percent: int) -> list[Document]:
 @pytest.mark.parametrize("kind", CHANGED)
 def test_a_text_of_which_a_tokenizer_changes_a_little_goes_on_without_it(changing, sp_tokenizer, kind, alignment):
     text, _ = CHANGED[kind]
-    for sides in ((sp_tokenizer, changing[kind]), (changing[kind], sp_tokenizer)):
+    for whose, sides in (
+        ("teacher", (sp_tokenizer, changing[kind])),
+        ("student", (changing[kind], sp_tokenizer)),
+    ):
         documents = _mostly_kept(text, percent=3)
         found = build_dataset(documents, _pair(*sides, **ALIGNMENTS[alignment]), 24, 40)
-        assert (found.text.names, found.text.skipped_documents) == (["kept"], ["changed"])
-        assert found.text.num_bytes == len(documents[0].text)
+        assert found.text.names == ["kept"]
+        assert found.text.skipped_documents == [f"changed (the {whose}'s tokenizer changes its text)"]
+        assert (found.text.num_bytes, found.text.skipped_bytes) == (len(documents[0].text), len(text.encode()))
         assert _text_of_blocks(found, "student") == _text_of_blocks(found, "teacher")
         assert len(found.batch([0]).alignment.student_positions) > 0
 
@@ -441,6 +575,23 @@ def test_a_text_of_which_a_tokenizer_changes_too_much_is_refused_with_an_example
         f"--{whose}_model: its tokenizer changes text ({example}); 10.0% of the bytes would be skipped, more than 5%; "
         "use another model"
     )
+
+
+@pytest.mark.parametrize("kind", CHANGED)
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_of_a_document_only_the_lines_that_a_tokenizer_changes_are_skipped(changing, sp_tokenizer, kind, whose):
+    sides = (changing[kind], sp_tokenizer) if whose == "student" else (sp_tokenizer, changing[kind])
+    line, changed = "a line of words, or two\n", f"{CHANGED[kind][0]} line\n"
+    text, rest = line * 20 + changed + line * 3 + changed + line * 20, line * 43
+    found = build_dataset([Document("long", text), Document("b", line)], _pair(*sides), 24, 40).text
+    wanted = build_dataset([Document("long", rest), Document("b", line)], _pair(*sides), 24, 40).text
+    for own, other in ((found.student, wanted.student), (found.teacher, wanted.teacher)):
+        assert own.ids.tolist() == other.ids.tolist()
+        assert np.asarray(own.ends).tolist() == np.asarray(other.ends).tolist()
+    assert (found.names, found.skipped_documents) == (["long", "b"], [])
+    assert found.skipped_passages == [f"long (the {whose}'s tokenizer changes it)"] * 2
+    assert found.num_bytes == len(rest) + len(line)
+    assert found.skipped_bytes == 2 * len(changed.encode())
 
 
 def test_what_a_tokenizer_changes_is_no_matter_where_both_are_equal(changing):

@@ -1,8 +1,10 @@
 """Documents that cannot be used: their reasons and remedies."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from sar_kd.data.skipped import TOO_LONG, by_reason, has_null, skipped_lines, unusable
+from sar_kd.data.skipped import NO_COMMON_END, TOO_LONG, by_reason, has_null, skipped_lines, unusable
 
 SKIPPED = [
     f"a.jsonl:1 ({TOO_LONG})",
@@ -17,7 +19,7 @@ SKIPPED = [
 
 def test_names_are_told_from_reasons():
     assert by_reason(SKIPPED) == {
-        "empty, or changed by a tokenizer": ["a.txt (end)", "plain"],
+        "empty, or no Unicode text": ["a.txt (end)", "plain"],
         "the student's chat template refuses it: no (such) turns": ["b.jsonl:2", "b.jsonl:3"],
         TOO_LONG: ["a.jsonl:1"],
         "its 'messages' is null": ["c.jsonl:4"],
@@ -32,13 +34,23 @@ def test_an_example_with_a_null_is_told_from_others():
     assert not any(map(has_null, others))
 
 
+def _text(documents=(), passages=(), skipped_bytes=0, num_bytes=1000):
+    return SimpleNamespace(
+        skipped_documents=documents, skipped_passages=passages, skipped_bytes=skipped_bytes, num_bytes=num_bytes
+    )
+
+
 def test_each_reason_has_a_line():
-    assert skipped_lines(SKIPPED[:3]) == [
+    passages = [f"a.txt ({NO_COMMON_END})", "b (b) (the student's tokenizer changes it)", f"a.txt ({NO_COMMON_END})"]
+    assert skipped_lines(_text(SKIPPED[:3], passages, 50, 1950), _text([], [], 10, 1990)) == [
         f"Skipped 1 document, {TOO_LONG}: a.jsonl:1",
-        "Skipped 1 document, empty, or changed by a tokenizer: a.txt (end)",
+        "Skipped 1 document, empty, or no Unicode text: a.txt (end)",
         "Skipped 1 document, the student's chat template refuses it: no (such) turns: b.jsonl:2",
+        f"Skipped 2 passages, {NO_COMMON_END}: a.txt",
+        "Skipped 1 passage, the student's tokenizer changes it: b (b)",
+        "Skipped because of the tokenizers: 60 bytes, 1.50% of the text",
     ]
-    assert skipped_lines([]) == []
+    assert skipped_lines(_text()) == []
 
 
 @pytest.mark.parametrize(

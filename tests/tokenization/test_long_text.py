@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 import transformers
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from sar_kd.data import tokenized_text
+from sar_kd.data import samples, tokenized_text
 from sar_kd.data.dataset import build_dataset
 from sar_kd.data.samples import Conversation, Document, Message
 from sar_kd.data.tokenized_text import tokenize
@@ -176,38 +176,57 @@ def test_a_text_in_pieces_and_chunks_is_the_text_at_once(tokenizers, student, te
     assert list(at_once.skipped_documents) == ["empty", "torn"]
 
 
+def _with_normalizer(byte_tokenizer, normalizer):
+    definition = json.loads(byte_tokenizer.backend_tokenizer.to_str()) | {"normalizer": normalizer}
+    tokenizer = Tokenizer.from_str(json.dumps(definition))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+
 @pytest.mark.parametrize("kind", ["sp", "byte"])
-def test_a_tokenizer_that_changes_text_skips_the_same_documents_in_pieces(
+def test_a_tokenizer_that_changes_text_skips_the_same_lines_in_pieces(
     tokenizers, byte_tokenizer, small_pieces, monkeypatch, kind
 ):
-    monkeypatch.setattr(tokenized_text, "MAX_CHANGED_SHARE", 1)
-    definition = json.loads(byte_tokenizer.backend_tokenizer.to_str())
-    lower = Tokenizer.from_str(json.dumps(definition))
-    lower.normalizer = normalizers.Lowercase()
-    lossy = transformers.PreTrainedTokenizerFast(tokenizer_object=lower, eos_token="<|endoftext|>")
-    documents = [*MIXED, *(Document(name, TEXTS[name].lower()) for name in TEXTS)]
-    pair = _pair(tokenizers[kind], lossy)
+    monkeypatch.setattr(tokenized_text, "MAX_SKIPPED_SHARE", 1)
+    upper, lower = "A teacher wrote.\n", "a student reads what the teacher wrote.\n"
+    documents = [
+        *MIXED[1:-1],
+        Document("first and last", upper + 30 * lower + upper),
+        Document("whole pieces", 10 * lower + 60 * upper + 10 * lower),
+        Document("all but the last", 60 * upper + lower),
+        Document("all but the first", lower + 60 * upper),
+        Document("all", 60 * upper),
+        *(Document(name, TEXTS[name].lower()) for name in TEXTS),
+    ]
+    pair = _pair(tokenizers[kind], _with_normalizer(byte_tokenizer, {"type": "Lowercase"}))
     found = tokenize(documents, pair)
     monkeypatch.setattr(long_text, "PIECE", 10**6)
     assert _fields(found) == _fields(tokenize(documents, pair))
-    assert list(found.names) == ["short", "last", *TEXTS]
-    conversation = "talk (the teacher's tokenizer changes its text)"
-    assert list(found.skipped_documents) == ["first", "empty", "torn", conversation]
+    partly = {"first and last": 2, "whole pieces": 60, "all but the last": 60, "all but the first": 60}
+    assert list(found.names) == ["short", *partly, *TEXTS]
+    reason = "the teacher's tokenizer changes"
+    assert list(found.skipped_passages) == [f"{name} ({reason} it)" for name, n in partly.items() for _ in range(n)]
+    assert list(found.skipped_documents) == ["empty", "torn", f"all ({reason} its text)", f"talk ({reason} its text)"]
+    kept = [len(text.lower().encode()) for text in TEXTS.values()]
+    assert found.num_bytes == len("a word") + 52 * len(lower) + sum(kept)
+    assert found.skipped_bytes == 242 * len(upper) + len(TEXTS["code"])
 
 
-def test_a_long_document_that_is_skipped_late_leaves_no_trace(byte_tokenizer, sp_tokenizer, small_pieces, monkeypatch):
-    monkeypatch.setattr(tokenized_text, "MAX_CHANGED_SHARE", 1)
-    definition = json.loads(byte_tokenizer.backend_tokenizer.to_str())
-    definition["normalizer"] = {"type": "Replace", "pattern": {"String": "colour"}, "content": "color"}
-    american = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(definition)), eos_token="<|endoftext|>"
-    )
-    pair, plain = _pair(sp_tokenizer, american), TEXTS["lines"]
-    documents = [Document("a", "first"), Document("uk", plain + "colour" + plain), Document("b", plain)]
-    found = tokenize(documents, pair)
-    assert (list(found.names), list(found.skipped_documents)) == (["a", "b"], ["uk"])
+def test_what_is_skipped_late_leaves_no_trace(byte_tokenizer, sp_tokenizer, small_pieces, monkeypatch):
+    monkeypatch.setattr(tokenized_text, "MAX_SKIPPED_SHARE", 1)
+    replace = {"type": "Replace", "pattern": {"String": "colour"}, "content": "color"}
+    pair, plain = _pair(sp_tokenizer, _with_normalizer(byte_tokenizer, replace)), TEXTS["lines"]
+    documents = [Document("a", "first"), Document("uk", plain + "colour\n" + plain), Document("b", plain)]
+    found, without = tokenize(documents, pair), [documents[0], Document("uk", plain * 2), documents[2]]
+    assert _fields(found)[:9] == _fields(tokenize(without, pair))[:9]
+    assert list(found.names) == ["a", "uk", "b"]
+    assert list(found.skipped_passages) == ["uk (the teacher's tokenizer changes it)"]
+    assert (found.num_bytes, found.skipped_bytes) == (len("first" + plain * 3), len("colour\n"))
+    monkeypatch.setattr(samples, "CHUNK", 700)  # so that the torn character is found late
+    torn = Document("torn", "colour\n" + plain + "colour\n\ud800" + plain)
+    found = tokenize([documents[0], torn, documents[2]], pair)
     assert _fields(found)[:9] == _fields(tokenize([documents[0], documents[2]], pair))[:9]
-    assert found.num_bytes == len("first" + plain)
+    assert (list(found.skipped_documents), list(found.skipped_passages)) == (["torn"], [])
+    assert (found.num_bytes, found.skipped_bytes) == (len("first" + plain), 0)
 
 
 def test_blocks_of_a_long_document_name_it(tokenizers, small_pieces):

@@ -126,10 +126,10 @@ class TeacherText:
         text = tokenize(documents, teacher_pair, (limit - 1, limit - 1), token_cache)
         self._plain = PlainTargets(text)
         if student_pair is None:
-            ends = _plain_ends(text, pack(text, min(block_size, limit) - 1, limit - 1))
+            ends = _plain_bounds(text, pack(text, min(block_size, limit) - 1, limit - 1))
         else:
             student = build_dataset(documents, student_pair, block_size, limit, token_cache)
-            ends = self._block_ends_of(student, text)
+            ends = self._block_bounds_of(student, text)
         bounds = np.append(0, self._complete(ends, limit - 1))
         self.block_ends = self._plain.count_before(bounds[1:])
         """int64, ascending: the number of records at the end of each block of plain documents"""
@@ -147,12 +147,12 @@ class TeacherText:
         """The target tokens."""
         return int(self.block_sizes.sum())
 
-    def _block_ends_of(self, student: Dataset, text: TokenizedText) -> np.ndarray:
-        """Where the student's blocks of plain documents end in the teacher's tokens of `text`."""
+    def _block_bounds_of(self, student: Dataset, text: TokenizedText) -> np.ndarray:
+        """Where the student's blocks of plain documents begin and end in the teacher's tokens of `text`."""
         no_conversations = np.full(len(text.conversations), len(self._plain))
         documents, none = np.append(self._plain.starts, no_conversations), self._plain.starts[:0]
         index = CacheIndex(self._plain, none, documents, text.names, none, len(text.conversations))
-        ends = CacheLookup(student.text, index).record_ends(_plain_ends(student.text, student.blocks))
+        ends = CacheLookup(student.text, index).record_ends(_plain_bounds(student.text, student.blocks))
         return self._plain.token_ends(ends)
 
     def _complete(self, ends: np.ndarray, limit: int) -> np.ndarray:
@@ -188,6 +188,7 @@ class TeacherText:
         atomic_rename(partial, folder)
 
 
-def _plain_ends(text: TokenizedText, blocks: Blocks) -> np.ndarray:
-    """Where the blocks of plain documents end in the teacher's tokens; conversations come last."""
-    return blocks.ranges[: len(blocks) - len(text.conversations), 3]
+def _plain_bounds(text: TokenizedText, blocks: Blocks) -> np.ndarray:
+    """Where the blocks of plain documents begin and end in the teacher's tokens, without 0; conversations come last."""
+    bounds = np.unique(blocks.ranges[: len(blocks) - len(text.conversations), 2:])
+    return bounds[bounds > 0]

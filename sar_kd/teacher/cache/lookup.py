@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -171,14 +170,12 @@ class CacheLookup:
             temperature=self._cached.temperature,
         )
 
-    def total_nats(self) -> tuple[float, int]:
-        """The teacher's loss over all targets of the text, and their number; nan if some have no record."""
+    def total_nats(self, blocks: Sequence[Block]) -> tuple[float, int]:
+        """The teacher's loss over all targets of some blocks, and their number; nan if some have no record."""
         assert self._cached is not None
         total, count = 0.0, 0
-        parts = split_range(len(self.plain), CHUNK)
-        plain = (self._plain_records(np.arange(part.start, part.stop))[1] for part in parts)
-        conversations = (self.record_indices(*block[2:]) for block in self.text.conversations)
-        for indices in chain(plain, conversations):
+        for block in blocks:
+            indices = self.record_indices(block.teacher_start, block.teacher_end)
             total -= float(self._cached.shards.take(indices)["target_log_prob"].astype(np.float64).sum())
             count += len(indices)
         return total, count

@@ -44,7 +44,9 @@ CLAMPS = ("--logit_clamp_style", "normalized", "--loss_clamp_style", "scale")
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory, make_student, make_teacher, sp_tokenizer, byte_tokenizer, corpus_texts):
+def inputs(
+    tmp_path_factory, make_student, make_teacher, sp_tokenizer, byte_tokenizer, superword_tokenizer, corpus_texts
+):
     """Saved models with two tokenizers, plain text, and the same with conversations between."""
     folder = tmp_path_factory.mktemp("inputs")
     for name, model, tokenizer in (
@@ -54,6 +56,12 @@ def inputs(tmp_path_factory, make_student, make_teacher, sp_tokenizer, byte_toke
         ("dense", make_student(len(byte_tokenizer), num_hidden_layers=1, hidden_size=16), byte_tokenizer),
         # Its tokenizer has a start token.
         ("starting", make_student(len(sp_tokenizer), num_hidden_layers=1, initializer_range=0.3), sp_tokenizer),
+        # Its tokens span words.
+        (
+            "spanning",
+            make_student(len(superword_tokenizer), num_hidden_layers=1, initializer_range=0.3),
+            superword_tokenizer,
+        ),
     ):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -165,7 +173,22 @@ def test_so_are_they_where_the_teacher_has_a_start_token_before_each_document(in
     assert not cached.dataset.text.teacher.is_target[cached.dataset.text.teacher.ids == start].any()
     assert cached.dataset.cached_records.num_missing == 0
     _assert_same(cached, live)
-    nats, count = cached.dataset.cached_records.total_nats()
+    _assert_total_nats(cached, live)
+
+
+@pytest.mark.parametrize("student", ["equal_student", "student"])
+def test_so_are_they_where_passages_without_a_common_end_are_in_no_block(inputs, tmp_path, student):
+    more = "--teacher_model", inputs / "spanning", "--block_size", 28
+    _build(inputs, tmp_path / "cache", *more, student=student)
+    cached, live = _runs(inputs, tmp_path / "cache", *more, student=student)
+    assert len(cached.dataset.text.skipped_ranges) == len(live.dataset.text.skipped_ranges) == 2
+    assert cached.dataset.cached_records.num_missing == 0
+    _assert_same(cached, live)
+    _assert_total_nats(cached, live)
+
+
+def _assert_total_nats(cached, live):
+    nats, count = cached.dataset.cached_records.total_nats(cached.dataset.blocks)
     batches = list(live.dataset.token_batches("teacher", 1))
     assert count == sum(len(batch.targets) for batch in batches)
     log_probs = 0.0
