@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 SUITE = "tests/stress/test_fp16.py"
+TILES, LOSSES = "tests/losses/test_tiled_loss.py", "tests/losses/test_distillation.py"
 RECOVERY, GUARDS, STEP = "tests/stress/test_recovery.py", "tests/training/test_guards.py", "tests/training/test_step.py"
 DATASET = "tests/data/test_dataset.py"
 
@@ -80,6 +81,17 @@ MUTATIONS = (
              "    if share > MAX_SKIPPED_SHARE:\n", "    if False:\n", DATASET),
     Mutation("what no block can hold counts in no perplexity", "data/blocks.py",
              "num_bytes=text.num_bytes - num_bytes,", "num_bytes=text.num_bytes,", DATASET),
+    Mutation("a position without any token is not finite", "models/logit_tiles.py",
+             "return (peaks > MASKED_BELOW) & (peaks < math.inf)", "return peaks < math.inf", TILES),
+    Mutation("a masked token of a head is no fault", "models/lm_head.py",
+             "torch.addmm(bias.clamp_min(MASKED_LOGIT), a, b, out=out)", "torch.addmm(bias, a, b, out=out)", TILES),
+    Mutation("a masked target has an infinite loss", "losses/tiled_loss.py",
+             "(target_logits - logsumexp).masked_fill(target_logits < MASKED_BELOW, -math.inf)",
+             "target_logits - logsumexp", TILES),
+    Mutation("an infinite divergence is left out", "losses/distillation.py",
+             "        keep = keep & ~is_infinite\n", "", LOSSES),
+    Mutation("a probability beside a mask is 0 or not small", "models/logit_tiles.py",
+             "return torch.threshold_(probs, 1.001 * SMALLEST_PROBABILITY, 0.0)", "return probs", LOSSES),
     # verdicts
     Mutation("a verdict is obeyed", "training/step.py", "    if verdict.applied:\n", "    if True:\n"),
     Mutation("the norm limit", "training/guards.py", 'return None if grad_norm <= limit else "norm"', "return None"),

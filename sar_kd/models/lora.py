@@ -18,7 +18,7 @@ from torch import nn
 
 from sar_kd.config.sections import ALL_LINEAR, LoraConfig
 from sar_kd.errors import UsageError
-from sar_kd.runtime.precision import Precision
+from sar_kd.runtime.precision import MASKED_BELOW, Precision
 
 
 def add_adapter(student: nn.Module, config: LoraConfig) -> nn.Module:
@@ -143,6 +143,8 @@ def require_equal_logits(student: nn.Module, whole: nn.Module, precision: Precis
     finally:
         student.train(was_training)
     saved = whole(input_ids=input_ids, use_cache=False).logits[0].double()
+    is_masked = (trained < MASKED_BELOW) & (saved < MASKED_BELOW)  # a token, by -inf
+    trained, saved = (logits.masked_fill(is_masked, 0.0) for logits in (trained, saved))
     comparable = trained.isfinite().all(1)  # a student whose logits are not finite is saved as it is
     if not comparable.any():
         return

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sar_kd.errors import UsageError
-from sar_kd.runtime.precision import Precision
+from sar_kd.runtime.precision import MASKED_BELOW, Precision
 
 
 def vocab_size_of(model: Any) -> int:
@@ -67,7 +68,11 @@ def require_causal(title: str, model: Any, precision: Precision) -> None:
 
 
 def _differ(first: Tensor, second: Tensor, dtype: torch.dtype) -> bool:
-    """By more than rounding. Not where they are not finite, which other checks find."""
+    """By more than rounding. Not where they are not finite, which other checks find; a token that is masked in both by
+    -inf is equal.
+    """
+    is_masked = (first < MASKED_BELOW) & (second < MASKED_BELOW)
+    first, second = (logits.masked_fill(is_masked, 0.0) for logits in (first, second))
     tolerance = 1e-4 if dtype is torch.float32 else 2e-2
     difference, size = (first - second).abs().amax(), first.abs().amax()
     return bool(difference > tolerance * size)
@@ -85,13 +90,25 @@ def require_trainable(title: str, student: nn.Module) -> None:
         raise UsageError(f"{title}: all of its weights are frozen; call its requires_grad_(True) first")
 
 
+def lm_head_bias_name(model: Any) -> str:
+    """The name of the LM head's bias, '' without one."""
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    return next((name for name, values in model.named_parameters() if values is bias), "")
+
+
+def is_finite_weight(values: Tensor, is_lm_head_bias: bool) -> bool:
+    """Are all values of a weight finite? -inf in the LM head's bias masks a token."""
+    return bool((values < math.inf).all() if is_lm_head_bias else values.isfinite().all())
+
+
 def require_finite(title: str, model: nn.Module, dtype: torch.dtype) -> None:
     """Raise UsageError if a weight is not finite in the dtype that it was loaded in."""
+    bias_name = lm_head_bias_name(model)
     for name, values in model.named_parameters():
         if values.is_meta or values.is_inference():
             how = "on the meta device, without values" if values.is_meta else "made in torch.inference_mode()"
             raise UsageError(f"{title}: its weight {name} is {how}; load the model without that")
-        if values.isfinite().all():
+        if is_finite_weight(values, name == bias_name):
             continue
         if dtype is torch.float16 and not values.isnan().any():
             reason = "is beyond the range of float16; use --model_dtype float32"

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from sar_kd.data.chat import DEFAULT_TEMPLATE
 from sar_kd.errors import UsageError
 from sar_kd.models.lora import save_trainable
+from sar_kd.models.model_checks import is_finite_weight, lm_head_bias_name
 from sar_kd.runtime.files import atomic_rename, atomic_write, file_digest, require_disk_space
 from sar_kd.teacher.base import Teacher
 from sar_kd.tokenization.token_stream import TokenizedText
@@ -258,11 +259,11 @@ def _check_weights(path: Path, student: nn.Module) -> None:
     """Raise ValueError if a weight in the file is not finite, which no update that was applied leaves, or is of another
     dtype than this one has in `student`.
     """
-    own = student.state_dict()
+    own, bias_name = student.state_dict(), lm_head_bias_name(student)
     with safetensors.safe_open(str(path), framework="pt") as file:
         for name in file.keys():  # noqa: SIM118  # no dict
             weight = file.get_tensor(name)
-            if not weight.isfinite().all():
+            if not is_finite_weight(weight, name == bias_name):
                 raise ValueError(f"{path.name}: {name} is not finite")
             if name in own and weight.dtype != own[name].dtype:
                 raise ValueError(f"{path.name}: {name} is {weight.dtype}, the student's is {own[name].dtype}")

@@ -248,6 +248,107 @@ def test_nonfinite_positions_are_counted_in_every_tile():
     assert sums.total.isnan()
 
 
+# Masked tokens
+
+MASKED = [3, 20, 36]
+
+
+def _masked_inputs(**head):
+    """Both models mask three tokens by the bias of their heads; no target is one of them."""
+    inputs = _inputs(bias=True, **head)
+    inputs.teacher_head.weight.mul_(0.5)
+    inputs.teacher_head = dataclasses.replace(inputs.teacher_head, bias=torch.linspace(-1.0, 1.0, V))
+    for own in (inputs.head, inputs.teacher_head):
+        own.bias[MASKED] = -math.inf
+    inputs.targets = torch.where(torch.isin(inputs.targets, torch.tensor(MASKED)), 5, inputs.targets)
+    return inputs
+
+
+def _without_masked(inputs):
+    """The same over the other tokens alone."""
+    kept = torch.tensor([v for v in range(V) if v not in MASKED])
+    heads = (
+        dataclasses.replace(own, weight=own.weight[kept], bias=own.bias[kept])
+        for own in (inputs.head, inputs.teacher_head)
+    )
+    names = dict(zip(("head", "teacher_head"), heads, strict=True))
+    return kept, SimpleNamespace(**{**vars(inputs), **names, "targets": torch.searchsorted(kept, inputs.targets)})
+
+
+@EVERY_DIRECTION
+@TILE_SIZES
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_masked_tokens_take_no_part_in_values_and_gradients(tile_size, direction, side, scale):
+    inputs = _masked_inputs(scale=scale)
+    kept, others = _without_masked(inputs)
+    ce = 0.7 if side == "student" else 0.0
+    term = _term(inputs, kd_direction=direction)
+    sums, gradients = _tiled(inputs, term, tile_size, ce=ce, grad_side=side)
+    total, ce_sum, kd_sum, naive = _dense(others, direction, ce=ce, grad_side=side)
+    assert (sums.nonfinite, sums.dropped, sums.infinite) == (0, 0, 0)
+    torch.testing.assert_close(sums.total.double(), total, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sums.unclamped_kd.double(), kd_sum, rtol=1e-5, atol=1e-5)
+    if side == "student":
+        torch.testing.assert_close(sums.unclamped_ce.double(), ce_sum, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradients[0].double(), naive[0], rtol=1e-4, atol=1e-5)
+    for gradient, expected in zip(gradients[1:], naive[1:], strict=True):
+        torch.testing.assert_close(gradient[kept].double(), expected, rtol=1e-4, atol=1e-5)
+        assert not gradient[MASKED].any()
+
+
+@pytest.mark.parametrize("style", ["off", "normalized", "raw"])
+def test_a_masked_target_has_an_infinite_cross_entropy_and_its_position_counts_as_not_finite(style):
+    inputs = _masked_inputs()
+    inputs.targets[[4, 30]] = MASKED[0]
+    term = _term(inputs, logit_clamp_style=style, logit_clamp=5.0)
+    sums, _ = _tiled(inputs, term, 8)
+    assert (sums.nonfinite, sums.unclamped_ce) == (2, math.inf)
+    assert sums.kd.isfinite()
+    sums, gradients = _tiled(inputs, term, 8, ce=0.0)  # where it is not learned, it is measured alone
+    assert (sums.nonfinite, sums.unclamped_ce) == (0, math.inf)
+    assert sums.total == 0.6 * sums.kd
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_the_cross_entropy_of_a_position_that_another_tile_holds_may_be_infinite():
+    inputs = _masked_inputs()
+    inputs.targets[4] = MASKED[0]
+    tiles = [Tile(slice(None), slice(0), (torch.arange(N) != 4).float(), None)]
+    spec = TiledLossSpec(tiles, inputs.targets, None, 1.0, 0.0, LogitClamp())
+    sums = tiled_loss(spec, LazyLogits(inputs.states, inputs.head, FLOAT32), None)
+    assert sums.nonfinite == 0
+    expected = _naive_logits(inputs.states, inputs.head).log_softmax(-1).gather(1, inputs.targets[:, None])
+    torch.testing.assert_close(sums.total, -expected[torch.arange(N) != 4].sum())
+
+
+@pytest.mark.parametrize("precision", [FLOAT32, HALF], ids=["float32", "float16"])
+def test_the_log_probability_of_a_masked_target_is_minus_infinity_and_no_other_is(precision):
+    inputs = _masked_inputs()
+    inputs.targets[[4, 30]] = MASKED[1]
+    found, finite = target_log_probs(LazyLogits(inputs.states, inputs.head, precision), inputs.targets, 8)
+    assert finite.all()
+    assert (found == -math.inf).nonzero().flatten().tolist() == [4, 30]
+    others = _naive_logits(inputs.states.double(), dataclasses.replace(inputs.head, weight=inputs.head.weight.double()))
+    expected = others.log_softmax(-1).gather(1, inputs.targets[:, None])[:, 0]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5 if precision is FLOAT32 else 1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, -math.inf])
+@pytest.mark.parametrize("bound", [math.inf, 5.0])
+def test_a_position_of_which_every_token_is_masked_is_not_finite_as_one_with_nan_or_infinity(value, bound):
+    logits, targets = torch.randn(6, V), torch.arange(6)
+    logits[2] = -math.inf
+    logits[4, 1 if value > -math.inf else slice(None)] = value
+    lazy = LazyLogits(logits, None, FLOAT32)
+    found, finite = target_log_probs(lazy, targets, 4, bound)
+    assert finite.tolist() == [True, True, False, True, False, True]
+    assert found.isnan().equal(~finite)
+    spec = TiledLossSpec([Tile(slice(None), slice(0), None, None)], targets, None, 1.0, 0.0, LogitClamp())
+    sums = tiled_loss(spec, lazy, None)
+    assert sums.nonfinite == 2
+
+
 def test_a_tile_fits_into_the_workspace_and_has_a_position_at_least():
     for workspace in (1, 8, 64, 256):
         for size in (97, 2048, 2 * 50257, 2 * 151936):

@@ -1,11 +1,14 @@
 """LM heads verified by running the model, and models whose logits are computed in another way."""
 
+import math
+
 import pytest
 import torch
 import transformers
 from torch import nn
 
-from sar_kd.models.lm_head import LazyLogits, LMHeads, backbone_of
+from sar_kd.models.lm_head import LazyLogits, LMHead, LMHeads, backbone_of
+from sar_kd.runtime.precision import MASKED_BELOW, MASKED_LOGIT, Precision
 from tests.helpers.lm_heads import FLOAT32
 
 SMALL = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -127,6 +130,76 @@ def test_a_model_that_changes_its_logits_after_the_head_is_noticed(change):
 
     model.forward = changed
     assert LMHeads(FLOAT32).of(model) is None
+
+
+HALF = Precision(torch.device("cpu"), torch.float16, 1.0)
+
+
+@pytest.mark.parametrize("precision", [FLOAT32, HALF], ids=["float32", "float16"])
+@torch.no_grad()
+def test_minus_infinity_in_a_heads_bias_is_a_masked_logit_of_its_tile(precision):
+    model = _model("phi")
+    model.lm_head.bias[[3, 50]] = -math.inf
+    head = LMHeads(precision).of(model)
+    with precision.autocast():
+        expected = model(input_ids=INPUT_IDS, use_cache=False).logits.flatten(0, 1)
+        states = backbone_of(model)(input_ids=INPUT_IDS, use_cache=False).last_hidden_state.flatten(0, 1)
+    assert (expected[:, [3, 50]] == -math.inf).all()
+    tolerance = 1e-5 if precision is FLOAT32 else 2e-2
+    for logits in (LazyLogits(states, head, precision), LazyLogits(expected, None, precision)):
+        tile = logits.tile(slice(None))
+        assert ((tile < MASKED_BELOW) & (tile > 1.1 * MASKED_LOGIT)).any(1).nonzero().flatten().tolist() == [3, 50]
+        torch.testing.assert_close(
+            tile.T.where(tile.T > MASKED_BELOW, -math.inf), expected.float(), rtol=tolerance, atol=tolerance
+        )
+
+
+@pytest.mark.parametrize("change", [lambda z: z * 1.5, lambda z: z.roll(1, -1)], ids=["x", "roll"])
+def test_a_head_that_masks_a_token_is_verified_on_the_others(change):
+    model = _model("phi")
+    model.lm_head.bias.data[3] = -math.inf
+    assert LMHeads(FLOAT32).of(model) is not None
+    forward = model.forward
+
+    def changed(**inputs):
+        out = forward(**inputs)
+        out.logits = change(out.logits)
+        return out
+
+    model.forward = changed
+    assert LMHeads(FLOAT32).of(model) is None
+
+
+def test_a_softcap_makes_a_masked_token_one_of_the_lowest_logit():
+    states, weight = torch.randn(4, 8), torch.randn(20, 8)
+    bias = torch.zeros(20).index_fill_(0, torch.tensor([7]), -math.inf)
+    tile = LazyLogits(states, LMHead(weight, bias, 0.5, 3.0), FLOAT32).tile(slice(None))
+    expected = 3.0 * torch.tanh(0.5 * (states @ weight.T + bias) / 3.0)
+    torch.testing.assert_close(tile.T, expected)
+    assert (tile[7] == -3.0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("count", [1, 5])
+def test_whole_logits_are_masked_in_the_tile_alone(dtype, count):
+    """Also by the lowest number of float32, which some models use for it."""
+    logits = torch.randn(count, 60).to(dtype)
+    logits[:, 7] = -math.inf
+    logits[:, 9] = torch.finfo(dtype).min
+    former = logits.clone()
+    tile = LazyLogits(logits, None, FLOAT32).tile(slice(None))
+    assert (tile[7] == MASKED_LOGIT).all()
+    assert (tile[9] == (-65504.0 if dtype is torch.float16 else MASKED_LOGIT)).all()
+    tile.zero_()
+    assert torch.equal(logits, former)
+
+
+def test_a_logit_below_the_range_of_half_is_masked():
+    states, weight = torch.full((2, 8), 300.0), torch.full((20, 8), -100.0)
+    weight[1:] = torch.randn(19, 8)
+    tile = LazyLogits(states, LMHead(weight), HALF).tile(slice(None))
+    assert (tile[0] == MASKED_LOGIT).all()
+    assert (tile[1:].abs() < 65504).all()
 
 
 def test_a_model_that_changes_its_states_before_the_head_is_noticed():

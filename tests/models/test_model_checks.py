@@ -109,6 +109,40 @@ def test_a_weight_that_is_not_finite_is_named_with_its_cause(value, dtype, expec
         require_finite("x", model.to(dtype), dtype)
 
 
+def _masking(value=-float("inf")):
+    """A model with a bias in its LM head, which masks a token."""
+    torch.manual_seed(0)
+    model = transformers.PhiForCausalLM(transformers.PhiConfig(**SIZES))
+    model.lm_head.bias.data[7] = value
+    return model
+
+
+def test_minus_infinity_masks_a_token_in_the_heads_bias_and_is_damage_anywhere_else():
+    require_finite("x", _masking(), torch.float32)
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(UsageError, match=r"weight lm_head\.bias holds 1 values"):
+            require_finite("x", _masking(value), torch.float32)
+    model = _masking()
+    model.model.layers[0].mlp.fc1.bias.data[3] = -float("inf")
+    with pytest.raises(UsageError, match=r"weight model\.layers\.0\.mlp\.fc1\.bias holds 1 values"):
+        require_finite("x", model, torch.float32)
+
+
+def test_a_model_that_masks_a_token_is_checked_for_causality_by_the_others():
+    model = _masking()
+    require_causal("x", model, _precision(torch.float32))
+    forward = model.model.forward
+
+    def leaking(**inputs):
+        out = forward(**inputs)
+        out.last_hidden_state = out.last_hidden_state + 0.01 * out.last_hidden_state.mean(1, keepdim=True)
+        return out
+
+    model.model.forward = leaking
+    with pytest.raises(UsageError, match="is not causal"):
+        require_causal("x", model, _precision(torch.float32))
+
+
 @pytest.mark.parametrize("ids", [[2, 60], -5, "x", [None]])
 def test_an_end_token_that_is_no_id_of_the_model_is_refused(ids):
     model = _model(CAUSAL["llama"])
