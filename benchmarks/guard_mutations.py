@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 SUITE = "tests/stress/test_fp16.py"
-TILES, LOSSES = "tests/losses/test_tiled_loss.py", "tests/losses/test_distillation.py"
+RANGE, HALF = "tests/stress/test_float16_range.py", "tests/models/test_half_precision.py"
 RECOVERY, GUARDS, STEP = "tests/stress/test_recovery.py", "tests/training/test_guards.py", "tests/training/test_step.py"
 DATASET = "tests/data/test_dataset.py"
 
@@ -175,7 +175,7 @@ MUTATIONS = (
     Mutation("the loss scale is kept in a checkpoint", "runtime/precision.py",
              '            self._scaler.load_state_dict(state["scaler"])', "            pass"),
     Mutation("weights that learn are float32", "models/loading.py",
-             "names, torch.float32, loaded", "names, precision.dtype, loaded"),
+             "names, torch.float32, precision, loaded", "names, precision.dtype, precision, loaded"),
     Mutation("the optimizer refuses half weights", "training/optimizer.py",
              "    assert all(parameter.dtype is torch.float32 for parameter in trainable)", "    assert True"),
     # the printed metrics
@@ -202,6 +202,30 @@ def mutate(package: Path, mutation: Mutation) -> None:
     source = path.read_text(encoding="utf-8")
     assert source.count(mutation.text) == 1, f"{mutation.module}: {mutation.guard}: its text is not there once"
     path.write_text(source.replace(mutation.text, mutation.changed), encoding="utf-8")
+    # activations beyond the range of half
+    Mutation("the residual stream is float32", "models/half_precision.py",
+             "return output.float() if computes_in_float16(output) else output", "return output", RANGE),
+    Mutation("gated products are float32", "models/half_precision.py",
+             "return _Product.apply(a, b) if a.shape == b.shape else", "return func(a, b) if a.shape == b.shape else",
+             RANGE),
+    Mutation("rows beyond the range are scaled", "models/half_precision.py",
+             "exponent.clamp_(min=0)", "exponent.clamp_(0, 0)", RANGE),
+    Mutation("layers that read the residual stream themselves", "models/half_precision.py",
+             "return has_linear or any(", 'return (has_linear and not hasattr(module, "self_attn")) or any(', HALF),
+    Mutation("experts that are stacked", "models/half_precision.py",
+             "parameter.ndim > 2 for", "parameter.ndim > 9 for", RANGE),
+    Mutation("scores of eager attention are float32", "models/half_precision.py",
+             'if is_eager or not hasattr(module, "is_causal")', 'if not hasattr(module, "is_causal")', RANGE),
+    Mutation("those scores are not rounded to half", "models/half_precision.py",
+             "if min(a.ndim, b.ndim) > 3:", "if False:", RANGE),
+    Mutation("no cast of the residual stream to a weight's dtype", "models/half_precision.py",
+             "    if args and _is_half(args[0]):\n        return a\n", "", RANGE),
+    Mutation("no cast of a product to half", "models/half_precision.py",
+             "torch.float32 if arg is torch.float16 else arg for arg in args)", "arg for arg in args)", RANGE),
+    Mutation("norms of a half model are float32", "models/half_precision.py",
+             "            _widen_(module)", "            pass", HALF),
+    Mutation("a prepared teacher and student", "models/loading.py",
+             "    if precision.dtype is torch.float16:\n        compute_in_range_(model)\n", "", HALF),
 
 
 def catching(mutation: Mutation | None, suite: str) -> list[str]:

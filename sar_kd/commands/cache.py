@@ -21,6 +21,7 @@ from sar_kd.data.sources import digest_of, load_documents
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.errors import UsageError
 from sar_kd.models.loading import TeacherInfo, load_teacher, load_tokenizers
+from sar_kd.preflight.checks import date_lines
 from sar_kd.runtime.distributed import join_process_group
 from sar_kd.runtime.files import LOCK_FILES, FolderLock, json_safe, require_disk_space
 from sar_kd.runtime.precision import setup_precision
@@ -72,10 +73,13 @@ def _build(config: CachingConfig, folder: Path) -> dict:
     documents = load_documents(data)  # before the weights: a mistake in the files shows at once
     teacher, tokenizer, info = load_teacher(settings, precision)
     info = replace(info, limit=min(info.limit or 8 * data.block_size, 8 * data.block_size))
-    teacher_pair, student_pair = _tokenizer_pairs(config, tokenizer, info)
+    has_header = (folder / HEADER).exists()
+    date = data.template_date or (read_header(folder)["metadata"].get("template_date", "") if has_header else "")
+    teacher_pair, student_pair = _tokenizer_pairs(config, tokenizer, info, date)
     if settings.teacher_top_k >= teacher_pair.num_teacher_tokens:
         num_tokens = teacher_pair.num_teacher_tokens
         raise UsageError(f"--teacher_top_k {settings.teacher_top_k}: the teacher has {num_tokens} tokens; give fewer")
+    has_dates = any(pair.dated_templates for pair in (teacher_pair, student_pair) if pair)
     metadata = {
         "text": [digest_of(text) for text in documents],
         "tokenizer": fingerprint(tokenizer),
@@ -85,6 +89,7 @@ def _build(config: CachingConfig, folder: Path) -> dict:
         "stop_ids": list(info.stop_ids),
         "limit": info.limit,
         "block_size": data.block_size,
+        "template_date": teacher_pair.template_date if has_dates else "",
         "block_tokenizer": "" if student_pair is None else fingerprint(student_pair.student),
         "teacher_top_k": settings.teacher_top_k,
         "temperatures": settings.temperature_values(),
@@ -97,6 +102,8 @@ def _build(config: CachingConfig, folder: Path) -> dict:
     texts = [
         TeacherText(text, teacher_pair, student_pair, data.block_size, info.limit, token_cache) for text in documents
     ]
+    for line in date_lines(teacher_pair) if has_dates else ():
+        print(line)
     _print_plan(settings.teacher_model, folder, header, texts)
     builder = CacheBuilder(config, folder, header, precision, teacher)
     total = sum(text.num_records for text in texts)
@@ -130,14 +137,14 @@ def _prepare_folder(folder: Path, overwrite: bool) -> None:
 
 
 def _tokenizer_pairs(
-    config: CachingConfig, tokenizer: Any, info: TeacherInfo
+    config: CachingConfig, tokenizer: Any, info: TeacherInfo, template_date: str
 ) -> tuple[TokenizerPair, TokenizerPair | None]:
     """The teacher's tokenizer on both sides, by bytes if it keeps them; and the pair of the student whose blocks the
     text is cut into, if that student has another tokenizer.
     """
 
-    def build_pair(**how) -> TokenizerPair:
-        size = info.vocab_size
+    def build_pair(**more) -> TokenizerPair:
+        size, how = info.vocab_size, {"template_date": template_date, **more}
         return TokenizerPair(
             tokenizer, tokenizer, student_vocab_size=size, teacher_vocab_size=size, projects=False, **how
         )
@@ -150,7 +157,7 @@ def _tokenizer_pairs(
     if not config.cache.block_tokenizer:
         return teacher_pair, None
     names = replace(config.cache, student_model=config.cache.block_tokenizer)
-    student_pair = load_tokenizers(names, aligns=False)
+    student_pair = load_tokenizers(names, aligns=False, template_date=template_date)
     return teacher_pair, None if student_pair.equal else student_pair
 
 

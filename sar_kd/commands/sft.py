@@ -27,6 +27,7 @@ from sar_kd.runtime.distributed import ProcessGroup, join_process_group
 from sar_kd.runtime.precision import setup_precision
 from sar_kd.runtime.run_folder import hold_run_folder
 from sar_kd.teacher.base import NoTeacher
+from sar_kd.teacher.cached import set_template_date
 from sar_kd.training.callbacks import Callback, TargetChecks, TaskEvaluation, check_targets
 from sar_kd.training.guards import StepGuard
 from sar_kd.training.optimizer import build_optimizer
@@ -62,6 +63,7 @@ def fine_tune(
 
 
 def _run(config: SftConfig, loaded: LoadedModels, listeners: Sequence[Observer], group: ProcessGroup) -> dict:
+    config = set_template_date(config)  # that the chat template writes
     config = fit_batch_size(config, group, loaded)  # --per_device_batch_size auto
     log = open_run(config, SftLog, listeners=listeners)  # terminal, metrics.jsonl, summary.json
     preflight(config, log.info, loaded, log.detail)  # refuse a run that cannot work
@@ -69,7 +71,7 @@ def _run(config: SftConfig, loaded: LoadedModels, listeners: Sequence[Observer],
 
     documents = load_documents(config.data)  # training and held-out text
     dtype = precision.dtype if config.lora.lora_rank else torch.float32  # trainable weights are float32
-    models = load_student(config.models, dtype, precision, loaded)  # and its tokenizer
+    models = load_student(config.models, dtype, precision, loaded, config.data.template_date)  # and its tokenizer
     if config.memory.gradient_checkpointing:
         recompute_activations_(models.student, same_dropout=True)
         models.student.enable_input_require_grads()  # type: ignore[operator]  # transformers'

@@ -21,7 +21,7 @@ from sar_kd.reporting.run_log import Observer, open_run
 from sar_kd.runtime.distributed import ProcessGroup, join_process_group
 from sar_kd.runtime.precision import setup_precision
 from sar_kd.runtime.run_folder import hold_run_folder
-from sar_kd.teacher.cached import CachedTeacher, open_teacher_cache
+from sar_kd.teacher.cached import CachedTeacher, open_teacher_cache, set_template_date
 from sar_kd.teacher.live import LiveTeacher
 from sar_kd.training.guards import StepGuard
 from sar_kd.training.on_policy import build_on_policy
@@ -52,6 +52,7 @@ def train(
 
 
 def _run(config: Config, loaded: LoadedModels, listeners: Sequence[Observer], group: ProcessGroup) -> dict:
+    config = set_template_date(config)  # that chat templates write
     config = fit_batch_size(config, group, loaded)  # --per_device_batch_size auto
     config, baseline = prepare_task(config, loaded)  # --task: fine-tune the teacher, train a baseline
     log = open_run(config, process_group=group, listeners=listeners)  # terminal, metrics.jsonl, summary.json

@@ -5,6 +5,7 @@ configuration, and the `Command` with the options of a command line.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import math
 import re
 import typing
@@ -126,6 +127,14 @@ def seconds_of(text: str) -> float:
     found = _TIME.fullmatch(text)
     parts = found.groups(default="0") if found else ()
     return sum(int(part) * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))
+
+
+def is_date(text: str) -> bool:
+    """Is it a date such as 2026-01-31?"""
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ class TrainingOptions(TypedDict, total=False):
     dataset_config_name: str
     dataset_split: str
     task: Literal["", "units"]
+    template_date: str
     block_size: int
     token_cache: str
     weight_decay: float
@@ -126,6 +127,7 @@ class CacheOptions(TypedDict, total=False):
     dataset_config_name: str
     dataset_split: str
     task: Literal["", "units"]
+    template_date: str
     block_size: int
     token_cache: str
     model_dtype: Literal["auto", "float16", "bfloat16", "float32"]

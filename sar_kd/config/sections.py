@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from sar_kd.config.fields import Section, option, require, seconds_of
+from sar_kd.config.fields import Section, is_date, option, require, seconds_of
 from sar_kd.errors import UsageError
 
 EMBEDDED = "embedded"
@@ -61,6 +61,10 @@ class DataConfig(Section):
         "text and sets defaults of its own",
         choices=("", "units"),
     )
+    template_date: str = option(
+        "", "the date that chat templates write, such as 2026-01-31; by default today's, which --resume and a teacher "
+        "cache keep",
+    )  # fmt: skip
     block_size: int = option(256, "student tokens in a block; the teacher gets the same text")
     token_cache: str = option(
         "", "folder that stores the tokens of a large text; by default sar_kd in the user's cache folder; 'off': none"
@@ -95,6 +99,10 @@ class DataConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
+        require(
+            not self.template_date or is_date(self.template_date), "template_date", self.template_date,
+            "must be a date such as 2026-01-31",
+        )  # fmt: skip
         require(self.block_size >= 8, "block_size", self.block_size, "must be at least 8 tokens")
         if self.task and (self.dataset_name or self.train_file):
             raise UsageError(f"--task {self.task}: makes its own text; leave out --train_file and --dataset_name")

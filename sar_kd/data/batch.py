@@ -80,10 +80,10 @@ def _to(record, device: torch.device):
     return dataclasses.replace(record, **changed)
 
 
-def token_batch(stream: TokenStream, ranges: list[tuple[int, int]], start_id: int) -> TokenBatch:
-    """Ranges of a token stream as one padded batch, each after a start token."""
+def token_batch(stream: TokenStream, ranges: list[tuple[int, int]], start_ids: list[int]) -> TokenBatch:
+    """Ranges of a token stream as one padded batch, each after a start token of its own."""
     width = 1 + max(end - start for start, end in ranges)
-    input_ids = torch.full((len(ranges), width), start_id, dtype=torch.int64)
+    input_ids = torch.tensor(start_ids, dtype=torch.int64)[:, None].repeat(1, width)
     labels = torch.full((len(ranges), width), IGNORE_INDEX, dtype=torch.int64)
     for i, (start, end) in enumerate(ranges):
         ids = torch.from_numpy(stream.ids[start:end].astype(np.int64))

@@ -47,15 +47,17 @@ def _plain_sizes(text: TokenizedText) -> tuple[int, int]:
 
 
 def skip_start_tokens(blocks: Blocks, text: TokenizedText) -> Blocks:
-    """The blocks of plain documents without a document's start token at either end.
+    """The blocks without the token that a conversation begins with, and a document's start token at either end.
 
-    A block begins with a start token of its own, and predicts nothing from one at its end.
+    The first is an input before the block (`Dataset.start_of`). A block of plain documents begins with a start token of
+    its own, and predicts nothing from one at its end.
     """
     ranges = blocks.ranges.copy()
     plain = ranges[: len(blocks) - len(text.conversations)]
     for side, stream in enumerate((text.student, text.teacher)):
         plain[:, 2 * side] += ~stream.is_target[plain[:, 2 * side]]
         plain[:, 2 * side + 1] -= ~stream.is_target[plain[:, 2 * side + 1] - 1]
+    ranges[len(plain) :, ::2] += 1
     return Blocks(ranges)
 
 

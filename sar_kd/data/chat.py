@@ -19,13 +19,14 @@ from sar_kd.data.chat_layout import Form, Layout, LayoutFinder, SkippedConversat
 from sar_kd.data.samples import Conversation
 from sar_kd.data.template_sandbox import TemplateFailure, TemplateSandbox, TooMuchWork
 from sar_kd.errors import UsageError
-from sar_kd.tokenization.backends import encode
+from sar_kd.tokenization.backends import called_ids, encode
 from sar_kd.tokenization.long_text import ANCHORS, encode_after, encode_texts
 from sar_kd.tokenization.token_stream import FORMAT, PROMPT, RESPONSE, STOP, TEMPLATE, Span, concatenate_spans
 from sar_kd.tokenization.token_table import SPECIAL, Ids, TokenTable, build_token_table
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
 DEFAULT_TEMPLATE = (
+    "{% if bos_token != eos_token %}{{ bos_token }}{% endif %}"
     "{% for message in messages %}{{ message.role | capitalize + ':\\n' + message.content }}"
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}"
     "{% if not loop.last %}{{ '\\n\\n' }}{% endif %}{% endfor %}"
@@ -108,12 +109,12 @@ def render(conversations: list[Conversation], templates: list[ChatTemplate]) -> 
     return Rendered(names, sides, tables, skipped, changed_bytes, without, dropped)
 
 
-def chat_templates(pair: TokenizerPair, now: datetime | None = None) -> list[ChatTemplate]:
+def chat_templates(pair: TokenizerPair) -> list[ChatTemplate]:
     """The template of each token stream: a single one where the tokenizers are taken as equal.
 
-    now: the date that templates may write; None for today
     Raises: UsageError if tokenizers taken as equal have different templates, or their tokens' bytes cannot be known
     """
+    now = datetime.fromisoformat(pair.template_date)
     if pair.tables is not None:
         student, teacher = pair.tables
         return [
@@ -165,14 +166,14 @@ def _turns(conversation: Conversation, templates: list[ChatTemplate], dropped: l
 class ChatTemplate:
     """One model's chat template and tokenizer."""
 
-    def __init__(self, whose: str, tokenizer, table: TokenTable, now: datetime | None = None):
+    def __init__(self, whose: str, tokenizer, table: TokenTable, now: datetime):
         """whose: 'student' or 'teacher'; now: the date that the template may write"""
         self.whose, self.tokenizer, self.table = whose, tokenizer, table
         self.took_default = False
         """It has rendered a conversation with `DEFAULT_TEMPLATE`"""
         self.change = ""
         """The first content that the tokenizer changed, as `TokenTable.describe_change`"""
-        self._now = now or datetime.now()
+        self._now = now
         self._end_ids = frozenset(table.end_ids)
         self._finders: dict[str, LayoutFinder] = {}
         self._separator_ids: dict[tuple[str, bool, bool], list[int]] = {}
@@ -258,7 +259,7 @@ class ChatTemplate:
         return self._dummy_after[separator]
 
     def interleave(self, turns: _Turns, side: int, contents: list[Span]) -> list[Span]:
-        """Template text, contents and stop tokens in order."""
+        """Template text, contents and stop tokens in order, behind a start token where the template does not begin."""
         layout, spans = turns.layouts[side], list[Span]()
         messages = [turns.form.texts[i].message for i in layout.texts]
         for i, (separator, starts) in enumerate(zip(layout.separators, layout.starts, strict=True)):
@@ -282,7 +283,8 @@ class ChatTemplate:
                     end = next((end for end in layout.ends[i] if low < end <= high), None)
                     spans += self._stop_spans(ids, None if end is None else separator[low:end])
             spans += contents[i : i + 1]
-        return [span for span in spans if len(span.ids) or span.kind in (PROMPT, RESPONSE)]
+        spans = [span for span in spans if len(span.ids) or span.kind in (PROMPT, RESPONSE)]
+        return spans if spans[0].kind == TEMPLATE else [Span([self.table.start_id], TEMPLATE), *spans]
 
     def _stop_spans(self, ids: list[int], answer: str | None) -> list[Span]:
         """The template's text behind an answer: predicted up to the stop token, with what stands before that.
@@ -302,19 +304,15 @@ class ChatTemplate:
         return [Span(stop, STOP), Span(ids[num_stop:], TEMPLATE)]
 
     def _ids_of_separator(self, text: str, first: bool, last: bool) -> list[int]:
-        """Ids of a separator as it is cut between contents.
-
-        first: it opens the block, which has a start token already; last: nothing follows
-        """
+        """Ids of a separator as it is cut between contents; first, last: nothing stands before it, or behind."""
         if (text, first, last) not in self._separator_ids:
             # A dummy space before what follows would take in the separator's own last space.
             before, after = "" if first else "a", "" if last or self.table.dummy_prefix else "a"
-            ids = next(
+            self._separator_ids[text, first, last] = next(
                 ids
                 for context in ((before, after), (before, ""), ("", ""))
                 if (ids := self._ids_between(text, *context)) is not None
             )
-            self._separator_ids[text, first, last] = ids[1:] if first and ids[:1] == [self.table.start_id] else ids
         return self._separator_ids[text, first, last]
 
     def _ids_between(self, text: str, before: str, after: str) -> list[int] | None:
@@ -326,7 +324,7 @@ class ChatTemplate:
 
     def _template_ids(self, text: str) -> list[int]:
         """Ids of a template's text, special tokens recognised."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return called_ids(self.tokenizer, text, add_special_tokens=False)
 
 
 def chat_prompt_ids(tokenizer, prompt: str) -> list[int]:

@@ -1,7 +1,8 @@
 """Blocks to batches.
 
-Each block begins with its model's start token and predicts all of its text, in a conversation its responses, so the
-loss covers every target exactly once an epoch. The blocks of a step follow from the seed and the step alone.
+Each block begins with its model's start token, a conversation as its template does. It predicts all of its text, in a
+conversation its responses, so the loss covers every target exactly once an epoch. The blocks of a step follow from the
+seed and the step alone.
 """
 
 from __future__ import annotations
@@ -127,7 +128,15 @@ class Dataset:
 
     def _token_batch(self, which: str, blocks: Sequence[Block]) -> TokenBatch:
         ranges = [(getattr(block, f"{which}_start"), getattr(block, f"{which}_end")) for block in blocks]
-        return token_batch(getattr(self.text, which), ranges, getattr(self.pair, f"{which}_start"))
+        return token_batch(getattr(self.text, which), ranges, [self.start_of(block, which) for block in blocks])
+
+    def start_of(self, block: Block, which: str) -> int:
+        """The input before a block, of which nothing is predicted: a conversation's first token, or the start token."""
+        start, is_teacher = getattr(block, f"{which}_start"), which == "teacher"
+        conversations = self.text.conversations
+        if len(conversations) and start > conversations[0][2 * is_teacher]:
+            return int(getattr(self.text, which).ids[start - 1])
+        return self.pair.teacher_start if is_teacher else self.pair.student_start
 
     def _records(self, blocks: Sequence[Block], teacher: TokenBatch) -> CachedTopK | None:
         if self.cached_records is None:

@@ -113,6 +113,7 @@ def _cache_key(documents: StreamedDocuments, pair: TokenizerPair, limits: tuple[
         "ends": [pair.student_start, pair.student_end, pair.teacher_start, pair.teacher_end, pair.document_starts],
         "tables": [[*table.end_ids, table.dummy_prefix, table.nfc] for table in pair.tables or ()],
         "limits": limits if documents.has_conversations else None,
+        "date": pair.template_date if documents.has_conversations and pair.dated_templates else None,
     }
 
 
@@ -307,6 +308,7 @@ class _TextWriter:
     def _add_conversations(self, conversations: list[Conversation]) -> None:
         """Append a chunk of conversations, each cut short where it exceeds `limits`."""
         rendered = render(conversations, self._templates)
+        limits = self.limits and (self.limits[0] + 1, self.limits[1] + 1)  # their own first token is the start token
         self._check_ids(rendered.sides)
         names, skipped, truncated = [], rendered.skipped_documents, []
         sides: list[list[list[Span]]] = [[] for _ in self.streams]
@@ -315,7 +317,7 @@ class _TextWriter:
         changes = ((template.whose, template.change) for template in self._templates if template.change)
         self.first_change = self.first_change or next(changes, None)
         for name, *whole in zip(rendered.names, *rendered.sides, strict=True):
-            kept = truncate_conversation(whole, rendered.tables, self.limits) if self.limits else whole
+            kept = truncate_conversation(whole, rendered.tables, limits) if limits else whole
             if kept is None:
                 skipped.append(f"{name} ({TOO_LONG})")
                 continue

@@ -19,6 +19,7 @@ from sar_kd.config.fields import RunConfig
 from sar_kd.config.runs import Config
 from sar_kd.config.sections import EMBEDDED, ModelConfig
 from sar_kd.errors import UsageError
+from sar_kd.models.half_precision import compute_in_range_
 from sar_kd.models.lm_head import backbone_of
 from sar_kd.models.memory_saving import Offload, quantization_options, recompute_activations_
 from sar_kd.models.model_checks import (
@@ -114,7 +115,7 @@ def load_models(
     Raises: UsageError naming the option, where a model or tokenizer is missing or cannot be used
     """
     names, quantization, notes = config.models, config.memory.teacher_quantization, list[str]()
-    student = _load_checked_model("student_model", names, torch.float32, loaded, notes)
+    student = _load_checked_model("student_model", names, torch.float32, precision, loaded, notes)
     if quantization != "off" and loaded.model("teacher_model") is not None:
         raise UsageError(
             f"--teacher_quantization {quantization}: the teacher is in memory already; leave the option out"
@@ -122,7 +123,7 @@ def load_models(
     options = quantization_options(quantization, precision)
     teacher: Any = None
     if cached is None:
-        teacher = _load_checked_model("teacher_model", names, precision.dtype, loaded, notes, **options)
+        teacher = _load_checked_model("teacher_model", names, precision.dtype, precision, loaded, notes, **options)
     info = cached or _teacher_info(names, teacher)
     tokenizers = _load_tokenizers(
         names,
@@ -131,6 +132,7 @@ def load_models(
         aligns=config.loss.alignment != "auto",
         projects=config.loss.alignment in ("auto", "projection") and config.loss.alpha_kd > 0,
         stop_ids=(stop_ids_of(f"--student_model {names.student_model}", student), info.stop_ids),
+        template_date=config.data.template_date,
     )
     offload = None
     if teacher is not None:
@@ -155,7 +157,7 @@ def load_teacher(names: Any, precision: Precision) -> tuple[nn.Module, Any, Teac
 
     Raises: UsageError as `load_models`
     """
-    teacher = _load_checked_model("teacher_model", names, precision.dtype)
+    teacher = _load_checked_model("teacher_model", names, precision.dtype, precision)
     info = _teacher_info(names, teacher)
     tokenizer = _load_checked_tokenizer("teacher_model", names, info.vocab_size)
     teacher.requires_grad_(False).eval().to(precision.device)
@@ -164,28 +166,34 @@ def load_teacher(names: Any, precision: Precision) -> tuple[nn.Module, Any, Teac
 
 
 def load_student(
-    names: Any, dtype: torch.dtype, precision: Precision, loaded: LoadedModels = NO_LOADED_MODELS
+    names: Any,
+    dtype: torch.dtype,
+    precision: Precision,
+    loaded: LoadedModels = NO_LOADED_MODELS,
+    template_date: str = "",
 ) -> Models:
     """Load `--student_model` and no teacher; its tokenizer stands for both of the pair.
 
     names: `student_model` and `trust_remote_code`; dtype: of the weights; float32 for weights that are trained
+    template_date: as of `TokenizerPair`
     Raises: UsageError as `load_models`
     """
     title, notes = f"--student_model {names.student_model}", list[str]()
-    student = _load_checked_model("student_model", names, dtype, loaded, notes=notes)
+    student = _load_checked_model("student_model", names, dtype, precision, loaded, notes)
     tokenizer = _load_checked_tokenizer("student_model", names, vocab_size_of(student), loaded)
     stop_ids = stop_ids_of(title, student)
-    pair = _pair_tokenizers(
-        names, [tokenizer] * 2, [vocab_size_of(student)] * 2, projects=False, stop_ids=(stop_ids, stop_ids)
-    )
+    how: dict[str, Any] = {"projects": False, "stop_ids": (stop_ids, stop_ids), "template_date": template_date}
+    pair = _pair_tokenizers(names, [tokenizer] * 2, [vocab_size_of(student)] * 2, **how)
     require_causal(title, student.to(precision.device), precision)
     return Models(None, student.train(), pair, names.student_model == EMBEDDED, notes=tuple(notes))
 
 
-def load_tokenizers(names: Any, aligns: bool = True, loaded: LoadedModels = NO_LOADED_MODELS) -> TokenizerPair:
+def load_tokenizers(
+    names: Any, aligns: bool = True, loaded: LoadedModels = NO_LOADED_MODELS, template_date: str = ""
+) -> TokenizerPair:
     """Load the tokenizers alone and no weights; `aligns`: with tables of token bytes even if they are equal.
 
-    names: `teacher_model`, `student_model` and `trust_remote_code`
+    names: `teacher_model`, `student_model` and `trust_remote_code`; template_date: as of `TokenizerPair`
     Raises: UsageError as `load_models`
     """
     models = {role: loaded.model(role) for role in ("student_model", "teacher_model")}
@@ -193,7 +201,7 @@ def load_tokenizers(names: Any, aligns: bool = True, loaded: LoadedModels = NO_L
         role: vocab_size_of(model) if model is not None else _configured_vocab_size(role, names)
         for role, model in models.items()
     }
-    return _load_tokenizers(names, sizes, loaded, aligns=aligns)
+    return _load_tokenizers(names, sizes, loaded, aligns=aligns, template_date=template_date)
 
 
 def load_for_generation(
@@ -206,6 +214,8 @@ def load_for_generation(
     """
     files = find_model(option, name, title)
     model, _ = load_model(files, dtype, trust_remote_code)
+    if dtype is torch.float16:
+        compute_in_range_(model)
     return model.eval(), load_tokenizer(files, trust_remote_code, vocab_size_of(model))
 
 
@@ -263,11 +273,12 @@ def _load_checked_model(
     option: str,
     names: ModelConfig,
     dtype: torch.dtype,
+    precision: Precision,
     loaded: LoadedModels = NO_LOADED_MODELS,
     notes: list[str] | None = None,
     **options: Any,
 ) -> nn.Module:
-    """The model of an option, checked: it has an LM head, and every weight is finite in `dtype`.
+    """The model of an option, checked: it has an LM head, and every weight is finite in `dtype`; and ready for float16.
 
     notes: gets a line about tensors in its files that it has not; options: further arguments of `from_pretrained`
     """
@@ -280,6 +291,8 @@ def _load_checked_model(
         model = model.to(dtype)
     require_lm_head(title, model)
     require_finite(title, model, dtype)
+    if precision.dtype is torch.float16:
+        compute_in_range_(model)
     if unused and notes is not None:
         notes.append(f"{title}: {len(unused)} tensors in its files are no part of the model, {unused[0]} among them")
     return model

@@ -23,6 +23,7 @@ from sar_kd.data.skipped import by_reason, skipped_lines
 from sar_kd.data.sources import Documents, load_documents
 from sar_kd.errors import UsageError
 from sar_kd.evaluation.tokenizer_coverage import measure_coverage
+from sar_kd.models.half_precision import range_report
 from sar_kd.models.loading import (
     NO_LOADED_MODELS,
     LoadedModels,
@@ -160,13 +161,21 @@ def _check_hub(meta: MetaModels) -> Finding:
 
 
 def _check_models(meta: MetaModels) -> Finding:
-    lines, record = [], {}
+    lines, record, details = [], {}, []
+    is_float16 = choose_device(meta.config.precision)[1] is torch.float16
     for role, model in meta.models.items():
         name, count, vocab_size = type(model).__name__, _num_parameters(model), vocab_size_of(model)
         record[role] = {"class": name, "parameters": count, "vocabulary": vocab_size}
         made = f"; {meta.conversions[role]}" if role in meta.conversions else ""
         lines.append(f"{role.capitalize()}: {name}, {_format_count(count)} parameters, vocabulary {vocab_size:,}{made}")
-    return Finding("models", lines, record)
+        if is_float16 and not (role == "teacher" and getattr(meta.config.models, "teacher_cache", False)):
+            found = range_report(model)
+            scores = ", attention scores" if found.has_eager_attention else ""
+            details.append(
+                f"{role.capitalize()} ({found.family}) in float16: matrix products are half; float32 are the residual "
+                f"stream{scores}, and other products in {count_of(found.num_modules, 'module')}"
+            )
+    return Finding("models", lines, record, details)
 
 
 def _check_context(meta: MetaModels) -> Finding:

@@ -27,6 +27,7 @@ from sar_kd.evaluation.perplexity import log_probs_of
 from sar_kd.losses.distillation import Distillation
 from sar_kd.losses.objective import Objective
 from sar_kd.losses.tiled_loss import Tile, TileGrad, TileLoss
+from sar_kd.models.half_precision import compute_in_range_
 from sar_kd.models.lm_head import LMHeads, backbone_of
 from sar_kd.models.logit_tiles import limit_blocks
 from sar_kd.models.lora import add_adapter
@@ -150,6 +151,8 @@ class _DryRun:
         student: Any = fake_copy(model, self.precision.device, None if has_adapter else torch.float32).train()
         if not has_adapter:
             student.requires_grad_(True)
+        if self.precision.dtype is torch.float16:
+            compute_in_range_(student)
         if self.config.memory.gradient_checkpointing:
             recompute_activations_(student, same_dropout=True)
             if has_adapter:
@@ -159,6 +162,8 @@ class _DryRun:
 
     def _teacher(self, model: nn.Module) -> nn.Module:
         teacher = fake_copy(model, self.precision.device, self.precision.dtype).requires_grad_(False).eval()
+        if self.precision.dtype is torch.float16:
+            compute_in_range_(teacher)
         self.tracker.relabel([*teacher.parameters(), *teacher.buffers()], "teacher")
         if self.config.memory.teacher_quantization != "off":
             weights = [layer.weight for layer in quantizable_layers(teacher)]

@@ -75,6 +75,11 @@ def computes_in_float16(tensor: Tensor) -> bool:
     return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.float16
 
 
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Operations inside have the dtype of their inputs, where this tensor is."""
+    return torch.amp.autocast(tensor.device.type, enabled=False)
+
+
 class Precision:
     """The device, the compute dtype and the loss scale of a run."""
 

@@ -66,6 +66,16 @@ def test_preflight_in_json_is_one_object_with_every_section(text, tmp_path, caps
     assert record["clamps"]["raw_perplexity_floor"] == pytest.approx(1 + 1023 * 2.718281828**-10, rel=1e-6)
 
 
+def test_in_float16_preflight_names_each_family_and_what_is_float32(text, tmp_path, capsys):
+    flags = ("--train_file", text, "--output_dir", tmp_path / "run", "--device", "cpu")
+    out = _preflight(capsys, *flags, "--model_dtype", "float16")[1]
+    line = "in float16: matrix products are half; float32 are the residual stream, and other products in"
+    assert f"Teacher (qwen3_moe) {line} 4 modules" in out
+    assert f"Student (llama) {line} 3 modules" in out
+    assert "Memory: up to " in out
+    assert line not in _preflight(capsys, *flags, "--model_dtype", "float32")[1]
+
+
 def test_a_refusal_is_exit_code_2_with_one_line_and_a_record_of_the_error(capsys):
     code, out, err = _preflight(capsys, "--teacher_model", "./nowhere", "--json")
     assert code == 2

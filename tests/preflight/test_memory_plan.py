@@ -20,9 +20,11 @@ from sar_kd.evaluation.perplexity import evaluate
 from sar_kd.losses.objective import Objective
 from sar_kd.models import loading
 from sar_kd.models.generation import generate
+from sar_kd.models.half_precision import compute_in_range_
 from sar_kd.models.loading import MetaModels, vocab_size_of
 from sar_kd.models.logit_tiles import vocab_blocks
 from sar_kd.models.memory_saving import recompute_activations_
+from sar_kd.preflight import dry_run as dry_run_module
 from sar_kd.preflight import memory_plan
 from sar_kd.preflight.checks import preflight
 from sar_kd.preflight.dry_run import CATEGORIES, Phase, largest_generation, teacher_block_size
@@ -166,6 +168,16 @@ def test_a_sharded_student_has_its_share_and_the_layers_that_are_gathered():
     assert free[1] <= free[0] * 0.51
 
 
+def test_the_float32_residual_stream_of_a_half_teacher_is_counted(monkeypatch):
+    flags = {"per_device_batch_size": 8, "block_size": 512}
+    models = _meta_models(intermediate_size=16)
+    found = {phase.name: phase.bytes for phase in _plan(models, torch.float16, **flags).phases}
+    monkeypatch.setattr(dry_run_module, "compute_in_range_", lambda model: None)
+    half = {phase.name: phase.bytes for phase in _plan(models, torch.float16, **flags).phases}
+    states = 8 * 512 * 64  # the last hidden states, which the loss reads
+    assert found["loss"]["activations"] - half["loss"]["activations"] == pytest.approx(2 * states, rel=0.1)
+
+
 def test_with_ddp_gradients_stay_allocated_from_step_to_step():
     two = type("Two", (ProcessGroup,), {"size": 2})()
     found = plan(_config(), _meta_models(), CPU, torch.float32, two)
@@ -193,6 +205,8 @@ def _run(config, kinds, dtype, vocab_size, train) -> None:
     precision = Precision(CPU, dtype, 1024.0)
     teacher = _build(kinds["teacher"]).to(dtype).requires_grad_(False).eval()
     student = _build(kinds["student"]).train()
+    for model in (teacher, student) if dtype is torch.float16 else ():
+        compute_in_range_(model)
     if config.memory.gradient_checkpointing:
         recompute_activations_(student, same_dropout=True)
     sizes = dict.fromkeys(("student_vocab_size", "teacher_vocab_size", "num_teacher_tokens"), vocab_size)
