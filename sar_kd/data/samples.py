@@ -337,6 +337,11 @@ def _message(value: object, number: int, field: str, where: str, targets: bool) 
     for key, found in (("role", role), ("content", content)):
         if found is None and key in value:
             raise _NullField(f"message {number} of its '{field}' has null as '{key}'")
+        if isinstance(found, list) and (kinds := [part["type"] for part in found if _is_other_part(part)]):
+            raise UsageError(
+                f"{where}: message {number} of '{field}' holds a part of type '{kinds[0]}'; only text is learned: "
+                "leave such examples out"
+            )
         if not isinstance(found, str):
             fault = f"has {_json_type(value[key])} as '{key}'" if key in value else f"has no '{key}'"
             raise UsageError(f"{where}: message {number} of '{field}' {fault}; {expected}")
@@ -351,6 +356,11 @@ def _joined(content: object) -> object:
     parts = [part.get("text") if isinstance(part, dict) else part for part in content]
     texts = [part for part in parts if isinstance(part, str)]
     return "".join(texts) if len(texts) == len(parts) else content
+
+
+def _is_other_part(part: object) -> bool:
+    """Is it an image, say, in the form of a part of a content?"""
+    return isinstance(part, dict) and isinstance(part.get("type"), str) and part["type"] != "text"
 
 
 def _parsed(value: object) -> object:

@@ -45,6 +45,7 @@ from sar_kd.runtime.precision import choose_device
 from sar_kd.runtime.run_folder import check_run_folder
 from sar_kd.teacher.cached import check_settings
 from sar_kd.teacher.moe.discovery import find_routers, require_routers
+from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
 _SAMPLE_CHARACTERS = 200_000
 
@@ -275,7 +276,8 @@ def _check_text(meta: MetaModels) -> Finding:
     # Blocks as long as in the run; only those of a whole text can be counted.
     settings = config.train if size < _SAMPLE_CHARACTERS else dataclasses.replace(config.train, train_steps=1)
     compares = config.loss.alpha_kd > 0 and config.loss.alignment != "uld"
-    pair, limit = load_tokenizers(config.models, compares, meta.loaded), context_length_of(meta.models[meta.roles[0]])
+    pair = load_tokenizers(config.models, compares, meta.loaded, config.data.template_date)
+    limit = context_length_of(meta.models[meta.roles[0]])
     train, validation = (build_dataset(text, pair, block_size, limit or 8 * block_size) for text in (sample, held_out))
     warnings = text_warnings(train, validation, settings)
     if not compares:
@@ -284,7 +286,8 @@ def _check_text(meta: MetaModels) -> Finding:
     coverage = measure_coverage(train)
     lines = [f"{coverage.summary()} (on the first {size / 1e3:,.0f} thousand characters of the text)"]
     record = {"audited": True, **dataclasses.asdict(coverage), "auto_alignment": coverage.auto_alignment}
-    lines += [*skipped_lines(train.text), *warnings]
+    dates = date_lines(pair) if len(train.text.conversations) else []
+    lines += [*dates, *skipped_lines(train.text), *warnings]
     return Finding("alignment", lines, record | {"warnings": warnings}, coverage.lines())
 
 
@@ -317,6 +320,7 @@ def describe_text(train: Dataset, validation: Dataset, name: str) -> tuple[list[
         lines.append(
             f"The {role}'s tokenizer has no chat template: conversations are formatted as 'User: ... Assistant: ...'"
         )
+    lines += date_lines(train.pair) if len(train.text.conversations) else []
     truncated = [*train.text.truncated, *validation.text.truncated]
     if truncated:
         lost = train.text.dropped_tokens + validation.text.dropped_tokens
@@ -329,6 +333,15 @@ def describe_text(train: Dataset, validation: Dataset, name: str) -> tuple[list[
         shown = first_few(list(dict.fromkeys(names)))
         lines.append(f"Not learned: {count_of(len(names), 'answer')}, {reason}: {shown}")
     return lines + skipped_lines(train.text, validation.text), details
+
+
+def date_lines(pair: TokenizerPair) -> list[str]:
+    """A line about the date that chat templates write."""
+    if not pair.dated_templates:
+        return []
+    whose = " and ".join(f"{role}'s" for role in pair.dated_templates)
+    verb = "templates write" if pair.dated_templates[1:] else "template writes"
+    return [f"The {whose} chat {verb} a date: {pair.template_date} (--template_date), kept when the run is resumed"]
 
 
 def _num_parameters(model: torch.nn.Module) -> int:

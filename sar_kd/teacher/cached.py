@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -25,6 +26,18 @@ from sar_kd.teacher.base import Teacher
 from sar_kd.teacher.cache.format import TEXTS, cache_error, check_compatible, read_header
 from sar_kd.teacher.cache.lookup import CachedText
 from sar_kd.tokenization.token_table import fingerprint
+
+C = TypeVar("C", bound=RunConfig)
+
+
+def set_template_date(config: C) -> C:
+    """The config with a date for chat templates: the one given, the teacher cache's, or today's."""
+    if config.data.template_date:
+        return config
+    folder = getattr(config.models, "teacher_cache", "")
+    found = read_header(Path(folder))["metadata"].get("template_date") if folder else ""
+    data = dataclasses.replace(config.data, template_date=found or date.today().isoformat())
+    return dataclasses.replace(config, **{"data": data})
 
 
 def open_teacher_cache(
@@ -68,7 +81,10 @@ def check_settings(config: RunConfig) -> dict:
     header = read_header(folder)
     if not header["complete"]:
         raise cache_error(folder, f"is not finished; `{program_name()} cache` with its options goes on")
-    check_compatible(folder, header, {"block_size": config.data.block_size})
+    needed: dict[str, object] = {"block_size": config.data.block_size}
+    if config.data.template_date and header["metadata"].get("template_date"):
+        needed["template_date"] = config.data.template_date
+    check_compatible(folder, header, needed)
     k, temperatures = header["metadata"]["teacher_top_k"], header["metadata"]["temperatures"]
     if loss.teacher_top_k > k:
         raise cache_error(folder, f"holds {k} tokens per position, fewer than --teacher_top_k {loss.teacher_top_k}")

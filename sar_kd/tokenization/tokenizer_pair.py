@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from functools import cached_property
 
 from sar_kd.tokenization.token_table import TokenTable, build_token_table, document_start, same_tokenizer, start_and_end
@@ -20,6 +21,7 @@ class TokenizerPair:
         aligns: bool = False,
         projects: bool = True,
         stop_ids: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
+        template_date: str = "",
     ):
         """student, teacher: transformers tokenizers
 
@@ -27,9 +29,11 @@ class TokenizerPair:
         aligns: build token tables even if the tokenizers are equal
         projects: batches carry what byte-prefix projection needs
         stop_ids: further ids that end a text, student first
+        template_date: that chat templates write, in ISO format; '' for today
         Raises: UnfitTokenizer if the bytes of one are needed and unknown, or one has no end-of-text token
         """
         self.projects = projects
+        self.template_date = template_date or date.today().isoformat()
         self.student_vocab_size, self.teacher_vocab_size = student_vocab_size, teacher_vocab_size
         self.student, self.teacher = student, teacher
         self.equal = same_tokenizer(student, teacher)
@@ -49,6 +53,13 @@ class TokenizerPair:
     def num_teacher_tokens(self) -> int:
         """Size of the teacher's vocabulary up to its tokenizer's last token; the rest of its LM head is padding."""
         return min(self.teacher_vocab_size, 1 + max(self.teacher.get_vocab().values()))
+
+    @property
+    def dated_templates(self) -> tuple[str, ...]:
+        """'student', 'teacher': whose chat template writes a date."""
+        tokenizers = {"student": self.student} | ({} if self.tables is None else {"teacher": self.teacher})
+        templates = {whose: str(getattr(tokenizer, "chat_template", "")) for whose, tokenizer in tokenizers.items()}
+        return tuple(whose for whose, template in templates.items() if "strftime_now" in template)
 
     @property
     def tokenizers(self) -> list:

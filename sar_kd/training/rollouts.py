@@ -17,6 +17,7 @@ import numpy as np
 
 from sar_kd.alignment.byte_alignment import ends_on_both
 from sar_kd.data.batch import Batch
+from sar_kd.data.blocks import skip_start_tokens
 from sar_kd.data.chat import truncate_conversation
 from sar_kd.data.dataset import Dataset
 from sar_kd.models.generation import Generation
@@ -103,9 +104,10 @@ class Rollouts:
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The student's tokens of a prompt, start token first."""
-        start = self.train.blocks[prompt.block].student_start
+        block = self.train.blocks[prompt.block]
+        start = block.student_start
         ids = self.train.text.student.ids[start : start + prompt.num_student_tokens].tolist()
-        return [self.pair.student_start, *ids]
+        return [self.train.start_of(block, "student"), *ids]
 
     def max_new_tokens(self, prompt: Prompt, limit: int) -> int:
         """The most tokens of a response: `limit`, or as many as fit into the block."""
@@ -133,18 +135,27 @@ class Rollouts:
 
     def batch(self, responses: Sequence[Response]) -> Batch:
         """A batch of usable responses behind their prompts; only the responses are targets."""
-        spans = [spans for spans, _ in (self._to_spans(response, Counter()) for response in responses)]
+        spans = [self._with_start(response) for response in responses]
         tables = self._tables or (None,)
         sides = [concatenate_spans(own, table) for own, table in zip(zip(*spans, strict=True), tables, strict=True)]
         (student, student_bounds), (teacher, teacher_bounds) = sides[0], sides[-1]
         bounds = [student_bounds[:-1], student_bounds[1:], teacher_bounds[:-1], teacher_bounds[1:]]
-        text = dataclasses.replace(self.train.text, student=student, teacher=teacher)
+        ranges = Blocks(np.stack(bounds, axis=1).astype(np.int64))
+        text = dataclasses.replace(self.train.text, student=student, teacher=teacher, conversations=ranges)
         dataset = copy.copy(self.train)
-        dataset.text, dataset.blocks = text, Blocks(np.stack(bounds, axis=1).astype(np.int64))
+        dataset.text, dataset.blocks = text, skip_start_tokens(ranges, text)
         dataset.aligner = self.train.aligner.for_text(text)
         batch = dataset.batch(list(range(len(responses))))
         blocks = tuple(response.prompt.block for response in responses)
         return dataclasses.replace(batch, blocks=blocks, is_on_policy=True)
+
+    def _with_start(self, response: Response) -> list[list[Span]]:
+        """The spans of a usable response for each model, behind the input before its block."""
+        spans, _ = self._to_spans(response, Counter())
+        assert spans is not None
+        block = self.train.blocks[response.prompt.block]
+        starts = [self.train.start_of(block, which) for which in ("student", "teacher")]
+        return [[Span([start], TEMPLATE), *own] for start, own in zip(starts, spans, strict=False)]
 
     def _to_spans(self, response: Response, issues: Counter) -> tuple[list[list[Span]] | None, Response]:
         """Prompt and response as spans for each model, None if it must be dropped; and the response as truncated."""

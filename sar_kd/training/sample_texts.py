@@ -17,6 +17,7 @@ from sar_kd.reporting.history import SAMPLES
 from sar_kd.runtime.distributed import current_process_group
 from sar_kd.runtime.files import atomic_write
 from sar_kd.runtime.precision import Precision
+from sar_kd.tokenization.backends import called_ids
 from sar_kd.training.callbacks import Callback
 
 FEWEST_STEPS = 20
@@ -61,7 +62,7 @@ class SampleTexts(Callback):
     def _continue(self, name: str, role: str) -> list[str]:
         model: Any = getattr(self._models, role)
         tokenizer = getattr(self._models.tokenizers, role)
-        prompts = [tokenizer(sample["text"])["input_ids"] for sample in self.state["samples"]]
+        prompts = [called_ids(tokenizer, sample["text"]) for sample in self.state["samples"]]
         if not self._is_on or not prompts or not all(prompts):
             return []
         try:

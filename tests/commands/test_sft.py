@@ -2,9 +2,11 @@
 
 import ast
 import contextlib
+import datetime
 import io
 import json
 import math
+import shutil
 from types import SimpleNamespace as Fake
 
 import numpy
@@ -21,6 +23,8 @@ from sar_kd.config.runs import SftTrainConfig
 from sar_kd.data import unit_questions
 from sar_kd.errors import UsageError
 from sar_kd.reporting.log_diagnosis import diagnose, read_log
+from sar_kd.teacher import cached
+from sar_kd.tokenization import tokenizer_pair
 from sar_kd.training import trainer
 from sar_kd.training.batch_loader import BatchLoader
 from sar_kd.training.callbacks import TargetChecks
@@ -212,6 +216,47 @@ def test_a_resumed_run_equals_an_untouched_one_bit_for_bit(inputs, tmp_path, ran
     a, b = (_tensors(tmp_path / run, kept) for run in ("whole", "parts"))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def dated(inputs, tmp_path):
+    """A model whose chat template writes the date."""
+    shutil.copytree(inputs / "model", tmp_path / "dated")
+    template = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}|{{ m.content }}{% endfor %}</s>"
+    (tmp_path / "dated" / "chat_template.jinja").write_text(template)
+    return tmp_path / "dated"
+
+
+def _at(monkeypatch, day):
+    class Date(datetime.date):
+        @classmethod
+        def today(cls):
+            return cls.fromisoformat(day)
+
+    monkeypatch.setattr(cached, "date", Date)
+    monkeypatch.setattr(tokenizer_pair, "date", Date)
+
+
+def test_a_resumed_run_renders_the_date_of_its_first_day(inputs, dated, tmp_path, monkeypatch):
+    _at(monkeypatch, "2026-01-31")
+    argv = _argv(inputs, tmp_path / "whole", model=dated, data="chat.jsonl")
+    code, out, _ = _run(argv)
+    line = "The student's chat template writes a date: 2026-01-31 (--template_date), kept when the run is resumed"
+    assert code == 0
+    assert line in out
+    assert _run([*argv[:-1], "cpu", "--output_dir", str(tmp_path / "parts"), "--max_steps", "3"])[0] == 0
+    _at(monkeypatch, "2026-02-01")
+    assert _run(["sft", "--resume", "--output_dir", str(tmp_path / "parts"), "--max_steps", "0"])[0] == 0
+    losses = [[step["loss"] for step in _steps(tmp_path / name)] for name in ("whole", "parts")]
+    assert losses[0] == losses[1]
+    others = _run([*argv, "--overwrite", "--template_date", "2026-02-01"])
+    assert others[0] == 0
+    assert [step["loss"] for step in _steps(tmp_path / "whole")] != losses[0]
+
+
+def test_a_run_without_dates_in_its_templates_names_none(inputs, tmp_path):
+    _, out, _ = _run(_argv(inputs, tmp_path / "run", data="chat.jsonl"))
+    assert not any("template_date" in line for line in out)
 
 
 def test_a_resumed_run_refuses_another_rank(inputs, tmp_path):

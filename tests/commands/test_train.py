@@ -143,7 +143,12 @@ def test_the_saved_student_is_the_trained_one(finished):
         assert torch.equal(saved(input_ids=ids).logits, trained(input_ids=ids).logits)
 
 
-def test_the_saved_tokenizer_is_the_students(finished, sp_tokenizer):
+def test_the_saved_tokenizer_is_the_students(finished, inputs, sp_tokenizer):
+    saved, given = ([read_json(folder / "student" / f"{name}.json") for name in ("tokenizer", "tokenizer_config")]
+                    for folder in (finished.folder, inputs))  # fmt: skip
+    for entry in ("is_local", "local_files_only"):  # of transformers, about where it was loaded from
+        del saved[1][entry]
+    assert saved == given
     tokenizer = transformers.AutoTokenizer.from_pretrained(finished.folder / "student")
     text = "The loss scale, na\u00efve \U0001f600\n\n  code()"
     assert tokenizer.encode(text, add_special_tokens=False) == sp_tokenizer.encode(text, add_special_tokens=False)

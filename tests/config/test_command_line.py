@@ -19,7 +19,7 @@ from sar_kd.version import RUN_FORMAT
 OPTIONS = [
     "teacher_model", "student_model", "trust_remote_code", "teacher_cache",
     "train_file", "validation_file", "text_field", "dataset_name", "dataset_config_name",
-    "dataset_split", "task",
+    "dataset_split", "task", "template_date",
     "block_size", "token_cache", "task_teacher_steps", "skip_baseline",
     "temperature", "alpha_kd", "alpha_ce", "logit_clamp", "logit_clamp_style", "loss_clamp", "loss_clamp_style",
     "alignment", "kd_direction", "jsd_beta", "teacher_top_k", "alm_tau", "loss_workspace_mb",
@@ -107,6 +107,7 @@ BAD_VALUES = [
     ("--mode careful", "careful", "balanced"),
     ("--dataset_config_name wikitext-2", "wikitext-2", "needs --dataset_name"),
     ("--dataset_split test", "test", "needs --dataset_name"),
+    ("--template_date 31.1.2026", "31.1.2026", "must be a date such as 2026-01-31"),
     ("--validation_file held_out.txt", "held_out.txt", "needs --train_file or --dataset_name"),
 ]
 

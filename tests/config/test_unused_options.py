@@ -10,6 +10,7 @@ from sar_kd.config.unused_options import _RULES
 
 ALWAYS = {
     # models, text, devices, lengths, files: every value of the others leaves them an effect
+    "template_date",
     "teacher_model", "student_model", "model", "train_file", "validation_file", "dataset_name", "dataset_config_name",
     "dataset_split", "task", "block_size", "token_cache", "teacher_cache", "alpha_kd", "alpha_ce", "routing", "recipe",
     "on_policy_fraction", "weight_decay", "warmup_steps", "lr_schedule", "student_lr", "model_dtype", "device",

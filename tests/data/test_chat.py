@@ -137,10 +137,9 @@ def _table(tokenizer):
 
 
 def _own_ids(tokenizer, turns):
-    """The ids of the chat template's own rendering, without the start token that opens every block."""
+    """The ids of the chat template's own rendering."""
     messages = [{"role": role, "content": text} for role, text in turns]
-    ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
-    return ids[1:] if ids[0] == tokenizer.bos_token_id else ids
+    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
 
 
 def _text(span, table):
@@ -213,6 +212,10 @@ BAD_EXAMPLES = {
     "content in parts": (
         {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
         "line 2: message 1 of 'messages' has a list as 'content'; expected",
+    ),
+    "an image": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image"}]}]},
+        "line 2: message 1 of 'messages' holds a part of type 'image'; only text is learned: leave such examples out",
     ),
     "role a number": ({"messages": [{"role": 1, "content": "x"}]}, "message 1 of 'messages' has a number as 'role'"),
     "no assistant": (
@@ -381,7 +384,8 @@ def test_a_conversation_has_the_tokens_of_its_rendered_template(tokenizers, name
         (role, text.strip()) for role, text in (SYSTEM if conversation == "system" else CONVERSATIONS[conversation])
     ]
     stream = tokenize([_conversation(turns)], _pair(tokenizer, tokenizer)).student
-    assert stream.ids.tolist() == _own_ids(tokenizer, turns)
+    opening = [tokenizer.bos_token_id] if name == "dialogpt" else []  # a template that writes nothing before a content
+    assert stream.ids.tolist() == opening + _own_ids(tokenizer, turns)
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "dialogpt", "colons"])
@@ -390,9 +394,9 @@ def test_a_conversation_decodes_to_its_rendered_template(tokenizers, name, conve
     tokenizer, turns = tokenizers[name], [(role, text.strip()) for role, text in CONVERSATIONS[conversation]]
     messages = [{"role": role, "content": text} for role, text in turns]
     written = tokenizer.apply_chat_template(messages, tokenize=False)
-    stream = tokenize([_conversation(turns)], _pair(tokenizer, tokenizer)).student
-    opening = tokenizer.bos_token if written.startswith(tokenizer.bos_token) else ""
-    assert opening + tokenizer.decode(stream.ids.tolist()) == written
+    ids = tokenize([_conversation(turns)], _pair(tokenizer, tokenizer)).student.ids.tolist()
+    opening = tokenizer.bos_token if turns[0][1] and name == "dialogpt" else ""
+    assert tokenizer.decode(ids) == opening + written
 
 
 def test_of_several_templates_the_default_one_is_taken(tokenizers):
@@ -517,21 +521,21 @@ def test_two_plain_texts_follow_one_another(tokenizers):
         conversation = _conversation([("user", "Two tokenizers cut"), ("assistant", " the same text")], plain=True)
         text = tokenize([conversation], _pair(tokenizer, tokenizer))
         assert text.without_template == ()
-        assert tokenizer.decode(text.student.ids[:-1].tolist()) == "Two tokenizers cut the same text"
-        assert text.student.ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(text.student.ids[1:-1].tolist()) == "Two tokenizers cut the same text"
+        assert text.student.ids[[0, -1]].tolist() == [tokenizer.bos_token_id, tokenizer.eos_token_id]
 
 
 def test_a_completion_without_a_space_gets_none(tokenizers):
     tokenizer = tokenizers["none2"]
     text = tokenize([_conversation([("user", "1969"), ("assistant", "12.5")], plain=True)], _pair(tokenizer, tokenizer))
-    assert tokenizer.decode(text.student.ids[:-1].tolist()) == "196912.5"
+    assert tokenizer.decode(text.student.ids[1:-1].tolist()) == "196912.5"
 
 
 def test_two_plain_texts_are_turns_to_a_model_with_a_template(pairs, tokenizers):
     turns = [("user", "Two tokenizers cut"), ("assistant", " the same text")]
     text = tokenize([_conversation(turns, plain=True)], pairs["none", "chatml"])
     assert text.teacher.ids.tolist() == _own_ids(tokenizers["chatml"], turns)
-    assert tokenizers["none"].decode(text.student.ids[:-1].tolist()) == "Two tokenizers cut the same text"
+    assert tokenizers["none"].decode(text.student.ids[1:-1].tolist()) == "Two tokenizers cut the same text"
 
 
 def test_messages_take_a_neutral_template_and_the_text_says_for_which_model(pairs, tokenizers):
@@ -539,7 +543,7 @@ def test_messages_take_a_neutral_template_and_the_text_says_for_which_model(pair
     assert text.without_template == ("student",)
     shown = [i for i in text.student.ids.tolist() if i != tokenizers["none"].eos_token_id]
     assert tokenizers["none"].decode(shown) == (
-        "System:\nAnswer slowly.\n\nUser:\nWho wrote this?\n\nAssistant:\nThe teacher wrote it.\n\n"
+        "<s>System:\nAnswer slowly.\n\nUser:\nWho wrote this?\n\nAssistant:\nThe teacher wrote it.\n\n"
         "User:\nWhat follows a token?\n\nAssistant:\nIt is not known before."
     )
     assert text.student.ids.tolist().count(tokenizers["none"].eos_token_id) == 2
@@ -723,9 +727,9 @@ def test_a_long_conversation_is_cut_to_the_same_text_on_both_sides(pairs, names,
     pair = pairs[names]
     whole, dataset = tokenize([_conversation(LONG)], pair), build_dataset([_conversation(LONG)], pair, *limits)
     ((student_start, student_end, teacher_start, teacher_end),) = dataset.blocks
-    assert (student_start, teacher_start) == (0, 0)
-    assert student_end < limits[0]
-    assert teacher_end < limits[1]
+    assert (student_start, teacher_start) == (1, 1)  # behind the token that the template begins with
+    assert student_end <= limits[0]
+    assert teacher_end <= limits[1]
     text = dataset.text
     for span, full in ((text.student, whole.student), (text.teacher, whole.teacher)):
         assert np.array_equal(span.ids, full.ids[: len(span.ids)])
@@ -740,7 +744,7 @@ def test_a_long_conversation_is_cut_to_the_same_text_on_both_sides(pairs, names,
         common = np.intersect1d(whole.student.ends, whole.teacher.ends)
         following = common[common > text.student.ends[-1]][0]
         sizes = [np.searchsorted(full.ends, following) + 1 for full in (whole.student, whole.teacher)]
-        assert sizes[0] > limits[0] - 1 or sizes[1] > limits[1] - 1
+        assert sizes[0] > limits[0] or sizes[1] > limits[1]
 
 
 @pytest.mark.parametrize("names", CROSS + EQUAL)
@@ -772,10 +776,10 @@ def test_a_conversation_without_room_for_a_response_is_skipped_by_name(pairs, na
 def test_a_conversation_that_just_fits_is_whole(pairs):
     pair = pairs["gemma", "chatml"]
     whole = tokenize([_conversation(LONG)], pair)
-    limits = [len(stream.ids) + 1 for stream in (whole.student, whole.teacher)]
+    limits = [len(stream.ids) for stream in (whole.student, whole.teacher)]
     dataset = build_dataset([_conversation(LONG)], pair, *limits)
     assert dataset.text.truncated == []
-    assert dataset.blocks == [(0, limits[0] - 1, 0, limits[1] - 1)]
+    assert dataset.blocks == [(1, limits[0], 1, limits[1])]
     assert build_dataset([_conversation(LONG)], pair, limits[0] - 4, limits[1]).text.truncated == ["talk"]
 
 
@@ -839,6 +843,20 @@ def test_equal_tokenizers_compare_every_token_of_the_responses(pairs):
     assert len(batch.student.positions) == int((batch.student.labels != IGNORE_INDEX).sum())
 
 
+def test_each_model_reads_a_conversation_as_its_template_writes_it(pairs, tokenizers):
+    """No end token before it, as before a document of a model without a start token."""
+    for names in (("gemma", "chatml"), ("chatml", "chatml"), ("llama3", "chatml"), ("zephyr", "chatml")):
+        pair = pairs[names] if names in pairs else _pair(*(tokenizers[name] for name in names))
+        text = [Document("plain", "Two tokenizers cut."), *CONVERSATION_LIST[1:3]]
+        dataset = build_dataset(text, pair, 400, 400)
+        batch = dataset.batch(list(range(len(dataset))))
+        for name, side in zip(names, (batch.student, batch.teacher), strict=True):
+            assert side.input_ids[0, 0] == tokenizers[name].bos_token_id
+            for row, conversation in enumerate(CONVERSATION_LIST[1:3], 1):
+                own = _own_ids(tokenizers[name], [(m.role, m.content) for m in conversation.messages])
+                assert side.input_ids[row, : len(own)].tolist() == own
+
+
 # Evaluation
 
 
@@ -854,7 +872,8 @@ def test_perplexity_is_that_of_a_plain_loop_over_the_responses(tokenizers, make_
     model = make_student(len(tokenizer), max_position_embeddings=512).eval()
     nats, count = 0.0, 0
     for conversation in conversations:
-        ids, learned = [tokenizer.bos_token_id], [False]
+        ids = [tokenizer.bos_token_id] if name == "llama3" else []
+        learned = [False] * len(ids)
         for message in conversation.messages:
             opening = tokenizer(header.format(message.role) + "a")["input_ids"][:-1]  # line ends as before a word
             content = encode(tokenizer, [message.content])[0] + tokenizer(stop)["input_ids"]

@@ -253,8 +253,9 @@ def test_a_conversation_is_answered_at_its_last_response(make_dataset):
         ((dataset.text.student, prompt.num_student_tokens), (dataset.text.teacher, prompt.num_teacher_tokens))
     ):
         spell = dataset.pair.tables[side].spell
-        assert spell(stream.ids[:size].tolist()).decode().endswith("Two?\n\nAssistant:\n")
-        assert spell(stream.ids[size:].tolist()) == b"Second."
+        behind = 1 + size  # the token that the template begins with comes before the block
+        assert spell(stream.ids[:behind].tolist()).decode().endswith("Two?\n\nAssistant:\n")
+        assert spell(stream.ids[behind:].tolist()) == b"Second."
 
 
 # Issues of responses
@@ -278,8 +279,8 @@ def _usable(dataset, ids, stop=None, finite=True, limits=LIMITS):
 def test_a_response_begins_behind_each_models_own_format_and_ends_with_no_stop_token_inside_it(formatted):
     rollouts, pair = Rollouts(formatted, *LIMITS), formatted.pair
     prompt = rollouts.sample_prompt(0, np.random.default_rng(0))
-    assert pair.student.decode(rollouts.prompt_ids(prompt)[1:]) == "<|start|>1 + 1?<|end|><|start|>"
-    assert pair.teacher.decode(formatted.text.teacher.ids[: prompt.num_teacher_tokens].tolist()) == "1 + 1?["
+    assert pair.student.decode(rollouts.prompt_ids(prompt)) == "<|start|>1 + 1?<|end|><|start|>"
+    assert pair.teacher.decode(formatted.text.teacher.ids[1 : 1 + prompt.num_teacher_tokens].tolist()) == "1 + 1?["
     stops = pair.student.convert_ids_to_tokens(rollouts.stop_token_ids())
     assert "<|return|>" in stops
     assert "<|end|>" not in stops

@@ -24,7 +24,7 @@ from sar_kd.config.installation import program_name
 from sar_kd.errors import UsageError
 from sar_kd.runtime.files import atomic_write, file_digest
 
-FORMAT = 3
+FORMAT = 4
 """Version of all these files; a cache of another one is refused"""
 
 HEADER = "header.json"
@@ -42,6 +42,7 @@ _DIFFERENCES = {
     "block_size": "a different --block_size",
     "teacher_top_k": "a different --teacher_top_k",
     "block_tokenizer": "blocks cut for a different student tokenizer",
+    "template_date": "a different --template_date",
     "dtype": "a different --model_dtype",
     "batch_size": "a different --per_device_batch_size",
     "temperatures": "different --temperatures",

@@ -146,7 +146,8 @@ class CacheLookup:
         if start < self.plain.num_tokens:
             return self._plain_records(np.arange(*self.plain.count_before(np.array([start, end]))))[1]
         count = int(self.text.teacher.is_target[start:end].sum())
-        first = self.first_records[len(self.plain.starts) - 1 + int(np.searchsorted(self._conversation_starts, start))]
+        number = int(np.searchsorted(self._conversation_starts, start, side="right")) - 1
+        first = self.first_records[len(self.plain.starts) - 1 + number]
         return np.full(count, -1) if first < 0 else np.arange(first, first + count)
 
     def records(self, blocks: Sequence[Block], positions: Tensor, num_positions: int) -> CachedTopK:

@@ -294,6 +294,26 @@ def test_the_weights_of_the_teacher_are_never_loaded(inputs, built, tmp_path):
     assert any("its weights are not here to compare" in line for line in out)
 
 
+def test_a_run_renders_the_date_that_its_cache_was_made_with(inputs, tmp_path):
+    for name in ("equal_student", "teacher"):
+        shutil.copytree(inputs / name, tmp_path / name)
+        template = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}|{{ m.content }}{% endfor %}<|endoftext|>"
+        (tmp_path / name / "chat_template.jinja").write_text(template)
+    shutil.copy(inputs / "mixed.jsonl", tmp_path)
+    how = {"student": "equal_student", "text": "mixed.jsonl"}
+    out = _build(tmp_path, tmp_path / "cache", "--template_date", "2026-01-31", **how)
+    assert "The student's and teacher's chat templates write a date: 2026-01-31" in out
+    assert "2026-01-31" in _build(tmp_path, tmp_path / "cache", **how)  # goes on on another day
+    argv = _argv(tmp_path, tmp_path / "run", "--teacher_cache", tmp_path / "cache", **how)
+    code, lines, _ = run_script(argv)
+    assert code == 0
+    assert any("2026-01-31" in line for line in lines)
+    assert not any("not in the cache" in line for line in lines)
+    code, _, err = run_script([*argv, "--overwrite", "--template_date", "2026-02-01"])
+    assert (code, len(err)) == (2, 1)
+    assert "was made with a different --template_date (2026-01-31, not 2026-02-01)" in err[0]
+
+
 def test_a_run_resumes_with_its_cache(inputs, built, tmp_path):
     folder = built(student="student")
     whole, halves = tmp_path / "whole", tmp_path / "halves"
