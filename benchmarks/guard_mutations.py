@@ -24,6 +24,8 @@ ROOT = Path(__file__).parent.parent
 SUITE = "tests/stress/test_fp16.py"
 RANGE, HALF = "tests/stress/test_float16_range.py", "tests/models/test_half_precision.py"
 RECOVERY, GUARDS, STEP = "tests/stress/test_recovery.py", "tests/training/test_guards.py", "tests/training/test_step.py"
+TILES, LOSSES = "tests/losses/test_tiled_loss.py", "tests/losses/test_distillation.py"
+MODELS, ROUTERS = "tests/stress/test_nonfinite_models.py", "tests/teacher/moe/test_router_training.py"
 DATASET = "tests/data/test_dataset.py"
 
 
@@ -65,7 +67,7 @@ MUTATIONS = (
              "self.nonfinite = self.nonfinite + (~is_finite).sum()",
              "self.nonfinite = self.nonfinite + (~is_finite).sum() * 0"),
     Mutation("the loss is checked", "training/step.py",
-             "forward_finite=nonfinite_positions == 0 and all(map(math.isfinite, losses)),",
+             "forward_finite=nonfinite_positions == 0 and math.isfinite(total),",
              "forward_finite=nonfinite_positions == 0,"),
     Mutation("a bad forward is refused", "training/guards.py",
              "        if not forward_finite:\n", "        if False:\n"),
@@ -76,11 +78,6 @@ MUTATIONS = (
              '        return "norm" if grad_norm > limit else None'),
     Mutation("teacher positions that are not finite are left out", "losses/distillation.py",
              "        mask_positions_(teacher, keep)\n", "        keep = keep | True\n"),
-    # what no block can hold
-    Mutation("a text is refused of which no block can hold too much", "data/blocks.py",
-             "    if share > MAX_SKIPPED_SHARE:\n", "    if False:\n", DATASET),
-    Mutation("what no block can hold counts in no perplexity", "data/blocks.py",
-             "num_bytes=text.num_bytes - num_bytes,", "num_bytes=text.num_bytes,", DATASET),
     Mutation("a position without any token is not finite", "models/logit_tiles.py",
              "return (peaks > MASKED_BELOW) & (peaks < math.inf)", "return peaks < math.inf", TILES),
     Mutation("a masked token of a head is no fault", "models/lm_head.py",
@@ -92,6 +89,32 @@ MUTATIONS = (
              "        keep = keep & ~is_infinite\n", "", LOSSES),
     Mutation("a probability beside a mask is 0 or not small", "models/logit_tiles.py",
              "return torch.threshold_(probs, 1.001 * SMALLEST_PROBABILITY, 0.0)", "return probs", LOSSES),
+    Mutation("a step without a teacher is refused", "training/guards.py",
+             "        if not teacher_finite:\n", "        if False:\n"),
+    Mutation("it is counted as a NaN batch", "training/guards.py",
+             'NAN_CAUSES = ("forward", "teacher", "gradient")', 'NAN_CAUSES = ("forward", "gradient")'),
+    Mutation("the teacher's positions are counted", "training/step.py",
+             "not num_expected or dropped < num_teacher", "True"),
+    Mutation("a bad teacher leaves the loss scale", "runtime/precision.py",
+             'keeps = cause in ("forward", "teacher", "no_targets")', 'keeps = cause in ("forward", "no_targets")',
+             ROUTERS),
+    Mutation("routers do not learn from a teacher that is not finite", "training/step.py",
+             "teacher_finite = teacher_finite and all(map(math.isfinite, router_values))", "pass", ROUTERS),
+    Mutation("text that a cache does not hold is no bad teacher", "losses/objective.py",
+             "cached is not None and cached.is_missing", "False", STEP),
+    Mutation("a teacher that is not finite at the start ends the run", "evaluation/nonfinite.py",
+             "    if share > limit:\n", "    if False:\n", MODELS),
+    Mutation("a teacher that is finite in most of the text goes on", "teacher/base.py",
+             "max_nonfinite = 0.5", "max_nonfinite = 0.0", MODELS),
+    Mutation("a student that is not finite at the start ends the run", "training/trainer.py",
+             'start.get("val_nonfinite", 0.0), 0.0,', 'start.get("val_nonfinite", 0.0), 1.0,', MODELS),
+    Mutation("the share of the teacher that was left out is shown", "reporting/step_lines.py",
+             "if dropped > 0 and positions > 0 else 0.0", "if dropped > positions else 0.0", MODELS),
+    # what no block can hold
+    Mutation("a text is refused of which no block can hold too much", "data/blocks.py",
+             "    if share > MAX_SKIPPED_SHARE:\n", "    if False:\n", DATASET),
+    Mutation("what no block can hold counts in no perplexity", "data/blocks.py",
+             "num_bytes=text.num_bytes - num_bytes,", "num_bytes=text.num_bytes,", DATASET),
     # verdicts
     Mutation("a verdict is obeyed", "training/step.py", "    if verdict.applied:\n", "    if True:\n"),
     Mutation("the norm limit", "training/guards.py", 'return None if grad_norm <= limit else "norm"', "return None"),
@@ -124,9 +147,10 @@ MUTATIONS = (
              "            self.consecutive_nan_batches = 0\n",
              '            self.consecutive_nan_batches *= cause == "norm"\n', GUARDS),
     Mutation("an overflow that a lower loss scale cures is no NaN batch", "training/guards.py",
-             '_NAN_CAUSES = ("forward", "gradient")', '_NAN_CAUSES = ("forward", "gradient", "overflow")'),
+             'NAN_CAUSES = ("forward", "teacher", "gradient")',
+             'NAN_CAUSES = ("forward", "teacher", "gradient", "overflow")'),
     Mutation("an overflow at the floor is a NaN batch", "training/guards.py",
-             '_NAN_CAUSES = ("forward", "gradient")', '_NAN_CAUSES = ("forward",)'),
+             'NAN_CAUSES = ("forward", "teacher", "gradient")', 'NAN_CAUSES = ("forward", "teacher")'),
     Mutation("frequent NaN batches are reported", "training/guards.py",
              "        self.frequent_nan = True\n        return True",
              "        self.frequent_nan = True\n        return False"),
@@ -165,7 +189,7 @@ MUTATIONS = (
     Mutation("the ceiling of the loss scale", "runtime/precision.py",
              "loss_scale if keeps or at_ceiling else None", "loss_scale if keeps else None"),
     Mutation("a bad forward leaves the loss scale", "runtime/precision.py",
-             'keeps = cause in ("forward", "no_targets")', 'keeps = cause == "no_targets"'),
+             'keeps = cause in ("forward", "teacher", "no_targets")', 'keeps = cause in ("teacher", "no_targets")'),
     Mutation("update() after every step", "runtime/precision.py", "        self._scaler.update(fixed)", "        pass"),
     Mutation("unscaled before the norm", "training/step.py", "    precision.unscale_(optimizer)\n", ""),
     Mutation("clipping", "training/step.py",
@@ -178,30 +202,6 @@ MUTATIONS = (
              "names, torch.float32, precision, loaded", "names, precision.dtype, precision, loaded"),
     Mutation("the optimizer refuses half weights", "training/optimizer.py",
              "    assert all(parameter.dtype is torch.float32 for parameter in trainable)", "    assert True"),
-    # the printed metrics
-    Mutation("evaluation is not clamped", "evaluation/perplexity.py",
-             "target_log_probs(logits.select(batch.positions), batch.targets, tile_size)[0]",
-             "target_log_probs(logits.select(batch.positions), batch.targets, tile_size, 5.0)[0]"),
-    Mutation("perplexity weighs tokens", "evaluation/perplexity.py",
-             "precision, heads, workspace_mb).double().sum()\n        num_tokens += len(batch.targets)",
-             "precision, heads, workspace_mb).double().mean()\n        num_tokens += 1"),
-    Mutation("a perplexity beyond a float is inf", "evaluation/perplexity.py",
-             "math.exp(self.loss) if self.loss < 700 else self.loss * math.inf", "math.exp(self.loss)"),
-    Mutation("the unclamped loss is reported", "losses/tiled_loss.py",
-             "self.unclamped_ce, self.ce = self.unclamped_ce - unclamped.sum(), self.ce - log_probs.sum()",
-             "self.unclamped_ce, self.ce = self.unclamped_ce - log_probs.sum(), self.ce - log_probs.sum()"),
-    Mutation("the unclamped divergence is reported", "losses/divergence.py",
-             "unclamped = _sum((a - b).mul_(weight).sum(dim) for weight, (a, b) in terms)",
-             "unclamped = _sum((a - b).mul_(weight).sum(dim) for weight, (a, b) in terms).clamp(max=0.1)"),
-)  # fmt: skip
-
-
-def mutate(package: Path, mutation: Mutation) -> None:
-    """Change the one place of the package that a mutation is about."""
-    path = package / mutation.module
-    source = path.read_text(encoding="utf-8")
-    assert source.count(mutation.text) == 1, f"{mutation.module}: {mutation.guard}: its text is not there once"
-    path.write_text(source.replace(mutation.text, mutation.changed), encoding="utf-8")
     # activations beyond the range of half
     Mutation("the residual stream is float32", "models/half_precision.py",
              "return output.float() if computes_in_float16(output) else output", "return output", RANGE),
@@ -226,6 +226,30 @@ def mutate(package: Path, mutation: Mutation) -> None:
              "            _widen_(module)", "            pass", HALF),
     Mutation("a prepared teacher and student", "models/loading.py",
              "    if precision.dtype is torch.float16:\n        compute_in_range_(model)\n", "", HALF),
+    # the printed metrics
+    Mutation("evaluation is not clamped", "evaluation/perplexity.py",
+             "target_log_probs(logits.select(batch.positions), batch.targets, tile_size)",
+             "target_log_probs(logits.select(batch.positions), batch.targets, tile_size, 5.0)"),
+    Mutation("perplexity weighs tokens", "evaluation/perplexity.py",
+             "log_probs.double().sum()\n        num_tokens += len(batch.targets)",
+             "log_probs.double().mean()\n        num_tokens += 1"),
+    Mutation("a perplexity beyond a float is inf", "evaluation/perplexity.py",
+             "math.exp(self.loss) if self.loss < 700 else self.loss * math.inf", "math.exp(self.loss)"),
+    Mutation("the unclamped loss is reported", "losses/tiled_loss.py",
+             "self.unclamped_ce, self.ce = self.unclamped_ce - unclamped.sum(), self.ce - log_probs.sum()",
+             "self.unclamped_ce, self.ce = self.unclamped_ce - log_probs.sum(), self.ce - log_probs.sum()"),
+    Mutation("the unclamped divergence is reported", "losses/divergence.py",
+             "unclamped = _sum((a - b).mul_(weight).sum(dim) for weight, (a, b) in terms)",
+             "unclamped = _sum((a - b).mul_(weight).sum(dim) for weight, (a, b) in terms).clamp(max=0.1)"),
+)  # fmt: skip
+
+
+def mutate(package: Path, mutation: Mutation) -> None:
+    """Change the one place of the package that a mutation is about."""
+    path = package / mutation.module
+    source = path.read_text(encoding="utf-8")
+    assert source.count(mutation.text) == 1, f"{mutation.module}: {mutation.guard}: its text is not there once"
+    path.write_text(source.replace(mutation.text, mutation.changed), encoding="utf-8")
 
 
 def catching(mutation: Mutation | None, suite: str) -> list[str]:

@@ -21,7 +21,7 @@ from sar_kd.data.sources import digest_of, load_documents
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.errors import UsageError
 from sar_kd.models.loading import TeacherInfo, load_teacher, load_tokenizers
-from sar_kd.preflight.checks import date_lines
+from sar_kd.runtime.console import format_share
 from sar_kd.runtime.distributed import join_process_group
 from sar_kd.runtime.files import LOCK_FILES, FolderLock, json_safe, require_disk_space
 from sar_kd.runtime.precision import setup_precision
@@ -212,13 +212,16 @@ def _report(folder: Path, header: dict, as_json: bool) -> dict:
     train, validation = (Shards(folder, header, text) for text in TEXTS)
     num_tokens = len(train) + len(validation)
     num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    loss = validation.total_nats() / len(validation)
+    loss, num_nonfinite = validation.total_nats() / len(validation), train.num_nonfinite() + validation.num_nonfinite()
     metrics = {"tokens": num_tokens, "bytes": num_bytes, "bytes_per_token": num_bytes / num_tokens,
-               "teacher_val_loss": loss}  # fmt: skip
+               "teacher_val_loss": loss, "nonfinite_tokens": num_nonfinite}  # fmt: skip
     if as_json:
         print(json.dumps(json_safe(metrics), indent=2))
     else:
         size = f"{num_tokens:,} tokens, {num_bytes / 1e6:,.1f} MB, {num_bytes / num_tokens:.0f} bytes a token"
         print(f"Cached: {size}; the teacher's PPL on held-out text is {np.exp(loss):.2f}")
+        if num_nonfinite:
+            share = format_share(num_nonfinite / num_tokens)
+            print(f"Warning: not finite at {share} of the tokens, which a student learns from the text alone")
         print(f"Use it: give a run --teacher_cache {folder}")
     return {"status": "finished", **metrics}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from sar_kd.errors import UsageError
 from sar_kd.models.generation import generate
 from sar_kd.models.loading import context_length_of, load_for_generation
 from sar_kd.reporting.history import RunHistory, read_history
-from sar_kd.runtime.console import count_of
+from sar_kd.runtime.console import count_of, print_stderr
 from sar_kd.runtime.files import as_float
 from sar_kd.runtime.precision import Precision, setup_precision
 from sar_kd.runtime.run_folder import holds_run
@@ -109,12 +110,16 @@ def _generate(kind: str, name: str, trust_remote_code: bool, config: GenerateCon
             top_p=config.sample_top_p,
             repetition_penalty=config.repetition_penalty,
         )
-    return tokenizer.decode(generation.ids, skip_special_tokens=True)
+    text = tokenizer.decode(generation.ids, skip_special_tokens=True)
+    if not generation.is_finite:
+        print_stderr(f"Warning: {name}: it ended where its logits are not finite; float32 may hold them: --device cpu")
+    return text
 
 
 def _bits_per_byte(run: RunHistory) -> dict[str, str]:
     """That of each model on the run's held-out text, where it was measured."""
-    best = min((as_float(r.get("val_bits_per_byte")) for r in run.validations()), default=float("nan"))
+    measured = (as_float(r.get("val_bits_per_byte")) for r in run.validations())
+    best = min(filter(math.isfinite, measured), default=math.nan)
     bits = {
         "teacher": as_float(run.start.get("teacher_val_bits_per_byte")),
         "student, before": as_float(run.start.get("val_bits_per_byte")),

@@ -169,6 +169,8 @@ class CachedTopK:
     """float16 [N]: log sum exp(z / T) over all other tokens, minus that over these k; -inf if all of them are masked"""
     temperature: float
     """T"""
+    is_missing: bool = False
+    """The cache has no record of this text"""
 
     requires_grad = False
 

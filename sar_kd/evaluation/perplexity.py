@@ -22,12 +22,16 @@ from sar_kd.runtime.precision import Precision
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Total loss over a text; `nan` as soon as the loss of one token is not finite."""
+    """Total loss over a text; `nan` as soon as the logits of one position are not finite."""
 
     nats: float
     """Sum over the tokens of -log p"""
     num_tokens: int
     num_bytes: int
+    num_nonfinite: int = 0
+    """Tokens at whose position the logits are not finite"""
+    num_masked: int = 0
+    """Tokens that the model masks at their position, so that their loss is infinite"""
 
     @property
     def loss(self) -> float:
@@ -45,8 +49,10 @@ class Evaluation:
         return self.nats / math.log(2) / self.num_bytes
 
     def metrics(self) -> dict[str, float]:
-        """The evaluation under the names of the run log."""
-        return {"val_ppl": self.perplexity, "val_loss": self.loss, "val_bits_per_byte": self.bits_per_byte}
+        """The evaluation by the run log's names; `val_nonfinite` and `val_masked` are shares, left out if 0."""
+        metrics = {"val_ppl": self.perplexity, "val_loss": self.loss, "val_bits_per_byte": self.bits_per_byte}
+        counts = {"val_nonfinite": self.num_nonfinite, "val_masked": self.num_masked}
+        return metrics | {name: count / self.num_tokens for name, count in counts.items() if count}
 
 
 def evaluate(
@@ -71,15 +77,19 @@ def evaluate(
     """
     heads = LMHeads(precision) if heads is None else heads
     nats = torch.zeros((), dtype=torch.float64, device=precision.device)
+    num_nonfinite = num_masked = torch.zeros((), dtype=torch.int64, device=precision.device)
     num_tokens = 0
     for batch in shard_batches(batches, process_group):
         batch = batch.to(precision.device)
-        nats -= log_probs_of(model, batch, precision, heads, workspace_mb).double().sum()
+        log_probs, is_finite = log_probs_of(model, batch, precision, heads, workspace_mb)
+        nats -= log_probs.double().sum()
         num_tokens += len(batch.targets)
+        num_nonfinite = num_nonfinite + (~is_finite).sum()
+        num_masked = num_masked + log_probs.isneginf().sum()
         if after_batch is not None:
             after_batch(batch)
-    total, count = process_group.all_reduce_sum([nats.item(), num_tokens])
-    return Evaluation(total, int(count), num_bytes)
+    sums = process_group.all_reduce_sum([nats.item(), num_tokens, num_nonfinite.item(), num_masked.item()])
+    return Evaluation(sums[0], int(sums[1]), num_bytes, int(sums[2]), int(sums[3]))
 
 
 def shard_batches(batches: Iterable[TokenBatch], process_group: ProcessGroup) -> Iterator[TokenBatch]:
@@ -99,8 +109,8 @@ def shard_batches(batches: Iterable[TokenBatch], process_group: ProcessGroup) ->
 
 def log_probs_of(
     model: nn.Module, batch: TokenBatch, precision: Precision, heads: LMHeads, workspace_mb: int
-) -> torch.Tensor:
-    """log p of each target of a batch, nats, float32 [N]; nan where the logits of its position are not finite.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p of each target of a batch, nats, float32 [N]; and whether all logits of its position are finite, bool [N].
 
     heads, workspace_mb: as in `evaluate`
     """
@@ -108,7 +118,7 @@ def log_probs_of(
     with eval_mode(model, precision) as used:
         logits, _ = forward_to_lm_head(model, head, batch.input_ids, used)
         tile_size = positions_per_tile(workspace_mb, logits.vocab_size)
-        return target_log_probs(logits.select(batch.positions), batch.targets, tile_size)[0]
+        return target_log_probs(logits.select(batch.positions), batch.targets, tile_size)
 
 
 @contextlib.contextmanager

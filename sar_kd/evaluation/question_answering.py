@@ -29,6 +29,8 @@ class AnswerScores:
     num_right: int
     num_answered: int
     num_questions: int
+    num_nonfinite: int = 0
+    """Answers that ended because the next logits were not finite"""
 
     @property
     def accuracy(self) -> float:
@@ -42,9 +44,10 @@ class AnswerScores:
 
     def line(self, label: str) -> str:
         """For people. label: which model it is."""
+        nonfinite = f", {self.num_nonfinite} ended at logits that are not finite" if self.num_nonfinite else ""
         return (
             f"benchmark_result.accuracy={self.accuracy:.3f}  benchmark_result.answer_rate={self.answer_rate:.3f}  "
-            f"({label}, {self.num_questions} questions)"
+            f"({label}, {self.num_questions} questions{nonfinite})"
         )
 
 
@@ -65,17 +68,21 @@ def answer_questions(
     by_name = {question.text: question for question in questions}
     posed = [by_name[name] for name in dataset.text.names]
     answers: list[str] = []
+    num_nonfinite = 0
     with tqdm(total=len(posed), desc=label, leave=False, disable=not sys.stdout.isatty(), file=sys.stdout) as bar:
-        for batch in _answers(model, dataset, precision, which):
+        for batch, is_finite in _answers(model, dataset, precision, which):
             answers += batch
+            num_nonfinite += is_finite.count(False)
             bar.update(len(batch))
     numbers = [parse_answer(answer) for answer in answers]
     num_right = sum(question.is_right(number) for question, number in zip(posed, numbers, strict=True))
-    return AnswerScores(num_right, sum(number is not None for number in numbers), len(questions))
+    return AnswerScores(num_right, sum(number is not None for number in numbers), len(questions), num_nonfinite)
 
 
-def _answers(model: nn.Module, dataset: Dataset, precision: Precision, which: str) -> Iterator[list[str]]:
-    """The generated answers, a batch at a time."""
+def _answers(
+    model: nn.Module, dataset: Dataset, precision: Precision, which: str
+) -> Iterator[tuple[list[str], list[bool]]]:
+    """The generated answers, and whether the logits of each were finite, a batch at a time."""
     tokenizer = getattr(dataset.pair, which)
     # An answer ends with what follows it in training: the end of text, or the chat template's own token.
     stops = {getattr(dataset.pair, f"{which}_end"), *dataset.text.stop_ids[0 if which == "student" else -1]}
@@ -87,4 +94,5 @@ def _answers(model: nn.Module, dataset: Dataset, precision: Precision, which: st
         max_new_tokens = [int(lengths.max()) + _EXTRA_TOKENS] * len(prompts)
         with eval_mode(model, precision):
             answers = generate(model, prompts, stop_token_ids=sorted(stops), max_new_tokens=max_new_tokens)
-        yield tokenizer.batch_decode([answer.ids for answer in answers], skip_special_tokens=True)
+        texts = tokenizer.batch_decode([answer.ids for answer in answers], skip_special_tokens=True)
+        yield texts, [answer.is_finite for answer in answers]

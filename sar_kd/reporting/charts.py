@@ -142,7 +142,8 @@ def _losses(axes, run: RunHistory) -> None:
     _curve(axes, run, "ce_loss", _COLOURS[1], "ce", band=False)
     if alpha_kd > 0:
         _curve(axes, run, "kd_loss", _COLOURS[2], "kd", band=False)
-    _finish(axes, f"Loss = {alpha_ce:g} ce + {alpha_kd:g} kd")
+    left_out = sum(not math.isfinite(as_float(record.get("loss"))) for record in run.steps)
+    _finish(axes, f"Loss = {alpha_ce:g} ce + {alpha_kd:g} kd" + (f"; not finite: {left_out}" if left_out else ""))
 
 
 def _curve(axes, run: RunHistory, key: str, colour: str, label: str, band: bool = True) -> None:

@@ -101,6 +101,20 @@ _ALL = (
         "float32 weights, and a learning rate that suits them",
     ),
     Diagnosis(
+        "no teacher",
+        "the teacher's logits are not finite in most steps, and are left out of the distillation",
+        "the teacher does not fit float16, so the student learned from the text alone; its numbers say nothing about "
+        "distillation",
+        "--model_dtype float32, or bfloat16 where the card has it",
+        "Gemma 3 270M, whose residual stream reaches 103,792; float16 ends at 65,504",
+    ),
+    Diagnosis(
+        "teacher left out",
+        "the teacher's logits are not finite at some positions, which are left out of the distillation",
+        "some texts take the teacher's activations out of float16's range, and are learned without the teacher",
+        "--model_dtype float32, or bfloat16 where the card has it",
+    ),
+    Diagnosis(
         "norm skips",
         "most updates skipped for their gradient norm",
         "the limit lies below the gradient norms of this model",

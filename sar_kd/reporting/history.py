@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sar_kd.errors import UsageError
-from sar_kd.runtime.console import count_of
+from sar_kd.reporting.step_lines import dropped_share
+from sar_kd.runtime.console import count_of, format_share
 from sar_kd.runtime.files import as_float
 from sar_kd.version import RUN_FORMAT
 
@@ -41,6 +42,7 @@ _ADVICE = {
     "overflow": "the loss scale was still being calibrated, which is harmless in a few steps",
     "norm": "the gradient norm was above the limit: lower the learning rate",
     "forward": "the forward was not finite: `crash/crash.md` in the run folder names the module",
+    "teacher": "no teacher logits were finite: `crash/crash.md` in the run folder names the module",
     "gradient": "the gradient was not finite at the lowest loss scale: `crash/crash.md` in the run folder names the "
     "module",
     "no_targets": "those steps had no target token: look at the text",
@@ -253,6 +255,11 @@ def _advice(run: RunHistory, validations: list[dict]) -> list[str]:
     for cause, advice in _ADVICE.items():
         if causes[cause] > _MANY_SKIPS * run.num_steps:
             lines.append(f"Skipped for {cause} in {causes[cause] / run.num_steps:.0%} of the steps: {advice}.")
+    if share := dropped_share([run.summary] if run.summary else run.steps):
+        lines.append(
+            f"The teacher was not finite at {format_share(share)} of its positions, where the student learned from the "
+            "text alone: --model_dtype float32, or bfloat16 on a card that has it."
+        )
     bits = [(as_float(record.get("val_bits_per_byte")), record["step"]) for record in validations]
     finite = [pair for pair in bits if math.isfinite(pair[0])]
     if len(finite) >= 2 and min(finite)[1] == 0 and run.num_applied:

@@ -17,6 +17,8 @@ from typing import Any
 
 from sar_kd.errors import UsageError
 from sar_kd.reporting.diagnoses import DIAGNOSES, Diagnosis
+from sar_kd.reporting.step_lines import dropped_share
+from sar_kd.runtime.console import format_share
 
 _FLAT = 1e-3
 """A loss that varies by less, relative to the first one, does not move"""
@@ -25,6 +27,9 @@ _RISE = 1.5
 """A mean loss at the end that is so many times the first one has risen"""
 
 _NORM_RISE = 10.0
+
+_NO_TEACHER = 0.5
+"""A step in which a larger share of the teacher was left out is one without distillation"""
 
 _LOG_NAMES = ("metrics.jsonl", "trainer_state.json")
 
@@ -44,6 +49,8 @@ class LoggedStep:
     grad_norm: float | None = None
     cause: str | None = None
     """Why the update was skipped, as in `guards.CAUSES`; in this program's own files only"""
+    dropped_share: float = 0.0
+    """Of the teacher's positions, those left out because they were not finite; likewise"""
 
     @property
     def has_bad_norm(self) -> bool:
@@ -101,6 +108,8 @@ def _own_remedy(name: str, log: TrainingLog) -> str:
     if name == "exploding":
         is_loose = isinstance(clip, (int, float)) and clip > 1.0
         return lower_rate + (f", or --max_grad_norm 1 (it is {clip:g})" if is_loose else "")
+    if name in ("no teacher", "teacher left out"):
+        return to_float32 or "look at the teacher's files, and at `crash/crash.md` in the run folder"
     if name in ("forward overflow", "backward overflow"):
         return f"{to_float32 or lower_rate}; `crash/crash.md` in the run folder names the module and the documents"
     if name == "norm skips" and skip_rule == "adaptive":
@@ -122,6 +131,12 @@ def diagnosis_lines(log: TrainingLog) -> list[str]:
         )
         counts = ", ".join(f"{count} of them {kind}" for kind, count in bad.items())
         lines[0] += f", from {steps[0].loss:g} to {steps[-1].loss:g}" + (f" ({counts})" if counts else "")
+    if any(step.dropped_share for step in steps):
+        shares = [step.dropped_share for step in steps]
+        lines += [
+            f"Teacher left out because it was not finite: {format_share(sum(shares) / len(shares))} of its positions, "
+            f"in {sum(map(bool, shares)):,} steps; all of them in {shares.count(1.0):,}"
+        ]
     lines += [f"Pattern: {found.pattern}"]
     if found.name == "exploding":
         lines += _growth(log)
@@ -185,6 +200,9 @@ _RULES: dict[str, Callable[[TrainingLog], bool]] = {
     "half weights": lambda log: log.has_unscale_error,
     "no labels": lambda log: _skipped_for("no_targets", log)
     or _share(log, lambda step: step.loss == 0.0 and step.grad_norm in (0.0, None)) == 1.0,
+    "no teacher": lambda log: (
+        _share(log, lambda step: step.cause == "teacher" or step.dropped_share > _NO_TEACHER) > 0.5
+    ),
     "norm skips": lambda log: _skipped_for("norm", log),
     "forward overflow": lambda log: (
         bool(log.steps) and log.steps[0].is_nan and _share(log, lambda step: step.is_nan) > 0.5
@@ -198,6 +216,7 @@ _RULES: dict[str, Callable[[TrainingLog], bool]] = {
     "no movement": _is_flat,
     "no answers": lambda log: log.scores.get("answer_rate") == 0.0,
     "wrong answers": lambda log: log.scores.get("accuracy") == 0.0,
+    "teacher left out": lambda log: any(step.dropped_share for step in log.steps),
     "calibration": lambda log: any(step.has_bad_norm for step in log.steps),
 }  # fmt: skip
 """The test of each pattern, in the order in which they are tried"""
@@ -226,7 +245,8 @@ def read_log(path: Path) -> TrainingLog:
     has_unscale_error = "Attempting to unscale FP16 gradients" in text
     if not steps and not has_unscale_error:
         raise UsageError(
-            f"explain {path}: holds no loss; give lines as {{'loss': 2.27, 'grad_norm': 1.55}}, or {_LOG_NAMES[1]}"
+            f"explain {path}: holds no loss; give lines as {{'loss': 2.27, 'grad_norm': 1.55}}, {_LOG_NAMES[1]}, or "
+            "the folder of a run"
         )
     return TrainingLog(path, steps, is_own, scores, has_unscale_error, settings, uses_float16)
 
@@ -269,7 +289,8 @@ def _logged_step(record: dict) -> LoggedStep | None:
     loss, cause = _number(record.get("loss")), record.get("cause")
     if loss is None:
         return None
-    return LoggedStep(loss, _number(record.get("grad_norm")), cause if isinstance(cause, str) else None)
+    cause = cause if isinstance(cause, str) else None
+    return LoggedStep(loss, _number(record.get("grad_norm")), cause, dropped_share([record]))
 
 
 def _number(value: object) -> float | None:

@@ -137,15 +137,15 @@ def results_of(runs: Sequence[RunHistory]) -> list[dict]:
     results = []
     for run in runs:
         bits = [as_float(record.get("val_bits_per_byte")) for record in run.validations()]
-        teacher = run.start.get("teacher_val_bits_per_byte", run.summary.get("teacher_val_bits_per_byte"))
+        teacher = run.start.get("teacher_val_bits_per_byte", run.summary.get("teacher_val_bits_per_byte", "none"))
         cells = (
             run.name,
             str(run.summary.get("status", "under way")).replace("_", " "),
             f"{run.num_steps:,}",
             f"{as_float(run.last.get('val_bits_per_byte')):.4f}",
-            f"{min(bits, default=math.nan):.4f}",
+            f"{min(filter(math.isfinite, bits), default=math.nan):.4f}",
             format_perplexity(as_float(run.last.get("val_ppl"))),
-            f"{as_float(teacher):.4f}",
+            teacher if teacher == "none" else f"{as_float(teacher):.4f}",
             f"{run.num_applied / run.num_steps:.1%}" if run.num_steps else "none",
         )
         results.append(dict(zip(RESULTS, cells, strict=True)))

@@ -23,10 +23,10 @@ from sar_kd.reporting.history import LOG
 from sar_kd.reporting.model_card import CardWriter
 from sar_kd.reporting.report import find_report_writer
 from sar_kd.reporting.run_environment import describe_environment, timestamp
-from sar_kd.reporting.step_lines import Pace, evaluation_line, fit, sft_line, start_line, step_parts
+from sar_kd.reporting.step_lines import Pace, dropped_share, evaluation_line, fit, sft_line, start_line, step_parts
 from sar_kd.reporting.summary_table import closing_lines, summary_table
 from sar_kd.reporting.trackers import find_trackers
-from sar_kd.runtime.console import first_few, format_perplexity, paint
+from sar_kd.runtime.console import first_few, format_perplexity, format_share, paint
 from sar_kd.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from sar_kd.runtime.files import as_float, atomic_write, complete_lines, json_safe, step_of_line
 from sar_kd.runtime.run_folder import CONFIG, check_no_run, check_run_folder, clear_run_folder
@@ -184,8 +184,9 @@ class RunLog:
     def _postfix(self, record: dict, success_rate: float) -> str:
         """The metrics beside the bar."""
         ce = "" if record["ce_loss"] is None else f" ce={record['ce_loss']:.3f}"
+        teacher = f" teacher_dropped={format_share(share)}" if (share := dropped_share([record])) else ""
         return (
-            f"loss={record['loss']:.3f} kd={record['kd_loss']:.3f}{ce} "
+            f"loss={record['loss']:.3f} kd={record['kd_loss']:.3f}{ce}{teacher} "
             f"ppl={format_perplexity(self._perplexity)} grad_norm={record['grad_norm']:.2f} success={success_rate:.0%} "
             f"loss_scale={record['loss_scale']:.0f}"
         )

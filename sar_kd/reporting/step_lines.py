@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from sar_kd.runtime.console import format_clock, format_perplexity
+from sar_kd.runtime.console import format_clock, format_perplexity, format_share
+from sar_kd.runtime.files import as_float
 
 
 class Pace(NamedTuple):
@@ -34,18 +35,30 @@ def step_parts(records: Sequence[dict], pace: Pace) -> list[str]:
     ce = f", ce={_mean(ce_losses):.4f}" if ce_losses or not finite else ""
     num_bad = len(records) - len(finite)
     bad = f" not_finite={num_bad}" if num_bad else ""
+    teacher = f" teacher_dropped={format_share(share)}" if (share := dropped_share(records)) else ""
     router_kls = [r["router_kl"] for r in finite if "router_kl" in r]
     routers = f" router_kl={_mean(router_kls):.4f}" if router_kls else ""
     norm = _mean([r["grad_norm"] for r in records if math.isfinite(r["grad_norm"])])
     success = f"success_rate={pace.success_rate:.0%}"
     rate = f"{records[-1]['learning_rate']:.1e}"
     return [
-        f"Step {pace.step}: avg_loss={loss:.4f} (kd={kd:.4f}{ce}){routers}{bad}",
+        f"Step {pace.step}: avg_loss={loss:.4f} (kd={kd:.4f}{ce}){teacher}{routers}{bad}",
         f"lr={rate} grad_norm={norm:.2f}",
         success,
         f"{pace.tokens_per_second:,.0f} tokens/s",
         pace.clock(),
     ]
+
+
+def dropped_share(records: Iterable[dict]) -> float:
+    """Of the teacher's positions in these steps, or in a summary, the share that was left out of distillation because
+    it was not finite. A version that did not count the positions compared about as many as there were targets.
+    """
+    dropped = positions = 0.0
+    for record in records:
+        dropped += as_float(record.get("teacher_rows_dropped", 0))
+        positions += as_float(record.get("teacher_positions", record.get("num_target_tokens", 0)))
+    return min(1.0, dropped / positions) if dropped > 0 and positions > 0 else 0.0
 
 
 def fit(parts: Sequence[str], columns: float) -> str:
@@ -77,23 +90,28 @@ def sft_line(records: Sequence[dict], pace: Pace) -> str:
 def start_line(start: dict, teacher: dict, same_tokenizer: bool) -> str:
     """The validation of student and, where there is one, teacher before the first step."""
     line = f"Before the first step: Validation PPL = {format_perplexity(start['val_ppl'])}"
-    line += f", bits per byte {start['val_bits_per_byte']:.4f}"
+    line += f", bits per byte {start['val_bits_per_byte']:.4f}{_nonfinite(start)}"
     if not teacher:
         return line
     perplexity = f" and PPL {format_perplexity(teacher['val_ppl'])}" if same_tokenizer else ""
-    return line + f"; teacher: bits per byte {teacher['val_bits_per_byte']:.4f}{perplexity}"
+    return line + f"; teacher: bits per byte {teacher['val_bits_per_byte']:.4f}{perplexity}{_nonfinite(teacher)}"
 
 
 def evaluation_line(record: dict, is_best: bool, same_tokenizer: bool) -> str:
     """One validation of the student, and of a teacher whose routers learn."""
     line = f"Step {record['step']}: Validation PPL = {format_perplexity(record['val_ppl'])}"
-    line += f", bits per byte {record['val_bits_per_byte']:.4f}"
+    line += f", bits per byte {record['val_bits_per_byte']:.4f}{_nonfinite(record)}"
     if "router_entropy" in record:
         native, routed = (record[f"teacher_val_ppl_{how}"] for how in ("native", "routed"))
         every = "" if routed == native else f", {routed:.2f} with every expert"
         own = "" if same_tokenizer else " in its own tokens"
         line += f"; teacher PPL {native:.2f}{every}{own}, router entropy {record['router_entropy']:.3f}"
     return line + (" (best so far)" if is_best else "")
+
+
+def _nonfinite(metrics: dict) -> str:
+    shares = {"not finite": metrics.get("val_nonfinite"), "masked": metrics.get("val_masked")}
+    return "".join(f" ({what} at {format_share(share)} of the text)" for what, share in shares.items() if share)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -10,7 +10,8 @@ from sar_kd.config.sections import EMBEDDED
 from sar_kd.errors import UsageError
 from sar_kd.reporting.history import RunHistory, findings_of, read_history
 from sar_kd.reporting.report import FILE as REPORT
-from sar_kd.runtime.console import count_of, format_duration, format_perplexity
+from sar_kd.reporting.step_lines import dropped_share
+from sar_kd.runtime.console import count_of, format_duration, format_perplexity, format_share
 from sar_kd.runtime.files import as_float
 
 _COLUMNS = {"perplexity": 12, "bits per byte": 15, "accuracy": 10, "answer rate": 13}
@@ -43,6 +44,8 @@ def summary_table(summary: dict, folder: Path) -> list[str]:
         + (f" ({skipped})" if skipped else "")
         + f", success rate {summary['success_rate']:.1%}, loss scale {summary['loss_scale_final']:.0f}",
     ]
+    if share := dropped_share([summary]):
+        lines.append(f"  the teacher was left out at {format_share(share)} of its positions, where it was not finite")
     if "on_policy" in summary:
         lines.append(_on_policy_line(summary["on_policy"], summary["wall_seconds"]))
     lines.append(f"  student saved in {folder / 'student'}, metrics in {folder / 'summary.json'}")

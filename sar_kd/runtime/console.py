@@ -80,3 +80,10 @@ def format_duration(seconds: float) -> str:
 def format_perplexity(perplexity: float) -> str:
     """Two decimals, or a power of ten from a million on."""
     return f"{perplexity:.2f}" if perplexity < 1e6 else f"{perplexity:.3g}"
+
+
+def format_share(share: float) -> str:
+    """12.3%, or <0.1% of what is not 0; never 100.0% of less than all."""
+    if 0 < share < 0.0005:
+        return "<0.1%"
+    return ">99.9%" if 0.9995 <= share < 1 else f"{share:.1%}"

@@ -13,6 +13,8 @@ from sar_kd.teacher.moe.router_training import FROZEN_ROUTERS, FrozenRouters
 class Teacher:
     """A run's teacher, a context around the run. The defaults suit a teacher without routers that learn."""
 
+    max_nonfinite = 0.5
+    """The largest share of the held-out text in which its logits may be not finite; such positions are left out"""
     passes = 1
     """Consecutive steps on the same text"""
     lines: Sequence[str] = ()
@@ -31,7 +33,9 @@ class Teacher:
         return FROZEN_ROUTERS
 
     def evaluate_start(self, validation: Dataset, precision: Precision) -> tuple[dict, list[str]]:
-        """Evaluate the teacher before the first step: `val_ppl` and `val_bits_per_byte`, and lines to show."""
+        """Evaluate the teacher before the first step: `val_ppl`, `val_bits_per_byte` and, where it is not 0,
+        `val_nonfinite` in the routing of the run; and lines to show.
+        """
         return {}, []
 
     def evaluate_routers(self, step: int, validation: Dataset, precision: Precision) -> tuple[dict, list[str]]:

@@ -57,6 +57,7 @@ class LiveTeacher(Teacher):
         self.routing = Routing(model, specs, rule, settings.ka_lambda, seed)
         self.router_trainer: RouterTrainer | None = None
         if name == "sar":
+            self.max_nonfinite = 0.0  # the gradient of the routers would not be finite either
             self.router_trainer = RouterTrainer(objective, self.routing, settings, config.loss, aligner, process_group)
             if settings.activation_checkpointing:
                 recompute_activations_(model)
@@ -88,7 +89,10 @@ class LiveTeacher(Teacher):
         self.start = self._evaluate(validation, precision)
         lines = self._choose_experts(validation, precision)
         self.last = self.start
-        return {name: self.start[f"teacher_{name}_native"] for name in ("val_ppl", "val_bits_per_byte")}, lines
+        metrics = {name: self.start[f"teacher_{name}_native"] for name in ("val_ppl", "val_bits_per_byte")}
+        how = "routed" if "teacher_val_ppl_routed" in self.start else "native"
+        share = self.start.get(f"teacher_val_nonfinite_{how}")
+        return metrics | ({"val_nonfinite": share} if share else {}), lines
 
     def _choose_experts(self, validation: Dataset, precision: Precision) -> list[str]:
         """Compare the perplexity of both routings, choose the experts of `--sar_routing auto`; lines to show.

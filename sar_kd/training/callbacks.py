@@ -161,7 +161,7 @@ class TaskEvaluation(Callback):
         scores = answer_questions(
             model, self._dataset, self._questions, self._precision, which=which, label=f"Questions, {label}"
         )
-        names = ("accuracy", "answer_rate", "num_questions")
+        names = ("accuracy", "answer_rate", "num_questions", *(["num_nonfinite"] if scores.num_nonfinite else []))
         self.state[key] = {name: getattr(scores, name) for name in names}
         return scores.line(label)
 

@@ -12,17 +12,20 @@ from statistics import median
 
 from sar_kd.config.sections import MIN_LOSS_SCALE, GuardConfig
 
-CAUSES = ("no_targets", "forward", "overflow", "gradient", "norm")
+CAUSES = ("no_targets", "forward", "teacher", "overflow", "gradient", "norm")
 """Why an update was skipped, one cause each.
 
 no_targets  the step's blocks hold no token to predict
 forward     a student logit, or the loss, is not finite
+teacher     no teacher logits of the whole step are finite; of routers that learn: their loss is not finite, or their
+            gradient while some teacher logits are not
 overflow    the forward is finite, a gradient is not, and the loss scale can still be lowered: normal loss-scale search
 gradient    a gradient is not finite although the loss scale is at its floor (or there is none)
 norm        the gradient norm is finite and above the limit
 """
 
-_NAN_CAUSES = ("forward", "gradient")
+NAN_CAUSES = ("forward", "teacher", "gradient")
+"""The causes of a NaN batch"""
 
 _WINDOW = 50
 """Attempts that the median norm and `frequent_nan` look back on."""
@@ -91,37 +94,48 @@ class StepGuard:
         """Share of attempts that were applied; 1 before the first."""
         return self.applied / self.attempts if self.attempts else 1.0
 
-    def judge(self, *, num_targets: int, forward_finite: bool, grad_norm: float, loss_scale: float) -> Verdict:
+    def judge(
+        self,
+        *,
+        num_targets: int,
+        forward_finite: bool,
+        teacher_finite: bool = True,
+        grad_norm: float,
+        loss_scale: float,
+    ) -> Verdict:
         """The verdict on one attempt; it is counted.
 
         num_targets     tokens to predict in the whole step, known before the forward
         forward_finite  every student logit and the loss are finite
+        teacher_finite  the teacher can be learned from, see `CAUSES`
         grad_norm       L2 norm after unscaling, before clipping; not finite if a gradient is not
         loss_scale      the loss scale of this attempt's backward; 1 where there is no scaler
         """
         limit = self._norm_limit()
-        cause = self._cause(num_targets, forward_finite, grad_norm, loss_scale, limit)
+        cause = self._cause(num_targets, forward_finite, teacher_finite, grad_norm, loss_scale, limit)
         if cause is None:
             self.applied += 1
         else:
             self.skipped[cause] += 1
-        if cause in _NAN_CAUSES:
+        if cause in NAN_CAUSES:
             self.consecutive_nan_batches += 1
             self.max_consecutive_nan_batches = max(self.max_consecutive_nan_batches, self.consecutive_nan_batches)
         elif cause in (None, "norm"):  # the forward and the gradient are finite
             self.consecutive_nan_batches = 0
             self._record_norm(grad_norm, is_refused=cause == "norm")
         emergency = self.consecutive_nan_batches >= self.settings.max_nan_batches
-        frequent_nan = self._detect_frequent_nan(cause in _NAN_CAUSES) and not emergency
+        frequent_nan = self._detect_frequent_nan(cause in NAN_CAUSES) and not emergency
         zero_gradient = self._detect_zero_gradient(cause is None and grad_norm == 0.0)
         first_norm_skip = cause == "norm" and self.skipped["norm"] == 1
         return Verdict(cause is None, cause, limit, first_norm_skip, emergency, frequent_nan, zero_gradient)
 
-    def _cause(self, num_targets, forward_finite, grad_norm, loss_scale, limit) -> str | None:
+    def _cause(self, num_targets, forward_finite, teacher_finite, grad_norm, loss_scale, limit) -> str | None:
         if num_targets == 0:
             return "no_targets"
         if not forward_finite:
             return "forward"
+        if not teacher_finite:
+            return "teacher"
         if not math.isfinite(grad_norm):
             return "overflow" if loss_scale > MIN_LOSS_SCALE else "gradient"
         return None if grad_norm <= limit else "norm"
@@ -170,7 +184,8 @@ class StepGuard:
         return state
 
     def load_state_dict(self, state: dict) -> None:
-        vars(self).update(state)
+        """Restore the counters. A cause that the state does not know has not occurred."""
+        vars(self).update(state, skipped=dict.fromkeys(CAUSES, 0) | state["skipped"])
 
 
 def _append(recent: list, value: float) -> None:
@@ -187,7 +202,7 @@ def verdict_messages(
     loss_scales: before and after the step
     """
     messages = []
-    if verdict.cause in ("forward", "gradient", "overflow"):
+    if verdict.cause in (*NAN_CAUSES, "overflow"):
         before, after = loss_scales
         change = f", loss scale {before:.0f} -> {after:.0f}" if after != before else ""
         messages.append(f"Step {step}: skipped ({verdict.cause}{change})")
@@ -215,6 +230,7 @@ def verdict_messages(
 _IN_WORDS = {
     "no_targets": "no token to predict",
     "forward": "a forward that was not finite",
+    "teacher": "a teacher that was not finite",
     "overflow": "an overflow while the loss scale was being found",
     "gradient": "a gradient that was not finite at the lowest loss scale",
     "norm": "a gradient norm above the limit",
@@ -224,6 +240,7 @@ _IN_WORDS = {
 _NOTHING_APPLIED = {
     "no_targets": "look at the text and at --block_size",
     "forward": "crash/crash.md names the module",
+    "teacher": "crash/crash.md names the module",
     "overflow": "the loss scale needs more --train_steps, or a lower --init_loss_scale",
     "gradient": "crash/crash.md names the module",
     "norm": "--skip_rule adaptive lets the limit follow the run, or raise --skip_grad_norm",

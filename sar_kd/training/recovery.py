@@ -15,9 +15,11 @@ from torch import Tensor
 from sar_kd.config.fields import RunConfig
 from sar_kd.data.batch import Batch
 from sar_kd.data.dataset import Dataset
+from sar_kd.evaluation.nonfinite import remedy_of
 from sar_kd.training.callbacks import Callback, MicroBatches, StepResult
 from sar_kd.training.checkpoint import checkpoint_name
-from sar_kd.training.nan_forensics import examine, remedy_of, unexamined, write_crash
+from sar_kd.training.guards import NAN_CAUSES
+from sar_kd.training.nan_forensics import examine, unexamined, write_crash
 from sar_kd.training.optimizer import parameters_of
 from sar_kd.training.step import StepContext, StepReport
 
@@ -72,7 +74,7 @@ class Recovery(Callback):
 
     def on_step_end(self, step: int, report: StepReport, micro_batches: MicroBatches) -> StepResult:
         self._follow(step, report)
-        if report.verdict.cause in ("forward", "gradient"):
+        if report.verdict.cause in NAN_CAUSES:
             self._nan_steps.append(micro_batches())
             if not self._process_group.broadcast((self.folder / "crash.json").exists()):
                 self.explain(step, report, "The update was refused and nothing was changed; the run went on.")
@@ -93,7 +95,7 @@ class Recovery(Callback):
             state["losses"] = [*state["losses"], *([] if loss is None else [loss])][-_WINDOW:]
             # No update came between the newest checkpoint and the first such step after it: these are its weights.
             state["sound_step"] = state["saved_step"]
-        elif report.verdict.cause in ("forward", "gradient"):
+        elif report.verdict.cause in NAN_CAUSES:
             state["nan_from"] = state["nan_from"] or step
 
     def before_save(self, step: int, is_finite: bool) -> None:
@@ -127,6 +129,8 @@ class Recovery(Callback):
         """
         batch, findings = self._examine(self._nan_steps[-1], report.verdict.cause)
         findings |= self._growth(report, findings, held_out)
+        if report.verdict.cause == "teacher" and report.teacher_rows_infinite:
+            findings["verdict"] = "masked"
         guards, optim = self._config.guards, self._config.optim
         student_lr = optim.student_lr * self.state["lr_scale"]
         findings["remedy"] = remedy_of(findings["verdict"], self._context.precision, student_lr, guards.max_grad_norm)
@@ -141,7 +145,7 @@ class Recovery(Callback):
         is 'diverged'.
         """
         losses, verdict = self.state["losses"], findings["verdict"]
-        if not self._context.guard.applied or verdict == "loss":
+        if not self._context.guard.applied or verdict == "loss" or report.verdict.cause == "teacher":
             return {"growth": ""}
         usual, last = (median(losses), losses[-1]) if losses else (math.nan, math.nan)
         start, now = held_out or (math.nan, math.nan)
@@ -173,6 +177,7 @@ class Recovery(Callback):
 
     def _weight_norm(self) -> float:
         weights = [parameter.detach() for parameter in parameters_of(self._context.optimizer)]
+        weights = [w.masked_fill(w == -math.inf, 0.0) if w.ndim == 1 else w for w in weights]  # a masked token's bias
         return self._context.strategy.grad_norm(weights).item()
 
     def summary_line(self, record: dict) -> str:
@@ -185,11 +190,12 @@ class Recovery(Callback):
 
     def _examine(self, micro_batches: list[Batch], cause: str | None) -> tuple[Batch, dict]:
         """The first micro-batch that is not finite when replayed (the last, if none is), and the findings about it."""
-        context = self._context
-        if context.strategy.is_sharded:
+        context, of_teacher = self._context, cause == "teacher"
+        model = context.objective.teacher if of_teacher else context.objective.student
+        if model is None or (context.strategy.is_sharded and not of_teacher):
             return micro_batches[-1], unexamined(micro_batches, cause, context.precision)
         for batch in micro_batches:
-            findings = examine(context.objective.student, batch, context.precision, cause, self._total_loss)
+            findings = examine(model, batch, context.precision, cause, None if of_teacher else self._total_loss)
             if findings["verdict"] != "not reproduced" and (cause != "gradient" or findings["first_bad_module"]):
                 break
         return batch, findings

@@ -78,7 +78,8 @@ class SampleTexts(Callback):
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             return [f"Warning: no sample texts of the {name} ({reason}); the run goes on"]
         for sample, generation in zip(self.state["samples"], generations, strict=True):
-            sample[name] = tokenizer.decode(generation.ids, skip_special_tokens=True)
+            text = tokenizer.decode(generation.ids, skip_special_tokens=True)
+            sample[name] = text if generation.is_finite else f"{text} (the next logits are not finite)"
         return []
 
 

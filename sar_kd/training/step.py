@@ -56,6 +56,8 @@ class StepReport:
     """Teacher positions left out of distillation: their logits, or the divergence, are not finite"""
     teacher_rows_infinite: int
     """Teacher positions at which the divergence is infinite, because only one of the models masks a token"""
+    teacher_positions: int
+    """Teacher positions that distillation compares, those left out included; 0 without a teacher"""
     routers: RouterReport | None = None
     """If the teacher's routers learn"""
     first_nonfinite_rank: int = 0
@@ -69,9 +71,10 @@ def train_step(micro_batches: list[Batch], context: StepContext) -> StepReport:
     """
     objective, optimizer, precision = context.objective, context.optimizer, context.precision
     routers, strategy = context.routers, context.strategy
-    counts = (sum(b.num_target_tokens for b in micro_batches if b.is_on_policy is kind) for kind in (False, True))
-    num_text, num_on_policy = map(int, strategy.process_group.all_reduce_sum(counts))
-    divisor = max(1, num_text + num_on_policy)
+    targets = (sum(b.num_target_tokens for b in micro_batches if b.is_on_policy is kind) for kind in (False, True))
+    positions = (sum(objective.num_teacher_positions(b)[i] for b in micro_batches) for i in range(2))
+    counts = [int(count) for count in strategy.process_group.all_reduce_sum([*targets, *positions])]
+    divisor = max(1, counts[0] + counts[1])
     batches = [batch.to(precision.device) for batch in micro_batches if strategy.needs_forward(batch)]
     terms = LossTerms.zero(precision.device)
     teacher_outputs = objective.precompute_teacher(batches)
@@ -86,7 +89,7 @@ def train_step(micro_batches: list[Batch], context: StepContext) -> StepReport:
     parameters = parameters_of(optimizer)
     gradients = [p.grad for p in parameters if p.grad is not None]
     grad_norm = strategy.grad_norm(gradients)
-    report = _judge(terms, grad_norm, gradients, num_text, num_on_policy, context)
+    report = _judge(terms, grad_norm, gradients, counts, context)
     verdict = report.verdict
     if verdict.applied:
         if report.grad_norm > _LARGE_NORM:  # the tensor may be inf
@@ -112,11 +115,14 @@ def _judge(
     terms: LossTerms,
     grad_norm: Tensor,
     gradients: list[Tensor],
-    num_text: int,
-    num_on_policy: int,
+    counts: list[int],
     context: StepContext,
 ) -> StepReport:
-    """Reduce a step's metrics over all ranks, and judge the update. num_*: target tokens of all ranks"""
+    """Reduce a step's metrics over all ranks, and judge the update.
+
+    counts: of all ranks, target tokens of text, those of on-policy text, and both of `num_teacher_positions`
+    """
+    num_text, num_on_policy, num_teacher, num_expected = counts
     objective, routers, num_targets = context.objective, context.routers, num_text + num_on_policy
     divisor = max(1, num_targets)
     sums = [*terms.values(), *routers.sums()]
@@ -127,12 +133,16 @@ def _judge(
     if norm == math.inf:  # perhaps of finite gradients whose squares exceed float32
         norm = context.strategy.large_grad_norm(gradients)
     router_report = routers.report(router_sums, router_norms, num_targets)
-    losses, norms = [total], [norm]
+    teacher_finite, norms = not num_expected or dropped < num_teacher, [norm]
     if router_report is not None:  # its norm has no limit; but if it is not finite, neither update is trusted
-        losses, norms = [total, router_report.router_loss], [norm, router_report.router_grad_norm]
+        norms = [norm, router_report.router_grad_norm]
+        # What of the teacher is not finite makes the routers' gradient so, at any loss scale.
+        router_values = [router_report.router_loss, *(norms[1:] if dropped else [])]
+        teacher_finite = teacher_finite and all(map(math.isfinite, router_values))
     verdict = context.guard.judge(
         num_targets=num_targets,
-        forward_finite=nonfinite_positions == 0 and all(map(math.isfinite, losses)),
+        forward_finite=nonfinite_positions == 0 and math.isfinite(total),
+        teacher_finite=teacher_finite,
         grad_norm=norm if all(map(math.isfinite, norms)) else math.nan,
         loss_scale=loss_scale,
     )
@@ -146,6 +156,7 @@ def _judge(
         num_target_tokens=num_targets,
         teacher_rows_dropped=int(dropped),
         teacher_rows_infinite=int(infinite),
+        teacher_positions=num_teacher,
         routers=router_report,
         first_nonfinite_rank=first_nonfinite_rank,
     )

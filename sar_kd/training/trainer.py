@@ -15,6 +15,7 @@ from typing import NamedTuple
 from sar_kd.config.fields import RunConfig
 from sar_kd.data.dataset import Dataset
 from sar_kd.errors import TrainingDiverged, UsageError
+from sar_kd.evaluation.nonfinite import check_finite
 from sar_kd.evaluation.perplexity import Evaluation, evaluate
 from sar_kd.models.loading import Models
 from sar_kd.models.lora import models_to_save
@@ -22,6 +23,7 @@ from sar_kd.preflight.checks import describe_text
 from sar_kd.preflight.clamp_checks import check_clamps
 from sar_kd.preflight.data_checks import text_warnings
 from sar_kd.reporting.run_log import RunLog
+from sar_kd.runtime.console import format_share
 from sar_kd.runtime.signals import StopRequest
 from sar_kd.teacher.base import Teacher
 from sar_kd.training.batch_loader import BatchLoader
@@ -115,9 +117,10 @@ class Trainer:
         for line in (*details, *self.teacher.details):
             self.log.detail(line)
         state.teacher, messages = self.teacher.evaluate_start(self.validation, context.precision)
-        self._log(messages)
+        self._log([*messages, *self._check_teacher()])
         evaluation = self._evaluate()
         state.start = state.last = state.best = evaluation.metrics()
+        self._log(self._check_student())
         state.last_step = 0
         clamps = config.loss, self.models, self.validation, context.precision, evaluation.loss, context.objective.heads
         self._log(context.strategy.inference(lambda: check_clamps(*clamps)))
@@ -128,6 +131,28 @@ class Trainer:
         self.log.log_start({**state.start, "val_bytes": self.validation.text.num_bytes}, state.teacher)
         if self.recovery.may_rewind:
             self._save()  # a checkpoint to go back to
+
+    def _check_teacher(self) -> list[str]:
+        """A warning about a teacher that is not finite in a part of the text; UsageError if that is too much."""
+        names, share = self.config.models, self.state.teacher.get("val_nonfinite", 0.0)
+        option = "teacher_cache" if getattr(names, "teacher_cache", "") else "teacher_model"
+        batches = self.validation.token_batches("teacher", self.config.train.per_device_batch_size)
+        title, models = f"--{option} {getattr(names, option, '')}", self.models
+        precision, limit = self.context.precision, self.teacher.max_nonfinite if self.config.loss.alpha_kd > 0 else 1.0
+        return check_finite(title, share, limit, precision, models.teacher, batches, "cache")
+
+    def _check_student(self) -> list[str]:
+        """A warning about a student that masks tokens of the text; UsageError about one that is not finite."""
+        title, start = f"--student_model {self.config.models.student_model}", self.state.start
+        batches = self.validation.token_batches("student", self.config.train.per_device_batch_size)
+        student = None if self.context.strategy.is_sharded else self.models.student
+        check_finite(title, start.get("val_nonfinite", 0.0), 0.0, self.context.precision, student, batches)
+        if not (masked := start.get("val_masked")):
+            return []
+        return [
+            f"Warning: {title}: it masks {format_share(masked)} of the held-out text's tokens (logits of -inf), so its "
+            "perplexity is infinite; a step with such a token is refused: leave such documents out"
+        ]
 
     def _resume(self) -> None:
         step, train_steps = self._load(), self.config.train.train_steps
@@ -189,6 +214,8 @@ class Trainer:
         report = train_step(micro_batches, self.context)
         self.state.step += 1
         self.state.tokens += report.num_target_tokens
+        self.state.teacher_positions += report.teacher_positions
+        self.state.teacher_rows_dropped += report.teacher_rows_dropped
         self.state.train_seconds += time.monotonic() - started
         return report, partial(self.loader.nan_candidates, step, report, micro_batches)
 
@@ -236,7 +263,8 @@ class Trainer:
         """Evaluate the student, save it if it is the best so far; evaluate routers that learn."""
         state, evaluation = self.state, self._evaluate()
         state.last, state.last_step = evaluation.metrics(), self.state.step
-        is_best = evaluation.loss < state.best["val_loss"] or not math.isfinite(state.best["val_loss"])
+        best = state.best["val_loss"]
+        is_best = evaluation.loss < best or not (math.isfinite(best) or math.isnan(evaluation.loss))
         is_best = is_best and not self.recovery.weights_are_lost
         if is_best:
             state.best, state.best_step = state.last, state.step

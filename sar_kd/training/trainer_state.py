@@ -17,12 +17,16 @@ class TrainerState:
     """Attempts made"""
     tokens: int = 0
     """Target tokens of all attempts"""
+    teacher_positions: int = 0
+    """Of all attempts, as in `StepReport`"""
+    teacher_rows_dropped: int = 0
+    """Likewise"""
     seconds: float = 0.0
     """Wall time, all parts of a resumed run together"""
     train_seconds: float = 0.0
     """The part of it spent in attempts"""
     teacher: dict = field(default_factory=dict)
-    """`val_ppl` and `val_bits_per_byte` of the teacher before the first step; empty if there is none"""
+    """As `Teacher.evaluate_start` gives it, before the first step; empty if there is none"""
     start: dict = field(default_factory=dict)
     """Validation metrics of the student before the first step; likewise the last ones, and the best ones"""
     last: dict = field(default_factory=dict)
@@ -53,6 +57,8 @@ class TrainerState:
             "val_bits_per_byte_final": self.last["val_bits_per_byte"],
             "val_bits_per_byte_best": self.best["val_bits_per_byte"],
             **{f"teacher_{name}": value for name, value in self.teacher.items()},
+            "teacher_positions": self.teacher_positions,
+            "teacher_rows_dropped": self.teacher_rows_dropped,
             "nan_batches_max_consecutive": guard.max_consecutive_nan_batches,
             "zero_gradient_steps": guard.zero_gradient_steps,
             "loss_scale_final": precision.loss_scale.item(),

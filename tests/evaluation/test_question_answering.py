@@ -68,6 +68,17 @@ def test_every_answer_is_counted_once(questions, dataset, sp_tokenizer):
     assert result.line("x").startswith("benchmark_result.accuracy=0.571  benchmark_result.answer_rate=0.714")
 
 
+def test_answers_that_end_at_logits_that_are_not_finite_are_counted(questions, dataset, sp_tokenizer, make_student):
+    model = make_student(len(sp_tokenizer)).eval()
+    fine = answer_questions(model, dataset, questions, FLOAT32)
+    assert fine.num_nonfinite == 0
+    assert "not finite" not in fine.line("x")
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output * torch.nan)
+    result = answer_questions(model, dataset, questions, FLOAT32)
+    assert (result.num_answered, result.num_nonfinite) == (0, 7)
+    assert result.line("x").endswith("(x, 7 questions, 7 ended at logits that are not finite)")
+
+
 def test_the_prompt_is_what_precedes_the_answer_in_training(questions, dataset, sp_tokenizer):
     model = Scripted(sp_tokenizer, [asked.answer for asked in questions])
     answer_questions(model, dataset, questions, FLOAT32)

@@ -57,7 +57,7 @@ def test_each_pattern_is_recognised_in_each_kind_of_log(tmp_path, name, written)
 
 
 def test_every_diagnosis_is_reached_by_a_test():
-    ours = {"norm skips", "half weights", "no answers", "wrong answers"}
+    ours = {"no teacher", "teacher left out", "norm skips", "half weights", "no answers", "wrong answers"}
     assert set(PATTERNS) | ours == set(DIAGNOSES)
 
 
@@ -85,6 +85,34 @@ def _ours(pairs, causes) -> str:
 def test_a_runs_own_metrics_are_read_with_their_causes(tmp_path, pairs, causes, name):
     assert diagnose(_read(tmp_path, _ours(pairs, causes), "metrics.jsonl")).name == name
     assert diagnose(read_log(tmp_path)).name == name  # the folder that holds it
+
+
+@pytest.mark.parametrize(
+    ("dropped", "name", "line"),
+    [
+        ([400] * 6, "no teacher", "100.0% of its positions, in 6 steps; all of them in 6"),
+        ([400] * 5 + [0], "no teacher", "83.3% of its positions, in 5 steps; all of them in 5"),
+        ([100] * 6, "teacher left out", "25.0% of its positions, in 6 steps; all of them in 0"),
+        ([0] * 5 + [4], "teacher left out", "0.2% of its positions, in 1 steps; all of them in 0"),
+        ([0] * 6, "healthy", ""),
+    ],
+)
+@pytest.mark.parametrize("denominator", ["teacher_positions", "num_target_tokens"])
+def test_a_teacher_that_was_left_out_is_the_diagnosis(tmp_path, dropped, name, line, denominator):
+    """Also in the logs of a version that applied such steps and counted the targets alone."""
+    records = [json.loads(text) for text in _ours(GOOD, [None] * 6).splitlines()[1:]]
+    records = [r | {"teacher_rows_dropped": n, denominator: 400} for r, n in zip(records, dropped, strict=True)]
+    log = _read(tmp_path, "\n".join(map(json.dumps, records)), "metrics.jsonl")
+    found = diagnose(log)
+    assert found.name == name
+    assert name == "healthy" or "--model_dtype float32" in found.remedy
+    assert line in "\n".join(diagnosis_lines(log))
+
+
+def test_steps_refused_for_the_teacher_are_no_teacher_and_float32_is_not_advised_where_it_is_in_use(tmp_path):
+    log = _run(tmp_path, GOOD, ["teacher"] * 6, model_dtype="float32")
+    assert diagnose(log).name == "no teacher"
+    assert "float32" not in diagnose(log).remedy
 
 
 def _run(tmp_path, pairs, causes, **settings):
@@ -188,6 +216,7 @@ def test_the_command_prints_it_and_ends_with_0(tmp_path, capsys):
         ("nothing of the kind", "holds no loss"),
         ('{"log_history": [{"eval_loss": 1.0}]}', "holds no loss"),
         ("{'loss': 'high'}", "holds no loss"),
+        ("Step 25: avg_loss=4.1834 (kd=2.5541, ce=4.2692) grad_norm=1.00", "or the folder of a run"),
     ],
 )
 def test_what_is_no_log_is_one_line(tmp_path, text, line):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from sar_kd.reporting.step_lines import Pace, evaluation_line, fit, sft_line, start_line, step_parts
+from sar_kd.reporting.step_lines import Pace, dropped_share, evaluation_line, fit, sft_line, start_line, step_parts
 from sar_kd.runtime.console import count_of, format_clock, format_duration
 
 PACE = Pace(50, 1000, 0.98, 5286.4, 31.4, 3724.0)
@@ -34,6 +34,25 @@ def test_a_line_without_a_finite_loss_or_a_cross_entropy_is_still_a_line():
     assert first == "Step 50: avg_loss=4.0000 (kd=2.5000) router_kl=0.5000"
 
 
+def test_the_share_of_the_teacher_that_was_left_out_is_shown_unless_it_is_0():
+    def first(*counts):
+        records = [_record(teacher_rows_dropped=dropped, teacher_positions=of) for dropped, of in counts]
+        return step_parts(records, PACE)[0]
+
+    plain = "Step 50: avg_loss=4.0000 (kd=2.5000, ce=4.2500)"
+    assert first((0, 100), (0, 0)) == plain
+    assert first((30, 100), (0, 300)) == f"{plain} teacher_dropped=7.5%"
+    assert first((1, 100_000)) == f"{plain} teacher_dropped=<0.1%"
+    assert first((99_999, 100_000)) == f"{plain} teacher_dropped=>99.9%"
+    assert first((100, 100)) == f"{plain} teacher_dropped=100.0%"
+
+
+def test_a_log_that_did_not_count_the_positions_is_read_by_its_targets():
+    assert dropped_share([{"teacher_rows_dropped": 254, "num_target_tokens": 254}] * 2) == 1.0
+    assert dropped_share([{"teacher_rows_dropped": 300, "num_target_tokens": 254}]) == 1.0
+    assert dropped_share([{"teacher_rows_dropped": "x", "teacher_positions": 3}, {}]) == 0.0
+
+
 @pytest.mark.parametrize(
     ("columns", "expected"), [(3, "one"), (8, "one two"), (7, "one"), (13, "one two"), (99, "one two three")]
 )
@@ -55,6 +74,10 @@ def test_the_teachers_perplexity_stands_beside_the_students_only_where_their_tok
     assert start_line(own, {}, True) == begin
     assert start_line(own, teacher, False) == begin + "; teacher: bits per byte 1.7500"
     assert start_line(own, teacher, True) == begin + "; teacher: bits per byte 1.7500 and PPL 41.00"
+    bad = own | {"val_bits_per_byte": math.nan, "val_nonfinite": 0.3}
+    assert start_line(own, bad, False) == f"{begin}; teacher: bits per byte nan (not finite at 30.0% of the text)"
+    assert "bits per byte nan (not finite at 30.0% of the text)" in evaluation_line({"step": 5, **bad}, False, True)
+    assert "(masked at 0.1% of the text)" in evaluation_line({"step": 5, **own, "val_masked": 0.001}, False, True)
     record = {"step": 5, **own, "router_entropy": 0.5, "teacher_val_ppl_native": 41.0, "teacher_val_ppl_routed": 42.0}
     line = evaluation_line(record, True, False)
     assert "; teacher PPL 41.00, 42.00 with every expert in its own tokens, router entropy 0.500" in line

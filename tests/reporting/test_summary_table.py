@@ -57,3 +57,13 @@ def test_scores_stand_under_their_names():
 def test_the_last_validation_has_its_step_where_the_run_went_on_after_it(more, name):
     _, _, last, *_ = _table(SUMMARY | more)
     assert last.startswith(f"  {name}")
+
+
+def test_the_share_of_the_teacher_that_was_left_out_has_a_line():
+    def lines(**counts):
+        return [line for line in summary_table(SUMMARY | counts, Path("runs/a")) if "left out" in line]
+
+    assert lines() == lines(teacher_rows_dropped=0, teacher_positions=400) == []
+    assert lines(teacher_rows_dropped=30, teacher_positions=400) == [
+        "  the teacher was left out at 7.5% of its positions, where it was not finite"
+    ]

@@ -973,35 +973,75 @@ def test_report_gpt2_logits_far_below_zero_are_learned_from(make_run, row):
     )
 
 
-def test_report_activations_of_a_bf16_model_beyond_65504_pass_in_float32_and_a_nonfinite_teacher_is_dropped(
-    make_run, row
-):
-    def bf16_pretrained(model):
-        """Gemma's kind: a residual stream of 2e5, which every layer's norm takes back."""
-        embeddings = model.get_input_embeddings().weight.data
-        embeddings.mul_(2e5 / embeddings.std())
-        return model
+def _bf16_pretrained(model):
+    """Gemma's kind: a residual stream of 2e5, which every layer's norm takes back."""
+    embeddings = model.get_input_embeddings().weight.data
+    embeddings.mul_(2e5 / embeddings.std())
+    return model
 
+
+def test_report_activations_of_a_bf16_model_beyond_65504_pass_in_a_float32_residual_stream(make_run, row):
     naive = make_run()
     (batch,) = naive.batches([0])
-    half = bf16_pretrained(naive.student).half()
+    half = _bf16_pretrained(naive.student).half()
     with torch.no_grad():
         logits = half(input_ids=batch.student.input_ids).logits
     share = (~logits.isfinite().all(-1)).float().mean().item()
     assert share == 1.0
 
-    run = make_run()
-    bf16_pretrained(run.student)
-    bf16_pretrained(run.teacher.float()).half()
-    reports = run.steps(3, [0])
-    assert all(report.verdict.applied for report in reports)
-    assert reports[0].teacher_rows_dropped == reports[0].num_target_tokens
-    assert reports[0].kd_loss == 0.0
+    run = make_run(loss={"alpha_kd": 0.0})
+    _bf16_pretrained(run.student)
+    assert all(report.verdict.applied for report in run.steps(3, [0]))
     row(
         "bf16-pretrained, residual stream of 2e5",
         f"`model.half()`: {share:.0%} of the positions not finite",
-        "student: float32 residual stream, trains; half teacher: all its rows dropped and counted, text still teaches",
+        "student: float32 residual stream, trains",
     )
+
+
+def test_report_a_teacher_of_which_nothing_is_finite_stops_the_run(make_run, row):
+    """What a half teacher does whose residual stream leaves half's range."""
+
+    def where_finite(student, teacher):
+        s, t = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
+        terms = (t.exp() * (t - s)).sum(-1)
+        return torch.where(terms.isfinite(), terms, 0.0).mean()
+
+    def silent(run):
+        break_forward(run.teacher.model.layers[0], value=math.nan)
+        return run
+
+    naive = NaiveLoop(silent(make_run()), kd=where_finite, scales=False)
+    naive.step(naive.run.batches([0]))
+    assert naive.nan_share > 0.5
+
+    run = silent(make_run())
+    before, scale = run.tensors(), run.scale
+    reports = run.steps(10, [0])
+    assert [report.verdict.cause for report in reports] == ["teacher"] * 10
+    assert [report.verdict.emergency for report in reports] == [False] * 9 + [True]
+    assert all(report.teacher_rows_dropped == report.teacher_positions > 0 for report in reports)
+    assert same_bits(before, run.tensors())
+    assert run.scale == scale
+    found = examine(run.teacher, *run.batches([0]), run.precision, "teacher")
+    row(
+        "nothing of the teacher is finite",
+        f"`where(isfinite(kd), kd, 0)`: {naive.nan_share:.0%} of the weights NaN after one step",
+        f"refused as `teacher`, stops at the 10th, weights as they were; names `{found['first_bad_module']['name']}`",
+    )
+
+
+def test_report_one_step_without_a_teacher_is_no_emergency(make_run):
+    bad = {"on": True}
+    run = make_run()
+    break_forward(run.teacher.model.layers[0], lambda: bad["on"], math.nan)
+    causes = []
+    for on in [True] * 9 + [False] + [True] * 9:
+        bad["on"] = on
+        (report,) = run.steps(1, [0])
+        causes.append(report.verdict.cause)
+        assert not report.verdict.emergency
+    assert causes == ["teacher"] * 9 + [None] + ["teacher"] * 9
 
 
 def test_report_reverse_kl_with_vanishing_targets_is_finite(make_run, row):

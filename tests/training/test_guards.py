@@ -13,6 +13,7 @@ from sar_kd.training.guards import CAUSES, StepGuard, nothing_applied, skips_in_
 
 HEALTHY = {"num_targets": 100, "forward_finite": True, "grad_norm": 1.0, "loss_scale": 1024.0}
 NAN_FORWARD = {**HEALTHY, "forward_finite": False}
+NO_TEACHER = {**HEALTHY, "teacher_finite": False}
 OVERFLOW = {**HEALTHY, "grad_norm": math.inf}
 OVERFLOW_AT_FLOOR = {**OVERFLOW, "loss_scale": MIN_LOSS_SCALE}
 LARGE = {**HEALTHY, "grad_norm": 2.6}
@@ -69,12 +70,40 @@ def test_no_rule_applies_a_gradient_that_is_not_finite(skip_rule, grad_norm):
 
 def test_every_cause_is_counted_apart():
     guard = _guard(skip_rule="fixed")
-    for times, attempt in enumerate((HEALTHY, EMPTY, NAN_FORWARD, OVERFLOW, OVERFLOW_AT_FLOOR, LARGE), 1):
+    attempts = HEALTHY, EMPTY, NAN_FORWARD, NO_TEACHER, OVERFLOW, OVERFLOW_AT_FLOOR, LARGE
+    for times, attempt in enumerate(attempts, 1):
         _judge(guard, attempt, times)
     assert guard.applied == 1
-    assert [guard.skipped[cause] for cause in CAUSES] == [2, 3, 4, 5, 6]
-    assert guard.attempts == 21
-    assert guard.success_rate == pytest.approx(1 / 21)
+    assert [guard.skipped[cause] for cause in CAUSES] == [2, 3, 4, 5, 6, 7]
+    assert guard.attempts == 28
+    assert guard.success_rate == pytest.approx(1 / 28)
+
+
+@pytest.mark.parametrize(
+    ("other", "cause"),
+    [
+        ({}, "teacher"),
+        ({"grad_norm": math.nan}, "teacher"),
+        ({"grad_norm": 1e9}, "teacher"),
+        ({"forward_finite": False}, "forward"),
+        ({"num_targets": 0}, "no_targets"),
+    ],
+    ids=str,
+)
+def test_a_step_without_a_teacher_has_its_own_cause_before_every_cause_of_the_gradient(other, cause):
+    guard = _guard()
+    _judge(guard, HEALTHY, 10)
+    assert guard.judge(**NO_TEACHER | other).cause == cause
+
+
+def test_a_checkpoint_from_before_a_cause_was_known_counts_it_as_0():
+    guard = _guard()
+    state = guard.state_dict()
+    del state["skipped"]["teacher"]
+    state["skipped"]["norm"] = 3
+    guard.load_state_dict(state)
+    _judge(guard, NO_TEACHER)
+    assert guard.skipped == dict.fromkeys(CAUSES, 0) | {"norm": 3, "teacher": 1}
 
 
 def test_the_success_rate_is_one_before_the_first_attempt():
@@ -84,7 +113,7 @@ def test_the_success_rate_is_one_before_the_first_attempt():
 # The emergency stop
 
 
-@pytest.mark.parametrize("attempt", [NAN_FORWARD, OVERFLOW_AT_FLOOR])
+@pytest.mark.parametrize("attempt", [NAN_FORWARD, NO_TEACHER, OVERFLOW_AT_FLOOR])
 def test_the_tenth_consecutive_nan_batch_is_an_emergency(attempt):
     verdicts = _judge(_guard(), attempt, 10)
     assert [verdict.emergency for verdict in verdicts] == [False] * 9 + [True]

@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sar_kd.config.sections import GuardConfig, LossConfig, OptimConfig
+from sar_kd.data.batch import CachedTopK
 from sar_kd.data.dataset import Dataset, build_dataset
 from sar_kd.data.samples import Document
 from sar_kd.evaluation.perplexity import Evaluation, evaluate
@@ -409,20 +410,76 @@ def test_the_logit_clamp_bounds_both_terms_and_not_the_logged_text_loss(make_run
 
 @HALF_OR_FLOAT
 @pytest.mark.parametrize("tokenizers", ["equal", "different"])
-def test_teacher_positions_that_are_not_finite_are_dropped_and_text_still_trains(make_run, dtype, tokenizers):
-    deaf, alone = make_run(dtype, tokenizers), make_run(dtype, tokenizers, alpha_kd=0.0)
-    deaf.teacher.lm_head.weight.data.fill_(math.inf)
-    (batch,) = _batches(deaf, [0, 1])
-    report = deaf.step([batch])
-    alone.step([batch])
-    assert report.verdict.applied
+def test_a_step_with_a_teacher_of_which_nothing_is_finite_is_refused_for_that(make_run, dtype, tokenizers):
+    run = make_run(dtype, tokenizers)
+    run.teacher.lm_head.weight.data.fill_(math.inf)
+    (batch,) = _batches(run, [0, 1])
+    before, scale = [p.detach().clone() for p in run.student.parameters()], run.precision.loss_scale.item()
+    report = run.step([batch])
+    assert report.verdict.cause == "teacher"
+    assert all(torch.equal(a, b) for a, b in zip(before, run.student.parameters(), strict=True))
+    assert run.precision.loss_scale.item() == scale
     records = [batch.alignment.teacher_continuations, batch.alignment.student_continuations]
     going_on = sum(0 if record is None else len(record.starting_positions) for record in records)
     assert (going_on > 0) == (tokenizers == "different")
     assert report.teacher_rows_dropped == len(batch.alignment.teacher_positions) + going_on
+    assert report.teacher_positions == report.teacher_rows_dropped
     assert report.kd_loss == 0.0
-    for a, b in zip(deaf.gradients[0], alone.gradients[0], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-7)
+
+
+@HALF_OR_FLOAT
+@pytest.mark.parametrize("tokenizers", ["equal", "different"])
+def test_a_micro_batch_without_a_teacher_beside_one_with_it_learns_its_text(make_run, dtype, tokenizers):
+    def is_bad(module, inputs, output):
+        same = inputs[0].shape == bad.shape and torch.equal(inputs[0], bad)
+        return output * math.inf if same else output
+
+    whole, text, parts = make_run(dtype, tokenizers), make_run(dtype, tokenizers), make_run(dtype, tokenizers)
+    batches = _batches(whole, [0, 1], [2, 3])
+    bad = batches[0].teacher.input_ids
+    whole.teacher.get_input_embeddings().register_forward_hook(is_bad)
+    report = whole.step(batches)
+    assert report.verdict.applied
+    assert 0 < report.teacher_rows_dropped < report.teacher_positions
+    assert report.teacher_rows_dropped == whole.objective.num_teacher_positions(batches[0])[0]
+    # The same gradient from cross-entropy alone on the first micro-batch, and the whole loss on the second.
+    text.objective.distillation = None
+    text.step(batches[:1])
+    parts.step(batches[1:])
+    counts = [batch.num_target_tokens for batch in batches]
+    for a, b, c in zip(whole.gradients[0], text.gradients[0], parts.gradients[0], strict=True):
+        expected = (counts[0] * b + counts[1] * c) / sum(counts)
+        assert (a - expected).norm() <= (2e-2 if dtype is torch.float16 else 1e-4) * expected.norm()
+
+
+@pytest.mark.parametrize("alignment", ["auto", "strict", "alm", "uld", "hidden"])
+def test_every_method_counts_the_positions_that_it_compares(make_run, alignment):
+    run = make_run(tokenizers="different", alignment=alignment)
+    (batch,) = _batches(run, [0, 1])
+    assert run.step([batch]).teacher_rows_dropped == 0
+    run.teacher.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output * math.nan)
+    report = run.step([batch])
+    assert report.verdict.cause == "teacher"
+    assert report.teacher_rows_dropped == report.teacher_positions > 0
+
+
+def test_text_that_a_cache_does_not_hold_is_learned_without_a_teacher(make_run):
+    run = make_run()
+    (batch,) = _batches(run, [0, 1])
+    count = batch.num_target_tokens
+    none = torch.full((count,), math.nan)
+    index = torch.zeros(batch.teacher.input_ids.numel(), dtype=torch.int64)
+    index[batch.teacher.positions] = torch.arange(count)
+    cached = CachedTopK(
+        index, torch.zeros(count, 4, dtype=torch.int32), none, torch.zeros(count, 4).half(), none, none.half(), 2.0
+    )
+    run.objective.distillation.top_k = 4
+    report = run.step([dataclasses.replace(batch, cached_logits=cached)])  # records that are not finite
+    assert report.verdict.cause == "teacher"
+    missing = dataclasses.replace(batch, cached_logits=dataclasses.replace(cached, is_missing=True))
+    report = run.step([missing])
+    assert report.verdict.applied
+    assert report.teacher_rows_dropped == report.teacher_positions == count
 
 
 @pytest.mark.parametrize(("alignment", "learns"), [("auto", True), ("strict", False)])
@@ -447,7 +504,7 @@ def test_only_the_teacher_positions_that_are_not_finite_are_dropped(make_run):
     bad = (~logits.isfinite().all(1)).sum().item()
     report = run.step([batch])
     assert 0 < bad < len(batch.teacher.positions)
-    assert report.teacher_rows_dropped == bad
+    assert (report.teacher_rows_dropped, report.teacher_positions) == (bad, len(batch.teacher.positions))
     assert report.verdict.applied
     assert report.kd_loss > 0
 

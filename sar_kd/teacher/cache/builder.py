@@ -23,11 +23,14 @@ from sar_kd.data.dataset import Dataset, build_dataset
 from sar_kd.data.sources import Documents
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.data.tokenized_text import tokenize
+from sar_kd.evaluation.nonfinite import check_finite
 from sar_kd.losses.distillation import top_k_of
 from sar_kd.models.lm_head import LMHeads, forward_to_lm_head
 from sar_kd.models.logit_tiles import logsumexp_per_position
+from sar_kd.runtime.console import count_of
 from sar_kd.runtime.files import atomic_rename
 from sar_kd.runtime.precision import MASKED_BELOW, MASKED_LOGIT, Precision
+from sar_kd.teacher.base import Teacher
 from sar_kd.teacher.cache.format import index_key, index_path, record_dtype, shard_path, write_header, write_shard
 from sar_kd.teacher.cache.lookup import CHUNK, CacheIndex, CacheLookup, PlainTargets
 from sar_kd.tokenization.token_stream import Blocks, TokenizedText
@@ -52,10 +55,14 @@ class CacheBuilder:
         self.batch_size, self.shard_size = metadata["batch_size"], metadata["shard_size"]
         self.dtype = record_dtype(metadata)
         self.tile_size = positions_per_tile(config.cache.loss_workspace_mb, metadata["vocab_size"])
-        self._heads = LMHeads(precision)
+        self._heads, self._title = LMHeads(precision), f"--teacher_model {config.cache.teacher_model}"
+        self._num_records = self._num_nonfinite = 0
 
     def build(self, name: str, text: TeacherText) -> Iterator[int]:
-        """Write the missing shards of a text; yields the number of target tokens of each batch after its forward."""
+        """Write the missing shards of a text; yields the number of target tokens of each batch after its forward.
+
+        Raises: UsageError if most of the logits so far are not finite, with the module and the remedy
+        """
         path, shards = index_path(self.folder, name), self.header["shards"][name]
         if not path.exists():
             text.write_index(path, index_key(self.header, name))
@@ -70,6 +77,12 @@ class CacheBuilder:
                 found.append(self._records(batch.to(self.precision.device)))
                 yield len(found[-1])
             records = np.concatenate(found)
+            self._num_records += len(records)
+            self._num_nonfinite += int(np.isnan(records["max_log_prob"]).sum())
+            batches = text.dataset.token_batches_at("teacher", firsts[part].tolist(), self.batch_size)
+            share, limit = self._num_nonfinite / self._num_records, Teacher.max_nonfinite
+            where = f"{count_of(self._num_records, 'token')} of the text"
+            check_finite(self._title, share, limit, self.precision, self.teacher, batches, where=where)
             digest = write_shard(shard_path(self.folder, name, number), records)
             shards.append([len(records), digest])
             write_header(self.folder, self.header)

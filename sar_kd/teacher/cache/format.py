@@ -15,6 +15,7 @@ import contextlib
 import functools
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -196,8 +197,14 @@ class Shards:
 
     def total_nats(self) -> float:
         """The teacher's loss over all targets: the sum of -log p, in float64."""
-        maps = (self._map(number) for number in range(len(self.digests)))
-        return -sum(float(records["target_log_prob"].astype(np.float64).sum()) for records in maps)
+        return -sum(float(records["target_log_prob"].astype(np.float64).sum()) for records in self._maps())
+
+    def num_nonfinite(self) -> int:
+        """Records whose logits were not finite."""
+        return sum(int(np.isnan(records["max_log_prob"]).sum()) for records in self._maps())
+
+    def _maps(self) -> Iterator[np.ndarray]:
+        return (self._map(number) for number in range(len(self.digests)))
 
     def _open(self, number: int) -> np.ndarray:
         return np.memmap(shard_path(self.folder, self.text, number), self.dtype, "r")

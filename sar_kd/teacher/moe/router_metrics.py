@@ -55,10 +55,8 @@ class RouterStatistics:
 
 def teacher_metrics(evaluation: Evaluation, routing: str) -> dict[str, float]:
     """The teacher's metrics for the run log. routing: 'native', or 'routed' for the run's routing."""
-    return {
-        f"teacher_val_ppl_{routing}": evaluation.perplexity,
-        f"teacher_val_bits_per_byte_{routing}": evaluation.bits_per_byte,
-    }
+    names = ("val_ppl", "val_bits_per_byte", "val_nonfinite")
+    return {f"teacher_{name}_{routing}": value for name, value in evaluation.metrics().items() if name in names}
 
 
 def find_alarms(start: dict, now: dict) -> list[tuple[str, str]]:

@@ -25,6 +25,7 @@ from sar_kd.data.samples import Document
 from sar_kd.data.sources import load_documents
 from sar_kd.errors import UsageError
 from sar_kd.losses.objective import Objective
+from sar_kd.models import loading
 from sar_kd.models.loading import load_models
 from sar_kd.runtime.distributed import SINGLE_PROCESS
 from sar_kd.runtime.precision import setup_precision
@@ -188,7 +189,8 @@ def test_so_are_they_where_passages_without_a_common_end_are_in_no_block(inputs,
 
 
 def _assert_total_nats(cached, live):
-    nats, count = cached.dataset.cached_records.total_nats(cached.dataset.blocks)
+    nats, count, num_nonfinite = cached.dataset.cached_records.total_nats(cached.dataset.blocks)
+    assert num_nonfinite == 0
     batches = list(live.dataset.token_batches("teacher", 1))
     assert count == sum(len(batch.targets) for batch in batches)
     log_probs = 0.0
@@ -270,6 +272,80 @@ def test_a_run_with_the_cache_has_the_metrics_of_one_with_the_teacher(inputs, bu
     for name in ("val_ppl_final", "teacher_val_ppl", "teacher_val_bits_per_byte", "val_bits_per_byte_final"):
         assert cached[name] == pytest.approx(live[name], rel=1e-4)
     assert (cached["tokens"], cached["applied"]) == (live["tokens"], live["applied"])
+
+
+# A teacher that is not finite
+
+
+@pytest.fixture
+def break_teacher(monkeypatch):
+    """break_teacher(share): every teacher that is loaded is not finite in about this share of its blocks."""
+
+    def apply(share):
+        load = loading._load_checked_model
+
+        def broken(option, *args, **how):
+            model = load(option, *args, **how)
+            if option == "teacher_model":
+                model.get_input_embeddings().register_forward_hook(spoil)
+            return model
+
+        def spoil(module, inputs, output):
+            is_bad = inputs[0][:, :8].sum(1) * 7919 % 100 < 100 * share
+            return output.masked_fill(is_bad[:, None, None], torch.nan)
+
+        monkeypatch.setattr(loading, "_load_checked_model", broken)
+
+    return apply
+
+
+def test_a_teacher_that_is_not_finite_is_not_cached(inputs, tmp_path, break_teacher):
+    break_teacher(1.0)
+    with pytest.raises(UsageError) as error:
+        _build(inputs, tmp_path / "cache")
+    line = str(error.value)
+    assert line.startswith(f"--teacher_model {inputs / 'teacher'}: its logits are not finite at 100.0% of")
+    assert "model.embed_tokens" in line
+    assert not list(tmp_path.rglob("*.records"))
+
+
+def test_one_that_is_not_finite_in_parts_is_cached_with_the_share_and_a_run_has_the_counts_of_a_live_one(
+    inputs, tmp_path, break_teacher
+):
+    break_teacher(0.2)
+    folder = tmp_path / "cache"
+    dense = "--teacher_model", inputs / "dense"
+    out = _build(inputs, folder, *dense, student="equal_student")
+    header = format.read_header(folder)
+    stored = [format.Shards(folder, header, text) for text in TEXTS]
+    records = [shards.take(np.arange(len(shards)))["max_log_prob"] for shards in stored]
+    share = np.isnan(np.concatenate(records)).mean()
+    assert 0.0 < share < 0.5
+    assert f"Warning: not finite at {share:.1%} of the tokens" in out
+    counts = []
+    for name, more in (("cached", ["--teacher_cache", folder]), ("live", ["--teacher_top_k", K])):
+        code, lines, _ = run_script(_argv(inputs, tmp_path / name, *more, *dense, student="equal_student"))
+        assert code == 0
+        assert any(line.startswith("Warning: --teacher_") and "not finite at" in line for line in lines)
+        assert any("teacher_dropped=" in line for line in lines if line.startswith("Step "))
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        counts.append([summary[key] for key in ("teacher_rows_dropped", "teacher_positions", "teacher_val_nonfinite")])
+    assert counts[0] == counts[1]
+    assert counts[0][0] > 0
+
+
+def test_a_cache_whose_logits_are_not_finite_in_most_of_the_held_out_text_is_refused(
+    inputs, tmp_path, break_teacher, monkeypatch
+):
+    break_teacher(0.9)
+    monkeypatch.setattr(builder.Teacher, "max_nonfinite", 1.0)  # as a version did that did not look
+    _build(inputs, tmp_path / "cache", student="equal_student")
+    monkeypatch.undo()
+    argv = _argv(inputs, tmp_path / "run", "--teacher_cache", tmp_path / "cache", student="equal_student")
+    code, _, (line,) = run_script(argv)
+    assert code == 2
+    assert "--teacher_cache" in line
+    assert "make it again" in line
 
 
 def test_one_cache_serves_students_with_other_tokenizers(inputs, built, tmp_path):

@@ -432,6 +432,26 @@ def test_a_bad_student_leaves_every_bit_of_the_routers_too(make_run, schedule, d
 
 @SCHEDULES
 @HALF_OR_FLOAT
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+def test_a_teacher_that_is_not_finite_in_one_token_refuses_both_as_such_and_leaves_the_scale(
+    make_run, schedule, dtype, value
+):
+    """The student could learn from the rest; the routers' gradient is not finite at any loss scale."""
+    run = make_run(dtype=dtype, sar_schedule=schedule)
+    run.step(_batches(run, [3]))
+    own, rest = (set(run.dataset.batch([i]).teacher.input_ids[0].tolist()) for i in (0, 3))
+    run.teacher.get_input_embeddings().weight.data[min(own - rest)] = value
+    before, scale = _everything(run), run.precision.loss_scale.item()
+    report = run.step(_batches(run, [3], [0]))
+    assert report.verdict.cause == "teacher"
+    assert 0 < report.teacher_rows_dropped < report.teacher_positions
+    assert _same(before, _everything(run))
+    assert run.precision.loss_scale.item() == scale
+    assert run.step(_batches(run, [3])).verdict.applied
+
+
+@SCHEDULES
+@HALF_OR_FLOAT
 def test_a_norm_above_the_limit_rolls_the_routers_update_back(make_run, schedule, dtype):
     run = make_run(dtype=dtype, sar_schedule=schedule)
     run.step(_batches(run, [3]))
