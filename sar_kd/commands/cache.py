@@ -21,6 +21,7 @@ from sar_kd.data.sources import digest_of, load_documents
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.errors import UsageError
 from sar_kd.models.loading import TeacherInfo, load_teacher, load_tokenizers
+from sar_kd.preflight.checks import date_lines
 from sar_kd.runtime.console import format_share
 from sar_kd.runtime.distributed import join_process_group
 from sar_kd.runtime.files import LOCK_FILES, FolderLock, json_safe, require_disk_space

@@ -42,8 +42,8 @@ class CachedRecords(Protocol):
     def records(self, blocks: Sequence[Block], positions: Tensor, num_positions: int) -> CachedTopK:
         """The records of a batch of blocks."""
 
-    def total_nats(self, blocks: Sequence[Block]) -> tuple[float, int]:
-        """The teacher's total loss over some blocks, and their number of target tokens."""
+    def total_nats(self, blocks: Sequence[Block]) -> tuple[float, int, int]:
+        """The teacher's total loss over some blocks, their number of target tokens, and of those not finite."""
 
 
 class CachedLogits(Protocol):

@@ -19,6 +19,7 @@ from sar_kd.data.sources import digest_of
 from sar_kd.evaluation.perplexity import Evaluation
 from sar_kd.models.loading import TeacherInfo, load_meta_model
 from sar_kd.models.model_files import find_model
+from sar_kd.runtime.console import count_of
 from sar_kd.runtime.distributed import ProcessGroup
 from sar_kd.runtime.files import file_digest
 from sar_kd.runtime.precision import Precision
@@ -182,9 +183,13 @@ class CachedTeacher(Teacher):
 
     def evaluate_start(self, validation: Dataset, precision: Precision) -> tuple[dict, list[str]]:
         assert validation.cached_records is not None
-        nats, num_tokens = validation.cached_records.total_nats(validation.blocks)
-        metrics = Evaluation(nats, num_tokens, validation.text.num_bytes).metrics()
-        return {name: metrics[name] for name in ("val_ppl", "val_bits_per_byte")}, []
+        nats, num_tokens, num_nonfinite = validation.cached_records.total_nats(validation.blocks)
+        metrics, lines = Evaluation(nats, num_tokens, validation.text.num_bytes, num_nonfinite).metrics(), []
+        del metrics["val_loss"]
+        if missing := validation.cached_records.num_missing:
+            found = count_of(missing, "held-out document")
+            lines = [f"{found} not in the cache with the tokens of this run, so the teacher's perplexity is nan"]
+        return metrics, lines
 
     def summary(self) -> dict:
         return {

@@ -156,8 +156,8 @@ class CacheLookup:
         positions: int64 [N], ascending: which of the teacher's `num_positions` flattened positions predict a target
         """
         assert self._cached is not None
-        indices = [self.record_indices(block.teacher_start, block.teacher_end) for block in blocks]
-        records = self._cached.shards.take(np.concatenate(indices))
+        indices = np.concatenate([self.record_indices(block.teacher_start, block.teacher_end) for block in blocks])
+        records = self._cached.shards.take(indices)
         record_index = torch.zeros(num_positions, dtype=torch.int64)
         record_index[positions] = torch.arange(len(positions))
         tail_log_ratios = records["tail_log_ratios"][:, self._cached.temperature_index]
@@ -169,17 +169,22 @@ class CacheLookup:
             target_log_probs=torch.from_numpy(records["target_log_prob"].copy()),
             tail_log_ratios=torch.from_numpy(tail_log_ratios.copy()),
             temperature=self._cached.temperature,
+            is_missing=not (indices >= 0).any(),
         )
 
-    def total_nats(self, blocks: Sequence[Block]) -> tuple[float, int]:
-        """The teacher's loss over all targets of some blocks, and their number; nan if some have no record."""
+    def total_nats(self, blocks: Sequence[Block]) -> tuple[float, int, int]:
+        """The teacher's total loss over some blocks, nan if some target has no record; their number of target tokens;
+        and the number of records that are not finite.
+        """
         assert self._cached is not None
-        total, count = 0.0, 0
+        total, count, num_nonfinite = 0.0, 0, 0
         for block in blocks:
             indices = self.record_indices(block.teacher_start, block.teacher_end)
-            total -= float(self._cached.shards.take(indices)["target_log_prob"].astype(np.float64).sum())
+            records = self._cached.shards.take(indices)
+            total -= float(records["target_log_prob"].astype(np.float64).sum())
             count += len(indices)
-        return total, count
+            num_nonfinite += int((np.isnan(records["max_log_prob"]) & (indices >= 0)).sum())
+        return total, count, num_nonfinite
 
     def block_ends(self) -> np.ndarray:
         """int64, ascending: where the teacher's blocks end, in its tokens of this text's plain documents."""
