@@ -79,7 +79,8 @@ class Section:
                 require(in_range, name, value, f"must be a number of at least {limits['at_least']:g}")
                 require(not isinstance(value, int) or value < 2**63, name, value, "must be below 2^63")
             if limits["positive"]:
-                require(math.isfinite(value) and value > 0, name, value, "must be a number above 0")
+                require(0 < value < math.inf, name, value, "must be a number above 0")
+                require(1e-37 <= value <= 3e38, name, value, "must be from 1e-37 to 3e38, which float32 holds")
             texts = value if isinstance(value, tuple) else (value,)
             with_null = next((text for text in texts if isinstance(text, str) and "\0" in text), None)
             require(with_null is None, name, repr(with_null), "holds a null character; leave it out")

@@ -283,7 +283,8 @@ class CacheConfig(Section):
         found = set()
         for text in self.temperatures:
             value = float(text) if _NUMBER.fullmatch(text) else 0.0
-            require(value > 0, "temperatures", " ".join(self.temperatures), "must be numbers above 0")
+            within = 1e-3 <= value <= 1e3
+            require(within, "temperatures", " ".join(self.temperatures), "must be numbers from 0.001 to 1000")
             found.add(value)
         return sorted(found)
 

@@ -171,6 +171,9 @@ class LossConfig(Section):
     def __post_init__(self):
         super().__post_init__()
         require(0.0 < self.jsd_beta < 1.0, "jsd_beta", self.jsd_beta, "must be above 0 and below 1")
+        require(1e-3 <= self.temperature <= 1e3, "temperature", self.temperature, "must be from 0.001 to 1000")
+        for name in ("alpha_kd", "alpha_ce"):
+            require(getattr(self, name) <= 1e6, name, getattr(self, name), "must be at most 1e+06")
         require(self.alpha_kd + self.alpha_ce > 0, "alpha_kd", self.alpha_kd, "is 0 and so is --alpha_ce: give one")
 
 

@@ -42,6 +42,12 @@ BAD_VALUES = [
     # what is typed, the value as it is shown, the remedy
     ("--temperature 0", "0", "above 0"),
     ("--temperature warm", "warm", "not a number"),
+    ("--temperature 1e-300", "1e-300", "from 1e-37 to 3e38"),
+    ("--temperature 1e300", "1e+300", "from 1e-37 to 3e38"),
+    ("--temperature 2000", "2000", "from 0.001 to 1000"),
+    ("--student_lr 1e-320", "1e-320", "from 1e-37 to 3e38"),
+    ("--student_lr 1e39", "1e+39", "from 1e-37 to 3e38"),
+    ("--alpha_kd 1e7", "10000000", "at most 1e+06"),
     ("--temperature nan", "nan", "above 0"),
     ("--temperature inf", "inf", "above 0"),
     ("--alpha_kd -0.1", "-0.1", "at least 0"),

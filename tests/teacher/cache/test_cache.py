@@ -529,7 +529,7 @@ def test_a_disk_without_room_is_one_line(inputs, tmp_path, monkeypatch):
         (["--model_dtype", "float16"], r"a different --model_dtype \(float32, not float16\)"),
         (["--teacher_top_k", 600], "the teacher has 600 tokens; give fewer"),
         (["--temperatures", 1, 3], "different --temperatures"),
-        (["--temperatures", 1, "warm"], "--temperatures 1 warm: must be numbers above 0"),
+        (["--temperatures", 1, "warm"], "--temperatures 1 warm: must be numbers from 0.001 to 1000"),
     ],
 )
 def test_a_cache_is_not_gone_on_with_under_other_settings(inputs, built, more, reason):
