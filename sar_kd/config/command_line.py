@@ -66,13 +66,32 @@ def _configure(command: Command[C], given: dict[str, Any]) -> C:
         for name, presets in command.presets.items():
             values |= presets.get(source.get(name, ""), {})
         values |= source
-    notices = (*file.notices, *recipe_lines(values.get("recipe", "")))
+    notices = (*_embedded_lines(values), *file.notices, *recipe_lines(values.get("recipe", "")))
     for rate in command.embedded_lr_factors:
         notices += _scale_rate_(values, rate, file.options.keys() | given.keys(), command)
     notices += unused_option_lines(command.name, values, given.keys() if file.of_run else file.options.keys() | given)
     if command.run_name and not values["output_dir"]:
         values["output_dir"] = new_run_folder(command.run_name)
     return command.build(values, values.get("mode", command.name), notices)
+
+
+def _embedded_lines(values: dict[str, Any]) -> tuple[str, ...]:
+    """A warning where a model of one's own is to be trained with the embedded text, or with an embedded model."""
+    models = {role: model for role in ("teacher", "student") if (model := values.get(f"{role}_model"))}
+    embedded = [role for role, model in models.items() if model == EMBEDDED]
+    if len(embedded) == len(models) or values.get("task", "") or "train_file" not in values:
+        return ()
+    if not (values["train_file"] or values["dataset_name"]):
+        return (
+            "Warning: no text is given, so these models meet the embedded text, documentation of CPython; give "
+            "--train_file or --dataset_name",
+        )
+    if not embedded or values.get("alpha_kd") == 0:
+        return ()
+    return (
+        f"Warning: the {embedded[0]} is the embedded one, which was trained on documentation of CPython alone; give "
+        f"--{embedded[0]}_model",
+    )
 
 
 def new_run_folder(run_name: str) -> str:

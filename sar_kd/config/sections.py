@@ -88,15 +88,6 @@ class DataConfig(Section):
             return "the embedded text (documentation of CPython)"
         return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
-    def warnings(self, *models: str) -> tuple[str, ...]:
-        """A line where a model that is not the embedded one would be trained on the embedded text."""
-        if self.task or self.dataset_name or self.train_file or set(models) <= {EMBEDDED}:
-            return ()
-        return (
-            "Warning: no text is given, so these models meet the embedded text, documentation of CPython; give "
-            "--train_file or --dataset_name",
-        )
-
     def __post_init__(self):
         super().__post_init__()
         require(

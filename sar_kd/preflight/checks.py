@@ -305,8 +305,9 @@ def describe_text(train: Dataset, validation: Dataset, name: str) -> tuple[list[
     """Lines about the tokenized text (its size, how the tokenizers align on it, what was skipped or truncated), and
     further ones that few people need. name: of the text
     """
+    learned = " to learn" if len(train.text.conversations) else ""  # of a conversation the answers alone are counted
     lines = [
-        f"Text: {name}, {_format_bytes(train.text.num_bytes)}, {count_of(train.num_tokens, 'token')} in "
+        f"Text: {name}, {_format_bytes(train.text.num_bytes)}{learned}, {count_of(train.num_tokens, 'token')} in "
         f"{count_of(len(train), 'block')}; held out: {_format_bytes(validation.text.num_bytes)}, "
         f"{count_of(validation.num_tokens, 'token')}",
     ]

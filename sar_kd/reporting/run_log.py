@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from sar_kd.config.fields import RunConfig
-from sar_kd.config.sections import EMBEDDED, TrainConfig
+from sar_kd.config.sections import TrainConfig
 from sar_kd.reporting.history import LOG
 from sar_kd.reporting.model_card import CardWriter
 from sar_kd.reporting.report import find_report_writer
@@ -298,7 +298,6 @@ def _open_run(config: RunConfig, kind: type[RunLog], listeners: Sequence[Observe
     log.info(first)
     for line in others:
         log.detail(line)
-    models = [getattr(config.models, f"{role}_model", EMBEDDED) for role in ("teacher", "student")]
-    for line in (*config.data.warnings(*models), *config.notices, *lines):
+    for line in (*config.notices, *lines):
         log.info(line)
     return log

@@ -77,7 +77,8 @@ def _next_commands(run: RunHistory) -> list[str]:
         lines.append(f"      {program} report {folder}")
     start, last = (as_float(run.summary.get(f"val_bits_per_byte_{when}")) for when in ("start", "final"))
     has_teacher = run.setting("teacher_model") and as_float(run.setting("alpha_kd")) > 0
-    if has_teacher and run.config.get("mode") != "precise" and last < start:
+    is_worse = as_float(run.start.get("teacher_val_bits_per_byte")) >= start
+    if has_teacher and not is_worse and run.config.get("mode") != "precise" and last < start:
         lines.append("To learn more from the teacher: the same command with --mode precise")
     return lines
 

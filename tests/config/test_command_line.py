@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sar_kd.config.command_line import parse
-from sar_kd.config.commands import PREFLIGHT, SFT
+from sar_kd.config.commands import CACHE, PREFLIGHT, SFT
 from sar_kd.config.presets import EMBEDDED_LR_FACTOR, EMBEDDED_ROUTER_LR_FACTOR, FP16_SAFE, MODES, STABLE
 from sar_kd.config.runs import SECTIONS, Config
 from sar_kd.config.sections import LossConfig
@@ -270,7 +270,7 @@ def test_the_rate_of_a_mode_is_multiplied_for_the_embedded_student(line):
     config = _parse(line)
     rate = MODES[config.mode]["student_lr"] * EMBEDDED_LR_FACTOR
     assert config.optim.student_lr == rate
-    assert f"= {rate:g}," in config.notices[0]
+    assert f"= {rate:g}," in config.notices[-1]
 
 
 @pytest.mark.parametrize("line", ["--student_lr 1e-5", "--student_model elsewhere"])
@@ -483,6 +483,31 @@ def test_help_has_a_group_for_each_section_and_every_option(capsys, monkeypatch)
         "Models", "Text", "Loss", "Routing", "On-policy", "Optimizer", "Precision", "Memory", "Guards", "Run"
     ]  # fmt: skip
     assert all(f"  --{name}" in text for name in OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("command", "line", "expected"),
+    [
+        (STABLE, "", ""),
+        (STABLE, "--train_file t.txt", ""),
+        (STABLE, "--student_model x", "no text is given"),
+        (PREFLIGHT, "--student_model x", "no text is given"),
+        (SFT, "--student_model x", "no text is given"),
+        (SFT, "--student_model x --train_file t.txt", ""),
+        (STABLE, "--student_model x --train_file t.txt", "the teacher is the embedded one"),
+        (STABLE, "--teacher_model x --train_file t.txt", "the student is the embedded one"),
+        (STABLE, "--student_model x --train_file t.txt --alpha_kd 0", ""),
+        (STABLE, "--student_model x --task units", ""),
+        (STABLE, "--teacher_model x --student_model y --train_file t.txt", ""),
+        (CACHE, "--teacher_model x --train_file t.txt", ""),
+        (CACHE, "--teacher_model x", "no text is given"),
+    ],
+)
+def test_an_embedded_model_or_text_beside_a_model_of_ones_own_is_warned_of(command, line, expected):
+    config = parse(command, line.split())
+    found = [notice for notice in config.notices if notice.startswith("Warning: ")]
+    assert len(found) == bool(expected)
+    assert all(expected in notice for notice in found)
 
 
 def _help(script, capsys, monkeypatch) -> str:

@@ -6,7 +6,8 @@ import pytest
 
 from sar_kd.config.sections import TrainConfig
 from sar_kd.data.dataset import build_dataset
-from sar_kd.data.samples import Document
+from sar_kd.data.samples import Conversation, Document, Message
+from sar_kd.preflight.checks import describe_text
 from sar_kd.preflight.data_checks import overlap, text_warnings
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
@@ -15,12 +16,13 @@ BLOCK = 32
 
 @pytest.fixture(scope="module")
 def build(byte_tokenizer):
-    """A dataset of these texts, a token a byte."""
+    """A dataset of these texts or conversations, a token a byte."""
     size = len(byte_tokenizer)
     pair = TokenizerPair(byte_tokenizer, byte_tokenizer, student_vocab_size=size, teacher_vocab_size=size)
 
-    def build(*texts):
-        return build_dataset([Document(str(i), text) for i, text in enumerate(texts)], pair, BLOCK, BLOCK)
+    def build(*texts, block=BLOCK):
+        documents = [Document(str(i), text) if isinstance(text, str) else text for i, text in enumerate(texts)]
+        return build_dataset(documents, pair, block, block)
 
     return build
 
@@ -30,13 +32,9 @@ def _text(seed: int, length: int) -> str:
 
 
 def _naive_overlap(train: list[int], held_out: list[int]) -> float:
-    """By definition: of the held-out tokens, those in a window of 16 that is also in the training tokens."""
+    """By definition: of the held-out tokens, those that end 16 tokens which are also in the training tokens."""
     windows = {tuple(train[i : i + 16]) for i in range(len(train) - 15)}
-    covered = set()
-    for i in range(len(held_out) - 15):
-        if tuple(held_out[i : i + 16]) in windows:
-            covered |= set(range(i, i + 16))
-    return len(covered) / len(held_out)
+    return sum(tuple(held_out[i - 15 : i + 1]) in windows for i in range(15, len(held_out))) / len(held_out)
 
 
 def test_the_overlap_is_that_of_the_definition(build):
@@ -50,8 +48,21 @@ def test_the_overlap_is_that_of_the_definition(build):
 @pytest.mark.parametrize("length", [1, 15, 16, 17])
 def test_a_text_of_a_few_tokens_is_compared_too(build, length):
     text = _text(0, length)
-    found = overlap(build(text), build(text))
-    assert found == (1.0 if len(build(text).text.student.ids) >= 16 else 0.0)
+    found, count = overlap(build(text), build(text)), len(build(text).text.student.ids)
+    assert found == pytest.approx(max(0, count - 15) / count)
+
+
+def test_questions_of_one_form_with_short_answers_are_no_held_out_text_that_was_trained_on(build):
+    def question(i):
+        asked = Message("user", f"Of these two numbers, which one is the larger one: {i} or {i + 1}?", False)
+        return Conversation(str(i), (asked, Message("assistant", " the second one", True)), plain=True)
+
+    line = describe_text(build(question(1), block=128), build("some text"), "a.jsonl")[0][0]
+    assert line.startswith(f"Text: a.jsonl, {len(' the second one')} bytes to learn, ")
+    assert " to learn" not in describe_text(build("some text"), build("some text"), "a.txt")[0][0]
+    train, others = [question(i) for i in range(100, 500)], [question(i) for i in range(500, 600)]
+    assert overlap(build(*train, block=128), build(*others, block=128)) < 0.2
+    assert overlap(build(*train, block=128), build(*train[:100], block=128)) > 0.9
 
 
 def test_healthy_text_is_not_warned_about(build):
@@ -62,9 +73,9 @@ def test_healthy_text_is_not_warned_about(build):
 def test_held_out_text_that_is_training_text_is_shown_with_its_share(build):
     text = _text(1, 3000)
     (line,) = text_warnings(build(text), build(text), TrainConfig(train_steps=1))
-    assert line.startswith("Warning: 100% of the held-out text is in the training text too")
+    assert line.startswith("Warning: 99% of the held-out text is in the training text too")
     (line,) = text_warnings(build(text), build(text[:1000] + _text(5, 1000)), TrainConfig(train_steps=1))
-    assert line.startswith("Warning: 50% of the held-out text")
+    assert line.startswith("Warning: 49% of the held-out text")
 
 
 def test_text_of_a_few_bytes_is_shown_with_its_tokens(build):

@@ -22,6 +22,7 @@ from sar_kd.errors import UsageError
 from sar_kd.reporting import history, report, trackers
 from sar_kd.reporting.history import findings_of, read_history
 from sar_kd.reporting.model_card import build_model_card
+from sar_kd.reporting.report import results_of
 from sar_kd.reporting.run_log import RunLog, open_run
 from sar_kd.reporting.summary_table import closing_lines
 from sar_kd.runtime import environment
@@ -373,6 +374,16 @@ def test_a_student_that_got_much_worse_names_the_rate_and_no_mode_that_teaches_m
     better = json_safe({**summary, "val_bits_per_byte_final": 2.4})
     (folder / "summary.json").write_text(json.dumps(better))
     assert any("To learn more" in line for line in closing_lines(folder))
+    better_than_its_teacher = json_safe({**summary, "val_bits_per_byte_start": 1.75, "val_bits_per_byte_final": 1.5})
+    (folder / "summary.json").write_text(json.dumps(better_than_its_teacher))
+    assert not any("To learn more" in line for line in closing_lines(folder))
+
+
+def test_a_run_without_a_teacher_has_no_figure_of_one_in_a_comparison(make_run):
+    start = {name: value for name, value in START.items() if not name.startswith("teacher_")}
+    starts = {"distilled": START, "alone": start, "not_finite": START | {"teacher_val_bits_per_byte": math.nan}}
+    runs = [read_history(make_run([_step(1)], name=name, start=start)) for name, start in starts.items()]
+    assert [row["teacher's bits"] for row in results_of(runs)] == ["1.7500", "none", "nan"]
 
 
 @pytest.mark.parametrize("value", [None, "x", math.nan, math.inf, -5, 1e308, True, [], {}])

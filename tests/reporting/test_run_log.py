@@ -13,7 +13,7 @@ from sar_kd.config.commands import SFT
 from sar_kd.config.presets import STABLE
 from sar_kd.reporting import run_environment
 from sar_kd.reporting.run_environment import command_line, describe_environment, find_commit
-from sar_kd.reporting.run_log import RunLog, SftLog, open_run
+from sar_kd.reporting.run_log import RunLog, SftLog
 from sar_kd.runtime.console import paint
 
 RECORD = {
@@ -150,16 +150,6 @@ def test_fine_tuning_prints_its_pace_too(tmp_path, capsys):
     assert found["step"] == "1/4"
     assert found["tokens_per_second"] == 5286
     assert {"elapsed", "left", "loss", "grad_norm", "learning_rate", "epoch"} <= set(found)
-
-
-def test_a_model_of_ones_own_on_the_embedded_text_is_warned_of(tmp_path, capsys):
-    for flags, count in (
-        ((), 0),
-        (("--student_model", "x"), 1),
-        (("--student_model", "x", "--train_file", "t.txt"), 0),
-    ):
-        open_run(parse(STABLE, ["--output_dir", str(tmp_path / "run"), *flags])).close()
-        assert capsys.readouterr().out.count("Warning: no text is given") == count
 
 
 # Colours
