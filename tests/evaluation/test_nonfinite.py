@@ -81,7 +81,7 @@ def test_quantized_weights_are_not_replayed_and_said_to_be_so(make_student):
             self.weight = torch.nn.Parameter(torch.ones(2, dtype=torch.uint8), requires_grad=False)
 
         def forward(self, states):
-            return states * math.inf
+            return states[..., :32] * math.inf
 
     model = make_student().eval()
     model.model.layers[0].mlp.down_proj = Quantized()
