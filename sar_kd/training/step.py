@@ -136,9 +136,11 @@ def _judge(
     teacher_finite, norms = not num_expected or dropped < num_teacher, [norm]
     if router_report is not None:  # its norm has no limit; but if it is not finite, neither update is trusted
         norms = [norm, router_report.router_grad_norm]
-        # What of the teacher is not finite makes the routers' gradient so, at any loss scale.
-        router_values = [router_report.router_loss, *(norms[1:] if dropped else [])]
-        teacher_finite = teacher_finite and all(map(math.isfinite, router_values))
+        if not routers.is_joint and not math.isfinite(norms[1]):
+            teacher_finite = True  # the update of the routers has made it NaN, which an overflow of the scale does too
+        elif dropped and not math.isfinite(norms[1]):
+            teacher_finite = False  # it makes the gradient of the routers so, at any loss scale
+        teacher_finite = teacher_finite and math.isfinite(router_report.router_loss)
     verdict = context.guard.judge(
         num_targets=num_targets,
         forward_finite=nonfinite_positions == 0 and math.isfinite(total),
