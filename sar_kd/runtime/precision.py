@@ -34,8 +34,8 @@ _ROUNDED_OUTPUTS = {
 
 
 MASKED_LOGIT = -1e30
-"""Logit of a masked class or token, also where a model gives -inf: finite, so that 0 * MASKED_LOGIT is 0, and so low that
-its probability is exactly 0."""
+"""Logit of a masked class or token, also where a model gives -inf: finite, so that 0 * MASKED_LOGIT is 0, and so low
+that its probability is exactly 0."""
 
 MASKED_BELOW = 1e-6 * MASKED_LOGIT
 """A logit or log-probability below it is masked."""
