@@ -226,6 +226,8 @@ MUTATIONS = (
              "torch.float32 if arg is torch.float16 else arg for arg in args)", "arg for arg in args)", RANGE),
     Mutation("norms of a half model are float32", "models/half_precision.py",
              "            _widen_(module)", "            pass", HALF),
+    Mutation("norms outside attention return float32", "models/half_precision.py",
+             "return (args[0].float(), *args[1:]) if is_half else args", "return args", RANGE),
     Mutation("a prepared teacher and student", "models/loading.py",
              "    if precision.dtype is torch.float16:\n        compute_in_range_(model)\n", "", HALF),
     # the printed metrics

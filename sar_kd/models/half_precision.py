@@ -39,12 +39,15 @@ def compute_in_range_(model: Any) -> None:
     """Prepare a model for float16 autocast; without autocast it computes as before. A second call changes nothing."""
     for module in _matrix_holders(model):
         _run_once_in_range_(module)
-    _run_once_in_range_(model.get_input_embeddings())  # some multiply their output
     _hook_once(model.get_input_embeddings(), _begin_in_float32)
+    attention = [module for module in model.modules() if hasattr(module, "is_causal")]
+    queries_and_keys = {norm for module in attention for norm in module.modules()}
     for module in model.modules():
         if "Norm" in type(module).__name__:
             _widen_(module)  # with half weights some cast the residual stream to half, and others refuse it
             _hook_once(module, _mark_normalised)
+            if module not in queries_and_keys and _take_float32 not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(_take_float32)  # a norm returns the dtype that it gets
 
 
 def range_report(model: Any) -> RangeReport:
@@ -98,6 +101,11 @@ def _hook_once(module: nn.Module, hook: Callable) -> None:
 
 def _begin_in_float32(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return output.float() if computes_in_float16(output) else output
+
+
+def _take_float32(module: nn.Module, args: tuple) -> tuple:
+    is_half = bool(args) and _is_half(args[0]) and computes_in_float16(args[0])
+    return (args[0].float(), *args[1:]) if is_half else args
 
 
 def _mark_normalised(module: nn.Module, args: Any, output: Any) -> None:

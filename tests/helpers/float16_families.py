@@ -67,19 +67,22 @@ def _round_(model: nn.Module) -> None:
 def exceed_(model: nn.Module, place: str) -> None:
     """Make the values in one place pass 65,504.
 
-    place  "residual": the embeddings; "product": gate times up, each of them in range; "scores": queries times keys,
-           by a part that is the same for all of them, so that softmax does not depend on it; "gradient": that of the
+    place  "residual": what a layer adds to it; "product": gate times up, each of them in range; "scores": queries times
+           keys, by a part that is the same for all, so that softmax does not depend on it; "gradient": that of the
            residual stream, whose values are so small that the norms enlarge it; the forward is in range
     """
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(2)
         if place == "residual":
-            model.get_input_embeddings().weight.uniform_(-6e4, 6e4)  # which the Gemmas multiply
+            model.get_input_embeddings().weight.uniform_(-1e4, 1e4)
         if place == "gradient":
             model.get_input_embeddings().weight.mul_(1e-5)
         for name, parameter in model.named_parameters():
             if place == "residual" and name.endswith("dense_4h_to_h.bias"):
-                parameter.uniform_(-3e4, 3e4)
+                parameter.uniform_(-6e4, 6e4)
+            norms = ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
+            if place == "residual" and "gemma" in model.config.model_type and name.endswith(norms):
+                parameter.fill_(4e4)
             if place == "product" and name.endswith("gate_up_proj"):  # of stacked experts
                 gate, up = parameter.chunk(2, dim=1)
                 gate.normal_(std=5.0)
