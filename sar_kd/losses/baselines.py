@@ -150,9 +150,9 @@ class ChunkLikelihood(Distillation[None]):
         is_infinite = is_sound & is_masked & (teacher_sums >= MASKED_BELOW)
         keep = is_sound & ~is_masked
         # A chunk that is left out gets the same likelihood on both sides: no loss, no gradient.
-        sums = (torch.where(keep, side, -1.0) for side in (student_sums, teacher_sums))
+        student_sums, teacher_sums = (torch.where(keep, side, -1.0) for side in (student_sums, teacher_sums))
         in_infinite = torch.cat([is_infinite, is_infinite.new_zeros(1)])[chunks]  # -1, the last, is in no chunk
-        return chunk_likelihood(*sums, self.tau), in_infinite.sum()
+        return chunk_likelihood(student_sums, teacher_sums, self.tau), in_infinite.sum()
 
 
 def _chunk_sums(values: Tensor, chunks: Tensor, count: int) -> Tensor:

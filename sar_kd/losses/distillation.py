@@ -110,9 +110,9 @@ class Distillation(nn.Module, Generic[Context]):
         leaf = student if grad_side == "student" else dense_tile(teacher)
         with torch.enable_grad():
             leaf.requires_grad_()
-            loss, unclamped, *counts, _ = self.differentiable_loss(student, teacher, context)
-        (grad,) = torch.autograd.grad(loss, leaf)
-        return TileLoss(loss.detach(), unclamped.detach(), *counts, TileGrad(((0, grad),)))
+            found = self.differentiable_loss(student, teacher, context)
+        (grad,) = torch.autograd.grad(found.loss, leaf)
+        return found._replace(loss=found.loss.detach(), unclamped=found.unclamped.detach(), grad=TileGrad(((0, grad),)))
 
     def differentiable_loss(self, student: Tensor, teacher: TeacherTile, context: Context) -> TileLoss:
         """The loss of two tiles as `loss_and_grad` gets them, with an autograd graph instead of a gradient."""

@@ -7,11 +7,15 @@ or none. Bytes read here are a claim; `token_table.build_token_table` verifies t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Callable
+import string
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
+
+from sar_kd.errors import UsageError
 
 METASPACE = "\u2581"
 
@@ -37,6 +41,14 @@ STOP_TOKENS = frozenset(
 TURN_TOKENS = frozenset(("<|im_start|>",))
 """Special tokens that are known to begin a turn of a conversation; some tokenizers name one as their start token."""
 
+_MAX_ID = 2**24
+"""To copy or save a Rust tokenizer takes a look-up for each number up to its largest id"""
+
+_SHORT_TEXTS = ("a", string.printable + "\u00e9\u0301\u65e5")
+
+_MAX_GROWTH = 20
+"""Characters from one; NFKD makes 18 of a ligature"""
+
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -56,12 +68,33 @@ class Vocabulary(NamedTuple):
     """U+2581 stands for a space."""
 
 
+class EncodingFailure(UsageError):
+    """A tokenizer that cannot encode plain text, because of nonsense in its file."""
+
+    def __init__(self, reason: str):
+        super().__init__(f"a tokenizer {reason}; put back the tokenizer.json that its model was trained with")
+        self.reason = reason
+        """Behind 'its tokenizer'"""
+
+
+@contextlib.contextmanager
+def _rust_errors() -> Iterator[None]:
+    """Turn what a Rust tokenizer raises into an EncodingFailure: a panic, or an Exception of no class of its own."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise EncodingFailure(f"fails on plain text ({str(error).strip().partition(chr(10))[0]})") from None
+
+
 def encode(tokenizer, texts: list[str]) -> list[list[int]]:
     """Ids of each text. No special token is added, and text that looks like a special token stays text."""
     backend = _backend_of(tokenizer)
     if backend is not None:
         encode_batch = getattr(backend, "encode_batch_fast", backend.encode_batch)  # without offsets, twice as fast
-        return [encoding.ids for encoding in encode_batch(texts, add_special_tokens=False)]
+        with _rust_errors():
+            return [encoding.ids for encoding in encode_batch(texts, add_special_tokens=False)]
     inner = _mistral_common(tokenizer)
     if inner is not None:
         return [inner.encode(text, bos=False, eos=False) for text in texts]
@@ -76,10 +109,11 @@ def called_ids(tokenizer, text: str, **options) -> list[int]:
     """The ids that calling the tokenizer gives; special tokens in the text are recognised."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     truncation, padding = (backend.truncation, backend.padding) if backend else (None, None)
-    ids = tokenizer(text, **options)["input_ids"]
-    if truncation:  # which the call has switched off
+    with _rust_errors():
+        ids = tokenizer(text, **options)["input_ids"]
+    if backend is not None and truncation:  # which the call has switched off
         backend.enable_truncation(**truncation)
-    if padding:
+    if backend is not None and padding:
         backend.enable_padding(**padding)
     return ids
 
@@ -87,6 +121,7 @@ def called_ids(tokenizer, text: str, **options) -> list[int]:
 _COPIES: WeakKeyDictionary = WeakKeyDictionary()
 
 
+@_rust_errors()
 def _backend_of(tokenizer):
     """A copy of the Rust tokenizer, without special tokens in text, truncation and padding; None if there is none.
 
@@ -97,6 +132,7 @@ def _backend_of(tokenizer):
         return None
     size, backend = _COPIES.get(tokenizer, (0, None))
     if size != len(tokenizer):
+        _require_bounded(given)
         # Some definitions forget to mark a token as special (Phi-3's "</s>"); it would be found inside the text.
         names = {*tokenizer.all_special_tokens, *STOP_TOKENS}
         backend = type(given).from_str(given.to_str())
@@ -109,6 +145,25 @@ def _backend_of(tokenizer):
         backend.no_padding()
         _COPIES[tokenizer] = len(tokenizer), backend
     return backend
+
+
+def _require_bounded(backend) -> None:
+    """Raise EncodingFailure for a Rust tokenizer that would take minutes: by its ids, or by what it makes of a text."""
+    if (largest := max(backend.get_vocab(with_added_tokens=False).values(), default=0)) > _MAX_ID:
+        raise EncodingFailure(f"has id {largest:,} in its vocabulary, and no model has as many")
+    for text in _SHORT_TEXTS:
+        normalized = text
+        for step in _steps(backend.normalizer):
+            normalized = step.normalize_str(normalized)
+            if len(normalized) > _MAX_GROWTH * len(text):
+                raise EncodingFailure(f"makes {len(normalized):,} characters of {len(text)} (its normalizer)")
+
+
+def _steps(normalizer) -> list:
+    """The parts of a Rust tokenizer's normalizer, sequences flattened."""
+    if type(normalizer).__name__ != "Sequence":
+        return [] if normalizer is None else [normalizer]
+    return [step for i in range(len(normalizer)) for step in _steps(normalizer[i])]
 
 
 def _split_look_alikes(backend):
