@@ -26,7 +26,7 @@ RANGE, HALF = "tests/stress/test_float16_range.py", "tests/models/test_half_prec
 RECOVERY, GUARDS, STEP = "tests/stress/test_recovery.py", "tests/training/test_guards.py", "tests/training/test_step.py"
 TILES, LOSSES = "tests/losses/test_tiled_loss.py", "tests/losses/test_distillation.py"
 MODELS, ROUTERS = "tests/stress/test_nonfinite_models.py", "tests/teacher/moe/test_router_training.py"
-DATASET = "tests/data/test_dataset.py"
+DATASET, FILES = "tests/data/test_dataset.py", "tests/models/test_model_files.py"
 
 
 class Mutation(NamedTuple):
@@ -228,6 +228,11 @@ MUTATIONS = (
              "            _widen_(module)", "            pass", HALF),
     Mutation("norms outside attention return float32", "models/half_precision.py",
              "return (args[0].float(), *args[1:]) if is_half else args", "return args", RANGE),
+    Mutation("the ids of a tokenizer are bounded", "tokenization/backends.py", " > _MAX_ID:", " > 2**40:", FILES),
+    Mutation("what a normalizer writes is bounded", "tokenization/backends.py",
+             "if len(normalized) > _MAX_GROWTH * len(text):", "if False:", FILES),
+    Mutation("a tokenizer that fails is one line", "tokenization/backends.py", "type(error) is not Exception and ", "",
+             FILES),
     Mutation("a prepared teacher and student", "models/loading.py",
              "    if precision.dtype is torch.float16:\n        compute_in_range_(model)\n", "", HALF),
     # the printed metrics

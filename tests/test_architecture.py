@@ -202,7 +202,7 @@ def test_no_error_is_caught_wholesale(module):
     handlers = [node for node in ast.walk(TREES[module]) if isinstance(node, ast.ExceptHandler)]
     caught = [name for handler in handlers for name in _caught(handler)]
     # What transformers, tokenizers and peft raise for a damaged file is not known; nothing is computed there.
-    reads_files_of_others = module == "sar_kd.models.pretrained"
+    reads_files_of_others = module in ("sar_kd.models.pretrained", "sar_kd.tokenization.backends")
     assert reads_files_of_others or not {"", "Exception", "BaseException"} & set(caught)
 
 

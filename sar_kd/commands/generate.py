@@ -19,6 +19,7 @@ from sar_kd.runtime.console import count_of, print_stderr
 from sar_kd.runtime.files import as_float
 from sar_kd.runtime.precision import Precision, setup_precision
 from sar_kd.runtime.run_folder import holds_run
+from sar_kd.tokenization.backends import called_ids
 
 _AFTER = "student, after"
 
@@ -36,12 +37,13 @@ def main(config: GenerateConfig) -> dict:
     run = read_history(Path(config.run), with_steps=False) if holds_run(Path(config.run)) else None
     sources = {"model": ("model", config.run)} if run is None else _models_of(run)
     trust = config.trust_remote_code or (run is not None and run.setting("trust_remote_code") is True)
+    date = "" if run is None else str(run.setting("template_date") or "")
     precision = setup_precision(PrecisionConfig(device=config.device), config.seed)
     texts: dict[str, str] = {}
     missing: dict[str, str] = {}
     for who, (kind, name) in sources.items():
         try:
-            texts[who] = _generate(kind, name, trust, config, precision)
+            texts[who] = _generate(kind, name, trust, config, precision, date)
         except UsageError as error:  # the teacher, or the student before, may not be there any more
             if who in ("model", _AFTER) or len(sources) == 1:
                 raise
@@ -74,8 +76,12 @@ def _models_of(run: RunHistory) -> dict[str, tuple[str, str]]:
     return sources
 
 
-def _generate(kind: str, name: str, trust_remote_code: bool, config: GenerateConfig, precision: Precision) -> str:
-    """The continuation by one model, which is loaded for it. kind: the option that it belongs to
+def _generate(
+    kind: str, name: str, trust_remote_code: bool, config: GenerateConfig, precision: Precision, date: str
+) -> str:
+    """The continuation by one model, which is loaded for it.
+
+    kind: the option that it belongs to; date: that chat templates write, '' for today
 
     Raises: UsageError if it cannot be loaded, or its context is shorter than the prompt
     """
@@ -86,11 +92,11 @@ def _generate(kind: str, name: str, trust_remote_code: bool, config: GenerateCon
         if not tokenizer.chat_template:
             raise UsageError(f"--chat: the tokenizer of {name} has no chat template; leave the option out")
         try:
-            ids = chat_prompt_ids(tokenizer, config.prompt)
+            ids = chat_prompt_ids(tokenizer, config.prompt, date)
         except ValueError as error:
             raise UsageError(f"--chat: the chat template of {name} fails: {error}; leave the option out") from None
     else:
-        ids = tokenizer(config.prompt)["input_ids"]
+        ids = called_ids(tokenizer, config.prompt)
     room = (context_length_of(model) or 2**31) - len(ids)
     if room <= 0:
         raise UsageError(

@@ -327,21 +327,22 @@ class ChatTemplate:
         return called_ids(self.tokenizer, text, add_special_tokens=False)
 
 
-def chat_prompt_ids(tokenizer, prompt: str) -> list[int]:
+def chat_prompt_ids(tokenizer, prompt: str, date: str = "") -> list[int]:
     """Ids of a user's message and the generation prompt behind it, in the tokenizer's chat template.
 
+    date: that the template may write, in ISO format; '' for today
     Raises: ValueError with the reason if the template fails, or does not end
     """
     template = tokenizer.chat_template
     template = template["default"] if isinstance(template, dict) else template
     try:
-        text = TemplateSandbox(template, datetime.now()).render(
+        text = TemplateSandbox(template, datetime.fromisoformat(date) if date else datetime.now()).render(
             [{"role": "user", "content": prompt}],
             tools=None, documents=None, add_generation_prompt=True, **tokenizer.special_tokens_map,
         )  # fmt: skip
     except TooMuchWork as error:
         raise ValueError(str(error)) from None
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return called_ids(tokenizer, text, add_special_tokens=False)
 
 
 def truncate_conversation(

@@ -264,7 +264,7 @@ def _no_sample(example: object, text_field: str, where: str) -> UsageError:
 def conversation_of(name: str, example: dict, where: str) -> Conversation | None:
     """The conversation in an example, None if it has no field of one; `where` begins an error message.
 
-    One with a null where something must stand is a conversation with a fault.
+    One with a null where something must stand, or without an assistant's text, is a conversation with a fault.
     """
     try:
         found = _conversation(name, example, where)
@@ -286,18 +286,14 @@ class _NullField(ValueError):
 def _conversation(name: str, example: dict, where: str) -> Conversation | None:
     if "messages" in example:
         messages = _messages(example["messages"], "messages", where, targets=True)
-        return _end_with_target(
-            Conversation(name, messages, plain=False), "messages", "an assistant's message with text", where
-        )
+        return _end_with_target(Conversation(name, messages, plain=False), "messages")
     fields = next((pair for pair in PAIRS if pair[0] in example or pair[1] in example), None)
     if fields is None:
         field, turns = public_forms.as_messages(example) or (None, None)
         if field is None:
             return None
         messages = _messages(turns, field, where, targets=True)
-        if not any(message.is_target and _has_something_to_learn(message) for message in messages):
-            return Conversation(name, (), plain=False, fault=f"its '{field}' holds nothing to learn")
-        return _end_with_target(Conversation(name, messages, plain=False), field, "an assistant's text", where)
+        return _end_with_target(Conversation(name, messages, plain=False), field)
     for field in fields:
         if field not in example:
             raise UsageError(f"{where} has no '{field}'; expected '{fields[0]}' with '{fields[1]}'")
@@ -308,7 +304,7 @@ def _conversation(name: str, example: dict, where: str) -> Conversation | None:
         for field, role, targets in zip(fields, ("user", "assistant"), (False, True), strict=True)
     ]
     plain = all(isinstance(example[field], str) for field in fields)
-    return _end_with_target(Conversation(name, (*sides[0], *sides[1]), plain), fields[1], "text to be learned", where)
+    return _end_with_target(Conversation(name, (*sides[0], *sides[1]), plain), fields[1])
 
 
 def _messages(value: object, field: str, where: str, targets: bool) -> tuple[Message, ...]:
@@ -380,13 +376,13 @@ def _json_type(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def _end_with_target(conversation: Conversation, field: str, expected: str, where: str) -> Conversation:
-    """The conversation up to its last target; later messages are never predicted."""
+def _end_with_target(conversation: Conversation, field: str) -> Conversation:
+    """The conversation up to its last target, as later messages are never predicted; with a fault if it has none."""
     targets = [
         i for i, message in enumerate(conversation.messages) if message.is_target and _has_something_to_learn(message)
     ]
     if not targets:
-        raise UsageError(f"{where}: '{field}' holds nothing to learn; expected {expected}")
+        return Conversation(conversation.name, (), plain=False, fault=f"its '{field}' holds nothing to learn")
     return conversation._replace(messages=conversation.messages[: targets[-1] + 1])
 
 

@@ -47,10 +47,11 @@ def by_reason(skipped: Iterable[str]) -> dict[str, list[str]]:
     return dict(sorted(found.items(), key=lambda item: -len(item[1])))
 
 
-def has_null(entry: str) -> bool:
-    """Is a skipped document an example with a null where something must stand?"""
+def is_incomplete(entry: str) -> bool:
+    """Is a skipped document an example with a null where something must stand, or without an answer?"""
     match = _NAME_AND_REASON.fullmatch(entry)
-    return match is not None and bool(re.search(r"\bnull\b", match[2])) and " template " not in match[2]
+    found = match and re.search(r"\bnull\b|holds nothing to learn", match[2])
+    return match is not None and bool(found) and " template " not in match[2]
 
 
 def skipped_lines(*texts: TokenizedText) -> list[str]:

@@ -36,11 +36,10 @@ from sar_kd.models.pretrained import (
     load_config,
     load_model,
     load_tokenizer,
-    no_panic,
     silence_transformers,
 )
 from sar_kd.runtime.precision import Precision
-from sar_kd.tokenization.backends import encode
+from sar_kd.tokenization.backends import EncodingFailure, encode
 from sar_kd.tokenization.token_table import check_vocab_size
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair, UnfitTokenizer
 
@@ -310,10 +309,12 @@ def _pair_tokenizers(names: ModelConfig, tokenizers: list, vocab_sizes: list[int
     """tokenizers, vocab_sizes: the student's, the teacher's"""
     student_vocab_size, teacher_vocab_size = vocab_sizes
     try:
-        with no_panic(f"--student_model {names.student_model}, or the teacher"):
-            return TokenizerPair(
-                *tokenizers, student_vocab_size=student_vocab_size, teacher_vocab_size=teacher_vocab_size, **options
-            )
+        return TokenizerPair(
+            *tokenizers, student_vocab_size=student_vocab_size, teacher_vocab_size=teacher_vocab_size, **options
+        )
+    except EncodingFailure as error:
+        title = f"--student_model {names.student_model}, or the teacher"
+        raise UsageError(f"{title}: its tokenizer {error.reason}") from None
     except UnfitTokenizer as error:
         option = f"{error.whose}_model"
         raise UsageError(
@@ -329,8 +330,9 @@ def _load_checked_tokenizer(option: str, names: ModelConfig, vocab_size: int, lo
     else:
         tokenizer = pair[1]
     try:
-        with no_panic(f"--{option} {name}"):
-            (ids,) = encode(tokenizer, ["a"])
+        (ids,) = encode(tokenizer, ["a"])
+    except EncodingFailure as error:
+        raise UsageError(f"--{option} {name}: its tokenizer {error.reason}") from None
     except (AttributeError, NotImplementedError, TypeError):
         kind = type(tokenizer).__name__
         raise UsageError(

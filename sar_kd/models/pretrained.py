@@ -145,17 +145,6 @@ def load_tokenizer(files: ModelFiles, trust_remote_code: bool, vocab_size: int) 
     )
 
 
-@contextlib.contextmanager
-def no_panic(title: str) -> Iterator[None]:
-    """Turn a panic of a tokenizer's Rust code, caused by nonsense in its file, into a UsageError."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise UsageError(f"{title}: its tokenizer fails on plain text ({str(error).splitlines()[0]})") from None
-
-
 def _in_one_line(files: ModelFiles, part: str, load: Any) -> Any:
     """What `load` returns, with the errors of disk, hub, and nonsense in the files as one line.
 

@@ -36,7 +36,7 @@ from sar_kd.models.loading import (
 from sar_kd.models.memory_saving import quantizable_layers, require_quantization_packages
 from sar_kd.models.model_files import is_local
 from sar_kd.preflight.clamp_checks import clamp_lines, require_learnable
-from sar_kd.preflight.data_checks import text_warnings
+from sar_kd.preflight.data_checks import alignment_warnings, text_warnings
 from sar_kd.preflight.memory_plan import NotEstimated, advice, plan
 from sar_kd.runtime import environment, hub
 from sar_kd.runtime.console import count_of, first_few
@@ -279,7 +279,7 @@ def _check_text(meta: MetaModels) -> Finding:
     pair = load_tokenizers(config.models, compares, meta.loaded, config.data.template_date)
     limit = context_length_of(meta.models[meta.roles[0]])
     train, validation = (build_dataset(text, pair, block_size, limit or 8 * block_size) for text in (sample, held_out))
-    warnings = text_warnings(train, validation, settings)
+    warnings = [*text_warnings(train, validation, settings), *alignment_warnings(pair, config.loss)]
     if not compares:
         reason = "distillation is off" if config.loss.alpha_kd == 0 else "--alignment uld compares by rank alone"
         return Finding("alignment", [f"Alignment: none, {reason}", *warnings], {"audited": False, "warnings": warnings})

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from sar_kd.config.sections import TrainConfig
+from sar_kd.config.sections import LossConfig, TrainConfig
 from sar_kd.data.dataset import Dataset
 from sar_kd.runtime.console import count_of
+from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
 _FEW_TOKENS = 1000
 """With a spread of 3 nats a token, the mean of this many is uncertain by 0.1 nats, a tenth of a perplexity."""
@@ -53,6 +54,23 @@ def text_warnings(train: Dataset, validation: Dataset, settings: TrainConfig, nu
         remedy = "lower --train_steps, or give more text"
         lines.append(f"Warning: {steps} read the training text {passes:,.0f} times; {remedy}")
     return lines
+
+
+def alignment_warnings(pair: TokenizerPair, loss: LossConfig) -> list[str]:
+    """A line where the student would not be taught how to spell what the teacher knows."""
+    if pair.equal or loss.alpha_ce > 0 or loss.alignment not in ("auto", "projection"):
+        return []
+    return [
+        "Warning: --alpha_ce 0 between different tokenizers: of several student tokens that begin with one token of "
+        "the teacher ('.' and '.t') only their sum is taught, so the student may write any of them; give --alpha_ce "
+        "some weight, such as 0.1"
+    ]
+
+
+def learns_chat(train: Dataset) -> bool:
+    """Are there conversations in the text, and a chat template that the student is saved with?"""
+    has_template = getattr(train.pair.student, "chat_template", None) or "student" in train.text.without_template
+    return bool(len(train.text.conversations) and has_template)
 
 
 def overlap(train: Dataset, validation: Dataset) -> float:

@@ -71,8 +71,10 @@ def _next_commands(run: RunHistory) -> list[str]:
     if status == "emergency_stop":
         explained = (folder / "crash").is_dir()  # a run that was stopped without a NaN batch has said why
         return [f"Next: {program} forensics {folder} shows why, and what to try"] if explained else []
-    prompt = "Return the largest" if run.setting("student_model") == EMBEDDED else "The"
-    lines = [f'Next: {program} generate {folder} "{prompt}"']
+    prompt = '"Return the largest"' if run.setting("student_model") == EMBEDDED else '"The"'
+    if run.start.get("learns_chat") is True:
+        prompt = '"Hello" --chat'
+    lines = [f"Next: {program} generate {folder} {prompt}"]
     if not (folder / REPORT).is_file():
         lines.append(f"      {program} report {folder}")
     start, last = (as_float(run.summary.get(f"val_bits_per_byte_{when}")) for when in ("start", "final"))

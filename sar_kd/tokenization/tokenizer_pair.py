@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import date
 from functools import cached_property
 
+from sar_kd.tokenization.backends import EncodingFailure
 from sar_kd.tokenization.token_table import TokenTable, build_token_table, document_start, same_tokenizer, start_and_end
 
 
@@ -90,5 +91,7 @@ class UnfitTokenizer(ValueError):
 def _named(whose: str, function, *args):
     try:
         return function(*args)
+    except EncodingFailure as error:
+        raise UnfitTokenizer(whose, error.reason) from None
     except ValueError as error:
         raise UnfitTokenizer(whose, str(error)) from None

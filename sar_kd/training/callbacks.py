@@ -11,7 +11,7 @@ from sar_kd.config.sections import DataConfig
 from sar_kd.data import unit_questions
 from sar_kd.data.batch import Batch
 from sar_kd.data.dataset import Dataset, build_dataset
-from sar_kd.data.skipped import TOO_LONG, by_reason, has_null, unusable
+from sar_kd.data.skipped import TOO_LONG, by_reason, is_incomplete, unusable
 from sar_kd.data.unit_questions import task_questions
 from sar_kd.evaluation.question_answering import answer_questions
 from sar_kd.models.loading import Models, load_for_generation
@@ -81,9 +81,10 @@ _ZERO_GRADIENT = (
 def check_targets(train: Dataset, data: DataConfig) -> list[str]:
     """Messages about examples of which more than the answer is learned.
 
-    Raises: UsageError with the cause, if more than 1 % of the documents were skipped, apart from those with a null
+    Raises: UsageError with the cause, if more than 1 % of the documents were skipped, apart from incomplete examples
     """
-    skipped, used = [name for name in train.text.skipped_documents if not has_null(name)], len(train.text.names)
+    skipped = [name for name in train.text.skipped_documents if not is_incomplete(name)]
+    used = len(train.text.names)
     if len(skipped) > _MAX_WITHOUT_TARGETS * (len(skipped) + used):
         too_long = next(iter(by_reason(skipped))) == TOO_LONG
         option = f"--block_size {data.block_size}" if too_long else data.text_options()[0]

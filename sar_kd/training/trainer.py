@@ -21,7 +21,7 @@ from sar_kd.models.loading import Models
 from sar_kd.models.lora import models_to_save
 from sar_kd.preflight.checks import describe_text
 from sar_kd.preflight.clamp_checks import check_clamps
-from sar_kd.preflight.data_checks import text_warnings
+from sar_kd.preflight.data_checks import alignment_warnings, learns_chat, text_warnings
 from sar_kd.reporting.run_log import RunLog
 from sar_kd.runtime.console import format_share
 from sar_kd.runtime.signals import StopRequest
@@ -113,6 +113,7 @@ class Trainer:
         state, config, context = self.state, self.config, self.context
         lines, details = describe_text(self.train, self.validation, config.data.describe())
         warnings = text_warnings(self.train, self.validation, config.train, self.process_group.size)
+        warnings += alignment_warnings(self.models.tokenizers, config.loss)
         self._log([*lines, *warnings, *context.strategy.messages, *self.teacher.lines])
         for line in (*details, *self.teacher.details):
             self.log.detail(line)
@@ -128,7 +129,8 @@ class Trainer:
         self._log(message for callback in self.callbacks for message in callback.on_train_begin())
         self.process_group.on_rank_zero(lambda: self.log.open(0, config.train))
         self._save_student()
-        self.log.log_start({**state.start, "val_bytes": self.validation.text.num_bytes}, state.teacher)
+        facts = {"val_bytes": self.validation.text.num_bytes, "learns_chat": learns_chat(self.train)}
+        self.log.log_start({**state.start, **facts}, state.teacher)
         if self.recovery.may_rewind:
             self._save()  # a checkpoint to go back to
 

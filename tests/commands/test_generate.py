@@ -55,7 +55,7 @@ def _run(*argv):
 
 
 def _train(command, folder, *more):
-    _run(
+    return _run(
         command, "--train_file", folder / "chat.jsonl", "--validation_file", folder / "held_out.jsonl",
         "--device", "cpu", "--model_dtype", "float32", "--warmup_steps", 5, "--per_device_batch_size", 5,
         "--grad_accum_steps", 1, "--block_size", 64, "--eval_steps", 50, *more,
@@ -83,8 +83,9 @@ def test_what_a_template_writes_before_an_answer_is_written_and_ended(
     tokenizer = _with_template(byte_tokenizer, template)
     _save(folder / "model", make_student(len(tokenizer), hidden_size=64), tokenizer)
     run = folder / "run"
-    _train("sft", folder, "--student_model", folder / "model", "--output_dir", run, "--train_steps", 150,
-           "--learning_rate", 1e-2)  # fmt: skip
+    out = _train("sft", folder, "--student_model", folder / "model", "--output_dir", run, "--train_steps", 150,
+                 "--learning_rate", 1e-2)  # fmt: skip
+    assert f'generate {run} "Hello" --chat\n' in out
     for question, answer in list(ANSWERS.items())[:2]:
         out = _run("generate", run / "student", question, "--chat", "--max_new_tokens", 40, "--json", "--device", "cpu")
         assert json.loads(out)["model"] == written + answer

@@ -16,11 +16,12 @@ import safetensors.torch
 import torch
 import transformers
 
-from sar_kd.commands import sft
+from sar_kd.commands import generate, sft
 from sar_kd.commands.main import main, start
 from sar_kd.config.commands import SFT
 from sar_kd.config.runs import SftTrainConfig
 from sar_kd.data import unit_questions
+from sar_kd.data.chat import chat_prompt_ids
 from sar_kd.errors import UsageError
 from sar_kd.reporting.log_diagnosis import diagnose, read_log
 from sar_kd.teacher import cached
@@ -249,6 +250,12 @@ def test_a_resumed_run_renders_the_date_of_its_first_day(inputs, dated, tmp_path
     assert _run(["sft", "--resume", "--output_dir", str(tmp_path / "parts"), "--max_steps", "0"])[0] == 0
     losses = [[step["loss"] for step in _steps(tmp_path / name)] for name in ("whole", "parts")]
     assert losses[0] == losses[1]
+    prompts = []
+    monkeypatch.setattr(generate, "chat_prompt_ids", lambda *given: prompts.append(given) or chat_prompt_ids(*given))
+    assert _run(["generate", str(tmp_path / "parts"), "a", "--chat", "--device", "cpu"])[0] == 0
+    read = [tokenizer.decode(chat_prompt_ids(tokenizer, *more)) for tokenizer, *more in prompts]
+    assert len(read) == 2
+    assert all(text.startswith("31 Jan 2026|a") for text in read)
     others = _run([*argv, "--overwrite", "--template_date", "2026-02-01"])
     assert others[0] == 0
     assert [step["loss"] for step in _steps(tmp_path / "whole")] != losses[0]

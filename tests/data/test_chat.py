@@ -15,6 +15,7 @@ from sar_kd.data.batch import IGNORE_INDEX
 from sar_kd.data.chat import chat_templates, render
 from sar_kd.data.dataset import build_dataset
 from sar_kd.data.samples import Conversation, Document, Message
+from sar_kd.data.skipped import skipped_lines
 from sar_kd.data.sources import load_documents
 from sar_kd.data.tokenized_text import tokenize
 from sar_kd.errors import UsageError
@@ -24,6 +25,7 @@ from sar_kd.tokenization.backends import encode
 from sar_kd.tokenization.token_stream import PROMPT, RESPONSE, STOP, TEMPLATE
 from sar_kd.tokenization.token_table import build_token_table
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
+from sar_kd.training.callbacks import check_targets
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
@@ -218,17 +220,32 @@ BAD_EXAMPLES = {
         "line 2: message 1 of 'messages' holds a part of type 'image'; only text is learned: leave such examples out",
     ),
     "role a number": ({"messages": [{"role": 1, "content": "x"}]}, "message 1 of 'messages' has a number as 'role'"),
-    "no assistant": (
-        {"messages": [HELLO, HELLO]},
-        "line 2: 'messages' holds nothing to learn; expected an assistant's message with text",
-    ),
-    "no messages": ({"messages": []}, "line 2: 'messages' holds nothing to learn; expected an assistant's message"),
-    "empty completion": ({"prompt": "a", "completion": " "}, "line 2: 'completion' holds nothing to learn; expected t"),
     "no completion": ({"prompt": "a"}, "line 2 has no 'completion'; expected 'prompt' with 'completion'"),
     "no question": ({"answer": "a"}, "line 2 has no 'question'; expected 'question' with 'answer'"),
     "completion a number": ({"prompt": "a", "completion": 4}, "'completion' is a number; expected text or a list of m"),
-    "a user's completion": ({"prompt": "a", "completion": [HELLO]}, "'completion' holds nothing to learn"),
 }  # fmt: skip
+
+
+NO_ANSWER = {
+    "no assistant": ({"messages": [HELLO, HELLO]}, "messages"),
+    "an empty answer": ({"messages": [HELLO, {"role": "assistant", "content": " "}]}, "messages"),
+    "no messages": ({"messages": []}, "messages"),
+    "empty completion": ({"prompt": "a", "completion": " "}, "completion"),
+    "a user's completion": ({"prompt": "a", "completion": [HELLO]}, "completion"),
+}
+
+
+@pytest.mark.parametrize("case", NO_ANSWER)
+def test_an_example_without_an_answer_is_left_out_and_counted(tmp_path, byte_tokenizer, case):
+    example, field = NO_ANSWER[case]
+    path = tmp_path / "some.jsonl"
+    path.write_text("\n".join(json.dumps(each) for each in (SHAPES["messages"][0], example)))
+    documents, _ = load_documents(DataConfig(train_file=(str(path),), validation_file=(str(path),)))
+    train = build_dataset(documents, _pair(byte_tokenizer, byte_tokenizer), 64, 64)
+    assert list(train.text.names) == ["some.jsonl:1"]
+    (line,) = skipped_lines(train.text)
+    assert line.startswith(f"Skipped 1 document, its '{field}' holds nothing to learn: some.jsonl:2")
+    assert check_targets(train, DataConfig()) == []
 
 
 @pytest.mark.parametrize("case", BAD_EXAMPLES)
@@ -331,8 +348,8 @@ def test_the_text_column_of_a_dataset_wins(serve):
 
 
 def test_a_bad_example_of_a_dataset_is_named(serve):
-    serve(train=_Split([{"messages": [HELLO, ANSWER]}, {"messages": [HELLO]}]))
-    with pytest.raises(UsageError, match="--dataset_name x: train example 1: 'messages' holds nothing to learn"):
+    serve(train=_Split([{"messages": [HELLO, ANSWER]}, {"messages": [{"role": "user"}]}]))
+    with pytest.raises(UsageError, match="--dataset_name x: train example 1: message 1 of 'messages' has no 'content'"):
         load_documents(DataConfig(dataset_name="x"))
 
 

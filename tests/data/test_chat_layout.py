@@ -406,6 +406,13 @@ def test_the_prompt_of_generate_is_that_of_the_template(tokenizers, name):
         assert "\n" not in str(error.value)
 
 
+def test_the_prompt_of_generate_has_the_date_that_is_given(tokenizers):
+    tokenizer = copy.deepcopy(tokenizers["chatml"])
+    tokenizer.chat_template = "{{ strftime_now('%Y') }}|" + CHATML
+    assert tokenizer.decode(chat_prompt_ids(tokenizer, "a", "1987-01-31")).startswith("1987|")
+    assert not tokenizer.decode(chat_prompt_ids(tokenizer, "a")).startswith("1987|")
+
+
 def test_the_prompt_s_kind_is_read_and_not_predicted(tokenizers):
     rendered = render(_conversations([USER, LAST]), chat_templates(_pair(tokenizers["qwen3"], tokenizers["qwen3"])))
     kinds = [span.kind for span in rendered.sides[0][0]]

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sar_kd.data.skipped import NO_COMMON_END, TOO_LONG, by_reason, has_null, skipped_lines, unusable
+from sar_kd.data.skipped import NO_COMMON_END, TOO_LONG, by_reason, is_incomplete, skipped_lines, unusable
 
 SKIPPED = [
     f"a.jsonl:1 ({TOO_LONG})",
@@ -27,11 +27,12 @@ def test_names_are_told_from_reasons():
     }
 
 
-def test_an_example_with_a_null_is_told_from_others():
-    nulls = ["c:4 (its 'messages' is null)", "x (message 2 of its 'messages' has null as 'content')", "y (is null)"]
-    assert all(map(has_null, nulls))
+def test_an_incomplete_example_is_told_from_others():
+    nulls = ["c:4 (its 'messages' is null)", "x (message 2 of its 'messages' has null as 'content')", "y (is null)",
+             "z:1 (its 'completion' holds nothing to learn)"]  # fmt: skip
+    assert all(map(is_incomplete, nulls))
     others = ["null", "a (null)", "b (the student's chat template refuses it: null)", f"c ({TOO_LONG})"]
-    assert not any(map(has_null, others))
+    assert not any(map(is_incomplete, others))
 
 
 def _text(documents=(), passages=(), skipped_bytes=0, num_bytes=1000):

@@ -5,15 +5,19 @@ import os
 import re
 import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 import torch
 
+from sar_kd.data.dataset import build_dataset
+from sar_kd.data.samples import Document
 from sar_kd.errors import UsageError
 from sar_kd.models import model_files
-from sar_kd.models.loading import load_for_generation, load_meta_model
+from sar_kd.models.loading import load_for_generation, load_meta_model, load_student
 from sar_kd.models.model_files import check_files, find_model
+from sar_kd.runtime.precision import Precision
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +127,74 @@ def test_a_tokenizer_that_cannot_be_is_one_line(folder, change, expected):
     change(definition)
     path.write_text(json.dumps(definition))
     assert expected in _line(_load, folder)
+
+
+def _added(content, number):
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return lambda d: d["added_tokens"].append({"id": number, "content": content, "special": True, **flags})
+
+
+def _with(**entries):
+    return lambda definition: definition.update(entries)
+
+
+_NO_CHANGE = {"direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}
+_REPLACE = {"type": "Replace", "pattern": {"Regex": "."}}
+NONSENSE = {
+    "prefix longer than tokens": lambda d: d["model"].update(continuing_subword_prefix="@" * 30),
+    "charsmap of nothing": _with(normalizer={"type": "Precompiled", "precompiled_charsmap": "/////wAAAAA="}),
+    "second sequence alone": _with(
+        post_processor={"type": "TemplateProcessing", "single": [{"Sequence": {"id": "B", "type_id": 0}}], "pair": [],
+                        "special_tokens": {}}
+    ),
+    "empty added token": _added("", 3),
+    "added token of a huge id": _added("<x>", 2**32 - 1),
+    "long added token": _added("x" * 10**6, 3),
+    "padding to ten million": _with(padding={"strategy": {"Fixed": 10**7}, "pad_to_multiple_of": None, **_NO_CHANGE}),
+    "padding to multiples of 0": _with(padding={"strategy": "BatchLongest", "pad_to_multiple_of": 0, **_NO_CHANGE}),
+    "truncation to 0": _with(
+        truncation={"direction": "Right", "max_length": 0, "strategy": "LongestFirst", "stride": 5}
+    ),
+    "split at nothing": _with(
+        pre_tokenizer={"type": "Split", "pattern": {"Regex": ""}, "behavior": "Removed", "invert": False}
+    ),
+    "no letter z": lambda d: d["model"].update(
+        unk_token="@@", merges=[], vocab={t: i for t, i in d["model"]["vocab"].items() if t != "z"}
+    ),
+    "no vocabulary": lambda d: d["model"].update(vocab={}, merges=[]),
+    "huge ids": lambda d: d["model"]["vocab"].update({t: 2**31 + i for i, t in enumerate([*d["model"]["vocab"]][-5:])}),
+    "every character made twenty": _with(
+        normalizer={"type": "Sequence", "normalizers": [{**_REPLACE, "content": "x" * 20}] * 3}
+    ),
+    "every character removed": _with(normalizer={**_REPLACE, "content": ""}),
+    "nested normalizers": _with(normalizer=json.loads('{"type":"Sequence","normalizers":[' * 300 + "]}" * 300)),
+    "decoder that strips all": _with(decoder={"type": "Strip", "content": " ", "start": 10**9, "stop": 10**9}),
+}  # fmt: skip
+"""Damages of tokenizer.json under which the Rust code of tokenizers may panic, loop or load something useless"""
+
+NONSENSE_CONFIGS = [
+    {"head_dim": 0}, {"head_dim": 3}, {"rope_parameters": 5}, {"rope_parameters": {"rope_type": "nope"}},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, {"eos_token_id": 10**9}, {"eos_token_id": "x"},
+    {"eos_token_id": -3}, {"model_type": 5}, {"architectures": 5}, {"dtype": "float99"}, {"quantization_config": 5},
+    {"tie_word_embeddings": "maybe"}, {"intermediate_size": 10**12}, {"text_config": 5}, {"vocab_size": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", [*NONSENSE, *NONSENSE_CONFIGS], ids=str)
+def test_no_nonsense_ends_in_a_traceback_or_takes_long(folder, damage):
+    path = folder / ("config.json" if isinstance(damage, dict) else "tokenizer.json")
+    definition = json.loads(path.read_text())
+    definition.update(damage) if isinstance(damage, dict) else NONSENSE[damage](definition)
+    path.write_text(json.dumps(definition))
+    names = SimpleNamespace(student_model=str(folder), trust_remote_code=False)
+    line, started = "", time.monotonic()
+    try:
+        models = load_student(names, torch.float32, Precision(torch.device("cpu"), torch.float32, 1.0))
+        build_dataset([Document("a", "The river rose in the night.\n" * 20)], models.tokenizers, 16, 16)
+    except UsageError as error:
+        line = str(error)
+    assert "\n" not in line
+    assert time.monotonic() - started < 20
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])

@@ -4,11 +4,11 @@ import random
 
 import pytest
 
-from sar_kd.config.sections import TrainConfig
+from sar_kd.config.sections import LossConfig, TrainConfig
 from sar_kd.data.dataset import build_dataset
 from sar_kd.data.samples import Conversation, Document, Message
 from sar_kd.preflight.checks import describe_text
-from sar_kd.preflight.data_checks import overlap, text_warnings
+from sar_kd.preflight.data_checks import alignment_warnings, learns_chat, overlap, text_warnings
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
 BLOCK = 32
@@ -63,6 +63,26 @@ def test_questions_of_one_form_with_short_answers_are_no_held_out_text_that_was_
     train, others = [question(i) for i in range(100, 500)], [question(i) for i in range(500, 600)]
     assert overlap(build(*train, block=128), build(*others, block=128)) < 0.2
     assert overlap(build(*train, block=128), build(*train[:100], block=128)) > 0.9
+
+
+def test_a_student_without_cross_entropy_is_warned_where_the_tokenizers_differ(byte_tokenizer, sp_tokenizer):
+    def pair(teacher):
+        sizes = {"student_vocab_size": len(sp_tokenizer), "teacher_vocab_size": len(teacher)}
+        return TokenizerPair(sp_tokenizer, teacher, aligns=True, **sizes)
+
+    without = LossConfig(alpha_ce=0.0, alpha_kd=1.0)
+    (line,) = alignment_warnings(pair(byte_tokenizer), without)
+    assert line.startswith("Warning: --alpha_ce 0 between different tokenizers")
+    assert alignment_warnings(pair(sp_tokenizer), without) == []
+    assert alignment_warnings(pair(byte_tokenizer), LossConfig(alpha_ce=0.1, alpha_kd=0.9)) == []
+    assert alignment_warnings(pair(byte_tokenizer), LossConfig(alpha_ce=0.0, alpha_kd=1.0, alignment="uld")) == []
+
+
+def test_a_run_learns_chat_where_its_student_gets_a_chat_template(build):
+    turns = Message("user", "a", False), Message("assistant", "b", True)
+    assert learns_chat(build(Conversation("0", turns, plain=False)))
+    assert not learns_chat(build(Conversation("0", turns, plain=True)))
+    assert not learns_chat(build("some text"))
 
 
 def test_healthy_text_is_not_warned_about(build):

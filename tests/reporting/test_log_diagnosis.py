@@ -201,6 +201,12 @@ def test_the_answer_names_pattern_cause_remedy_and_public_reports(tmp_path):
     assert "prints 0.0" in lines[2]
 
 
+def test_a_teacher_beyond_float16_has_the_figure_in_its_cause_and_no_report():
+    found = DIAGNOSES["no teacher"]
+    assert "103,792" in found.cause
+    assert found.reports == ""
+
+
 def test_the_command_prints_it_and_ends_with_0(tmp_path, capsys):
     (tmp_path / "trainer_state.json").write_text(_state(PATTERNS["no labels"]))
     assert main(["explain", str(tmp_path)]) == 0
