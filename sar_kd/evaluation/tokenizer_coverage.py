@@ -134,12 +134,12 @@ def measure_coverage(dataset: Dataset) -> Coverage:
         skipped_passages=tuple(text.skipped_passages),
         skipped_bytes=text.skipped_bytes,
         skipped_share=text.skipped_bytes / (text.skipped_bytes + text.num_bytes),
-        student_lacks=_lacking_bytes(student_table),
-        teacher_lacks=_lacking_bytes(teacher_table),
+        student_lacks=lacking_bytes(student_table),
+        teacher_lacks=lacking_bytes(teacher_table),
     )
 
 
-def _lacking_bytes(table: TokenTable) -> tuple[int, ...]:
+def lacking_bytes(table: TokenTable) -> tuple[int, ...]:
     """The bytes that UTF-8 text may hold and no token does, ascending."""
     return tuple(sorted(_UTF8_BYTES - set().union(*table.pieces)))
 

@@ -118,6 +118,12 @@ def called_ids(tokenizer, text: str, **options) -> list[int]:
     return ids
 
 
+def added_tokens(tokenizer) -> dict:
+    """The added tokens by id; none where the tokenizer has no dictionary of them, as mistral-common's has not."""
+    added = getattr(tokenizer, "added_tokens_decoder", None)
+    return added if isinstance(added, dict) else {}
+
+
 _COPIES: WeakKeyDictionary = WeakKeyDictionary()
 
 
@@ -204,8 +210,8 @@ def read_vocabulary(tokenizer) -> Vocabulary:
     Raises: ValueError if the definition does not give the bytes
     """
     vocabulary, backend = _read_model(tokenizer), _backend_of(tokenizer)
-    added = backend.get_added_tokens_decoder() if backend else getattr(tokenizer, "added_tokens_decoder", None)
-    for index, token in added.items() if isinstance(added, dict) else ():
+    added = backend.get_added_tokens_decoder() if backend else added_tokens(tokenizer)
+    for index, token in added.items():
         text = token.content.replace(METASPACE, " ") if vocabulary.metaspace else token.content
         vocabulary.strings[index] = token.content
         vocabulary.pieces[index] = b"" if token.special else text.encode()

@@ -406,6 +406,21 @@ def test_a_table_as_written_has_no_bytes_for_what_is_never_written(make):
     assert table.as_written(table.end_ids).end_id == table.end_id
 
 
+def test_a_tokenizer_without_a_dictionary_of_added_tokens_is_checked():
+    class Wrapper:  # as transformers wraps mistral-common's
+        all_special_tokens, bos_token_id, eos_token_id = ["<s>", "</s>"], 0, 1
+
+        def added_tokens_decoder(self):
+            raise NotImplementedError
+
+        def get_vocab(self):
+            return {"<s>": 0, "</s>": 1, "a": 2, "b": 3}
+
+    check_vocab_size(Wrapper(), 4)
+    with pytest.raises(ValueError, match="can turn text into 'b' "):
+        check_vocab_size(Wrapper(), 3)
+
+
 def test_an_added_run_of_spaces_is_spaces(sp_tokenizer):
     tokenizer = Tokenizer.from_str(sp_tokenizer.backend_tokenizer.to_str())
     tokenizer.add_tokens([AddedToken(SPACE * 2, normalized=False), AddedToken("\n\n", normalized=False)])
