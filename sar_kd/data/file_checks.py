@@ -24,7 +24,7 @@ def require_files(config: DataConfig) -> None:
     for option, path in _files(config):
         try:
             mode = path.stat().st_mode
-        except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+        except OSError as error:
             reason = getattr(error, "strerror", None) or error
             raise UsageError(f"--{option} {path}: cannot be read ({reason})") from None
         for is_kind, reason in _KINDS.items():

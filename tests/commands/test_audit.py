@@ -105,7 +105,7 @@ def test_the_bytes_that_a_vocabulary_lacks_and_what_they_cost_are_shown(
     shown = capsys.readouterr().out
     assert "Bytes that no token of the student's vocabulary holds: 04 13 f1\n" in shown
     assert "the teacher's vocabulary holds" not in shown
-    assert f"Skipped 1 passage, the student's tokenizer changes it: {text}\n" in shown
+    assert f"Skipped 1 passage, the student's tokenizer changes it: {text.name}\n" in shown
     assert re.search(r"Skipped because of the tokenizers: 14 bytes, 0.9\d% of the text\n", shown)
     assert main(["audit", *models, "--train_file", str(text), "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
@@ -119,7 +119,10 @@ def test_the_bytes_that_a_vocabulary_lacks_and_what_they_cost_are_shown(
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        (["--student_model", "./absent"], "error: --student_model ./absent: no such directory"),
+        (
+            ["--student_model=./absent", "--teacher_model=./absent", f"--train_file={__file__}"],
+            "error: --student_model ./absent: no such directory",
+        ),
         (["--train_file", "absent.txt"], "error: --train_file absent.txt: cannot be read"),
         (["--alpha_kd", "1"], "error: --alpha_kd: no such option"),
     ],
