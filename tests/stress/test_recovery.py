@@ -219,7 +219,8 @@ def test_a_gradient_that_is_not_finite_is_traced_to_its_module(make_run):
 
 
 def test_a_loss_that_is_infinite_over_finite_logits_is_named_as_the_loss(make_run):
-    run = make_run(loss={"alpha_ce": 1e38, "loss_clamp_style": "off"})
+    run = make_run(loss={"loss_clamp_style": "off"})
+    run.objective.alpha_ce = 1e38  # more than the command line takes
     (batch,) = run.batches([0, 1])
     found = examine(run.student, batch, run.precision, "forward", lambda b: run.objective(b).total)
     assert (found["verdict"], "--alpha_ce" in found["remedy"]) == ("loss", True)
