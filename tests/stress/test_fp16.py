@@ -256,6 +256,32 @@ def test_a_masked_token_is_no_bad_forward_and_a_masked_target_is_one(make_run, r
     )
 
 
+def test_a_logit_that_overflows_where_a_raw_clamp_hides_it_is_a_bad_forward(make_run, row):
+    def overflowing():
+        run = make_run(loss={"alpha_kd": 0.0, "logit_clamp_style": "raw"})
+        (batch,) = run.batches([0])
+        token = next(i for i in range(3, 99) if i not in batch.student.targets)
+
+        def overflow(module, inputs, output):
+            return output.index_fill(-1, torch.tensor([token]), math.inf)
+
+        run.student.lm_head.register_forward_hook(overflow)
+        return run, batch
+
+    run, batch = overflowing()
+    naive = NaiveLoop(run, logit_clamp=5.0, kd=None)
+    naive.step([batch])
+    assert math.isfinite(naive.loss)
+
+    run, batch = overflowing()
+    assert run.step([batch]).verdict.cause == "forward"
+    row(
+        "one token's logit is +inf, clamped to ±5, cross-entropy alone",
+        f"loss {naive.loss:.2f}, the overflow is not seen",
+        "refused as `forward`: logits are checked before the clamp",
+    )
+
+
 def test_05_one_batch_that_overflows_costs_one_step_and_no_loss_scale(make_run, row):
     def spoiled():
         run = make_run()
