@@ -38,8 +38,17 @@ def hash_tensors(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None
 
 def hash_frozen(model: nn.Module, routers: Iterable[str], dtype: torch.dtype | None = None) -> str:
     """SHA-256 of every parameter and persistent buffer of `model` except those named in `routers`, in `dtype`."""
-    excluded = set(routers)
-    return hash_tensors({name: tensor for name, tensor in model.state_dict().items() if name not in excluded}, dtype)
+    excluded, own = set(routers), next(model.parameters()).dtype
+    tensors = {name: _as_loaded(tensor, own) for name, tensor in model.state_dict().items() if name not in excluded}
+    return hash_tensors(tensors, dtype)
+
+
+def _as_loaded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float32 tensor of a half teacher in half where that loses nothing: float16 runs have float32 norms."""
+    if tensor.dtype is not torch.float32 or dtype is not torch.float16:
+        return tensor
+    narrowed = tensor.to(dtype)
+    return narrowed if torch.equal(narrowed.float(), tensor) else tensor
 
 
 def hash_routers(values: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
