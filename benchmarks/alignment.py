@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from sar_kd.config.command_line import parse
 from sar_kd.config.presets import STABLE
 from sar_kd.data.dataset import build_dataset
-from sar_kd.data.sources import load_documents
+from sar_kd.data.files.sources import load_documents
 from sar_kd.evaluation.tokenizer_coverage import measure_coverage
 from sar_kd.models.loading import load_tokenizers
 

@@ -23,7 +23,7 @@ from sar_kd.commands.build_embedded import byte_level_bpe, sentencepiece_bpe, st
 from sar_kd.config.presets import MODES
 from sar_kd.config.runs import Config
 from sar_kd.data.dataset import build_dataset
-from sar_kd.data.samples import Document
+from sar_kd.data.files.samples import Document
 from sar_kd.losses.objective import Objective
 from sar_kd.runtime.precision import setup_precision
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from sar_kd import embedded  # noqa: E402
 from sar_kd.alignment.batch_alignment import TEACHER  # noqa: E402
 from sar_kd.data.dataset import build_dataset  # noqa: E402
-from sar_kd.data.samples import Document  # noqa: E402
+from sar_kd.data.files.samples import Document  # noqa: E402
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair  # noqa: E402
 
 CONTEXT, MOST_BEFORE = 96, 3

@@ -37,7 +37,7 @@ from sar_kd import embedded
 from sar_kd.config.sections import ModelConfig
 from sar_kd.data.batch import Batch
 from sar_kd.data.dataset import build_dataset
-from sar_kd.data.samples import Document
+from sar_kd.data.files.samples import Document
 from sar_kd.models.loading import load_tokenizers, vocab_size_of
 from sar_kd.training.optimizer import parameters_of
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from sar_kd.config.command_line import parse  # noqa: E402
 from sar_kd.config.presets import FP16_SAFE  # noqa: E402
 from sar_kd.data.dataset import build_dataset  # noqa: E402
-from sar_kd.data.sources import load_documents  # noqa: E402
+from sar_kd.data.files.sources import load_documents  # noqa: E402
 from sar_kd.losses.objective import Objective  # noqa: E402
 from sar_kd.models.loading import load_models  # noqa: E402
 from sar_kd.runtime.precision import setup_precision  # noqa: E402

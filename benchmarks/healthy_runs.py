@@ -31,7 +31,7 @@ from sar_kd import embedded
 from sar_kd.commands.build_embedded import byte_level_bpe
 from sar_kd.config.presets import MODES
 from sar_kd.data.dataset import Dataset, build_dataset
-from sar_kd.data.sources import load_documents
+from sar_kd.data.files.sources import load_documents
 from sar_kd.evaluation.perplexity import evaluate
 from sar_kd.models.pretrained import silence_transformers
 from sar_kd.training.guards import StepGuard

@@ -81,7 +81,7 @@ def measure(path: str, pair_name: str, limit_mb: int) -> dict:
     from sar_kd import embedded
     from sar_kd.config.sections import DataConfig
     from sar_kd.data.dataset import build_dataset
-    from sar_kd.data.sources import load_documents
+    from sar_kd.data.files.sources import load_documents
     from sar_kd.data.token_cache import TokenCache
     from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 

@@ -178,7 +178,7 @@ def _invented(case: Case, config, dtype):
 def _embedded(config):
     """The pair that ships with the package, and its text: different tokenizers."""
     from sar_kd.data.dataset import build_dataset
-    from sar_kd.data.sources import load_documents
+    from sar_kd.data.files.sources import load_documents
     from sar_kd.models.loading import load_meta_model, load_models
 
     def meta_models():

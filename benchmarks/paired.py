@@ -33,7 +33,7 @@ from sar_kd.config.presets import STABLE  # noqa: E402
 from sar_kd.config.runs import Config  # noqa: E402
 from sar_kd.data.batch import Batch  # noqa: E402
 from sar_kd.data.dataset import build_dataset  # noqa: E402
-from sar_kd.data.sources import load_documents  # noqa: E402
+from sar_kd.data.files.sources import load_documents  # noqa: E402
 from sar_kd.losses.objective import Objective  # noqa: E402
 from sar_kd.models.loading import NO_LOADED_MODELS, LoadedModels, load_models  # noqa: E402
 from sar_kd.models.pretrained import silence_transformers  # noqa: E402

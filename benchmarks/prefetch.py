@@ -31,7 +31,7 @@ from sar_kd.config.command_line import parse  # noqa: E402
 from sar_kd.config.presets import STABLE  # noqa: E402
 from sar_kd.data.batch import Batch  # noqa: E402
 from sar_kd.data.dataset import Dataset, build_dataset  # noqa: E402
-from sar_kd.data.sources import load_documents  # noqa: E402
+from sar_kd.data.files.sources import load_documents  # noqa: E402
 from sar_kd.losses.objective import Objective  # noqa: E402
 from sar_kd.models.loading import load_models  # noqa: E402
 from sar_kd.runtime.precision import setup_precision  # noqa: E402

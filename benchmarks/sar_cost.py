@@ -25,7 +25,7 @@ from sar_kd.config.presets import MODES
 from sar_kd.config.runs import Config
 from sar_kd.data.batch import Batch
 from sar_kd.data.dataset import build_dataset
-from sar_kd.data.samples import Document
+from sar_kd.data.files.samples import Document
 from sar_kd.losses.objective import Objective
 from sar_kd.models.loading import load_models
 from sar_kd.runtime.precision import setup_precision

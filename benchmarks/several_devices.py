@@ -29,7 +29,7 @@ import torch  # noqa: E402
 from sar_kd.config.command_line import parse  # noqa: E402
 from sar_kd.config.presets import STABLE  # noqa: E402
 from sar_kd.data.dataset import build_dataset  # noqa: E402
-from sar_kd.data.sources import load_documents  # noqa: E402
+from sar_kd.data.files.sources import load_documents  # noqa: E402
 from sar_kd.losses.objective import Objective  # noqa: E402
 from sar_kd.models.loading import load_models  # noqa: E402
 from sar_kd.runtime.distributed import join_process_group  # noqa: E402

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from sar_kd.data.dataset import build_dataset  # noqa: E402
-from sar_kd.data.samples import Document  # noqa: E402
+from sar_kd.data.files.samples import Document  # noqa: E402
 from sar_kd.errors import UsageError  # noqa: E402
 from sar_kd.evaluation.tokenizer_coverage import lacking_bytes, measure_coverage  # noqa: E402
 from sar_kd.models.loading import load_tokenizers  # noqa: E402

@@ -10,7 +10,7 @@ vocabulary map; E entries of an index array, or experts of a router; X triples o
 `_t` teacher. Other letters are defined where they are used.
 
 Reading order: `commands/train.py`, `training/step.py`, `losses/objective.py`, `training/guards.py`; then the data
-path: `data/sources.py`, `data/tokenized_text.py`, `data/blocks.py`, `data/dataset.py`, `alignment/aligner.py`.
+path: `data/files/sources.py`, `data/tokenized_text.py`, `data/blocks.py`, `data/dataset.py`, `alignment/aligner.py`.
 """
 
 from __future__ import annotations

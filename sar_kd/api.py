@@ -20,7 +20,7 @@ from sar_kd.config.fields import Command
 from sar_kd.config.presets import STABLE
 from sar_kd.config.python_arguments import errors_of_arguments
 from sar_kd.config.sections import EMBEDDED
-from sar_kd.data.given_texts import GivenTexts, TextsLike
+from sar_kd.data.files.given_texts import GivenTexts, TextsLike
 from sar_kd.errors import UsageError
 from sar_kd.models.loading import LoadedModels, load_for_generation
 from sar_kd.models.model_files import IN_MEMORY

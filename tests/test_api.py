@@ -14,7 +14,7 @@ from sar_kd import Distilled, distill
 from sar_kd.config.presets import STABLE
 from sar_kd.config.python_arguments import errors_of_arguments
 from sar_kd.data import unit_questions
-from sar_kd.data.given_texts import TextsLike
+from sar_kd.data.files.given_texts import TextsLike
 from sar_kd.embedded import STUDENT_DIR
 from sar_kd.errors import TrainingDiverged, UsageError
 from sar_kd.models.model_files import IN_MEMORY

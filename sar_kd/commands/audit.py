@@ -7,8 +7,8 @@ import json
 
 from sar_kd.config.commands import AuditConfig
 from sar_kd.data.dataset import build_dataset
+from sar_kd.data.files.sources import load_documents
 from sar_kd.data.skipped import skipped_lines
-from sar_kd.data.sources import load_documents
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.evaluation.tokenizer_coverage import measure_coverage
 from sar_kd.models.loading import load_tokenizers

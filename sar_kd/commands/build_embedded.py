@@ -23,7 +23,7 @@ from tqdm import tqdm
 from sar_kd import embedded
 from sar_kd.config.commands import EmbeddedConfig
 from sar_kd.data.dataset import Dataset, build_dataset
-from sar_kd.data.samples import Document
+from sar_kd.data.files.samples import Document
 from sar_kd.errors import UsageError
 from sar_kd.evaluation.perplexity import evaluate
 from sar_kd.runtime.files import atomic_rename

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sar_kd.config.runs import CachingConfig
-from sar_kd.data.sources import digest_of, load_documents
+from sar_kd.data.files.sources import digest_of, load_documents
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.errors import UsageError
 from sar_kd.models.loading import TeacherInfo, load_teacher, load_tokenizers

@@ -10,7 +10,7 @@ import torch
 
 from sar_kd.config.commands import GenerateConfig
 from sar_kd.config.sections import PrecisionConfig
-from sar_kd.data.chat import chat_prompt_ids
+from sar_kd.data.chat.encoding import chat_prompt_ids
 from sar_kd.errors import UsageError
 from sar_kd.models.generation import generate
 from sar_kd.models.loading import context_length_of, load_for_generation

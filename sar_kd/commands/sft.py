@@ -12,7 +12,7 @@ import torch
 
 from sar_kd.config.runs import SftConfig
 from sar_kd.data.dataset import build_dataset
-from sar_kd.data.sources import load_documents
+from sar_kd.data.files.sources import load_documents
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.errors import UsageError
 from sar_kd.losses.objective import Objective

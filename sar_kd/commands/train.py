@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from sar_kd.commands.unit_task import prepare_task, task_callbacks
 from sar_kd.config.runs import Config
 from sar_kd.data.dataset import build_dataset
-from sar_kd.data.sources import load_documents
+from sar_kd.data.files.sources import load_documents
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.losses.objective import Objective
 from sar_kd.models.loading import NO_LOADED_MODELS, LoadedModels, load_models

@@ -18,7 +18,7 @@ from sar_kd.alignment.aligner import Aligner
 from sar_kd.alignment.segments import Segment, build_segments
 from sar_kd.data.batch import Batch, CachedTopK, TokenBatch, token_batch
 from sar_kd.data.blocks import pack, skip_passages, skip_start_tokens
-from sar_kd.data.sources import Documents
+from sar_kd.data.files.sources import Documents
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.data.tokenized_text import tokenize
 from sar_kd.tokenization.token_stream import Block, Blocks, TokenizedText

@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from sar_kd.data.samples import Conversation, Sample
+from sar_kd.data.files.samples import Conversation, Sample
 from sar_kd.tokenization.backends import encode
 from sar_kd.tokenization.long_text import TextPiece, encode_pieces, split_text
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair

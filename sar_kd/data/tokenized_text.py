@@ -15,12 +15,12 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from sar_kd.data.chat import ChatTemplate, chat_templates, num_tokens, render, truncate_conversation
+from sar_kd.data.chat.encoding import ChatTemplate, chat_templates, num_tokens, render, truncate_conversation
 from sar_kd.data.column_store import Column, ColumnStore, strings_of
 from sar_kd.data.document_pieces import encode_chunk, pieces_of, without_changed_lines
-from sar_kd.data.samples import Conversation
+from sar_kd.data.files.samples import Conversation
+from sar_kd.data.files.sources import Documents, StreamedDocuments
 from sar_kd.data.skipped import MAX_SKIPPED_SHARE, TOO_LONG, unusable
-from sar_kd.data.sources import Documents, StreamedDocuments
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.errors import UsageError
 from sar_kd.runtime.console import tokenizing_bar

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from functools import lru_cache
 
-from sar_kd.data.samples import Conversation, Message
+from sar_kd.data.files.samples import Conversation, Message
 
 SPLITS = {"train": 0.8, "validation": 0.9, "test": 1.0}
 """Upper end of each split on [0, 1), in order."""

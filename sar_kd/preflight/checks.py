@@ -17,10 +17,10 @@ import torch
 from sar_kd.config.fields import RunConfig
 from sar_kd.config.sections import EMBEDDED
 from sar_kd.data.dataset import Dataset, build_dataset
-from sar_kd.data.file_checks import check_first_lines
-from sar_kd.data.samples import Sample
+from sar_kd.data.files.file_checks import check_first_lines
+from sar_kd.data.files.samples import Sample
+from sar_kd.data.files.sources import Documents, load_documents
 from sar_kd.data.skipped import by_reason, skipped_lines
-from sar_kd.data.sources import Documents, load_documents
 from sar_kd.errors import UsageError
 from sar_kd.evaluation.tokenizer_coverage import measure_coverage
 from sar_kd.models.half_precision import range_report

@@ -15,7 +15,7 @@ from sar_kd.config.fields import RunConfig
 from sar_kd.config.installation import program_name
 from sar_kd.config.runs import Config
 from sar_kd.data.dataset import Dataset
-from sar_kd.data.sources import digest_of
+from sar_kd.data.files.sources import digest_of
 from sar_kd.evaluation.perplexity import Evaluation
 from sar_kd.models.loading import TeacherInfo, load_meta_model
 from sar_kd.models.model_files import find_model

@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from sar_kd.data.chat import DEFAULT_TEMPLATE
+from sar_kd.data.chat.encoding import DEFAULT_TEMPLATE
 from sar_kd.errors import UsageError
 from sar_kd.models.lora import save_trainable
 from sar_kd.models.model_checks import is_finite_weight, lm_head_bias_name

@@ -18,7 +18,7 @@ import numpy as np
 from sar_kd.alignment.byte_alignment import ends_on_both
 from sar_kd.data.batch import Batch
 from sar_kd.data.blocks import skip_start_tokens
-from sar_kd.data.chat import truncate_conversation
+from sar_kd.data.chat.encoding import truncate_conversation
 from sar_kd.data.dataset import Dataset
 from sar_kd.models.generation import Generation
 from sar_kd.tokenization.long_text import encode_inside

@@ -11,7 +11,7 @@ from torch import nn
 
 from sar_kd.config.command_line import MAY_CHANGE_ON_RESUME
 from sar_kd.config.fields import RunConfig
-from sar_kd.data.sources import Documents, digest_of
+from sar_kd.data.files.sources import Documents, digest_of
 from sar_kd.errors import UsageError
 from sar_kd.models.loading import Models
 from sar_kd.models.model_files import IN_MEMORY

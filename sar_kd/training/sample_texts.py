@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sar_kd.config.sections import TrainConfig
-from sar_kd.data.samples import Document, Sample
+from sar_kd.data.files.samples import Document, Sample
 from sar_kd.evaluation.perplexity import eval_mode
 from sar_kd.models.generation import generate
 from sar_kd.models.loading import Models

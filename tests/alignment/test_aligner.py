@@ -24,7 +24,7 @@ from sar_kd.alignment.segments import positions_per_tile
 from sar_kd.alignment.vocabulary_map import VocabularyMap
 from sar_kd.data.batch import Batch
 from sar_kd.data.dataset import Dataset, build_dataset
-from sar_kd.data.samples import Conversation, Document, Message
+from sar_kd.data.files.samples import Conversation, Document, Message
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
 KINDS = ("byte", "sp", "dummy_prefix")

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from sar_kd.alignment.byte_alignment import find_boundaries, find_chunks
 from sar_kd.data.dataset import build_dataset
-from sar_kd.data.samples import Document
+from sar_kd.data.files.samples import Document
 from sar_kd.tokenization.backends import encode
 from sar_kd.tokenization.token_table import build_token_table, same_tokenizer, start_and_end
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair, UnfitTokenizer

@@ -15,7 +15,7 @@ from sar_kd.alignment import vocabulary_map
 from sar_kd.alignment.byte_alignment import find_boundaries
 from sar_kd.alignment.vocabulary_map import ClassTable, VocabularyMap, same_token_map
 from sar_kd.data.dataset import build_dataset
-from sar_kd.data.samples import Conversation, Document, Message
+from sar_kd.data.files.samples import Conversation, Document, Message
 from sar_kd.tokenization.backends import encode
 from sar_kd.tokenization.token_table import TokenTable, build_token_table
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair

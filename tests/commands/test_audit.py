@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from sar_kd.commands.main import main
 from sar_kd.data.dataset import Dataset, build_dataset
-from sar_kd.data.samples import Conversation, Document, Message
+from sar_kd.data.files.samples import Conversation, Document, Message
 from sar_kd.evaluation.tokenizer_coverage import measure_coverage
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 

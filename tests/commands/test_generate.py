@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from sar_kd.commands.main import main
-from sar_kd.data.chat import chat_prompt_ids
+from sar_kd.data.chat.encoding import chat_prompt_ids
 from sar_kd.tokenization.backends import encode
 
 pytestmark = pytest.mark.slow

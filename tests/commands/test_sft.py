@@ -21,7 +21,7 @@ from sar_kd.commands.main import main, start
 from sar_kd.config.commands import SFT
 from sar_kd.config.runs import SftTrainConfig
 from sar_kd.data import unit_questions
-from sar_kd.data.chat import chat_prompt_ids
+from sar_kd.data.chat.encoding import chat_prompt_ids
 from sar_kd.errors import UsageError
 from sar_kd.reporting.log_diagnosis import diagnose, read_log
 from sar_kd.teacher import cached

@@ -21,7 +21,7 @@ import train_sar_kd_stable
 from sar_kd.commands import main, train
 from sar_kd.config.sections import DataConfig
 from sar_kd.data.dataset import build_dataset
-from sar_kd.data.sources import load_documents
+from sar_kd.data.files.sources import load_documents
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 from sar_kd.training import trainer
 from tests.helpers import ranks

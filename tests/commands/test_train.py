@@ -20,7 +20,7 @@ import transformers
 from sar_kd.commands import audit, main, train
 from sar_kd.config.sections import DataConfig
 from sar_kd.data.dataset import build_dataset
-from sar_kd.data.sources import load_documents
+from sar_kd.data.files.sources import load_documents
 from sar_kd.evaluation.perplexity import evaluate
 from sar_kd.runtime.environment import is_installed
 from sar_kd.runtime.precision import Precision

@@ -19,8 +19,8 @@ from sar_kd.config.sections import DataConfig
 from sar_kd.data import blocks
 from sar_kd.data.batch import IGNORE_INDEX
 from sar_kd.data.dataset import Dataset, build_dataset
-from sar_kd.data.samples import Conversation, Document, Message
-from sar_kd.data.sources import load_documents
+from sar_kd.data.files.samples import Conversation, Document, Message
+from sar_kd.data.files.sources import load_documents
 from sar_kd.errors import UsageError
 from sar_kd.tokenization.backends import encode
 from sar_kd.tokenization.token_table import build_token_table

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from sar_kd.config.sections import DataConfig
-from sar_kd.data import column_store, samples, sources, token_cache, tokenized_text
+from sar_kd.data import column_store, token_cache, tokenized_text
 from sar_kd.data.column_store import ColumnStore, strings_of
 from sar_kd.data.dataset import Dataset, build_dataset
-from sar_kd.data.samples import Document
-from sar_kd.data.sources import StreamedDocuments, load_documents
+from sar_kd.data.files import samples, sources
+from sar_kd.data.files.samples import Document
+from sar_kd.data.files.sources import StreamedDocuments, load_documents
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.errors import UsageError
 from sar_kd.runtime import files

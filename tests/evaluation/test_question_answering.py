@@ -6,9 +6,10 @@ import pytest
 import torch
 import transformers
 
-from sar_kd.data import sources, unit_questions
+from sar_kd.data import unit_questions
 from sar_kd.data.dataset import build_dataset
-from sar_kd.data.samples import Conversation, Message
+from sar_kd.data.files import sources
+from sar_kd.data.files.samples import Conversation, Message
 from sar_kd.data.unit_questions import Question
 from sar_kd.evaluation.question_answering import AnswerScores, answer_questions
 from sar_kd.runtime.precision import Precision

@@ -17,7 +17,7 @@ from sar_kd.alignment.segments import build_segments
 from sar_kd.config.sections import LossConfig
 from sar_kd.data.batch import CachedTopK
 from sar_kd.data.dataset import Dataset, build_dataset
-from sar_kd.data.samples import Document
+from sar_kd.data.files.samples import Document
 from sar_kd.embedded import STUDENT_DIR, TEACHER_DIR, split_of
 from sar_kd.losses.baselines import ChunkLikelihood, HiddenStates, SortedProbabilities, Strict
 from sar_kd.losses.distillation import ForwardOutputs, TokenLevel

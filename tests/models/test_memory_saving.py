@@ -9,7 +9,7 @@ from sar_kd.config.command_line import parse
 from sar_kd.config.presets import STABLE
 from sar_kd.config.sections import GuardConfig, LossConfig, OptimConfig, TeacherMemoryConfig
 from sar_kd.data.dataset import build_dataset
-from sar_kd.data.samples import Document
+from sar_kd.data.files.samples import Document
 from sar_kd.errors import UsageError
 from sar_kd.evaluation.perplexity import evaluate
 from sar_kd.losses.objective import Objective

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from sar_kd.data.dataset import build_dataset
-from sar_kd.data.samples import Document
+from sar_kd.data.files.samples import Document
 from sar_kd.errors import UsageError
 from sar_kd.models import model_files
 from sar_kd.models.loading import load_for_generation, load_meta_model, load_student

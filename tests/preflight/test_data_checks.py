@@ -6,7 +6,7 @@ import pytest
 
 from sar_kd.config.sections import LossConfig, TrainConfig
 from sar_kd.data.dataset import build_dataset
-from sar_kd.data.samples import Conversation, Document, Message
+from sar_kd.data.files.samples import Conversation, Document, Message
 from sar_kd.preflight.checks import describe_text
 from sar_kd.preflight.data_checks import alignment_warnings, learns_chat, overlap, text_warnings
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sar_kd.config.sections import DataConfig
-from sar_kd.data import sources
+from sar_kd.data.files import sources
 from sar_kd.errors import UsageError
 from sar_kd.runtime.hub import explain_hub_error, offline_variable
 

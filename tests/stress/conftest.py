@@ -5,7 +5,7 @@ import torch
 
 from sar_kd.config.sections import GuardConfig, LossConfig
 from sar_kd.data.dataset import build_dataset
-from sar_kd.data.samples import Document
+from sar_kd.data.files.samples import Document
 from sar_kd.runtime.precision import Precision
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 from tests.stress.harness import CPU, Run, build_gpt2

@@ -25,7 +25,7 @@ from sar_kd.config.presets import FP16_SAFE
 from sar_kd.config.runs import SECTIONS
 from sar_kd.config.sections import GuardConfig, OptimConfig, TrainConfig
 from sar_kd.data.dataset import build_dataset
-from sar_kd.data.sources import load_documents
+from sar_kd.data.files.sources import load_documents
 from sar_kd.reporting.run_log import open_run
 from sar_kd.runtime.precision import Precision
 from sar_kd.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint

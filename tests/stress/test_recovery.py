@@ -15,7 +15,7 @@ from sar_kd.commands.main import run as run_as_script
 from sar_kd.config.command_line import parse
 from sar_kd.config.presets import FP16_SAFE
 from sar_kd.data.dataset import build_dataset
-from sar_kd.data.samples import Document
+from sar_kd.data.files.samples import Document
 from sar_kd.errors import TrainingDiverged, UsageError
 from sar_kd.evaluation.nonfinite import REMEDIES, remedy_of
 from sar_kd.losses.objective import Objective

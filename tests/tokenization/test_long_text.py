@@ -8,9 +8,10 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from sar_kd.data import samples, tokenized_text
+from sar_kd.data import tokenized_text
 from sar_kd.data.dataset import build_dataset
-from sar_kd.data.samples import Conversation, Document, Message
+from sar_kd.data.files import samples
+from sar_kd.data.files.samples import Conversation, Document, Message
 from sar_kd.data.tokenized_text import tokenize
 from sar_kd.tokenization import long_text
 from sar_kd.tokenization.backends import encode

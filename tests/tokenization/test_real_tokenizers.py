@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from sar_kd.data.dataset import build_dataset
-from sar_kd.data.samples import Document
+from sar_kd.data.files.samples import Document
 from sar_kd.evaluation.tokenizer_coverage import measure_coverage
 from sar_kd.tokenization.backends import encode
 from sar_kd.tokenization.token_table import (

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from sar_kd.config.sections import GuardConfig, OptimConfig
-from sar_kd.data.samples import Conversation, Message
+from sar_kd.data.files.samples import Conversation, Message
 from sar_kd.data.tokenized_text import tokenize
 from sar_kd.errors import UsageError
 from sar_kd.runtime.files import atomic_write, file_digest

@@ -15,7 +15,7 @@ import torch
 from sar_kd.config.runs import Config, OnPolicyConfig
 from sar_kd.config.sections import LossConfig, OptimConfig
 from sar_kd.data.dataset import build_dataset
-from sar_kd.data.samples import Conversation, Document, Message
+from sar_kd.data.files.samples import Conversation, Document, Message
 from sar_kd.errors import UsageError
 from sar_kd.losses.objective import Objective
 from sar_kd.models.generation import Generation

@@ -12,7 +12,7 @@ from torch import nn
 from sar_kd.config.sections import GuardConfig, LossConfig, OptimConfig, TrainConfig
 from sar_kd.data.batch import IGNORE_INDEX, Batch, TokenBatch, next_token_targets
 from sar_kd.data.dataset import build_dataset
-from sar_kd.data.samples import Document
+from sar_kd.data.files.samples import Document
 from sar_kd.errors import UsageError
 from sar_kd.evaluation.perplexity import shard_batches
 from sar_kd.losses.objective import Objective

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sar_kd.config.sections import PrecisionConfig, TrainConfig
-from sar_kd.data.samples import Document
+from sar_kd.data.files.samples import Document
 from sar_kd.models.loading import Models
 from sar_kd.runtime.precision import setup_precision
 from sar_kd.training.sample_texts import SampleTexts

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sar_kd.config.sections import GuardConfig, LossConfig, OptimConfig
 from sar_kd.data.batch import CachedTopK
 from sar_kd.data.dataset import Dataset, build_dataset
-from sar_kd.data.samples import Document
+from sar_kd.data.files.samples import Document
 from sar_kd.evaluation.perplexity import Evaluation, evaluate
 from sar_kd.losses.objective import Objective
 from sar_kd.runtime.precision import Precision

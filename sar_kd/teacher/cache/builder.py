@@ -20,7 +20,7 @@ from sar_kd.data.batch import TokenBatch
 from sar_kd.data.blocks import pack
 from sar_kd.data.column_store import ColumnStore
 from sar_kd.data.dataset import Dataset, build_dataset
-from sar_kd.data.sources import Documents
+from sar_kd.data.files.sources import Documents
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.data.tokenized_text import tokenize
 from sar_kd.evaluation.nonfinite import check_finite

@@ -21,8 +21,8 @@ from sar_kd.config.commands import CACHE
 from sar_kd.config.presets import STABLE
 from sar_kd.data.blocks import pack, skip_start_tokens
 from sar_kd.data.dataset import build_dataset
-from sar_kd.data.samples import Document
-from sar_kd.data.sources import load_documents
+from sar_kd.data.files.samples import Document
+from sar_kd.data.files.sources import load_documents
 from sar_kd.errors import UsageError
 from sar_kd.losses.objective import Objective
 from sar_kd.models import loading

@@ -11,7 +11,7 @@ import torch
 from sar_kd.config.runs import RoutingConfig
 from sar_kd.config.sections import GuardConfig, LossConfig, OptimConfig
 from sar_kd.data.dataset import build_dataset
-from sar_kd.data.samples import Document
+from sar_kd.data.files.samples import Document
 from sar_kd.losses.functional import GroupSums
 from sar_kd.losses.objective import Objective
 from sar_kd.models.memory_saving import recompute_activations_

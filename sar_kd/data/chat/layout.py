@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from sar_kd.data.samples import Conversation
-from sar_kd.data.template_sandbox import TemplateFailure, TemplateSandbox, TooMuchWork
+from sar_kd.data.chat.templates import TemplateFailure, TemplateSandbox, TooMuchWork
+from sar_kd.data.files.samples import Conversation
 from sar_kd.errors import UsageError
 
 REASONING = ("reasoning_content", "thinking", "reasoning")

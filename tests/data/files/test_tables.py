@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from sar_kd.config.sections import DataConfig
-from sar_kd.data.samples import Conversation, Document, Message, conversation_of, read_file
-from sar_kd.data.sources import load_documents
+from sar_kd.data.files.samples import Conversation, Document, Message, conversation_of, read_file
+from sar_kd.data.files.sources import load_documents
 from sar_kd.errors import UsageError
 
 TEXTS = ["one", 'a "quoted", text\nof two lines', "caf\u00e9 \u2028 \u65e5", " "]

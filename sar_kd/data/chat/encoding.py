@@ -15,9 +15,9 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from sar_kd.data.blocks import pack_streams
-from sar_kd.data.chat_layout import Form, Layout, LayoutFinder, SkippedConversation, forms
-from sar_kd.data.samples import Conversation
-from sar_kd.data.template_sandbox import TemplateFailure, TemplateSandbox, TooMuchWork
+from sar_kd.data.chat.layout import Form, Layout, LayoutFinder, SkippedConversation, forms
+from sar_kd.data.chat.templates import TemplateFailure, TemplateSandbox, TooMuchWork
+from sar_kd.data.files.samples import Conversation
 from sar_kd.errors import UsageError
 from sar_kd.tokenization.backends import called_ids, encode
 from sar_kd.tokenization.long_text import ANCHORS, encode_after, encode_texts

@@ -6,9 +6,9 @@ import socket
 import pytest
 
 from sar_kd.config.sections import DataConfig
-from sar_kd.data import file_checks
-from sar_kd.data.file_checks import check_first_lines, require_files
-from sar_kd.data.sources import load_documents
+from sar_kd.data.files import file_checks
+from sar_kd.data.files.file_checks import check_first_lines, require_files
+from sar_kd.data.files.sources import load_documents
 from sar_kd.errors import UsageError
 
 OPTION = pytest.mark.parametrize("option", ["train_file", "validation_file"])

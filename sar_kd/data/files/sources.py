@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 from sar_kd import embedded
 from sar_kd.config.sections import DataConfig
-from sar_kd.data.file_checks import require_files
-from sar_kd.data.public_forms import has_known_form
-from sar_kd.data.samples import PAIRS, Conversation, Document, LongDocument, Sample, conversation_of, read_file
+from sar_kd.data.files.file_checks import require_files
+from sar_kd.data.files.public_forms import has_known_form
+from sar_kd.data.files.samples import PAIRS, Conversation, Document, LongDocument, Sample, conversation_of, read_file
 from sar_kd.data.unit_questions import task_questions
 from sar_kd.errors import UsageError
 from sar_kd.runtime.hub import explain_hub_error

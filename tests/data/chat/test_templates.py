@@ -6,7 +6,7 @@ from datetime import datetime
 
 import pytest
 
-from sar_kd.data.template_sandbox import TemplateFailure, TemplateSandbox, TooMuchWork
+from sar_kd.data.chat.templates import TemplateFailure, TemplateSandbox, TooMuchWork
 
 NOW = datetime(2024, 3, 5)
 MESSAGES = [

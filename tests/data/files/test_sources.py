@@ -7,9 +7,9 @@ import os
 import pytest
 
 from sar_kd.config.sections import DataConfig
-from sar_kd.data import samples, sources
-from sar_kd.data.samples import Document, LongDocument
-from sar_kd.data.sources import StreamedDocuments, load_documents
+from sar_kd.data.files import samples, sources
+from sar_kd.data.files.samples import Document, LongDocument
+from sar_kd.data.files.sources import StreamedDocuments, load_documents
 from sar_kd.errors import UsageError
 
 EXAMPLES = [{"text": f"line {n}\nof text \U0001f600 {'word ' * (n % 7)}"} for n in range(300)]

@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 
 from sar_kd.config.sections import DataConfig
-from sar_kd.data.samples import LONG, LongDocument, read_file
+from sar_kd.data.files.samples import LONG, LongDocument, read_file
 from sar_kd.errors import UsageError
 
 _KINDS = {

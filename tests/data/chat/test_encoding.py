@@ -12,11 +12,11 @@ import torch
 
 from sar_kd.config.sections import DataConfig
 from sar_kd.data.batch import IGNORE_INDEX
-from sar_kd.data.chat import chat_templates, render
+from sar_kd.data.chat.encoding import chat_templates, render
 from sar_kd.data.dataset import build_dataset
-from sar_kd.data.samples import Conversation, Document, Message
+from sar_kd.data.files.samples import Conversation, Document, Message
+from sar_kd.data.files.sources import load_documents
 from sar_kd.data.skipped import skipped_lines
-from sar_kd.data.sources import load_documents
 from sar_kd.data.tokenized_text import tokenize
 from sar_kd.errors import UsageError
 from sar_kd.evaluation.perplexity import evaluate

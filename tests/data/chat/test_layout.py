@@ -7,10 +7,10 @@ import json
 import pytest
 
 from sar_kd.config.sections import DataConfig
-from sar_kd.data.chat import chat_prompt_ids, chat_templates, render
+from sar_kd.data.chat.encoding import chat_prompt_ids, chat_templates, render
 from sar_kd.data.dataset import build_dataset
-from sar_kd.data.samples import conversation_of
-from sar_kd.data.sources import load_documents
+from sar_kd.data.files.samples import conversation_of
+from sar_kd.data.files.sources import load_documents
 from sar_kd.data.tokenized_text import tokenize
 from sar_kd.errors import UsageError
 from sar_kd.tokenization.token_stream import FORMAT, PROMPT, RESPONSE, STOP

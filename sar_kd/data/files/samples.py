@@ -20,8 +20,8 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from sar_kd.data import public_forms, tables
-from sar_kd.data.tables import json_fault, read_examples
+from sar_kd.data.files import public_forms, tables
+from sar_kd.data.files.tables import json_fault, read_examples
 from sar_kd.errors import UsageError
 from sar_kd.tokenization.long_text import CHUNK
 
