@@ -204,6 +204,7 @@ def test_a_quick_check_prints_every_step_with_finite_metrics(inputs, tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_untouched_one_bit_for_bit(inputs, tmp_path, rank):
     options = ("--lora_rank", rank, "--lora_dropout", 0.1, "--save_strategy", "steps", "--save_steps", 3)
     options += ("--model_dtype", "float16", "--lr_schedule", "constant")

@@ -222,6 +222,7 @@ def test_a_run_of_each_direction_finishes_and_learns(inputs, tmp_path, direction
 @pytest.mark.parametrize(
     ("rate", "after", "is_before"), [(1e-3, 3, False), (1.0, 5, True)], ids=["best_at_the_end", "best_before"]
 )
+@pytest.mark.slow
 def test_a_resumed_run_equals_one_never_interrupted(inputs, tmp_path, monkeypatch, rate, after, is_before):
     straight, halved = tmp_path / "straight", tmp_path / "halved"
     more = ("--student_lr", rate, "--skip_grad_norm", 1e6, "--loss_clamp_style", "off")
@@ -238,6 +239,7 @@ def test_a_resumed_run_equals_one_never_interrupted(inputs, tmp_path, monkeypatc
     assert (read_json(halved / "summary.json")["best_step"] < after) == is_before
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_projection_of_hidden_states_bit_for_bit(inputs, tmp_path, monkeypatch):
     straight, halved = tmp_path / "straight", tmp_path / "halved"
     more = ("--alignment", "hidden", "--alpha_kd", 0.5, "--alpha_ce", 0.5, "--eval_steps", 100)

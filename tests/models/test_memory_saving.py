@@ -156,6 +156,7 @@ def test_an_evaluation_of_an_offloaded_teacher_moves_it_to_the_device(datasets, 
     assert evaluate(teacher, batches, 100, precision, heads=objective.heads).nats == before
 
 
+@pytest.mark.slow
 def test_a_whole_run_with_an_offloaded_teacher_is_the_run_without(tmp_path, monkeypatch, corpus_texts):
     """On a machine without a GPU the teacher is copied within its memory."""
     text = tmp_path / "text.txt"

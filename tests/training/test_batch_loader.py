@@ -102,6 +102,7 @@ class _InTime:
         pass
 
 
+@pytest.mark.slow
 def test_a_run_that_makes_batches_ahead_is_the_run_that_does_not(tmp_path, monkeypatch, byte_tokenizer, make_student):
     from sar_kd.commands.main import run
     from train_sar_kd_stable import main

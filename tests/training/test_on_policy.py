@@ -530,6 +530,7 @@ def test_an_on_policy_run_reports_its_responses_and_prints_no_cross_entropy(fini
     ],
     ids=["replay", "ka", "float16"],
 )
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_bit_for_bit(inputs, tmp_path, monkeypatch, more):
     more = ("--max_new_tokens", 8, *more)
     whole, halves = tmp_path / "whole", tmp_path / "halves"
@@ -542,6 +543,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(inputs, tmp_path, monkeypatch, m
 
 
 @pytest.mark.parametrize("failing", ["generate", "train_step"])
+@pytest.mark.slow
 def test_a_run_resumed_after_an_attempt_that_failed_has_the_summary_of_one_that_never_did(
     failing, inputs, tmp_path, monkeypatch
 ):

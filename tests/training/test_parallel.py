@@ -267,6 +267,7 @@ def joined_micro_batches(dataset):
 
 
 @EVERY
+@pytest.mark.slow
 def test_the_gradient_is_that_of_one_process_with_the_joined_batch(parts, both, parallel, dtype):
     alone = build(SINGLE_PROCESS, *parts, dtype)
     expected = alone.step(joined_micro_batches(parts[0]))
@@ -295,6 +296,7 @@ def test_both_ranks_have_the_same_weights_and_loss_scale_bit_for_bit(both, paral
 
 @EVERY
 @pytest.mark.parametrize("less", ["less", "idle"])
+@pytest.mark.slow
 def test_a_rank_without_targets_adds_nothing_and_hangs_nobody(parts, both, parallel, dtype, less):
     alone = build(SINGLE_PROCESS, *parts, dtype)
     expected = alone.step([batch for rank in range(2) for batch in _with_less(parts[0], rank)[less]])
