@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sar_kd.config.fields import RunConfig
 from sar_kd.errors import UsageError
-from sar_kd.runtime.rendezvous import meet, read_place
+from sar_kd.runtime.rendezvous import meet, rank_names, read_place
 
 T = TypeVar("T")
 
@@ -52,10 +52,6 @@ class ProcessGroup:
     def all_reduce_sum(self, values: Iterable[float]) -> list[float]:
         """Each value summed over the ranks in float64, on the CPU: no device sync."""
         return list(values)
-
-    def all_reduce_total(self, count: int) -> int:
-        """The count summed over the ranks."""
-        return int(self.all_reduce_sum([count])[0])
 
     def any_rank(self, flag: bool) -> bool:
         """Is the flag set on any rank?"""
@@ -117,12 +113,18 @@ SINGLE_PROCESS = ProcessGroup()
 
 
 class TorchrunGroup(ProcessGroup):
-    """Several processes in PyTorch's default process group: gloo between hosts, NCCL between GPUs."""
+    """Several processes in PyTorch's default process group: gloo between hosts, NCCL between GPUs.
+
+    Where one rank fails, the others fail a moment later in a collective that it is missing from, and torchrun kills the
+    rest. So each rank puts the reason of its end into the store, and waits a moment for those of the others: the user
+    reads one line, the right one.
+    """
 
     def __init__(self, store: dist.Store, rank: int, size: int):
+        """store: outlives the process (torchrun's own does)"""
         self.rank, self.size = rank, size
         self._local_rank = int(os.environ.get("LOCAL_RANK", rank))
-        self._exit = ExitAgreement(store, rank, size)
+        self._store, self._awaited = dist.PrefixStore("exit", store), set(range(size))
 
     def all_reduce_sum(self, values: Iterable[float]) -> list[float]:
         sums = torch.tensor(list(values), dtype=torch.float64)
@@ -197,10 +199,39 @@ class TorchrunGroup(ProcessGroup):
         return torch.device("cuda", self._local_rank)
 
     def should_report(self, line: str, follows: bool = False) -> bool:
-        return self._exit.should_report(line, follows)
+        """Is this the lowest rank that ends with this line? A line that `follows` counts only if all of them do.
+
+        Waits for the others, but not long: torchrun kills them all as soon as one has ended.
+        """
+        reports = self._exchange("end", [line, follows])
+        self._exchange("seen", None, seconds=0.0 if self.rank else _EXIT_SECONDS)  # rank 0 may be hosting the store
+        causes = {rank: text for rank, (text, follows) in reports.items() if not follows}
+        lines = causes or {rank: text for rank, (text, _) in reports.items()}
+        return self.rank == min((rank for rank, text in lines.items() if text == line), default=None)
 
     def explain_lost_rank(self, error: RuntimeError) -> str | None:
-        return self._exit.explain_lost_rank(error)
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            return None
+        lost = sorted(set(range(self.size)) - self._exchange("end", ["", True]).keys())
+        self._awaited -= set(lost)
+        if not lost:
+            return f"the processes of the run lost each other ({str(error).splitlines()[0]})"
+        return f"{rank_names(lost)} of {self.size} ended without an error message, or does not respond"
+
+    def _exchange(self, topic: str, own, seconds: float = _EXIT_SECONDS) -> dict[int, list]:
+        """Store this rank's value; the values of all ranks that have stored theirs, after at most so many seconds."""
+        for number in (signal.SIGINT, signal.SIGTERM):  # torchrun sends them to the ranks that are left
+            signal.signal(number, signal.SIG_IGN)
+        keys = {rank: f"{topic}/{rank}" for rank in self._awaited}
+        try:
+            self._store.set(f"{topic}/{self.rank}", json.dumps(own))
+            deadline = time.monotonic() + seconds
+            while time.monotonic() < deadline and not self._store.check(list(keys.values())):
+                time.sleep(0.05)
+            found = {rank: self._store.get(key) for rank, key in keys.items() if self._store.check([key])}
+        except dist.DistError:  # the process that hosted the store is gone
+            return {self.rank: own}
+        return {rank: json.loads(value) for rank, value in found.items()}
 
     def destroy(self) -> None:
         dist.destroy_process_group()
@@ -258,53 +289,3 @@ def join_process_group() -> ProcessGroup:
         sys.stdout = open(os.devnull, "w")
     _current = TorchrunGroup(store, place.rank, place.size)
     return _current
-
-
-class ExitAgreement:
-    """Lets the ranks agree at their end which of them prints an error, so that the user reads one line, the right one.
-
-    Where one rank fails, the others fail a moment later in a collective that it is missing from, and torchrun kills the
-    rest. So each rank puts the reason of its end into the store, and waits a moment for those of the others.
-    store: outlives the process (torchrun's own does)
-    """
-
-    def __init__(self, store: dist.Store, rank: int, size: int):
-        self.rank, self.size, self._store = rank, size, dist.PrefixStore("exit", store)
-        self._awaited = set(range(size))
-
-    def should_report(self, line: str, follows: bool = False) -> bool:
-        """Is this the lowest rank that ends with this line? A line that `follows` counts only if all of them do.
-
-        Waits for the others, but not long: torchrun kills them all as soon as one has ended.
-        """
-        reports = self._exchange("end", [line, follows])
-        self._exchange("seen", None, seconds=0.0 if self.rank else _EXIT_SECONDS)  # rank 0 may be hosting the store
-        causes = {rank: text for rank, (text, follows) in reports.items() if not follows}
-        lines = causes or {rank: text for rank, (text, _) in reports.items()}
-        return self.rank == min((rank for rank, text in lines.items() if text == line), default=None)
-
-    def explain_lost_rank(self, error: RuntimeError) -> str | None:
-        """The line about a collective that failed because another process is gone; None for any other error."""
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            return None
-        lost = sorted(set(range(self.size)) - self._exchange("end", ["", True]).keys())
-        self._awaited -= set(lost)
-        if not lost:
-            return f"the processes of the run lost each other ({str(error).splitlines()[0]})"
-        which = f"rank {lost[0]}" if len(lost) == 1 else f"ranks {', '.join(map(str, lost))}"
-        return f"{which} of {self.size} ended without an error message, or does not respond"
-
-    def _exchange(self, topic: str, own, seconds: float = _EXIT_SECONDS) -> dict[int, list]:
-        """Store this rank's value; the values of all ranks that have stored theirs, after at most so many seconds."""
-        for number in (signal.SIGINT, signal.SIGTERM):  # torchrun sends them to the ranks that are left
-            signal.signal(number, signal.SIG_IGN)
-        keys = {rank: f"{topic}/{rank}" for rank in self._awaited}
-        try:
-            self._store.set(f"{topic}/{self.rank}", json.dumps(own))
-            deadline = time.monotonic() + seconds
-            while time.monotonic() < deadline and not self._store.check(list(keys.values())):
-                time.sleep(0.05)
-            found = {rank: self._store.get(key) for rank, key in keys.items() if self._store.check([key])}
-        except dist.DistError:  # the process that hosted the store is gone
-            return {self.rank: own}
-        return {rank: json.loads(value) for rank, value in found.items()}

@@ -92,9 +92,9 @@ def meet(place: Place, wait_seconds: float = WAIT_SECONDS) -> dist.Store:
         missing[:] = [rank for rank in missing if not store.check([f"joined/{rank}"])]
         return not missing
 
-    if not _wait(all_came, started, wait_seconds, lambda: f"{_ranks(missing)} of {place.size} at {place}"):
+    if not _wait(all_came, started, wait_seconds, lambda: f"{rank_names(missing)} of {place.size} at {place}"):
         raise UsageError(
-            f"{place}: {_ranks(missing)} of {place.size} did not start within {wait_seconds:.0f} seconds; {_REMEDY}"
+            f"{place}: {rank_names(missing)} of {place.size} did not start within {wait_seconds:.0f} seconds; {_REMEDY}"
         )
     return store
 
@@ -152,6 +152,6 @@ def _open_store(place: Place) -> dist.Store:
     return dist.PrefixStore(place.agent_store, store) if place.agent_store else store
 
 
-def _ranks(ranks: list[int]) -> str:
+def rank_names(ranks: list[int]) -> str:
     """'rank 1', 'ranks 1, 2'."""
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
