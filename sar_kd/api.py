@@ -26,7 +26,7 @@ from sar_kd.models.loading import LoadedModels, load_for_generation
 from sar_kd.models.model_files import IN_MEMORY
 from sar_kd.reporting.history import findings_of, read_history
 from sar_kd.reporting.report import FILE as REPORT
-from sar_kd.reporting.report import results_of, write_report
+from sar_kd.reporting.report import check_page, results_of, write_report
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -203,8 +203,10 @@ def compare(*runs: str | Path | RunResult, page: str | Path = REPORT) -> Compari
     if not runs:
         raise UsageError("compare: give the folders of the runs")
     histories = [read_history(run.folder if isinstance(run, RunResult) else _folder("runs", run)) for run in runs]
-    write_report(histories, _folder("page", page))
-    return Comparison(results_of(histories), {run.name: findings_of(run) for run in histories}, Path(page))
+    path = _folder("page", page)
+    check_page(path, f"page={str(page)!r}")
+    write_report(histories, path)
+    return Comparison(results_of(histories), {run.name: findings_of(run) for run in histories}, path)
 
 
 class _Call:

@@ -284,6 +284,10 @@ def test_runs_are_compared_from_python(pairs, corpus_texts, tmp_path):
     ):
         with pytest.raises(UsageError, match=expected):
             sar_kd.compare(*runs)
+    with pytest.raises(
+        UsageError, match=f"^page='{tmp_path}': is a folder; give a file, such as {tmp_path}/report.html$"
+    ):
+        sar_kd.compare(first, page=tmp_path)
 
 
 def test_texts_may_be_files_by_path(tmp_path, corpus_texts, pairs):

@@ -102,12 +102,11 @@ def run(
     except TrainingDiverged as error:
         return _report(str(error), DIVERGED)
     except (RuntimeError, OSError, MemoryError) as error:
-        if (line := _memory_error(error, resumable)) is not None:
-            return _report(line, USAGE)
+        if (line := _memory_error(error)) is not None:
+            return _report(line + _how_to_go_on(error), USAGE)
         if isinstance(error, OSError):  # such as a full disk
             reason = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
-            rest = "; what was saved before is intact, --resume continues from there" if resumable else ""
-            return _report(f"error: {reason}{rest}", USAGE)
+            return _report(f"error: {reason}{_how_to_go_on(error)}", USAGE)
         group = _process_group()
         line = group.explain_lost_rank(error) if group and isinstance(error, RuntimeError) else None
         if line is None:
@@ -122,17 +121,22 @@ def run(
     return INTERRUPTED if summary["status"] == "interrupted" else DONE
 
 
-def _memory_error(error: Exception, resumable: bool) -> str | None:
+def _how_to_go_on(error: Exception) -> str:
+    """What the run that this error has ended has saved; '' for a command that makes no run."""
+    folder = getattr(error, "run_folder", None)
+    return f"; {importlib.import_module('sar_kd.runtime.files').how_to_go_on(folder)}" if folder else ""
+
+
+def _memory_error(error: Exception) -> str | None:
     """The line about memory that has ended; None for any other error."""
     is_gpu = type(error).__name__ == "OutOfMemoryError"  # torch's, which is imported late
     text = str(error)
     if not (is_gpu or isinstance(error, MemoryError) or any(sign in text for sign in _NO_MEMORY)):
         return None
-    rest = "; what was saved before is intact, --resume continues from there" if resumable else ""
     return (
         f"error: out of {'GPU memory' if is_gpu else 'memory'}; lower --per_device_batch_size or --block_size, or give "
         f"--per_device_batch_size auto or --gradient_checkpointing; `{program_name()} preflight` with the same options "
-        f"shows what needs the memory{rest}"
+        "shows what needs the memory"
     )
 
 

@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 
 from sar_kd.config.commands import ReportConfig
-from sar_kd.errors import UsageError
 from sar_kd.reporting.history import findings_of, read_history
-from sar_kd.reporting.report import FILE, write_report
+from sar_kd.reporting.report import FILE, check_page, write_report
 
 
 def main(config: ReportConfig) -> dict:
@@ -19,8 +18,7 @@ def main(config: ReportConfig) -> dict:
     folders = [Path(run) for run in config.runs]
     runs = [read_history(folder) for folder in folders]
     path = Path(config.output or (folders[0] / FILE if len(folders) == 1 else FILE))
-    if not path.parent.is_dir():
-        raise UsageError(f"--output {path}: the folder {path.parent} is not there")
+    check_page(path, f"--output {path}")
     write_report(runs, path)
     findings = {run.name: findings_of(run) for run in runs}
     if config.json:

@@ -21,6 +21,7 @@ from sar_kd.config.runs import Config, SftConfig, SftModelConfig, SftOptimConfig
 from sar_kd.config.sections import EMBEDDED, DataConfig, MemoryConfig
 from sar_kd.models.loading import NO_LOADED_MODELS, LoadedModels, Models
 from sar_kd.preflight.checks import preflight
+from sar_kd.runtime.files import CHECKPOINTS
 from sar_kd.runtime.precision import Precision
 from sar_kd.training.callbacks import Callback, TaskEvaluation
 
@@ -141,7 +142,7 @@ def _run(config: SftConfig, resumes: bool, started: float) -> dict:
         summary = _read_json(folder / "summary.json")
         if summary.get("status") == "finished":
             return summary
-        resumable = (folder / "checkpoint" / "latest").is_file()
+        resumable = (folder / CHECKPOINTS / "latest").is_file()
         config = _with_train(config, resume=resumable, overwrite=not resumable)
     summary = fine_tune(_with_time_left(config, started))
     if summary["status"] == "interrupted":

@@ -75,6 +75,14 @@ def find_report_writer(folder: Path) -> tuple[list[ReportWriter], list[str]]:
     return [], [f"No {FILE} without matplotlib: `{_INSTALL}`, then `{program_name()} report {folder}` at any time"]
 
 
+def check_page(path: Path, title: str) -> None:
+    """Raise UsageError, which begins with the title, unless the path can be that of a page."""
+    if path.is_dir():
+        raise UsageError(f"{title}: is a folder; give a file, such as {path / FILE}")
+    if not path.parent.is_dir():
+        raise UsageError(f"{title}: the folder {path.parent} is not there")
+
+
 def write_report(runs: Sequence[RunHistory], path: Path) -> None:
     """Write the page about one run, or about several side by side.
 
@@ -92,7 +100,8 @@ def write_report(runs: Sequence[RunHistory], path: Path) -> None:
     charts = build_charts(runs)
     title = " and ".join(run.name for run in runs[:3]) + (" and others" if len(runs) > 3 else "")
     values = _values_of_one(runs[0]) if len(runs) == 1 else _values_of_several(runs)
-    atomic_write(path, render(FILE, title=title, version=__version__, runs=runs, charts=charts, **values))
+    page = render(FILE, title=title, version=__version__, runs=runs, charts=charts, **values)
+    atomic_write(path, page, "output", "name another file")
 
 
 def _values_of_one(run: RunHistory) -> dict:

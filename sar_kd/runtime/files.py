@@ -1,5 +1,5 @@
 """Files that are written whole or not at all, and read although a kill may have cut off the last line; the lock of a
-folder, and the free space of its disk.
+folder, and the free space of its disk; which checkpoints a run has saved.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,13 @@ from filelock import FileLock, Timeout
 
 from sar_kd.errors import UsageError
 from sar_kd.runtime.console import format_bytes
+
+CONFIG = "config.json"
+
+CHECKPOINTS = "checkpoint"
+"""The folder of a run's checkpoints, in its own"""
+
+_CHECKPOINT_NAME = re.compile(r"step-\d{8,}")
 
 LOCK = ".lock"
 
@@ -33,13 +41,13 @@ def atomic_write(
     path: Path,
     data: str | bytes | Callable[[Path], object],
     option: str = "output_dir",
-    remedy: str = "then --resume",
+    remedy: str = "",
 ) -> None:
     """Write a file so that a reader, a kill or a power cut finds the old content or the new, never a part of it.
 
     data: the content, or a function that writes it into the path it is given; text becomes UTF-8, and what has none, as
         in some file names, is escaped
-    option, remedy: the option that named the folder, and what to do once there is room
+    option: that named the folder; remedy: what to do; by default what suits a file of a run
     Raises: UsageError if it cannot be written; the old file is then intact
     """
     partial = path.with_name(f".{path.name}.partial")
@@ -51,10 +59,36 @@ def atomic_write(
         atomic_rename(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise UsageError(
-            f"--{option}: {path} cannot be written ({error.strerror or error}); what was saved before is intact: free "
-            f"some room, {remedy}"
-        ) from None
+        run = next((folder for folder in path.parents[:2] if (folder / CONFIG).exists()), path.parent)
+        remedy = remedy or f"free some room; {how_to_go_on(run)}"
+        raise UsageError(f"--{option}: {path} cannot be written ({error.strerror or error}); {remedy}") from None
+
+
+def checkpoint_name(step: int) -> str:
+    """The folder of the checkpoint after so many steps."""
+    return f"step-{step:08d}"
+
+
+def step_of_checkpoint(name: str) -> int:
+    """The inverse of `checkpoint_name`."""
+    return int(name.removeprefix("step-"))
+
+
+def saved_checkpoints(folder: Path) -> list[str]:
+    """Names of the checkpoints in a folder, the newest first."""
+    if not folder.is_dir():
+        return []
+    found = [path.name for path in folder.iterdir() if path.is_dir() and _CHECKPOINT_NAME.fullmatch(path.name)]
+    return sorted(found, key=step_of_checkpoint, reverse=True)
+
+
+def how_to_go_on(run: Path) -> str:
+    """What the run in this folder has saved, and how to go on after an error, in words."""
+    if saved := saved_checkpoints(run / CHECKPOINTS):
+        return f"the checkpoint of step {step_of_checkpoint(saved[0])} is intact, --resume continues from it"
+    if (run / CONFIG).exists():
+        return "no checkpoint was saved yet, so start again with --overwrite"
+    return "nothing was saved yet"
 
 
 def atomic_rename(partial: Path, path: Path) -> None:

@@ -12,17 +12,15 @@ from pathlib import Path
 from sar_kd.config.sections import TrainConfig
 from sar_kd.errors import UsageError
 from sar_kd.runtime.distributed import SINGLE_PROCESS, ProcessGroup
-from sar_kd.runtime.files import LOCK_FILES, FolderLock
+from sar_kd.runtime.files import CHECKPOINTS, CONFIG, LOCK_FILES, FolderLock
 from sar_kd.runtime.signals import cleaned_up
-
-CONFIG = "config.json"
 
 GIVEN_TEXTS = "given_texts"
 """Where a run that was started from Python keeps the texts that it was given in memory"""
 
 RUN_FILES = (
     CONFIG, "metrics.jsonl", "summary.json", "report.html", "log.txt", "samples.json", "router_update.safetensors",
-    "student", "adapter", "checkpoint", "crash", "tensorboard", "wandb",
+    "student", "adapter", CHECKPOINTS, "crash", "tensorboard", "wandb",
 )  # fmt: skip
 """All that a run writes into its folder; `--overwrite` deletes these and nothing else."""
 
@@ -31,12 +29,17 @@ RUN_FILES = (
 def hold_run_folder(train: TrainConfig, process_group: ProcessGroup = SINGLE_PROCESS) -> Iterator[None]:
     """Take the run folder before anything in it is looked at, and keep other runs out of it until the end.
 
-    Folders that were made for a run that was then refused are removed again.
+    Folders that were made for a run that was then refused are removed again. An error gets `run_folder`, the folder of
+    the run that it has ended.
     Raises: UsageError if another run is in it, if it holds a run or something else, or cannot be written
     """
     held = process_group.on_rank_zero(lambda: _take(Path(train.output_dir), train)) or contextlib.ExitStack()
     with cleaned_up(held.close):
-        yield
+        try:
+            yield
+        except (RuntimeError, OSError, MemoryError) as error:
+            vars(error)["run_folder"] = Path(train.output_dir)
+            raise
 
 
 def _take(folder: Path, train: TrainConfig) -> contextlib.ExitStack:
@@ -98,7 +101,7 @@ def holds_run(folder: Path) -> bool:
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return (folder / "metrics.jsonl").exists() or (folder / "checkpoint").is_dir()
+        return (folder / "metrics.jsonl").exists() or (folder / CHECKPOINTS).is_dir()
     return isinstance(saved, dict) and "mode" in saved
 
 

@@ -13,7 +13,6 @@ import dataclasses
 import json
 import math
 import pickle
-import re
 import shutil
 import typing
 from collections.abc import Callable, Iterator
@@ -28,7 +27,16 @@ from sar_kd.data.chat.encoding import DEFAULT_TEMPLATE
 from sar_kd.errors import UsageError
 from sar_kd.models.lora import save_trainable
 from sar_kd.models.model_checks import is_finite_weight, lm_head_bias_name
-from sar_kd.runtime.files import atomic_rename, atomic_write, file_digest, require_disk_space
+from sar_kd.runtime.files import (
+    atomic_rename,
+    atomic_write,
+    checkpoint_name,
+    file_digest,
+    how_to_go_on,
+    require_disk_space,
+    saved_checkpoints,
+    step_of_checkpoint,
+)
 from sar_kd.teacher.base import Teacher
 from sar_kd.tokenization.token_stream import TokenizedText
 from sar_kd.training.optimizer import parameters_of
@@ -45,8 +53,6 @@ _OWNERS = ("optimizer", "precision", "objective")
 
 _WRITE_BUFFERS = 2**24
 """Bytes of memory that the writers of weights and tokenizers need at most for themselves"""
-
-_NAME = re.compile(r"step-\d{8,}")
 
 _UNREADABLE = (
     OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
@@ -133,8 +139,8 @@ def save_checkpoint(
     def write() -> None:
         name = checkpoint_name(state.step)
         _write(folder, name, context.objective.student, weights, tensors, counters)
-        older = [other for other in _saved(folder) if _step_of(other) < state.step]
-        kept = {name, *older[: keep - 1], *(other for other in older if keeps(_step_of(other)))}
+        older = [other for other in saved_checkpoints(folder) if step_of_checkpoint(other) < state.step]
+        kept = {name, *older[: keep - 1], *(other for other in older if keeps(step_of_checkpoint(other)))}
         for old in folder.iterdir():
             if old.is_dir() and old.name not in kept:
                 shutil.rmtree(old)
@@ -171,19 +177,8 @@ def _writing(partial: Path, run: Path, num_bytes: int, what: str) -> Iterator[No
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
-        rest = "what was saved before is intact: free some room, then --resume"
-        if not _saved(run / "checkpoint"):
-            rest = "there is no checkpoint yet: free some room, then start again with --overwrite"
-        raise UsageError(f"--output_dir {run}: {what} cannot be written ({reason}); {rest}") from None
-
-
-def checkpoint_name(step: int) -> str:
-    """The folder of the checkpoint after so many steps."""
-    return f"step-{step:08d}"
-
-
-def _step_of(name: str) -> int:
-    return int(name.removeprefix("step-"))
+        remedy = f"free some room; {how_to_go_on(run)}"
+        raise UsageError(f"--output_dir {run}: {what} cannot be written ({reason}); {remedy}") from None
 
 
 def _num_bytes(state) -> int:
@@ -200,7 +195,7 @@ def find_checkpoint(folder: Path) -> tuple[Path, list[str]]:
 
     Raises: UsageError if there is none
     """
-    pointer, saved = folder / "latest", _saved(folder)
+    pointer, saved = folder / "latest", saved_checkpoints(folder)
     try:
         name = pointer.read_text().strip() if pointer.is_file() else ""
     except (OSError, UnicodeDecodeError):
@@ -330,14 +325,6 @@ def _reading(path: Path) -> Iterator[None]:
         raise UsageError(f"--resume: the checkpoint {path} cannot be read ({reason}){_offer(path)}") from None
 
 
-def _saved(folder: Path) -> list[str]:
-    """Names of the checkpoints in a folder, the newest first."""
-    if not folder.is_dir():
-        return []
-    found = [path.name for path in folder.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
-    return sorted(found, key=_step_of, reverse=True)
-
-
 def _damage(path: Path) -> str | None:
     """The first damage of a checkpoint's files; None if every one is as it was written."""
     try:
@@ -354,7 +341,7 @@ def _damage(path: Path) -> str | None:
 
 def _offer(damaged: Path) -> str:
     """The end of the message about a damaged checkpoint: an older one that is intact, if there is one."""
-    for name in _saved(damaged.parent):
+    for name in saved_checkpoints(damaged.parent):
         if name < damaged.name and _damage(damaged.parent / name) is None:
-            return f"; {name} is intact: delete {damaged} and --resume continues after step {_step_of(name)}"
+            return f"; {name} is intact: delete {damaged} and --resume continues after step {step_of_checkpoint(name)}"
     return "; no other one is there: start again with --overwrite"

@@ -16,8 +16,8 @@ from sar_kd.config.fields import RunConfig
 from sar_kd.data.batch import Batch
 from sar_kd.data.dataset import Dataset
 from sar_kd.evaluation.nonfinite import remedy_of
+from sar_kd.runtime.files import CHECKPOINTS, checkpoint_name
 from sar_kd.training.callbacks import Callback, MicroBatches, StepResult
-from sar_kd.training.checkpoint import checkpoint_name
 from sar_kd.training.guards import NAN_CAUSES
 from sar_kd.training.nan_forensics import examine, unexamined, write_crash
 from sar_kd.training.optimizer import parameters_of
@@ -118,7 +118,7 @@ class Recovery(Callback):
     def sound_checkpoint(self) -> Path | None:
         """The newest checkpoint that is known to be sound; None if there is none."""
         step = self.state["sound_step"]
-        return None if step == _NO_STEP else self.folder.parent / "checkpoint" / checkpoint_name(step)
+        return None if step == _NO_STEP else self.folder.parent / CHECKPOINTS / checkpoint_name(step)
 
     # The explanation
 

@@ -24,6 +24,7 @@ from sar_kd.preflight.clamp_checks import check_clamps
 from sar_kd.preflight.data_checks import alignment_warnings, learns_chat, text_warnings
 from sar_kd.reporting.run_log import RunLog
 from sar_kd.runtime.console import format_share
+from sar_kd.runtime.files import CHECKPOINTS
 from sar_kd.runtime.signals import StopRequest
 from sar_kd.teacher.base import Teacher
 from sar_kd.training.batch_loader import BatchLoader
@@ -290,12 +291,12 @@ class Trainer:
         self.teacher.save(self.folder, self.state.step)
         self.state.callbacks = [callback.state for callback in self.callbacks]
         keep, keeps = self.config.train.keep_checkpoints, self.recovery.keeps
-        save_checkpoint(self.folder / "checkpoint", self.context, self.teacher, self.state, keep, keeps)
+        save_checkpoint(self.folder / CHECKPOINTS, self.context, self.teacher, self.state, keep, keeps)
 
     def _load(self, path: Path | None = None) -> int:
         """Load a checkpoint, the last one if none is given; returns its step."""
         if path is None:
-            path, messages = find_checkpoint(self.folder / "checkpoint")
+            path, messages = find_checkpoint(self.folder / CHECKPOINTS)
             self._log(messages)
         self.state = load_checkpoint(path, self.context, self.teacher)
         for callback, state in zip(self.callbacks, self.state.callbacks, strict=True):

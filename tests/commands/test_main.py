@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from sar_kd.commands import generate
 from sar_kd.commands.main import COMMANDS, main
 from sar_kd.commands.main import run as exit_code
 from sar_kd.config.installation import program_name
+from sar_kd.config.sections import TrainConfig
+from sar_kd.runtime.run_folder import hold_run_folder
 from sar_kd.version import __version__
 from train_sar_kd_stable import main as train
 
@@ -227,16 +230,25 @@ class OutOfMemoryError(RuntimeError):
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_memory_that_ends_is_one_line_with_the_options_to_lower(capsys, error, where):
+def test_memory_that_ends_is_one_line_with_the_options_to_lower_and_what_is_saved(capsys, error, where, tmp_path):
     def main(argv):
-        raise error
+        with hold_run_folder(TrainConfig(output_dir=str(tmp_path), overwrite=True)) if argv else nullcontext():
+            raise error
 
-    for resumable in (True, False):
-        assert exit_code(main, [], resumable) == 2
+    def line(argv):
+        assert exit_code(main, argv) == 2
         line = capsys.readouterr().err
         assert line.startswith(f"error: out of {where}; lower --per_device_batch_size or --block_size, ")
         assert line.count("\n") == 1
-        assert ("--resume continues" in line) == resumable
+        return line
+
+    assert line([]).endswith("shows what needs the memory\n")
+    assert line(["run"]).endswith("memory; nothing was saved yet\n")
+    (tmp_path / "config.json").write_text('{"mode": "balanced"}')
+    assert line(["run"]).endswith("memory; no checkpoint was saved yet, so start again with --overwrite\n")
+    for name in ("step-00000002", "step-00000010", ".step-00000011.partial"):
+        (tmp_path / "checkpoint" / name).mkdir(parents=True)
+    assert line(["run"]).endswith("memory; the checkpoint of step 10 is intact, --resume continues from it\n")
 
 
 def test_an_error_of_the_program_is_no_lack_of_memory():

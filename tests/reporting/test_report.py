@@ -461,6 +461,16 @@ def test_a_report_on_nothing_is_one_line(words, expected, capsys):
     assert expected in line
 
 
+@pytest.mark.parametrize("where", ["", "no/page.html"])
+def test_a_page_that_cannot_be_there_is_one_line(make_run, where, tmp_path, capsys):
+    assert (
+        exit_code(functools.partial(command.start, REPORT), [str(make_run(RECORDS)), "--output", f"{tmp_path}/{where}"])
+        == 2
+    )
+    expected = "the folder {}/no is not there" if where else "is a folder; give a file, such as {}/report.html"
+    assert capsys.readouterr().err == f"error: --output {tmp_path / where}: {expected.format(tmp_path)}\n"
+
+
 def test_a_report_without_matplotlib_is_one_line_with_the_command(make_run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert exit_code(functools.partial(command.start, REPORT), [str(make_run(RECORDS))]) == 2

@@ -32,7 +32,9 @@ HEADER = "header.json"
 
 TEXTS = ("train", "validation")
 
-_atomic_write = functools.partial(atomic_write, option="teacher_cache", remedy="then the same command continues")
+_atomic_write = functools.partial(
+    atomic_write, option="teacher_cache", remedy="free some room, then the same command continues"
+)
 
 _MAX_OPEN_SHARDS = 64
 
