@@ -124,6 +124,18 @@ def added_tokens(tokenizer) -> dict:
     return added if isinstance(added, dict) else {}
 
 
+def special_tokens(tokenizer) -> set[str]:
+    """The spellings that stand for no text: special by the definition, named in a role, or known to end a text.
+
+    A token that is only listed as special is text where the definition says so: transformers lists SentencePiece's
+    user-defined pieces, such as "(" in Jurassic-2's, and text becomes them.
+    """
+    added = added_tokens(tokenizer).values()
+    text = {token.content for token in added if not token.special}
+    special = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+    return special - text | {*tokenizer.special_tokens_map.values(), *STOP_TOKENS}
+
+
 _COPIES: WeakKeyDictionary = WeakKeyDictionary()
 
 
@@ -140,7 +152,7 @@ def _backend_of(tokenizer):
     if size != len(tokenizer):
         _require_bounded(given)
         # Some definitions forget to mark a token as special (Phi-3's "</s>"); it would be found inside the text.
-        names = {*tokenizer.all_special_tokens, *STOP_TOKENS}
+        names = special_tokens(tokenizer)
         backend = type(given).from_str(given.to_str())
         added = backend.get_added_tokens_decoder().values()
         backend.add_special_tokens([token for token in added if not token.special and token.content in names])
@@ -209,14 +221,13 @@ def read_vocabulary(tokenizer) -> Vocabulary:
 
     Raises: ValueError if the definition does not give the bytes
     """
-    vocabulary, backend = _read_model(tokenizer), _backend_of(tokenizer)
-    added = backend.get_added_tokens_decoder() if backend else added_tokens(tokenizer)
-    for index, token in added.items():
-        text = token.content.replace(METASPACE, " ") if vocabulary.metaspace else token.content
-        vocabulary.strings[index] = token.content
-        vocabulary.pieces[index] = b"" if token.special else text.encode()
+    vocabulary, names = _read_model(tokenizer), special_tokens(tokenizer)
     special = {*tokenizer.all_special_ids, tokenizer.unk_token_id} & vocabulary.strings.keys()
     vocabulary.pieces.update(dict.fromkeys(special, b""))
+    for index, token in added_tokens(tokenizer).items():
+        text = token.content.replace(METASPACE, " ") if vocabulary.metaspace else token.content
+        vocabulary.strings[index] = token.content
+        vocabulary.pieces[index] = b"" if token.content in names else text.encode()
     return vocabulary
 
 

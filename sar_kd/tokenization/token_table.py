@@ -25,11 +25,11 @@ from sar_kd.tokenization.backends import (
     STOP_TOKENS,
     TURN_TOKENS,
     Vocabulary,
-    added_tokens,
     called_ids,
     encode,
     is_byte_token,
     read_vocabulary,
+    special_tokens,
     unnamed_end,
 )
 
@@ -187,8 +187,7 @@ def check_vocab_size(tokenizer, vocab_size: int) -> None:
     vocab_size: of the model's LM head
     Raises: ValueError if text, or a text's start or end, can become an id for which the model has no logit
     """
-    special = {*tokenizer.all_special_tokens, *STOP_TOKENS}
-    special.update(token.content for token in added_tokens(tokenizer).values() if token.special)
+    special = special_tokens(tokenizer)
     beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= vocab_size)
     without = f"for which the model has no logits (its vocab_size is {vocab_size})"
     remedy = "resize the model's embeddings to the tokenizer, or use the tokenizer that the model was trained with"

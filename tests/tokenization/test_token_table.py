@@ -410,6 +410,9 @@ def test_a_tokenizer_without_a_dictionary_of_added_tokens_is_checked():
     class Wrapper:  # as transformers wraps mistral-common's
         all_special_tokens, bos_token_id, eos_token_id = ["<s>", "</s>"], 0, 1
 
+        def __init__(self):
+            self.special_tokens_map = {"bos_token": "<s>", "eos_token": "</s>"}
+
         def added_tokens_decoder(self):
             raise NotImplementedError
 
@@ -419,6 +422,25 @@ def test_a_tokenizer_without_a_dictionary_of_added_tokens_is_checked():
     check_vocab_size(Wrapper(), 4)
     with pytest.raises(ValueError, match="can turn text into 'b' "):
         check_vocab_size(Wrapper(), 3)
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "GemmaTokenizer", "TokenizersBackend"])
+def test_a_user_defined_sentencepiece_piece_is_text_although_it_is_listed_as_special(name, corpus_texts, tmp_path):
+    own = [",", "(", "\n\n", "<tag>"]
+    _sentencepiece_file(tmp_path, corpus_texts, user_defined_symbols=own, control_symbols=["<turn>"])
+    config = {"tokenizer_class": name, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    for each in (tokenizer, transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        table, text = _table(each), "f(a, b) <tag>\n\nx <turn> </s>,"
+        (ids,) = encode(each, [text])
+        assert table.dummy_bytes(ids, text) is not None, table.describe_change(ids, text)
+        assert [piece for piece in each.convert_ids_to_tokens(ids) if piece in own] == ["(", ",", "<tag>", "\n\n", ","]
+        assert {table.kinds[each.convert_tokens_to_ids(piece)] for piece in own} == {CONTENT}
+        assert table.pieces[each.convert_tokens_to_ids("<turn>")] == b""
+    with pytest.raises(ValueError, match="can turn text into"):
+        check_vocab_size(tokenizer, tokenizer.convert_tokens_to_ids("<tag>"))
 
 
 def test_an_added_run_of_spaces_is_spaces(sp_tokenizer):
