@@ -18,7 +18,7 @@ from sar_kd.config.command_line import configure, new_run_folder
 from sar_kd.config.commands import CACHE, PREFLIGHT, SFT
 from sar_kd.config.fields import Command
 from sar_kd.config.presets import STABLE
-from sar_kd.config.python_arguments import errors_of_arguments
+from sar_kd.config.python_arguments import called_from_python
 from sar_kd.config.sections import EMBEDDED
 from sar_kd.data.files.given_texts import GivenTexts, TextsLike
 from sar_kd.errors import UsageError
@@ -27,6 +27,7 @@ from sar_kd.models.model_files import IN_MEMORY
 from sar_kd.reporting.history import findings_of, read_history
 from sar_kd.reporting.report import FILE as REPORT
 from sar_kd.reporting.report import check_page, results_of, write_report
+from sar_kd.runtime.console import print_stderr
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -118,7 +119,7 @@ def distill(
     Raises: UsageError (a ValueError) naming the argument and the remedy; TrainingDiverged after an emergency stop, once
     all is saved; KeyboardInterrupt at a second Ctrl-C (the first one saves, and the summary says 'interrupted')
     """
-    with errors_of_arguments(STABLE, _PARAMETERS):
+    with called_from_python(STABLE, _PARAMETERS):
         call = _Call(STABLE, "distill", options, teacher=teacher, student=student, mode=mode)
         values, pairs = call.values, call.pairs
         if values.get("teacher_cache") and "teacher_model" in pairs:
@@ -141,7 +142,7 @@ def sft(
     **options: Unpack[SftOptions],
 ) -> RunResult:
     """Fine-tune `student` on questions with answers, or on text. Arguments, Returns and Raises: as `distill`"""
-    with errors_of_arguments(SFT, _PARAMETERS):
+    with called_from_python(SFT, _PARAMETERS):
         call = _Call(SFT, "sft", options, student=student)
         return call.run(fine_tune, output_dir, texts, validation_texts, callback)
 
@@ -162,13 +163,16 @@ def cache(
     from sar_kd.commands.cache import main as build_cache
 
     names = _PARAMETERS | {"teacher_cache": "folder", "student_model": "student_model"}
-    with errors_of_arguments(CACHE, names), tempfile.TemporaryDirectory() as place:
+    with called_from_python(CACHE, names), tempfile.TemporaryDirectory() as place:
         call = _Call(CACHE, "cache", options, teacher=teacher)
         if call.pairs:
             raise UsageError("--teacher_model: a cache needs the teacher by name, as it stores which one it is of")
         call.values["teacher_cache"] = str(_folder("teacher_cache", folder))
         with call.add_texts(Path(place), texts, validation_texts):
-            build_cache(configure(CACHE, call.values))
+            config = configure(CACHE, call.values)
+            for line in config.notices:
+                print_stderr(line)
+            build_cache(config)
     return Path(folder)
 
 
@@ -185,10 +189,10 @@ def preflight(
 
     Returns: the findings by check; `ok`: could the run start?; if not, `error`: why
     """
-    with errors_of_arguments(PREFLIGHT, _PARAMETERS) as translate, tempfile.TemporaryDirectory() as place:
+    with called_from_python(PREFLIGHT, _PARAMETERS) as translate, tempfile.TemporaryDirectory() as place:
         call = _Call(PREFLIGHT, "preflight", options, teacher=teacher, student=student, mode=mode)
         with call.add_texts(Path(place), texts, validation_texts):
-            show = (lambda line: None) if call.values.get("quiet") else print
+            show = (lambda line: None) if call.values.get("quiet") else lambda line: print(translate(line))
             record = check(configure(PREFLIGHT, call.values), show, LoadedModels(call.pairs))
     if not record["ok"]:
         record["error"] = translate(record["error"])

@@ -12,7 +12,7 @@ import transformers
 import sar_kd
 from sar_kd import Distilled, distill
 from sar_kd.config.presets import STABLE
-from sar_kd.config.python_arguments import errors_of_arguments
+from sar_kd.config.python_arguments import called_from_python
 from sar_kd.data import unit_questions
 from sar_kd.data.files.given_texts import TextsLike
 from sar_kd.embedded import STUDENT_DIR
@@ -93,6 +93,20 @@ def test_a_run_from_python_is_resumed_in_python_and_nowhere_else(pairs, corpus_t
     assert distill(*pairs, corpus_texts, **where, resume=True, **longer).summary["steps"] == 3
 
 
+def test_what_a_call_prints_names_its_arguments(pairs, corpus_texts, tmp_path, capsys, monkeypatch):
+    distill(*pairs, corpus_texts[:3], output_dir=tmp_path / "run", sample_top_p=0.5, kd_direction="jsd", **STEPS)
+    lines = capsys.readouterr().out.splitlines()
+    assert "sample_top_p: has no effect without on_policy_fraction above 0" in lines
+    assert any(
+        line.startswith("Warning: the held-out text") and line.endswith("with validation_texts") for line in lines
+    )
+    assert [line for line in lines if "--" in line and not line.startswith(("Next: ", "      "))] == []
+    assert set(lines) < set((tmp_path / "run/log.txt").read_text().splitlines())
+    monkeypatch.setattr("sar_kd.commands.cache.main", lambda config: None)
+    sar_kd.cache(text_field="x")
+    assert capsys.readouterr().err == "text_field: has no effect without texts or dataset_name\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -138,13 +152,14 @@ def test_an_error_is_one_line_that_names_the_argument(arguments, expected, tmp_p
             "see `sar-kd sft --resume`, texts; `pip install --upgrade x`",
         ),
         ("--student_lr is high, --alpha_kd, and --nonsense 3", "student_lr is high, alpha_kd, and --nonsense 3"),
+        ("Warning: --train_file a.txt: no --mode precise", "Warning: texts='a.txt': no mode='precise'"),
     ],
 )
 def test_options_in_a_sentence_become_arguments(line, expected):
-    with pytest.raises(UsageError) as caught, errors_of_arguments(STABLE, {"train_file": "texts"}):
+    with pytest.raises(UsageError) as caught, called_from_python(STABLE, {"train_file": "texts"}):
         raise UsageError(line)
     assert str(caught.value) == expected
-    with pytest.raises(TrainingDiverged, match="try student_lr=1e-5"), errors_of_arguments(STABLE, {}):
+    with pytest.raises(TrainingDiverged, match="try student_lr=1e-5"), called_from_python(STABLE, {}):
         raise TrainingDiverged("try --student_lr 1e-5")
 
 

@@ -1,4 +1,4 @@
-"""Errors that name an option of the command line, in the words of a Python call."""
+"""Lines and errors that name an option of the command line, in the words of a Python call."""
 
 from __future__ import annotations
 
@@ -6,30 +6,43 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 
 from sar_kd.config.fields import Command, options_of
 from sar_kd.errors import TrainingDiverged, UsageError
 
-_FIRST = re.compile(r"--(\w+) (?!--)((?:'[^']*'|[^:]|:(?! ))*): ")
+_FIRST = re.compile(r"(Warning: |)--(\w+) (?!--)((?:'[^']*'|[^:]|:(?! ))*): ")
 
 _OPTION = re.compile(r"--(\w+)(?:(?P<gap>[ =])(?!--)(?P<value>[\w./+-]*\w))?")
 
 _NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?")
 
+_translation: ContextVar[Callable[[str], str]] = ContextVar("translation", default=str)
+
+
+def as_called(line: str) -> str:
+    """A line in the words of the call from Python that is under way; as it is where there is none."""
+    return _translation.get()(line)
+
 
 @contextlib.contextmanager
-def errors_of_arguments(command: Command, names: Mapping[str, str]) -> Iterator[Callable[[str], str]]:
-    """Raise UsageError and TrainingDiverged again, with options as arguments; yields what translates a text.
+def called_from_python(command: Command, names: Mapping[str, str]) -> Iterator[Callable[[str], str]]:
+    """Within it `as_called` gives options as arguments; so do UsageError and TrainingDiverged that leave it.
+
+    Yields what translates a text.
 
     names: option -> argument, where they differ
     """
     translate = _Translation(command, names)
+    former = _translation.set(translate)
     try:
         yield translate
     except UsageError as error:
         raise UsageError(translate(str(error))) from None
     except TrainingDiverged as error:
         raise TrainingDiverged(translate(str(error))) from None
+    finally:
+        _translation.reset(former)
 
 
 class _Translation:
@@ -39,13 +52,14 @@ class _Translation:
         self._options: dict[str, tuple[dataclasses.Field, type]] = {
             item.name: (item, kind) for item, kind in options_of(command.sections.values())
         }
+        self._modes = tuple(command.presets.get("mode", ()))
         self._names = {name: names.get(name, name) for name in (*self._options, "mode")}
 
     def __call__(self, text: str) -> str:
         found = _FIRST.match(text)
-        if found and found[1] in self._names:
-            rest = self._in_sentence(text[found.end() :])
-            return f"{self._names[found[1]]}={self._literal(found[1], found[2])}: {rest}"
+        if found and found[2] in self._names:
+            start, name, value = found.groups()
+            return f"{start}{self._names[name]}={self._literal(name, value)}: {self._in_sentence(text[found.end() :])}"
         return self._in_sentence(text)
 
     def _in_sentence(self, text: str) -> str:
@@ -57,7 +71,7 @@ class _Translation:
         if name not in self._names:
             return found[0]
         item, kind = self._options.get(name, (None, str))
-        choices = item.metadata["choices"] if item else ()
+        choices = item.metadata["choices"] if item else self._modes
         rest = f"{found['gap']}{value}" if value is not None else ""
         if kind is bool:
             return f"{self._names[name]}=True{rest}"

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from sar_kd.config.fields import RunConfig
+from sar_kd.config.python_arguments import as_called
 from sar_kd.config.sections import TrainConfig
 from sar_kd.reporting.history import LOG
 from sar_kd.reporting.model_card import CardWriter
@@ -98,6 +99,7 @@ class RunLog:
         """line: for the terminal; full_line: for log.txt"""
         if not self._enabled:
             return
+        line, full_line = as_called(line), as_called(full_line)
         if is_printed:
             tqdm.write(paint(line, sys.stdout), file=sys.stdout)
             sys.stdout.flush()

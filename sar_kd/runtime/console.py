@@ -12,6 +12,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from sar_kd.config.python_arguments import as_called
+
 _RED, _GREEN, _YELLOW, _BOLD = "31", "32", "33", "1"
 
 _COLOURS = (
@@ -33,7 +35,7 @@ def paint(line: str, stream: TextIO) -> str:
 
 def print_stderr(line: str) -> None:
     """Print a line on standard error, above a progress bar if there is one."""
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write(as_called(line), file=sys.stderr)
 
 
 @contextmanager
