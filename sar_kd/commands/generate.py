@@ -10,7 +10,7 @@ import torch
 
 from sar_kd.config.commands import GenerateConfig
 from sar_kd.config.sections import PrecisionConfig
-from sar_kd.data.chat.encoding import chat_prompt_ids
+from sar_kd.data.chat.encoding import DEFAULT_TEMPLATE, chat_prompt_ids
 from sar_kd.errors import UsageError
 from sar_kd.models.generation import generate
 from sar_kd.models.loading import context_length_of, load_for_generation
@@ -38,18 +38,20 @@ def main(config: GenerateConfig) -> dict:
     sources = {"model": ("model", config.run)} if run is None else _models_of(run)
     trust = config.trust_remote_code or (run is not None and run.setting("trust_remote_code") is True)
     date = "" if run is None else str(run.setting("template_date") or "")
+    template = DEFAULT_TEMPLATE if run is not None and run.start.get("learns_chat") is True else ""
     precision = setup_precision(PrecisionConfig(device=config.device), config.seed)
     texts: dict[str, str] = {}
     missing: dict[str, str] = {}
     for who, (kind, name) in sources.items():
         try:
-            texts[who] = _generate(kind, name, trust, config, precision, date)
+            texts[who] = _generate(kind, name, trust, config, precision, date, template)
         except UsageError as error:  # the teacher, or the student before, may not be there any more
             if who in ("model", _AFTER) or len(sources) == 1:
                 raise
             missing[who] = str(error)
     if config.json:
-        print(json.dumps({"prompt": config.prompt, **texts}, indent=2, ensure_ascii=False))
+        record = {"prompt": config.prompt, **texts, **({"left_out": missing} if missing else {})}
+        print(json.dumps(record, indent=2, ensure_ascii=False))
         return {"status": "finished"}
     bits = _bits_per_byte(run) if run else {}
     print(f"Prompt: {config.prompt}")
@@ -77,11 +79,18 @@ def _models_of(run: RunHistory) -> dict[str, tuple[str, str]]:
 
 
 def _generate(
-    kind: str, name: str, trust_remote_code: bool, config: GenerateConfig, precision: Precision, date: str
+    kind: str,
+    name: str,
+    trust_remote_code: bool,
+    config: GenerateConfig,
+    precision: Precision,
+    date: str,
+    default_template: str,
 ) -> str:
     """The continuation by one model, which is loaded for it.
 
     kind: the option that it belongs to; date: that chat templates write, '' for today
+    default_template: for a tokenizer without a chat template; '' if it needs one
 
     Raises: UsageError if it cannot be loaded, or its context is shorter than the prompt
     """
@@ -89,8 +98,11 @@ def _generate(
     model, tokenizer = load_for_generation(kind, name, trust_remote_code, precision.dtype, title)
     model.to(precision.device)
     if config.chat:
-        if not tokenizer.chat_template:
+        if not (tokenizer.chat_template or default_template):
             raise UsageError(f"--chat: the tokenizer of {name} has no chat template; leave the option out")
+        if not tokenizer.chat_template:
+            tokenizer.chat_template = default_template
+            print_stderr(f"{name} has no chat template, so its prompt is written as 'User: ... Assistant: ...'")
         try:
             ids = chat_prompt_ids(tokenizer, config.prompt, date)
         except ValueError as error:

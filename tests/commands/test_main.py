@@ -19,6 +19,7 @@ from sar_kd.commands.main import COMMANDS, main
 from sar_kd.commands.main import run as exit_code
 from sar_kd.config.installation import program_name
 from sar_kd.config.sections import TrainConfig
+from sar_kd.data.chat.encoding import DEFAULT_TEMPLATE
 from sar_kd.runtime.run_folder import hold_run_folder
 from sar_kd.version import __version__
 from train_sar_kd_stable import main as train
@@ -174,6 +175,21 @@ def test_generate_goes_on_without_a_teacher_that_is_gone(run, capsys, tmp_path):
     assert main(["generate", str(folder), "The", "--max_new_tokens", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "(left out: --teacher_model ./gone: no such directory)" in lines
+    assert main(["generate", str(folder), "The", "--max_new_tokens", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["left_out"] == {"teacher": "--teacher_model ./gone: no such directory"}
+
+
+def test_models_of_a_chat_run_without_a_template_are_prompted_in_the_default_one(run, capsys, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    start, *steps = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, [start | {"learns_chat": True}, *steps])) + "\n")
+    (folder / "student" / "chat_template.jinja").write_text(DEFAULT_TEMPLATE)
+    greedy = ["--chat", "--json", "--sample_temperature", "0", "--max_new_tokens", "5"]
+    assert main(["generate", str(folder), "Hello", *greedy]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out).keys() == {"prompt", "teacher", "student, before", "student, after"}
+    line = "embedded has no chat template, so its prompt is written as 'User: ... Assistant: ...'"
+    assert shown.err.splitlines() == [line] * 2
 
 
 def test_generate_ends_with_the_context_and_refuses_a_prompt_that_fills_it(run, capsys):
