@@ -49,7 +49,7 @@ class LiveTeacher(Teacher):
         trains_natively = name == "sar" and settings.sar_routing == "native"
         if name != "native":
             require_routers(model, specs, name, trains_natively)
-            specs = verify(model, specs, lambda: _run_once(model, objective.precision))
+            specs = verify(specs, lambda: _run_once(model, objective.precision))
         self.routing_name = name
         """'native', 'all', 'ka' or 'sar'"""
         rule = "native" if trains_natively else "all" if name == "sar" else name

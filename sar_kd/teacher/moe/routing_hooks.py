@@ -198,10 +198,10 @@ def _replaced(spec: RouterSpec, output, logits: Tensor, dropped: Tensor | None):
     return (logits, weights.to(output[1].dtype), indices.to(output[2].dtype))
 
 
-def verify(model: nn.Module, specs: list[RouterSpec], forward: Callable[[], object]) -> list[RouterSpec]:
+def verify(specs: list[RouterSpec], forward: Callable[[], object]) -> list[RouterSpec]:
     """Check each router's spec against one native forward, and recognise the gates of routers found by structure.
 
-    forward: runs `model` on some tokens
+    forward: runs their model on some tokens
     Returns: the specs, every gate known
     Raises: UsageError if a router does not run, returns probabilities instead of logits, or weighs its experts in an
     unknown way
@@ -211,13 +211,10 @@ def verify(model: nn.Module, specs: list[RouterSpec], forward: Callable[[], obje
     def hook_of(name: str) -> Callable:
         return lambda module, args, output: outputs.update({name: output})
 
-    handles = [spec.module.register_forward_hook(hook_of(spec.name)) for spec in specs]
-    try:
-        with torch.no_grad():
-            forward()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for spec in specs:
+            stack.enter_context(spec.module.register_forward_hook(hook_of(spec.name)))
+        forward()
     return [_verified(spec, outputs.get(spec.name)) for spec in specs]
 
 

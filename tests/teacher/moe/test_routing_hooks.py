@@ -272,7 +272,7 @@ def test_an_unknown_routers_gate_is_recognised_by_its_output(architecture, monke
     monkeypatch.setattr(discovery, "REGISTRY", {})
     specs = find_routers(model)
     assert {spec.gate.score for spec in specs} == {"unknown"}
-    found = verify(model, specs, lambda: _logits(model))
+    found = verify(specs, lambda: _logits(model))
     assert [spec.gate for spec in found] == [spec.gate for spec in known]
 
 
@@ -281,7 +281,7 @@ def test_an_unknown_router_of_no_known_kind_is_refused(architecture, monkeypatch
     model = make_causal(architecture)
     monkeypatch.setattr(discovery, "REGISTRY", {})
     with pytest.raises(UsageError, match="use --routing native"):
-        verify(model, find_routers(model), lambda: _logits(model))
+        verify(find_routers(model), lambda: _logits(model))
 
 
 def test_a_router_that_returns_probabilities_as_logits_is_refused(monkeypatch):
@@ -290,17 +290,17 @@ def test_a_router_that_returns_probabilities_as_logits_is_refused(monkeypatch):
     plain = kind.forward
     monkeypatch.setattr(kind, "forward", lambda self, x: (plain(self, x)[0].softmax(-1), *plain(self, x)[1:]))
     with pytest.raises(UsageError, match=r"returns probabilities as its logits.*use transformers 5.6 or later"):
-        verify(model, find_routers(model), lambda: _logits(model))
+        verify(find_routers(model), lambda: _logits(model))
 
 
 def test_a_router_that_does_not_run_is_refused():
     model = make_causal("mixtral")
     specs = find_routers(model)
     with pytest.raises(UsageError, match="takes no part in a forward"):
-        verify(model, specs, lambda: model.model.embed_tokens(IDS))
+        verify(specs, lambda: model.model.embed_tokens(IDS))
 
 
 def test_verifying_leaves_no_hook():
     model = make_causal("mixtral")
-    assert verify(model, specs := find_routers(model), lambda: _logits(model)) == specs
+    assert verify(specs := find_routers(model), lambda: _logits(model)) == specs
     assert not any(isinstance(m, nn.Module) and m._forward_hooks for m in model.modules())
