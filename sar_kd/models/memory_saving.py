@@ -77,11 +77,6 @@ class Offload:
             self._on_cpu[parameter] = copy.pin_memory() if device.type == "cuda" else copy
         backbone.register_forward_pre_hook(lambda *_: self.to_device_())
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the weights that are moved."""
-        return sum(tensor.nbytes for tensor in self._on_cpu.values())
-
     def to_device_(self) -> None:
         """Copy the weights to the device, if they are not there."""
         if not self.is_on_device:

@@ -124,7 +124,6 @@ def test_all_but_the_head_is_offloaded_and_returns_unchanged(make_student):
         stays = {"model.embed_tokens.weight"} if tied else {"lm_head.weight"}
         assert {name for name, _ in teacher.named_parameters()} - names == stays
         offload = Offload(teacher, backbone_of(teacher), CPU)
-        assert offload.num_bytes == sum(parameter.nbytes for parameter in offloaded_parameters(teacher))
         for _ in range(2):
             offload.to_cpu_()
             assert not offload.is_on_device
