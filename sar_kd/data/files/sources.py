@@ -248,7 +248,7 @@ def _hold_out(text: _Text) -> tuple[Documents, Documents]:
         held = held or [last]
     elif not held or missing > held[0].num_chars:
         cut = _cut_before(last, max(1, int(min(missing, last.num_chars / 2))))
-        if not cut and text.count == 1:
+        if not cut and text.count - len(held) == 1:  # what is held by now has no character
             raise UsageError("--validation_file: needed, because the training text holds a single character")
         extra = [last.part(0, cut, last.name)] if cut else []
         held.insert(0, last.part(cut, last.num_chars, f"{last.name} (end)"))

@@ -132,6 +132,13 @@ def test_no_more_is_held_out_than_can_be_measured_often(tmp_path, monkeypatch):
     assert len(train) + len(validation) == 5000
 
 
+def test_a_text_of_one_character_beside_empty_conversations_is_not_held_out_as_a_whole(tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "a"}\n{"messages": []}\n')
+    with pytest.raises(UsageError, match="single character"):
+        _load(path)
+
+
 @pytest.mark.parametrize("change", ["longer", "same size", "gone"])
 def test_a_file_that_changes_while_it_is_read_is_named(files, small_is_large, change):
     train, _ = _load(files / "examples.jsonl", files / "line.txt")
