@@ -12,6 +12,7 @@ from sar_kd.data.skipped import skipped_lines
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.evaluation.tokenizer_coverage import measure_coverage
 from sar_kd.models.loading import load_tokenizers
+from sar_kd.runtime.console import print_stderr
 from sar_kd.runtime.files import json_safe
 
 
@@ -21,7 +22,7 @@ def main(config: AuditConfig) -> dict:
     Raises: UsageError for what the user can mend
     """
     pair = load_tokenizers(config.models)
-    texts, _ = load_documents(config.data)
+    texts, _ = load_documents(config.data, print_stderr)
     cache = TokenCache(config.data.token_cache)
     dataset = build_dataset(texts, pair, config.data.block_size, 8 * config.data.block_size, cache)
     coverage = measure_coverage(dataset)

@@ -22,7 +22,7 @@ from sar_kd.data.token_cache import TokenCache
 from sar_kd.errors import UsageError
 from sar_kd.models.loading import TeacherInfo, load_teacher, load_tokenizers
 from sar_kd.preflight.checks import date_lines
-from sar_kd.runtime.console import format_share
+from sar_kd.runtime.console import format_share, print_stderr
 from sar_kd.runtime.distributed import join_process_group
 from sar_kd.runtime.files import LOCK_FILES, FolderLock, json_safe, require_disk_space
 from sar_kd.runtime.precision import setup_precision
@@ -71,7 +71,7 @@ def _build(config: CachingConfig, folder: Path) -> dict:
     settings, data = config.cache, config.data
     _prepare_folder(folder, settings.overwrite)
     precision = setup_precision(config.precision, 0)
-    documents = load_documents(data)  # before the weights: a mistake in the files shows at once
+    documents = load_documents(data, print_stderr)  # before the weights: a mistake in the files shows at once
     teacher, tokenizer, info = load_teacher(settings, precision)
     info = replace(info, limit=min(info.limit or 8 * data.block_size, 8 * data.block_size))
     has_header = (folder / HEADER).exists()

@@ -69,7 +69,7 @@ def _run(config: SftConfig, loaded: LoadedModels, listeners: Sequence[Observer],
     preflight(config, log.info, loaded, log.detail)  # refuse a run that cannot work
     precision = setup_precision(config.precision, config.train.seed)  # device, compute dtype, loss scale
 
-    documents = load_documents(config.data)  # training and held-out text
+    documents = load_documents(config.data, log.info)  # training and held-out text
     dtype = precision.dtype if config.lora.lora_rank else torch.float32  # trainable weights are float32
     models = load_student(config.models, dtype, precision, loaded, config.data.template_date)  # and its tokenizer
     if config.memory.gradient_checkpointing:

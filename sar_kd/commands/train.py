@@ -60,7 +60,7 @@ def _run(config: Config, loaded: LoadedModels, listeners: Sequence[Observer], gr
     precision = setup_precision(config.precision, config.train.seed, group)  # device, compute dtype, loss scale
 
     config, cache = open_teacher_cache(config, group, log.info)  # --teacher_cache: logits without a teacher
-    documents = load_documents(config.data)  # training and held-out text
+    documents = load_documents(config.data, log.info)  # training and held-out text
     models = load_models(config, precision, cache.teacher if cache else None, loaded)  # and their tokenizers
     for line in models.notes:
         log.info(line)

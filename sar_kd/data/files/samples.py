@@ -127,7 +127,7 @@ Sample = Document | LongDocument | Conversation
 
 
 def read_file(option: str, path: Path, text_field: str) -> Iterator[Sample]:
-    """The documents and conversations of a file, without empty ones; `option` is the one that named it.
+    """The documents and conversations of a file, with empty ones; `option` is the one that named it.
 
     Raises: UsageError for a file that is missing, unreadable or of another kind
     """
@@ -139,8 +139,7 @@ def read_file(option: str, path: Path, text_field: str) -> Iterator[Sample]:
             yield from _read_text(option, path)
         else:
             lines = kind in (".jsonl", ".jsonl.gz")
-            found = _read_lines(option, path, kind, text_field) if lines else _read_table(option, path, text_field)
-            yield from (s for s in found if isinstance(s, Conversation) or s.text.strip())
+            yield from _read_lines(option, path, kind, text_field) if lines else _read_table(option, path, text_field)
 
 
 @contextmanager
@@ -155,16 +154,13 @@ def _readable(option: str, path: Path):
 
 def _read_text(option: str, path: Path) -> Iterator[Document | LongDocument]:
     if path.stat().st_size < LONG:
-        text = "".join(_chunks(option, path))
-        if text.strip():
-            yield Document(path.name, text)
+        yield Document(path.name, "".join(_chunks(option, path)))
         return
     size, blank = 0, True
     for text in _chunks(option, path):
         size += len(text)
         blank = blank and not text.strip()
-    if not blank:
-        yield LongDocument(path.name, option, path, 0, size)
+    yield Document(path.name, "") if blank else LongDocument(path.name, option, path, 0, size)
 
 
 def _chunks(option: str, path: Path) -> Iterator[str]:

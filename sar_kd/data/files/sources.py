@@ -22,6 +22,7 @@ from sar_kd.data.files.public_forms import has_known_form
 from sar_kd.data.files.samples import PAIRS, Conversation, Document, LongDocument, Sample, conversation_of, read_file
 from sar_kd.data.unit_questions import task_questions
 from sar_kd.errors import UsageError
+from sar_kd.runtime.console import count_of
 from sar_kd.runtime.hub import explain_hub_error
 
 LARGE = 2**23
@@ -39,8 +40,17 @@ class _Source(NamedTuple):
     """Documents that can be read again and again."""
 
     read: Callable[[], Iterator[Sample]]
+    """With the empty ones"""
     check: Callable[[], None] = lambda: None
     """Raises UsageError if the text has changed"""
+
+    def samples(self) -> Iterator[Sample]:
+        """The documents without the empty ones."""
+        return (sample for sample in self.read() if not _is_empty(sample))
+
+
+def _is_empty(sample: Sample) -> bool:
+    return isinstance(sample, Document) and not sample.text.strip()
 
 
 class StreamedDocuments:
@@ -54,11 +64,11 @@ class StreamedDocuments:
         """The first `count` documents, then `extra` ones; num_chars: of all these."""
         content = f"{self.digest} {count} {[(sample.name, sample.num_chars) for sample in extra]}"
         digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
-        source = self._source._replace(read=lambda: chain(islice(self._source.read(), count), extra))
+        source = self._source._replace(read=lambda: chain(islice(self._source.samples(), count), extra))
         return StreamedDocuments(source, num_chars, digest, self.has_conversations)
 
     def __iter__(self) -> Iterator[Sample]:
-        yield from self._source.read()
+        yield from self._source.samples()
         self._source.check()
 
 
@@ -66,9 +76,12 @@ Documents = Sequence[Sample] | StreamedDocuments
 """In memory, or of a large text"""
 
 
-def load_documents(config: DataConfig) -> tuple[Documents, Documents]:
+def load_documents(
+    config: DataConfig, show: Callable[[str], object] = lambda line: None
+) -> tuple[Documents, Documents]:
     """Training and validation documents; without a validation source, 5 % of the text (at most 1 MB) are held out.
 
+    show: takes a line about examples that are empty
     Raises: UsageError for a file that is missing, unreadable or of another kind, and for text without content
     """
     require_files(config)
@@ -85,6 +98,9 @@ def load_documents(config: DataConfig) -> tuple[Documents, Documents]:
         validation = _load_files("validation_file", config.validation_file, config.text_field)
     if not train.count:
         raise UsageError(f"--dataset_name {config.dataset_name}: its '{config.dataset_split}' split holds no text")
+    for what, option, text in zip(("training", "held-out"), config.text_options(), (train, validation), strict=True):
+        if text.num_empty:
+            show(f"Skipped {count_of(text.num_empty, 'empty example')} of the {what} text ({option})")
     if not validation.count:
         return _hold_out(train)
     return train.all, validation.all
@@ -99,14 +115,19 @@ class _Text:
     """The last documents, at least as many as are held out"""
     count: int = 0
     num_chars: int = 0
+    num_empty: int = 0
+    """Examples without text, which are left out"""
 
 
 def _read(source: _Source) -> _Text:
     """Read documents once. They are held in memory until they prove a large text; the tail always is."""
     held: list[Sample] | None = []
     tail: deque[Sample] = deque()
-    tail_chars, count, num_chars, digest, has_conversations = 0, 0, 0, hashlib.sha256(), False
+    tail_chars, count, num_chars, num_empty, digest, has_conversations = 0, 0, 0, 0, hashlib.sha256(), False
     for sample in source.read():
+        if _is_empty(sample):
+            num_empty += 1
+            continue
         size, count = sample.num_chars, count + 1
         num_chars, tail_chars = num_chars + size, tail_chars + size
         has_conversations = has_conversations or isinstance(sample, Conversation)
@@ -120,7 +141,7 @@ def _read(source: _Source) -> _Text:
                 _update_digest(digest, part)
             held = None
     found = StreamedDocuments(source, num_chars, digest.hexdigest(), has_conversations) if held is None else held
-    return _Text(found, tail, count, num_chars)
+    return _Text(found, tail, count, num_chars, num_empty)
 
 
 def _update_digest(digest, sample: Sample) -> None:
@@ -190,8 +211,7 @@ def _dataset(config: DataConfig) -> tuple[_Source, _Source]:
         for number, text in enumerate(loaded[split][config.text_field]):
             if not (text is None or isinstance(text, str)):
                 raise UsageError(f"--text_field {config.text_field}: that column of the dataset holds no text")
-            if text and text.strip():
-                yield Document(f"{split}:{number}", text)
+            yield Document(f"{split}:{number}", text or "")
 
     validation = "validation" if config.dataset_split != "validation" else ""
     return _Source(lambda: samples(config.dataset_split)), _Source(lambda: samples(validation))

@@ -183,3 +183,26 @@ def test_a_dataset_is_read_example_by_example(monkeypatch, small_is_large):
     assert isinstance(train, StreamedDocuments)
     assert len(list(train)) + len(validation) in (200, 201)
     assert next(iter(train)) == Document("train:0", "example 0 " * 30)
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_empty_examples_are_left_out_and_counted(tmp_path, is_large, request):
+    for name, empty in (("train", ["", " \n", "\t"] * 167), ("validation", [""])):
+        texts = [*empty[:2], *(f"example {n} " * 30 for n in range(40)), *empty[2:]]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "blank.txt").write_text(" \n" * 400)
+    if is_large:
+        request.getfixturevalue("small_is_large")
+    lines, paths = [], [str(tmp_path / name) for name in ("train.jsonl", "blank.txt", "validation.jsonl")]
+    config = DataConfig(train_file=tuple(paths[:2]), validation_file=(paths[2],))
+    for documents in load_documents(config, lines.append):
+        assert isinstance(documents, StreamedDocuments) == is_large
+        assert [sample.text for sample in documents] == [f"example {n} " * 30 for n in range(40)]
+    assert lines == [
+        f"Skipped 502 empty examples of the training text (--train_file {paths[0]} {paths[1]})",
+        f"Skipped 1 empty example of the held-out text (--validation_file {paths[2]})",
+    ]
+    lines.clear()
+    train, held_out = load_documents(DataConfig(train_file=(paths[0],)), lines.append)
+    assert all(sample.text for sample in (*train, *held_out))
+    assert lines == [f"Skipped 501 empty examples of the training text (--train_file {paths[0]})"]

@@ -15,7 +15,7 @@ from sar_kd.errors import UsageError
 
 TEXTS = ["one", 'a "quoted", text\nof two lines', "caf\u00e9 \u2028 \u65e5", " "]
 ROWS = [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
-WANTED = [(1, TEXTS[0]), (2, TEXTS[1]), (3, TEXTS[2])]
+WANTED = list(enumerate(TEXTS, 1))
 
 
 def _csv(rows, delimiter=",", line_end="\n") -> bytes:
