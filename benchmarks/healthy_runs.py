@@ -128,7 +128,7 @@ def train(flags: Sequence[str], steps: int) -> dict:
         "loss_end": _loss(run, held_out),
         "norm_median": statistics.median(norms),
         "norms": [float(f"{norm:.4g}") for norm in norms],
-        "spikes_refused": _spikes_refused(run.context.guard, reports),
+        **_spikes(run.context.guard, reports),
         "seconds": round(time.monotonic() - started, 1),
     }
 
@@ -138,17 +138,19 @@ def _loss(run: Run, held_out: Dataset) -> float:
     return evaluate(run.models.student, batches, num_bytes, run.precision, heads=run.objective.heads).loss
 
 
-def _spikes_refused(guard: StepGuard, reports: Sequence) -> int:
-    """Of 20 positions of this run, behind the first five attempts: at how many is ten times the median refused?"""
+def _spikes(guard: StepGuard, reports: Sequence) -> dict[str, int]:
+    """At 20 positions of this run, behind five attempts and a finite norm: is ten times the median refused?"""
     positions = {5 + round(place * (len(reports) - 6) / 19) for place in range(20)}
-    replayed, refused = StepGuard(guard.settings), 0
+    replayed, tried, refused = StepGuard(guard.settings), 0, 0
     for position, report in enumerate(reports):
         attempt = {"num_targets": 1, "forward_finite": report.verdict.cause != "forward", "loss_scale": 2.0}
-        if position in positions:
-            spike = 10.0 * statistics.median(norm for norm in (r.grad_norm for r in reports[:position]) if norm < 1e30)
+        before = [earlier.grad_norm for earlier in reports[:position] if earlier.grad_norm < 1e30]
+        if position in positions and before:
+            spike = 10.0 * statistics.median(before)
+            tried += 1
             refused += copy.deepcopy(replayed).judge(**attempt, grad_norm=spike).cause == "norm"
         replayed.judge(**attempt, grad_norm=report.grad_norm)
-    return refused
+    return {"spikes_tried": tried, "spikes_refused": refused}
 
 
 def compare(flags: Sequence[str], mode: str, steps: int) -> dict:
@@ -189,7 +191,7 @@ def real_cases(folder: Path, teacher: str, student: str):
 
 def row_of(name: str, found: dict) -> str:
     guards, none = found["guards"], found["none"]
-    tried = min(20, len(guards["norms"]) - 5)
+    tried = guards.get("spikes_tried", min(20, len(guards["norms"]) - 5))
     skipped = ", ".join(f"{cause} {count}" for cause, count in guards["skipped"].items()) or "0"
     return (
         f"| {name} | {guards['norm_median']:.2f} | {skipped} | {guards['loss_start']:.3f} | {guards['loss_end']:.3f} | "
