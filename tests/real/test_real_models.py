@@ -6,8 +6,8 @@ minutes of one core.
 
 import json
 import math
-import os
 
+import gguf
 import pytest
 import torch
 import transformers
@@ -19,7 +19,7 @@ from tests.helpers.real_models import NAMES, evaluate_beginnings, gguf_file, mod
 from tests.helpers.runs import read_json, read_metrics, read_weights, run_script
 
 pytestmark = pytest.mark.real
-NUM_DOCUMENTS = int(os.environ.get("SAR_KD_REAL_DOCUMENTS", 25))
+NUM_DOCUMENTS = 25
 SMOLLM2_LACKS = [0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xF1, 0xF2]
 
 
@@ -65,16 +65,12 @@ def test_a_gguf_file_is_a_teacher_and_a_folder_with_one_a_student_that_is_saved(
         assert any(line.startswith(f"{role}: ") and f"the weights of {path.name} dequantized" in line for line in lines)
     assert not list((out / "student").glob("*.gguf"))
     saved = read_weights(out / "student" / "model.safetensors")
-    # Loaded by transformers alone; the one step moves no weight further than about the learning rate.
-    start = transformers.AutoModelForCausalLM.from_pretrained(
-        folder,
-        gguf_file=student.name,
-        dtype=torch.float32,
-        quantization_config=transformers.GgufConfig(dequantize=True),
-    )
-    distances = {name: (value - saved[name]).abs().max() for name, value in start.state_dict().items() if name in saved}
-    assert len(distances) == len(saved)
-    assert 0 < max(distances.values()) < 2e-5
+    # Beside the file as the `gguf` package alone reads it: one step moves a weight by the learning rate at most.
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(student).tensors}
+    for written, name in (("token_embd", "embed_tokens"), ("blk.0.ffn_down", "layers.0.mlp.down_proj")):
+        tensor = tensors[f"{written}.weight"]
+        start = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type))
+        assert 0 < (saved[f"model.{name}.weight"] - start).abs().max() < 2e-5
     again = transformers.AutoModelForCausalLM.from_pretrained(out / "student", dtype=torch.float32)
     assert all(torch.equal(value, saved[name]) for name, value in again.state_dict().items() if name in saved)
 
