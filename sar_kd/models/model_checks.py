@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -88,6 +89,26 @@ def require_trainable(title: str, student: nn.Module) -> None:
     """Raise UsageError if every weight of the student, which may be one that was in memory, is frozen."""
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise UsageError(f"{title}: all of its weights are frozen; call its requires_grad_(True) first")
+
+
+def learn_pad_row_(title: str, student: Any, special_ids: Collection[int], precision: Precision) -> list[str]:
+    """Let the embedding of the pad token learn, which is the end token in many models; the line about a row of zeros.
+
+    `nn.Embedding` gives the row of its `padding_idx` no gradient. A batch's padding is read by no target, so it gives none
+    either. A fresh model has zeros there: a norm multiplies their gradient by eps^-0.5, a thousand for 1e-6, in each layer.
+
+    special_ids: the start and end tokens, which stand in the text
+    """
+    embedding = student.get_input_embeddings()
+    pad_id = getattr(embedding, "padding_idx", None)
+    if pad_id is not None:
+        embedding.padding_idx = None
+    if precision.dtype is not torch.float16 or pad_id not in special_ids or embedding.weight[pad_id].any():
+        return []
+    return [
+        f"{title}: the embedding of token {pad_id}, which begins or ends a text, is all 0, as in a fresh model whose "
+        "pad_token_id it is; its gradient can exceed float16: give it small random values"
+    ]
 
 
 def lm_head_bias_name(model: Any) -> str:

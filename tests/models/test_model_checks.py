@@ -6,6 +6,7 @@ import transformers
 
 from sar_kd.errors import UsageError
 from sar_kd.models.model_checks import (
+    learn_pad_row_,
     require_causal,
     require_finite,
     require_lm_head,
@@ -168,6 +169,25 @@ def test_a_student_that_is_frozen_as_a_whole_is_refused():
     student.requires_grad_(False)
     with pytest.raises(UsageError, match="x: all of its weights are frozen"):
         require_trainable("x", student)
+
+
+def test_a_pad_token_that_ends_the_text_learns_and_a_row_of_zeros_is_named_in_float16():
+    settings = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, pad_token_id=2
+    )
+    student, ids = transformers.LlamaForCausalLM(settings), torch.tensor([[2, 5, 6]])
+    assert not student.get_input_embeddings().weight[2].any()  # as transformers makes it
+    half, single = _precision(torch.float16), _precision(torch.float32)
+    (line,) = learn_pad_row_("S", student, (2,), half)
+    assert line.startswith("S: the embedding of token 2, which begins or ends a text, is all 0")
+    student(input_ids=ids, labels=ids).loss.backward()
+    assert student.get_input_embeddings().weight.grad[2].any()
+    assert learn_pad_row_("S", student, (2,), half) == []  # it is no longer the pad token's alone
+    for special_ids, precision in (((1,), half), ((2,), single)):
+        assert learn_pad_row_("S", transformers.LlamaForCausalLM(settings), special_ids, precision) == []
+    trained = transformers.LlamaForCausalLM(settings)
+    trained.get_input_embeddings().weight.data[2] = 0.1
+    assert learn_pad_row_("S", trained, (2,), half) == []
 
 
 def test_a_module_of_another_kind_has_no_head():
