@@ -88,8 +88,8 @@ def make_student(name: str, texts: Sequence[str], folder: Path) -> Path:
     """Save a fresh student of a family with a small tokenizer of its own; returns its folder."""
     tokenizer = byte_level_bpe(texts, NUM_TOKENS)
     config_class, shape, change = FAMILIES[name]
-    end = tokenizer.eos_token_id
-    tokens = {"vocab_size": len(tokenizer), "bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    end = tokenizer.eos_token_id  # not the pad token as well, whose embedding transformers makes 0: see learn_pad_row_
+    tokens = {"vocab_size": len(tokenizer), "bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config_class)(**shape, **tokens))
     if change is not None:

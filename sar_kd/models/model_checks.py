@@ -94,8 +94,9 @@ def require_trainable(title: str, student: nn.Module) -> None:
 def learn_pad_row_(title: str, student: Any, special_ids: Collection[int], precision: Precision) -> list[str]:
     """Let the embedding of the pad token learn, which is the end token in many models; the line about a row of zeros.
 
-    `nn.Embedding` gives the row of its `padding_idx` no gradient. A batch's padding is read by no target, so it gives none
-    either. A fresh model has zeros there: a norm multiplies their gradient by eps^-0.5, a thousand for 1e-6, in each layer.
+    `nn.Embedding` gives the row of its `padding_idx` no gradient. A batch's padding is read by no target, so it gives
+    none either. A fresh model has zeros there: a norm multiplies their gradient by eps^-0.5, a thousand for 1e-6, in
+    each layer.
 
     special_ids: the start and end tokens, which stand in the text
     """
