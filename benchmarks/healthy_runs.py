@@ -84,13 +84,13 @@ FAMILIES: dict[str, tuple[str, dict, Callable[[nn.Module], None] | None]] = {
 """Each family's config class, its shape, and what is changed of a fresh model."""
 
 
-def make_student(name: str, texts: Sequence[str], folder: Path) -> Path:
+def make_student(name: str, texts: Sequence[str], folder: Path, seed: int = 0) -> Path:
     """Save a fresh student of a family with a small tokenizer of its own; returns its folder."""
     tokenizer = byte_level_bpe(texts, NUM_TOKENS)
     config_class, shape, change = FAMILIES[name]
     end = tokenizer.eos_token_id  # not the pad token as well, whose embedding transformers makes 0: see learn_pad_row_
     tokens = {"vocab_size": len(tokenizer), "bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config_class)(**shape, **tokens))
     if change is not None:
         change(model)
@@ -162,7 +162,7 @@ def compare(flags: Sequence[str], mode: str, steps: int) -> dict:
     return {**sides, "steps": steps, "loss_ratio": ratio}
 
 
-def tiny_cases(folder: Path):
+def tiny_cases(folder: Path, seed: int):
     """Name, flags and mode of each run of a tiny student, made when its turn comes."""
     transfer, validation = embedded.read_text("transfer", "validation")
     files = write_text(folder, "train", transfer, 400), write_text(folder, "held_out", validation, 20)
@@ -172,11 +172,13 @@ def tiny_cases(folder: Path):
             for size in BATCH_SIZES:
 
                 def flags(family=family, size=size):
-                    student = make_student(family, list(transfer.values())[:400], folder / family.replace(" ", "_"))
+                    texts = list(transfer.values())[:400]
+                    student = make_student(family, texts, folder / family.replace(" ", "_"), seed)
                     models = ["--teacher_model", str(embedded.STUDENT_DIR), "--student_model", str(student)]
-                    return [*models, *text, "--per_device_batch_size", str(size), "--student_lr", RATE]
+                    size_and_rate = ["--per_device_batch_size", str(size), "--student_lr", RATE]
+                    return [*models, *text, *size_and_rate, "--seed", str(seed)]
 
-                yield f"{family}, {mode}, batch {size}", flags, mode
+                yield f"{family}, {mode}, batch {size}" + (f", seed {seed}" if seed else ""), flags, mode
 
 
 def real_cases(folder: Path, teacher: str, student: str):
@@ -226,6 +228,7 @@ def _cell(run: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", default=[], help="make runs whose name has one of these words, anew")
+    parser.add_argument("--seed", type=int, default=0, help="of tiny students and of the order of their text")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "healthy_runs.json")
     parser.add_argument("--real", nargs=2, metavar=("TEACHER", "STUDENT"), help="folders of a pair of real models")
     parser.add_argument("--steps", type=int, default=STEPS, help="steps of the real pair")
@@ -234,7 +237,7 @@ def main() -> None:
     runs = json.loads(options.output.read_text())["runs"] if options.output.is_file() else {}
     print("\n".join(HEAD))
     with tempfile.TemporaryDirectory() as folder:
-        cases = [(*case, STEPS) for case in tiny_cases(Path(folder))]
+        cases = [(*case, STEPS) for case in tiny_cases(Path(folder), options.seed)]
         if options.real:
             cases += [(*case, options.steps) for case in real_cases(Path(folder), *options.real)]
         for name, flags, mode, steps in cases:
