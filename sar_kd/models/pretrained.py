@@ -17,6 +17,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import modeling_gguf_pytorch_utils
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from sar_kd.errors import UsageError
 from sar_kd.models.lora import merge_adapter, untie_config_
@@ -53,9 +54,16 @@ def load_config(files: ModelFiles, trust_remote_code: bool) -> Any:
     check_files(files)
     load = transformers.AutoConfig.from_pretrained
     part = files.gguf_file or "config.json"
-    return _in_one_line(
+    config = _in_one_line(
         files, part, lambda: load(files.location, trust_remote_code=trust_remote_code, **files.arguments)
     )
+    stated, is_known = getattr(config, "quantization_config", None), AutoHfQuantizer.supports_quant_method
+    if stated is not None and not files.gguf_file and not _in_one_line(files, part, lambda: is_known(stated)):
+        raise UsageError(
+            f"{files.title}: is quantized by {stated['quant_method']!r} (quantization_config in config.json), which "
+            "transformers cannot read here; use the model before quantization"
+        )
+    return config
 
 
 def build_meta_model(files: ModelFiles, trust_remote_code: bool) -> nn.Module:

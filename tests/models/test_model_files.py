@@ -85,6 +85,19 @@ def test_a_config_that_cannot_be_is_one_line(folder, entries, expected):
     assert expected in line
 
 
+@pytest.mark.parametrize("load", [_meta, _load])
+def test_a_quantization_that_transformers_would_ignore_is_refused_and_a_known_one_is_not(folder, load):
+    _edit(folder / "config.json", quantization_config={"quant_method": "three-bit", "bits": 3})
+    line = _line(load, folder)
+    assert line.startswith(
+        f"--student_model {folder}: is quantized by 'three-bit' (quantization_config in config.json)"
+    )
+    _edit(folder / "config.json", quantization_config={"bits": 3})
+    assert "no `quant_method` attribute" in _line(load, folder)
+    _edit(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    _meta(folder)
+
+
 def test_a_million_layers_without_weights_are_refused_too(folder):
     (folder / "model.safetensors").unlink()
     _edit(folder / "config.json", num_hidden_layers=10**6)
