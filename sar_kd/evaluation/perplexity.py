@@ -15,7 +15,7 @@ from torch import nn
 from sar_kd.alignment.segments import positions_per_tile
 from sar_kd.data.batch import TokenBatch
 from sar_kd.losses.tiled_loss import target_log_probs
-from sar_kd.models.lm_head import LMHeads, forward_to_lm_head
+from sar_kd.models.lm_head import LMHeads, forward_to_lm_head, in_eval_mode
 from sar_kd.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from sar_kd.runtime.precision import Precision
 
@@ -116,9 +116,23 @@ def log_probs_of(
     """
     head = heads.of(model)
     with eval_mode(model, precision) as used:
-        logits, _ = forward_to_lm_head(model, head, batch.input_ids, used)
-        tile_size = positions_per_tile(workspace_mb, logits.vocab_size)
-        return target_log_probs(logits.select(batch.positions), batch.targets, tile_size)
+        return _log_probs(model, head, batch, used, workspace_mb)
+
+
+def _log_probs(model, head, batch: TokenBatch, precision, workspace_mb=64) -> tuple[torch.Tensor, torch.Tensor]:
+    logits, _ = forward_to_lm_head(model, head, batch.input_ids, precision)
+    tile_size = positions_per_tile(workspace_mb, logits.vocab_size)
+    return target_log_probs(logits.select(batch.positions), batch.targets, tile_size)
+
+
+@torch.no_grad()
+def count_nonfinite(model: nn.Module, batch: TokenBatch, precision: Precision, heads: LMHeads) -> int:
+    """The targets at whose position the logits are not finite in a training step: in the model's mode and the run's
+    dtype, which those of an evaluation need not be. heads: as in `evaluate`
+    """
+    with precision.fork_rng():
+        _, is_finite = _log_probs(model, heads.of(model), batch.to(precision.device), precision)
+    return int((~is_finite).sum())
 
 
 @contextlib.contextmanager
@@ -127,11 +141,6 @@ def eval_mode(model: nn.Module, precision: Precision) -> Iterator[Precision]:
 
     A model with float32 weights (the student) computes in float32, as its saved copy will.
     """
-    was_training = model.training
     used = precision.as_float32() if next(model.parameters()).dtype is torch.float32 else precision
-    model.eval()
-    try:
-        with torch.no_grad(), used.autocast():
-            yield used
-    finally:
-        model.train(was_training)
+    with in_eval_mode(model), torch.no_grad(), used.autocast():
+        yield used

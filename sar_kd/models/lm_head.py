@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -48,6 +48,17 @@ def backbone_of(model: Any) -> nn.Module:
     """The model without its LM head; its output has `last_hidden_state`."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft wraps a model
     return getattr(inner, "base_model", inner)
+
+
+@contextlib.contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Run a model in eval mode; restores its own."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def text_config_of(model: Any) -> Any:
@@ -109,16 +120,10 @@ def _find_transform(model: nn.Module, module: nn.Module, precision: Precision) -
         return None
     seen: list[tuple[Tensor, Tensor]] = []
     hook = module.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
-    was_training = model.training
-    model.eval()
     input_ids = torch.arange(4, device=next(module.parameters()).device)[None]
-    try:
-        with precision.fork_rng(), precision.autocast():
-            logits = model(input_ids=input_ids, use_cache=False).logits
-            states = getattr(backbone_of(model)(input_ids=input_ids, use_cache=False), "last_hidden_state", None)
-    finally:
-        hook.remove()
-        model.train(was_training)
+    with hook, in_eval_mode(model), precision.fork_rng(), precision.autocast():
+        logits = model(input_ids=input_ids, use_cache=False).logits
+        states = getattr(backbone_of(model)(input_ids=input_ids, use_cache=False), "last_hidden_state", None)
     if len(seen) != 1 or states is None or not torch.equal(seen[0][0], states):
         return None
     products = seen[0][1]

@@ -18,6 +18,7 @@ from torch import nn
 
 from sar_kd.config.sections import ALL_LINEAR, LoraConfig
 from sar_kd.errors import UsageError
+from sar_kd.models.lm_head import in_eval_mode
 from sar_kd.runtime.precision import MASKED_BELOW, Precision
 
 
@@ -133,15 +134,10 @@ def require_equal_logits(student: nn.Module, whole: nn.Module, precision: Precis
 
     Of the median, because in half a router may choose another expert at a position or two.
     """
-    was_training = student.training
-    student.eval()
     device = next(student.parameters()).device
     input_ids = torch.arange(16)[None] % student.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    try:
-        with precision.autocast():
-            trained = student(input_ids=input_ids.to(device), use_cache=False).logits[0].cpu().double()
-    finally:
-        student.train(was_training)
+    with in_eval_mode(student), precision.autocast():
+        trained = student(input_ids=input_ids.to(device), use_cache=False).logits[0].cpu().double()
     saved = whole(input_ids=input_ids, use_cache=False).logits[0].double()
     is_masked = (trained < MASKED_BELOW) & (saved < MASKED_BELOW)  # a token, by -inf
     trained, saved = (logits.masked_fill(is_masked, 0.0) for logits in (trained, saved))

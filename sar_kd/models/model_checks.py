@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sar_kd.errors import UsageError
+from sar_kd.models.lm_head import in_eval_mode
 from sar_kd.runtime.precision import MASKED_BELOW, Precision
 
 
@@ -56,13 +57,8 @@ def require_causal(title: str, model: Any, precision: Precision) -> None:
     weight = model.get_input_embeddings().weight
     ids = torch.arange(16).repeat(2, 1)
     ids[1, 8:] += 8
-    was_training = model.training
-    model.eval()
-    try:
-        with contextlib.nullcontext() if weight.dtype is torch.float32 else precision.autocast():
-            out = model(input_ids=(ids % weight.shape[0]).to(weight.device), use_cache=False)
-    finally:
-        model.train(was_training)
+    with in_eval_mode(model), contextlib.nullcontext() if weight.dtype is torch.float32 else precision.autocast():
+        out = model(input_ids=(ids % weight.shape[0]).to(weight.device), use_cache=False)
     first, second = out.logits[:, :8].float()
     if _differ(first, second, weight.dtype):
         raise _not_causal(title, type(model).__name__)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sar_kd.data.batch import Batch
 from sar_kd.evaluation.nonfinite import describe_module, remedy_of, replay
+from sar_kd.models.lm_head import in_eval_mode
 from sar_kd.models.logit_tiles import is_finite_peak
 from sar_kd.reporting.rendering import render
 from sar_kd.runtime.files import atomic_write, json_safe
@@ -39,17 +40,14 @@ def examine(
     float32, nats per token
     """
     tokens = batch.to(precision.device)
-    was_training = model.training
-    model.eval()
-    found, logits, logits_float32 = replay(
-        model, tokens.teacher.input_ids if cause == "teacher" else tokens.student.input_ids, precision
-    )
-    if found["verdict"] == "not reproduced" and cause == "gradient":
-        found["verdict"] = "gradient"
-    if found["first_bad_module"] is None and loss is not None:
-        found["first_bad_module"], loss_is_finite = _replay_backward(model, batch, loss)
-        found["verdict"] = found["verdict"] if loss_is_finite else "loss"
-    model.train(was_training)
+    input_ids = tokens.teacher.input_ids if cause == "teacher" else tokens.student.input_ids
+    with in_eval_mode(model):
+        found, logits, logits_float32 = replay(model, input_ids, precision)
+        if found["verdict"] == "not reproduced" and cause == "gradient":
+            found["verdict"] = "gradient"
+        if found["first_bad_module"] is None and loss is not None:
+            found["first_bad_module"], loss_is_finite = _replay_backward(model, batch, loss)
+            found["verdict"] = found["verdict"] if loss_is_finite else "loss"
     bad_rows = (~is_finite_peak(logits.float().amax(-1)).all(1)).nonzero().flatten().tolist()
     return found | {
         "growth": "",
@@ -97,7 +95,7 @@ def _replay_backward(student: nn.Module, batch: Batch, loss: Callable[[Batch], T
     with contextlib.ExitStack() as stack:
         for name, module in student.named_modules():
             if name and not isinstance(module, nn.Embedding) and not any(module.children()):
-                stack.callback(module.register_full_backward_hook(hook_of(name)).remove)
+                stack.enter_context(module.register_full_backward_hook(hook_of(name)))
         total = loss(batch) / max(1, batch.num_target_tokens)
         is_finite = bool(total.isfinite())
         if is_finite and total.requires_grad:

@@ -20,6 +20,7 @@ from sar_kd.data.batch import Batch
 from sar_kd.data.dataset import Dataset
 from sar_kd.errors import UsageError
 from sar_kd.models.generation import ISSUES, Generation, generate
+from sar_kd.models.lm_head import in_eval_mode
 from sar_kd.models.loading import Models
 from sar_kd.runtime.distributed import ProcessGroup
 from sar_kd.runtime.precision import Precision
@@ -140,12 +141,10 @@ class OnPolicy(Callback):
 
     def _generate(self, step: int, prompts: list[Prompt]) -> list[Generation]:
         student, config = self.student, self.config
-        was_training = student.training
-        student.eval()
         seed = int(np.random.SeedSequence([self.seed, step]).generate_state(1)[0])
-        with self.precision.fork_rng(), self.precision.autocast():
+        with in_eval_mode(student), self.precision.fork_rng(), self.precision.autocast():
             torch.manual_seed(seed)
-            generations = generate(
+            return generate(
                 student,
                 [self.rollouts.prompt_ids(prompt) for prompt in prompts],
                 stop_token_ids=self._stop_token_ids,
@@ -153,8 +152,6 @@ class OnPolicy(Callback):
                 temperature=config.sample_temperature,
                 top_p=config.sample_top_p,
             )
-        student.train(was_training)
-        return generations
 
     def _count(self, generations: list[Generation], issues: Counter) -> None:
         state, lengths = self._next, [len(generation.ids) for generation in generations]
