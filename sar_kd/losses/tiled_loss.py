@@ -257,11 +257,8 @@ class _Tiles(Generic[Context]):
         log_probs = clamp.floor_log_probs(log_probs)
         if ce_mask is not None:
             counts = ce_mask > 0
-            unclamped, log_probs, is_finite = (
-                unclamped.where(counts, 0.0),
-                log_probs.where(counts, 0.0),
-                is_finite | ~counts,
-            )
+            unclamped, log_probs = unclamped.where(counts, 0.0), log_probs.where(counts, 0.0)
+            is_finite = is_finite | ~counts
         self.unclamped_ce, self.ce = self.unclamped_ce - unclamped.sum(), self.ce - log_probs.sum()
         self.nonfinite = self.nonfinite + (~is_finite).sum()
         self._logsumexps[i] = logsumexp

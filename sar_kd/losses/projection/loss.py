@@ -301,15 +301,11 @@ class Projection(Distillation[Segment]):
         if before is None or not len(before.continuations):
             return None
         index, token, _ = before.entries
-        entries, tokens = (
-            token * tile.stride(0) + before.positions[index],
-            before.tokens * tile.stride(0) + before.positions,
-        )
+        entries = token * tile.stride(0) + before.positions[index]
+        tokens = before.tokens * tile.stride(0) + before.positions
         indices, columns = torch.cat([entries, tokens]), continuations.continuing_positions[before.continuations]
-        logits, after_end = (
-            flat_view(tile).index_select(0, indices).div_(self.temperature),
-            tile.index_select(1, columns),
-        )
+        logits = flat_view(tile).index_select(0, indices).div_(self.temperature)
+        after_end = tile.index_select(1, columns)
         normalisers = logsumexp_per_position(after_end, self.temperature)
         parts = logits.split([len(entries), len(tokens)])
         return _TileBefore(BeforeLogits(parts[0].clone(), parts[1].clone(), normalisers), indices, columns, after_end)
