@@ -131,12 +131,7 @@ class ChunkLikelihood(Distillation[None]):
         return target_log_probs(teacher.select(tokens.positions), tokens.targets, self.positions_per_tile, bound)
 
     def _loss(
-        self,
-        alignment: Alignment,
-        student: Tensor,
-        teacher: Tensor,
-        is_finite: Tensor,
-        clamp: LogitClamp,
+        self, alignment: Alignment, student: Tensor, teacher: Tensor, is_finite: Tensor, clamp: LogitClamp
     ) -> tuple[Tensor, Tensor]:
         """The loss; and the teacher's tokens in chunks that only the student masks, whose loss is infinite.
 

@@ -192,10 +192,7 @@ class CachedTeacher(Teacher):
         return metrics, lines
 
     def summary(self) -> dict:
-        return {
-            "teacher_cache": self._config.models.teacher_cache,
-            "teacher_top_k": self._config.loss.teacher_top_k,
-        }
+        return {"teacher_cache": self._config.models.teacher_cache, "teacher_top_k": self._config.loss.teacher_top_k}
 
 
 def _describe_records(config: Config, train: Dataset) -> list[str]:

@@ -19,13 +19,7 @@ from sar_kd.models.memory_saving import recompute_activations_
 from sar_kd.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from sar_kd.runtime.precision import Precision
 from sar_kd.teacher.base import Teacher
-from sar_kd.teacher.moe.discovery import (
-    RouterSpec,
-    describe_routers,
-    find_routers,
-    require_routers,
-    router_parameters,
-)
+from sar_kd.teacher.moe.discovery import RouterSpec, describe_routers, find_routers, require_routers, router_parameters
 from sar_kd.teacher.moe.router_checkpoint import FILE, save_router_update
 from sar_kd.teacher.moe.router_metrics import RouterStatistics, find_alarms, teacher_metrics
 from sar_kd.teacher.moe.router_training import FROZEN_ROUTERS, FrozenRouters, RouterTrainer

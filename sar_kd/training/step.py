@@ -112,11 +112,7 @@ def _loss(
 
 
 def _judge(
-    terms: LossTerms,
-    grad_norm: Tensor,
-    gradients: list[Tensor],
-    counts: list[int],
-    context: StepContext,
+    terms: LossTerms, grad_norm: Tensor, gradients: list[Tensor], counts: list[int], context: StepContext
 ) -> StepReport:
     """Reduce a step's metrics over all ranks, and judge the update.
 
