@@ -276,6 +276,8 @@ def test_preflight_from_python_says_whether_a_run_could_start(pairs, corpus_text
     found = sar_kd.preflight(*pairs, corpus_texts, quiet=True, **STEPS)
     assert found["ok"]
     assert found["memory"]["verdict"] == "fits"
+    assert "validation_texts" in found["alignment"]["warnings"][-1]
+    assert "--" not in "".join(found["alignment"]["warnings"])
     assert capsys.readouterr().out == ""
     found = sar_kd.preflight(*pairs, texts="nowhere.txt", quiet=True)
     assert not found["ok"]

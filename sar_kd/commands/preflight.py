@@ -9,7 +9,7 @@ from sar_kd.config.commands import PreflightConfig
 from sar_kd.config.runs import Config
 from sar_kd.errors import UsageError
 from sar_kd.models.loading import NO_LOADED_MODELS, LoadedModels, MetaModels
-from sar_kd.preflight.checks import ALL_CHECKS, run_checks
+from sar_kd.preflight.checks import ALL_CHECKS
 from sar_kd.preflight.memory_plan import fit_batch_size
 from sar_kd.runtime.distributed import SINGLE_PROCESS
 from sar_kd.runtime.files import json_safe
@@ -42,7 +42,8 @@ def check(config: Config, show: Callable[[str], object], loaded: LoadedModels = 
             names = ("per_device_batch_size", "grad_accum_steps")
             record["batch_size"] = {name: getattr(fitted.train, name) for name in names}
             show(fitted.notices[-1])
-        for finding in run_checks(ALL_CHECKS, MetaModels(fitted, loaded)):
+        meta = MetaModels(fitted, loaded)
+        for finding in (make_check(meta) for make_check in ALL_CHECKS):
             record[finding.name] = finding.record
             for line in (*finding.lines, *(f"  {line}" for line in (*finding.details, *finding.table))):
                 show(line)

@@ -110,8 +110,7 @@ def _scale_rate_(values: dict[str, Any], rate: str, given: Collection[str], comm
     values[rate] = former * factor
     if rate == "router_lr" and (values["routing"] not in ("auto", "sar") or values["alpha_kd"] == 0):
         return ()
-    why = f"because the embedded {model} is tiny; a rate given by hand is used as it is"
-    return (f"--{rate}: {former:g} x {factor:g} = {values[rate]:g}, {why}",)
+    return (f"--{rate}: {former:g} x {factor:g} = {values[rate]:g} for the tiny embedded {model}, unless given",)
 
 
 def _resume(command: Command[C], given: dict[str, Any]) -> C:

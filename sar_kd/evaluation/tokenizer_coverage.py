@@ -63,14 +63,14 @@ class Coverage:
         finer = "student" if self.coarser == "teacher" else "teacher"
         return f"projection of the {self.coarser}'s tokens onto the {finer}'s, at every byte where either starts one"
 
-    def summary(self) -> str:
-        """One line for people."""
+    def summary(self, alignment: str = "auto") -> str:
+        """One line for people. alignment: the value of that option"""
         if self.equal:
             return "Alignment: the tokenizers are equal, so tokens are compared one by one"
-        return (
-            f"Alignment: {self.strict:.0%} of the student's tokens are tokens of the teacher too, and both start a "
-            f"token at {self.both_start:.0%} of them"
-        )
+        starts, same = f"{self.both_start:.0%}", f"{self.strict:.0%}"
+        share = {"strict": self.strict, "uld": self.both_start}.get(alignment)
+        rest = "" if share is None else f"; --alignment {alignment} leaves the other {1 - share:.0%} to the text alone"
+        return f"Alignment: both start a token at {starts} of the student's, the same token at {same}{rest}"
 
     def lines(self) -> list[str]:
         """A table for people."""

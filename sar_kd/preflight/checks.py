@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from sar_kd.config.fields import RunConfig
+from sar_kd.config.python_arguments import as_called
 from sar_kd.config.sections import EMBEDDED
 from sar_kd.data.dataset import Dataset, build_dataset
 from sar_kd.data.files.file_checks import check_first_lines
@@ -75,17 +76,13 @@ def preflight(
     log, detail: show a line; show one of the lines that few people need
     Raises: UsageError with cause and remedy, from the first check that fails
     """
-    for finding in run_checks(START_CHECKS, MetaModels(config, loaded)):
+    meta = MetaModels(config, loaded)
+    for finding in (check(meta) for check in START_CHECKS):
         for show, lines in ((log, finding.lines), (detail, finding.details)):
             for line in lines:
                 show(line)
         if finding.refusal:
             raise finding.refusal
-
-
-def run_checks(checks: Sequence[Callable[[MetaModels], Finding]], meta: MetaModels) -> Iterator[Finding]:
-    """The findings of these checks, in order."""
-    return (check(meta) for check in checks)
 
 
 def _check_versions(meta: MetaModels) -> Finding:
@@ -109,7 +106,8 @@ def _check_device(meta: MetaModels) -> Finding:
     name = str(dtype).removeprefix("torch.")
     rounded = "; matmul outputs are rounded to float16" if dtype is torch.float16 and device.type == "cpu" else ""
     card = f" ({gpus[device.index or 0].name})" if device.type == "cuda" and gpus else ""
-    line = f"Device: {device}{card}, computing in {name} ({why}{rounded}); trainable weights are float32"
+    line = f"Device: {device}{card}, computing in {name} ({why})"
+    details.append(f"Trainable weights are float32{rounded}")
     if not gpus:
         details.append(f"No GPU: {os.cpu_count()} CPU cores, {count_of(threads, 'thread')}")
     record = {"gpus": [gpu._asdict() for gpu in gpus], "arch_list": archs, "device": str(device), "dtype": name}
@@ -268,23 +266,31 @@ def _first_samples(documents: Documents) -> list[Sample]:
     return found
 
 
+def _num_chars(documents: Documents) -> int:
+    return getattr(documents, "num_chars", None) or sum(document.num_chars for document in documents)
+
+
 def _check_text(meta: MetaModels) -> Finding:
     """Tokenize the text, or the beginning of a large one, as a run does."""
     config, block_size = meta.config, meta.config.data.block_size
-    sample, held_out = map(_first_samples, load_documents(config.data))
+    lines: list[str] = []
+    documents = load_documents(config.data, lines.append)
+    sample, held_out = map(_first_samples, documents)
     size = sum(document.num_chars for document in sample)
-    # Blocks as long as in the run; only those of a whole text can be counted.
-    settings = config.train if size < _SAMPLE_CHARACTERS else dataclasses.replace(config.train, train_steps=1)
+    share = size / _num_chars(documents[0])
     compares = config.loss.alpha_kd > 0 and config.loss.alignment != "uld"
     pair = load_tokenizers(config.models, compares, meta.loaded, config.data.template_date)
     limit = context_length_of(meta.models[meta.roles[0]])
     train, validation = (build_dataset(text, pair, block_size, limit or 8 * block_size) for text in (sample, held_out))
-    warnings = [*text_warnings(train, validation, settings), *alignment_warnings(pair, config.loss)]
+    found = text_warnings(train, validation, config.train, share=share) + alignment_warnings(pair, config.loss)
+    warnings = [as_called(line) for line in found]
     if not compares:
         reason = "distillation is off" if config.loss.alpha_kd == 0 else "--alignment uld compares by rank alone"
-        return Finding("alignment", [f"Alignment: none, {reason}", *warnings], {"audited": False, "warnings": warnings})
+        lines += [f"Alignment: none, {reason}", *warnings]
+        return Finding("alignment", lines, {"audited": False, "warnings": warnings})
     coverage = measure_coverage(train)
-    lines = [f"{coverage.summary()} (on the first {size / 1e3:,.0f} thousand characters of the text)"]
+    summary = coverage.summary(config.loss.alignment)
+    lines += [f"{summary} (on the first {size / 1e3:,.0f} thousand characters of the text)"]
     record = {"audited": True, **dataclasses.asdict(coverage), "auto_alignment": coverage.auto_alignment}
     dates = date_lines(pair) if len(train.text.conversations) else []
     lines += [*dates, *skipped_lines(train.text), *warnings]
@@ -301,9 +307,11 @@ ALL_CHECKS = (*START_CHECKS[:3], _check_folder, *START_CHECKS[3:], _check_text)
 """The checks of the command `preflight`. A run has taken its folder before, and reads its text in any case."""
 
 
-def describe_text(train: Dataset, validation: Dataset, name: str) -> tuple[list[str], list[str]]:
+def describe_text(
+    train: Dataset, validation: Dataset, name: str, alignment: str = "auto"
+) -> tuple[list[str], list[str]]:
     """Lines about the tokenized text (its size, how the tokenizers align on it, what was skipped or truncated), and
-    further ones that few people need. name: of the text
+    further ones that few people need. name: of the text; alignment: the value of that option
     """
     learned = " to learn" if len(train.text.conversations) else ""  # of a conversation the answers alone are counted
     lines = [
@@ -314,7 +322,7 @@ def describe_text(train: Dataset, validation: Dataset, name: str) -> tuple[list[
     details = []
     if train.pair.tables is not None:
         coverage = measure_coverage(train)
-        lines.append(coverage.summary())
+        lines.append(coverage.summary(alignment))
         details = coverage.lines()
     roles = ("student",) if train.pair.teacher is train.pair.student else ("student", "teacher")  # or no teacher at all
     for role in (role for role in roles if role in train.text.without_template):

@@ -6,6 +6,7 @@ import numpy as np
 
 from sar_kd.config.sections import LossConfig, TrainConfig
 from sar_kd.data.dataset import Dataset
+from sar_kd.errors import UsageError
 from sar_kd.runtime.console import count_of
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
@@ -17,6 +18,9 @@ _LARGE_OVERLAP = 0.2
 
 _MANY_PASSES = 50
 
+_MAX_PASSES_IN_STEP = 1000
+"""A text that is repeated within a step adds nothing to its gradient; such a step may take days."""
+
 _WINDOW = 16
 """Tokens in a row that count as the same text; a power of two"""
 
@@ -24,10 +28,13 @@ _MAX_TOKENS = 2**23
 """Training tokens that are compared with the held-out ones: a second's work"""
 
 
-def text_warnings(train: Dataset, validation: Dataset, settings: TrainConfig, num_ranks: int = 1) -> list[str]:
+def text_warnings(
+    train: Dataset, validation: Dataset, settings: TrainConfig, num_ranks: int = 1, share: float = 1.0
+) -> list[str]:
     """A line for each reason why a run with this text teaches or shows little.
 
-    num_ranks: processes, each with micro-batches of its own
+    num_ranks: processes, each with micro-batches of its own; share: of the training text that is in `train`
+    Raises: UsageError if a step reads the training text more than a thousand times
     """
     lines = []
     for what, data, remedy in (
@@ -36,18 +43,23 @@ def text_warnings(train: Dataset, validation: Dataset, settings: TrainConfig, nu
     ):
         if data.num_tokens < _FEW_TOKENS:
             lines.append(f"Warning: the {what} text has only {count_of(data.num_tokens, 'token')}: {remedy}")
-    share = overlap(train, validation)
-    if share >= _LARGE_OVERLAP:
+    known = overlap(train, validation)
+    if known >= _LARGE_OVERLAP:
         lines.append(
-            f"Warning: {share:.0%} of the held-out text is in the training text too: its perplexity shows what was "
+            f"Warning: {known:.0%} of the held-out text is in the training text too: its perplexity shows what was "
             "memorized; name other text with --validation_file"
         )
     blocks = settings.per_device_batch_size * settings.grad_accum_steps * num_ranks
-    passes = settings.train_steps * blocks / max(1, len(train))
-    if len(train) < blocks:
+    num_blocks = max(1, round(len(train) / share))
+    passes = settings.train_steps * blocks / num_blocks
+    found = f"the training text has {count_of(num_blocks, 'block')}, and an update takes {blocks:,}"
+    if blocks > _MAX_PASSES_IN_STEP * num_blocks:
+        option = max(("grad_accum_steps", "per_device_batch_size"), key=lambda name: getattr(settings, name))
+        raise UsageError(f"--{option} {getattr(settings, option)}: {found}, the gradient of one pass; lower it")
+    if num_blocks < blocks:
         lines.append(
-            f"Warning: the training text has {count_of(len(train), 'block')}, and an update takes {blocks}: each "
-            "update repeats text; lower --block_size, --per_device_batch_size or --grad_accum_steps"
+            f"Warning: {found}: each update repeats text; lower --block_size, --per_device_batch_size or "
+            "--grad_accum_steps"
         )
     elif passes > _MANY_PASSES:
         steps = count_of(settings.train_steps, "step")
@@ -57,13 +69,19 @@ def text_warnings(train: Dataset, validation: Dataset, settings: TrainConfig, nu
 
 
 def alignment_warnings(pair: TokenizerPair, loss: LossConfig) -> list[str]:
-    """A line where the student would not be taught how to spell what the teacher knows."""
+    """Lines where the student would not be taught how to spell what the teacher knows, and where all of the teacher's
+    tokens are among its top k.
+    """
+    lines, num_tokens = list[str](), pair.num_teacher_tokens
+    if loss.teacher_top_k >= num_tokens and loss.alpha_kd > 0 and loss.alignment != "hidden":
+        lines.append(f"--teacher_top_k {loss.teacher_top_k}: has no effect, as the teacher has {num_tokens:,} tokens")
     if pair.equal or loss.alpha_ce > 0 or loss.alignment not in ("auto", "projection"):
-        return []
+        return lines
     return [
+        *lines,
         "Warning: --alpha_ce 0 between different tokenizers: of several student tokens that begin with one token of "
         "the teacher ('.' and '.t') only their sum is taught, so the student may write any of them; give --alpha_ce "
-        "some weight, such as 0.1"
+        "some weight, such as 0.1",
     ]
 
 

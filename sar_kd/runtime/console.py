@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
@@ -24,13 +26,24 @@ _COLOURS = (
 )
 """By the beginning of a line: the colour of the whole line"""
 
+_COMMAND = re.compile(r"Next: | {6}")
+
 
 def paint(line: str, stream: TextIO) -> str:
-    """The line in its colour if the stream is a terminal, else as it is; NO_COLOR and TERM=dumb switch colours off."""
-    if not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+    """The line as a terminal shows it, in its colour and wrapped between words; for another stream as it is.
+
+    NO_COLOR and TERM=dumb switch colours off. A command to be typed is not wrapped, so that it can be copied.
+    """
+    if not stream.isatty():
         return line
+    width = shutil.get_terminal_size((80, 24)).columns - 1
+    is_long = len(line) > width and not _COMMAND.match(line)
+    how: dict = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
+    shown = "\n".join(textwrap.wrap(line, max(width, 20), **how)) if is_long else line
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return shown
     colour = next((colour for pattern, colour in _COLOURS if pattern.match(line)), None)
-    return line if colour is None else f"\033[{colour}m{line}\033[0m"
+    return shown if colour is None else f"\033[{colour}m{shown}\033[0m"
 
 
 def print_stderr(line: str) -> None:

@@ -270,7 +270,7 @@ def test_the_rate_of_a_mode_is_multiplied_for_the_embedded_student(line):
     config = _parse(line)
     rate = MODES[config.mode]["student_lr"] * EMBEDDED_LR_FACTOR
     assert config.optim.student_lr == rate
-    assert f"= {rate:g}," in config.notices[-1]
+    assert f"= {rate:g} for" in config.notices[-1]
 
 
 @pytest.mark.parametrize("line", ["--student_lr 1e-5", "--student_model elsewhere"])
@@ -295,7 +295,7 @@ def test_a_rate_given_by_hand_and_a_students_own_are_used_as_they_are(line):
 def test_the_routers_rate_is_multiplied_for_the_embedded_teacher(line, rate, is_shown):
     config = _parse(line)
     assert config.routing.router_lr == pytest.approx(rate)
-    assert sum(f"= {rate:g}, because the embedded teacher" in notice for notice in config.notices) == is_shown
+    assert sum(f"= {rate:g} for the tiny embedded teacher" in notice for notice in config.notices) == is_shown
 
 
 @pytest.mark.parametrize(

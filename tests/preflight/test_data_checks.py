@@ -7,6 +7,7 @@ import pytest
 from sar_kd.config.sections import LossConfig, TrainConfig
 from sar_kd.data.dataset import build_dataset
 from sar_kd.data.files.samples import Conversation, Document, Message
+from sar_kd.errors import UsageError
 from sar_kd.preflight.checks import describe_text
 from sar_kd.preflight.data_checks import alignment_warnings, learns_chat, overlap, text_warnings
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
@@ -111,7 +112,28 @@ def test_fewer_blocks_than_an_update_takes_are_shown_with_both_numbers(build, ra
     train = build(_text(1, 3000))
     settings = TrainConfig(train_steps=1, per_device_batch_size=64, grad_accum_steps=4)
     (line,) = text_warnings(train, build(_text(2, 1500)), settings, ranks)
-    assert f"has {len(train)} blocks, and an update takes {blocks}" in line
+    assert f"has {len(train)} blocks, and an update takes {blocks:,}: each" in line
+    assert text_warnings(train, build(_text(2, 1500)), settings, ranks, share=len(train) / blocks) == []
+
+
+@pytest.mark.parametrize("option", ["grad_accum_steps", "per_device_batch_size"])
+def test_a_step_that_would_not_end_is_refused(build, option):
+    train = build(_text(1, 3000))
+    settings = TrainConfig(train_steps=1, **{"per_device_batch_size": 1, option: 1000 * len(train)})
+    assert len(text_warnings(train, build(_text(2, 1500)), settings)) == 1
+    with pytest.raises(
+        UsageError, match=f"^--{option} 100000000: .* {len(train)} blocks, and an update takes 100,000,000"
+    ):
+        text_warnings(train, build(_text(2, 1500)), TrainConfig(**{"per_device_batch_size": 1, option: 10**8}))
+
+
+def test_a_teacher_top_k_of_the_whole_vocabulary_is_said_to_have_no_effect(byte_tokenizer):
+    size = len(byte_tokenizer)
+    pair = TokenizerPair(byte_tokenizer, byte_tokenizer, student_vocab_size=size, teacher_vocab_size=size)
+    assert alignment_warnings(pair, LossConfig(teacher_top_k=size - 1)) == []
+    (line,) = alignment_warnings(pair, LossConfig(teacher_top_k=size))
+    assert line == f"--teacher_top_k {size}: has no effect, as the teacher has {size} tokens"
+    assert alignment_warnings(pair, LossConfig(teacher_top_k=size, alpha_kd=0.0)) == []
 
 
 def test_many_passes_are_shown_with_their_number(build):

@@ -169,3 +169,19 @@ def test_colours_are_for_terminals_that_want_them(monkeypatch):
     monkeypatch.delenv("NO_COLOR")
     monkeypatch.setenv("TERM", "dumb")
     assert paint(line, _Terminal()) == line
+
+
+def test_a_line_is_wrapped_between_words_on_a_terminal_and_a_command_is_not(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    line = "Warning: " + "word-by-word " * 20 + "/a" * 50 + " --grad_accum_steps 4"
+    start, *parts, end = paint(line, _Terminal()).split("\n")
+    assert start.startswith("\033[33mWarning: word-by-word")
+    assert end == "  --grad_accum_steps 4\033[0m"
+    assert all(len(part) < 80 or part == "  " + "/a" * 50 for part in parts)
+    assert " ".join(part.strip() for part in (start[5:], *parts, end[:-4])) == line
+    assert paint(line, io.StringIO()) == line
+    table = f"  {'student, start':<28}{'71.0':>12}"
+    assert paint(table, _Terminal()) == table
+    assert "\n" not in paint("Next: python -m sar_kd generate " + "runs/a " * 20, _Terminal())
