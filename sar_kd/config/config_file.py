@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,12 @@ def _as_kind(kind: type, value: Any) -> Any:
     return value
 
 
+def options_in(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The options in the content of a run's `config.json`, by name."""
+    sections = [part for name, part in saved.items() if isinstance(part, dict) and name not in _NO_SETTINGS]
+    return {name: value for section in sections for name, value in section.items()}
+
+
 def read_run_options(command: Command, path: Path, may_change: Collection[str]) -> tuple[dict[str, Any], str]:
     """The options in the `config.json` of a run to resume, and its mode.
 
@@ -143,8 +149,7 @@ def read_run_options(command: Command, path: Path, may_change: Collection[str]) 
         )
     kind_of_run = saved.pop("mode")
     _check_kind(command, path, kind_of_run)
-    sections = [part for name, part in saved.items() if isinstance(part, dict) and name not in _NO_SETTINGS]
-    options = {name: value for section in sections for name, value in section.items()}
+    options = options_in(saved)
     for item, kind in options_of(command.sections.values()):
         if item.name not in options and item.name in may_change:
             options[item.name] = list(item.default) if isinstance(item.default, tuple) else item.default

@@ -102,15 +102,16 @@ _ALL = (
     ),
     Diagnosis(
         "no teacher",
-        "the teacher's logits are not finite in most steps, and are left out of the distillation",
-        "the teacher does not fit float16, which ends at 65,504 (the residual stream of Gemma 3 270M reaches 103,792), "
-        "so the student learned from the text alone; its numbers say nothing about distillation",
+        "the teacher is left out of the distillation in most steps",
+        "its logits are not finite, as it does not fit float16, which ends at 65,504 (the residual stream of Gemma 3 "
+        "270M reaches 103,792), so the student learned from the text alone; its numbers say nothing about distillation",
         "--model_dtype float32, or bfloat16 where the card has it",
     ),
     Diagnosis(
         "teacher left out",
-        "the teacher's logits are not finite at some positions, which are left out of the distillation",
-        "some texts take the teacher's activations out of float16's range, and are learned without the teacher",
+        "the teacher is left out of the distillation at some positions",
+        "its logits are not finite there: some texts take its activations out of float16's range, and are learned "
+        "without it",
         "--model_dtype float32, or bfloat16 where the card has it",
     ),
     Diagnosis(

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sar_kd.config.config_file import options_in
 from sar_kd.errors import UsageError
-from sar_kd.reporting.step_lines import dropped_share
+from sar_kd.reporting.step_lines import dropped_share, why_dropped
 from sar_kd.runtime.console import count_of, format_share
 from sar_kd.runtime.files import as_float
 from sar_kd.version import RUN_FORMAT
@@ -42,7 +43,7 @@ _ADVICE = {
     "overflow": "the loss scale was still being calibrated, which is harmless in a few steps",
     "norm": "the gradient norm was above the limit: lower the learning rate",
     "forward": "the forward was not finite: `crash/crash.md` in the run folder names the module",
-    "teacher": "no teacher logits were finite: `crash/crash.md` in the run folder names the module",
+    "teacher": "the teacher was left out at every position: `crash/crash.md` in the run folder says why",
     "gradient": "the gradient was not finite at the lowest loss scale: `crash/crash.md` in the run folder names the "
     "module",
     "no_targets": "those steps had no target token: look at the text",
@@ -99,8 +100,7 @@ class RunHistory:
 
     def settings(self) -> dict[str, object]:
         """Every option with its value."""
-        sections = {name: value for name, value in self.config.items() if name != "environment"}
-        return {name: value for each in sections.values() if isinstance(each, dict) for name, value in each.items()}
+        return options_in(self.config)
 
     def samples(self) -> list[dict]:
         """Prompts of the held-out text and how the models continue them; [] where the run wrote none."""
@@ -255,10 +255,12 @@ def _advice(run: RunHistory, validations: list[dict]) -> list[str]:
     for cause, advice in _ADVICE.items():
         if causes[cause] > _MANY_SKIPS * run.num_steps:
             lines.append(f"Skipped for {cause} in {causes[cause] / run.num_steps:.0%} of the steps: {advice}.")
-    if share := dropped_share([run.summary] if run.summary else run.steps):
+    counts = [run.summary] if run.summary else run.steps
+    if share := dropped_share(counts):
+        why, remedy = why_dropped(counts)
         lines.append(
-            f"The teacher was not finite at {format_share(share)} of its positions, where the student learned from the "
-            "text alone: --model_dtype float32, or bfloat16 on a card that has it."
+            f"The teacher was left out at {format_share(share)} of its positions ({why}), where the student learned "
+            f"from the text alone: {remedy}."
         )
     bits = [(as_float(record.get("val_bits_per_byte")), record["step"]) for record in validations]
     finite = [pair for pair in bits if math.isfinite(pair[0])]

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sar_kd.config.config_file import options_in
 from sar_kd.errors import UsageError
 from sar_kd.reporting.diagnoses import DIAGNOSES, Diagnosis
-from sar_kd.reporting.step_lines import dropped_share
+from sar_kd.reporting.step_lines import dropped_share, why_dropped
 from sar_kd.runtime.console import format_share
 
 _FLAT = 1e-3
@@ -50,7 +51,9 @@ class LoggedStep:
     cause: str | None = None
     """Why the update was skipped, as in `guards.CAUSES`; in this program's own files only"""
     dropped_share: float = 0.0
-    """Of the teacher's positions, those left out because they were not finite; likewise"""
+    """Of the teacher's positions, those left out of the distillation; likewise"""
+    why_dropped: tuple[str, str] = ("", "")
+    """Why they were, and what to try"""
 
     @property
     def has_bad_norm(self) -> bool:
@@ -93,7 +96,13 @@ def diagnose(log: TrainingLog) -> Diagnosis:
     found = DIAGNOSES[next((name for name, matches in _RULES.items() if matches(log)), "healthy")]
     remedy = _own_remedy(found.name, log) if log.is_own else ""
     cause = _OWN_CAUSES.get(found.name, found.cause) if log.is_own else found.cause
+    reasons = Counter(step.why_dropped for step in log.steps if step.dropped_share).most_common(1)
+    if found.name in _LEFT_OUT and reasons and "infinite" in reasons[0][0][0]:
+        cause, remedy = reasons[0][0]
     return dataclasses.replace(found, cause=cause, remedy=remedy or found.remedy)
+
+
+_LEFT_OUT = ("no teacher", "teacher left out")
 
 
 _OWN_CAUSES = {"exploding": "the updates are too large: the learning rate is too high"}
@@ -108,7 +117,7 @@ def _own_remedy(name: str, log: TrainingLog) -> str:
     if name == "exploding":
         is_loose = isinstance(clip, (int, float)) and clip > 1.0
         return lower_rate + (f", or --max_grad_norm 1 (it is {clip:g})" if is_loose else "")
-    if name in ("no teacher", "teacher left out"):
+    if name in _LEFT_OUT:
         return to_float32 or "look at the teacher's files, and at `crash/crash.md` in the run folder"
     if name in ("forward overflow", "backward overflow"):
         return f"{to_float32 or lower_rate}; `crash/crash.md` in the run folder names the module and the documents"
@@ -134,8 +143,8 @@ def diagnosis_lines(log: TrainingLog) -> list[str]:
     if any(step.dropped_share for step in steps):
         shares = [step.dropped_share for step in steps]
         lines += [
-            f"Teacher left out because it was not finite: {format_share(sum(shares) / len(shares))} of its positions, "
-            f"in {sum(map(bool, shares)):,} steps; all of them in {shares.count(1.0):,}"
+            f"Teacher left out: {format_share(sum(shares) / len(shares))} of its positions, in "
+            f"{sum(map(bool, shares)):,} steps; all of them in {shares.count(1.0):,}"
         ]
     lines += [f"Pattern: {found.pattern}"]
     if found.name == "exploding":
@@ -257,8 +266,7 @@ def _settings(path: Path) -> dict:
         config = _json(path.read_text(encoding="utf-8", errors="replace"))
     except OSError:
         return {}
-    sections = [section for section in config.values() if isinstance(section, dict)] if isinstance(config, dict) else []
-    return {name: value for section in sections for name, value in section.items()}
+    return options_in(config) if isinstance(config, dict) else {}
 
 
 def _records(text: str) -> list[dict]:
@@ -290,7 +298,9 @@ def _logged_step(record: dict) -> LoggedStep | None:
     if loss is None:
         return None
     cause = cause if isinstance(cause, str) else None
-    return LoggedStep(loss, _number(record.get("grad_norm")), cause, dropped_share([record]))
+    share = dropped_share([record])
+    why = why_dropped([record]) if share else ("", "")
+    return LoggedStep(loss, _number(record.get("grad_norm")), cause, share, why)
 
 
 def _number(value: object) -> float | None:

@@ -51,14 +51,31 @@ def step_parts(records: Sequence[dict], pace: Pace) -> list[str]:
 
 
 def dropped_share(records: Iterable[dict]) -> float:
-    """Of the teacher's positions in these steps, or in a summary, the share that was left out of distillation because
-    it was not finite. A version that did not count the positions compared about as many as there were targets.
+    """Of the teacher's positions in these steps, or in a summary, the share that was left out of distillation.
+
+    A version that did not count the positions compared about as many as there were targets.
     """
     dropped = positions = 0.0
     for record in records:
         dropped += as_float(record.get("teacher_rows_dropped", 0))
         positions += as_float(record.get("teacher_positions", record.get("num_target_tokens", 0)))
     return min(1.0, dropped / positions) if dropped > 0 and positions > 0 else 0.0
+
+
+_NOT_FINITE = "its logits are not finite", "--model_dtype float32, or bfloat16 on a card that has it"
+
+_INFINITE = "KL is infinite (masked tokens)", "--kd_direction jsd"
+
+
+def why_dropped(records: Iterable[dict]) -> tuple[str, str]:
+    """Why positions were left out, in words, and what to try. records: as of `dropped_share`"""
+    counts = [
+        (as_float(r.get("teacher_rows_dropped", 0)), as_float(r.get("teacher_rows_infinite", 0))) for r in records
+    ]
+    dropped, infinite = map(sum, zip(*counts, strict=True))
+    reasons = [_NOT_FINITE] * (not dropped <= infinite) + [_INFINITE] * (infinite > 0)
+    why, remedies = zip(*reasons, strict=True)
+    return ", or ".join(why), "; ".join(remedies)
 
 
 def fit(parts: Sequence[str], columns: float) -> str:
@@ -89,12 +106,12 @@ def sft_line(records: Sequence[dict], pace: Pace) -> str:
 
 def start_line(start: dict, teacher: dict, same_tokenizer: bool) -> str:
     """The validation of student and, where there is one, teacher before the first step."""
-    line = f"Before the first step: Validation PPL = {format_perplexity(start['val_ppl'])}"
+    line = f"Start: Validation PPL = {format_perplexity(start['val_ppl'])}"
     line += f", bits per byte {start['val_bits_per_byte']:.4f}{_nonfinite(start)}"
     if not teacher:
         return line
-    perplexity = f" and PPL {format_perplexity(teacher['val_ppl'])}" if same_tokenizer else ""
-    return line + f"; teacher: bits per byte {teacher['val_bits_per_byte']:.4f}{perplexity}{_nonfinite(teacher)}"
+    perplexity = f"{format_perplexity(teacher['val_ppl'])}, " if same_tokenizer else ""
+    return line + f"; teacher: {perplexity}{teacher['val_bits_per_byte']:.4f}{_nonfinite(teacher)}"
 
 
 def evaluation_line(record: dict, is_best: bool, same_tokenizer: bool) -> str:

@@ -10,7 +10,7 @@ from sar_kd.config.sections import EMBEDDED
 from sar_kd.errors import UsageError
 from sar_kd.reporting.history import RunHistory, findings_of, read_history
 from sar_kd.reporting.report import FILE as REPORT
-from sar_kd.reporting.step_lines import dropped_share
+from sar_kd.reporting.step_lines import dropped_share, why_dropped
 from sar_kd.runtime.console import count_of, format_duration, format_perplexity, format_share
 from sar_kd.runtime.files import as_float
 
@@ -45,7 +45,7 @@ def summary_table(summary: dict, folder: Path) -> list[str]:
         + f", success rate {summary['success_rate']:.1%}, loss scale {summary['loss_scale_final']:.0f}",
     ]
     if share := dropped_share([summary]):
-        lines.append(f"  the teacher was left out at {format_share(share)} of its positions, where it was not finite")
+        lines.append(f"  teacher left out at {format_share(share)} of its positions: {why_dropped([summary])[0]}")
     if "on_policy" in summary:
         lines.append(_on_policy_line(summary["on_policy"], summary["wall_seconds"]))
     lines.append(f"  student saved in {folder / 'student'}, metrics in {folder / 'summary.json'}")

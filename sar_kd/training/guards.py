@@ -17,8 +17,8 @@ CAUSES = ("no_targets", "forward", "teacher", "overflow", "gradient", "norm")
 
 no_targets  the step's blocks hold no token to predict
 forward     a student logit, or the loss, is not finite
-teacher     no teacher logits of the whole step are finite; of routers that learn: their loss is not finite, or their
-            gradient while some teacher logits are not
+teacher     the teacher is left out at every position of the step, as its logits are not finite or KL is infinite; of
+            routers that learn: their loss is not finite, or their gradient while some teacher logits are not
 overflow    the forward is finite, a gradient is not, and the loss scale can still be lowered: normal loss-scale search
 gradient    a gradient is not finite although the loss scale is at its floor (or there is none)
 norm        the gradient norm is finite and above the limit
@@ -230,7 +230,7 @@ def verdict_messages(
 _IN_WORDS = {
     "no_targets": "no token to predict",
     "forward": "a forward that was not finite",
-    "teacher": "a teacher that was not finite",
+    "teacher": "a teacher that was left out at every position",
     "overflow": "an overflow while the loss scale was being found",
     "gradient": "a gradient that was not finite at the lowest loss scale",
     "norm": "a gradient norm above the limit",
@@ -240,7 +240,7 @@ _IN_WORDS = {
 _NOTHING_APPLIED = {
     "no_targets": "look at the text and at --block_size",
     "forward": "crash/crash.md names the module",
-    "teacher": "crash/crash.md names the module",
+    "teacher": "crash/crash.md says why",
     "overflow": "the loss scale needs more --train_steps, or a lower --init_loss_scale",
     "gradient": "crash/crash.md names the module",
     "norm": "--skip_rule adaptive lets the limit follow the run, or raise --skip_grad_norm",

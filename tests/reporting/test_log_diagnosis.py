@@ -109,6 +109,17 @@ def test_a_teacher_that_was_left_out_is_the_diagnosis(tmp_path, dropped, name, l
     assert line in "\n".join(diagnosis_lines(log))
 
 
+def test_positions_of_infinite_kl_are_told_apart_from_logits_that_are_not_finite(tmp_path):
+    records = [json.loads(text) for text in _ours(GOOD, [None] * 6).splitlines()[1:]]
+    counts = {"teacher_rows_dropped": 9, "teacher_rows_infinite": 9, "teacher_positions": 400}
+    found = diagnose(_read(tmp_path, "\n".join(json.dumps(r | counts) for r in records), "metrics.jsonl"))
+    assert (found.name, found.remedy) == ("teacher left out", "--kd_direction jsd")
+    assert found.cause == "KL is infinite (masked tokens)"
+    counts["teacher_rows_infinite"] = 8
+    found = diagnose(_read(tmp_path, "\n".join(json.dumps(r | counts) for r in records), "metrics.jsonl"))
+    assert found.remedy == "--model_dtype float32, or bfloat16 on a card that has it; --kd_direction jsd"
+
+
 def test_steps_refused_for_the_teacher_are_no_teacher_and_float32_is_not_advised_where_it_is_in_use(tmp_path):
     log = _run(tmp_path, GOOD, ["teacher"] * 6, model_dtype="float32")
     assert diagnose(log).name == "no teacher"

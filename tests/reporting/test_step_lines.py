@@ -70,12 +70,12 @@ def test_fine_tuning_has_a_dict_that_python_reads():
 
 def test_the_teachers_perplexity_stands_beside_the_students_only_where_their_tokens_are_the_same():
     own, teacher = {"val_ppl": 71.0, "val_bits_per_byte": 2.5}, {"val_ppl": 41.0, "val_bits_per_byte": 1.75}
-    begin = "Before the first step: Validation PPL = 71.00, bits per byte 2.5000"
+    begin = "Start: Validation PPL = 71.00, bits per byte 2.5000"
     assert start_line(own, {}, True) == begin
-    assert start_line(own, teacher, False) == begin + "; teacher: bits per byte 1.7500"
-    assert start_line(own, teacher, True) == begin + "; teacher: bits per byte 1.7500 and PPL 41.00"
+    assert start_line(own, teacher, False) == begin + "; teacher: 1.7500"
+    assert start_line(own, teacher, True) == begin + "; teacher: 41.00, 1.7500"
     bad = own | {"val_bits_per_byte": math.nan, "val_nonfinite": 0.3}
-    assert start_line(own, bad, False) == f"{begin}; teacher: bits per byte nan (not finite at 30.0% of the text)"
+    assert start_line(own, bad, False) == f"{begin}; teacher: nan (not finite at 30.0% of the text)"
     assert "bits per byte nan (not finite at 30.0% of the text)" in evaluation_line({"step": 5, **bad}, False, True)
     assert "(masked at 0.1% of the text)" in evaluation_line({"step": 5, **own, "val_masked": 0.001}, False, True)
     record = {"step": 5, **own, "router_entropy": 0.5, "teacher_val_ppl_native": 41.0, "teacher_val_ppl_routed": 42.0}

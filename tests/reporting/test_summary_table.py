@@ -65,5 +65,9 @@ def test_the_share_of_the_teacher_that_was_left_out_has_a_line():
 
     assert lines() == lines(teacher_rows_dropped=0, teacher_positions=400) == []
     assert lines(teacher_rows_dropped=30, teacher_positions=400) == [
-        "  the teacher was left out at 7.5% of its positions, where it was not finite"
+        "  teacher left out at 7.5% of its positions: its logits are not finite"
     ]
+    masked = "KL is infinite (masked tokens)"
+    for infinite, why in ((30, masked), (10, f"its logits are not finite, or {masked}")):
+        (line,) = lines(teacher_rows_dropped=30, teacher_rows_infinite=infinite, teacher_positions=400)
+        assert line == f"  teacher left out at 7.5% of its positions: {why}"
