@@ -22,6 +22,7 @@ import bisect
 import ctypes
 import itertools
 import json
+import math
 import os
 import re
 import statistics
@@ -36,6 +37,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import safetensors  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
@@ -304,6 +306,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_inputs(Path(folder), options)
         lines = (Path(folder) / "examples.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        state = {title: state_size(models_of(Path(folder), sides[0], options)[1]) for title, sides in groups.items()}
         (Path(folder) / "few.jsonl").write_text("".join(lines[:4]), encoding="utf-8")
         for number in range(options.rounds):
             for side in found:
@@ -323,7 +326,7 @@ def main() -> None:
     }
     name = "real_trl.json" if options.real else "trl_trainers.json"
     output = options.output or ROOT / "benchmarks" / "results" / name
-    output.write_text(json.dumps({"sizes": sizes, "sides": rows}, indent=1) + "\n")
+    output.write_text(json.dumps({"sizes": sizes, "state": state, "sides": rows}, indent=1) + "\n")
     print("| | step | beside ours | memory | beside ours |\n|---|---:|---:|---:|---:|")
     for title, sides in groups.items():
         ours = rows[sides[0]]
@@ -333,6 +336,14 @@ def main() -> None:
                 f"| {title}: {side.split('_')[0]} | {row['seconds']:.3f} s | {row['seconds'] / ours['seconds']:.2f} | "
                 f"{row['memory'] / 1e6:.0f} MB | {row['memory'] / ours['memory']:.2f} |"
             )
+    for title, size in state.items():
+        print(f"{title}: gradients and Adam's moments are {size / 1e6:.0f} MB of the memory on every side")
+
+
+def state_size(student: Path) -> int:
+    """Bytes of a student's gradients and Adam's two moments, in float32."""
+    with safetensors.safe_open(student / "model.safetensors", "pt") as file:
+        return 12 * sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
 def _median(runs: list[dict], name: str = "seconds") -> float:
