@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 from sar_kd.config.fields import Command, RunConfig, Section, option
 from sar_kd.config.presets import STABLE, TASKS
@@ -168,12 +167,8 @@ EMBEDDED_PAIR = Command(
     "build_embedded:main",
 )
 
-COMMANDS: MappingProxyType[str, Command] = MappingProxyType(
-    {
-        command.name: command
-        for command in (
-            TRAIN, PREFLIGHT, CACHE, REPORT, GENERATE, SFT, EXPLAIN, FORENSICS, AUDIT, ROUTERS, EMBEDDED_PAIR
-        )
-    }
-)  # fmt: skip
+COMMANDS: dict[str, Command] = {
+    command.name: command
+    for command in (TRAIN, PREFLIGHT, CACHE, REPORT, GENERATE, SFT, EXPLAIN, FORENSICS, AUDIT, ROUTERS, EMBEDDED_PAIR)
+}
 """By name, in the order of the help"""

@@ -10,7 +10,6 @@ import shutil
 import sys
 import typing
 from collections.abc import Callable, Iterable, Sequence
-from types import MappingProxyType
 from typing import Any
 
 from sar_kd.config.commands import COMMANDS
@@ -21,59 +20,57 @@ from sar_kd.errors import UsageError
 CONFIG = "config"
 """The option that names a file of options; it is no setting itself."""
 
-_KNOWN_ELSEWHERE = MappingProxyType(
-    {
-        "--student_lr": ("lr", "peak_lr", "max_lr"),
-        "--router_lr": ("router_learning_rate",),
-        "--train_steps": ("max_steps", "num_steps", "steps", "max_train_steps", "iterations"),
-        "--epochs": ("num_train_epochs", "num_epochs", "epoch"),
-        "--train_steps, which counts updates": ("epochs", "num_train_epochs", "num_epochs", "epoch"),
-        "--per_device_batch_size": (
-            "batch_size", "train_batch_size", "per_device_train_batch_size", "micro_batch_size", "bs", "mbs",
-        ),
-        "--grad_accum_steps": ("gradient_accumulation_steps", "accumulation_steps", "accum_steps", "grad_accum"),
-        "--block_size": ("max_length", "max_seq_length", "max_seq_len", "seq_len", "seq_length", "context_length"),
-        "--model_dtype float16": ("fp16", "half", "float16"),
-        "--model_dtype bfloat16": ("bf16", "bfloat16"),
-        "--model_dtype float32": ("fp32", "float32", "no_fp16"),
-        "--model_dtype": ("dtype", "torch_dtype", "precision", "mixed_precision", "amp"),
-        "--teacher_model": ("teacher", "teacher_model_name_or_path", "teacher_path"),
-        "--student_model": ("student", "model", "model_name_or_path", "model_name", "model_path", "student_path"),
-        "--model": ("teacher_model", "student_model", "teacher", "student"),
-        "--train_file": ("data", "data_file", "data_path", "text", "input", "corpus", "dataset_path", "data_dir"),
-        "--validation_file": ("eval_file", "valid_file", "val_file", "test_file", "eval_data"),
-        "--dataset_name": ("dataset", "hf_dataset"),
-        "--dataset_config_name": ("dataset_config", "subset"),
-        "--text_field": ("text_column", "dataset_text_field", "field", "column"),
-        "--output_dir": ("output", "out", "out_dir", "save_dir", "run_dir", "run_name", "o"),
-        "--output": ("output_dir", "out", "output_file", "o"),
-        "--eval_steps": ("eval_every", "evaluation_steps", "eval_interval"),
-        "--log_steps": ("logging_steps", "log_every", "log_interval"),
-        "--save_steps": ("save_every", "checkpoint_steps", "save_interval"),
-        "--keep_checkpoints": ("save_total_limit",),
-        "--max_grad_norm": ("clip", "grad_clip", "clip_grad_norm", "max_norm", "gradient_clipping"),
-        "--warmup_steps": ("warmup", "num_warmup_steps"),
-        "--lr_schedule": ("lr_scheduler_type", "scheduler", "lr_scheduler"),
-        "--weight_decay": ("wd",),
-        "--alpha_kd": ("alpha", "kd_weight", "kd_alpha", "lambda_kd"),
-        "--alpha_ce": ("ce_weight", "ce_alpha"),
-        "--temperature": ("temp", "t", "kd_temperature", "tau"),
-        "--sample_temperature": ("temperature", "temp"),
-        "--sample_top_p": ("top_p",),
-        "--kd_direction": ("divergence", "kl", "loss_type", "kd_loss"),
-        "--jsd_beta": ("beta",),
-        "--teacher_top_k": ("top_k", "topk", "k"),
-        "--on_policy_fraction": ("on_policy", "lmbda", "lambda"),
-        "--resume": ("resume_from_checkpoint", "continue"),
-        "--overwrite": ("overwrite_output_dir",),
-        "--gradient_checkpointing": ("grad_checkpointing", "checkpointing"),
-        "--teacher_quantization nf4": ("load_in_4bit", "load_in_8bit", "quantization", "quantize", "4bit"),
-        "--lora_rank": ("lora_r", "rank", "r", "lora"),
-        "--lora_targets": ("target_modules", "lora_target_modules"),
-        "--device": ("gpu", "cuda", "cpu", "no_cuda"),
-        "--wandb": ("report_to",),
-    }
-)  # fmt: skip
+_KNOWN_ELSEWHERE = {
+    "--student_lr": ("lr", "peak_lr", "max_lr"),
+    "--router_lr": ("router_learning_rate",),
+    "--train_steps": ("max_steps", "num_steps", "steps", "max_train_steps", "iterations"),
+    "--epochs": ("num_train_epochs", "num_epochs", "epoch"),
+    "--train_steps, which counts updates": ("epochs", "num_train_epochs", "num_epochs", "epoch"),
+    "--per_device_batch_size": (
+        "batch_size", "train_batch_size", "per_device_train_batch_size", "micro_batch_size", "bs", "mbs",
+    ),
+    "--grad_accum_steps": ("gradient_accumulation_steps", "accumulation_steps", "accum_steps", "grad_accum"),
+    "--block_size": ("max_length", "max_seq_length", "max_seq_len", "seq_len", "seq_length", "context_length"),
+    "--model_dtype float16": ("fp16", "half", "float16"),
+    "--model_dtype bfloat16": ("bf16", "bfloat16"),
+    "--model_dtype float32": ("fp32", "float32", "no_fp16"),
+    "--model_dtype": ("dtype", "torch_dtype", "precision", "mixed_precision", "amp"),
+    "--teacher_model": ("teacher", "teacher_model_name_or_path", "teacher_path"),
+    "--student_model": ("student", "model", "model_name_or_path", "model_name", "model_path", "student_path"),
+    "--model": ("teacher_model", "student_model", "teacher", "student"),
+    "--train_file": ("data", "data_file", "data_path", "text", "input", "corpus", "dataset_path", "data_dir"),
+    "--validation_file": ("eval_file", "valid_file", "val_file", "test_file", "eval_data"),
+    "--dataset_name": ("dataset", "hf_dataset"),
+    "--dataset_config_name": ("dataset_config", "subset"),
+    "--text_field": ("text_column", "dataset_text_field", "field", "column"),
+    "--output_dir": ("output", "out", "out_dir", "save_dir", "run_dir", "run_name", "o"),
+    "--output": ("output_dir", "out", "output_file", "o"),
+    "--eval_steps": ("eval_every", "evaluation_steps", "eval_interval"),
+    "--log_steps": ("logging_steps", "log_every", "log_interval"),
+    "--save_steps": ("save_every", "checkpoint_steps", "save_interval"),
+    "--keep_checkpoints": ("save_total_limit",),
+    "--max_grad_norm": ("clip", "grad_clip", "clip_grad_norm", "max_norm", "gradient_clipping"),
+    "--warmup_steps": ("warmup", "num_warmup_steps"),
+    "--lr_schedule": ("lr_scheduler_type", "scheduler", "lr_scheduler"),
+    "--weight_decay": ("wd",),
+    "--alpha_kd": ("alpha", "kd_weight", "kd_alpha", "lambda_kd"),
+    "--alpha_ce": ("ce_weight", "ce_alpha"),
+    "--temperature": ("temp", "t", "kd_temperature", "tau"),
+    "--sample_temperature": ("temperature", "temp"),
+    "--sample_top_p": ("top_p",),
+    "--kd_direction": ("divergence", "kl", "loss_type", "kd_loss"),
+    "--jsd_beta": ("beta",),
+    "--teacher_top_k": ("top_k", "topk", "k"),
+    "--on_policy_fraction": ("on_policy", "lmbda", "lambda"),
+    "--resume": ("resume_from_checkpoint", "continue"),
+    "--overwrite": ("overwrite_output_dir",),
+    "--gradient_checkpointing": ("grad_checkpointing", "checkpointing"),
+    "--teacher_quantization nf4": ("load_in_4bit", "load_in_8bit", "quantization", "quantize", "4bit"),
+    "--lora_rank": ("lora_r", "rank", "r", "lora"),
+    "--lora_targets": ("target_modules", "lora_target_modules"),
+    "--device": ("gpu", "cuda", "cpu", "no_cuda"),
+    "--wandb": ("report_to",),
+}  # fmt: skip
 """An option here -> names that other programs have for it"""
 
 

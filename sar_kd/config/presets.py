@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from types import MappingProxyType
 from typing import Any
 
 from sar_kd.config.fields import Command
@@ -15,23 +14,16 @@ _CLAMPED = {
     "max_grad_norm": 0.5, "skip_grad_norm": 2.0, "skip_rule": "adaptive", "skip_factor": 4.0, "max_nan_batches": 10,
 }  # fmt: skip
 
-MODES = MappingProxyType(
-    {
-        "ultra-conservative": {
-            "student_lr": 5e-6, "temperature": 1.5, "alpha_kd": 0.05, "alpha_ce": 0.95, **_CLAMPED,
-        },
-        "balanced": {
-            "student_lr": 1e-5, "temperature": 2.0, "alpha_kd": 0.1, "alpha_ce": 0.9, **_CLAMPED,
-        },
-        "precise": {
-            "student_lr": 2e-5, "temperature": 1.0, "alpha_kd": 0.6, "alpha_ce": 0.4, **_CLAMPED,
-            "logit_clamp_style": "off", "loss_clamp_style": "off",
-            "max_grad_norm": 1.0,
-        },
-    }
-)  # fmt: skip
+MODES = {
+    "ultra-conservative": {"student_lr": 5e-6, "temperature": 1.5, "alpha_kd": 0.05, "alpha_ce": 0.95, **_CLAMPED},
+    "balanced": {"student_lr": 1e-5, "temperature": 2.0, "alpha_kd": 0.1, "alpha_ce": 0.9, **_CLAMPED},
+    "precise": {
+        "student_lr": 2e-5, "temperature": 1.0, "alpha_kd": 0.6, "alpha_ce": 0.4, **_CLAMPED,
+        "logit_clamp_style": "off", "loss_clamp_style": "off", "max_grad_norm": 1.0,
+    },
+}  # fmt: skip
 
-TASKS = MappingProxyType({"units": {"per_device_batch_size": 16, "train_steps": 3000, "eval_steps": 500}})
+TASKS = {"units": {"per_device_batch_size": 16, "train_steps": 3000, "eval_steps": 500}}
 """`--task`: the settings that it brings, as a mode does."""
 
 _PAPER = {
@@ -41,27 +33,23 @@ _PAPER = {
     "logit_clamp_style": "off", "loss_clamp_style": "off",
 }  # fmt: skip
 
-RECIPES = MappingProxyType(
-    {
-        "sar-paper": {
-            **_PAPER, "routing": "sar", "sar_schedule": "two_stage", "sar_routing": "all", "router_lr": 1e-5,
-            "router_beta": 0.01, "router_anchor": 0.0, "router_direction": "forward",
-        },
-        "ka-paper": {**_PAPER, "routing": "ka", "ka_lambda": 0.05, "ka_passes": 2},
-    }
-)  # fmt: skip
+RECIPES = {
+    "sar-paper": {
+        **_PAPER, "routing": "sar", "sar_schedule": "two_stage", "sar_routing": "all", "router_lr": 1e-5,
+        "router_beta": 0.01, "router_anchor": 0.0, "router_direction": "forward",
+    },
+    "ka-paper": {**_PAPER, "routing": "ka", "ka_lambda": 0.05, "ka_passes": 2},
+}  # fmt: skip
 """`--recipe`: Algorithms 2 and 1 of arXiv 2502.12947, with the values of its section 4 and appendix."""
 
-DEVIATIONS = MappingProxyType(
-    {
-        "sar-paper": (
-            "the routers are the checkpoint's, without the paper's noise (W_noise) that makes every expert count",
-            "the load balancing loss is taken per block, as CV^2 of the expert probabilities; with every expert active "
-            "all experts have the same number of tokens",
-        ),
-        "ka-paper": ("experts are drawn, or not, per token and layer, which the paper leaves open",),
-    }
-)
+DEVIATIONS = {
+    "sar-paper": (
+        "the routers are the checkpoint's, without the paper's noise (W_noise) that makes every expert count",
+        "the load balancing loss is taken per block, as CV^2 of the expert probabilities; with every expert active "
+        "all experts have the same number of tokens",
+    ),
+    "ka-paper": ("experts are drawn, or not, per token and layer, which the paper leaves open",),
+}
 
 _COMMON_DEVIATIONS = (
     "gradients are clipped and steps skipped as the guards' options say; the paper names no clipping",

@@ -8,7 +8,6 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 from sar_kd.config.fields import RunConfig, Section, option, require
 from sar_kd.config.sections import (
@@ -165,7 +164,7 @@ class Config(RunConfig):
         ]
 
 
-SECTIONS = MappingProxyType(Config.sections())
+SECTIONS = Config.sections()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -62,9 +61,9 @@ _CLASSES = {
     Gate("softmax", False, "native"): "SwitchTransformersTop1Router NllbMoeTop2Router JetMoeTopKGating",
 }
 
-REGISTRY = MappingProxyType({name: gate for gate, names in _CLASSES.items() for name in names.split()})
+REGISTRY = {name: gate for gate, names in _CLASSES.items() for name in names.split()}
 
-_FIXED_TOP_K = MappingProxyType({"SwitchTransformersTop1Router": 1, "NllbMoeTop2Router": 2, "PhimoeTopKRouter": 2})
+_FIXED_TOP_K = {"SwitchTransformersTop1Router": 1, "NllbMoeTop2Router": 2, "PhimoeTopKRouter": 2}
 
 
 @dataclass(frozen=True)
