@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sar_kd.config.config_file import options_in
 from sar_kd.config.fields import RunConfig
 from sar_kd.errors import UsageError
 from sar_kd.runtime.rendezvous import meet, rank_names, read_place
@@ -167,7 +168,7 @@ class TorchrunGroup(ProcessGroup):
 
     def check_same_config(self, config: C) -> C:
         configs = self.all_gather_object(config)
-        settings = [_flatten(config.to_dict()) | {"output_dir": None} for config in configs]
+        settings = [{"mode": each.mode, **options_in(each.to_dict()), "output_dir": None} for each in configs]
         for rank, own in enumerate(settings):
             for name, value in own.items():
                 if value != settings[0][name]:
@@ -235,12 +236,6 @@ class TorchrunGroup(ProcessGroup):
 
     def destroy(self) -> None:
         dist.destroy_process_group()
-
-
-def _flatten(config: dict) -> dict:
-    """The values of a dict of dicts by their inner names."""
-    parts = ((value if isinstance(value, dict) else {name: value}) for name, value in config.items())
-    return {name: value for part in parts for name, value in part.items()}
 
 
 def sum_and_max(gathered: list[list[float]], num_sums: int) -> tuple[list[float], list[float]]:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from sar_kd.config.command_line import MAY_CHANGE_ON_RESUME
+from sar_kd.config.config_file import options_in
 from sar_kd.config.fields import RunConfig
 from sar_kd.data.files.sources import Documents, digest_of
 from sar_kd.errors import UsageError
@@ -41,8 +42,7 @@ def digest_inputs(
 
 def _digests(config: RunConfig, documents: tuple[Documents, Documents], models: Models) -> dict[str, str]:
     train, validation = documents
-    sections = (values for values in config.to_dict().values() if isinstance(values, dict))
-    settings = {name: value for values in sections for name, value in values.items()}
+    settings = options_in(config.to_dict())
     found = {"config.json": _digest({name: settings[name] for name in settings.keys() - MAY_CHANGE_ON_RESUME})}
     found |= {"the training text": digest_of(train), "the held-out text": digest_of(validation)}
     tokenizers = models.tokenizers
