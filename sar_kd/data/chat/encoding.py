@@ -65,10 +65,12 @@ class _Turns(NamedTuple):
     """By side"""
     answers: frozenset[int]
     """Numbers of the messages that are predicted"""
+    written: frozenset[int]
+    """The texts that every template writes"""
 
     def kind_of(self, text: int) -> int:
         """The kind of a text's tokens; one that the other template drops counts as the template's."""
-        if not all(text in layout.texts for layout in self.layouts):
+        if text not in self.written:
             return TEMPLATE
         return RESPONSE if self.form.texts[text].message in self.answers else PROMPT
 
@@ -160,7 +162,8 @@ def _turns(conversation: Conversation, templates: list[ChatTemplate], dropped: l
         if not answers:
             raise SkippedConversation(reason)
         dropped.append(f"{conversation.name} ({reason})")
-    return _Turns(conversation, form, layouts, answers)
+    written = frozenset.intersection(*(frozenset(layout.texts) for layout in layouts))
+    return _Turns(conversation, form, layouts, answers, written)
 
 
 class ChatTemplate:

@@ -7,9 +7,11 @@ the generation prompt ends: what the template writes behind that is for the mode
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -24,6 +26,13 @@ _TAGS = re.compile(r"(\s*(?:</?(?:think|thinking|reasoning|tool_call|tool_respon
 """What templates look for inside a content."""
 
 _PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")
+
+_MARK = "760214"
+_MARKED = re.compile(f"_{_MARK}([0-9]+)_")
+"""What stands behind the name of a call, to see whether it is written"""
+
+_MAX_RENDERED = 16
+"""Messages of a conversation's beginning that are rendered to find where it ends, and those back to the user's"""
 
 _MAX_STRUCTURES = 1000
 """Layouts that are kept; conversations with tools have one each."""
@@ -149,44 +158,59 @@ class LayoutFinder:
         whole = self._render(messages, tools)
         pieces = _PLACEHOLDER.split(whole)
         separators, found = pieces[::2], tuple(map(int, pieces[1::2]))
-        missing = {text.message for i, text in enumerate(form.texts) if i not in found and text.text.strip()}
+        written = set(found)
+        missing = {text.message for i, text in enumerate(form.texts) if i not in written and text.text.strip()}
         dropped = {number for number in missing if conversation.messages[number].role != "assistant"}
-        if dropped or list(found) != sorted(set(found)) or max(found, default=-1) >= len(form.texts):
-            fault = "repeats" if len(set(found)) < len(found) else "drops" if dropped else "reorders"
+        if dropped or list(found) != sorted(written) or max(found, default=-1) >= len(form.texts):
+            fault = "repeats" if len(written) < len(found) else "drops" if dropped else "reorders"
             roles = ", ".join(message.role for message in conversation.messages)
             raise SkippedConversation(f"the {self.whose}'s chat template {fault} messages ({roles})")
+        missing |= self._dropped_tool_calls(messages, whole, tools)
         places = [match.span() for match in _PLACEHOLDER.finditer(whole)]
+        lows, highs = [0, *(end for _, end in places)], [*(start for start, _ in places), len(whole)]
+        writers = [form.texts[i].message for i in found]
         starts: list[list[int]] = [[] for _ in separators]
         ends: list[list[int]] = [[] for _ in separators]
         answers = set()
         for number, message in enumerate(conversation.messages):
-            if not message.is_target or number in missing or self._drops_tool_calls(messages, number, whole, tools):
+            if not message.is_target or number in missing:
                 continue
-            before = sum(form.texts[i].message < number for i in found)
-            low = places[before - 1][1] if before else 0
-            has_text = before < len(found) and form.texts[found[before]].message == number
-            high = places[before][0] if before < len(found) else len(whole)
+            before, behind = bisect_left(writers, number), bisect_right(writers, number)
+            low, high = lows[before], highs[before]
             start = self._start_of(messages, number, whole, tools, low + max(starts[before], default=0), high)
-            if start is None and has_text:
+            if start is None and behind > before:
                 start = high
             if start is None:
                 continue
             answers.add(number)
             starts[before].append(start - low)
-            behind = sum(form.texts[i].message <= number for i in found)
-            low = places[behind - 1][1] if behind else 0
-            until = self._render(messages[: number + 1], tools) if number + 1 < len(messages) else whole
-            if whole.startswith(until) and low <= len(until):
-                ends[behind].append(len(until) - low)
+            until = self._beginning(messages, number + 1, whole, tools) if number + 1 < len(messages) else whole
+            if whole.startswith(until) and lows[behind] <= len(until):
+                ends[behind].append(len(until) - lows[behind])
         return Layout(found, tuple(separators), tuple(map(tuple, starts)), tuple(map(tuple, ends)), frozenset(answers))
+
+    def _beginning(self, messages: list[dict], count: int, whole: str, tools, add_generation_prompt=False) -> str:
+        """What the template writes for the first `count` messages.
+
+        Of many only the last are rendered, from a user's message on; what stands before it is that of the whole text.
+        """
+        first = next((i for i in range(count - _MAX_RENDERED, 0, -1) if messages[i]["role"] == "user"), 0)
+        user = _PLACEHOLDER.search(str(messages[first]["content"])) if first else None
+        if user is not None:
+            system = messages[:1] if messages[0]["role"] == "system" else []
+            with contextlib.suppress(SkippedConversation):  # some templates do not take a part of a conversation
+                last = self._render([*system, *messages[first:count]], tools, add_generation_prompt)
+                if (at := last.find(user[0])) >= 0:
+                    return whole[: whole.find(user[0])] + last[at:]
+        return self._render(messages[:count], tools, add_generation_prompt)
 
     def _start_of(self, messages: list[dict], number: int, whole: str, tools, low: int, high: int) -> int | None:
         """Where a message's answer begins, between two places of the whole text: behind the generation prompt."""
         try:
-            prompt = self._render(messages[:number], tools, add_generation_prompt=True)
+            prompt = self._beginning(messages, number, whole, tools, add_generation_prompt=True)
             if whole.startswith(prompt) and low <= len(prompt) <= high:
                 return len(prompt)
-            without = self._render(messages[:number], tools)
+            without = self._beginning(messages, number, whole, tools)
         except SkippedConversation:  # some templates do not take the beginning of a conversation
             return None
         # Some write an earlier turn in another way once others follow; the generation prompt itself stays.
@@ -194,19 +218,26 @@ class LayoutFinder:
         at = whole.rfind(added, low, high) if added else -1
         return None if at < 0 else at + len(added)
 
-    def _drops_tool_calls(self, messages: list[dict], number: int, whole: str, tools: list | None) -> bool:
-        """Does the template not write the calls of a message? Then other names would change nothing."""
-        if not messages[number].get("tool_calls"):
-            return False
-        others = copy.deepcopy(messages)
-        calls = others[number]["tool_calls"]
-        calls = [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
-        named = [each for each in (call.get("function", call) for call in calls) if isinstance(each, dict)]
-        for call in named:
-            call["name"] = f"{call.get('name', '')}_"
-        if not named:
-            del others[number]["tool_calls"]
-        return self._render(others, tools) == whole
+    def _dropped_tool_calls(self, messages: list[dict], whole: str, tools: list | None) -> set[int]:
+        """The messages whose calls the template does not write: other names, with their numbers, do not show."""
+        calling = [number for number, message in enumerate(messages) if message.get("tool_calls")]
+        if not calling:
+            return set()
+        others, unnamed = copy.deepcopy(messages), set()
+        for number in calling:
+            calls = others[number]["tool_calls"]
+            calls = [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+            named = [each for each in (call.get("function", call) for call in calls) if isinstance(each, dict)]
+            for call in named:
+                call["name"] = f"{call.get('name', '')}_{_MARK}{number}_"
+            if not named:
+                unnamed.add(number)
+        shown = set(map(int, _MARKED.findall(self._render(others, tools))))
+        for number in unnamed:
+            others[number] = {name: value for name, value in messages[number].items() if name != "tool_calls"}
+            if self._render([*messages[:number], others[number], *messages[number + 1 :]], tools) != whole:
+                shown.add(number)
+        return set(calling) - shown
 
     def _render(self, messages: list[dict], tools: list | None, add_generation_prompt: bool = False) -> str:
         try:

@@ -8,6 +8,7 @@ import pytest
 
 from sar_kd.config.sections import DataConfig
 from sar_kd.data.chat.encoding import chat_prompt_ids, chat_templates, render
+from sar_kd.data.chat.templates import TemplateSandbox
 from sar_kd.data.dataset import build_dataset
 from sar_kd.data.files.samples import conversation_of
 from sar_kd.data.files.sources import load_documents
@@ -175,6 +176,51 @@ def test_all_that_the_template_writes_behind_the_generation_prompt_is_learned(to
         wanted = _behind_prompt(tokenizer, messages, 1)
         assert targets == wanted[: len(targets)]
         assert tokenizer.decode(wanted[len(targets) :]).strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "begin", "stop", "last_begin", "last_stop"),
+    [
+        ("chatml", "", "<|im_end|>", "", "<|im_end|>"),
+        ("qwen3", "", "<|im_end|>", "<think>\n\n</think>\n\n", "<|im_end|>"),
+        ("gpt-oss", "<|channel|>final<|message|>", "<|end|>", "<|channel|>final<|message|>", "<|return|>"),
+        ("mistral", " ", "<|endoftext|>", " ", "<|endoftext|>"),
+        ("r1", "", "<|endoftext|>", "", "<|endoftext|>"),
+    ],
+)
+def test_the_work_of_a_long_conversation_grows_with_its_length(
+    tokenizers, monkeypatch, name, begin, stop, last_begin, last_stop
+):
+    rendered, render_one = [], TemplateSandbox.render
+
+    def count(sandbox, messages, **values):
+        rendered.append(len(messages))
+        return render_one(sandbox, messages, **values)
+
+    monkeypatch.setattr(TemplateSandbox, "render", count)
+    work = []
+    for number in (20, 100):
+        turns = [turn for i in range(number) for turn in (USER, {"role": "assistant", "content": f"It is {i}."})]
+        stream = tokenize(_conversations(turns), _pair(tokenizers[name], tokenizers[name])).student
+        learned = [f"{begin}It is {i}.{stop}" for i in range(number - 1)]
+        learned.append(f"{last_begin}It is {number - 1}.{last_stop}")
+        assert _learned(tokenizers[name], stream) == "".join(learned)
+        work.append(sum(rendered))
+        rendered.clear()
+    assert work[1] < 7 * work[0]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt-oss"])
+def test_calls_in_a_long_conversation_are_learned_as_in_a_short_one(tokenizers, name):
+    calls = [ADD | {"function": {"name": "add", "arguments": {"a": i, "b": 1}}} for i in range(20)]
+    turns = [[USER, {"role": "assistant", "tool_calls": [call]}, TOOL, LAST] for call in calls]
+
+    def learned(messages):
+        return _learned(tokenizers[name], tokenize(_conversations(messages), _pair(*[tokenizers[name]] * 2)).student)
+
+    # The last turn is written in another way than those before it.
+    each = [learned([*turn, *turns[0]])[: -len(learned(turns[0]))] for turn in turns[:-1]]
+    assert learned([message for turn in turns for message in turn]) == "".join(each) + learned(turns[-1])
 
 
 @pytest.mark.parametrize("name", ["mistral", "vicuna"])
