@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct and Gemma 3 270M: GGUF in, float16 of a teacher that overflows it, tokenizers that lack bytes.
 
-`pytest -m real` runs these; `tests/helpers/real_models.py` says where the models come from. Each takes up to two
+`pytest -m real` runs these; `tests/helpers/real_models.py` says where the models come from. Each takes one to three
 minutes of one core.
 """
 
