@@ -20,11 +20,11 @@ from sar_kd.alignment.batch_alignment import (
     STUDENT,
     TEACHER,
     Alignment,
+    BatchTokens,
     Continuations,
     SharedClasses,
     TokensBefore,
 )
-from sar_kd.alignment.batch_tokens import BatchTokens
 from sar_kd.alignment.byte_alignment import Boundaries, find_boundaries, find_chunks
 from sar_kd.alignment.segments import positions_per_tile
 from sar_kd.alignment.vocabulary_map import ClassTable, VocabularyMap, as_written, same_token_map
