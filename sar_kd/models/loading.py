@@ -87,12 +87,6 @@ class Models:
     notes: tuple[str, ...] = ()
     """Lines about what was left out of the models' files"""
 
-    @property
-    def num_parameters(self) -> int:
-        """Of both models."""
-        modules = [self.student] if self.teacher is None else [self.student, self.teacher]
-        return sum(parameter.numel() for module in modules for parameter in module.parameters())
-
     def with_student(self, student: nn.Module) -> Models:
         """The same with another student."""
         return dataclasses.replace(self, student=student.to(next(self.student.parameters()).device))

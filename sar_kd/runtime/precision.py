@@ -18,8 +18,6 @@ from sar_kd.errors import UsageError
 from sar_kd.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from sar_kd.runtime.environment import require_kernels
 
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-
 # The emulated ops and how many of their outputs are rounded to float16; by name, as not every PyTorch has them all.
 _ROUNDED_OUTPUTS = {
     "aten::mm": 1,
@@ -206,7 +204,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "bfloat16" and device.type == "cuda" and not has_bfloat16:
         name = torch.cuda.get_device_name(device)
         raise UsageError(f"--model_dtype bfloat16: {name} has no bfloat16 units; use --model_dtype float16")
-    return _DTYPES[name]
+    return getattr(torch, name)
 
 
 def _rng_state(device: torch.device) -> dict:
