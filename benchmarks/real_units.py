@@ -32,8 +32,12 @@ def command_of(dtype: str, folder: Path, options: argparse.Namespace) -> list[st
         "--train_steps", str(options.train_steps), "--per_device_batch_size", str(options.batch_size),
         "--eval_steps", str(options.train_steps), "--save_strategy", "steps", "--save_steps", "50",
         "--log_steps", "20", "--seed", str(options.seed), "--output_dir", str(folder),
-        "--resume" if (folder / "checkpoint" / "latest").is_file() else "--overwrite",
+        "--resume" if has_checkpoint(folder) else "--overwrite",
     ]  # fmt: skip
+
+
+def has_checkpoint(folder: Path) -> bool:
+    return (folder / "checkpoint" / "latest").is_file()
 
 
 def is_finished(folder: Path) -> bool:
@@ -96,7 +100,8 @@ def main() -> None:
         if not is_finished(folder):
             code = subprocess.run(command_of(dtype, folder, options), cwd=ROOT, check=False).returncode
             if code or not is_finished(folder):
-                raise SystemExit(f"{name}: exit {code}; the same command goes on")
+                hint = "; the same command goes on" if has_checkpoint(folder) else ""
+                raise SystemExit(f"{name}: exit {code}{hint}")
         content[name] = figures_of(folder)
         options.output.write_text(json.dumps(content, indent=1) + "\n")
     print(table(content))

@@ -294,6 +294,9 @@ def main() -> None:
     options = parser.parse_args()
     options.batch_size = options.batch_size or (1 if options.real else 4)
     options.words = options.words or (options.block_size if options.real else 110)  # no word is less than a token
+    missing = [name for name in REAL_MODELS if options.real and not (options.real / name / "config.json").is_file()]
+    if missing:
+        parser.error(f"--real {options.real}: lacks {', '.join(missing)}; run real_models.py --prepare first")
     if options.steps < options.warm_up + 2:
         parser.error(f"--steps {options.steps}: nothing is left after the first and --warm_up {options.warm_up}")
     if options.side:
