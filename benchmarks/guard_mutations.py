@@ -184,6 +184,8 @@ MUTATIONS = (
              "if self._have_grown(norm):", "if False:", RECOVERY),
     Mutation("weights that diverged are never the best", "training/trainer.py",
              "is_best = is_best and not self.recovery.weights_are_lost", "pass", RECOVERY),
+    Mutation("nor are weights that one update made useless", "training/recovery.py",
+             "return not norm <= _WEIGHT_GROWTH * state[\"proven_norm\"] or", "return", RECOVERY),
     # the loss scale, the norm and the weights
     Mutation("a loss scale", "runtime/precision.py", "enabled=is_float16)", "enabled=False)"),
     Mutation("the floor of the loss scale", "runtime/precision.py",

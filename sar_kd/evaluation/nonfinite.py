@@ -54,11 +54,14 @@ _IN_FLOAT32 = {
 """What to try in a run that computes in float32 already"""
 
 
-def remedy_of(verdict: str, precision: Precision, student_lr: float = math.nan, max_grad_norm: float = 0.0) -> str:
-    """What to try, with the values of the run and without what it does already. verdict: a key of `REMEDIES`"""
+def remedy_of(verdict: str, precision: Precision, student_lr: str = "", max_grad_norm: float = 0.0) -> str:
+    """What to try, with the values of the run and without what it does already.
+
+    verdict: a key of `REMEDIES`; student_lr: the value of that option, in words
+    """
     text = _IN_FLOAT32.get(verdict, REMEDIES[verdict]) if precision.dtype is torch.float32 else REMEDIES[verdict]
-    if not math.isnan(student_lr):
-        text = text.replace("--student_lr", f"--student_lr (it is {student_lr:g})")
+    if student_lr:
+        text = text.replace("--student_lr", f"--student_lr (it is {student_lr})")
     if verdict == "diverged" and max_grad_norm > 1.0:
         text += f", or with --max_grad_norm 1 (it is {max_grad_norm:g})"
     return text

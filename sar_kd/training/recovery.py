@@ -41,6 +41,7 @@ def has_grown(loss: float, usual: float) -> bool:
 
 _NOTHING_SEEN = {
     "saved_step": _NO_STEP, "sound_step": _NO_STEP, "nan_from": 0, "losses": [], "weight_norm": math.inf,
+    "validated_norm": math.inf, "proven_norm": math.inf,
 }  # fmt: skip
 
 
@@ -56,6 +57,8 @@ class Recovery(Callback):
            sound_step      step of the newest sound one: a validation of its weights, or a step from them, was finite
            nan_from        the first NaN batch since the last step with a finite gradient; 0 if that was the last
            weight_norm     L2 norm of all trainable weights before the first step
+           validated_norm  that at the last validation
+           proven_norm     that at the last validation of weights from which a step had a finite gradient
            losses          cross-entropy of the last steps with a finite gradient, at most 50
     """
 
@@ -69,8 +72,13 @@ class Recovery(Callback):
         self.state = {"rewound_from": 0, "lr_scale": 1.0, "skipped_blocks": []} | _NOTHING_SEEN
 
     def on_train_begin(self) -> list[str]:
-        self.state["weight_norm"] = self._weight_norm()
+        norm = self._weight_norm()
+        self.state |= {"weight_norm": norm, "validated_norm": norm, "proven_norm": norm}
         return []
+
+    def on_validation(self) -> None:
+        """The weights are about to be validated."""
+        self.state["validated_norm"] = self._weight_norm()
 
     def on_step_end(self, step: int, report: StepReport, micro_batches: MicroBatches) -> StepResult:
         self._follow(step, report)
@@ -94,7 +102,7 @@ class Recovery(Callback):
             state["nan_from"] = 0
             state["losses"] = [*state["losses"], *([] if loss is None else [loss])][-_WINDOW:]
             # No update came between the newest checkpoint and the first such step after it: these are its weights.
-            state["sound_step"] = state["saved_step"]
+            state["sound_step"], state["proven_norm"] = state["saved_step"], state["validated_norm"]
         elif report.verdict.cause in NAN_CAUSES:
             state["nan_from"] = state["nan_from"] or step
 
@@ -132,7 +140,8 @@ class Recovery(Callback):
         if report.verdict.cause == "teacher" and report.teacher_rows_infinite:
             findings["verdict"] = "masked"
         guards, optim = self._config.guards, self._config.optim
-        student_lr = optim.student_lr * self.state["lr_scale"]
+        halved = ", and half of that since the rewind" if self.state["lr_scale"] != 1.0 else ""
+        student_lr = f"{optim.student_lr:g}{halved}"
         findings["remedy"] = remedy_of(findings["verdict"], self._context.precision, student_lr, guards.max_grad_norm)
         record = {"step": step, "cause": report.verdict.cause, "outcome": outcome, **findings}
         record |= {"documents": self._documents_of(findings["bad_blocks"]), "loss_scale": report.loss_scale}
@@ -166,11 +175,12 @@ class Recovery(Callback):
 
     @property
     def weights_are_lost(self) -> bool:
-        """Are NaN batches being counted, at weights that updates have made many times larger?
+        """Have updates made the validated weights many times larger, and did NaN batches follow, or no step yet?
 
         Such weights may have a finite loss on held-out text, that of uniform predictions, and no gradient.
         """
-        return bool(self.state["nan_from"]) and self._have_grown(self._weight_norm())
+        state, norm = self.state, self.state["validated_norm"]
+        return not norm <= _WEIGHT_GROWTH * state["proven_norm"] or (bool(state["nan_from"]) and self._have_grown(norm))
 
     def _have_grown(self, norm: float) -> bool:
         return not norm <= _WEIGHT_GROWTH * self.state["weight_norm"]

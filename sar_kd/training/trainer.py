@@ -112,7 +112,7 @@ class Trainer:
     def _start(self) -> None:
         """Evaluate both models, refuse a run that cannot learn, save the student as it is."""
         state, config, context = self.state, self.config, self.context
-        lines, details = describe_text(self.train, self.validation, config.data.describe())
+        lines, details = describe_text(self.train, self.validation, config.data.describe(), config.loss.alignment)
         warnings = text_warnings(self.train, self.validation, config.train, self.process_group.size)
         warnings += alignment_warnings(self.models.tokenizers, config.loss)
         self._log([*lines, *warnings, *context.strategy.messages, *self.teacher.lines])
@@ -219,6 +219,7 @@ class Trainer:
         self.state.tokens += report.num_target_tokens
         self.state.teacher_positions += report.teacher_positions
         self.state.teacher_rows_dropped += report.teacher_rows_dropped
+        self.state.teacher_rows_infinite += report.teacher_rows_infinite
         self.state.train_seconds += time.monotonic() - started
         return report, partial(self.loader.nan_candidates, step, report, micro_batches)
 
@@ -264,6 +265,7 @@ class Trainer:
 
     def _validate(self) -> None:
         """Evaluate the student, save it if it is the best so far; evaluate routers that learn."""
+        self.recovery.on_validation()
         state, evaluation = self.state, self._evaluate()
         state.last, state.last_step = evaluation.metrics(), self.state.step
         best = state.best["val_loss"]

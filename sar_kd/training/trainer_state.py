@@ -20,6 +20,7 @@ class TrainerState:
     teacher_positions: int = 0
     """Of all attempts, as in `StepReport`"""
     teacher_rows_dropped: int = 0
+    teacher_rows_infinite: int = 0
     """Likewise"""
     seconds: float = 0.0
     """Wall time, all parts of a resumed run together"""
@@ -59,6 +60,7 @@ class TrainerState:
             **{f"teacher_{name}": value for name, value in self.teacher.items()},
             "teacher_positions": self.teacher_positions,
             "teacher_rows_dropped": self.teacher_rows_dropped,
+            "teacher_rows_infinite": self.teacher_rows_infinite,
             "nan_batches_max_consecutive": guard.max_consecutive_nan_batches,
             "zero_gradient_steps": guard.zero_gradient_steps,
             "loss_scale_final": precision.loss_scale.item(),

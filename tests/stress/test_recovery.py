@@ -93,7 +93,8 @@ def _rare_token(trainer, blocks) -> int:
 def stopped(make_trainer, tmp_path, capsys):
     """A run whose second layer norm is followed by a product that float16 cannot hold, in one document only."""
     trainer = make_trainer(steps=40)
-    trainer.models.student.model.layers[0].mlp.down_proj.weight.data.mul_(1e8)
+    weight = trainer.models.student.model.layers[0].mlp.down_proj.weight.data
+    trainer._check_first_steps = lambda: weight.mul_(1e8)  # after the check, which would refuse the run
     with pytest.raises(TrainingDiverged) as error:
         trainer.run()
     return SimpleNamespace(folder=tmp_path / "run", line=str(error.value), out=capsys.readouterr().out)
@@ -252,8 +253,18 @@ def test_a_rate_that_is_too_high_is_named_as_the_cause_with_its_value(make_train
     assert crash["growth"] in text
 
 
-def test_weights_without_a_gradient_are_not_called_good_nor_saved_as_the_best(make_trainer, tmp_path):
-    trainer = make_trainer("--student_lr", 1e30, "--model_dtype", "float32", "--warmup_steps", 0, steps=20)
+def test_after_a_rewind_the_rate_is_named_as_it_was_given(make_trainer):
+    trainer = make_trainer("--student_lr", 1e4, "--model_dtype", "float32", "--warmup_steps", 0, steps=40)
+    trainer.models.teacher.float()
+    trainer.recovery.state["lr_scale"] = 0.5
+    with pytest.raises(TrainingDiverged, match=r"--student_lr \(it is 10000, and half of that since the rewind\)"):
+        trainer.run()
+
+
+@pytest.mark.parametrize("eval_steps", [1, 3])  # 1: validated before the first NaN batch
+def test_weights_without_a_gradient_are_not_called_good_nor_saved_as_the_best(make_trainer, tmp_path, eval_steps):
+    flags = "--student_lr", 1e30, "--model_dtype", "float32", "--warmup_steps", 0, "--eval_steps", eval_steps
+    trainer = make_trainer(*flags, steps=20)
     trainer.models.teacher.float()
     with pytest.raises(TrainingDiverged, match="lower --student_lr"):
         trainer.run()
@@ -267,14 +278,14 @@ def test_weights_without_a_gradient_are_not_called_good_nor_saved_as_the_best(ma
 
 def test_a_clip_that_is_hardly_one_is_named_with_its_value(make_run):
     precision = make_run().precision
-    assert "--max_grad_norm 1 (it is 50)" in remedy_of("diverged", precision, 1.0, 50.0)
-    assert "--max_grad_norm" not in remedy_of("diverged", precision, 1.0, 1.0)
+    assert "--max_grad_norm 1 (it is 50)" in remedy_of("diverged", precision, "1", 50.0)
+    assert "--max_grad_norm" not in remedy_of("diverged", precision, "1", 1.0)
 
 
 @pytest.mark.parametrize("verdict", REMEDIES)
 def test_a_run_in_float32_is_never_advised_to_compute_in_float32(verdict):
     precision = Precision(torch.device("cpu"), torch.float32, 1.0)
-    assert verdict == "fp16 range" or "--model_dtype float32" not in remedy_of(verdict, precision, 1e-3)
+    assert verdict == "fp16 range" or "--model_dtype float32" not in remedy_of(verdict, precision, "0.001")
 
 
 def test_documents_that_are_not_finite_are_no_divergence(make_trainer, tmp_path):
