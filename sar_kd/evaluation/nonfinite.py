@@ -15,10 +15,12 @@ from torch.utils._pytree import tree_map
 
 from sar_kd.data.batch import TokenBatch
 from sar_kd.errors import UsageError
-from sar_kd.evaluation.perplexity import eval_mode
+from sar_kd.evaluation.perplexity import count_nonfinite, eval_mode
+from sar_kd.models.lm_head import LMHeads
 from sar_kd.models.logit_tiles import is_finite_peak
 from sar_kd.models.model_checks import is_finite_weight, lm_head_bias_name
 from sar_kd.runtime.console import format_share
+from sar_kd.runtime.distributed import ProcessGroup
 from sar_kd.runtime.precision import Precision
 
 REMEDIES = {
@@ -76,13 +78,14 @@ def check_finite(
     batches: Iterable[TokenBatch] = (),
     verdict: str = "shards",
     where: str = "the held-out text",
+    trains: bool = False,
 ) -> list[str]:
     """A warning about a model whose logits are not finite at a share of a text; none where all are.
 
     title: the option and its value; share: as it was measured; limit: the largest share to go on with
     batches: of the text; the first one that is not finite is replayed
     verdict: a key of `REMEDIES`, where the model is None and not replayed
-    where: the text
+    where: the text; trains: it was measured in the run's dtype, whatever that of the weights
     Raises: UsageError above the limit, with the module, the largest value and the remedy
     """
     if not share:
@@ -90,6 +93,7 @@ def check_finite(
     found, dtype, used = "", "", precision
     if model is not None:
         with eval_mode(model, precision) as used:
+            used = precision if trains else used
             for batch in batches:
                 findings, _, _ = replay(model, batch.input_ids.to(used.device), used)
                 verdict, found = findings["verdict"], module_in_words(findings)
@@ -101,6 +105,35 @@ def check_finite(
     if share > limit:
         raise UsageError(line)
     return [f"Warning: {line}. There a student learns from the text alone"]
+
+
+def check_first_steps(
+    title: str,
+    student: nn.Module,
+    steps: Iterable[list[TokenBatch]],
+    precision: Precision,
+    heads: LMHeads,
+    process_group: ProcessGroup,
+    replays: bool,
+) -> None:
+    """Raise UsageError where a student's forward, as a step computes it, is finite in none of the first steps.
+
+    A validation computes in float32, as the saved student will; what float16 cannot hold only a step's forward shows.
+
+    title, heads: as in `check_finite` and `evaluate`; steps: this rank's micro-batches of each
+    replays: to name the module
+    """
+    if precision.as_float32() is precision:
+        return
+    nonfinite, total, number, batches = 0.0, 0.0, 0, list[TokenBatch]()
+    for number, batches in enumerate(steps, start=1):  # noqa: B007
+        count: float = sum(count_nonfinite(student, batch, precision, heads) for batch in batches)
+        count, targets = process_group.all_reduce_sum([count, sum(len(batch.targets) for batch in batches)])
+        nonfinite, total = nonfinite + count, total + targets
+        if not count:
+            return
+    where, model = f"the text of steps 1 to {number} (some in each)", student if replays else None
+    check_finite(title, nonfinite / total, 0.0, precision, model, batches, where=where, trains=True)
 
 
 @torch.no_grad()
@@ -116,9 +149,14 @@ def replay(model: nn.Module, input_ids: Tensor, precision: Precision) -> tuple[d
     logits_float32, finite_in_float32 = logits, None if first else True
     if first is not None and not has_half_weights:
         bad_module = next(module for name, module in model.named_modules() if name == first["name"])
-        with _largest_output(bad_module) as outputs:
+        largest = list[float]()
+
+        def record_largest(module, inputs, output) -> None:
+            largest.append(_max_abs([output[0] if isinstance(output, tuple) else output]))
+
+        with bad_module.register_forward_hook(record_largest):
             logits_float32, bad_in_float32 = _replay(model, input_ids, precision.as_float32())
-        first["largest_output_float32"] = max(outputs, default=math.nan)
+        first["largest_output_float32"] = max(largest, default=math.nan)
         finite_in_float32 = bad_in_float32 is None
     elif first is not None and first["largest_output_float32"] is not None:
         finite_in_float32 = math.isfinite(first["largest_output_float32"])
@@ -174,7 +212,7 @@ def _replay(
     with contextlib.ExitStack() as stack:
         for name, module in model.named_modules():
             if name:
-                stack.callback(module.register_forward_hook(hook_of(name), with_kwargs=True).remove)
+                stack.enter_context(module.register_forward_hook(hook_of(name), with_kwargs=True))
         with precision.autocast():
             logits = model(input_ids=input_ids, use_cache=False).logits
     return logits, found[0] if found else None
@@ -211,18 +249,6 @@ def describe_module(name: str, module: nn.Module, inputs, output: Tensor) -> dic
         "largest_input": _max_abs(tensors),
         "largest_weight": _max_abs(list(module.parameters(recurse=False))),
     }
-
-
-@contextlib.contextmanager
-def _largest_output(module: nn.Module):
-    """A list that receives the largest magnitude of each output of the module."""
-    largest: list[float] = []
-
-    def hook(module, inputs, output):
-        largest.append(_max_abs([output[0] if isinstance(output, tuple) else output]))
-
-    with module.register_forward_hook(hook):
-        yield largest
 
 
 def _max_abs(tensors: list[Tensor]) -> float:

@@ -38,7 +38,10 @@ class RangeReport(NamedTuple):
 def compute_in_range_(model: Any) -> None:
     """Prepare a model for float16 autocast; without autocast it computes as before. A second call changes nothing."""
     for module in _matrix_holders(model):
-        _run_once_in_range_(module)
+        _run_once_(module, _run_in_range)
+    for module in model.modules():
+        if hasattr(module, "is_causal"):  # attention with a fused kernel; with an eager one it holds matrices
+            _run_once_(module, _run_fused_attention)
     _hook_once(model.get_input_embeddings(), _begin_in_float32)
     attention = [module for module in model.modules() if hasattr(module, "is_causal")]
     queries_and_keys = {norm for module in attention for norm in module.modules()}
@@ -88,10 +91,10 @@ def _widen_(norm: nn.Module) -> None:
                 setattr(module, name, nn.Parameter(weight.detach().float(), requires_grad=weight.requires_grad))
 
 
-def _run_once_in_range_(module: nn.Module) -> None:
+def _run_once_(module: nn.Module, run: Callable) -> None:
     if not getattr(module, "_products_in_range", False):
         module._products_in_range = True  # type: ignore[assignment]
-        module.forward = functools.partial(_run_in_range, module.forward)
+        module.forward = functools.partial(run, module.forward)
 
 
 def _hook_once(module: nn.Module, hook: Callable) -> None:
@@ -114,15 +117,27 @@ def _mark_normalised(module: nn.Module, args: Any, output: Any) -> None:
 
 
 def _run_in_range(forward: Callable, *args: Any, **kwargs: Any) -> Any:
-    with _ProductsInRange():
+    with _ProductsInRange(_RULES):
+        return forward(*args, **kwargs)
+
+
+def _run_fused_attention(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    states = args[0] if args else kwargs.get("hidden_states")
+    if not (isinstance(states, Tensor) and _may_exceed_half(states)):
+        return forward(*args, **kwargs)
+    with _ProductsInRange(_FUSED_ATTENTION_RULES):
         return forward(*args, **kwargs)
 
 
 class _ProductsInRange(TorchFunctionMode):
     """While float16 autocast is on: products of half tensors are float32, matrix products take any float32 value."""
 
+    def __init__(self, rules: dict):
+        super().__init__()
+        self._rules = rules
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        rule = _RULES.get(getattr(func, "_qualified_op_name", func))
+        rule = self._rules.get(getattr(func, "_qualified_op_name", func))
         if rule is None or not (args and isinstance(args[0], Tensor) and computes_in_float16(args[0])):
             return func(*args, **(kwargs or {}))
         return rule(func, *args, **(kwargs or {}))
@@ -176,6 +191,13 @@ def _matmul(func: Callable, a: Tensor, b: Tensor) -> Tensor:
         b, scale = _Scaled.apply(b, -2)
         scales.append(scale)
     return functools.reduce(torch.mul, scales, func(a, b))
+
+
+def _attention(func: Callable, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """In float32, as its values come from a residual stream without a norm."""
+    with without_autocast(value):
+        kwargs = {name: arg.float() if _is_half(arg) else arg for name, arg in kwargs.items()}
+        return func(query.float(), key.float(), value.float(), *args, **kwargs)
 
 
 def _is_half(value: Any) -> bool:
@@ -235,3 +257,9 @@ _RULES: dict[Any, Callable] = {
     torch._grouped_mm: _grouped,
     "transformers::grouped_mm_fallback": _grouped,  # registered when it is first used
 }
+
+_FUSED_ATTENTION_RULES: dict[Any, Callable] = {
+    functional.linear: _linear,
+    functional.scaled_dot_product_attention: _attention,
+}
+"""Of attention whose input no norm precedes; a fused kernel forms the scores in float32 by itself"""

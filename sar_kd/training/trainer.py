@@ -15,7 +15,7 @@ from typing import NamedTuple
 from sar_kd.config.fields import RunConfig
 from sar_kd.data.dataset import Dataset
 from sar_kd.errors import TrainingDiverged, UsageError
-from sar_kd.evaluation.nonfinite import check_finite
+from sar_kd.evaluation.nonfinite import check_finite, check_first_steps
 from sar_kd.evaluation.perplexity import Evaluation, evaluate
 from sar_kd.models.loading import Models
 from sar_kd.models.lora import models_to_save
@@ -123,6 +123,7 @@ class Trainer:
         evaluation = self._evaluate()
         state.start = state.last = state.best = evaluation.metrics()
         self._log(self._check_student())
+        context.strategy.inference(self._check_first_steps)
         state.last_step = 0
         clamps = config.loss, self.models, self.validation, context.precision, evaluation.loss, context.objective.heads
         self._log(context.strategy.inference(lambda: check_clamps(*clamps)))
@@ -156,6 +157,15 @@ class Trainer:
             f"Warning: {title}: it masks {format_share(masked)} of the held-out text's tokens (logits of -inf), so its "
             "perplexity is infinite; a step with such a token is refused: leave such documents out"
         ]
+
+    def _check_first_steps(self) -> None:
+        """Raise UsageError where every step up to the emergency stop would be refused for its forward."""
+        config, group, context = self.config.train, self.process_group, self.context
+        sizes = config.per_device_batch_size, config.grad_accum_steps, config.seed, group.rank, group.size
+        num_steps = -(-min(self.config.guards.max_nan_batches, config.train_steps) // self.teacher.passes)
+        steps = ([batch.student for batch in self.train.micro_batches(step, *sizes)] for step in range(num_steps))
+        title, how = f"--student_model {self.config.models.student_model}", (context.precision, context.objective.heads)
+        check_first_steps(title, self.models.student, steps, *how, group, replays=not context.strategy.is_sharded)
 
     def _resume(self) -> None:
         step, train_steps = self._load(), self.config.train.train_steps

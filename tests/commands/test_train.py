@@ -389,10 +389,20 @@ def _going_bad(train_step, bad_steps, is_bad=lambda ids, micro_batches: True):
 
 @pytest.fixture(scope="module")
 def stopped(inputs, tmp_path_factory):
-    """A run with a student that float16 cannot hold."""
+    """A run with a student that float16 cannot hold, without the check that refuses it before its first step."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
-    code, out, err = run_script(argv_of(inputs, folder, student="loud", steps=100))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_check_first_steps", lambda self: None)
+        code, out, err = run_script(argv_of(inputs, folder, student="loud", steps=100))
     return SimpleNamespace(folder=folder, code=code, out=out, err=err, crash=read_json(folder / "crash" / "crash.json"))
+
+
+def test_a_student_that_float16_cannot_hold_is_refused_with_its_module(inputs, tmp_path):
+    code, _, (line,) = run_script(argv_of(inputs, tmp_path / "run", student="loud", steps=100))
+    assert code == 2
+    assert line.startswith(f"--student_model {inputs / 'loud'}: its logits are not finite at")
+    assert all(part in line for part in ("down_proj", "float16 ends at 65504", "--model_dtype float32"))
+    assert not (tmp_path / "run" / "summary.json").exists()
 
 
 def test_ten_bad_batches_in_a_row_stop_the_run_with_3(stopped):

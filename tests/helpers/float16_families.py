@@ -42,6 +42,7 @@ CONFIGS = {
     ),
     "llama": ("LlamaConfig", {}),
     "gpt_neox": ("GPTNeoXConfig", {}),
+    "olmo2": ("Olmo2Config", {}),
 }  # fmt: skip
 
 
@@ -81,7 +82,7 @@ def exceed_(model: nn.Module, place: str) -> None:
             if place == "residual" and name.endswith("dense_4h_to_h.bias"):
                 parameter.uniform_(-6e4, 6e4)
             norms = ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
-            if place == "residual" and "gemma" in model.config.model_type and name.endswith(norms):
+            if place == "residual" and model.config.model_type.startswith(("gemma", "olmo2")) and name.endswith(norms):
                 parameter.fill_(4e4)
             if place == "product" and name.endswith("gate_up_proj"):  # of stacked experts
                 gate, up = parameter.chunk(2, dim=1)

@@ -149,6 +149,34 @@ def test_a_student_that_is_not_finite_ends_the_run_before_the_first_step(make_tr
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_a_student_that_float16_alone_cannot_hold_ends_the_run_before_the_first_step(make_trainer, tmp_path):
+    trainer = make_trainer()
+    _loud(trainer.models.student.model.layers[0].mlp.down_proj)  # a validation computes in float32
+    with pytest.raises(UsageError) as error:
+        trainer.run()
+    line = str(error.value)
+    assert line.startswith("--student_model embedded: its logits are not finite at 100.0% of the text of steps 1 to 10")
+    assert "in float16. The first module that is not finite is model.layers.0.mlp.down_proj (Linear)" in line
+    assert "--model_dtype float32" in line
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_student_of_which_one_early_step_is_finite_in_float16_is_trained(make_trainer):
+    trainer, calls = make_trainer(), []
+    layer = trainer.models.student.model.layers[0].mlp.down_proj
+
+    def loud_at_first(module, inputs, output):
+        calls.extend([1] if output.dtype is torch.float16 else [])
+        return output * math.inf if output.dtype is torch.float16 and len(calls) <= 3 else output
+
+    layer.register_forward_hook(loud_at_first)
+    random = torch.get_rng_state()
+    trainer._check_first_steps()
+    assert len(calls) == 4
+    assert torch.equal(torch.get_rng_state(), random)
+    assert trainer.run()["applied"] == 12
+
+
 def test_a_student_whose_perplexity_is_beyond_a_float_and_its_loss_finite_is_trained(make_trainer):
     trainer = make_trainer("--skip_rule", "adaptive")
     trainer.models.student.lm_head.weight.data.mul_(2.5e4)
