@@ -297,6 +297,17 @@ def test_documents_that_are_not_finite_are_no_divergence(make_trainer, tmp_path)
     assert (crash["verdict"], crash["growth"]) == ("weights or data", "")
 
 
+def test_a_loss_that_grew_is_a_divergence_although_the_weights_did_not_grow(make_trainer, tmp_path):
+    trainer = make_trainer(steps=24)
+    trainer.recovery.state["losses"] = [0.5] * 50  # nats per token; the student's are about 6
+    _break_blocks(trainer, [blocks[0] for blocks in _steps_blocks(trainer, range(5, 15))])
+    with pytest.raises(TrainingDiverged, match="lower --student_lr"):
+        trainer.run()
+    crash = _json(tmp_path / "run" / "crash" / "crash.json")
+    assert crash["verdict"] == "diverged"
+    assert crash["growth"].startswith("The loss grew from 0.5 to ")
+
+
 @pytest.mark.parametrize(
     ("loss", "usual", "grown"),
     [(77883.0, 4.39, True), (10.8, 4.39, True), (6.2, 4.39, False), (2.5, 1.0, False), (3.1, 1.0, True),
