@@ -1,6 +1,6 @@
 """Is every guard covered by a scenario? Remove the guards one at a time and see which scenarios of the suite fail.
 
-    python benchmarks/guard_mutations.py [--only WORD]
+    python benchmarks/guard_mutations.py [--only WORD ...]
 
 Each mutation changes one place of a copy of the package, by its text, and runs `tests/stress/test_fp16.py` on the copy,
 or the tests that it names.
@@ -294,10 +294,11 @@ def catching(mutation: Mutation | None, suite: str) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", default="", help="run those whose guard contains this word, keep the other rows")
+    parser.add_argument("--only", nargs="+", default=[], help="run guards with one of these words, keep the other rows")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "guard_mutations.md")
     options = parser.parse_args()
-    chosen = [mutation for mutation in MUTATIONS if options.only in mutation.guard]
+    words = options.only or [""]
+    chosen = [mutation for mutation in MUTATIONS if any(word in mutation.guard for word in words)]
     for suite in dict.fromkeys(mutation.suite for mutation in chosen):
         if failing := catching(None, suite):
             print(f"fails without any mutation: {', '.join(failing)}", file=sys.stderr)
