@@ -139,7 +139,7 @@ def load_models(
     title = f"--student_model {names.student_model}"
     require_causal(title, student, precision)
     require_trainable(title, student)
-    notes += learn_pad_row_(title, student, _special_ids(tokenizers), precision)
+    notes += learn_pad_row_(title, student, (tokenizers.student_start, tokenizers.student_end), precision)
     student.train()
     if config.memory.gradient_checkpointing:
         recompute_activations_(student, same_dropout=True)
@@ -180,7 +180,7 @@ def load_student(
     how: dict[str, Any] = {"projects": False, "stop_ids": (stop_ids, stop_ids), "template_date": template_date}
     pair = _pair_tokenizers(names, [tokenizer] * 2, [vocab_size_of(student)] * 2, **how)
     require_causal(title, student.to(precision.device), precision)
-    notes += learn_pad_row_(title, student, _special_ids(pair), precision)
+    notes += learn_pad_row_(title, student, (pair.student_start, pair.student_end), precision)
     return Models(None, student.train(), pair, names.student_model == EMBEDDED, notes=tuple(notes))
 
 
@@ -258,12 +258,6 @@ def require_context(student: Any, block_size: int) -> None:
 def context_length_of(model: Any) -> int | None:
     """Most tokens of one input; None if the model states none."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def _special_ids(tokenizers: TokenizerPair) -> tuple[int, ...]:
-    """The student's start and end tokens."""
-    table = tokenizers.token_tables[0]
-    return (table.start_id, *table.end_ids)
 
 
 def _teacher_info(names: ModelConfig, teacher: Any) -> TeacherInfo:

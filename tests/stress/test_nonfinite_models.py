@@ -93,8 +93,8 @@ def test_a_teacher_that_is_not_finite_in_parts_goes_on_and_every_page_has_the_sh
         share = sum(step["teacher_rows_dropped"] for step in of) / sum(step["teacher_positions"] for step in of)
         assert f" teacher_dropped={share:.1%}" in line
     assert len(lines) == 3
-    assert f"the teacher was left out at {dropped / compared:.1%} of its positions" in out
-    assert any(f"not finite at {dropped / compared:.1%} of its" in line for line in findings_of(read_history(folder)))
+    assert f"teacher left out at {dropped / compared:.1%} of its positions: its logits are not finite" in out
+    assert any(f"left out at {dropped / compared:.1%} of its" in line for line in findings_of(read_history(folder)))
     assert diagnose(read_log(folder)).name == "teacher left out"
 
 
