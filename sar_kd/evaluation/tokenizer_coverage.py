@@ -70,7 +70,7 @@ class Coverage:
         starts, same = f"{self.both_start:.0%}", f"{self.strict:.0%}"
         share = {"strict": self.strict, "uld": self.both_start}.get(alignment)
         rest = "" if share is None else f"; --alignment {alignment} leaves the other {1 - share:.0%} to the text alone"
-        return f"Alignment: both start a token at {starts} of the student's, the same token at {same}{rest}"
+        return f"Alignment: {starts} of the student's tokens start where a teacher's does, {same} are equal{rest}"
 
     def lines(self) -> list[str]:
         """A table for people."""

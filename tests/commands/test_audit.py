@@ -49,7 +49,7 @@ def test_shares_are_those_of_a_count_by_hand(sp_tokenizer, byte_tokenizer, corpu
     ends = {b for _, b in student} & {b for _, b in teacher}
     assert found.chunks_per_token == pytest.approx((len(ends) + 1) / total)
     starts, same = f"{found.both_start:.0%}", f"{found.strict:.0%}"
-    line = f"Alignment: both start a token at {starts} of the student's, the same token at {same}"
+    line = f"Alignment: {starts} of the student's tokens start where a teacher's does, {same} are equal"
     assert found.summary() == line
     for alignment, share in (("strict", found.strict), ("uld", found.both_start)):
         rest = f"--alignment {alignment} leaves the other {1 - share:.0%} to the text alone"
