@@ -133,7 +133,10 @@ def check_first_steps(
         if not count:
             return
     where, model = f"the text of steps 1 to {number} (some in each)", student if replays else None
-    check_finite(title, nonfinite / total, 0.0, precision, model, batches, where=where, trains=True)
+    try:
+        check_finite(title, nonfinite / total, 0.0, precision, model, batches, where=where, trains=True)
+    except UsageError as error:  # of every rank, each with its own largest values
+        raise UsageError(process_group.broadcast(str(error))) from None
 
 
 @torch.no_grad()
@@ -176,7 +179,9 @@ def module_in_words(found: dict) -> str:
     if found["finite_in_float32"] and largest > float16_max:
         return f"{text}: in float32 its output reaches {largest:.4g}, float16 ends at {float16_max:.0f}."
     sizes = {"inputs": module["largest_input"], "weights": module["largest_weight"]}
-    return f"{text}" + "".join(f", its {name} up to {size:.4g}" for name, size in sizes.items() if size) + "."
+    text += "".join(f", its {name} up to {size:.4g}" for name, size in sizes.items() if size)
+    is_beyond = found["finite_in_float32"] and max(filter(None, sizes.values()), default=0.0) > float16_max
+    return f"{text}; float16 ends at {float16_max:.0f}." if is_beyond else f"{text}."
 
 
 def _verdict(model: nn.Module, first: dict | None, finite_in_float32: bool | None) -> str:

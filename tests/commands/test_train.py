@@ -400,7 +400,7 @@ def stopped(inputs, tmp_path_factory):
 def test_a_student_that_float16_cannot_hold_is_refused_with_its_module(inputs, tmp_path):
     code, _, (line,) = run_script(argv_of(inputs, tmp_path / "run", student="loud", steps=100))
     assert code == 2
-    assert line.startswith(f"--student_model {inputs / 'loud'}: its logits are not finite at")
+    assert line.startswith(f"error: --student_model {inputs / 'loud'}: its logits are not finite at")
     assert all(part in line for part in ("down_proj", "float16 ends at 65504", "--model_dtype float32"))
     assert not (tmp_path / "run" / "summary.json").exists()
 
@@ -595,4 +595,5 @@ def test_only_a_command_that_can_be_resumed_names_resume(capsys, monkeypatch, er
     codes = main.run(fail), main.main(["audit"])
     lines = capsys.readouterr().err.splitlines()
     assert codes == (main.USAGE, main.USAGE) if isinstance(error, OSError) else (main.INTERRUPTED, main.INTERRUPTED)
-    assert ["--resume" in line for line in lines] == [True, False]
+    is_interrupt = isinstance(error, KeyboardInterrupt)  # an error names it with the folder, of which there is none
+    assert ["--resume" in line for line in lines] == [is_interrupt, False]
