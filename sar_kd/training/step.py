@@ -55,7 +55,8 @@ class StepReport:
     teacher_rows_dropped: int
     """Teacher positions left out of distillation: their logits, or the divergence, are not finite"""
     teacher_rows_infinite: int
-    """Teacher positions at which the divergence is infinite, because only one of the models masks a token"""
+    """Teacher positions at which the divergence is infinite, because only one of the models masks a token; 0 of a student
+    that is not finite"""
     teacher_positions: int
     """Teacher positions that distillation compares, those left out included; 0 without a teacher"""
     routers: RouterReport | None = None
@@ -144,6 +145,8 @@ def _judge(
         grad_norm=norm if all(map(math.isfinite, norms)) else math.nan,
         loss_scale=loss_scale,
     )
+    if verdict.cause == "forward":  # logits of -inf that have overflowed are no masked tokens
+        dropped, infinite = dropped - infinite, 0.0
     return StepReport(
         verdict,
         loss=(objective.alpha_kd * kd + (objective.alpha_ce * ce if objective.alpha_ce else 0.0)) / divisor,
