@@ -55,8 +55,8 @@ class StepReport:
     teacher_rows_dropped: int
     """Teacher positions left out of distillation: their logits, or the divergence, are not finite"""
     teacher_rows_infinite: int
-    """Teacher positions at which the divergence is infinite, because only one of the models masks a token; 0 of a student
-    that is not finite"""
+    """Teacher positions at which the divergence is infinite, because only one of the models masks a token; 0 in a step
+    refused as `forward`"""
     teacher_positions: int
     """Teacher positions that distillation compares, those left out included; 0 without a teacher"""
     routers: RouterReport | None = None

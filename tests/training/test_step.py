@@ -204,6 +204,25 @@ def test_a_nan_batch_spoils_no_later_step(make_run, dtype):
     assert all(torch.equal(a, b) for a, b in zip(run.gradients[-1], clean.gradients[-1], strict=True))
 
 
+def test_masked_tokens_of_a_student_that_is_not_finite_are_not_counted(make_run):
+    """In float16 a logit of -inf may be an overflow; such a step has a cause of its own."""
+    for is_target, cause in (
+        (True, "forward"),
+        (False, "teacher"),
+    ):  # the teacher masks nothing: forward KL is infinite
+        run = make_run()
+        (batch,) = _batches(run, [0])
+        targets = set(batch.student.targets.tolist())
+        token = torch.tensor([next(i for i in range(3, 99) if (i in targets) == is_target)])
+        run.student.lm_head.register_forward_hook(
+            lambda module, inputs, output, token=token: output.index_fill(-1, token, -math.inf)
+        )
+        report = run.step([batch])
+        assert report.verdict.cause == cause
+        found = report.teacher_rows_infinite, report.teacher_rows_dropped
+        assert found == ((0, 0) if is_target else (report.teacher_positions,) * 2)
+
+
 def test_an_overflow_is_calibrated_away_without_touching_a_weight(make_run):
     run = make_run(torch.float16, scale=2.0**24)
     before = _bits(run)
