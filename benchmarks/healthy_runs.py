@@ -1,6 +1,6 @@
 """Do the guards leave healthy runs alone? Each run beside the same run without guards: skipped steps, and the loss.
 
-    python benchmarks/healthy_runs.py [--only WORD ...] [--real TEACHER STUDENT --steps N]
+    python benchmarks/healthy_runs.py [--only WORD ...] [--seed N] [--real TEACHER STUDENT --steps N]
 
 Students of ten families, tiny and fresh from transformers' configs, learn from the embedded student for 60 steps, in
 every mode, one block a step and 64. Two of them have logits that are far from 0 as a whole. `--real` adds a pair of

@@ -20,6 +20,7 @@ class TrainerState:
     teacher_positions: int = 0
     """Of all attempts, as in `StepReport`"""
     teacher_rows_dropped: int = 0
+    """Likewise"""
     teacher_rows_infinite: int = 0
     """Likewise"""
     seconds: float = 0.0
