@@ -94,9 +94,11 @@ def _seeded():
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
-    """No test reads what another session kept, or leaves anything in the user's cache."""
+    """One for the session and its parallel parts. No test reads what another session kept, or leaves anything in the
+    user's cache."""
+    root = tmp_path_factory.getbasetemp()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", str((root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "cache"))
         yield
 
 

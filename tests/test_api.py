@@ -39,6 +39,7 @@ def _losses(folder):
     return [record["loss"] for record in records if record["event"] == "step"]
 
 
+@pytest.mark.slow
 def test_loaded_models_and_texts_give_the_run_that_their_files_give(pairs, corpus_texts, tmp_path):
     for name, (model, tokenizer) in zip(("teacher", "student"), pairs, strict=True):
         model.save_pretrained(tmp_path / name)
@@ -195,6 +196,7 @@ def test_files_beside_and_in_the_folder_stay_as_they_are(pairs, corpus_texts, tm
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["train.jsonl"]
 
 
+@pytest.mark.slow
 def test_a_refused_run_leaves_no_texts_and_can_be_started_again(pairs, corpus_texts, tmp_path):
     with pytest.raises(UsageError, match=r"^block_size=100000: "):
         distill(*pairs, corpus_texts, output_dir=tmp_path / "run", **STEPS | {"block_size": 100_000})
@@ -398,6 +400,7 @@ def test_an_option_that_has_another_name_here_is_refused(option):
         distill(**{option: "somewhere"})
 
 
+@pytest.mark.slow
 def test_a_student_in_memory_has_a_task_without_a_baseline(tmp_path, monkeypatch):
     monkeypatch.setattr(unit_questions, "COUNTS", {"train": 16, "validation": 4, "test": 4})
     student = transformers.AutoModelForCausalLM.from_pretrained(STUDENT_DIR)

@@ -113,6 +113,7 @@ def test_every_command_of_the_readme_runs_in_a_shell(place, monkeypatch):
         assert done.returncode == 0, (command, done.stderr)
 
 
+@pytest.mark.slow
 def test_the_python_on_the_pages_runs(place, little_text):
     page = PAGES["docs/python.md"]
     code = textwrap.dedent(page[page.index("    from sar_kd") : page.index("\n- ")])

@@ -77,8 +77,9 @@ def test_only_the_target_tokens_of_a_conversation_count(sp_tokenizer, byte_token
     assert found.chunks_per_token <= 1.0
 
 
-def test_the_command_prints_lines_for_people_and_json_for_programs(capsys):
-    assert main(["audit"]) == 0
+def test_the_command_prints_lines_for_people_and_json_for_programs(capsys, tmp_path):
+    (tmp_path / "text.txt").write_text("A short text, of 12 lines.\n" * 12)
+    assert main(["audit", "--train_file", str(tmp_path / "text.txt")]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"Vocabularies: teacher 2,048 tokens, student 1,024; \d{3} have the same bytes", shown)
     assert "--alignment auto: projection of the teacher's tokens onto the student's" in shown

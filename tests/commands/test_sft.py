@@ -239,6 +239,7 @@ def _at(monkeypatch, day):
     monkeypatch.setattr(tokenizer_pair, "date", Date)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_renders_the_date_of_its_first_day(inputs, dated, tmp_path, monkeypatch):
     _at(monkeypatch, "2026-01-31")
     argv = _argv(inputs, tmp_path / "whole", model=dated, data="chat.jsonl")

@@ -194,7 +194,7 @@ def test_a_finished_run_can_be_continued_for_longer(finished, tmp_path):
 # Every kind of distillation
 
 
-@pytest.mark.parametrize("teacher", ["teacher", "equal_teacher"])
+@pytest.mark.parametrize("teacher", ["teacher", pytest.param("equal_teacher", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("alignment", ["projection", "strict", "alm", "uld", "hidden"])  # auto: every other run
 def test_a_run_of_each_alignment_finishes_and_learns(inputs, tmp_path, teacher, alignment):
     more = ("--teacher_model", inputs / teacher, "--alignment", alignment, "--alpha_kd", 0.5, "--alpha_ce", 0.5)
@@ -273,6 +273,7 @@ def test_a_checkpoint_that_cannot_be_read_is_named(finished, tmp_path):
     assert_refused(["--resume", "--output_dir", folder, "--train_steps", 4], "--resume", str(latest_checkpoint(folder)))
 
 
+@pytest.mark.slow
 def test_overwrite_starts_again(finished, inputs, tmp_path):
     folder = shutil.copytree(finished.folder, tmp_path / "run")
     assert run_script(argv_of(inputs, folder, "--overwrite", steps=1))[0] == 0
@@ -283,7 +284,11 @@ def test_overwrite_starts_again(finished, inputs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("script", "number"), zip(SCRIPTS, (signal.SIGINT, signal.SIGTERM), strict=True), ids=["SIGINT", "SIGTERM"]
+    ("script", "number"),
+    [
+        pytest.param(SCRIPTS[0], signal.SIGINT, id="SIGINT"),
+        pytest.param(SCRIPTS[1], signal.SIGTERM, id="SIGTERM", marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_saves_and_exits_130(inputs, tmp_path, script, number):
     process = _start(script, argv_of(inputs, tmp_path / "run", "--eval_steps", 100000, steps=100000))
@@ -318,6 +323,7 @@ def _finish(process):
     return process.returncode, out, err
 
 
+@pytest.mark.slow
 def test_a_script_that_is_done_exits_0_and_prints_nothing_on_stderr(inputs, tmp_path):
     code, out, err = _finish(_start("train_sar_kd_fp16_safe", argv_of(inputs, tmp_path / "run", steps=1)))
     assert (code, err) == (0, "")
@@ -475,6 +481,7 @@ def test_an_emergency_stop_leaves_the_last_good_weights(inputs, tmp_path, monkey
     assert read_json(bad / "summary.json")["best_step"] == 2
 
 
+@pytest.mark.slow
 def test_the_report_is_about_the_micro_batch_that_was_bad(inputs, tmp_path, monkeypatch):
     seen = []
 

@@ -85,6 +85,7 @@ def test_an_option_of_another_command_is_answered_with_that_command(command, typ
     assert message.endswith(f" {owner}`")
 
 
+@pytest.mark.slow
 @COMMAND
 def test_every_name_from_elsewhere_is_answered_with_an_option_of_the_command_or_none(command):
     names = {item.name for item, _ in options_of(command.sections.values())}

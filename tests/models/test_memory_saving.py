@@ -207,6 +207,7 @@ def test_the_option_makes_every_layer_of_the_student_recompute():
     assert models.offload is None
 
 
+@pytest.mark.slow
 def test_a_run_that_was_short_of_memory_may_resume_with_less(tmp_path, corpus_texts):
     text = tmp_path / "text.txt"
     text.write_text("\n".join(corpus_texts), encoding="utf-8")

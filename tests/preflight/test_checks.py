@@ -205,6 +205,7 @@ def test_the_disk_space_asked_for_is_what_a_run_takes(text, tmp_path):
     assert finding.record["needed_bytes"] == pytest.approx(at_most, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_run_starts_with_the_same_lines(text, tmp_path, capsys):
     flags = [
         "--train_file",

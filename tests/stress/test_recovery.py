@@ -387,6 +387,7 @@ def test_a_rewind_goes_to_the_last_sound_checkpoint_although_newer_ones_were_sav
     assert _checkpoints(tmp_path / "run") == [24]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_can_be_resumed_with_a_rewind_to_its_last_sound_checkpoint(make_trainer, tmp_path):
     trainer = make_trainer(steps=24)
     _spoil_weights_at(trainer, 7)
@@ -522,6 +523,7 @@ def test_a_rewind_puts_back_every_bit(spoiled, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.slow
 def test_a_run_interrupted_after_its_rewind_does_not_go_back_again(spoiled, make_trainer, monkeypatch):
     flags = ("--on_divergence", "rewind")
     run = spoiled(*flags)
@@ -543,6 +545,7 @@ def test_a_run_interrupted_after_its_rewind_does_not_go_back_again(spoiled, make
     assert set(bad) <= set(resumed.recovery.state["skipped_blocks"])
 
 
+@pytest.mark.slow
 def test_of_one_long_document_only_the_bad_blocks_are_skipped(make_trainer, texts):
     trainer = make_trainer("--on_divergence", "rewind", documents=[Document("all", "\n".join(texts))], steps=24)
     bad = {blocks[0] for blocks in _steps_blocks(trainer, range(5, 15))}

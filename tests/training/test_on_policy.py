@@ -486,6 +486,7 @@ def test_one_denominator_over_on_policy_and_given_text(dtype, make_dataset, make
 # Whole runs
 
 
+@pytest.mark.slow
 def test_without_an_on_policy_fraction_the_other_options_change_nothing(inputs, tmp_path):
     """Bit for bit the same, whatever the other on-policy flags say."""
     for name, more in (("a", ()), ("b", ("--sample_temperature", 0.3, "--replay_size", 9, "--max_new_tokens", 3))):
@@ -575,6 +576,7 @@ def _failing(function, call):
     return failing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["sar-paper", "ka-paper"])
 def test_a_recipe_runs_the_papers_algorithm_and_prints_the_differences(recipe, inputs, tmp_path, monkeypatch):
     order = []

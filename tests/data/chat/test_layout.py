@@ -421,6 +421,7 @@ def test_a_stop_token_of_an_unknown_name_is_the_last_special_token_of_the_messag
 # Templates that do not end
 
 
+@pytest.mark.slow
 def test_a_template_that_never_ends_stops_the_run_with_one_line(tokenizers):
     endless = copy.deepcopy(tokenizers["chatml"])
     endless.chat_template = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
