@@ -75,7 +75,8 @@ class Strict(_PairedPositions):
             shared, student = teacher_logits[:num_mapped], student.index_select(0, self.same_token.clamp_min(0))
         shared = torch.where(student_ids >= 0, shared, MASKED_LOGIT)
         shared_mass = (shared.logsumexp(0) - teacher_logits.logsumexp(0)).exp()
-        keep = is_finite & context & (shared_mass >= self._MIN_SHARED_MASS)
+        is_shared = shared_mass >= self._MIN_SHARED_MASS
+        keep, unshared = is_finite & context & is_shared, (is_finite & context & ~is_shared).sum()
         student = on_support(student, shared)
         log_p, log_t = student.log_softmax(0), shared.log_softmax(0)
         has_no_mass = student.detach().amax(0) < MASKED_BELOW
@@ -83,7 +84,7 @@ class Strict(_PairedPositions):
         # T^2 keeps the size of the gradient (arXiv 1503.02531, section 2).
         loss, unclamped = (self.temperature**2 * each for each in self.divergence(log_p, log_t, keep & ~is_infinite))
         infinite = is_infinite.sum()
-        return TileLoss(loss, unclamped, (~is_finite).sum() + infinite, infinite)
+        return TileLoss(loss, unclamped, (~is_finite).sum() + infinite, infinite, unshared)
 
 
 class SortedProbabilities(_PairedPositions):
@@ -97,7 +98,8 @@ class SortedProbabilities(_PairedPositions):
             teacher_logits, is_finite = self._dense_logits(teacher)
         loss = sorted_distance(student.T, teacher_logits.T, self.temperature, is_finite)
         dropped = (~is_finite).sum()
-        return TileLoss(loss, loss.detach(), dropped, torch.zeros_like(dropped))
+        none = torch.zeros_like(dropped)
+        return TileLoss(loss, loss.detach(), dropped, none, none)
 
 
 class ChunkLikelihood(Distillation[None]):
@@ -120,7 +122,9 @@ class ChunkLikelihood(Distillation[None]):
                 teacher, _ = self._teacher(batch, outputs)
                 student, _ = target_log_probs(outputs.student, targets, self.positions_per_tile)
             unclamped, infinite = self._loss(alignment, student, teacher, is_finite, LogitClamp())
-        return DistillationTerms(loss, unclamped, (~is_finite).sum() + left_out, infinite)
+        return DistillationTerms(
+            loss, unclamped, (~is_finite).sum() + left_out, infinite, torch.zeros_like(infinite)
+        )
 
     def _teacher(self, batch: Batch, outputs: ForwardOutputs, bound: float = math.inf) -> tuple[Tensor, Tensor]:
         """As `target_log_probs`, of the teacher's targets."""
@@ -180,4 +184,5 @@ class HiddenStates(Distillation[None]):
         projected = self.projection(outputs.student_states[batch.alignment.student_ends].float())
         loss = state_distance(projected, states, is_finite)
         dropped = (~is_finite).sum()
-        return DistillationTerms(loss, loss.detach(), dropped, torch.zeros_like(dropped))
+        none = torch.zeros_like(dropped)
+        return DistillationTerms(loss, loss.detach(), dropped, none, none)

@@ -59,6 +59,8 @@ class DistillationTerms(NamedTuple):
     """See `TileLoss`"""
     infinite: Tensor
     """See `TileLoss`"""
+    unshared: Tensor
+    """See `TileLoss`"""
 
 
 class Distillation(nn.Module, Generic[Context]):
@@ -89,7 +91,7 @@ class Distillation(nn.Module, Generic[Context]):
         grad_side = "teacher" if outputs.teacher is not None and outputs.teacher.requires_grad else "student"
         spec = TiledLossSpec(self.tiles(batch), None, self.loss_and_grad, 0.0, 1.0, self.clamp, grad_side=grad_side)
         sums = tiled_loss(spec, outputs.student, outputs.teacher)
-        return DistillationTerms(sums.total, sums.unclamped_kd, sums.dropped, sums.infinite)
+        return DistillationTerms(sums.total, sums.unclamped_kd, sums.dropped, sums.infinite, sums.unshared)
 
     def tiles(self, batch: Batch) -> list[Tile[Context]]:
         """The positions to compare, in tiles that fit into the workspace."""
@@ -188,7 +190,9 @@ class TokenLevel(Distillation[None]):
             log_probs = student if target.side == "student" else teacher
             log_softmax_backward_(target.grad, grad_sum, log_probs, keep * self.temperature)
         weights = keep * self.temperature**2
-        return TileLoss((loss * weights).sum(), (unclamped * weights).sum(), (~keep).sum(), is_infinite.sum())
+        infinite, dropped = is_infinite.sum(), (~keep).sum()
+        sums = ((values * weights).sum() for values in (loss, unclamped))
+        return TileLoss(*sums, dropped, infinite, torch.zeros_like(dropped))
 
 
 def top_k_of(tile: Tensor, k: int, num_tokens: int, temperature: float) -> TopKLogits:

@@ -40,6 +40,8 @@ class LossTerms(SummedTerms):
     """Teacher positions left out of distillation: their logits are not finite, or the divergence is infinite"""
     infinite_positions: Tensor
     """See `TileLoss`"""
+    unshared_positions: Tensor
+    """See `TileLoss`"""
 
 
 LogitsAndStates = tuple[LazyLogits, Tensor | None]
@@ -115,7 +117,7 @@ class Objective:
             loss_and_grad = None
         spec = TiledLossSpec(tiles, targets, loss_and_grad, alpha_ce, self.alpha_kd, *clamps, grad_scale)
         sums = tiled_loss(spec, outputs.student, outputs.teacher)
-        kd = DistillationTerms(sums.kd, sums.unclamped_kd, sums.dropped, sums.infinite)
+        kd = DistillationTerms(sums.kd, sums.unclamped_kd, sums.dropped, sums.infinite, sums.unshared)
         if method is not None and not method.covers_text:
             kd = method(batch, outputs)
         mean = self.alpha_kd * kd.loss / count
@@ -125,7 +127,7 @@ class Objective:
         mean = mean + (sums.total - sums.total.detach()) / count
         unclamped_ce = torch.zeros_like(sums.unclamped_ce) if batch.is_on_policy else sums.unclamped_ce
         total = self.loss_clamp(mean) * count
-        return LossTerms(total, unclamped_ce, kd.unclamped, sums.nonfinite, kd.dropped, kd.infinite)
+        return LossTerms(total, unclamped_ce, kd.unclamped, sums.nonfinite, kd.dropped, kd.infinite, kd.unshared)
 
     def num_teacher_positions(self, batch: Batch) -> tuple[int, int]:
         """Teacher positions that distillation compares in a batch; and the same, but 0 if a cache has none of them."""

@@ -100,6 +100,8 @@ class TileLoss(NamedTuple):
     """Teacher positions left out: their logits are not finite, or the divergence is infinite even with a raw clamp"""
     infinite: Tensor
     """Positions whose unclamped divergence is infinite, because only one of the models masks a token"""
+    unshared: Tensor
+    """Positions left out because too little of the teacher's distribution is in its top k or in shared tokens"""
     grad: TileGrad | None = None
     """d loss / d logits of `grad_side`, if there is one"""
 
@@ -146,6 +148,8 @@ class LossSums(NamedTuple):
     """See `TileLoss`"""
     infinite: Tensor
     """See `TileLoss`"""
+    unshared: Tensor
+    """See `TileLoss`"""
 
 
 def tiled_loss(spec: TiledLossSpec, student: LazyLogits, teacher: TeacherLogits | None) -> LossSums:
@@ -183,7 +187,7 @@ class _Tiles(Generic[Context]):
         self.spec, self.student, self.teacher, self.gradients = spec, student, teacher, gradients
         zero = torch.zeros((), device=student.states.device)
         self.ce = self.unclamped_ce = self.nonfinite = self.kd = self.unclamped_kd = zero
-        self.dropped = self.infinite = zero
+        self.dropped = self.infinite = self.unshared = zero
         self.ce_factor = zero + 1.0
         self._logsumexps: dict[int, Tensor] = {}
 
@@ -199,8 +203,9 @@ class _Tiles(Generic[Context]):
         if spec.ce_weight:  # the cross-entropy may be infinite
             total = total + spec.ce_weight * self.ce_factor * self.ce
         return LossSums(
-            total, self.ce, self.unclamped_ce, self.kd, self.unclamped_kd, self.nonfinite, self.dropped, self.infinite
-        )
+            total, self.ce, self.unclamped_ce, self.kd, self.unclamped_kd,
+            self.nonfinite, self.dropped, self.infinite, self.unshared,
+        )  # fmt: skip
 
     def _process(self, i: int, adds_ce: bool) -> None:
         """Compute the logits of a tile, add its losses and their gradient. The tile is freed on return."""
@@ -225,19 +230,19 @@ class _Tiles(Generic[Context]):
 
     def _add_kd(self, student: Tensor, teacher: TeacherTile | None, context: Context) -> TileGrad:
         """Clamp both tiles to the raw bound, in place, and add their distillation loss. Returns its gradient."""
-        spec, bound, unclamped = self.spec, self.spec.clamp.raw_bound, None
+        spec, bound, whole = self.spec, self.spec.clamp.raw_bound, None
         if spec.loss_and_grad is None or teacher is None:
             _clamp_(student, bound)
             return TileGrad()
         if bound < math.inf:
             assert isinstance(teacher, Tensor), "cached logits cannot be clamped"
-            _, unclamped, _, infinite, _ = spec.loss_and_grad(student.clone(), teacher.clone(), context, None)
+            whole = spec.loss_and_grad(student.clone(), teacher.clone(), context, None)
             _clamp_(student, bound)
             _clamp_(teacher, bound)
         kd = spec.loss_and_grad(student, teacher, context, spec.grad_side if self.gradients else None)
-        self.kd, self.dropped = self.kd + kd.loss, self.dropped + kd.dropped
-        self.infinite = self.infinite + (infinite if bound < math.inf else kd.infinite)
-        self.unclamped_kd = self.unclamped_kd + (kd.unclamped if unclamped is None else unclamped)
+        whole = whole or kd
+        self.kd, self.dropped, self.unshared = self.kd + kd.loss, self.dropped + kd.dropped, self.unshared + kd.unshared
+        self.infinite, self.unclamped_kd = self.infinite + whole.infinite, self.unclamped_kd + whole.unclamped
         return kd.grad or TileGrad()
 
     def _add_ce(self, i: int, tile: Tensor) -> None:

@@ -352,7 +352,7 @@ class StubProjection(Distillation):
         zero = student.new_zeros(())
         student.new_empty(round(self._SCRATCH * (student.numel() + teacher.numel())))  # and freed
         grad = torch.empty_like(teacher if grad_side == "teacher" else student)
-        return TileLoss(zero, zero, zero, zero, TileGrad(((0, grad),)))
+        return TileLoss(zero, zero, zero, zero, zero, TileGrad(((0, grad),)))
 
 
 def teacher_block_size(block_size: int, student_vocab_size: int, teacher_vocab_size: int) -> int:

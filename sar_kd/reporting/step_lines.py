@@ -62,6 +62,12 @@ def dropped_share(records: Iterable[dict]) -> float:
     return min(1.0, dropped / positions) if dropped > 0 and positions > 0 else 0.0
 
 
+def unshared_share(record: dict) -> float:
+    """Of the teacher's positions in a summary, the share at which too little of its distribution could be compared."""
+    positions = as_float(record.get("teacher_positions", 0))
+    return as_float(record.get("teacher_rows_unshared", 0)) / positions if positions > 0 else 0.0
+
+
 _NOT_FINITE = "its logits are not finite", "--model_dtype float32, or bfloat16 on a card that has it"
 
 _INFINITE = "KL is infinite (masked tokens)", "--kd_direction jsd"

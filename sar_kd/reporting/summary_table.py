@@ -10,9 +10,10 @@ from sar_kd.config.sections import EMBEDDED
 from sar_kd.errors import UsageError
 from sar_kd.reporting.history import RunHistory, findings_of, read_history
 from sar_kd.reporting.report import FILE as REPORT
-from sar_kd.reporting.step_lines import dropped_share, why_dropped
+from sar_kd.reporting.step_lines import dropped_share, unshared_share, why_dropped
 from sar_kd.runtime.console import count_of, format_duration, format_perplexity, format_share
 from sar_kd.runtime.files import as_float
+from sar_kd.runtime.run_folder import saved_student
 
 _COLUMNS = {"perplexity": 12, "bits per byte": 15, "accuracy": 10, "answer rate": 13}
 """The columns after the names, and their widths; all of it fits into 80 columns."""
@@ -46,9 +47,12 @@ def summary_table(summary: dict, folder: Path) -> list[str]:
     ]
     if share := dropped_share([summary]):
         lines.append(f"  teacher left out at {format_share(share)} of its positions: {why_dropped([summary])[0]}")
+    if share := unshared_share(summary):
+        why = "too little of its distribution is in its top k or in shared tokens"
+        lines.append(f"  teacher not compared at {format_share(share)} of its positions: {why}")
     if "on_policy" in summary:
         lines.append(_on_policy_line(summary["on_policy"], summary["wall_seconds"]))
-    lines.append(f"  student saved in {folder / 'student'}, metrics in {folder / 'summary.json'}")
+    lines.append(f"  student saved in {saved_student(folder)}, metrics in {folder / 'summary.json'}")
     if (folder / REPORT).is_file():
         lines.append(f"  charts in {folder / REPORT}")
     return lines

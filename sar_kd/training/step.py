@@ -57,6 +57,8 @@ class StepReport:
     teacher_rows_infinite: int
     """Teacher positions at which the divergence is infinite, because only one of the models masks a token; 0 in a step
     refused as `forward`"""
+    teacher_rows_unshared: int
+    """Teacher positions left out because too little of its distribution is in its top k or in shared tokens"""
     teacher_positions: int
     """Teacher positions that distillation compares, those left out included; 0 without a teacher"""
     routers: RouterReport | None = None
@@ -125,7 +127,7 @@ def _judge(
     sums = [*terms.values(), *routers.sums()]
     maxima = [grad_norm, context.precision.loss_scale, *routers.norms()]
     summed, largest, first_nonfinite_rank = reduce_metrics(sums, maxima, context)
-    total, ce, kd, nonfinite_positions, dropped, infinite, *router_sums = summed
+    total, ce, kd, nonfinite_positions, dropped, infinite, unshared, *router_sums = summed
     norm, loss_scale, *router_norms = largest
     if norm == math.inf:  # perhaps of finite gradients whose squares exceed float32
         norm = context.strategy.large_grad_norm(gradients)
@@ -157,6 +159,7 @@ def _judge(
         num_target_tokens=num_targets,
         teacher_rows_dropped=int(dropped),
         teacher_rows_infinite=int(infinite),
+        teacher_rows_unshared=int(unshared),
         teacher_positions=num_teacher,
         routers=router_report,
         first_nonfinite_rank=first_nonfinite_rank,

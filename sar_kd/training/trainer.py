@@ -231,6 +231,7 @@ class Trainer:
         self.state.teacher_rows_dropped += report.teacher_rows_dropped
         self.state.teacher_rows_infinite += report.teacher_rows_infinite
         self.state.train_seconds += time.monotonic() - started
+        self.state.teacher_rows_unshared += report.teacher_rows_unshared
         return report, partial(self.loader.nan_candidates, step, report, micro_batches)
 
     def _log_step(self, report: StepReport) -> None:

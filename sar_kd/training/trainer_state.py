@@ -22,6 +22,7 @@ class TrainerState:
     teacher_rows_dropped: int = 0
     """Likewise"""
     teacher_rows_infinite: int = 0
+    teacher_rows_unshared: int = 0
     """Likewise"""
     seconds: float = 0.0
     """Wall time, all parts of a resumed run together"""
@@ -62,6 +63,7 @@ class TrainerState:
             "teacher_positions": self.teacher_positions,
             "teacher_rows_dropped": self.teacher_rows_dropped,
             "teacher_rows_infinite": self.teacher_rows_infinite,
+            "teacher_rows_unshared": self.teacher_rows_unshared,
             "nan_batches_max_consecutive": guard.max_consecutive_nan_batches,
             "zero_gradient_steps": guard.zero_gradient_steps,
             "loss_scale_final": precision.loss_scale.item(),

@@ -49,8 +49,8 @@ CPU = torch.device("cpu")
 SCRIPTS = ("train_sar_kd_fp16_safe", "train_sar_kd_stable")
 STEP_KEYS = {
     "event", "step", "loss", "ce_loss", "kd_loss", "grad_norm", "loss_scale", "num_target_tokens",
-    "teacher_rows_dropped", "teacher_rows_infinite", "teacher_positions", "applied", "cause", "norm_limit",
-    "learning_rate", "epoch", "time", "seconds",
+    "teacher_rows_dropped", "teacher_rows_infinite", "teacher_rows_unshared", "teacher_positions", "applied", "cause",
+    "norm_limit", "learning_rate", "epoch", "time", "seconds",
 }  # fmt: skip
 EVALUATION_KEYS = {"event", "step", "val_ppl", "val_loss", "val_bits_per_byte", "time", "seconds"}
 SUMMARY_KEYS = {

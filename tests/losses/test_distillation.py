@@ -93,7 +93,12 @@ def make_case(datasets):
             for count, width in zip(counts, (STUDENT_WIDTH, TEACHER_WIDTH), strict=True)
         ]
         return SimpleNamespace(
-            dataset=dataset, aligner=dataset.aligner, batch=batch, outputs=DenseOutputs(*logits, *states), infinite=[]
+            dataset=dataset,
+            aligner=dataset.aligner,
+            batch=batch,
+            outputs=DenseOutputs(*logits, *states),
+            infinite=[],
+            unshared=[],
         )
 
     return make
@@ -135,6 +140,7 @@ def _run(method, case):
 def _assert_matches(case, alignment, naive, **settings):
     terms, grad = _distill(case, alignment, **settings)
     leaf = case.outputs.student_logits.double().requires_grad_()
+    case.unshared.clear()
     expected = naive(leaf)
     expected.backward()
     assert expected > 0.1
@@ -142,6 +148,7 @@ def _assert_matches(case, alignment, naive, **settings):
     torch.testing.assert_close(terms.unclamped.double(), expected.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grad.double(), leaf.grad, rtol=1e-4, atol=1e-5)
     assert not terms.unclamped.requires_grad
+    assert terms.unshared == len(case.unshared)
 
 
 # The definitions
@@ -209,10 +216,12 @@ def _naive_projected(case, student: Tensor, temperature=1.0, top_k=0, **divergen
     def most_likely(row):
         return torch.minimum(teacher[row][teacher[row] > 0].min(), tails[row])
 
-    def compared(p, t, counts):
+    def compared(p, t, counts, is_known):
         if is_truncated and divergence["direction"] == "reverse":
             p = torch.where(t > 0, p, 0.0)
-        counts = counts and p.sum() > 0 and t.sum() > 0
+        is_known = is_known and p.sum() > 0 and t.sum() > 0
+        case.unshared += [True] * (is_truncated and counts and not is_known)
+        counts = counts and is_known
         return _divergence(p / p.sum(), t / t.sum(), **divergence) if counts else student[0].new_zeros(())
 
     for record, teacher_is_coarse in (
@@ -227,6 +236,7 @@ def _naive_projected(case, student: Tensor, temperature=1.0, top_k=0, **divergen
             _, tokens, ids = record.continuing_entries[:, record.continuing_entries[0] == i]
             coarse = _sums(coarse_side[coarse_position], tokens, ids - first, count)
             is_unknown = teacher_is_coarse and (coarse.sum() < tails[coarse_position] or coarse.sum() == 0)
+            is_before_finite = True
             if is_unknown:  # as if the token ended
                 coarse = torch.arange(count).eq(count - 1).to(coarse)
             elif teacher_is_coarse and is_truncated and i >= num_inside and coarse[-1] == 0.0:
@@ -238,7 +248,7 @@ def _naive_projected(case, student: Tensor, temperature=1.0, top_k=0, **divergen
                 _, tokens, ids = record.before.entries[:, record.before.entries[0] == b]
                 coarse = coarse * has_ended / (teacher[coarse_position].sum() + tails[coarse_position])
                 coarse = coarse + _sums(teacher[row], tokens, ids - first, count)
-                is_unknown = is_unknown or not is_finite[row]
+                is_before_finite = is_finite[row]
             coarse = coarse / coarse.sum()
             if teacher_is_coarse == is_coarser:
                 continued |= dict(zip(own.tolist(), coarse, strict=True))
@@ -254,7 +264,7 @@ def _naive_projected(case, student: Tensor, temperature=1.0, top_k=0, **divergen
                 fine = fine / fine.sum() if fine.sum() > 0 else fine
                 p, t = (fine, coarse) if teacher_is_coarse else (coarse, fine)
                 teacher_position = coarse_position if teacher_is_coarse else fine_position
-                value = compared(p, t, is_finite[teacher_position] and not is_unknown)
+                value = compared(p, t, is_finite[teacher_position] and is_before_finite, not is_unknown)
                 total = _add_finite(case, total, value)
     coarser = alignment.teacher_continuations if is_coarser else alignment.student_continuations
     for pair, (k, r) in enumerate(
@@ -317,6 +327,8 @@ def _naive_strict(case, student: Tensor, temperature=1.0, top_k=0, **divergence)
                 p = _weights(student[k], temperature)[[partners[v] for v in shared]]
                 value = _divergence(p / p.sum(), weights[shared] / weights[shared].sum(), **divergence)
                 total = _add_finite(case, total, value)
+            else:
+                case.unshared.append(True)
     return total * temperature**2
 
 

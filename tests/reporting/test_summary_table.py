@@ -71,3 +71,10 @@ def test_the_share_of_the_teacher_that_was_left_out_has_a_line():
     for infinite, why in ((30, masked), (10, f"its logits are not finite, or {masked}")):
         (line,) = lines(teacher_rows_dropped=30, teacher_rows_infinite=infinite, teacher_positions=400)
         assert line == f"  teacher left out at 7.5% of its positions: {why}"
+
+
+def test_the_share_at_which_the_teacher_could_not_be_compared_has_a_line():
+    lines = summary_table(SUMMARY | {"teacher_rows_unshared": 30, "teacher_positions": 400}, Path("runs/a"))
+    (line,) = [line for line in lines if "not compared" in line]
+    assert line.startswith("  teacher not compared at 7.5% of its positions: too little of its distribution")
+    assert not [line for line in summary_table(SUMMARY, Path("runs/a")) if "not compared" in line]

@@ -223,6 +223,17 @@ def test_masked_tokens_of_a_student_that_is_not_finite_are_not_counted(make_run)
         assert found == ((0, 0) if is_target else (report.teacher_positions,) * 2)
 
 
+@pytest.mark.parametrize(("top_k", "some"), [(2, True), (1 << 20, False)])
+def test_positions_of_which_a_cut_teacher_tells_too_little_are_counted(make_run, top_k, some):
+    run = make_run(tokenizers="different", teacher_top_k=top_k)
+    batches = _batches(run, [0, 1])
+    wanted = sum(int(run.objective(batch).unshared_positions) for batch in batches)
+    report = run.step(batches)
+    assert report.teacher_rows_unshared == wanted
+    assert (0 < wanted < report.teacher_positions) is some
+    assert report.teacher_rows_dropped == 0
+
+
 def test_an_overflow_is_calibrated_away_without_touching_a_weight(make_run):
     run = make_run(torch.float16, scale=2.0**24)
     before = _bits(run)

@@ -45,8 +45,9 @@ from sar_kd.losses.tiled_loss import SparseGrad, TeacherTile, Tile, TileGrad, Ti
 from sar_kd.models.logit_tiles import LogProbs, finite_positions, flat_view, logsumexp_per_position, mask_positions_
 from sar_kd.runtime.precision import MASKED_BELOW, MASKED_LOGIT
 
-Sums = tuple[Tensor, Tensor, Tensor]
-"""A sum over positions with the floor and without it, fp32 scalars, nats; how many are left out, as infinite"""
+Sums = tuple[Tensor, Tensor, Tensor, Tensor]
+"""A sum over positions with the floor and without it, fp32 scalars, nats; how many are left out, as infinite and as
+unshared (see `TileLoss`)"""
 
 
 class _ContinuationLogits(NamedTuple):
@@ -119,7 +120,8 @@ class Projection(Distillation[Segment]):
         with torch.enable_grad():
             of_before = None, before and before.logits
             continuing = [continuing_log_probs(logits[i].entries, continuations[i], of_before[i]) for i in range(2)]
-            *inside, infinite = self._inside_loss(continuing, (logits[0].inside, logits[1].inside), segment, is_finite)
+            starting = logits[0].inside, logits[1].inside
+            *inside, infinite, unshared = self._inside_loss(continuing, starting, segment, is_finite)
             paths, mask = self._paths(continuing[self.coarser_side], segment, is_finite)
         boundary, shares = self._boundary_loss(tiles, segment.num_pairs, paths.detach(), side, mask.float())
         infinite = infinite + (boundary.is_infinite & mask).sum()
@@ -130,7 +132,7 @@ class Projection(Distillation[Segment]):
         )
         dropped = self._num_dropped(segment, is_finite) + infinite
         if side is None or boundary.grad is None:
-            return TileLoss(loss, unclamped, dropped, infinite)
+            return TileLoss(loss, unclamped, dropped, infinite, unshared)
         outputs, output_grads = [inside[0]], [torch.ones_like(inside[0])]
         if boundary.path_grad is not None:
             outputs += [paths.log_probs, paths.end_log_probs]
@@ -145,7 +147,7 @@ class Projection(Distillation[Segment]):
             columns = before.columns, logsumexp_backward(before.tile, normalisers, grads.pop(), self.temperature)
         dense = (0, boundary.grad), (segment.num_pairs, inside_grad)
         grad = TileGrad(dense, SparseGrad(torch.cat(indices), torch.cat(grads)), columns)
-        return TileLoss(loss, unclamped, dropped, infinite, grad)
+        return TileLoss(loss, unclamped, dropped, infinite, unshared, grad)
 
     def _boundary_loss(
         self, tiles: tuple[Tensor, Tensor], num_pairs: int, paths: ContinuationPaths, side: int | None, mask: Tensor
@@ -202,7 +204,9 @@ class Projection(Distillation[Segment]):
             with torch.enable_grad():
                 student_continuing = continuing_log_probs(student_logits.entries, segment.student_continuations)
                 continuing, starting = (student_continuing, teacher_continuing), (student_logits.inside, teacher_inside)
-                *inside, infinite = self._inside_loss(continuing, starting, segment, top.is_finite, inside_mask)
+                *inside, infinite, unshared = self._inside_loss(
+                    continuing, starting, segment, top.is_finite, inside_mask
+                )
                 multi_logits = torch.cat([multi_token, multi_token.new_zeros(1, num_pairs)])[
                     multi_index, known.positions
                 ]
@@ -213,11 +217,11 @@ class Projection(Distillation[Segment]):
                 log_p, log_t, shared = renormalise(log_p, log_t, groups)
                 is_infinite = groups.any(self.divergence.infinite_classes(log_p, log_t)) & mask & shared
                 boundary = self.divergence(log_p, log_t, (mask & shared & ~is_infinite)[positions])
-                infinite = infinite + is_infinite.sum()
+                infinite, unshared = infinite + is_infinite.sum(), unshared + (mask & ~shared).sum()
                 loss, unclamped = (temperature**2 * (a + b) for a, b in zip(inside, boundary, strict=True))
             dropped = self._num_dropped(segment, top.is_finite) + infinite
             if not needs_grad:
-                return TileLoss(loss, unclamped, dropped, infinite)
+                return TileLoss(loss, unclamped, dropped, infinite, unshared)
             # T^2 is in the loss already; 1/T from the chain rule through z/T.
             grads = [grad.div_(temperature) for grad in _grads([loss], leaves)]
             tail_grad = logsumexp_backward(tail_tile, temperature * tail.detach(), grads[4], temperature)
@@ -226,7 +230,7 @@ class Projection(Distillation[Segment]):
             torch.cat([student_logits.indices, indices, member_indices]), torch.cat([grads[1], grads[2], member_grad])
         )
         grad = TileGrad(((0, tail_grad), (num_pairs, grads[0])), sparse)
-        return TileLoss(loss.detach(), unclamped.detach(), dropped, infinite, grad)
+        return TileLoss(loss.detach(), unclamped.detach(), dropped, infinite, unshared, grad)
 
     @contextlib.contextmanager
     def _only_tail(
@@ -268,7 +272,7 @@ class Projection(Distillation[Segment]):
         )
         continuing = continuing_log_probs(student_logits.entries, continuations), teacher_continuing
         starting = student_logits.inside, teacher_inside
-        *inside, infinite = self._inside_loss(continuing, starting, segment, top.is_finite, inside_mask)
+        *inside, infinite, unshared = self._inside_loss(continuing, starting, segment, top.is_finite, inside_mask)
         paths, mask = self._paths(continuing[STUDENT], segment, top.is_finite)
         log_p = add_continuation_paths(student_logits.boundary.log_softmax(0), paths)
         known = known_classes(top.slice(0, num_pairs), self.teacher_map, self.temperature)
@@ -282,8 +286,9 @@ class Projection(Distillation[Segment]):
         is_infinite = self.divergence.infinite_classes(log_p, log_t).any(0) & mask & shared
         boundary = self.divergence(log_p, log_t, mask & shared & ~is_infinite)
         loss, unclamped = (self.temperature**2 * (a + b) for a, b in zip(inside, boundary, strict=True))
-        infinite = infinite + is_infinite.sum()
-        return TileLoss(loss, unclamped, self._num_dropped(segment, top.is_finite) + infinite, infinite)
+        infinite, unshared = infinite + is_infinite.sum(), unshared + (mask & ~shared).sum()
+        dropped = self._num_dropped(segment, top.is_finite) + infinite
+        return TileLoss(loss, unclamped, dropped, infinite, unshared)
 
     # The steps that they share
 
@@ -362,10 +367,9 @@ class Projection(Distillation[Segment]):
         mask, before = is_finite[continuations.continuing_positions[: continuations.num_inside]], continuations.before
         if before is not None:
             mask = mask.index_copy(0, before.continuations, mask[before.continuations] & is_finite[before.positions])
-        mask = mask if inside_mask is None else mask & inside_mask
         student = starting_log_probs(starting[STUDENT], continuations, self.divergence.needs_teacher_support)
         in_teacher = self._continuation_loss(
-            student, continuing[TEACHER][: continuations.num_inside_classes], continuations, mask
+            student, continuing[TEACHER][: continuations.num_inside_classes], continuations, mask, inside_mask
         )
         continuations = segment.student_continuations
         teacher = starting_log_probs(starting[TEACHER], continuations, masks_impossible_end=True)
@@ -373,18 +377,28 @@ class Projection(Distillation[Segment]):
         in_student = self._continuation_loss(
             continuing[STUDENT][: continuations.num_inside_classes], teacher, continuations, mask
         )
-        return in_teacher[0] + in_student[0], in_teacher[1] + in_student[1], in_teacher[2] + in_student[2]
+        loss, unclamped, infinite, unshared = (a + b for a, b in zip(in_teacher, in_student, strict=True))
+        return loss, unclamped, infinite, unshared
 
-    def _continuation_loss(self, student: Tensor, teacher: Tensor, continuations: Continuations, mask: Tensor) -> Sums:
+    def _continuation_loss(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        continuations: Continuations,
+        is_finite: Tensor,
+        is_known: Tensor | None = None,
+    ) -> Sums:
         continuation_of = continuations.class_continuations[: continuations.num_inside_classes]
         groups = GroupSums(continuation_of, continuations.num_inside)
+        mask = is_finite if is_known is None else is_finite & is_known
         if self.top_k:
             if self.divergence.needs_teacher_support:  # a class outside the top k has probability 0
                 student = on_support(student, teacher)
             student, teacher, shared = renormalise(student, teacher, groups)
             mask = mask & shared
         is_infinite = groups.any(self.divergence.infinite_classes(student, teacher)) & mask
-        return *self.divergence(student, teacher, (mask & ~is_infinite)[continuation_of]), is_infinite.sum()
+        sums = self.divergence(student, teacher, (mask & ~is_infinite)[continuation_of])
+        return *sums, is_infinite.sum(), (is_finite & ~mask).sum()
 
 
 def _grads(outputs: list[Tensor], leaves: list[Tensor], output_grads: list[Tensor] | None = None) -> list[Tensor]:

@@ -119,7 +119,7 @@ def test_the_loss_is_that_of_the_example(example):
     assert " + ".join(f"{loss:.4f}"[1:] for loss in losses) + " nats" in projection.__doc__
     found = _term(example).loss_and_grad(*_tiles(), example.segment, None)
     assert found.loss.item() == pytest.approx(sum(losses), abs=1e-6)
-    assert found.dropped == 0
+    assert found.dropped == found.unshared == 0
 
 
 def test_a_teacher_truncated_to_its_top_1_knows_one_class_and_the_tail(example):
@@ -136,3 +136,4 @@ def test_a_teacher_truncated_to_its_top_1_knows_one_class_and_the_tail(example):
     wanted = sum(t * np.log(t / p) for classes in probs for t, p in classes)
     found = _term(example, teacher_top_k=1).loss_and_grad(student, teacher, example.segment, None)
     assert found.loss.item() == pytest.approx(wanted, abs=1e-6)
+    assert (found.dropped, found.unshared) == (0, 1)  # the position inside the teacher's token
