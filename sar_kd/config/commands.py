@@ -12,6 +12,7 @@ from sar_kd.config.fields import Command, RunConfig, Section, option
 from sar_kd.config.presets import STABLE, TASKS
 from sar_kd.config.runs import ROUTER_PATTERNS, CachingConfig, Config, SftConfig
 from sar_kd.config.sections import DataConfig, OutputConfig, PairConfig, model_option
+from sar_kd.config.shrinking import ShrinkingConfig
 
 TRAIN = dataclasses.replace(STABLE, name="train")
 
@@ -149,6 +150,10 @@ ROUTERS = Command(
     "routers", "List the routers of a mixture-of-experts model; nothing is trained.", RoutersConfig, "routers:main"
 )
 
+SHRINK = Command(
+    "shrink", "Cut a model down to a smaller one, as a student for distillation.", ShrinkingConfig, "shrink:main"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedConfig(Section):
@@ -169,6 +174,8 @@ EMBEDDED_PAIR = Command(
 
 COMMANDS: dict[str, Command] = {
     command.name: command
-    for command in (TRAIN, PREFLIGHT, CACHE, REPORT, GENERATE, SFT, EXPLAIN, FORENSICS, AUDIT, ROUTERS, EMBEDDED_PAIR)
+    for command in (
+        TRAIN, PREFLIGHT, CACHE, SHRINK, REPORT, GENERATE, SFT, EXPLAIN, FORENSICS, AUDIT, ROUTERS, EMBEDDED_PAIR,
+    )  # fmt: skip
 }
 """By name, in the order of the help"""

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -215,6 +215,12 @@ def load_for_generation(
     return model.eval(), load_tokenizer(files, trust_remote_code, vocab_size_of(model))
 
 
+def load_tokenizer_of(option: str, name: str, trust_remote_code: bool, model: Any) -> Any:
+    """The tokenizer of a loaded model, checked. Raises: UsageError as `load_models`"""
+    names = SimpleNamespace(**{option: name}, trust_remote_code=trust_remote_code)
+    return _load_checked_tokenizer(option, names, vocab_size_of(model))
+
+
 class MetaModels:
     """The settings of a run and its models on the meta device, for checks that need shapes and no weights."""
 
@@ -319,7 +325,7 @@ def _pair_tokenizers(names: ModelConfig, tokenizers: list, vocab_sizes: list[int
         ) from None
 
 
-def _load_checked_tokenizer(option: str, names: ModelConfig, vocab_size: int, loaded: LoadedModels = NO_LOADED_MODELS):
+def _load_checked_tokenizer(option: str, names: Any, vocab_size: int, loaded: LoadedModels = NO_LOADED_MODELS):
     """The tokenizer of an option, checked: it encodes plain text, and the model has a logit for every id."""
     name, pair = getattr(names, option), loaded.pairs.get(option)
     if pair is None:

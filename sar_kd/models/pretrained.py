@@ -9,7 +9,7 @@ import contextlib
 import functools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -80,6 +80,36 @@ def build_meta_model(files: ModelFiles, trust_remote_code: bool) -> nn.Module:
     model = _in_one_line(files, files.gguf_file or "config.json", build)
     check_shapes(files, model)
     return model
+
+
+def renew_config_(title: str, model: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Give a model a config whose text part has other settings; change: makes them from those of `to_dict`.
+
+    Raises: UsageError, which begins with the title, if they are no config
+    """
+    config, text = model.config, model.config.get_text_config()
+    settings = config.to_dict()
+    if text is config:
+        settings = change(settings)
+    else:
+        part = next(name for name, value in vars(config).items() if value is text)
+        settings[part] = change(settings[part])
+    new = _in_one_line(ModelFiles(title, ""), "config.json", lambda: type(config).from_dict(settings))
+    new._attn_implementation = config._attn_implementation
+    renewed = {id(config): new, id(text): new.get_text_config()}
+    for module in model.modules():
+        if id(getattr(module, "config", None)) in renewed:
+            module.config = renewed[id(module.config)]
+
+
+def rebuild_on_meta(title: str, model: Any) -> nn.Module:
+    """A model of the same class from a model's config as it is saved, on the meta device. Raises: as `renew_config_`"""
+
+    def build() -> nn.Module:
+        with torch.device("meta"):
+            return type(model)(type(model.config).from_dict(model.config.to_dict()))
+
+    return _in_one_line(ModelFiles(title, ""), "config.json", build)
 
 
 def load_model(

@@ -10,7 +10,7 @@ import io
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from sar_kd.reporting.history import RunHistory
@@ -113,6 +113,26 @@ def _charts_of_several(runs: Sequence[RunHistory]) -> list[tuple[str, Draw]]:
     if any("router_entropy" in record for run in runs for record in run.evaluations):
         charts.append((_ENTROPY, lambda axes: _entropy(axes, runs)))
     return charts
+
+
+def build_influence_chart(influence: Sequence[float], dropped: Collection[int]) -> tuple[str, str]:
+    """The caption and the chart of each layer's influence, the dropped layers in another colour.
+
+    Raises: ModuleNotFoundError without matplotlib
+    """
+
+    def draw(axes) -> None:
+        for label, colour, is_dropped in (("kept", _COLOURS[0], False), ("cut", _COLOURS[3], True)):
+            bars = [index for index in range(len(influence)) if (index in dropped) == is_dropped]
+            if bars:
+                axes.bar(bars, [influence[index] for index in bars], width=0.8, color=colour, label=label)
+        _log_scale(axes, "{x:g}")
+        axes.set_title("Influence by layer")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        _legend(axes)
+
+    caption = "1 - cosine of a layer's input and output, mean over tokens: how much it changes the hidden states."
+    return caption, _svg(draw)
 
 
 def _svg(draw: Draw) -> str:

@@ -49,7 +49,7 @@ def build_model_card(run: RunHistory) -> str:
 
     best = min(run.validations(), key=lambda record: _sortable(record.get("val_loss")), default={})
     names = [run.setting(f"{role}_model") for role in ("teacher", "student")]
-    teacher, student = (_public_name(str(name)) if name else "" for name in names)  # fine-tuning has no teacher
+    teacher, student = (public_name(str(name)) if name else "" for name in names)  # fine-tuning has no teacher
     dataset = run.setting("dataset_name")
     metadata = ModelCardData(
         library_name="transformers",
@@ -93,7 +93,7 @@ def _text_of(run: RunHistory) -> str:
     return "the documentation of CPython, as shipped with SAR-KD"
 
 
-def _public_name(name: str) -> str:
+def public_name(name: str) -> str:
     """A model's name without the folders of the machine that it lies on."""
     is_path = name.startswith((".", "/", "~")) or Path(name).expanduser().is_dir()
     return Path(name).name if is_path else name

@@ -83,20 +83,25 @@ def check_page(path: Path, title: str) -> None:
         raise UsageError(f"{title}: the folder {path.parent} is not there")
 
 
+def require_matplotlib(command: str) -> None:
+    """Raise UsageError, which names the command, unless matplotlib can be imported."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{command}: needs matplotlib, and {error.name} is missing: `{_INSTALL}`") from None
+    except _IMPORT_ERRORS as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UsageError(
+            f"{command}: matplotlib cannot be imported ({reason}); install it again: `pip install --upgrade matplotlib`"
+        ) from None
+
+
 def write_report(runs: Sequence[RunHistory], path: Path) -> None:
     """Write the page about one run, or about several side by side.
 
     Raises: UsageError without matplotlib, or if the file cannot be written
     """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UsageError(f"report: needs matplotlib, and {error.name} is missing: `{_INSTALL}`") from None
-    except _IMPORT_ERRORS as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UsageError(
-            f"report: matplotlib cannot be imported ({reason}); install it again: `pip install --upgrade matplotlib`"
-        ) from None
+    require_matplotlib("report")
     charts = build_charts(runs)
     title = " and ".join(run.name for run in runs[:3]) + (" and others" if len(runs) > 3 else "")
     values = _values_of_one(runs[0]) if len(runs) == 1 else _values_of_several(runs)
