@@ -6,9 +6,11 @@ The only module that reads checkpoints through transformers.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -54,9 +56,10 @@ def load_config(files: ModelFiles, trust_remote_code: bool) -> Any:
     check_files(files)
     load = transformers.AutoConfig.from_pretrained
     part = files.gguf_file or "config.json"
-    config = _in_one_line(
-        files, part, lambda: load(files.location, trust_remote_code=trust_remote_code, **files.arguments)
-    )
+    with _reading_gguf():
+        config = _in_one_line(
+            files, part, lambda: load(files.location, trust_remote_code=trust_remote_code, **files.arguments)
+        )
     stated, is_known = getattr(config, "quantization_config", None), AutoHfQuantizer.supports_quant_method
     if stated is not None and not files.gguf_file and not _in_one_line(files, part, lambda: is_known(stated)):
         raise UsageError(
@@ -120,10 +123,7 @@ def load_model(
     options: further arguments of `from_pretrained`
     Raises: UsageError if a weight is missing, or a file cannot be used
     """
-    if files.gguf_file:  # whose config takes seconds to be read
-        check_files(files)
-    else:
-        load_config(files, trust_remote_code)
+    load_config(files, trust_remote_code)
     require_weights(files)
     if options and (files.gguf_file or files.adapter):
         what = "a GGUF file" if files.gguf_file else "an adapter"
@@ -138,7 +138,7 @@ def load_model(
         **files.arguments,
     }
     load = transformers.AutoModelForCausalLM.from_pretrained
-    with _without_gguf_bar():
+    with _reading_gguf():
         model, info = _in_one_line(files, "its weights", lambda: load(files.location, **options))
     if info["mismatched_keys"]:
         name, found, wanted = min(info["mismatched_keys"])
@@ -152,12 +152,31 @@ def load_model(
     return model, sorted(info["unexpected_keys"])
 
 
+_load_gguf = modeling_gguf_pytorch_utils.load_gguf_checkpoint
+
+
 @contextlib.contextmanager
-def _without_gguf_bar() -> Iterator[None]:
-    """Without the progress bar of a GGUF file, which transformers' own switch leaves on."""
+def _reading_gguf() -> Iterator[None]:
+    """With the metadata of a GGUF file parsed once in a process, and without a progress bar.
+
+    transformers parses it for each config and each tokenizer, which takes seconds to half a minute with a large
+    vocabulary, and its own switch leaves the bar on.
+    """
     silent = functools.partial(modeling_gguf_pytorch_utils.tqdm, disable=True)
-    with mock.patch.object(modeling_gguf_pytorch_utils, "tqdm", silent):
+    with mock.patch.multiple(modeling_gguf_pytorch_utils, tqdm=silent, load_gguf_checkpoint=_load_gguf_once):
         yield
+
+
+def _load_gguf_once(path: str, return_tensors: bool = False, **options: Any) -> dict[str, Any]:
+    if return_tensors:
+        return _load_gguf(path, return_tensors, **options)
+    return copy.deepcopy(_gguf_metadata(path, os.stat(path).st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=2)
+def _gguf_metadata(path: str, modified: int) -> dict[str, Any]:
+    """modified: when the file was; another time is another file"""
+    return _load_gguf(path)
 
 
 def _state_ties_(model: Any) -> None:
@@ -178,9 +197,10 @@ def load_tokenizer(files: ModelFiles, trust_remote_code: bool, vocab_size: int) 
     check_num_tokens(files, vocab_size)
     load = transformers.AutoTokenizer.from_pretrained
     part = files.gguf_file or _TOKENIZER
-    return _in_one_line(
-        files, part, lambda: load(files.location, trust_remote_code=trust_remote_code, **files.arguments)
-    )
+    with _reading_gguf():
+        return _in_one_line(
+            files, part, lambda: load(files.location, trust_remote_code=trust_remote_code, **files.arguments)
+        )
 
 
 def _in_one_line(files: ModelFiles, part: str, load: Any) -> Any:

@@ -10,6 +10,7 @@ import transformers
 
 from sar_kd.errors import UsageError
 from sar_kd.models.loading import load_for_generation, load_meta_model, load_student
+from sar_kd.models import pretrained
 from sar_kd.models.model_files import find_model
 from sar_kd.models.pretrained import load_model, load_tokenizer
 from sar_kd.runtime.precision import Precision
@@ -133,6 +134,21 @@ def test_a_gguf_file_has_the_weights_and_the_tokenizer_that_were_written(gguf_fi
 
 
 def test_a_student_from_a_gguf_file_learns_and_is_saved_as_safetensors(
+def test_the_metadata_of_a_gguf_file_is_parsed_once_until_the_file_is_another(gguf_file, byte_tokenizer, monkeypatch):
+    student, path = gguf_file
+    parsed, parse = [], pretrained._load_gguf
+    monkeypatch.setattr(pretrained, "_load_gguf", lambda *args, **more: parsed.append(args) or parse(*args, **more))
+    files = find_model("student_model", str(path))
+    for _ in range(2):
+        load_meta_model("model", str(path), False)
+        load_model(files, torch.float32, False)
+        load_tokenizer(files, False, len(byte_tokenizer))
+    assert [args for args in parsed if len(args) == 1] == [(str(path),)]
+    small = type(student)(type(student.config).from_dict(student.config.to_dict() | {"num_hidden_layers": 1}))
+    write_gguf(small, byte_tokenizer, path)
+    assert load_model(files, torch.float32, False)[0].config.num_hidden_layers == 1
+
+
     gguf_file, byte_tokenizer, tmp_path, corpus_texts
 ):
     student, path = gguf_file
