@@ -26,6 +26,7 @@ RANGE, HALF = "tests/stress/test_float16_range.py", "tests/models/test_half_prec
 RECOVERY, GUARDS, STEP = "tests/stress/test_recovery.py", "tests/training/test_guards.py", "tests/training/test_step.py"
 TILES, LOSSES = "tests/losses/test_tiled_loss.py", "tests/losses/test_distillation.py"
 MODELS, ROUTERS = "tests/stress/test_nonfinite_models.py", "tests/teacher/moe/test_router_training.py"
+ADAPTERS, LORA = "tests/stress/test_adapters.py", "tests/models/test_lora.py"
 DATASET, FILES = "tests/data/test_dataset.py", "tests/models/test_model_files.py"
 
 
@@ -210,7 +211,13 @@ MUTATIONS = (
     Mutation("the loss scale is kept in a checkpoint", "runtime/precision.py",
              '            self._scaler.load_state_dict(state["scaler"])', "            pass"),
     Mutation("weights that learn are float32", "models/loading.py",
-             "names, torch.float32, precision, loaded", "names, precision.dtype, precision, loaded"),
+             "precision.dtype if config.lora.lora_rank else torch.float32", "precision.dtype"),
+    Mutation("an adapter is trained in float32", "models/lora.py",
+             "autocast_adapter_dtype=True", "autocast_adapter_dtype=False", ADAPTERS),
+    Mutation("an adapted layer is kept in range as without its adapter", "models/half_precision.py",
+             'getattr(child, "base_layer", child) for child in children', "child for child in children", LORA),
+    Mutation("an adapter alone names the base that it was trained on", "preflight/checks.py",
+             "if meta.config.lora.adapter_only and made:", "if False:", "tests/commands/test_train_lora.py"),
     Mutation("the optimizer refuses half weights", "training/optimizer.py",
              "    assert all(parameter.dtype is torch.float32 for parameter in trainable)", "    assert True"),
     # activations beyond the range of half

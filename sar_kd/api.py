@@ -28,6 +28,7 @@ from sar_kd.reporting.history import findings_of, read_history
 from sar_kd.reporting.report import FILE as REPORT
 from sar_kd.reporting.report import check_page, results_of, write_report
 from sar_kd.runtime.console import print_stderr
+from sar_kd.runtime.run_folder import saved_student
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -50,7 +51,7 @@ class RunResult:
     """The result of `distill` and of `sft`."""
 
     student: nn.Module
-    """The best student by validation loss, in eval mode; the one saved in `student/`"""
+    """The best student by validation loss, in eval mode, an adapter merged; the one saved in the run folder"""
     tokenizer: Any
     summary: dict
     """The values of `summary.json`"""
@@ -270,7 +271,9 @@ class _Call:
         config = configure(self.command, self.values)
         listeners = [] if callback is None else [_Listener(callback)]
         summary = main(config, LoadedModels(self.pairs), listeners, given)
-        best, tokenizer = load_for_generation("student_model", str(folder / "student"), config.models.trust_remote_code)
+        best, tokenizer = load_for_generation(
+            "student_model", str(saved_student(folder)), config.models.trust_remote_code
+        )
         return RunResult(best, tokenizer, summary, folder)
 
 

@@ -18,7 +18,7 @@ from sar_kd.reporting.history import RunHistory, read_history
 from sar_kd.runtime.console import count_of, print_stderr
 from sar_kd.runtime.files import as_float
 from sar_kd.runtime.precision import Precision, setup_precision
-from sar_kd.runtime.run_folder import holds_run
+from sar_kd.runtime.run_folder import holds_run, saved_student
 from sar_kd.tokenization.backends import called_ids
 
 _AFTER = "student, after"
@@ -65,7 +65,7 @@ def main(config: GenerateConfig) -> dict:
 
 def _models_of(run: RunHistory) -> dict[str, tuple[str, str]]:
     """The models of a run: the option and the name of each. Raises: UsageError if it has saved no student"""
-    student = run.folder / "student"
+    student = saved_student(run.folder)
     if not student.is_dir():
         raise UsageError(f"generate {run.folder}: its run has not saved a student yet")
     sources = {

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-import torch
-
 from sar_kd.config.runs import SftConfig
 from sar_kd.data.dataset import build_dataset
 from sar_kd.data.files.sources import load_documents
@@ -17,9 +15,6 @@ from sar_kd.data.token_cache import TokenCache
 from sar_kd.errors import UsageError
 from sar_kd.losses.objective import Objective
 from sar_kd.models.loading import NO_LOADED_MODELS, LoadedModels, load_student
-from sar_kd.models.lora import add_adapter, describe_trainable
-from sar_kd.models.memory_saving import recompute_activations_
-from sar_kd.models.model_checks import require_trainable
 from sar_kd.preflight.checks import preflight
 from sar_kd.preflight.memory_plan import fit_batch_size
 from sar_kd.reporting.run_log import Observer, SftLog, open_run
@@ -70,13 +65,7 @@ def _run(config: SftConfig, loaded: LoadedModels, listeners: Sequence[Observer],
     precision = setup_precision(config.precision, config.train.seed)  # device, compute dtype, loss scale
 
     documents = load_documents(config.data, log.info)  # training and held-out text
-    dtype = precision.dtype if config.lora.lora_rank else torch.float32  # trainable weights are float32
-    models = load_student(config.models, dtype, precision, loaded, config.data.template_date)  # and its tokenizer
-    if config.memory.gradient_checkpointing:
-        recompute_activations_(models.student, same_dropout=True)
-        models.student.enable_input_require_grads()  # type: ignore[operator]  # transformers'
-    models = models.with_student(add_adapter(models.student, config.lora))
-    require_trainable(f"--student_model {config.models.student_model}", models.student)
+    models = load_student(config, precision, loaded)  # and its tokenizer
     limits = models.block_limits(config.data.block_size)
     tokens = TokenCache(config.data.token_cache)
     train, validation = (
@@ -84,7 +73,7 @@ def _run(config: SftConfig, loaded: LoadedModels, listeners: Sequence[Observer],
         for text, option in zip(documents, config.data.text_options(), strict=True)
     )
     config = config.in_steps(len(train))  # epochs to steps
-    for line in (*models.notes, describe_trainable(models.student), *check_targets(train, config.data)):
+    for line in (*models.notes, *check_targets(train, config.data)):
         log.info(line)
 
     objective = Objective(None, models.student, config.loss, train.aligner, precision)  # cross-entropy alone

@@ -102,6 +102,7 @@ def _baseline_config(config: Config, folder: str) -> SftConfig:
             student_model=config.models.student_model, trust_remote_code=config.models.trust_remote_code
         ),
         data=_data_config(config),
+        lora=config.lora,
         optim=SftOptimConfig(**dataclasses.asdict(config.optim)),
         loss=dataclasses.replace(config.loss, alpha_kd=0.0, alpha_ce=config.loss.alpha_ce or 1.0),
         precision=config.precision,

@@ -23,6 +23,11 @@ class TrainingOptions(TypedDict, total=False):
     template_date: str
     block_size: int
     token_cache: str
+    lora_rank: int
+    lora_alpha: float
+    lora_dropout: float
+    lora_targets: Sequence[str]
+    adapter_only: bool
     weight_decay: float
     warmup_steps: int
     lr_schedule: Literal["cosine", "constant"]
@@ -103,10 +108,6 @@ class DistillOptions(TrainingOptions, total=False):
 class SftOptions(TrainingOptions, total=False):
     """Options of `sft`."""
 
-    lora_rank: int
-    lora_alpha: float
-    lora_dropout: float
-    lora_targets: Sequence[str]
     epochs: float
     max_steps: int
     save_strategy: Literal["epoch", "steps", "no"]

@@ -114,6 +114,7 @@ class Config(RunConfig):
     loss: LossConfig = field(default_factory=LossConfig)
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     on_policy: OnPolicyConfig = field(default_factory=OnPolicyConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     memory: TeacherMemoryConfig = field(default_factory=TeacherMemoryConfig)
@@ -128,6 +129,10 @@ class Config(RunConfig):
         obstacle = self.routing_obstacle(routing == "sar", self.train.parallel == "fsdp")
         if routing in ("all", "ka", "sar") and obstacle:
             raise UsageError(f"--routing {routing}: {'; '.join(obstacle)}")
+        is_sharded, rank = self.train.parallel == "fsdp", self.lora.lora_rank
+        require(not (is_sharded and rank), "lora_rank", rank,
+                "with --parallel fsdp no device has the whole student that an adapter belongs to; use --parallel ddp, "
+                "under which the frozen weights are half the size")  # fmt: skip
         if self.data.task and self.models.teacher_cache:
             learns_first = self.models.teacher_model == EMBEDDED and self.data.task_teacher_steps > 0
             require(not learns_first, "teacher_cache", self.models.teacher_cache,
@@ -157,8 +162,8 @@ class Config(RunConfig):
         """The run in its first line, and further lines that few people need."""
         models, loss = self.models, self.loss
         return [
-            f"Distilling {models.teacher_model} into {models.student_model}, mode {self.mode}; run folder "
-            f"{self.train.output_dir}",
+            f"Distilling {models.teacher_model} into {models.student_model}, {self.lora.describe()}, mode {self.mode}; "
+            f"run folder {self.train.output_dir}",
             f"Loss: {loss.alpha_ce:g} * ce + {loss.alpha_kd:g} * kd at temperature {loss.temperature:g}, "
             "shown unclamped",
         ]
@@ -240,9 +245,7 @@ class SftConfig(RunConfig):
 
     def summary_lines(self) -> list[str]:
         """The run in its first line."""
-        rank = self.lora.lora_rank
-        how = f"LoRA of rank {rank}" if rank else "all weights"
-        return [f"Fine-tuning {self.models.student_model}, {how}; run folder {self.train.output_dir}"]
+        return [f"Fine-tuning {self.models.student_model}, {self.lora.describe()}; run folder {self.train.output_dir}"]
 
 
 _NUMBER = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")

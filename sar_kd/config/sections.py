@@ -339,10 +339,15 @@ class LoraConfig(Section):
     lora_alpha: float = option(16.0, "the adapter's output is multiplied by alpha / rank", positive=True)
     lora_dropout: float = option(0.0, "dropout on the adapter's input")
     lora_targets: tuple[str, ...] = option((ALL_LINEAR,), "names of the layers to adapt, or all-linear", metavar="NAME")
+    adapter_only: bool = option(False, "save the adapter alone, without a student into which it is merged")
 
     def __post_init__(self):
         super().__post_init__()
         require(0.0 <= self.lora_dropout < 1.0, "lora_dropout", self.lora_dropout, "must be at least 0 and below 1")
+
+    def describe(self) -> str:
+        """What is trained, in a few words."""
+        return f"LoRA of rank {self.lora_rank}" if self.lora_rank else "all weights"
 
 
 @dataclass(frozen=True, kw_only=True)

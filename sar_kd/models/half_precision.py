@@ -75,11 +75,12 @@ def _has_eager_attention(model: Any) -> bool:
 
 
 def _holds_matrices(module: nn.Module, lm_head: nn.Module) -> bool:
-    if isinstance(module, (nn.ModuleList, nn.modules.conv._ConvNd)):
-        return False
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.modules.conv._ConvNd)) or hasattr(module, "base_layer"):
+        return False  # a list; or the parts of an adapted layer, which is one layer of the module that holds it
     lists = (child for child in module.children() if isinstance(child, nn.ModuleList))
     children = [*module.children(), *(child for children in lists for child in children)]
-    has_linear = any(isinstance(child, nn.Linear) and child is not lm_head for child in children)
+    layers = (getattr(child, "base_layer", child) for child in children if child is not lm_head)
+    has_linear = any(isinstance(layer, nn.Linear) for layer in layers)
     return has_linear or any(parameter.ndim > 2 for parameter in module.parameters(recurse=False))
 
 

@@ -5,7 +5,6 @@ The student is trainable in float32, the teacher frozen.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,11 +15,12 @@ import torch
 from torch import nn
 
 from sar_kd.config.fields import RunConfig
-from sar_kd.config.runs import Config
+from sar_kd.config.runs import Config, SftConfig
 from sar_kd.config.sections import EMBEDDED, ModelConfig
 from sar_kd.errors import UsageError
 from sar_kd.models.half_precision import compute_in_range_
 from sar_kd.models.lm_head import backbone_of
+from sar_kd.models.lora import add_adapter, describe_trainable
 from sar_kd.models.memory_saving import Offload, quantization_options, recompute_activations_
 from sar_kd.models.model_checks import (
     learn_pad_row_,
@@ -87,10 +87,6 @@ class Models:
     notes: tuple[str, ...] = ()
     """Lines about what was left out of the models' files"""
 
-    def with_student(self, student: nn.Module) -> Models:
-        """The same with another student."""
-        return dataclasses.replace(self, student=student.to(next(self.student.parameters()).device))
-
     def block_limits(self, block_size: int) -> tuple[int, int]:
         """Most tokens in a block for the student and for the teacher, start token included.
 
@@ -109,7 +105,8 @@ def load_models(
     Raises: UsageError naming the option, where a model or tokenizer is missing or cannot be used
     """
     names, quantization, notes = config.models, config.memory.teacher_quantization, list[str]()
-    student = _load_checked_model("student_model", names, torch.float32, precision, loaded, notes)
+    dtype = _student_dtype(config, precision)
+    student = _load_checked_model("student_model", names, dtype, precision, loaded, notes)
     if quantization != "off" and loaded.model("teacher_model") is not None:
         raise UsageError(
             f"--teacher_quantization {quantization}: the teacher is in memory already; leave the option out"
@@ -136,13 +133,8 @@ def load_models(
             offload = Offload(teacher, backbone_of(teacher), precision.device)
     if config.train.parallel != "fsdp":  # that student may exceed one device: `build_strategy` moves it, shard by shard
         student.to(precision.device)
-    title = f"--student_model {names.student_model}"
-    require_causal(title, student, precision)
-    require_trainable(title, student)
-    notes += learn_pad_row_(title, student, (tokenizers.student_start, tokenizers.student_end), precision)
-    student.train()
-    if config.memory.gradient_checkpointing:
-        recompute_activations_(student, same_dropout=True)
+    student, more_notes = _make_trainable(student, config, tokenizers, precision)
+    notes += more_notes
     is_embedded = names.teacher_model == names.student_model == EMBEDDED
     return Models(teacher, student, tokenizers, is_embedded, info.limit or None, offload, tuple(notes))
 
@@ -160,28 +152,43 @@ def load_teacher(names: Any, precision: Precision) -> tuple[nn.Module, Any, Teac
     return teacher, tokenizer, info
 
 
-def load_student(
-    names: Any,
-    dtype: torch.dtype,
-    precision: Precision,
-    loaded: LoadedModels = NO_LOADED_MODELS,
-    template_date: str = "",
-) -> Models:
+def load_student(config: SftConfig, precision: Precision, loaded: LoadedModels = NO_LOADED_MODELS) -> Models:
     """Load `--student_model` and no teacher; its tokenizer stands for both of the pair.
 
-    names: `student_model` and `trust_remote_code`; dtype: of the weights; float32 for weights that are trained
-    template_date: as of `TokenizerPair`
     Raises: UsageError as `load_models`
     """
-    title, notes = f"--student_model {names.student_model}", list[str]()
+    names: Any = config.models
+    dtype, notes = _student_dtype(config, precision), list[str]()
+    title = f"--student_model {names.student_model}"
     student = _load_checked_model("student_model", names, dtype, precision, loaded, notes)
     tokenizer = _load_checked_tokenizer("student_model", names, vocab_size_of(student), loaded)
     stop_ids = stop_ids_of(title, student)
-    how: dict[str, Any] = {"projects": False, "stop_ids": (stop_ids, stop_ids), "template_date": template_date}
+    how: dict[str, Any] = {"projects": False, "stop_ids": (stop_ids, stop_ids)}
+    how["template_date"] = config.data.template_date
     pair = _pair_tokenizers(names, [tokenizer] * 2, [vocab_size_of(student)] * 2, **how)
-    require_causal(title, student.to(precision.device), precision)
-    notes += learn_pad_row_(title, student, (pair.student_start, pair.student_end), precision)
-    return Models(None, student.train(), pair, names.student_model == EMBEDDED, notes=tuple(notes))
+    student, more_notes = _make_trainable(student.to(precision.device), config, pair, precision)
+    return Models(None, student, pair, names.student_model == EMBEDDED, notes=(*notes, *more_notes))
+
+
+def _student_dtype(config: Config | SftConfig, precision: Precision) -> torch.dtype:
+    """Of the weights as they are loaded: trained ones are float32, those behind an adapter are as they compute."""
+    return precision.dtype if config.lora.lora_rank else torch.float32
+
+
+def _make_trainable(
+    student: nn.Module, config: Config | SftConfig, tokenizers: TokenizerPair, precision: Precision
+) -> tuple[nn.Module, list[str]]:
+    """The student, checked, as it is trained: in training mode, with its adapter; and lines about it."""
+    title = f"--student_model {config.models.student_model}"
+    require_causal(title, student, precision)
+    special_ids = tokenizers.student_start, tokenizers.student_end
+    notes = learn_pad_row_(title, student, special_ids, precision)
+    student.train()
+    if config.memory.gradient_checkpointing:
+        recompute_activations_(student, same_dropout=True)
+    student = add_adapter(student, config.lora)
+    require_trainable(title, student)
+    return student, [*notes, describe_trainable(student)]
 
 
 def load_tokenizers(

@@ -68,14 +68,16 @@ def _untrainable(student: nn.Module) -> list[str] | None:
     return sorted(names) or None
 
 
-def models_to_save(student: nn.Module, precision: Precision) -> dict[str, nn.Module]:
+def models_to_save(student: nn.Module, precision: Precision, adapter_only: bool = False) -> dict[str, nn.Module]:
     """The models that a run saves, by folder: `student`, whole; `adapter` too, where there is one, in peft's format.
 
-    precision: in which the student computes
+    precision: in which the student computes; adapter_only: no whole student beside its adapter
     Raises: UsageError if the merged student is not the trained one
     """
     if not hasattr(student, "peft_config"):
         return {"student": student}
+    if adapter_only:
+        return {"adapter": student}
     whole = merged_model(student)
     require_equal_logits(student, whole, precision)
     return {"student": whole, "adapter": student}

@@ -21,7 +21,7 @@ from sar_kd.config.installation import program_name
 from sar_kd.config.sections import EMBEDDED
 from sar_kd.errors import UsageError
 from sar_kd.runtime.environment import is_installed
-from sar_kd.runtime.run_folder import holds_run
+from sar_kd.runtime.run_folder import holds_run, saved_student
 
 IN_MEMORY = "(in memory)"
 """Begins the name of a model that was handed over in Python."""
@@ -122,8 +122,8 @@ def is_local(name: str) -> bool:
 
 
 def _find_in_folder(title: str, folder: Path) -> ModelFiles:
-    if holds_run(folder) and (folder / "student").is_dir():
-        raise UsageError(f"{title}: is the folder of a run; give the student in it, {folder / 'student'}")
+    if holds_run(folder) and (student := saved_student(folder)).is_dir():
+        raise UsageError(f"{title}: is the folder of a run; give the student in it, {student}")
     has_config, has_adapter = ((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
     if has_config and has_adapter:
         raise UsageError(

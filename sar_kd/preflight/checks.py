@@ -39,6 +39,7 @@ from sar_kd.models.model_files import is_local
 from sar_kd.preflight.clamp_checks import clamp_lines, require_learnable
 from sar_kd.preflight.data_checks import alignment_warnings, text_warnings
 from sar_kd.preflight.memory_plan import NotEstimated, advice, plan
+from sar_kd.preflight.memory_tracker import with_adapter
 from sar_kd.runtime import environment, hub
 from sar_kd.runtime.console import count_of, first_few
 from sar_kd.runtime.files import FolderLock, require_disk_space
@@ -118,7 +119,7 @@ def _check_packages(meta: MetaModels) -> Finding:
     config = meta.config
     needed = {
         "dataset_name": ("datasets",) if config.data.dataset_name else (),
-        "lora_rank": ("peft",) if "lora" in type(config).sections() and config.lora.lora_rank else (),
+        "lora_rank": ("peft",) if config.lora.lora_rank else (),
         "tensorboard": ("tensorboard",) if config.train.tensorboard else (),
         "wandb": ("wandb",) if config.train.wandb else (),
     }
@@ -174,6 +175,12 @@ def _check_models(meta: MetaModels) -> Finding:
                 f"{role.capitalize()} ({found.family}) in float16: matrix products are half; float32 are the residual "
                 f"stream{scores}, and other products in {count_of(found.num_modules, 'module')}"
             )
+    in_memory = meta.loaded.model("student_model") is not None
+    made = "it is in memory" if in_memory else meta.conversions.get("student", "")
+    if meta.config.lora.adapter_only and made:
+        raise UsageError(
+            f"--adapter_only: the base model that the adapter names would not be this student ({made}); leave it out"
+        )
     return Finding("models", lines, record, details)
 
 
@@ -203,9 +210,11 @@ def _check_clamps(meta: MetaModels) -> Finding:
 
 def _check_disk(meta: MetaModels) -> Finding:
     """Needed: `student/` twice while it is replaced; `--keep_checkpoints` checkpoints and one that is being written."""
-    train = meta.config.train
-    student = 4 * _num_parameters(meta.models["student"])
-    checkpoint = 3 * student  # weights and AdamW's two moments, all float32
+    config = meta.config
+    train, lora, whole = config.train, config.lora, meta.models["student"]
+    trained = 4 * _num_parameters(with_adapter(whole, lora, torch.float16), trainable=True)
+    student = (0 if lora.adapter_only else 4 * _num_parameters(whole)) + (trained if lora.lora_rank else 0)
+    checkpoint = 3 * trained  # weights and AdamW's two moments, all float32
     needed = 2 * student + (train.keep_checkpoints + 1) * checkpoint
     remedy = "free some, or lower --keep_checkpoints" if train.keep_checkpoints > 1 else "free some"
     free = require_disk_space(Path(train.output_dir), needed, "the run's files", remedy=remedy)
@@ -353,8 +362,8 @@ def date_lines(pair: TokenizerPair) -> list[str]:
     return [f"The {whose} chat {verb} a date: {pair.template_date} (--template_date), kept when the run is resumed"]
 
 
-def _num_parameters(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+def _num_parameters(model: torch.nn.Module, trainable: bool = False) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or not trainable)
 
 
 def _format_bytes(num_bytes: int) -> str:

@@ -30,7 +30,6 @@ from sar_kd.losses.tiled_loss import Tile, TileGrad, TileLoss
 from sar_kd.models.half_precision import compute_in_range_
 from sar_kd.models.lm_head import LMHeads, backbone_of
 from sar_kd.models.logit_tiles import limit_blocks
-from sar_kd.models.lora import add_adapter
 from sar_kd.models.memory_saving import (
     BYTES_PER_WEIGHT,
     Offload,
@@ -40,7 +39,7 @@ from sar_kd.models.memory_saving import (
     recompute_activations_,
 )
 from sar_kd.models.model_checks import vocab_size_of
-from sar_kd.preflight.memory_tracker import OFF_DEVICE, MemoryTracker, fake_copy, fake_tensors
+from sar_kd.preflight.memory_tracker import OFF_DEVICE, MemoryTracker, fake_copy, fake_tensors, with_adapter
 from sar_kd.runtime.precision import Precision
 from sar_kd.teacher.moe.discovery import find_routers, router_parameters
 from sar_kd.teacher.moe.routing_hooks import Routing
@@ -76,10 +75,7 @@ def dry_run(
 
     Raises: whatever a model raises that needs tensor values
     """
-    lora = getattr(config, "lora", None)
-    if lora is not None and lora.lora_rank:  # now, as peft moves modules, which fake ones cannot be
-        base = fake_copy(models["student"], torch.device("meta"), dtype).requires_grad_(True)
-        models = {**models, "student": add_adapter(base, lora)}
+    models = {**models, "student": with_adapter(models["student"], config.lora, dtype)}
     with fake_tensors() as tracker, assume_unpacked_sequences(), limit_blocks(), _without_library_output():
         run = _DryRun(config, models, Precision(device, dtype, 1.0), tracker, keeps_gradients)
         run.sample()
@@ -155,8 +151,6 @@ class _DryRun:
             compute_in_range_(student)
         if self.config.memory.gradient_checkpointing:
             recompute_activations_(student, same_dropout=True)
-            if has_adapter:
-                student.enable_input_require_grads()
         self.tracker.relabel([*student.parameters(), *student.buffers()], "student")
         return student
 

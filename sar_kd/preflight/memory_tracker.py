@@ -20,6 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sar_kd.config.sections import LoraConfig
+from sar_kd.models.lora import add_adapter
+
 M = TypeVar("M", bound=nn.Module)
 
 OFF_DEVICE = "off device"
@@ -98,6 +101,17 @@ def fake_tensors() -> Iterator[MemoryTracker]:
     """Every tensor made inside is fake, and counted by the tracker."""
     with FakeTensorMode(allow_non_fake_inputs=True), MemoryTracker() as tracker:
         yield tracker
+
+
+def with_adapter(student: nn.Module, config: LoraConfig, dtype: torch.dtype) -> nn.Module:
+    """The student with the adapter of `--lora_rank`, all else frozen, on the meta device; itself without that option.
+
+    Not to be made inside `fake_tensors`: peft moves modules, which fake ones cannot be.
+    dtype: of the frozen weights
+    """
+    if not config.lora_rank:
+        return student
+    return add_adapter(fake_copy(student, torch.device("meta"), dtype).requires_grad_(True), config)
 
 
 def fake_copy(model: M, device: torch.device, dtype: torch.dtype | None = None) -> M:

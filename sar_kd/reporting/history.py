@@ -15,6 +15,7 @@ from sar_kd.errors import UsageError
 from sar_kd.reporting.step_lines import dropped_share, why_dropped
 from sar_kd.runtime.console import count_of, format_share
 from sar_kd.runtime.files import as_float
+from sar_kd.runtime.run_folder import saved_student
 from sar_kd.version import RUN_FORMAT
 
 LOG = "log.txt"
@@ -266,13 +267,15 @@ def _advice(run: RunHistory, validations: list[dict]) -> list[str]:
     finite = [pair for pair in bits if math.isfinite(pair[0])]
     if len(finite) >= 2 and min(finite)[1] == 0 and run.num_applied:
         lines.append(
-            "No validation was better than the one before the first step: `student/` holds the student as it was."
+            f"No validation was better than the one before the first step: `{saved_student(run.folder).name}/` holds "
+            "the student as it was."
         )
     elif len(finite) >= 3:
         (best, best_step), (first, _), (previous, _), (last, _) = min(finite), finite[0], finite[-2], finite[-1]
         if last > 1.01 * best:
             lines.append(
-                f"Best at step {best_step} ({best:.4f}); the later steps made it worse. `student/` holds the best."
+                f"Best at step {best_step} ({best:.4f}); the later steps made it worse. "
+                f"`{saved_student(run.folder).name}/` holds the best."
             )
         elif last < previous and previous - last > 0.1 * (first - last) and finite[-1] == bits[-1]:
             lines.append("It was still falling at the last validation: more --train_steps would help.")

@@ -8,6 +8,7 @@ from pathlib import Path
 from sar_kd.reporting.history import RunHistory, read_history
 from sar_kd.reporting.rendering import render
 from sar_kd.runtime.files import as_float, atomic_write
+from sar_kd.runtime.run_folder import saved_student
 from sar_kd.version import __version__
 
 FILE = "README.md"
@@ -38,9 +39,9 @@ class CardWriter:
         pass
 
     def _write(self) -> None:
-        if (self.folder / "student").is_dir():
-            card = build_model_card(read_history(self.folder, with_steps=False))
-            atomic_write(self.folder / "student" / FILE, card)
+        student = saved_student(self.folder)
+        if student.is_dir():
+            atomic_write(student / FILE, build_model_card(read_history(self.folder, with_steps=False)))
 
 
 def build_model_card(run: RunHistory) -> str:

@@ -105,6 +105,12 @@ def holds_run(folder: Path) -> bool:
     return isinstance(saved, dict) and "mode" in saved
 
 
+def saved_student(folder: Path) -> Path:
+    """Where a run keeps its best student: `student/`, or with `--adapter_only` `adapter/`."""
+    student, adapter = folder / "student", folder / "adapter"
+    return adapter if adapter.is_dir() and not student.is_dir() else student
+
+
 def foreign_names(folder: Path) -> list[str]:
     """What is in the folder beside that which a run leaves that was killed as it began."""
     leftovers = {*LOCK_FILES, f".{CONFIG}.partial", GIVEN_TEXTS}

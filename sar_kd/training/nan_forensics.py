@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,7 +93,8 @@ def _replay_backward(student: nn.Module, batch: Batch, loss: Callable[[Batch], T
 
         return hook
 
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of layers before the first adapter, whose inputs need no gradient
         for name, module in student.named_modules():
             if name and not isinstance(module, nn.Embedding) and not any(module.children()):
                 stack.enter_context(module.register_full_backward_hook(hook_of(name)))

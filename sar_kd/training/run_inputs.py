@@ -58,10 +58,12 @@ def _digests(config: RunConfig, documents: tuple[Documents, Documents], models: 
 
 
 def _digest_model(config: RunConfig, option: str, model: nn.Module) -> str:
-    name, in_checkpoint = getattr(config.models, option), all(p.requires_grad for p in model.parameters())
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    name, in_checkpoint = getattr(config.models, option), len(trained) == len(list(model.parameters()))
     if name.startswith(IN_MEMORY):
         settings: Any = model.config
-        return _digest(_of_model(settings)) if in_checkpoint else hash_tensors(model.state_dict())
+        frozen = {name: tensor for name, tensor in model.state_dict().items() if name not in trained}
+        return _digest(_of_model(settings)) if in_checkpoint else hash_tensors(frozen)
     found = model_fingerprint(name, config.models.trust_remote_code, option)
     weights = {file for file in found if file.endswith((".safetensors", ".bin", ".gguf"))}
     return _digest({file: value for file, value in found.items() if not (in_checkpoint and file in weights)})

@@ -25,6 +25,7 @@ from sar_kd.preflight.data_checks import alignment_warnings, learns_chat, text_w
 from sar_kd.reporting.run_log import RunLog
 from sar_kd.runtime.console import format_share
 from sar_kd.runtime.files import CHECKPOINTS
+from sar_kd.runtime.run_folder import saved_student
 from sar_kd.runtime.signals import StopRequest
 from sar_kd.teacher.base import Teacher
 from sar_kd.training.batch_loader import BatchLoader
@@ -99,7 +100,7 @@ class Trainer:
                     if skips := skips_in_words(self.context.guard):
                         self._log([skips])
                     if status == "finished":
-                        student_folder = self.folder / "student"
+                        student_folder = saved_student(self.folder)
                         self._log(m for callback in self.callbacks for m in callback.on_train_end(student_folder))
                     return self._write_summary(status)
             except (RuntimeError, OSError, MemoryError):  # the weights are still the last good ones
@@ -230,8 +231,8 @@ class Trainer:
         self.state.teacher_positions += report.teacher_positions
         self.state.teacher_rows_dropped += report.teacher_rows_dropped
         self.state.teacher_rows_infinite += report.teacher_rows_infinite
-        self.state.train_seconds += time.monotonic() - started
         self.state.teacher_rows_unshared += report.teacher_rows_unshared
+        self.state.train_seconds += time.monotonic() - started
         return report, partial(self.loader.nan_candidates, step, report, micro_batches)
 
     def _log_step(self, report: StepReport) -> None:
@@ -291,9 +292,10 @@ class Trainer:
 
     def _save_student(self) -> None:
         tokenizer, weights = self.models.tokenizers.student, self.context.strategy.full_weights()
+        models = self.models.student, self.context.precision, self.config.lora.adapter_only
 
         def save() -> None:
-            for name, model in models_to_save(self.models.student, self.context.precision).items():
+            for name, model in models_to_save(*models).items():
                 save_student(model, tokenizer, self.folder / name, weights, self.train.text)
 
         self.process_group.on_rank_zero(save)
@@ -350,7 +352,8 @@ class Trainer:
             text = f"Its last weights are not good: {found} on held-out text, in float32."
         if math.isfinite(best):
             step = self.state.best_step
-            text += f"\n`student/` holds the best student, that of step {step} ({best:.4f} bits per byte)."
+            name = saved_student(self.folder).name
+            text += f"\n`{name}/` holds the best student, that of step {step} ({best:.4f} bits per byte)."
         sound = self.recovery.sound_checkpoint
         if sound is not None:
             text += f"\n`checkpoint/{sound.name}` is the last one after which a step or a validation was finite"

@@ -29,6 +29,7 @@ OPTIONS = [
     "ka_passes",
     "recipe", "on_policy_fraction", "sample_temperature", "sample_top_p", "max_new_tokens", "replay_size",
     "replay_fraction",
+    "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "adapter_only",
     "weight_decay", "warmup_steps", "lr_schedule", "student_lr",
     "model_dtype", "device", "init_loss_scale",
     "gradient_checkpointing", "offload_teacher_to_cpu", "teacher_quantization",

@@ -109,7 +109,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_script(write)
         ('train_file: ["a\\0.txt"]', "a.yaml", ("--train_file 'a\\x00.txt': holds a null character",)),
         ("task: ''\nmodes: precise", "a.yaml", ("did you mean mode?",)),
         ("student_lr: 1\nlearning_rate: 2", "a.yaml", ("student_lr: given twice",)),
-        ("lora: {lora_rank: 4}", "a.yaml", ("section lora", "lora_rank")),
+        ("output: {json: true}", "a.yaml", ("section output", "json")),
         ("- a\n- b", "a.yaml", ("holds no options",)),
         ("", "a.yaml", ("holds no options",)),
         ("a: [", "a.yaml", ("cannot be read", "in line 1, column 5")),

@@ -73,8 +73,8 @@ def test_a_name_from_another_program_is_answered_with_the_one_here(command, type
 @pytest.mark.parametrize(
     ("command", "typed", "owner"),
     [
-        (STABLE, "--lora_rank", "sft"),
-        (TRAIN, "--lora-r", "sft"),
+        (STABLE, "--save_strategy", "sft"),
+        (TRAIN, "--save-strategy", "sft"),
         (SFT, "--alpha_kd", "train"),
         (STABLE, "--chat", "generate"),
     ],

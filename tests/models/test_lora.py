@@ -10,6 +10,7 @@ import transformers
 from sar_kd.config.sections import LoraConfig
 from sar_kd.errors import UsageError
 from sar_kd.models import lora
+from sar_kd.models.half_precision import range_report
 from sar_kd.models.lora import (
     add_adapter,
     describe_trainable,
@@ -55,6 +56,13 @@ def test_only_the_adapter_is_trainable_and_it_is_float32_whatever_the_rest_is(ma
     assert set(trainable.values()) == {torch.float32}
     assert all("lora_" in name for name in trainable)
     assert student.get_input_embeddings().weight.dtype is dtype
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "qwen3_moe", "mamba"])
+def test_the_modules_that_are_kept_in_range_are_the_same_with_an_adapter_as_without(family):
+    model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family]())
+    before = range_report(model)
+    assert range_report(add_adapter(model, LoraConfig(lora_rank=4))) == before
 
 
 def test_every_linear_layer_but_the_head_gets_one(make_student):
@@ -241,7 +249,6 @@ def test_checkpointed_gradients_equal_plain_ones_with_dropout_too(make_student, 
         student = make_student(64, attention_dropout=0.2)
         if checkpoints:
             assert recompute_activations_(student, same_dropout=True) == 2
-            student.enable_input_require_grads()
         student = add_adapter(student.train(), LoraConfig(lora_rank=rank, lora_dropout=0.2)).train()
         torch.manual_seed(5)
         student(input_ids=TOKENS, labels=TOKENS, use_cache=False).loss.backward()

@@ -5,12 +5,12 @@ import os
 import re
 import shutil
 import time
-from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 import torch
 
+from sar_kd.config.runs import SftConfig, SftModelConfig
 from sar_kd.data.dataset import build_dataset
 from sar_kd.data.files.samples import Document
 from sar_kd.errors import UsageError
@@ -207,10 +207,10 @@ def test_no_nonsense_ends_in_a_traceback_or_takes_long(folder, damage):
     definition = json.loads(path.read_text())
     definition.update(damage) if isinstance(damage, dict) else NONSENSE[damage](definition)
     path.write_text(json.dumps(definition))
-    names = SimpleNamespace(student_model=str(folder), trust_remote_code=False)
+    config = SftConfig(models=SftModelConfig(student_model=str(folder)))
     line, started = "", time.process_time()
     try:
-        models = load_student(names, torch.float32, Precision(torch.device("cpu"), torch.float32, 1.0))
+        models = load_student(config, Precision(torch.device("cpu"), torch.float32, 1.0))
         build_dataset([Document("a", "The river rose in the night.\n" * 20)], models.tokenizers, 16, 16)
     except UsageError as error:
         line = str(error)

@@ -8,9 +8,10 @@ import safetensors.torch
 import torch
 import transformers
 
+from sar_kd.config.runs import SftConfig, SftModelConfig
 from sar_kd.errors import UsageError
-from sar_kd.models.loading import load_for_generation, load_meta_model, load_student
 from sar_kd.models import pretrained
+from sar_kd.models.loading import load_for_generation, load_meta_model, load_student
 from sar_kd.models.model_files import find_model
 from sar_kd.models.pretrained import load_model, load_tokenizer
 from sar_kd.runtime.precision import Precision
@@ -95,9 +96,9 @@ def test_tensors_that_are_no_part_of_the_model_are_counted_and_named(make_studen
     _save(make_student(len(sp_tokenizer), num_hidden_layers=2), sp_tokenizer, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
-    names = type("Names", (), {"student_model": str(tmp_path), "trust_remote_code": False})
-    models = load_student(names, torch.float32, Precision(torch.device("cpu"), torch.float32, 1.0))
-    (note,) = models.notes
+    config = SftConfig(models=SftModelConfig(student_model=str(tmp_path)))
+    note, trainable = load_student(config, Precision(torch.device("cpu"), torch.float32, 1.0)).notes
+    assert trainable.startswith("Trainable: ")
     assert "9 tensors in its files are no part of the model, model.layers.1.input_layernorm.weight among them" in note
 
 
@@ -133,7 +134,6 @@ def test_a_gguf_file_has_the_weights_and_the_tokenizer_that_were_written(gguf_fi
     assert sum(p.numel() for p in meta.parameters()) == sum(p.numel() for p in student.parameters())
 
 
-def test_a_student_from_a_gguf_file_learns_and_is_saved_as_safetensors(
 def test_the_metadata_of_a_gguf_file_is_parsed_once_until_the_file_is_another(gguf_file, byte_tokenizer, monkeypatch):
     student, path = gguf_file
     parsed, parse = [], pretrained._load_gguf
@@ -149,6 +149,7 @@ def test_the_metadata_of_a_gguf_file_is_parsed_once_until_the_file_is_another(gg
     assert load_model(files, torch.float32, False)[0].config.num_hidden_layers == 1
 
 
+def test_a_student_from_a_gguf_file_learns_and_is_saved_as_safetensors(
     gguf_file, byte_tokenizer, tmp_path, corpus_texts
 ):
     student, path = gguf_file

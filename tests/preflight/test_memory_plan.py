@@ -23,6 +23,7 @@ from sar_kd.models.generation import generate
 from sar_kd.models.half_precision import compute_in_range_
 from sar_kd.models.loading import MetaModels, vocab_size_of
 from sar_kd.models.logit_tiles import vocab_blocks
+from sar_kd.models.lora import add_adapter
 from sar_kd.models.memory_saving import recompute_activations_
 from sar_kd.preflight import dry_run as dry_run_module
 from sar_kd.preflight import memory_plan
@@ -205,8 +206,11 @@ def _run(config, kinds, dtype, vocab_size, train) -> None:
     precision = Precision(CPU, dtype, 1024.0)
     teacher = _build(kinds["teacher"]).to(dtype).requires_grad_(False).eval()
     student = _build(kinds["student"]).train()
+    if config.lora.lora_rank:
+        student.to(dtype)
     for model in (teacher, student) if dtype is torch.float16 else ():
         compute_in_range_(model)
+    student = add_adapter(student, config.lora)
     if config.memory.gradient_checkpointing:
         recompute_activations_(student, same_dropout=True)
     sizes = dict.fromkeys(("student_vocab_size", "teacher_vocab_size", "num_teacher_tokens"), vocab_size)
@@ -240,6 +244,9 @@ def _batch(vocab_size, config) -> Batch:
         ("gpt2", "gpt2", torch.float16, 500, {}),
         ("gpt2", "gpt2", torch.float32, 9000, {"loss_workspace_mb": 1}),
         ("llama", "llama", torch.float32, 500, {"alpha_kd": 0.0}),
+        ("llama", "llama", torch.float32, 500, {"lora_rank": 8}),
+        ("llama", "llama", torch.float16, 9000, {"lora_rank": 8, "grad_accum_steps": 2}),
+        ("llama", "llama", torch.float16, 500, {"lora_rank": 8, "gradient_checkpointing": True}),
         ("moe", "moe", torch.float32, 500, {"per_device_batch_size": 4}),
         ("llama", "moe", torch.float32, 500, {"routing": "sar"}),
         ("llama", "moe", torch.float32, 500, {"routing": "sar", "sar_schedule": "two_stage"}),

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from sar_kd.config.sections import GuardConfig, LossConfig
+from sar_kd.config.sections import GuardConfig, LoraConfig, LossConfig
 from sar_kd.data.dataset import build_dataset
 from sar_kd.data.files.samples import Document
+from sar_kd.models.lora import add_adapter
 from sar_kd.runtime.precision import Precision
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 from tests.stress.harness import CPU, Run, build_gpt2
@@ -42,17 +43,20 @@ def make_run(make_dataset, make_student):
     head      factor on the student's head: a fresh one is all but uniform
     gpt2      a GPT-2 student instead of a Llama
     loss      fields of LossConfig; guards: fields of GuardConfig
+    rank      of an adapter (LoRA), the rest frozen in the run's dtype; 0: all weights are trained
     """
 
     def make(
         *, dtype=torch.float16, kind="equal", rows=0, head=1.0, teacher_head=20.0, gpt2=False, scale=16384.0, lr=1e-3,
-        loss=None, guards=None, config=None,
+        loss=None, guards=None, config=None, rank=0,
     ):  # fmt: skip
         dataset = make_dataset(kind, rows)
         sizes = max(rows, len(dataset.pair.student)), max(rows, len(dataset.pair.teacher))
         build = build_gpt2 if gpt2 else make_student
         student = build(sizes[0], **({"num_hidden_layers": 1} if not gpt2 else {}) | (config or {}))
         student.get_output_embeddings().weight.data.mul_(head)
+        if rank:
+            student = add_adapter(student.to(dtype), LoraConfig(lora_rank=rank))
         teacher = make_student(sizes[1], num_hidden_layers=1, hidden_size=16, intermediate_size=32)
         teacher.lm_head.weight.data.mul_(teacher_head)
         teacher.requires_grad_(False).eval().to(dtype)

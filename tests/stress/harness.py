@@ -46,9 +46,10 @@ class Run:
         return [self.dataset.batch(list(group)) for group in groups]
 
     def tensors(self) -> list[torch.Tensor]:
-        """Weights and optimizer state, copied."""
-        state = [value for slots in self.optimizer.state.values() for value in slots.values()]
-        return [tensor.detach().clone() for tensor in [*parameters_of(self.optimizer), *state]]
+        """Weights, those of a frozen base too, and optimizer state, copied."""
+        weights = dict.fromkeys((*self.student.parameters(), *parameters_of(self.optimizer)))
+        state = [torch.as_tensor(value) for slots in self.optimizer.state.values() for value in slots.values()]
+        return [tensor.detach().clone() for tensor in [*weights, *state]]
 
     @property
     def scale(self) -> float:
@@ -120,7 +121,8 @@ def all_finite(tensors) -> bool:
 def same_bits(before, after) -> bool:
     """NaN equals NaN: compared as integers."""
     return len(before) == len(after) and all(
-        torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(before, after, strict=True)
+        torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
+        for a, b in zip(before, after, strict=True)
     )
 
 

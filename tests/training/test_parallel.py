@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from sar_kd.config.sections import GuardConfig, LossConfig, OptimConfig, TrainConfig
+from sar_kd.config.sections import GuardConfig, LoraConfig, LossConfig, OptimConfig, TrainConfig
 from sar_kd.data.batch import IGNORE_INDEX, Batch, TokenBatch, next_token_targets
 from sar_kd.data.dataset import build_dataset
 from sar_kd.data.files.samples import Document
 from sar_kd.errors import UsageError
 from sar_kd.evaluation.perplexity import shard_batches
 from sar_kd.losses.objective import Objective
+from sar_kd.models.lora import add_adapter
 from sar_kd.runtime.distributed import SINGLE_PROCESS, join_process_group, sum_and_max
 from sar_kd.runtime.precision import Precision
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
@@ -27,12 +28,15 @@ from tests.helpers import ranks
 
 CPU = torch.device("cpu")
 FLOAT, HALF = torch.float32, torch.float16
+RANK = 4
 TOLERANCE = {FLOAT: 1e-6, HALF: 1e-5}
 
 
-def build(process_group, dataset, student, teacher, dtype=FLOAT, parallel="ddp", scale=1024.0, **loss):
-    """The parts of a step, from the same models and text on every rank."""
+def build(process_group, dataset, student, teacher, dtype=FLOAT, parallel="ddp", scale=1024.0, rank=0, **loss):
+    """The parts of a step, from the same models and text on every rank; rank: of an adapter."""
     run = SimpleNamespace(dataset=dataset, student=_made_anew(student), precision=Precision(CPU, dtype, scale))
+    if rank:
+        run.student = add_adapter(run.student.to(dtype), LoraConfig(lora_rank=rank))
     teacher = _made_anew(teacher).requires_grad_(False).eval().to(dtype)
     off = {"logit_clamp_style": "off", "loss_clamp_style": "off"}
     settings = LossConfig(**({"alpha_kd": 0.5, "alpha_ce": 0.5} | off | loss))
@@ -148,6 +152,10 @@ def _scenarios(rank, dataset, student, teacher):
         run = build(process_group, *parts, FLOAT, parallel)
         run.step(micro_batches(dataset, rank), clip=0.01)
         found[f"clipped {parallel}"] = run.gradients[0]
+    torch.manual_seed(rank)  # each rank draws another adapter, of which the first one counts
+    run = build(process_group, dataset, student, teacher, HALF, rank=RANK)
+    report = run.step(micro_batches(dataset, rank))
+    found["adapter"] = _figures(report), run.gradients[0], _weights(run)
     run = build(process_group, dataset, _with_experts(student), teacher)
     run.step(micro_batches(dataset, rank))
     found["experts"] = run.gradients[0]
@@ -348,6 +356,16 @@ def test_the_joined_gradient_is_what_is_clipped(both, parallel):
     for end in both:
         norm = torch.stack([gradient.norm() for gradient in end[f"clipped {parallel}"]]).norm().item()
         assert norm == pytest.approx(0.01, rel=1e-4)
+
+
+def test_ranks_train_the_adapter_that_the_first_one_drew_with_the_joined_gradient(parts, both):
+    torch.manual_seed(0)
+    alone = build(SINGLE_PROCESS, *parts, HALF, rank=RANK)
+    expected = alone.step(joined_micro_batches(parts[0]))
+    for figures, gradients, weights in (end["adapter"] for end in both):
+        assert figures["loss"] == pytest.approx(expected.loss, rel=1e-5)
+        _assert_close(gradients, alone.gradients[0], TOLERANCE[HALF])
+        assert all(map(torch.equal, weights, both[0]["adapter"][2]))
 
 
 def test_an_expert_that_one_rank_uses_has_its_gradient_and_one_that_none_uses_has_none(parts, both):
