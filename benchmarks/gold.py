@@ -1,6 +1,6 @@
 """A run in which TRL's GOLD stands in for our distillation term; everything else is `train_sar_kd_stable.py`.
 
-    PYTHON_WITH_TRL benchmarks/gold.py --mode precise --student_model benchmarks/models/student_byte1024 ...
+    PYTHON_WITH_TRL benchmarks/gold.py --mode precise --student_model DIR ...
 
 Takes the script's flags: same text, same batches, same optimizer, same evaluation. The loss is
 `alpha_ce * CE + alpha_kd * GOLD` with `ULDLoss` of `trl.experimental.gold` as its author wrote it: alignment by byte
@@ -8,7 +8,7 @@ offsets, and the hybrid of generalised JSD (beta 0.5) on tokens spelled alike an
 their share of the vocabulary. The offsets are made from the exact bytes of each token, so a SentencePiece tokenizer is
 aligned too; its tokens are rarely spelled as those of byte-level BPE. Our blocks do not close with an end-of-text
 token, so there is none to skip at their end. Needs `trl` beside this package's requirements; with
-`benchmarks/alignment.py --trl_python PYTHON_WITH_TRL` it can be an environment of its own.
+`benchmarks/real_models.py --trl_python PYTHON_WITH_TRL` it can be an environment of its own.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
     PYTHON_WITH_TRL benchmarks/on_policy_trl.py
 
-Unit conversion, the teacher of `on_policy.py`, and students of the embedded one's shape with its tokenizer or another
-(GOLD takes byte-level BPE only), fine-tuned shortly before. On-policy reverse KL at temperature 1 for all: ours,
-GKDTrainer (lmbda 1, beta 1) and GOLDTrainer (likewise; across tokenizers its hybrid ULD loss). AdamW, its rate and the
-clip are the same; the students are evaluated by our own benchmark. Needs `trl` and
-`datasets` beside this package's requirements, and `benchmarks/alignment_models.py` run before.
+Unit conversion, the teacher of `on_policy.py`, and students of the embedded one's shape with the teacher's tokenizer or
+another (GOLD takes byte-level BPE only), trained on the embedded text and fine-tuned shortly before. On-policy reverse
+KL at temperature 1 for all: ours, GKDTrainer (lmbda 1, beta 1) and GOLDTrainer (likewise; across tokenizers its hybrid
+ULD loss). AdamW, its rate and the clip are the same; the students are evaluated by our own benchmark. Needs `trl` and
+`datasets` beside this package's requirements.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from on_policy import MODELS, fine_tune, spread_of  # noqa: E402
 
+from sar_kd import embedded  # noqa: E402
+from sar_kd.commands import build_embedded  # noqa: E402
 from sar_kd.data import unit_questions  # noqa: E402
 from sar_kd.data.dataset import build_dataset  # noqa: E402
 from sar_kd.data.unit_questions import task_questions  # noqa: E402
@@ -38,9 +40,10 @@ from sar_kd.runtime.precision import Precision  # noqa: E402
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair  # noqa: E402
 
 STUDENTS = {
-    "equal": ("--student_model", "benchmarks/models/student_byte2048", "--learning_rate", "2e-3"),
-    "different": ("--student_model", "benchmarks/models/student_byte1024", "--learning_rate", "2e-3"),
+    "equal": lambda texts: transformers.AutoTokenizer.from_pretrained(embedded.TEACHER_DIR),
+    "different": lambda texts: build_embedded.byte_level_bpe(texts, 1024),
 }
+"""The tokenizer of each student"""
 SIDES = {
     "equal tokenizers": ("ours_equal", "gkd_equal", "gold_equal"),
     "different tokenizers": ("ours_different", "gold_different"),
@@ -51,6 +54,24 @@ TEMPLATE = (
     "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
 )
 BATCH_SIZE, MAX_NEW_TOKENS, WARM_UP, RATE = 16, 48, 20, 5e-4
+PRETRAINING_STEPS = 200
+
+
+def make_student(kind: str) -> Path:
+    """A student trained on the embedded text, below `MODELS`, unless that was done before."""
+    folder = MODELS / f"{kind}_pretrained"
+    if not (folder / "tokenizer.json").is_file():
+        (texts,) = embedded.read_text("teacher")
+        tokenizer = STUDENTS[kind](list(texts.values()))
+        config = build_embedded.student_model().config
+        config.vocab_size = len(tokenizer)
+        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(config)
+        build_embedded.pretrain(model, build_embedded.dataset_of(tokenizer, texts), PRETRAINING_STEPS, 0.0, 0, kind)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder
 
 
 def run_ours(student: Path, output: Path, options: argparse.Namespace) -> Path:
@@ -171,8 +192,8 @@ def main() -> None:
         return
     fine_tune("teacher")
     record: dict = {"train_steps": options.train_steps, "seeds": options.seeds, "start": {}, "sides": {}}
-    for kind, flags in STUDENTS.items():
-        fine_tune(kind, flags)
+    for kind in STUDENTS:
+        fine_tune(kind, ("--student_model", str(make_student(kind)), "--learning_rate", "2e-3"))
         record["start"][kind] = asked(MODELS / kind / "student")
     if options.sides and options.output.is_file():
         record["sides"] = json.loads(options.output.read_text())["sides"]
