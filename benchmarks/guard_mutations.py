@@ -220,6 +220,8 @@ MUTATIONS = (
              "if meta.config.lora.adapter_only and made:", "if False:", "tests/commands/test_train_lora.py"),
     Mutation("the optimizer refuses half weights", "training/optimizer.py",
              "    assert all(parameter.dtype is torch.float32 for parameter in trainable)", "    assert True"),
+    Mutation("a checkpoint's optimizer state has the shapes of its weights", "training/checkpoint.py",
+             "(tuple(tensor.shape), tensor.dtype) != expected[name]", "False", "tests/training/test_optimizer.py"),
     # activations beyond the range of half
     Mutation("the residual stream is float32", "models/half_precision.py",
              "return output.float() if computes_in_float16(output) else output", "return output", RANGE),

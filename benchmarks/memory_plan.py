@@ -66,6 +66,14 @@ CASES = {
     "llama_2048_on_policy": Case(
         vocab_size=2048, batch_size=16, block_size=128, accum=8, flags=("on_policy_fraction=1.0",)
     ),
+    "llama_32000_adafactor": Case(flags=("optimizer=adafactor",)),
+    "llama_32000_8bit": Case(flags=("optimizer=adamw8bit",)),
+    "llama_32000_lora": Case(flags=("lora_rank=16",)),
+    "llama_32000_lora_half": Case(flags=("lora_rank=16",), dtype="float16"),
+    "llama_151936_lora_half": Case(vocab_size=151936, batch_size=1, flags=("lora_rank=16",), dtype="float16"),
+    "llama_151936_half_adafactor": Case(
+        vocab_size=151936, batch_size=1, flags=("optimizer=adafactor",), dtype="float16"
+    ),
     "embedded": Case("embedded", "embedded", 0, batch_size=4),
     "embedded_half": Case("embedded", "embedded", 0, batch_size=4, dtype="float16"),
     "embedded_batch_16": Case("embedded", "embedded", 0, batch_size=16),
@@ -80,6 +88,7 @@ def config_of(case: Case, device: str):
     flags = dict(flag.partition("=")[::2] for flag in case.flags)
     values: dict = {name: value or True for name, value in flags.items()}
     values |= {name: float(value) for name, value in flags.items() if name == "on_policy_fraction"}
+    values |= {name: int(value) for name, value in flags.items() if name == "lora_rank"}
     values |= {"per_device_batch_size": case.batch_size, "grad_accum_steps": case.accum, "block_size": case.block_size}
     values |= {"model_dtype": case.dtype, "device": device, "skip_grad_norm": 1e9, "skip_rule": "fixed"}
     return Config.from_options({**MODES["balanced"], **values}, "balanced")
@@ -147,6 +156,7 @@ def _invented(case: Case, config, dtype):
     import transformers
 
     from sar_kd.data.batch import Batch, TokenBatch
+    from sar_kd.models.lora import add_adapter
 
     kinds = {"teacher": model_config(case.teacher, case, True), "student": model_config(case.student, case, False)}
     build = transformers.AutoModelForCausalLM.from_config
@@ -157,7 +167,9 @@ def _invented(case: Case, config, dtype):
 
     def go(config, precision):
         teacher = build(kinds["teacher"]).to(precision.device, dtype).requires_grad_(False).eval()
-        student = build(kinds["student"]).to(precision.device).train()
+        student = build(kinds["student"]).train()
+        student.to(precision.device, dtype if config.lora.lora_rank else torch.float32)
+        student = add_adapter(student, config.lora)
         sizes = dict.fromkeys(("student_vocab_size", "teacher_vocab_size", "num_teacher_tokens"), case.vocab_size)
         rows = SimpleNamespace(**sizes, tables=None)
         aligner = SimpleNamespace(pair=rows)

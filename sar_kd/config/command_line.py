@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 from sar_kd.config.config_file import OptionFile, read_option_file, read_run_options
 from sar_kd.config.fields import AUTO, C, Command, known_options, options_of, require, value_error
 from sar_kd.config.option_parser import CONFIG, build_parser, unknown_option
-from sar_kd.config.presets import default_batch_size, recipe_lines
+from sar_kd.config.presets import ADAFACTOR_LR_FACTOR, default_batch_size, recipe_lines
 from sar_kd.config.sections import EMBEDDED
 from sar_kd.config.unused_options import unused_option_lines
 from sar_kd.errors import UsageError
@@ -102,15 +103,21 @@ def new_run_folder(run_name: str) -> str:
 
 
 def _scale_rate_(values: dict[str, Any], rate: str, given: Collection[str], command: Command) -> tuple[str, ...]:
-    """Multiply a learning rate that is not given for the embedded model; the line that says so, where it is used."""
-    model = "teacher" if rate == "router_lr" else "student"
-    if values[f"{model}_model"] != EMBEDDED or rate in given:
+    """Multiply a learning rate that is not given for the embedded model, or for Adafactor; the line that says so, where
+    it is used.
+    """
+    model, factors = "teacher" if rate == "router_lr" else "student", dict[str, float]()
+    if values[f"{model}_model"] == EMBEDDED:
+        factors[f"for the tiny embedded {model}"] = command.embedded_lr_factors[rate]
+    if rate == "student_lr" and values["optimizer"] == "adafactor":
+        factors["for Adafactor, which takes it relative to the size of the weights"] = ADAFACTOR_LR_FACTOR
+    if not factors or rate in given:
         return ()
-    former, factor = values[rate], command.embedded_lr_factors[rate]
-    values[rate] = former * factor
+    product = " x ".join(f"{value:g}" for value in (values[rate], *factors.values()))
+    values[rate] *= math.prod(factors.values())
     if rate == "router_lr" and (values["routing"] not in ("auto", "sar") or values["alpha_kd"] == 0):
         return ()
-    return (f"--{rate}: {former:g} x {factor:g} = {values[rate]:g} for the tiny embedded {model}, unless given",)
+    return (f"--{rate}: {product} = {values[rate]:g} {' and '.join(factors)}, unless given",)
 
 
 def _resume(command: Command[C], given: dict[str, Any]) -> C:

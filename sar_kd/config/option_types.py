@@ -28,6 +28,7 @@ class TrainingOptions(TypedDict, total=False):
     lora_dropout: float
     lora_targets: Sequence[str]
     adapter_only: bool
+    optimizer: Literal["adamw", "adamw8bit", "adafactor"]
     weight_decay: float
     warmup_steps: int
     lr_schedule: Literal["cosine", "constant"]

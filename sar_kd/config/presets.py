@@ -72,6 +72,9 @@ EMBEDDED_LR_FACTOR = 200.0
 EMBEDDED_ROUTER_LR_FACTOR = 20.0
 """The embedded teacher's routers too; at 200 they follow the student so far that the teacher itself gets worse."""
 
+ADAFACTOR_LR_FACTOR = 30.0
+"""Adafactor multiplies the rate by the root mean square of each weight tensor, about 1 / 30 in pretrained models."""
+
 STABLE: Command[Config] = Command(
     "",
     "Distil a large causal language model into a small one, in fp16, without NaN.",

@@ -129,6 +129,7 @@ class Config(RunConfig):
         obstacle = self.routing_obstacle(routing == "sar", self.train.parallel == "fsdp")
         if routing in ("all", "ka", "sar") and obstacle:
             raise UsageError(f"--routing {routing}: {'; '.join(obstacle)}")
+        _require_fitting_optimizer(self)
         is_sharded, rank = self.train.parallel == "fsdp", self.lora.lora_rank
         require(not (is_sharded and rank), "lora_rank", rank,
                 "with --parallel fsdp no device has the whole student that an adapter belongs to; use --parallel ddp, "
@@ -172,6 +173,15 @@ class Config(RunConfig):
 SECTIONS = Config.sections()
 
 
+def _require_fitting_optimizer(config: RunConfig) -> None:
+    optimizer, sharded = config.optim.optimizer, config.train.parallel == "fsdp"
+    require(optimizer == "adamw" or not sharded, "optimizer", optimizer,
+            "its state is not sharded; with --parallel fsdp use adamw")  # fmt: skip
+    require(optimizer != "adafactor" or not config.lora.lora_rank, "optimizer", optimizer,
+            "its steps are relative to the size of a weight, and an adapter begins at 0; with --lora_rank use adamw, "
+            "whose state is small for an adapter")  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class SftModelConfig(Section):
     """Model: which one to fine-tune."""
@@ -182,7 +192,7 @@ class SftModelConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class SftOptimConfig(OptimConfig):
-    """Optimizer: AdamW with linear warm-up, then cosine decay to 10 %."""
+    """Optimizer: which one; linear warm-up, then cosine decay to 10 %."""
 
     student_lr: float = option(2e-4, "peak learning rate", positive=True, aliases=("learning_rate",))
 
@@ -238,6 +248,9 @@ class SftConfig(RunConfig):
     train: SftTrainConfig = field(default_factory=SftTrainConfig)
     loss: LossConfig = field(default=CROSS_ENTROPY, metadata={"options": False})
     mode: str = "sft"
+
+    def __post_init__(self):
+        _require_fitting_optimizer(self)
 
     def in_steps(self, num_examples: int) -> SftConfig:
         """The same run with its length and its checkpoints in steps, for this number of training examples."""

@@ -169,18 +169,18 @@ class LossConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamWConfig(Section):
-    """Optimizer: AdamW with linear warm-up, then cosine decay to 10 %. A subclass adds the learning rate."""
+class OptimConfig(Section):
+    """Optimizer: which one; linear warm-up, then cosine decay to 10 %."""
 
+    optimizer: str = option(
+        "adamw",
+        "adamw: 8 bytes of state for each trained weight; adamw8bit: 2, through bitsandbytes (`pip install "
+        "bitsandbytes`); adafactor: next to none, and --student_lr is relative to the size of the weights",
+        choices=("adamw", "adamw8bit", "adafactor"),
+    )
     weight_decay: float = option(0.01, "decoupled weight decay of matrices", at_least=0)
     warmup_steps: int = option(20, "steps of linear warm-up", at_least=0)
     lr_schedule: str = option("cosine", "learning rate after warm-up", choices=("cosine", "constant"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig(AdamWConfig):
-    """Optimizer: AdamW with linear warm-up, then cosine decay to 10 %."""
-
     student_lr: float = option(1e-5, "peak learning rate of the student", positive=True, aliases=("learning_rate",))
 
 

@@ -36,6 +36,7 @@ from sar_kd.models.loading import (
 )
 from sar_kd.models.memory_saving import quantizable_layers, require_quantization_packages
 from sar_kd.models.model_files import is_local
+from sar_kd.models.optimizer_state import state_bytes
 from sar_kd.preflight.clamp_checks import clamp_lines, require_learnable
 from sar_kd.preflight.data_checks import alignment_warnings, text_warnings
 from sar_kd.preflight.memory_plan import NotEstimated, advice, plan
@@ -119,6 +120,7 @@ def _check_packages(meta: MetaModels) -> Finding:
     config = meta.config
     needed = {
         "dataset_name": ("datasets",) if config.data.dataset_name else (),
+        "optimizer adamw8bit": ("bitsandbytes",) if config.optim.optimizer == "adamw8bit" else (),
         "lora_rank": ("peft",) if config.lora.lora_rank else (),
         "tensorboard": ("tensorboard",) if config.train.tensorboard else (),
         "wandb": ("wandb",) if config.train.wandb else (),
@@ -212,9 +214,10 @@ def _check_disk(meta: MetaModels) -> Finding:
     """Needed: `student/` twice while it is replaced; `--keep_checkpoints` checkpoints and one that is being written."""
     config = meta.config
     train, lora, whole = config.train, config.lora, meta.models["student"]
-    trained = 4 * _num_parameters(with_adapter(whole, lora, torch.float16), trainable=True)
+    parameters = [p for p in with_adapter(whole, lora, torch.float16).parameters() if p.requires_grad]
+    trained = 4 * sum(parameter.numel() for parameter in parameters)
     student = (0 if lora.adapter_only else 4 * _num_parameters(whole)) + (trained if lora.lora_rank else 0)
-    checkpoint = 3 * trained  # weights and AdamW's two moments, all float32
+    checkpoint = trained + sum(state_bytes(parameter, config.optim.optimizer) for parameter in parameters)
     needed = 2 * student + (train.keep_checkpoints + 1) * checkpoint
     remedy = "free some, or lower --keep_checkpoints" if train.keep_checkpoints > 1 else "free some"
     free = require_disk_space(Path(train.output_dir), needed, "the run's files", remedy=remedy)
@@ -362,8 +365,8 @@ def date_lines(pair: TokenizerPair) -> list[str]:
     return [f"The {whose} chat {verb} a date: {pair.template_date} (--template_date), kept when the run is resumed"]
 
 
-def _num_parameters(model: torch.nn.Module, trainable: bool = False) -> int:
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or not trainable)
+def _num_parameters(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _format_bytes(num_bytes: int) -> str:

@@ -39,6 +39,7 @@ from sar_kd.models.memory_saving import (
     recompute_activations_,
 )
 from sar_kd.models.model_checks import vocab_size_of
+from sar_kd.models.optimizer_state import state_of, update_bytes
 from sar_kd.preflight.memory_tracker import OFF_DEVICE, MemoryTracker, fake_copy, fake_tensors, with_adapter
 from sar_kd.runtime.precision import Precision
 from sar_kd.teacher.moe.discovery import find_routers, router_parameters
@@ -137,7 +138,8 @@ class _DryRun:
             self.objective.distillation = StubProjection(loss, aligner)
         parameters = (*self.student.parameters(), *self.objective.parameters())
         self.trainable = [parameter for parameter in parameters if parameter.requires_grad]
-        self.optimizer_state = [torch.empty_like(parameter) for parameter in 2 * self.trainable]  # AdamW's two moments
+        states = [state_of(parameter, config.optim.optimizer) for parameter in self.trainable]
+        self.optimizer_state = [self._empty(dtype, *shape) for each in states for shape, dtype in each.values()]
         tracker.relabel(self.optimizer_state, "optimizer")
         for parameter in self.trainable:
             parameter.register_post_accumulate_grad_hook(lambda p: tracker.relabel([p.grad], "gradients"))
@@ -261,8 +263,8 @@ class _DryRun:
         with self._phase("backward", "activations"):
             self.precision.backward(total / max(1, batch.num_target_tokens))
             del total, rest
-        with self._phase("update", "other"):
-            pass
+        with self._phase("update", "optimizer"):
+            self._empty(torch.uint8, update_bytes(self.trainable, self.config.optim.optimizer))  # and freed
 
     def _batch(self) -> tuple[Batch, int]:
         """Full blocks with as many targets as fit one tile, as the loss of one tile takes as much as that of many; and

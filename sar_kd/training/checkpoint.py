@@ -27,6 +27,7 @@ from sar_kd.data.chat.encoding import DEFAULT_TEMPLATE
 from sar_kd.errors import UsageError
 from sar_kd.models.lora import save_trainable
 from sar_kd.models.model_checks import is_finite_weight, lm_head_bias_name
+from sar_kd.models.optimizer_state import state_of
 from sar_kd.runtime.files import (
     atomic_rename,
     atomic_write,
@@ -50,6 +51,9 @@ _DIGESTS = "digests.json"
 
 _OWNERS = ("optimizer", "precision", "objective")
 """Parts of a `StepContext` whose state dict is saved in state.pt; the guard's is in progress.json."""
+
+_MAY_BE_NEGATIVE = ("exp_avg", "state1", "qmap1")
+"""First moments, and the values that 8-bit ones stand for"""
 
 _WRITE_BUFFERS = 2**24
 """Bytes of memory that the writers of weights and tokenizers need at most for themselves"""
@@ -265,26 +269,31 @@ def _check_weights(path: Path, student: nn.Module) -> None:
 
 
 def _check_optimizer(state: dict, optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError unless each parameter's moments are finite and have its shape; each gets memory of its own.
+    """Raise ValueError unless each parameter's state is finite and of its shapes; each tensor gets memory of its own.
 
     A step with others does not raise: it reads memory that is not theirs.
     """
-    parameters = parameters_of(optimizer)
+    parameters, kind = parameters_of(optimizer), type(optimizer).__name__
     indices = [index for group in state["param_groups"] for index in group["params"]]
     if indices != list(range(len(parameters))):
         raise ValueError("state.pt: its optimizer has other parameters")
-    for index, moments in state["state"].items():
-        if set(moments) != {"step", "exp_avg", "exp_avg_sq"}:
-            raise ValueError(f"state.pt: the optimizer's state of parameter {index} is not AdamW's")
-        for name, value in moments.items():
-            shape = () if name == "step" else parameters[index].shape
-            if not isinstance(value, Tensor) or value.shape != shape or value.dtype != torch.float32:
+    for index, saved in state["state"].items():
+        nested = [value for value in saved.values() if isinstance(value, dict)]  # as bitsandbytes groups what it has
+        own = {name: value for part in (saved, *nested) for name, value in part.items() if not isinstance(value, dict)}
+        expected = state_of(parameters[index], kind.lower()) | {"step": ((), torch.float32)}
+        if own.keys() != expected.keys():
+            raise ValueError(f"state.pt: the optimizer's state of parameter {index} is not {kind}'s")
+        for name, value in own.items():
+            tensor = torch.tensor(float(value)) if name == "step" and type(value) is int else value
+            if not isinstance(tensor, Tensor) or (tuple(tensor.shape), tensor.dtype) != expected[name]:
                 raise ValueError(f"state.pt: {name} of parameter {index} has another shape or dtype than the parameter")
-            if not value.isfinite().all():
+            if not tensor.isfinite().all():
                 raise ValueError(f"state.pt: {name} of parameter {index} is not finite")
-            if name != "exp_avg" and (value < 0).any():
+            if name not in _MAY_BE_NEGATIVE and (tensor < 0).any():
                 raise ValueError(f"state.pt: {name} of parameter {index} is below 0")
-            moments[name] = value.clone()  # a file can hold tensors that share memory, and AdamW writes into each
+            if isinstance(value, Tensor):  # a file can hold tensors that share memory, and a step writes into each
+                own[name] = value.clone()
+        state["state"][index] = own
 
 
 def _check_scaler(state: dict, own: dict) -> None:

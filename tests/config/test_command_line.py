@@ -30,7 +30,7 @@ OPTIONS = [
     "recipe", "on_policy_fraction", "sample_temperature", "sample_top_p", "max_new_tokens", "replay_size",
     "replay_fraction",
     "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "adapter_only",
-    "weight_decay", "warmup_steps", "lr_schedule", "student_lr",
+    "optimizer", "weight_decay", "warmup_steps", "lr_schedule", "student_lr",
     "model_dtype", "device", "init_loss_scale",
     "gradient_checkpointing", "offload_teacher_to_cpu", "teacher_quantization",
     "max_grad_norm", "skip_grad_norm", "skip_rule", "skip_factor", "max_nan_batches", "on_divergence",
@@ -481,7 +481,7 @@ def test_help_shows_the_scripts_defaults(script, shown, capsys, monkeypatch):
 def test_help_has_a_group_for_each_section_and_every_option(capsys, monkeypatch):
     text = _help(STABLE, capsys, monkeypatch)
     assert [line[:-1] for line in text.splitlines() if line[:1].isupper() and line.endswith(":")] == [
-        "Models", "Text", "Loss", "Routing", "On-policy", "Optimizer", "Precision", "Memory", "Guards", "Run"
+        "Models", "Text", "Loss", "Routing", "On-policy", "LoRA", "Optimizer", "Precision", "Memory", "Guards", "Run"
     ]  # fmt: skip
     assert all(f"  --{name}" in text for name in OPTIONS)
 

@@ -33,7 +33,7 @@ from sar_kd.preflight.memory_plan import MARGIN, NotEstimated, Plan, advice, pla
 from sar_kd.preflight.memory_tracker import OFF_DEVICE, MemoryTracker, fake_copy, fake_tensors
 from sar_kd.runtime import environment
 from sar_kd.runtime.distributed import SINGLE_PROCESS, ProcessGroup
-from sar_kd.runtime.environment import resident_memory
+from sar_kd.runtime.environment import is_installed, resident_memory
 from sar_kd.runtime.precision import Precision
 from sar_kd.teacher.live import LiveTeacher
 from sar_kd.training.guards import StepGuard
@@ -189,6 +189,9 @@ def test_with_ddp_gradients_stay_allocated_from_step_to_step():
 # Compared with measurements
 
 
+NEEDS_BITSANDBYTES = pytest.mark.skipif(not is_installed("bitsandbytes"), reason="needs bitsandbytes")
+
+
 def _measured(config, kinds, dtype) -> int:
     """Bytes at the peak of two steps and an evaluation of both models, as PyTorch's profiler saw them allocated."""
     return _allocated(lambda: _run(config, kinds, dtype, kinds["student"].vocab_size, config.train))
@@ -244,6 +247,9 @@ def _batch(vocab_size, config) -> Batch:
         ("gpt2", "gpt2", torch.float16, 500, {}),
         ("gpt2", "gpt2", torch.float32, 9000, {"loss_workspace_mb": 1}),
         ("llama", "llama", torch.float32, 500, {"alpha_kd": 0.0}),
+        ("llama", "llama", torch.float32, 9000, {"optimizer": "adafactor", "block_size": 16}),
+        ("llama", "llama", torch.float16, 500, {"optimizer": "adafactor", "grad_accum_steps": 2}),
+        pytest.param("llama", "llama", torch.float32, 9000, {"optimizer": "adamw8bit"}, marks=NEEDS_BITSANDBYTES),
         ("llama", "llama", torch.float32, 500, {"lora_rank": 8}),
         ("llama", "llama", torch.float16, 9000, {"lora_rank": 8, "grad_accum_steps": 2}),
         ("llama", "llama", torch.float16, 500, {"lora_rank": 8, "gradient_checkpointing": True}),

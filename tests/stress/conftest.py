@@ -43,12 +43,13 @@ def make_run(make_dataset, make_student):
     head      factor on the student's head: a fresh one is all but uniform
     gpt2      a GPT-2 student instead of a Llama
     loss      fields of LossConfig; guards: fields of GuardConfig
+    optimizer a value of --optimizer
     rank      of an adapter (LoRA), the rest frozen in the run's dtype; 0: all weights are trained
     """
 
     def make(
         *, dtype=torch.float16, kind="equal", rows=0, head=1.0, teacher_head=20.0, gpt2=False, scale=16384.0, lr=1e-3,
-        loss=None, guards=None, config=None, rank=0,
+        loss=None, guards=None, config=None, rank=0, optimizer="adamw",
     ):  # fmt: skip
         dataset = make_dataset(kind, rows)
         sizes = max(rows, len(dataset.pair.student)), max(rows, len(dataset.pair.teacher))
@@ -62,7 +63,7 @@ def make_run(make_dataset, make_student):
         teacher.requires_grad_(False).eval().to(dtype)
         precision = Precision(CPU, dtype, scale)
         settings = LossConfig(**loss or {}), GuardConfig(**guards or {})
-        return Run(dataset, student, teacher, precision, *settings, lr)
+        return Run(dataset, student, teacher, precision, *settings, lr, optimizer)
 
     return make
 

@@ -27,12 +27,12 @@ PLANNED_STEPS = 400
 class Run:
     """The parts of a real step; `step` attempts one update and asserts the seven invariants."""
 
-    def __init__(self, dataset, student, teacher, precision, loss, guards, lr):
+    def __init__(self, dataset, student, teacher, precision, loss, guards, lr, optimizer="adamw"):
         self.dataset, self.student, self.teacher, self.precision = dataset, student, teacher, precision
         self.loss, self.clip = loss, guards.max_grad_norm
         torch.manual_seed(2)  # the projection of hidden states, where there is one
         self.objective = Objective(teacher, student, loss, dataset.aligner, precision)
-        self.optim = OptimConfig(student_lr=lr, warmup_steps=4)
+        self.optim = OptimConfig(student_lr=lr, warmup_steps=4, optimizer=optimizer)
         self.optimizer = build_optimizer(student, self.optim, self.objective.parameters())
         self.guard = StepGuard(guards)
         self.attempts, self.applied_gradients = 0, []
