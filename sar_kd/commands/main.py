@@ -35,6 +35,7 @@ _HELP = """{program} COMMAND
 train           distil a teacher into a student, as train_sar_kd_stable.py does
 preflight       check a run before it starts; nothing is trained
 cache           run a teacher once over a text and store its logits
+write           let a teacher write the text that a student trains on
 shrink          cut a model down to a smaller one, as a student
 report          show a run, or compare several, on one HTML page
 generate        continue a prompt with the teacher and the student, before and after

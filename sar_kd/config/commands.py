@@ -13,6 +13,7 @@ from sar_kd.config.presets import STABLE, TASKS
 from sar_kd.config.runs import ROUTER_PATTERNS, CachingConfig, Config, SftConfig
 from sar_kd.config.sections import DataConfig, OutputConfig, PairConfig, model_option
 from sar_kd.config.shrinking import ShrinkingConfig
+from sar_kd.config.writing import WritingConfig
 
 TRAIN = dataclasses.replace(STABLE, name="train")
 
@@ -48,6 +49,13 @@ CACHE = Command(
     "Run a teacher once over a text and store its logits, for runs that do not load it.",
     CachingConfig,
     "cache:main",
+)
+
+WRITE = Command(
+    "write",
+    "Let a teacher answer prompts, or continue texts, and write what a student trains on.",
+    WritingConfig,
+    "write:main",
 )
 
 
@@ -172,10 +180,9 @@ EMBEDDED_PAIR = Command(
     "build_embedded:main",
 )
 
-COMMANDS: dict[str, Command] = {
-    command.name: command
-    for command in (
-        TRAIN, PREFLIGHT, CACHE, SHRINK, REPORT, GENERATE, SFT, EXPLAIN, FORENSICS, AUDIT, ROUTERS, EMBEDDED_PAIR,
-    )  # fmt: skip
-}
+_ALL: tuple[Command, ...] = (
+    TRAIN, PREFLIGHT, CACHE, WRITE, SHRINK, REPORT, GENERATE, SFT, EXPLAIN, FORENSICS, AUDIT, ROUTERS, EMBEDDED_PAIR,
+)  # fmt: skip
+
+COMMANDS: dict[str, Command] = {command.name: command for command in _ALL}
 """By name, in the order of the help"""

@@ -40,6 +40,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
+    draws: Tensor | None = None,
 ) -> list[Generation]:
     """Continue every prompt until a stop token or its `max_new_tokens`.
 
@@ -48,6 +49,8 @@ def generate(
     caller sets the model's mode, its dtype and the random seed.
     max_new_tokens: for each prompt, the stop token included
     repetition_penalty: z of tokens that occur already is divided by it where positive, else multiplied; 1: unchanged
+    draws: float64 [B, T], in [0, 1): the random number behind each token, T of at least the largest of max_new_tokens;
+        by default PyTorch's generator makes them, and what one sequence gets depends on the others of its batch
     """
     width, padding = max(map(len, prompts)), stop_token_ids[0]
     positions = _position_table_size(model)
@@ -55,21 +58,24 @@ def generate(
         # In one batch the longest prompt would get as many new tokens as the shortest, and the table has no more.
         how: dict[str, Any] = {"stop_token_ids": stop_token_ids, "temperature": temperature, "top_p": top_p}
         how["repetition_penalty"] = repetition_penalty
-        pairs = zip(prompts, max_new_tokens, strict=True)
-        return [generate(model, [prompt], max_new_tokens=[limit], **how)[0] for prompt, limit in pairs]
+        each = zip(prompts, max_new_tokens, [None] * len(prompts) if draws is None else draws.split(1), strict=True)
+        return [generate(model, [prompt], max_new_tokens=[limit], draws=own, **how)[0] for prompt, limit, own in each]
     ids = torch.full((len(prompts), width), padding, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for i, prompt in enumerate(prompts):
         ids[i, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.int64)
         mask[i, width - len(prompt) :] = 1
     finite_check = _StopAtNonfinite(padding, model.device, len(prompts))
-    samples = temperature >= GREEDY
+    samples = temperature >= GREEDY and draws is None
+    processors: list[Any] = [finite_check]
+    if temperature >= GREEDY and draws is not None:
+        processors.append(_InverseSampling(draws.to(model.device), temperature, top_p))
     saved_config, model.generation_config = model.generation_config, type(model.generation_config)()
     try:
         new_ids = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
-            logits_processor=[finite_check],
+            logits_processor=processors,
             max_new_tokens=max(max_new_tokens),
             do_sample=samples,
             temperature=temperature if samples else None,
@@ -119,3 +125,26 @@ class _StopAtNonfinite:
         stopping = torch.full_like(scores[:1], -torch.inf)
         stopping[:, self._stop] = 0.0
         return torch.where(nonfinite[:, None], stopping, scores)
+
+
+class _InverseSampling:
+    """A logits processor that leaves one token to each sequence: the first whose cumulative probability exceeds the
+    sequence's draw for this step; no host read.
+    """
+
+    def __init__(self, draws: Tensor, temperature: float, top_p: float):
+        """draws: float64 [B, T]"""
+        self._draws, self._temperature, self._top_p, self._step = draws, temperature, top_p, 0
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """scores: float32 [B, V]"""
+        probs = (scores.double() / self._temperature).softmax(1)
+        if self._top_p < 1:
+            largest, order = probs.sort(dim=1, descending=True, stable=True)
+            largest = largest.masked_fill(largest.cumsum(1) - largest >= self._top_p, 0.0)
+            probs = torch.zeros_like(probs).scatter(1, order, largest)
+        ends = probs.cumsum(1)
+        draws = self._draws[:, self._step, None] * ends[:, -1:]
+        self._step += 1
+        drawn = torch.searchsorted(ends, draws, right=True).clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)

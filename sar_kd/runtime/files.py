@@ -184,15 +184,16 @@ def as_float(value: object) -> float:
 
 
 class FolderLock:
-    """Keeps a second run out of a folder for as long as this process lives, and tells it the holder's process id.
+    """Keeps a second run out of a folder, or off a file in it, for as long as this process lives, and tells it the
+    holder's process id.
 
     The operating system frees the lock with the process, so a kill leaves none. A file system without locks has none.
     """
 
-    def __init__(self, folder: Path, option: str = "output_dir"):
-        """option: the option that named the folder"""
-        self.folder, self._option = folder, option
-        self._files = [folder / name for name in LOCK_FILES]
+    def __init__(self, folder: Path, option: str = "output_dir", file: str = ""):
+        """option: the option that named the folder; file: the file in it, '' for the folder as a whole"""
+        self.folder, self._option, self._name = folder, option, folder / file
+        self._files = [folder / (f".{file}{name}" if file else name) for name in LOCK_FILES]
         self._lock = FileLock(self._files[0], thread_local=False)
 
     def check(self) -> None:
@@ -214,7 +215,7 @@ class FolderLock:
             path = self._files[1]
             holder = (path.read_text(encoding="utf-8") if path.is_file() else "") or "unknown"
             raise UsageError(
-                f"--{self._option} {self.folder}: process {holder} is running in it; wait for it, or name another"
+                f"--{self._option} {self._name}: process {holder} is running in it; wait for it, or name another"
             ) from None
         except (OSError, NotImplementedError) as error:
             if isinstance(error, OSError) and error.errno not in _WITHOUT_LOCKS:

@@ -75,8 +75,9 @@ def test_the_models_own_generation_config_is_ignored(model):
     assert generate(model, PROMPTS, stop_token_ids=STOPS, max_new_tokens=[20] * 3) == plain
 
 
+@pytest.mark.parametrize("has_draws", [False, True])
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.6)])
-def test_tokens_are_drawn_from_the_tempered_distribution(model, temperature, top_p):
+def test_tokens_are_drawn_from_the_tempered_distribution(model, temperature, top_p, has_draws):
     count, prompt = 4000, PROMPTS[1]
     model.lm_head.weight.data.div_(8.0)
     scores = model(input_ids=torch.tensor([prompt])).logits[0, -1].double() / temperature
@@ -87,14 +88,40 @@ def test_tokens_are_drawn_from_the_tempered_distribution(model, temperature, top
         mask = torch.zeros_like(expected)
         mask[kept] = 1.0
         expected = expected * mask / (expected * mask).sum()
-    generated = generate(
-        model, [prompt] * count, stop_token_ids=[59], max_new_tokens=[1] * count, temperature=temperature, top_p=top_p
-    )
+    how = {"temperature": temperature, "top_p": top_p}
+    how["draws"] = torch.rand(count, 1, dtype=torch.float64) if has_draws else None
+    generated = generate(model, [prompt] * count, stop_token_ids=[59], max_new_tokens=[1] * count, **how)
     drawn = Counter(each.stop if each.stop is not None else each.ids[0] for each in generated)
     distance = sum(abs(drawn[token] / count - float(p)) for token, p in enumerate(expected)) / 2
     spread = sum(math.sqrt(float(p) * (1 - float(p)) / count) for p in expected) * math.sqrt(2 / math.pi) / 2
     assert distance < 1.5 * spread
     assert all(float(expected[token]) > 0 for token in drawn)
+
+
+def test_draws_are_an_inverse_of_the_cumulative_distribution(model):
+    """Each sequence by its own row: at the edges of a token's interval the token changes, and nothing else does."""
+    prompt = PROMPTS[1]
+    ends = model(input_ids=torch.tensor([prompt])).logits[0, -1].double().div(0.8).softmax(0).cumsum(0)
+    tokens = ends.diff(prepend=torch.zeros(1)).topk(5).indices.tolist()
+    middles = [(ends[token] + (ends[token - 1] if token else 0.0)) / 2 for token in tokens]
+    draws = torch.stack([*middles, *(ends[token] - 1e-6 for token in tokens)])[:, None]
+    generated = generate(
+        model, [prompt] * 10, stop_token_ids=[59], max_new_tokens=[1] * 10, temperature=0.8, draws=draws
+    )
+    assert [each.stop if each.stop is not None else each.ids[0] for each in generated] == tokens * 2
+
+
+def test_with_draws_a_sequence_does_not_depend_on_the_others(model):
+    model.lm_head.weight.data.div_(8.0)
+    draws = torch.rand(3, 20, dtype=torch.float64)
+    how = {"stop_token_ids": STOPS, "temperature": 1.0, "top_p": 0.9}
+    together = generate(model, PROMPTS, max_new_tokens=[20] * 3, draws=draws, **how)
+    alone = [
+        generate(model, [p], max_new_tokens=[20], draws=own, **how)[0]
+        for p, own in zip(PROMPTS, draws.split(1), strict=True)
+    ]
+    assert together == alone
+    assert generate(model, PROMPTS, max_new_tokens=[20] * 3, draws=draws.flip(1), **how) != together
 
 
 def test_a_sequence_ends_at_logits_that_are_not_finite_and_the_others_go_on(model):
@@ -134,4 +161,8 @@ def test_a_batch_does_not_run_beyond_a_table_of_positions(make_student):
         for prompt, limit in zip(prompts, limits, strict=True)
     ]
     assert generate(model, prompts, stop_token_ids=[1], max_new_tokens=limits) == alone
+    draws = torch.rand(2, 14, dtype=torch.float64)
+    drawn = generate(model, prompts, stop_token_ids=[1], max_new_tokens=limits, temperature=1.0, draws=draws)
+    last = generate(model, prompts[1:], stop_token_ids=[1], max_new_tokens=limits[1:], temperature=1.0, draws=draws[1:])
+    assert drawn[1:] == last
     assert generate(make_student(40, max_position_embeddings=16), prompts, stop_token_ids=[1], max_new_tokens=limits)

@@ -13,7 +13,7 @@ import functools
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -125,10 +125,14 @@ class Conversation(NamedTuple):
 
 Sample = Document | LongDocument | Conversation
 
+ExampleParser = Callable[[str, object, str, str], "Document | Conversation"]
+"""As `sample_of`"""
 
-def read_file(option: str, path: Path, text_field: str) -> Iterator[Sample]:
+
+def read_file(option: str, path: Path, text_field: str, parse: ExampleParser | None = None) -> Iterator[Sample]:
     """The documents and conversations of a file, with empty ones; `option` is the one that named it.
 
+    parse: makes a sample of an example, by default `sample_of`
     Raises: UsageError for a file that is missing, unreadable or of another kind
     """
     kind = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
@@ -138,8 +142,8 @@ def read_file(option: str, path: Path, text_field: str) -> Iterator[Sample]:
         if kind == ".txt":
             yield from _read_text(option, path)
         else:
-            lines = kind in (".jsonl", ".jsonl.gz")
-            yield from _read_lines(option, path, kind, text_field) if lines else _read_table(option, path, text_field)
+            read = _read_lines if kind in (".jsonl", ".jsonl.gz") else _read_table
+            yield from read(option, path, text_field, parse or sample_of)
 
 
 @contextmanager
@@ -187,8 +191,8 @@ def _chunks(option: str, path: Path) -> Iterator[str]:
                 return
 
 
-def _read_lines(option: str, path: Path, kind: str, text_field: str) -> Iterator[Document | Conversation]:
-    with gzip.open(path) if kind == ".jsonl.gz" else open(path, "rb") as file:
+def _read_lines(option: str, path: Path, text_field: str, parse: ExampleParser) -> Iterator[Document | Conversation]:
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
         for number, line in enumerate(iter(functools.partial(file.readline, _MAX_LINE), b""), 1):
             if len(line) == _MAX_LINE:
                 size = f"{_MAX_LINE // 2**20} MB"
@@ -199,13 +203,13 @@ def _read_lines(option: str, path: Path, kind: str, text_field: str) -> Iterator
                 content = _line_ends(line.decode("utf-8-sig"))
             except UnicodeDecodeError:
                 raise _not_utf8(option, path, f"line {number}") from None
-            yield sample_of_line(option, path, number, content, text_field)
+            yield sample_of_line(option, path, number, content, text_field, parse)
 
 
-def _read_table(option: str, path: Path, text_field: str) -> Iterator[Document | Conversation]:
+def _read_table(option: str, path: Path, text_field: str, parse: ExampleParser) -> Iterator[Document | Conversation]:
     columns = (text_field, "messages", "tools", *chain(*PAIRS), *public_forms.FIELDS)
     for number, example in read_examples(option, path, columns):
-        yield sample_of(f"{path.name}:{number}", example, text_field, f"--{option} {path}: example {number}")
+        yield parse(f"{path.name}:{number}", example, text_field, f"--{option} {path}: example {number}")
 
 
 def _line_ends(text: str) -> str:
@@ -216,8 +220,10 @@ def _not_utf8(option: str, path: Path, where: str) -> UsageError:
     return UsageError(f"--{option} {path}: is not UTF-8 text ({where}); convert it first")
 
 
-def sample_of_line(option: str, path: Path, number: int, line: str, text_field: str) -> Document | Conversation:
-    """The sample in a line of JSON; option and line number are for the error.
+def sample_of_line(
+    option: str, path: Path, number: int, line: str, text_field: str, parse: ExampleParser | None = None
+) -> Document | Conversation:
+    """The sample in a line of JSON; option and line number are for the error; parse: as of `read_file`.
 
     Raises: UsageError if it is no JSON, or neither a document nor a conversation
     """
@@ -226,7 +232,7 @@ def sample_of_line(option: str, path: Path, number: int, line: str, text_field: 
         example = json.loads(line)
     except (ValueError, RecursionError) as error:  # also a number or a nesting beyond Python's limits
         raise UsageError(f"{where} is not JSON ({json_fault(error).replace('line 1 ', '')})") from None
-    return sample_of(f"{path.name}:{number}", example, text_field, where)
+    return (parse or sample_of)(f"{path.name}:{number}", example, text_field, where)
 
 
 def sample_of(name: str, example: object, text_field: str, where: str) -> Document | Conversation:
