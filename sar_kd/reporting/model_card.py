@@ -15,7 +15,7 @@ FILE = "README.md"
 
 _SETTINGS = (
     "alignment", "kd_direction", "temperature", "alpha_kd", "alpha_ce", "routing", "student_lr", "learning_rate",
-    "lora_rank", "weight_decay", "train_steps", "per_device_batch_size", "grad_accum_steps", "block_size",
+    "lora_rank", "optimizer", "weight_decay", "train_steps", "per_device_batch_size", "grad_accum_steps", "block_size",
     "model_dtype", "seed",
 )  # fmt: skip
 
