@@ -29,6 +29,7 @@ from sar_kd.errors import UsageError
 from sar_kd.evaluation.layer_influence import LayerInfluence, measure_influence
 from sar_kd.evaluation.perplexity import Evaluation, evaluate
 from sar_kd.models.cutting import WholeModel, check_equal, load_whole, probe_logits
+from sar_kd.models.feed_forward import channel_norms, find_feed_forward, keep_channels_, without_channels
 from sar_kd.models.generation import generate
 from sar_kd.models.layers import (
     check_follows,
@@ -76,9 +77,15 @@ def main(config: ShrinkingConfig) -> dict:
     before, evaluation = _measure(whole, held_out, precision)
     shrunk = Shrunk(settings.model, f"{evaluation.num_bytes:,} bytes of {config.data.describe()}", before)
 
-    shrunk, expected = _cut_layers_(settings, whole, calibration, shrunk, precision)
-    for line in shrunk.cuts:
-        say(line)
+    for is_asked, cut in (
+        (settings.layers or settings.listed_layers, _cut_layers_),
+        (settings.intermediate, _cut_channels_),
+    ):
+        if is_asked:
+            shrunk, expected = cut(settings, whole, calibration, shrunk, precision)
+            say(shrunk.cuts[-1])
+            check_follows(whole.title, whole.model, rebuild_on_meta(f"{whole.title}, cut", whole.model))
+            check_equal(whole.title, probe_logits(whole.model, precision), expected)
     with _written_aside(folder) as partial:
         whole.restore_dtypes_()
         save_student(whole.model, whole.tokenizer, partial)
@@ -156,21 +163,39 @@ def _cut_layers_(
     """Cut the depth; returns what was done, and the logits that the cut model has to have: those of the whole one whose
     other layers hand on what they are given.
     """
-    model, title = whole.model, f"{whole.title}, cut"
+    model = whole.model
     name, layers = find_layers(whole.title, model)
     influence = measure_influence(whole.title, model, layers, calibration.token_batches("student", _BATCH_SIZE))
     kept = choose_layers(settings, influence)
     dropped = [index for index in range(len(layers)) if index not in kept]
     with without_layers(layers, dropped):
         expected = probe_logits(model, precision)
-    keep_layers_(title, model, name, kept)
-    check_follows(whole.title, model, rebuild_on_meta(title, model))
+    keep_layers_(f"{whole.title}, cut", model, name, kept)
     how = "given by hand" if settings.listed_layers else settings.layer_choice
     line = (
         f"Layers: {len(kept)} of {len(layers)} kept ({how}, over {influence.num_tokens:,} tokens); cut, counted from "
         f"0: {shown_layers(dropped)}"
     )
-    return dataclasses.replace(shrunk, cuts=[line], influence=influence.of_each(), dropped_layers=dropped), expected
+    cuts = [*shrunk.cuts, line]
+    return dataclasses.replace(shrunk, cuts=cuts, influence=influence.of_each(), dropped_layers=dropped), expected
+
+
+def _cut_channels_(
+    settings: ShrinkConfig, whole: WholeModel, calibration: Dataset, shrunk: Shrunk, precision: Precision
+) -> tuple[Shrunk, Tensor]:
+    """Cut the width of the feed-forward parts; returns as `_cut_layers_`, of the model whose other channels are 0."""
+    parts, setting, size = find_feed_forward(whole.title, whole.model)
+    count = kept_count("intermediate", settings.intermediate, size)
+    norms = channel_norms(whole.model, parts, calibration.token_batches("student", _BATCH_SIZE))
+    kept = [each.topk(count).indices.sort().values for each in norms]
+    with without_channels(parts, kept):
+        expected = probe_logits(whole.model, precision)
+    keep_channels_(f"{whole.title}, cut", whole.model, parts, kept, setting)
+    line = (
+        f"Feed-forward: {count:,} of {size:,} channels kept in each of {len(parts)} parts, those of the largest norm "
+        f"over {calibration.num_tokens:,} tokens"
+    )
+    return dataclasses.replace(shrunk, cuts=[*shrunk.cuts, line]), expected
 
 
 def choose_layers(settings: ShrinkConfig, influence: LayerInfluence) -> list[int]:

@@ -42,6 +42,10 @@ class ShrinkConfig(Section):
         "cut those before the last two; even: keep them at equal distances; first: keep the first; or a list, from 0, "
         "such as 0-19,28-29",
     )
+    intermediate: str = option(
+        "",
+        "inner channels to keep in each feed-forward part, those of the largest activations: their number, or a share",
+    )
     calibration_chars: int = option(
         100_000, "characters of the training text on which the choice is made", at_least=1000
     )
@@ -52,15 +56,17 @@ class ShrinkConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        require(not self.layers or bool(_COUNT.fullmatch(self.layers)), "layers", self.layers,
-                "must be a number of layers, or a share above 0 and below 1 such as 0.75")  # fmt: skip
+        for name, what in (("layers", "layers"), ("intermediate", "channels")):
+            value = getattr(self, name)
+            require(not value or bool(_COUNT.fullmatch(value)), name, value,
+                    f"must be a number of {what}, or a share above 0 and below 1 such as 0.75")  # fmt: skip
         listed = self.listed_layers
         if listed and self.layers:
             raise UsageError(f"--layer_choice {self.layer_choice}: says how many layers are kept; leave out --layers")
         if self.layer_choice != "influence" and not (self.layers or listed):
             raise UsageError(f"--layer_choice {self.layer_choice}: needs --layers, how many to keep")
-        if not (self.layers or listed):
-            raise UsageError("shrink: nothing is to be cut; give --layers")
+        if not (self.layers or listed or self.intermediate):
+            raise UsageError("shrink: nothing is to be cut; give --layers or --intermediate")
 
     @property
     def text_sizes(self) -> tuple[int, int]:

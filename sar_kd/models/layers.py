@@ -138,7 +138,7 @@ def check_follows(title: str, model: Any, rebuilt: Any) -> None:
         values, others = _plain_values(module), _plain_values(modules[name])
         for key in sorted(values.keys() & others.keys()):
             if values[key] != others[key]:
-                shown = f"{name}.{key} is {values[key]}, by the config {others[key]}"
+                shown = f"{name or 'model'}.{key} is {values[key]}, by the config {others[key]}"
                 raise UsageError(f"{kind} ({shown}); make another cut")
 
 

@@ -17,7 +17,7 @@ from sar_kd.evaluation.layer_influence import LayerInfluence, measure_influence
 from sar_kd.models import layers
 from sar_kd.models.layer_settings import keep_layer_settings
 from sar_kd.models.layers import find_layers
-from sar_kd.models.pretrained import rebuild_on_meta
+from sar_kd.models.pretrained import rebuild_on_meta, silence_transformers
 from tests.helpers.cut_models import CONFIGS, LAYERS, build_to_cut
 
 KEPT = [0, 2, 3, 5]
@@ -34,6 +34,7 @@ def text_file(tmp_path_factory):
 @pytest.fixture
 def saved(tmp_path, byte_tokenizer):
     """saved(name): the folder of a model."""
+    silence_transformers()  # a bar of its own would stand before the one line of an error
 
     def save(name, **overrides):
         folder = tmp_path / "whole"
@@ -254,7 +255,9 @@ def test_the_measures_are_those_of_the_two_folders(saved, shrink, tmp_path, caps
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "shrink: nothing is to be cut; give --layers"),
+        ("", "shrink: nothing is to be cut; give --layers or --intermediate"),
+        ("--intermediate 1.0", "--intermediate 1.0: must be a number of channels, or a share above 0 and below 1"),
+        ("--intermediate 48", "--intermediate 48: keeps 48 of 48; give a number from 1 to 47"),
         ("--layers 6", "--layers 6: keeps 6 of 6; give a number from 1 to 5"),
         ("--layers 0.99", "--layers 0.99: keeps 6 of 6; give a number from 1 to 5"),
         ("--layers 0.01", "--layers 0.01: keeps 0 of 6; give a number from 1 to 5"),
@@ -344,3 +347,56 @@ def test_a_smaller_model_learns_from_the_whole_one_in_float16(saved, shrink, tmp
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["status"], summary["steps"]) == ("finished", 3)
     assert summary["val_bits_per_byte_final"] < summary["val_bits_per_byte_start"]
+
+
+def _down(model, name):
+    """Every layer behind the activation of a feed-forward part whose width is cut."""
+    ends = {"gpt2": "mlp.c_proj", "gpt_neo": "mlp.c_proj", "gpt_neox": "mlp.dense_4h_to_h"}.get(name, "mlp.down_proj")
+    return [module for key, module in model.named_modules() if key.endswith(ends)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["llama_tied", "qwen3", "gemma3", "gpt2", "gpt_neo", "gpt_neox", "olmo2", "phi3", "qwen3_moe", "deepseek_v3"],
+)
+@torch.no_grad()
+def test_the_channels_of_the_largest_norm_are_kept(saved, shrink, tmp_path, name, capsys, text_file, byte_tokenizer):
+    folder = saved(name)
+    assert shrink(folder, "--intermediate 0.75") == 0, capsys.readouterr().err
+    whole, cut = _load(folder), _load(tmp_path / "small")
+    width = _down(whole, name)[0].weight.shape[0 if name == "gpt2" else 1]
+    kept = round(0.75 * width)
+    ids = byte_tokenizer(text_file.read_text()[:1000], add_special_tokens=False)["input_ids"]
+    ids = [*ids, byte_tokenizer.eos_token_id]
+    # The norms one token at a time, in float64; then the other channels are set to 0.
+    for down in _down(whole, name):
+        down.norms = torch.zeros(width, dtype=torch.float64)
+        down.register_forward_pre_hook(_add_squares)
+    for first in range(0, len(ids), 31):
+        whole(input_ids=torch.tensor([[byte_tokenizer.bos_token_id, *ids[first : first + 31][:-1]]]), use_cache=False)
+    for down in _down(whole, name):
+        down.is_kept = torch.zeros(width).index_fill(0, down.norms.topk(kept).indices, 1.0)
+        down.register_forward_pre_hook(lambda module, args: (args[0] * module.is_kept,))
+    expected, found = (model(input_ids=IDS, use_cache=False).logits for model in (whole, cut))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    assert {down.weight.shape[0 if name == "gpt2" else 1] for down in _down(cut, name)} == {kept}
+
+
+def _add_squares(module, args):
+    for token in args[0].reshape(-1, args[0].shape[-1]):
+        module.norms += token.double() ** 2
+
+
+def test_depth_and_width_are_cut_in_one_command(saved, shrink, tmp_path, capsys):
+    assert shrink(saved("llama"), "--layers 4 --intermediate 24") == 0, capsys.readouterr().err
+    config = _load(tmp_path / "small").config
+    assert (config.num_hidden_layers, config.intermediate_size) == (4, 24)
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "Layers: 4 of 6 kept" in card
+    assert "Feed-forward: 24 of 48 channels kept in each of 4 parts" in card
+
+
+@pytest.mark.parametrize("name", ["mixtral", "mamba"])
+def test_a_model_without_such_parts_is_named(saved, shrink, capsys, name):
+    assert shrink(saved(name), "--intermediate 0.5") == 2
+    assert "has no feed-forward parts of a known form" in capsys.readouterr().err
