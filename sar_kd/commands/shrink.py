@@ -44,9 +44,11 @@ from sar_kd.models.model_checks import vocab_size_of
 from sar_kd.models.pretrained import rebuild_on_meta
 from sar_kd.reporting.report import require_matplotlib
 from sar_kd.reporting.shrink_page import PAGE, Measured, Shrunk, build_shrink_card, build_shrink_page
-from sar_kd.runtime.console import print_stderr
+from sar_kd.runtime.console import format_share, print_stderr
 from sar_kd.runtime.files import atomic_rename, json_safe
 from sar_kd.runtime.precision import Precision, setup_precision
+from sar_kd.teacher.moe.discovery import find_routers
+from sar_kd.teacher.moe.expert_cut import count_usage, keep_experts_, require_cuttable
 from sar_kd.training.checkpoint import save_student
 
 _BATCH_SIZE = 4
@@ -80,6 +82,7 @@ def main(config: ShrinkingConfig) -> dict:
     for is_asked, cut in (
         (settings.layers or settings.listed_layers, _cut_layers_),
         (settings.intermediate, _cut_channels_),
+        (settings.experts, _cut_experts_),
     ):
         if is_asked:
             shrunk, expected = cut(settings, whole, calibration, shrunk, precision)
@@ -196,6 +199,27 @@ def _cut_channels_(
         f"over {calibration.num_tokens:,} tokens"
     )
     return dataclasses.replace(shrunk, cuts=[*shrunk.cuts, line]), expected
+
+
+def _cut_experts_(
+    settings: ShrinkConfig, whole: WholeModel, calibration: Dataset, shrunk: Shrunk, precision: Precision
+) -> tuple[Shrunk, Tensor]:
+    """Cut the experts of each block; returns as `_cut_layers_`, the logits being those of the cut model itself."""
+    specs = find_routers(whole.model)
+    require_cuttable(whole.title, whole.model, specs)
+    size, top_k = specs[0].num_experts, max(spec.top_k for spec in specs)
+    count = kept_count("experts", settings.experts, size)
+    require(count >= top_k, "experts", settings.experts, f"each token takes {top_k} experts; keep at least as many")
+    usage = count_usage(whole.model, specs, calibration.token_batches("student", _BATCH_SIZE))
+    kept = [each.topk(count).indices.sort().values for each in usage]
+    chosen = sum(int(each[indices].sum()) for each, indices in zip(usage, kept, strict=True))
+    share = format_share(chosen / sum(int(each.sum()) for each in usage))
+    keep_experts_(f"{whole.title}, cut", whole.model, specs, kept)
+    line = (
+        f"Experts: {count} of {size} kept in each of {len(specs)} blocks, those that {calibration.num_tokens:,} tokens "
+        f"use most: {share} of their choices"
+    )
+    return dataclasses.replace(shrunk, cuts=[*shrunk.cuts, line]), probe_logits(whole.model, precision)
 
 
 def choose_layers(settings: ShrinkConfig, influence: LayerInfluence) -> list[int]:

@@ -46,6 +46,9 @@ class ShrinkConfig(Section):
         "",
         "inner channels to keep in each feed-forward part, those of the largest activations: their number, or a share",
     )
+    experts: str = option(
+        "", "experts to keep in each block of a mixture of experts, the most used ones: their number, or a share"
+    )
     calibration_chars: int = option(
         100_000, "characters of the training text on which the choice is made", at_least=1000
     )
@@ -56,7 +59,7 @@ class ShrinkConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, what in (("layers", "layers"), ("intermediate", "channels")):
+        for name, what in (("layers", "layers"), ("intermediate", "channels"), ("experts", "experts")):
             value = getattr(self, name)
             require(not value or bool(_COUNT.fullmatch(value)), name, value,
                     f"must be a number of {what}, or a share above 0 and below 1 such as 0.75")  # fmt: skip
@@ -65,8 +68,8 @@ class ShrinkConfig(Section):
             raise UsageError(f"--layer_choice {self.layer_choice}: says how many layers are kept; leave out --layers")
         if self.layer_choice != "influence" and not (self.layers or listed):
             raise UsageError(f"--layer_choice {self.layer_choice}: needs --layers, how many to keep")
-        if not (self.layers or listed or self.intermediate):
-            raise UsageError("shrink: nothing is to be cut; give --layers or --intermediate")
+        if not (self.layers or listed or self.intermediate or self.experts):
+            raise UsageError("shrink: nothing is to be cut; give --layers, --intermediate or --experts")
 
     @property
     def text_sizes(self) -> tuple[int, int]:

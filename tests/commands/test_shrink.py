@@ -255,7 +255,7 @@ def test_the_measures_are_those_of_the_two_folders(saved, shrink, tmp_path, caps
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "shrink: nothing is to be cut; give --layers or --intermediate"),
+        ("", "shrink: nothing is to be cut; give --layers, --intermediate or --experts"),
         ("--intermediate 1.0", "--intermediate 1.0: must be a number of channels, or a share above 0 and below 1"),
         ("--intermediate 48", "--intermediate 48: keeps 48 of 48; give a number from 1 to 47"),
         ("--layers 6", "--layers 6: keeps 6 of 6; give a number from 1 to 5"),
@@ -400,3 +400,57 @@ def test_depth_and_width_are_cut_in_one_command(saved, shrink, tmp_path, capsys)
 def test_a_model_without_such_parts_is_named(saved, shrink, capsys, name):
     assert shrink(saved(name), "--intermediate 0.5") == 2
     assert "has no feed-forward parts of a known form" in capsys.readouterr().err
+
+
+def _use_only(router, kept):
+    """Route as Mixtral and Qwen3 do, to the kept experts alone."""
+
+    def forward(states):
+        logits = states.reshape(-1, states.shape[-1]) @ router.weight.T
+        masked = torch.full_like(logits, -torch.inf)
+        masked[:, kept] = logits[:, kept]
+        weights, indices = masked.softmax(-1).topk(2)
+        return logits, weights / weights.sum(-1, keepdim=True), indices
+
+    router.forward = forward
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@torch.no_grad()
+def test_the_experts_that_the_text_uses_most_are_kept(saved, shrink, tmp_path, name, capsys, text_file, byte_tokenizer):
+    folder = saved(name, norm_topk_prob=True)
+    assert shrink(folder, "--experts 3") == 0, capsys.readouterr().err
+    whole, cut = _load(folder), _load(tmp_path / "small")
+    routers = [module for module in whole.modules() if type(module).__name__.endswith("TopKRouter")]
+    ids = byte_tokenizer(text_file.read_text()[:1000], add_special_tokens=False)["input_ids"]
+    ids = [*ids, byte_tokenizer.eos_token_id]
+    for router in routers:
+        router.counts = [0] * 4
+        router.register_forward_hook(_count)
+    for first in range(0, len(ids), 31):
+        whole(input_ids=torch.tensor([[byte_tokenizer.bos_token_id, *ids[first : first + 31][:-1]]]), use_cache=False)
+    for router in routers:
+        _use_only(router, sorted(range(4), key=lambda expert: -router.counts[expert])[:3])
+    expected, found = (model(input_ids=IDS, use_cache=False).logits for model in (whole, cut))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    assert getattr(cut.config, "num_experts", None) == 3 or cut.config.num_local_experts == 3
+    generated = cut.generate(IDS[:1, :8], max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert generated.shape == (1, 12)
+
+
+def _count(router, args, output):
+    for expert in output[2].flatten().tolist():
+        router.counts[expert] += 1
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("llama", "--experts 2", "LlamaForCausalLM has no experts; leave out --experts"),
+        ("mixtral", "--experts 1", "--experts 1: each token takes 2 experts; keep at least as many"),
+        ("deepseek_v3", "--experts 2", "chooses its experts in groups"),
+    ],
+)
+def test_experts_that_cannot_be_cut_are_named(saved, shrink, capsys, name, words, message):
+    assert shrink(saved(name), words) == 2
+    assert message in capsys.readouterr().err

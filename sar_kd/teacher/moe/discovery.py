@@ -24,7 +24,8 @@ _NEVER_TRAINED = ("e_score_correction_bias", "balancing_biases", "tid2eid", "moe
 
 _NO_ROUTER = re.compile(r"(gate|up|down|gate_up|[qkvo])_proj|shared_(expert|experts|mlp)(_gate)?|lm_head|embed_tokens")
 
-_CONFIG_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+CONFIG_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""Settings that hold the number of experts"""
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def find_routers(model: nn.Module, patterns: tuple[str, ...] = ()) -> list[Route
     Raises: UsageError naming the module and the reason, if a module found cannot be a router
     """
     modules = dict(model.named_modules())
-    blocks = {name: module for name, module in modules.items() if _experts_of(module) is not None}
+    blocks = {name: module for name, module in modules.items() if experts_of(module) is not None}
     if patterns:
         chosen = _matching(modules, patterns)
     else:
@@ -139,7 +140,7 @@ def _parent(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _experts_of(module: nn.Module) -> nn.Module | None:
+def experts_of(module: nn.Module) -> nn.Module | None:
     """The child that holds the routed experts. Shared experts run for every token and have no router."""
     for name, child in module.named_children():
         if name.endswith("experts") and not name.startswith("shared") and next(child.parameters(), None) is not None:
@@ -149,7 +150,7 @@ def _experts_of(module: nn.Module) -> nn.Module | None:
 
 def _num_experts(model: Any, block: nn.Module) -> int | None:
     """Number of experts of a block, from its modules and tensors, else from the config; None if unknown."""
-    experts: Any = _experts_of(block)
+    experts: Any = experts_of(block)
     if experts is not None:
         if isinstance(experts, (nn.ModuleList, nn.ModuleDict)):
             return sum(next(child.parameters(), None) is not None for child in experts.children())
@@ -159,7 +160,7 @@ def _num_experts(model: Any, block: nn.Module) -> int | None:
         if isinstance(getattr(experts, "num_experts", None), int):
             return experts.num_experts
     text = model.config.get_text_config()
-    counts = [getattr(text, name, None) for name in _CONFIG_COUNTS]
+    counts = [getattr(text, name, None) for name in CONFIG_COUNTS]
     return next((count for count in counts if isinstance(count, int)), None)
 
 
@@ -168,7 +169,7 @@ def _by_structure(name: str, block: nn.Module, num_experts: int | None) -> list[
     return [
         f"{name}.{child_name}"
         for child_name, child in block.named_children()
-        if child is not _experts_of(block) and not _NO_ROUTER.fullmatch(child_name)
+        if child is not experts_of(block) and not _NO_ROUTER.fullmatch(child_name)
         if any(p.ndim == 2 and p.shape[0] == num_experts for p in child.parameters())
     ]
 
