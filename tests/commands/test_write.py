@@ -20,7 +20,7 @@ ROWS = [
     {"messages": [{"role": "user", "content": "Add 1 and 1."}, {"role": "assistant", "content": "an old answer"}]},
     {"messages": [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hello"}], "tools": TOOLS},
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi!"},
-                  {"role": "user", "content": "Name a colour"}]},
+                  {"role": "user", "content": "Name a colour ~"}]},
     {"prompt": "Name a river"},
     {"question": "Name a town", "answer": "an old answer"},
     {"instruction": "Count", "input": "to ten", "output": "an old answer"},
@@ -155,13 +155,13 @@ def test_a_teacher_that_writes_nothing_finite_is_refused_and_single_answers_are_
 ):
     tokenizer = with_template(byte_tokenizer, CHATML)
     model = build_writer(tokenizer, stop_bias=1.0)
-    model.transformer.wte.weight.data[tokenizer.encode("colour")] = 3e38  # the hidden state overflows there
+    model.transformer.wte.weight.data[tokenizer.encode("~")] = 3e38  # a mean of squares overflows there
     model.save_pretrained(teacher)
     code, out = run("some.jsonl")
     assert code == 0, out
     assert "1 nonfinite" in out
     assert "Warning: some logits of the teacher were not finite" in out
-    (tmp_path / "one.jsonl").write_text(json.dumps({"prompt": "Name a colour"}) + "\n")
+    (tmp_path / "one.jsonl").write_text(json.dumps({"prompt": "Name a colour ~"}) + "\n")
     code, out = run("none.jsonl", prompts="one.jsonl")
     assert (code, "its logits are not finite, so it writes nothing; use --model_dtype float32" in out) == (2, True)
 
