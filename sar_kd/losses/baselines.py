@@ -122,9 +122,7 @@ class ChunkLikelihood(Distillation[None]):
                 teacher, _ = self._teacher(batch, outputs)
                 student, _ = target_log_probs(outputs.student, targets, self.positions_per_tile)
             unclamped, infinite = self._loss(alignment, student, teacher, is_finite, LogitClamp())
-        return DistillationTerms(
-            loss, unclamped, (~is_finite).sum() + left_out, infinite, torch.zeros_like(infinite)
-        )
+        return DistillationTerms(loss, unclamped, (~is_finite).sum() + left_out, infinite, torch.zeros_like(infinite))
 
     def _teacher(self, batch: Batch, outputs: ForwardOutputs, bound: float = math.inf) -> tuple[Tensor, Tensor]:
         """As `target_log_probs`, of the teacher's targets."""

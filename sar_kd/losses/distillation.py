@@ -191,8 +191,8 @@ class TokenLevel(Distillation[None]):
             log_softmax_backward_(target.grad, grad_sum, log_probs, keep * self.temperature)
         weights = keep * self.temperature**2
         infinite, dropped = is_infinite.sum(), (~keep).sum()
-        sums = ((values * weights).sum() for values in (loss, unclamped))
-        return TileLoss(*sums, dropped, infinite, torch.zeros_like(dropped))
+        loss, unclamped = (loss * weights).sum(), (unclamped * weights).sum()
+        return TileLoss(loss, unclamped, dropped, infinite, unshared=torch.zeros_like(dropped))
 
 
 def top_k_of(tile: Tensor, k: int, num_tokens: int, temperature: float) -> TopKLogits:

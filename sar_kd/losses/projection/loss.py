@@ -355,42 +355,35 @@ class Projection(Distillation[Segment]):
         starting: tuple[Tensor, Tensor],
         segment: Segment,
         is_finite: Tensor,
-        inside_mask: Tensor | None = None,
+        known: Tensor | None = None,
     ) -> Sums:
         """The divergence where one side starts a token inside a token of the other; student first in all pairs.
 
         continuing: float32 [O], log-probabilities of each side's continuations
         starting: float32 [V, K_1], logits of each side inside the other's tokens
-        inside_mask: bool [K_1]: the continuations inside a truncated teacher's tokens that are compared
+        known: bool [K_1]: the continuations inside a truncated teacher's tokens of which enough is known
         """
         continuations = segment.teacher_continuations
         mask, before = is_finite[continuations.continuing_positions[: continuations.num_inside]], continuations.before
         if before is not None:
             mask = mask.index_copy(0, before.continuations, mask[before.continuations] & is_finite[before.positions])
         student = starting_log_probs(starting[STUDENT], continuations, self.divergence.needs_teacher_support)
-        in_teacher = self._continuation_loss(
-            student, continuing[TEACHER][: continuations.num_inside_classes], continuations, mask, inside_mask
-        )
+        coarse, is_known = continuing[TEACHER][: continuations.num_inside_classes], mask if known is None else known
+        in_teacher = self._continuation_loss(student, coarse, continuations, mask, is_known)
         continuations = segment.student_continuations
         teacher = starting_log_probs(starting[TEACHER], continuations, masks_impossible_end=True)
         mask = is_finite[continuations.starting_positions]
-        in_student = self._continuation_loss(
-            continuing[STUDENT][: continuations.num_inside_classes], teacher, continuations, mask
-        )
+        coarse = continuing[STUDENT][: continuations.num_inside_classes]
+        in_student = self._continuation_loss(coarse, teacher, continuations, mask, mask)
         loss, unclamped, infinite, unshared = (a + b for a, b in zip(in_teacher, in_student, strict=True))
         return loss, unclamped, infinite, unshared
 
     def _continuation_loss(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        continuations: Continuations,
-        is_finite: Tensor,
-        is_known: Tensor | None = None,
+        self, student: Tensor, teacher: Tensor, continuations: Continuations, is_finite: Tensor, is_known: Tensor
     ) -> Sums:
         continuation_of = continuations.class_continuations[: continuations.num_inside_classes]
         groups = GroupSums(continuation_of, continuations.num_inside)
-        mask = is_finite if is_known is None else is_finite & is_known
+        mask = is_finite & is_known
         if self.top_k:
             if self.divergence.needs_teacher_support:  # a class outside the top k has probability 0
                 student = on_support(student, teacher)
