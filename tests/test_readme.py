@@ -17,6 +17,7 @@ from sar_kd.commands.main import COMMANDS, main, run
 from sar_kd.config.presets import MODES
 from sar_kd.config.runs import SECTIONS, SftConfig
 from sar_kd.config.shrinking import ShrinkConfig
+from sar_kd.config.writing import WriteConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -132,7 +133,7 @@ def test_every_link_of_a_page_leads_somewhere(page):
 
 @pytest.mark.parametrize("page", sorted(PAGES))
 def test_every_flag_and_verb_that_a_page_names_exists(page):
-    sections = [*SECTIONS.values(), *SftConfig.sections().values(), ShrinkConfig]
+    sections = [*SECTIONS.values(), *SftConfig.sections().values(), ShrinkConfig, WriteConfig]
     flags = {name for section in sections for name in section.__dataclass_fields__}
     of_commands = {"help", "json", "mode", "version", "output", "chat", "model", "max_new_tokens", "sample_temperature"}
     of_others = {
