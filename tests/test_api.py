@@ -85,6 +85,7 @@ def test_examples_may_be_conversations_and_held_out_text_may_be_in_memory(pairs,
     assert [json.loads(line)["text"] for line in held_out] == corpus_texts[8:16]
 
 
+@pytest.mark.slow
 def test_a_run_from_python_is_resumed_in_python_and_nowhere_else(pairs, corpus_texts, tmp_path):
     where = {"output_dir": tmp_path / "run"}
     distill(*pairs, corpus_texts, **where, **STEPS)
@@ -207,6 +208,7 @@ def test_a_refused_run_leaves_no_texts_and_can_be_started_again(pairs, corpus_te
     assert again.summary["val_ppl_start"] != result.summary["val_ppl_start"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_needs_its_own_texts_or_none(pairs, corpus_texts, tmp_path):
     where = {"output_dir": tmp_path / "run"}
     distill(*pairs, corpus_texts, mode="precise", **where, **STEPS)
@@ -287,6 +289,7 @@ def test_preflight_from_python_says_whether_a_run_could_start(pairs, corpus_text
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_runs_are_compared_from_python(pairs, corpus_texts, tmp_path):
     pytest.importorskip("matplotlib")
     first = distill(*pairs, corpus_texts, output_dir=tmp_path / "first", quiet=True, **STEPS)
@@ -348,6 +351,7 @@ def test_the_public_names_are_these_and_no_other():
 # A run's end by the clock
 
 
+@pytest.mark.slow
 def test_a_time_limit_saves_and_ends_as_an_interruption_and_the_run_goes_on_later(
     pairs, corpus_texts, tmp_path, monkeypatch
 ):

@@ -20,6 +20,7 @@ def _suite(*flags, **environment):
     return subprocess.run(command, capture_output=True, text=True, env=own)
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_says_so_in_one_line_and_measures_nothing(tmp_path):
     done = _suite("--results", tmp_path / "results", CUDA_VISIBLE_DEVICES="")
     assert (done.returncode, done.stdout) == (2, "")
@@ -74,6 +75,7 @@ def test_a_benchmark_on_a_gpu_that_is_not_there_is_one_line(benchmark, name, tmp
     assert not (tmp_path / "figures.json").exists()
 
 
+@pytest.mark.slow
 def test_a_benchmark_prints_its_table_and_writes_its_figures_with_the_machines(benchmark, tmp_path, capsys):
     path, sizes = tmp_path / "results" / "loss.json", ("--vocab_size", 300, "--rows", 16, "--rounds", 1)
     benchmark("loss", "--output", path, *sizes, "--model_dtype", "float32", "--sides", "floor", "ours")

@@ -129,6 +129,7 @@ print(json.dumps([heavy, used.ru_utime + used.ru_stime]))
     assert seconds < 0.5 * len(ANSWERED_AT_ONCE)
 
 
+@pytest.mark.slow
 def test_generate_shows_the_three_models_one_after_another(run, capsys):
     assert main(["generate", str(run), "The default value", "--max_new_tokens", "12"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -95,7 +95,10 @@ def _tensors(folder, name="student/model.safetensors"):
 # A run that finishes
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param("float32", marks=pytest.mark.slow), "float16", pytest.param("bfloat16", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("rank", [0, 4])
 def test_a_run_lowers_the_loss_and_saves_what_transformers_loads(inputs, tmp_path, dtype, rank):
     argv = _argv(inputs, tmp_path / "run", "--model_dtype", dtype, "--lora_rank", rank, "--learning_rate", 1e-2)

@@ -21,6 +21,7 @@ from sar_kd.models.pretrained import rebuild_on_meta, silence_transformers
 from tests.helpers.cut_models import CONFIGS, LAYERS, build_to_cut
 
 KEPT = [0, 2, 3, 5]
+QUICK = ("llama", "gemma3", "gpt2", "mixtral", "mamba")
 TEXT = "Every token of the text is predicted exactly once in an epoch. The loss scale is lowered after an overflow.\n"
 
 
@@ -86,7 +87,9 @@ def _do_nothing(layer):
 IDS = torch.randint(0, 600, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
+)
 @torch.no_grad()
 def test_the_folder_holds_the_model_without_the_cut_layers(saved, shrink, tmp_path, name, capsys):
     folder = saved(name)
@@ -337,6 +340,7 @@ def test_a_class_whose_layers_cannot_be_found_is_named():
         find_layers("it", transformers.XLMWithLMHeadModel(config).eval())
 
 
+@pytest.mark.slow
 def test_a_smaller_model_learns_from_the_whole_one_in_float16(saved, shrink, tmp_path, text_file, capsys):
     folder = saved("qwen3")
     assert shrink(folder, "--layers 4") == 0
@@ -357,8 +361,14 @@ def _down(model, name):
 
 @pytest.mark.parametrize(
     "name",
-    ["llama_tied", "qwen3", "gemma3", "gpt2", "gpt_neo", "gpt_neox", "olmo2", "phi3", "qwen3_moe", "deepseek_v3"],
-)
+    [
+        "llama_tied", "gpt2", "gemma3",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("qwen3", "gpt_neo", "gpt_neox", "olmo2", "phi3", "qwen3_moe", "deepseek_v3")
+        ),
+    ],
+)  # fmt: skip
 @torch.no_grad()
 def test_the_channels_of_the_largest_norm_are_kept(saved, shrink, tmp_path, name, capsys, text_file, byte_tokenizer):
     folder = saved(name)

@@ -182,6 +182,7 @@ def test_steps_and_evaluations_are_printed_in_this_form(finished):
     assert [match[1] for line in lines if (match := evaluation.fullmatch(line))] == ["2", "3"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_continued_for_longer(finished, tmp_path):
     folder = shutil.copytree(finished.folder, tmp_path / "run")
     code, out, _ = run_script(["--resume", "--output_dir", str(folder), "--train_steps", "4"])
@@ -207,6 +208,7 @@ def test_a_run_of_each_alignment_finishes_and_learns(inputs, tmp_path, teacher, 
     assert {record["teacher_rows_dropped"] for record in steps} == {0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["reverse", "jsd"])
 def test_a_run_of_each_direction_finishes_and_learns(inputs, tmp_path, direction):
     more = ("--kd_direction", direction, "--alpha_kd", 0.5, "--alpha_ce", 0.5, "--teacher_top_k", 50)
@@ -330,6 +332,7 @@ def test_a_script_that_is_done_exits_0_and_prints_nothing_on_stderr(inputs, tmp_
     assert out.startswith("Distilling ")
 
 
+@pytest.mark.slow
 def test_a_script_that_is_misused_exits_2_with_one_line(inputs, tmp_path):
     argv = argv_of(inputs, tmp_path / "run", "--student_model", "./nowhere")
     code, _, err = _finish(_start("train_sar_kd_stable", argv))
@@ -454,6 +457,7 @@ def test_every_file_of_a_stopped_run_is_strict_json(stopped):
         json.loads(text, parse_constant=refuse)
 
 
+@pytest.mark.slow
 def test_nine_bad_batches_do_not_stop_and_a_good_one_forgives_them(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "train_step", _going_bad(trainer.train_step, {*range(2, 11), 12}))
     code, out, _ = run_script(argv_of(inputs, tmp_path / "run", steps=12))
@@ -548,6 +552,7 @@ def test_a_hard_clamp_on_a_fresh_student_is_refused_with_the_numbers(inputs, tmp
     assert_refused(argv, "--loss_clamp_style hard", "ln V = 6.25", "--loss_clamp 5", "--force")
 
 
+@pytest.mark.slow
 def test_force_trains_under_a_hard_clamp_and_shows_it(inputs, tmp_path):
     more = ("--loss_clamp_style", "hard", "--loss_clamp", 5, "--force")
     code, out, _ = run_script(argv_of(inputs, tmp_path / "run", *more, steps=1))
@@ -555,6 +560,7 @@ def test_force_trains_under_a_hard_clamp_and_shows_it(inputs, tmp_path):
     assert any(line.startswith("Forced: --loss_clamp_style hard") for line in out)
 
 
+@pytest.mark.slow
 def test_a_skipped_document_is_named(inputs, tmp_path, corpus_texts):
     examples = [json.dumps({"text": "\n".join(corpus_texts)}), r'{"text": "half a pair \ud800 here"}']
     (tmp_path / "examples.jsonl").write_text("\n".join(examples))

@@ -44,6 +44,7 @@ def finished(inputs, tmp_path_factory):
     return folder, out
 
 
+@pytest.mark.slow
 def test_the_first_lines_tell_what_is_trained(finished):
     _, out = finished
     assert ", LoRA of rank 4, mode balanced; run folder " in out[0]

@@ -81,6 +81,7 @@ def test_every_row_keeps_its_prompt_and_only_the_new_answer_is_learned(run, tmp_
     assert [row["tools"] for row in rows if "tools" in row] in ([], [TOOLS])
 
 
+@pytest.mark.slow
 def test_several_answers_differ_and_a_seed_decides_them(run, tmp_path):
     for name, *words in (("a.jsonl",), ("b.jsonl",), ("c.jsonl", "--seed", 1)):
         assert run(name, "--samples", 3, "--repeat_limit", 0, *words)[0] == 0
@@ -95,6 +96,7 @@ class _Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 1, 2])
 def test_a_kill_between_rows_and_record_changes_no_byte(run, tmp_path, monkeypatch, after):
     assert run("whole.jsonl", "--samples", 2)[0] == 0

@@ -844,6 +844,7 @@ def embedded_text():
     return dict(zip(embedded.SPLITS, embedded.read_text(*embedded.SPLITS), strict=True))
 
 
+@pytest.mark.slow
 def test_no_embedded_text_stands_in_two_splits(embedded_text):
     splits = [set(texts.values()) for texts in embedded_text.values()]
     assert len(set.union(*splits)) == sum(map(len, splits))

@@ -149,6 +149,7 @@ def test_the_metadata_of_a_gguf_file_is_parsed_once_until_the_file_is_another(gg
     assert load_model(files, torch.float32, False)[0].config.num_hidden_layers == 1
 
 
+@pytest.mark.slow
 def test_a_student_from_a_gguf_file_learns_and_is_saved_as_safetensors(
     gguf_file, byte_tokenizer, tmp_path, corpus_texts
 ):

@@ -66,6 +66,7 @@ def test_preflight_in_json_is_one_object_with_every_section(text, tmp_path, caps
     assert record["clamps"]["raw_perplexity_floor"] == pytest.approx(1 + 1023 * 2.718281828**-10, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_in_float16_preflight_names_each_family_and_what_is_float32(text, tmp_path, capsys):
     flags = ("--train_file", text, "--output_dir", tmp_path / "run", "--device", "cpu")
     out = _preflight(capsys, *flags, "--model_dtype", "float16")[1]
@@ -163,6 +164,7 @@ def test_a_task_is_refused_before_its_teacher_is_fine_tuned(tmp_path, monkeypatc
     assert capsys.readouterr().err.startswith("error: --block_size 2048: the student takes 1024 tokens")
 
 
+@pytest.mark.slow
 def test_preflight_warns_about_text_as_a_run_does(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("hello world")
@@ -192,6 +194,7 @@ def test_a_full_disk_is_refused_before_weights_are_loaded(tmp_path, monkeypatch,
     assert line.endswith("; free some, or lower --keep_checkpoints\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--lora_rank", "8"), ("--lora_rank", "8", "--adapter_only")])
 def test_the_disk_space_asked_for_is_what_a_run_takes(text, tmp_path, more):
     """Two checkpoints and a student on the disk; one more of each while they are replaced."""
@@ -237,6 +240,7 @@ def test_a_raw_clamp_that_leaves_nothing_to_learn_is_refused_before_weights_are_
         train(flags)
 
 
+@pytest.mark.slow
 def test_two_ctrl_c_end_a_run_at_once_with_130(text, tmp_path, monkeypatch, capsys):
     import signal
 

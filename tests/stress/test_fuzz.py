@@ -146,6 +146,7 @@ def _flags(chance: random.Random, folder) -> list[str]:
     return [*argv, "--output_dir", str(out)]
 
 
+@pytest.mark.slow
 @EVERY_SHARE
 def test_no_command_line_ends_in_a_traceback_or_writes_a_file(share, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -233,6 +234,7 @@ def _damaged(chance: random.Random, content: bytes) -> bytes:
     return bytes(changed)
 
 
+@pytest.mark.slow
 @EVERY_SHARE
 def test_no_text_ends_in_a_traceback(share, tmp_path, make_dataset):
     pair, codes = make_dataset().pair, []

@@ -608,6 +608,7 @@ def test_a_stopped_run_leaves_a_finite_student_and_checkpoint(make_trainer, tmp_
     assert torch.equal(saved["lm_head.weight"], trainer.models.student.lm_head.weight)
 
 
+@pytest.mark.slow
 def test_exit_codes_are_0_2_3_and_130(make_trainer, monkeypatch, capsys):
     def interrupted(argv):
         trainer = make_trainer("--overwrite")

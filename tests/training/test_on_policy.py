@@ -608,6 +608,7 @@ def test_an_on_policy_run_without_distillation_is_refused(inputs, tmp_path):
     assert_refused(argv_of(inputs, tmp_path / "run", *ON, "--alpha_kd", 0), "--on_policy_fraction 1", "--alpha_kd")
 
 
+@pytest.mark.slow
 def test_a_run_whose_student_is_not_finite_stops_and_names_the_module(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr("sar_kd.training.trainer.Trainer._check_first_steps", lambda self: None)  # would refuse it
     code, _, err = run_script(

@@ -96,7 +96,9 @@ ENDLESS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ENDLESS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if "nested" in name else name for name in ENDLESS]
+)
 def test_a_template_without_an_end_is_stopped(name):
     sandbox = TemplateSandbox(ENDLESS[name], NOW)
     started = time.process_time()
