@@ -115,7 +115,7 @@ def test_the_notebook_uses_every_gpu_unless_it_is_told_how_many(devices, gpus, p
         assert words[words.index("--nproc_per_node") + 1] == str(processes)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_two_processes_refuse_fails_the_notebook_with_its_line(place, monkeypatch):
     with pytest.raises(
         nbclient.exceptions.CellExecutionError, match=r"has failed: error: --on_policy_fraction 0\.5: takes"

@@ -338,6 +338,7 @@ def test_sampling_is_planned_whatever_the_cache_holds_windows_and_states_too(fam
     assert sampling.bytes["activations"] == pytest.approx(measured, rel=MARGIN)
 
 
+@pytest.mark.long
 def test_keys_and_values_grow_with_the_response_and_the_state_of_a_recurrent_model_does_not():
     def sampling(settings, max_new_tokens: int) -> int:
         with torch.device("meta"):

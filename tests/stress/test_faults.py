@@ -100,6 +100,7 @@ def _resume(folder, *more):
 # Killed
 
 
+@pytest.mark.long
 def test_killed_runs_end_resumed_as_one_never_touched():
     phases, wrong = _module("kills", ROOT / "benchmarks" / "kills.py").kill(4, seed=1)
     assert wrong == []
