@@ -296,6 +296,7 @@ def catching(mutation: Mutation | None, suite: str) -> list[str]:
         if mutation:
             mutate(Path(folder) / "sar_kd", mutation)
         command = [sys.executable, "-m", "pytest", "-q", suite, "--tb=no", "-rfE", "-p", "no:cacheprovider"]
+        command += ["-m", "not long and not real"]
         environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode not in (0, 1):

@@ -22,6 +22,7 @@ def _windows(documents: dict[str, str]) -> set[str]:
     }
 
 
+@pytest.mark.slow
 def test_no_run_of_characters_stands_in_two_splits(texts):
     windows = {split: _windows(documents) for split, documents in texts.items()}
     for one, other in combinations(SPLITS, 2):

@@ -21,6 +21,8 @@ from sar_kd.tokenization.token_table import TokenTable, build_token_table
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 from tests.helpers.vocabularies import TableTokenizer, encode_any, is_byte_token, token_table
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("byte", "sp", "dummy_prefix")
 BOTH_WAYS = [(coarse, fine) for coarse in KINDS for fine in KINDS if coarse != fine]
 LETTERS = ("a", "b", "1", " ", "\n")

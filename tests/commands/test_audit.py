@@ -77,6 +77,7 @@ def test_only_the_target_tokens_of_a_conversation_count(sp_tokenizer, byte_token
     assert found.chunks_per_token <= 1.0
 
 
+@pytest.mark.slow
 def test_the_command_prints_lines_for_people_and_json_for_programs(capsys, tmp_path):
     (tmp_path / "text.txt").write_text("A short text, of 12 lines.\n" * 12)
     assert main(["audit", "--train_file", str(tmp_path / "text.txt")]) == 0

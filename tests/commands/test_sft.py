@@ -378,6 +378,7 @@ def test_labels_under_another_name_are_refused_with_the_names_there_are(inputs, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_without_clipping_an_exploding_loss_ends_in_nan_and_here_in_a_stop_with_its_cause(
     inputs, tmp_path, sp_tokenizer, make_student
 ):
@@ -394,6 +395,7 @@ def test_without_clipping_an_exploding_loss_ends_in_nan_and_here_in_a_stop_with_
     assert diagnose(read_log(tmp_path / "run")).name == "exploding"
 
 
+@pytest.mark.slow
 def test_with_clipping_the_same_loss_falls(inputs, tmp_path):
     code, out, _ = _run(_argv(inputs, tmp_path / "run", "--model_dtype", "float16", "--train_steps", 20))
     assert code == 0
@@ -485,6 +487,7 @@ def first_few(monkeypatch):
     monkeypatch.setattr(unit_questions, "COUNTS", {"train": 64, "validation": 8, "test": 12})
 
 
+@pytest.mark.slow
 def test_the_task_needs_no_file_and_measures_before_and_after(inputs, tmp_path, first_few):
     argv = ["sft", "--task", "units", "--max_steps", "3", "--student_model", str(inputs / "model")]
     code, out, _ = _run([*argv, "--output_dir", str(tmp_path / "run")])

@@ -414,6 +414,7 @@ def test_a_student_that_float16_cannot_hold_is_refused_with_its_module(inputs, t
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_ten_bad_batches_in_a_row_stop_the_run_with_3(stopped):
     assert stopped.code == 3
     summary = read_json(stopped.folder / "summary.json")

@@ -21,6 +21,8 @@ from sar_kd.runtime.files import LOCK, FolderLock
 from sar_kd.tokenization.token_table import fingerprint
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = [{"text": f"Line {n}: a student reads what the teacher wrote. " * 3} for n in range(60)]
 CONVERSATIONS = [{"prompt": f"question {n}", "completion": "an answer"} for n in range(8)]
 

@@ -33,6 +33,8 @@ from sar_kd.training.guards import StepGuard
 from sar_kd.training.optimizer import build_optimizer, parameters_of
 from sar_kd.training.step import StepContext, train_step
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 HALF_OR_FLOAT = pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["float16", "float32"])
 SCHEDULES = pytest.mark.parametrize("schedule", ["two_stage", "joint"])
