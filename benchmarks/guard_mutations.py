@@ -292,7 +292,8 @@ def catching(mutation: Mutation | None, suite: str) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         for name in ("sar_kd", "tests"):
             shutil.copytree(ROOT / name, Path(folder) / name, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "pyproject.toml", folder)
+        for path in (ROOT / "pyproject.toml", *ROOT.glob("*.py")):
+            shutil.copy(path, folder)
         if mutation:
             mutate(Path(folder) / "sar_kd", mutation)
         command = [sys.executable, "-m", "pytest", "-q", suite, "--tb=no", "-rfE", "-p", "no:cacheprovider"]
