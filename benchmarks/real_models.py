@@ -183,8 +183,8 @@ def run_of(folder: Path, kind: str, text: str, variant: str, seed: int, options:
         "--teacher_model", str(folder / teacher), "--student_model", str(folder / "smollm2_cut"),
         "--train_file", str(folder / f"{text}_train.jsonl"),
         "--validation_file", str(folder / f"{text}_validation.jsonl"), "--block_size", str(options.block_size),
-        *COMMON, *settings, *options.flags.split(), "--train_steps", steps, "--eval_steps", steps, "--save_steps", steps,
-        "--seed", str(seed),
+        *COMMON, *settings, *options.flags.split(), "--train_steps", steps, "--eval_steps", steps,
+        "--save_steps", steps, "--seed", str(seed),
     ]  # fmt: skip
     is_gold = variant.startswith("gold")
     return Run(tuple(flags), *((GOLD, options.trl_python) if is_gold else ()))
