@@ -1,4 +1,4 @@
-"""`sar-kd shrink`: cut a model down to a smaller one, which distillation then makes good.
+"""`sar-kd shrink`: cut a model down to a smaller one, a student for distillation.
 
 The cut model is written aside, loaded again and compared with what was cut before the folder gets its name.
 """

@@ -42,7 +42,7 @@ def _line(load, *args) -> str:
     started = time.process_time()
     with pytest.raises(UsageError) as caught:
         load(*args)
-    assert time.process_time() - started < 30
+    assert time.process_time() - started < 10
     line = str(caught.value)
     assert "\n" not in line
     return line
@@ -216,7 +216,7 @@ def test_no_nonsense_ends_in_a_traceback_or_takes_long(folder, damage):
         line = str(error)
     assert "\n" not in line
     assert LINES.get(str(damage), "") in line
-    assert time.process_time() - started < 60
+    assert time.process_time() - started < 20
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])

@@ -188,7 +188,7 @@ def test_a_hundred_thousand_braces_take_no_time(tmp_path, text):
     (tmp_path / "x.log").write_text(text + "\n{'loss': 2.5}\n")
     started = time.process_time()
     assert read_log(tmp_path / "x.log").steps[-1].loss == 2.5
-    assert time.process_time() - started < 10  # with work that grows with the square: over a minute
+    assert time.process_time() - started < 2  # with work that grows with the square: over a minute
 
 
 def test_half_weights_are_recognised_by_pytorchs_error(tmp_path):

@@ -314,7 +314,7 @@ def test_a_million_steps_take_seconds(make_run):
             file.write("\n".join(lines) + "\n")
     started = time.process_time()
     text, _ = _page(folder)
-    assert time.process_time() - started < 60
+    assert time.process_time() - started < 15
     assert len(text) < 400_000
     assert "1,000,000 of 1,000,000" in text
 
