@@ -48,7 +48,7 @@ CUT = slice(11, 21)
 `python -m sar_kd shrink --model DIR --layer_choice 0-10,21-29 --output_dir OUT`, with the layers to keep."""
 
 COMMON = (
-    "--mode", "precise", "--student_lr", "1e-4", "--warmup_steps", "10", "--per_device_batch_size", "1",
+    "--mode", "precise", "--student_lr", "5e-4", "--warmup_steps", "10", "--per_device_batch_size", "1",
     "--grad_accum_steps", "1", "--alignment", "auto",
 )  # fmt: skip
 CE = ("--alpha_kd", "0", "--alpha_ce", "1")
@@ -258,7 +258,7 @@ def main() -> None:
     parser.add_argument("--trl_python", default=sys.executable, help="interpreter with trl, for the gold runs")
     parser.add_argument("--report", action="store_true", help="only the tables of what --output has")
     add_flags(parser, "real_models.json")
-    parser.set_defaults(train_steps=100)
+    parser.set_defaults(train_steps=60)
     options = parser.parse_args()
     silence_transformers()
     if options.prepare:
