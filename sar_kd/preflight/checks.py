@@ -294,7 +294,8 @@ def _check_text(meta: MetaModels) -> Finding:
     pair = load_tokenizers(config.models, compares, meta.loaded, config.data.template_date)
     limit = context_length_of(meta.models[meta.roles[0]])
     train, validation = (build_dataset(text, pair, block_size, limit or 8 * block_size) for text in (sample, held_out))
-    found = text_warnings(train, validation, config.train, share=share) + alignment_warnings(pair, config.loss)
+    found = text_warnings(train, validation, config.train, share=share, is_generated=bool(config.data.task))
+    found += alignment_warnings(pair, config.loss)
     warnings = [as_called(line) for line in found]
     if not compares:
         reason = "distillation is off" if config.loss.alpha_kd == 0 else "--alignment uld compares by rank alone"

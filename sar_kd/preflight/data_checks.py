@@ -29,11 +29,17 @@ _MAX_TOKENS = 2**23
 
 
 def text_warnings(
-    train: Dataset, validation: Dataset, settings: TrainConfig, num_ranks: int = 1, share: float = 1.0
+    train: Dataset,
+    validation: Dataset,
+    settings: TrainConfig,
+    num_ranks: int = 1,
+    share: float = 1.0,
+    is_generated: bool = False,
 ) -> list[str]:
     """A line for each reason why a run with this text teaches or shows little.
 
     num_ranks: processes, each with micro-batches of its own; share: of the training text that is in `train`
+    is_generated: a task made both texts; its held-out questions are new, although answers of one form end alike
     Raises: UsageError if a step reads the training text more than a thousand times
     """
     lines = []
@@ -43,7 +49,7 @@ def text_warnings(
     ):
         if data.num_tokens < _FEW_TOKENS:
             lines.append(f"Warning: the {what} text has only {count_of(data.num_tokens, 'token')}: {remedy}")
-    known = overlap(train, validation)
+    known = 0.0 if is_generated else overlap(train, validation)
     if known >= _LARGE_OVERLAP:
         lines.append(
             f"Warning: {known:.0%} of the held-out text is in the training text too: its perplexity shows what was "

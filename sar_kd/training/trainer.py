@@ -114,7 +114,9 @@ class Trainer:
         """Evaluate both models, refuse a run that cannot learn, save the student as it is."""
         state, config, context = self.state, self.config, self.context
         lines, details = describe_text(self.train, self.validation, config.data.describe(), config.loss.alignment)
-        warnings = text_warnings(self.train, self.validation, config.train, self.process_group.size)
+        warnings = text_warnings(
+            self.train, self.validation, config.train, self.process_group.size, is_generated=bool(config.data.task)
+        )
         warnings += alignment_warnings(self.models.tokenizers, config.loss)
         self._log([*lines, *warnings, *context.strategy.messages, *self.teacher.lines])
         for line in (*details, *self.teacher.details):

@@ -97,6 +97,7 @@ def test_held_out_text_that_is_training_text_is_shown_with_its_share(build):
     assert line.startswith("Warning: 99% of the held-out text is in the training text too")
     (line,) = text_warnings(build(text), build(text[:1000] + _text(5, 1000)), TrainConfig(train_steps=1))
     assert line.startswith("Warning: 49% of the held-out text")
+    assert text_warnings(build(text), build(text), TrainConfig(train_steps=1), is_generated=True) == []
 
 
 def test_text_of_a_few_bytes_is_shown_with_its_tokens(build):
