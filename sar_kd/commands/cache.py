@@ -72,7 +72,10 @@ def _build(config: CachingConfig, folder: Path) -> dict:
     _prepare_folder(folder, settings.overwrite)
     precision = setup_precision(config.precision, 0)
     documents = load_documents(data, print_stderr)  # before the weights: a mistake in the files shows at once
-    teacher, tokenizer, info = load_teacher(settings, precision)
+    notes: list[str] = []
+    teacher, tokenizer, info = load_teacher(settings, precision, config.memory, notes)
+    for line in notes:
+        print_stderr(line)
     info = replace(info, limit=min(info.limit or 8 * data.block_size, 8 * data.block_size))
     has_header = (folder / HEADER).exists()
     date = data.template_date or (read_header(folder)["metadata"].get("template_date", "") if has_header else "")

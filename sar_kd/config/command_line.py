@@ -23,7 +23,7 @@ MAY_CHANGE_ON_RESUME = {
     "eval_steps", "log_steps", "save_steps", "keep_checkpoints", "on_divergence", "resume", "output_dir", "train_steps",
     "device", "trust_remote_code", "time_limit", "tensorboard", "wandb", "token_cache", "epochs", "max_steps",
     "save_strategy", "allow_changed_inputs", "gradient_checkpointing", "offload_teacher_to_cpu", "json", "verbose",
-    "quiet", "overwrite",
+    "quiet", "overwrite", "teacher_device", "teacher_device_map", "teacher_max_memory",
 }  # fmt: skip
 
 

@@ -102,6 +102,9 @@ class DistillOptions(TrainingOptions, total=False):
     max_new_tokens: int
     replay_size: int
     replay_fraction: float
+    teacher_device: str
+    teacher_device_map: Literal["", "auto"]
+    teacher_max_memory: Sequence[str]
     offload_teacher_to_cpu: bool
     teacher_quantization: Literal["off", "nf4"]
 
@@ -134,3 +137,6 @@ class CacheOptions(TypedDict, total=False):
     token_cache: str
     model_dtype: Literal["auto", "float16", "bfloat16", "float32"]
     device: str
+    teacher_device: str
+    teacher_device_map: Literal["", "auto"]
+    teacher_max_memory: Sequence[str]

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field
 
 from sar_kd.config.fields import RunConfig, Section, option, require
+from sar_kd.config.placement import TeacherPlacementConfig
 from sar_kd.config.sections import (
     AUTO_BATCH,
     EMBEDDED,
@@ -316,4 +317,5 @@ class CachingConfig(RunConfig):
     cache: CacheConfig = field(default_factory=CacheConfig)
     data: DataConfig = field(default_factory=DataConfig)
     precision: DeviceConfig = field(default_factory=DeviceConfig)
+    memory: TeacherPlacementConfig = field(default_factory=TeacherPlacementConfig)
     output: OutputConfig = field(default_factory=OutputConfig)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sar_kd.config.fields import Section, is_date, option, require, seconds_of
+from sar_kd.config.placement import TeacherPlacementConfig
 from sar_kd.errors import UsageError
 
 EMBEDDED = "embedded"
@@ -300,7 +301,7 @@ class MemoryConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherMemoryConfig(MemoryConfig):
+class TeacherMemoryConfig(TeacherPlacementConfig, MemoryConfig):
     """Memory: recompute, move or round so that a run fits; `sar-kd preflight` shows what fits."""
 
     offload_teacher_to_cpu: bool = option(
@@ -314,6 +315,14 @@ class TeacherMemoryConfig(MemoryConfig):
         choices=("off", "nf4"),
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        quantized, place = self.teacher_quantization, self.placement()
+        if self.offload_teacher_to_cpu and place:
+            raise UsageError(f"--offload_teacher_to_cpu: moves the teacher to the student's device; leave out {place}")
+        if quantized != "off" and self.teacher_device_map:
+            raise UsageError(f"--teacher_quantization {quantized}: cannot be spread; leave out --teacher_device_map")
+
     def offloads_from(self, device: Any) -> bool:
         """Does the teacher leave this device (a `torch.device`)? A teacher on the CPU is there already."""
         return self.offload_teacher_to_cpu and device.type != "cpu"
@@ -325,6 +334,8 @@ class TeacherMemoryConfig(MemoryConfig):
             return "--offload_teacher_to_cpu removes the teacher before its routers could learn from the student"
         if self.teacher_quantization != "off":
             return f"--teacher_quantization {self.teacher_quantization} gives no exact gradient through the teacher"
+        if self.placement():
+            return f"{self.placement()} puts the teacher elsewhere than the student from which its routers would learn"
         return ""
 
 

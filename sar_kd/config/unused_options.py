@@ -54,6 +54,7 @@ _RULES = (
           "without float16: only its gradients are scaled"),
     _Rule(("skip_factor",), lambda v: v["skip_rule"] != "fixed", "with --skip_rule fixed"),
     _Rule(("offload_teacher_to_cpu",), lambda v: v["device"] != "cpu", "with --device cpu"),
+    _Rule(("teacher_max_memory",), lambda v: bool(v["teacher_device_map"]), "without --teacher_device_map"),
     _Rule(("lora_alpha", "lora_dropout", "lora_targets", "adapter_only"), lambda v: v["lora_rank"] > 0,
           "without --lora_rank above 0"),
     _Rule(("epochs",), lambda v: v["train_steps"] == 0, "beside --train_steps"),

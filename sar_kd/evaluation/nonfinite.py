@@ -16,9 +16,10 @@ from torch.utils._pytree import tree_map
 from sar_kd.data.batch import TokenBatch
 from sar_kd.errors import UsageError
 from sar_kd.evaluation.perplexity import count_nonfinite, eval_mode
-from sar_kd.models.lm_head import LMHeads
+from sar_kd.models.lm_head import LMHeads, device_of
 from sar_kd.models.logit_tiles import is_finite_peak
 from sar_kd.models.model_checks import is_finite_weight, lm_head_bias_name
+from sar_kd.models.placement import is_offloaded, weights_of
 from sar_kd.runtime.console import format_share
 from sar_kd.runtime.distributed import ProcessGroup
 from sar_kd.runtime.precision import Precision
@@ -31,6 +32,7 @@ REMEDIES = {
     "weights or data": "the forward is not finite in float32 either: look at the module and the text",
     "quantized": "quantized weights are not replayed in float32: try --teacher_quantization off, or --model_dtype "
     "float32",
+    "offloaded": "weights that are not on the device are not replayed in float32: try --model_dtype float32",
     "cache": "the logits in the teacher cache are not finite: make it again, with --model_dtype float32",
     "loss": "the logits are finite and the loss is not: leave out text with tokens that the student masks (logits of "
     "-inf), or lower --alpha_ce, --alpha_kd or --temperature",
@@ -95,7 +97,7 @@ def check_finite(
         with eval_mode(model, precision) as used:
             used = precision if trains else used
             for batch in batches:
-                findings, _, _ = replay(model, batch.input_ids.to(used.device), used)
+                findings, _, _ = replay(model, batch.input_ids, used)
                 verdict, found = findings["verdict"], module_in_words(findings)
                 if verdict != "not reproduced":
                     break
@@ -147,6 +149,8 @@ def replay(model: nn.Module, input_ids: Tensor, precision: Precision) -> tuple[d
     `first_bad_module`, whose output is the first that is not finite, with dtype, largest input, largest weight and its
     largest output in float32; the logits in both dtypes
     """
+    device = device_of(model)
+    input_ids, precision = input_ids.to(device), precision.on(device)
     has_half_weights = any(parameter.dtype is not torch.float32 for parameter in model.parameters())
     logits, first = _replay(model, input_ids, precision, replays_module=has_half_weights)
     logits_float32, finite_in_float32 = logits, None if first else True
@@ -188,9 +192,11 @@ def _verdict(model: nn.Module, first: dict | None, finite_in_float32: bool | Non
     if first is None:
         return "not reproduced"
     bias_name = lm_head_bias_name(model)
-    if not all(is_finite_weight(weight, name == bias_name) for name, weight in model.named_parameters()):
+    if not all(is_finite_weight(weight, name == bias_name) for name, weight in weights_of(model)):
         return "weights"
-    return "quantized" if finite_in_float32 is None else "fp16 range" if finite_in_float32 else "weights or data"
+    if finite_in_float32 is None:
+        return "offloaded" if is_offloaded(model) else "quantized"
+    return "fp16 range" if finite_in_float32 else "weights or data"
 
 
 def _replay(
@@ -231,9 +237,9 @@ def _is_finite(output: Tensor, is_lm_head: bool) -> bool:
 
 
 def _largest_in_float32(module: nn.Module, args: tuple, kwargs: dict) -> float | None:
-    """The largest magnitude of a module's output with inputs and weights in float32; None for quantized weights."""
+    """The largest magnitude of a module's output in float32; None for weights that are quantized or not loaded."""
     tensors = dict([*module.named_parameters(), *module.named_buffers()])
-    if any(not tensor.is_floating_point() for tensor in dict(module.named_parameters()).values()):
+    if any(weight.is_meta or not weight.is_floating_point() for weight in module.parameters()):
         return None
 
     def cast(value):
@@ -252,7 +258,7 @@ def describe_module(name: str, module: nn.Module, inputs, output: Tensor) -> dic
         "kind": type(module).__name__,
         "output_dtype": str(output.dtype).removeprefix("torch."),
         "largest_input": _max_abs(tensors),
-        "largest_weight": _max_abs(list(module.parameters(recurse=False))),
+        "largest_weight": _max_abs([weight for weight in module.parameters(recurse=False) if not weight.is_meta]),
     }
 
 

@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -38,6 +39,12 @@ class LMHead:
         """A copy without a graph."""
         return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
+    def to(self, device: torch.device) -> LMHead:
+        """A copy on another device, without a graph."""
+        weight, bias = (None if each is None else each.detach().to(device) for each in (self.weight, self.bias))
+        assert weight is not None
+        return replace(self, weight=weight, bias=bias)
+
     def transform(self, products: Tensor) -> Tensor:
         """Logits from the products h W^T + b."""
         logits = products * self.scale if self.scale != 1.0 else products
@@ -48,6 +55,12 @@ def backbone_of(model: Any) -> nn.Module:
     """The model without its LM head; its output has `last_hidden_state`."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft wraps a model
     return getattr(inner, "base_model", inner)
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a model takes its input: the device of its LM head, which is loaded wherever its layers are."""
+    head = model.get_output_embeddings()
+    return next(chain(head.parameters(), model.parameters())).device
 
 
 @contextlib.contextmanager
@@ -84,9 +97,13 @@ class LMHeads:
     def __init__(self, precision: Precision):
         self.precision = precision
         self._transforms: WeakKeyDictionary[nn.Module, _LogitTransform | None] = WeakKeyDictionary()
+        self._copies: WeakKeyDictionary[nn.Module, LMHead] = WeakKeyDictionary()
+        """Of heads on another device, which are a frozen teacher's"""
 
     def of(self, model: Any) -> LMHead | None:
         """The model's LM head with its current weights; None if its logits are computed in another way.
+
+        Its weights are on the run's device, where logits are formed: of a teacher on another one, a copy of them.
 
         The first call for a head runs the model and synchronises with the device.
         """
@@ -96,7 +113,12 @@ class LMHeads:
         transform = self._transforms[module]
         if transform is None or module._forward_hooks or module._forward_pre_hooks:  # hooks need the module's forward
             return None
-        return transform.head(module)
+        head = transform.head(module)
+        if self.precision.on(head.weight.device) is self.precision:
+            return head
+        if module not in self._copies:
+            self._copies[module] = head.to(self.precision.device)
+        return self._copies[module]
 
     def assume(self, model: Any) -> None:
         """Trust the configuration; for a model on fake tensors, on which nothing can be verified."""
@@ -119,6 +141,7 @@ def _find_transform(model: nn.Module, module: nn.Module, precision: Precision) -
     if not _is_linear(model, module):
         return None
     seen: list[tuple[Tensor, Tensor]] = []
+    precision = precision.on(device_of(model))
     hook = module.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
     input_ids = torch.arange(4, device=next(module.parameters()).device)[None]
     with hook, in_eval_mode(model), precision.fork_rng(), precision.autocast():
@@ -243,16 +266,21 @@ def forward_to_lm_head(
 ) -> tuple[LazyLogits, Tensor | None]:
     """Run a model up to its LM head: the logits of all B * T positions, and the last hidden states if needed.
 
+    It computes where its weights are; what is returned is on the run's device.
+
     head: from `LMHeads.of`; None to let the model compute its logits itself
     input_ids: int64 [B, T]
     Returns: logits [B * T, V]; float [B * T, D], or None
     """
-    with precision.autocast():
+    device = device_of(model)
+    with precision.on(device).autocast():
+        input_ids = input_ids.to(device)
         if head is None:
             out = model(input_ids=input_ids, use_cache=False, output_hidden_states=needs_states)
-            states = out.hidden_states[-1].flatten(0, 1) if needs_states else None
-            return LazyLogits(out.logits.flatten(0, 1), None, precision), states
+            states = out.hidden_states[-1].flatten(0, 1).to(precision.device) if needs_states else None
+            return LazyLogits(out.logits.flatten(0, 1).to(precision.device), None, precision), states
         states = backbone_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    states = states.to(precision.device)
     return LazyLogits(states, head, precision), states
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from sar_kd.config.fields import RunConfig
+from sar_kd.config.placement import TeacherPlacementConfig
 from sar_kd.config.runs import Config, SftConfig
 from sar_kd.config.sections import EMBEDDED, ModelConfig
 from sar_kd.errors import UsageError
@@ -32,6 +33,7 @@ from sar_kd.models.model_checks import (
     vocab_size_of,
 )
 from sar_kd.models.model_files import find_model, no_tokenizer, require_weights
+from sar_kd.models.placement import device_of_teacher, load_outside_modes_, spreading_options
 from sar_kd.models.pretrained import (
     build_meta_model,
     load_config,
@@ -111,10 +113,9 @@ def load_models(
         raise UsageError(
             f"--teacher_quantization {quantization}: the teacher is in memory already; leave the option out"
         )
-    options = quantization_options(quantization, precision)
     teacher: Any = None
     if cached is None:
-        teacher = _load_checked_model("teacher_model", names, precision.dtype, precision, loaded, notes, **options)
+        teacher = _load_placed_teacher(names, config.memory, precision, loaded, notes, quantization, has_student=True)
     info = cached or _teacher_info(names, teacher)
     tokenizers = _load_tokenizers(
         names,
@@ -126,11 +127,8 @@ def load_models(
         template_date=config.data.template_date,
     )
     offload = None
-    if teacher is not None:
-        teacher.requires_grad_(False).eval().to(precision.device)
-        require_causal(f"--teacher_model {names.teacher_model}", teacher, precision)
-        if config.memory.offloads_from(precision.device):
-            offload = Offload(teacher, backbone_of(teacher), precision.device)
+    if teacher is not None and config.memory.offloads_from(precision.device):
+        offload = Offload(teacher, backbone_of(teacher), precision.device)
     if config.train.parallel != "fsdp":  # that student may exceed one device: `build_strategy` moves it, shard by shard
         student.to(precision.device)
     student, more_notes = _make_trainable(student, config, tokenizers, precision)
@@ -139,20 +137,58 @@ def load_models(
     return Models(teacher, student, tokenizers, is_embedded, info.limit or None, offload, tuple(notes))
 
 
-def load_teacher(names: Any, precision: Precision) -> tuple[nn.Module, Any, TeacherInfo]:
+def load_teacher(
+    names: Any,
+    precision: Precision,
+    memory: TeacherPlacementConfig | None = None,
+    notes: list[str] | None = None,
+) -> tuple[nn.Module, Any, TeacherInfo]:
     """Load `--teacher_model`, frozen, and its tokenizer, without a student.
 
+    memory: where the teacher is to be; notes: gets lines about it
     Raises: UsageError as `load_models`
     """
-    teacher = _load_checked_model("teacher_model", names, precision.dtype, precision)
+    teacher = _load_placed_teacher(names, memory or TeacherPlacementConfig(), precision, notes=notes)
     info = _teacher_info(names, teacher)
     tokenizer = _load_checked_tokenizer("teacher_model", names, info.vocab_size)
-    teacher.requires_grad_(False).eval().to(precision.device)
-    require_causal(f"--teacher_model {names.teacher_model}", teacher, precision)
     return teacher, tokenizer, info
 
 
+<<<<<<< work
+def _load_placed_teacher(
+    names: Any,
+    memory: TeacherPlacementConfig,
+    precision: Precision,
+    loaded: LoadedModels = NO_LOADED_MODELS,
+    notes: list[str] | None = None,
+    quantization: str = "off",
+    has_student: bool = False,
+) -> nn.Module:
+    """The teacher, frozen and checked, on its device or spread over several.
+
+    has_student: as `spread_over_devices`; the other arguments as `_load_checked_model`
+    """
+    device = device_of_teacher(memory, precision.device)
+    options, notes = quantization_options(quantization, precision.on(device)), [] if notes is None else notes
+    if memory.teacher_device_map:
+        if loaded.model("teacher_model") is not None:
+            raise UsageError(f"{memory.placement()}: the teacher is in memory already; leave the option out")
+        meta = load_meta_model("teacher_model", names.teacher_model, names.trust_remote_code)
+        options = spreading_options(meta, memory, precision, has_student, notes)
+    teacher: Any = _load_checked_model("teacher_model", names, precision.dtype, precision, loaded, notes, **options)
+    teacher.requires_grad_(False).eval()
+    if memory.teacher_device_map:
+        load_outside_modes_(teacher)
+    else:
+        teacher.to(device)
+    require_causal(f"--teacher_model {names.teacher_model}", teacher, precision)
+    return teacher
+
+
 def load_student(config: SftConfig, precision: Precision, loaded: LoadedModels = NO_LOADED_MODELS) -> Models:
+=======
+def load_student(config: Config | SftConfig, precision: Precision, loaded: LoadedModels = NO_LOADED_MODELS) -> Models:
+>>>>>>> mine
     """Load `--student_model` and no teacher; its tokenizer stands for both of the pair.
 
     Raises: UsageError as `load_models`
@@ -166,7 +202,9 @@ def load_student(config: SftConfig, precision: Precision, loaded: LoadedModels =
     how: dict[str, Any] = {"projects": False, "stop_ids": (stop_ids, stop_ids)}
     how["template_date"] = config.data.template_date
     pair = _pair_tokenizers(names, [tokenizer] * 2, [vocab_size_of(student)] * 2, **how)
-    student, more_notes = _make_trainable(student.to(precision.device), config, pair, precision)
+    if config.train.parallel != "fsdp":  # as in `load_models`
+        student.to(precision.device)
+    student, more_notes = _make_trainable(student, config, pair, precision)
     return Models(None, student, pair, names.student_model == EMBEDDED, notes=(*notes, *more_notes))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sar_kd.errors import UsageError
 from sar_kd.models.lm_head import in_eval_mode
+from sar_kd.models.placement import weights_of
 from sar_kd.runtime.precision import MASKED_BELOW, Precision
 
 
@@ -57,7 +58,8 @@ def require_causal(title: str, model: Any, precision: Precision) -> None:
     weight = model.get_input_embeddings().weight
     ids = torch.arange(16).repeat(2, 1)
     ids[1, 8:] += 8
-    with in_eval_mode(model), contextlib.nullcontext() if weight.dtype is torch.float32 else precision.autocast():
+    used = precision.on(weight.device)
+    with in_eval_mode(model), contextlib.nullcontext() if weight.dtype is torch.float32 else used.autocast():
         out = model(input_ids=(ids % weight.shape[0]).to(weight.device), use_cache=False)
     first, second = out.logits[:, :8].float()
     if _differ(first, second, weight.dtype):
@@ -122,7 +124,7 @@ def is_finite_weight(values: Tensor, is_lm_head_bias: bool) -> bool:
 def require_finite(title: str, model: nn.Module, dtype: torch.dtype) -> None:
     """Raise UsageError if a weight is not finite in the dtype that it was loaded in."""
     bias_name = lm_head_bias_name(model)
-    for name, values in model.named_parameters():
+    for name, values in weights_of(model):
         if values.is_meta or values.is_inference():
             how = "on the meta device, without values" if values.is_meta else "made in torch.inference_mode()"
             raise UsageError(f"{title}: its weight {name} is {how}; load the model without that")

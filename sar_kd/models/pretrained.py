@@ -41,10 +41,11 @@ _TOKENIZER = "its tokenizer"
 
 
 def silence_transformers() -> None:
-    """Switch off transformers' progress bars and warnings, and the hub's reports of a network that is absent."""
+    """Switch off progress bars and warnings: transformers', the hub's of a network that is absent, accelerate's."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    for library in ("huggingface_hub", "accelerate"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def load_config(files: ModelFiles, trust_remote_code: bool) -> Any:
@@ -85,9 +86,12 @@ def build_meta_model(files: ModelFiles, trust_remote_code: bool) -> nn.Module:
     return model
 
 
-def renew_config_(title: str, model: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+def renew_config_(
+    title: str, model: Any, change: Callable[[dict[str, Any]], dict[str, Any]], of_all_parts: bool = False
+) -> None:
     """Give a model a config whose text part has other settings; change: makes them from those of `to_dict`.
 
+    of_all_parts: change what stands beside the text part too
     Raises: UsageError, which begins with the title, if they are no config
     """
     config, text = model.config, model.config.get_text_config()
@@ -97,6 +101,7 @@ def renew_config_(title: str, model: Any, change: Callable[[dict[str, Any]], dic
     else:
         part = next(name for name, value in vars(config).items() if value is text)
         settings[part] = change(settings[part])
+        settings = change(settings) if of_all_parts else settings
     new = _in_one_line(ModelFiles(title, ""), "config.json", lambda: type(config).from_dict(settings))
     new._attn_implementation = config._attn_implementation
     renewed = {id(config): new, id(text): new.get_text_config()}
@@ -127,7 +132,8 @@ def load_model(
     require_weights(files)
     if options and (files.gguf_file or files.adapter):
         what = "a GGUF file" if files.gguf_file else "an adapter"
-        raise UsageError(f"{files.title}: {what} cannot be quantized; leave out --teacher_quantization")
+        verb, option = ("quantized", "quantization") if "quantization_config" in options else ("spread", "device_map")
+        raise UsageError(f"{files.title}: {what} cannot be {verb}; leave out --teacher_{option}")
     if files.gguf_file and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     options |= {

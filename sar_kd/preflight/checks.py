@@ -120,6 +120,7 @@ def _check_packages(meta: MetaModels) -> Finding:
     config = meta.config
     needed = {
         "dataset_name": ("datasets",) if config.data.dataset_name else (),
+        "teacher_device_map": ("accelerate",) if getattr(config.memory, "teacher_device_map", "") else (),
         "optimizer adamw8bit": ("bitsandbytes",) if config.optim.optimizer == "adamw8bit" else (),
         "lora_rank": ("peft",) if config.lora.lora_rank else (),
         "tensorboard": ("tensorboard",) if config.train.tensorboard else (),

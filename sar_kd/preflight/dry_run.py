@@ -40,7 +40,14 @@ from sar_kd.models.memory_saving import (
 )
 from sar_kd.models.model_checks import vocab_size_of
 from sar_kd.models.optimizer_state import state_of, update_bytes
-from sar_kd.preflight.memory_tracker import OFF_DEVICE, MemoryTracker, fake_copy, fake_tensors, with_adapter
+from sar_kd.preflight.memory_tracker import (
+    OFF_DEVICE,
+    MemoryTracker,
+    fake_copy,
+    fake_tensors,
+    spread_fake_teacher_,
+    with_adapter,
+)
 from sar_kd.runtime.precision import Precision
 from sar_kd.teacher.moe.discovery import find_routers, router_parameters
 from sar_kd.teacher.moe.routing_hooks import Routing
@@ -78,6 +85,7 @@ def dry_run(
     """
     models = {**models, "student": with_adapter(models["student"], config.lora, dtype)}
     with fake_tensors() as tracker, assume_unpacked_sequences(), limit_blocks(), _without_library_output():
+        tracker.device = device
         run = _DryRun(config, models, Precision(device, dtype, 1.0), tracker, keeps_gradients)
         run.sample()
         with run.routing() as trains_routers:
@@ -116,8 +124,11 @@ class _DryRun:
         self.student = self._student(models["student"])
         self.teacher: Any = self._teacher(models["teacher"]) if "teacher" in models else None
         self.heads = LMHeads(precision)
-        for model in filter(None, (self.student, self.teacher)):
-            self.heads.assume(model)
+        for model, label in ((self.student, "student"), (self.teacher, "teacher")):
+            if model is not None:
+                self.tracker.label = label
+                self.heads.assume(model)
+                self.heads.of(model)  # of a teacher on another device, a copy
         loss, block_size = config.loss, config.data.block_size
         vocab_size, teacher_size = vocab_size_of(self.student), vocab_size_of(self.teacher or self.student)
         self.block_sizes = block_size, teacher_block_size(block_size, vocab_size, teacher_size)
@@ -157,7 +168,9 @@ class _DryRun:
         return student
 
     def _teacher(self, model: nn.Module) -> nn.Module:
-        teacher = fake_copy(model, self.precision.device, self.precision.dtype).requires_grad_(False).eval()
+        memory = self.config.memory
+        device = torch.device(memory.teacher_device or self.precision.device)
+        teacher = fake_copy(model, device, self.precision.dtype).requires_grad_(False).eval()
         if self.precision.dtype is torch.float16:
             compute_in_range_(teacher)
         self.tracker.relabel([*teacher.parameters(), *teacher.buffers()], "teacher")
@@ -168,6 +181,8 @@ class _DryRun:
             self.tracker.relabel(weights, OFF_DEVICE)
             for layer in quantizable_layers(teacher):  # each is dequantized while it computes
                 layer.register_forward_pre_hook(lambda layer, _: (torch.empty_like(layer.weight), None)[1])
+        if memory.teacher_device_map:
+            spread_fake_teacher_(self.tracker, teacher, memory, self.precision)
         return teacher
 
     @contextlib.contextmanager

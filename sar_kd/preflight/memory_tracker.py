@@ -20,8 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sar_kd.config.placement import TeacherPlacementConfig
 from sar_kd.config.sections import LoraConfig
 from sar_kd.models.lora import add_adapter
+from sar_kd.models.placement import place_of, spread_over_devices
+from sar_kd.runtime.precision import Precision, same_device
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -35,6 +38,8 @@ class MemoryTracker(TorchDispatchMode):
     def __init__(self, label: str = ""):
         super().__init__()
         self.label = label
+        self.device: torch.device | None = None
+        """Storages elsewhere are `OFF_DEVICE`; None counts all"""
         self.live: Counter[str] = Counter()
         self._storages: dict[int, tuple[weakref.ref, int, str]] = {}
         self.reset_peak()
@@ -63,6 +68,8 @@ class MemoryTracker(TorchDispatchMode):
         return out
 
     def _add(self, tensor: Tensor, label: str, relabels: bool = False) -> None:
+        if self.device is not None and tensor.device.type != "meta" and not same_device(tensor.device, self.device):
+            label = OFF_DEVICE
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._storages:
@@ -127,3 +134,24 @@ def fake_copy(model: M, device: torch.device, dtype: torch.dtype | None = None) 
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
     return copy.deepcopy(model, memo)
+
+
+def spread_fake_teacher_(
+    tracker: MemoryTracker, teacher: nn.Module, config: TeacherPlacementConfig, precision: Precision
+) -> None:
+    """Take the layers of a spread teacher that are elsewhere off the device; a tensor of one that computes there is on
+    it for that time.
+    """
+    places = spread_over_devices(teacher, config, precision.device, precision.dtype, has_student=True)
+    for name, place in places.items():
+        if place == place_of(precision.device):
+            continue
+        layer = teacher.get_submodule(name)  # all that is no layer is on the device
+        tracker.relabel(layer.parameters(), OFF_DEVICE)
+        if isinstance(place, str):
+            largest = max(weight.nbytes for weight in layer.parameters())
+
+            def copy_one(*_, largest: int = largest) -> None:
+                torch.empty(largest, dtype=torch.uint8, device=precision.device)  # and freed
+
+            layer.register_forward_pre_hook(copy_one)

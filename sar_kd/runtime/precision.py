@@ -78,6 +78,11 @@ def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
     return torch.amp.autocast(tensor.device.type, enabled=False)
 
 
+def same_device(a: torch.device, b: torch.device) -> bool:
+    """Are they one device? cuda is cuda:0."""
+    return a.type == b.type and (a.index or 0) == (b.index or 0)
+
+
 class Precision:
     """The device, the compute dtype and the loss scale of a run."""
 
@@ -89,6 +94,7 @@ class Precision:
         self._scaler = torch.amp.GradScaler(device.type, init_scale=init_loss_scale, enabled=is_float16)
         self._one = torch.ones((), device=device)
         self._scaler.scale(self._one)  # its first use creates its tensors, and a first step may have no target
+        self._elsewhere: dict[torch.device, Precision] = {}
 
     @contextlib.contextmanager
     def autocast(self):
@@ -99,6 +105,14 @@ class Precision:
                 torch.amp.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
             )
             yield
+
+    def on(self, device: torch.device) -> Precision:
+        """The same dtype where a model computes on another device; itself on its own."""
+        if same_device(device, self.device):
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = Precision(device, self.dtype, 1.0)
+        return self._elsewhere[device]
 
     def as_float32(self) -> Precision:
         """The same device in float32: no autocast, no loss scale."""

@@ -13,6 +13,7 @@ from sar_kd.data.files.samples import Document, Sample
 from sar_kd.evaluation.perplexity import eval_mode
 from sar_kd.models.generation import generate
 from sar_kd.models.loading import Models
+from sar_kd.models.placement import is_offloaded
 from sar_kd.reporting.history import SAMPLES
 from sar_kd.runtime.distributed import current_process_group
 from sar_kd.runtime.files import atomic_write
@@ -34,8 +35,8 @@ _GENERATION_ERRORS = (
 
 
 class SampleTexts(Callback):
-    """Lets the student, and a teacher on the device, continue two texts before the first step; the student also at the
-    end. Greedy, so that no random number of the run is used.
+    """Lets the student, and a teacher that is in memory, continue two texts before the first step; the student also at
+    the end. Greedy, so that no random number of the run is used.
     """
 
     def __init__(self, models: Models, held_out: Iterable[Sample], precision: Precision, train: TrainConfig):
@@ -48,7 +49,8 @@ class SampleTexts(Callback):
 
     def on_train_begin(self) -> list[str]:
         messages = self._continue("student, before", "student")
-        if self._models.teacher is not None and self._models.offload is None:
+        teacher = self._models.teacher
+        if teacher is not None and self._models.offload is None and not is_offloaded(teacher):
             messages += self._continue("teacher", "teacher")
         return messages
 

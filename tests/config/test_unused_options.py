@@ -14,8 +14,14 @@ ALWAYS = {
     "teacher_model", "student_model", "model", "train_file", "validation_file", "dataset_name", "dataset_config_name",
     "dataset_split", "task", "block_size", "token_cache", "teacher_cache", "alpha_kd", "alpha_ce", "routing", "recipe",
     "optimizer", "on_policy_fraction", "weight_decay", "warmup_steps", "lr_schedule", "student_lr", "model_dtype",
+<<<<<<< work
     "device",
+    "gradient_checkpointing", "teacher_device", "teacher_device_map", "teacher_quantization",
+    "max_grad_norm", "skip_grad_norm", "skip_rule",
+=======
+    "device", "control",
     "gradient_checkpointing", "teacher_quantization", "max_grad_norm", "skip_grad_norm", "skip_rule",
+>>>>>>> mine
     "max_nan_batches", "on_divergence", "train_steps", "per_device_batch_size", "grad_accum_steps", "eval_steps",
     "keep_checkpoints", "time_limit", "tensorboard", "wandb", "output_dir", "resume", "loss_workspace_mb",
     "logit_clamp_style", "loss_clamp_style", "max_steps", "save_strategy", "lora_rank", "teacher_top_k",
@@ -56,6 +62,7 @@ def _lines(line: str, command=STABLE) -> list[str]:
         ("--model_dtype float32 --init_loss_scale 2", "--init_loss_scale: has no effect without float16"),
         ("--skip_rule fixed --skip_factor 3", "--skip_factor: has no effect with --skip_rule fixed"),
         ("--device cpu --offload_teacher_to_cpu", "--offload_teacher_to_cpu: has no effect with --device cpu"),
+        ("--teacher_max_memory cpu=1GB", "--teacher_max_memory: has no effect without --teacher_device_map"),
         ("--on_policy_fraction 0.5 --replay_fraction 0.2", "--replay_fraction: has no effect without --replay_size"),
         ("--on_policy_fraction 0.5 --sample_top_p 0.2 --sample_temperature 0",
          "--sample_top_p: has no effect with --sample_temperature 0"),

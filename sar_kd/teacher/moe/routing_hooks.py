@@ -134,8 +134,10 @@ class Routing:
     def _draw(self, logits: Tensor) -> Tensor:
         """The expert that each token drops under ka: int64 [N]."""
         logits = logits.float()
-        uniform = torch.rand(logits.shape, generator=self._generator, device=logits.device)
-        is_random = torch.rand(len(logits), 1, generator=self._generator, device=logits.device) < self.ka_lambda
+        device = self._generator.device  # a layer of a spread teacher may be on another one
+        uniform = torch.rand(logits.shape, generator=self._generator, device=device).to(logits.device)
+        is_random = torch.rand(len(logits), 1, generator=self._generator, device=device) < self.ka_lambda
+        is_random = is_random.to(logits.device)
         # The order of logits with Gumbel noise is that of draws without replacement: the last one is not drawn.
         gumbel = -(-uniform.clamp_min(1e-20).log()).clamp_min(1e-20).log()
         return (logits + torch.where(is_random, gumbel, 0.0)).argmin(-1)
