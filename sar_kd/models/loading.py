@@ -154,7 +154,6 @@ def load_teacher(
     return teacher, tokenizer, info
 
 
-<<<<<<< work
 def _load_placed_teacher(
     names: Any,
     memory: TeacherPlacementConfig,
@@ -186,9 +185,6 @@ def _load_placed_teacher(
 
 
 def load_student(config: SftConfig, precision: Precision, loaded: LoadedModels = NO_LOADED_MODELS) -> Models:
-=======
-def load_student(config: Config | SftConfig, precision: Precision, loaded: LoadedModels = NO_LOADED_MODELS) -> Models:
->>>>>>> mine
     """Load `--student_model` and no teacher; its tokenizer stands for both of the pair.
 
     Raises: UsageError as `load_models`
@@ -202,9 +198,7 @@ def load_student(config: Config | SftConfig, precision: Precision, loaded: Loade
     how: dict[str, Any] = {"projects": False, "stop_ids": (stop_ids, stop_ids)}
     how["template_date"] = config.data.template_date
     pair = _pair_tokenizers(names, [tokenizer] * 2, [vocab_size_of(student)] * 2, **how)
-    if config.train.parallel != "fsdp":  # as in `load_models`
-        student.to(precision.device)
-    student, more_notes = _make_trainable(student, config, pair, precision)
+    student, more_notes = _make_trainable(student.to(precision.device), config, pair, precision)
     return Models(None, student, pair, names.student_model == EMBEDDED, notes=(*notes, *more_notes))
 
 

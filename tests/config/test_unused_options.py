@@ -14,14 +14,9 @@ ALWAYS = {
     "teacher_model", "student_model", "model", "train_file", "validation_file", "dataset_name", "dataset_config_name",
     "dataset_split", "task", "block_size", "token_cache", "teacher_cache", "alpha_kd", "alpha_ce", "routing", "recipe",
     "optimizer", "on_policy_fraction", "weight_decay", "warmup_steps", "lr_schedule", "student_lr", "model_dtype",
-<<<<<<< work
     "device",
     "gradient_checkpointing", "teacher_device", "teacher_device_map", "teacher_quantization",
     "max_grad_norm", "skip_grad_norm", "skip_rule",
-=======
-    "device", "control",
-    "gradient_checkpointing", "teacher_quantization", "max_grad_norm", "skip_grad_norm", "skip_rule",
->>>>>>> mine
     "max_nan_batches", "on_divergence", "train_steps", "per_device_batch_size", "grad_accum_steps", "eval_steps",
     "keep_checkpoints", "time_limit", "tensorboard", "wandb", "output_dir", "resume", "loss_workspace_mb",
     "logit_clamp_style", "loss_clamp_style", "max_steps", "save_strategy", "lora_rank", "teacher_top_k",
