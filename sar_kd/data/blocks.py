@@ -74,9 +74,10 @@ def skip_passages(text: TokenizedText, blocks: Blocks, pair: TokenizerPair, max_
         return text
     skipped = Blocks(np.stack([starts, ends], axis=2).reshape(-1, 4)[is_skipped])
     first_bytes = np.array([text.student.ends[start - 1] if start else 0 for start, *_ in skipped])
-    num_bytes = sum(int(text.student.ends[end - 1]) for _, end, *_ in skipped) - int(first_bytes.sum())
+    sizes = np.array([text.student.ends[end - 1] for _, end, *_ in skipped]) - first_bytes
     if all(table.dummy_prefix for table in pair.token_tables):  # a space that is in no document's own bytes
-        num_bytes -= np.count_nonzero(np.isin(first_bytes, text.starts))
+        sizes -= np.isin(first_bytes, text.starts)
+    num_bytes = int(sizes.sum())
     share = num_bytes / max(1, text.num_bytes)
     if share > MAX_SKIPPED_SHARE:
         start, end, *_ = skipped[0]
@@ -86,9 +87,12 @@ def skip_passages(text: TokenizedText, blocks: Blocks, pair: TokenizerPair, max_
             f"skipped: {NO_COMMON_END} ({example[:40]!r}); raise it, or use another model"
         )
     documents = np.searchsorted(text.starts, first_bytes, side="right") - 1
+    document_bytes = text.document_bytes.copy()
+    np.subtract.at(document_bytes, documents, sizes)
     return dataclasses.replace(
         text,
         num_bytes=text.num_bytes - num_bytes,
+        document_bytes=document_bytes,
         skipped_bytes=text.skipped_bytes + num_bytes,
         skipped_passages=[*text.skipped_passages, *(f"{text.names[i]} ({NO_COMMON_END})" for i in documents.tolist())],
         skipped_ranges=skipped,

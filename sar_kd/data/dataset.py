@@ -7,11 +7,13 @@ seed and the step alone.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sar_kd.alignment.aligner import Aligner
@@ -42,8 +44,8 @@ class CachedRecords(Protocol):
     def records(self, blocks: Sequence[Block], positions: Tensor, num_positions: int) -> CachedTopK:
         """The records of a batch of blocks."""
 
-    def total_nats(self, blocks: Sequence[Block]) -> tuple[float, int, int]:
-        """The teacher's total loss over some blocks, their number of target tokens, and of those not finite."""
+    def target_nats(self, block: Block) -> tuple[np.ndarray, int]:
+        """The teacher's loss at each target token of a block, float64 [N]; and how many are not finite."""
 
 
 class CachedLogits(Protocol):
@@ -154,7 +156,21 @@ class Dataset:
 
     def token_batches_at(self, which: str, firsts: Iterable[int], batch_size: int) -> Iterator[TokenBatch]:
         """`batch_size` blocks from each of `firsts` on, as `token_batches`."""
-        return (self._token_batch(which, self.blocks[first : first + batch_size]) for first in firsts)
+        for first in firsts:
+            blocks = self.blocks[first : first + batch_size]
+            documents = torch.from_numpy(self.documents_of_targets(which, blocks))
+            yield dataclasses.replace(self._token_batch(which, blocks), documents=documents)
+
+    def documents_of_targets(self, which: str, blocks: Sequence[Block]) -> np.ndarray:
+        """int64 [N]: the number of the document of each target token in these blocks, in the tokens of one model."""
+        ranges = [(getattr(block, f"{which}_start"), getattr(block, f"{which}_end")) for block in blocks]
+        tokens = np.concatenate([np.arange(start, end) for start, end in ranges])
+        tokens = tokens[np.asarray(getattr(self.text, which).is_target)[tokens]]
+        return np.searchsorted(self._first_tokens[which], tokens, side="right") - 1
+
+    @cached_property
+    def _first_tokens(self) -> dict[str, np.ndarray]:
+        return {which: self.text.first_tokens(which) for which in ("student", "teacher")}
 
     def micro_blocks(
         self, step: int, batch_size: int, accum_steps: int, seed: int, rank: int = 0, ranks: int = 1

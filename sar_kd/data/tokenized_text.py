@@ -85,6 +85,7 @@ def tokenize(
         names=names,
         starts=columns["starts"],
         num_bytes=metadata["num_bytes"],
+        document_bytes=np.diff(np.append(columns["byte_starts"], metadata["num_bytes"])),
         skipped_documents=skipped,
         conversations=Blocks(columns["conversations"]),
         truncated=truncated,
@@ -160,6 +161,7 @@ class _TextWriter:
         """One for each stream: a single stream where the tokenizers are equal"""
         self.streams = [_StreamColumns(store, _SIDES[i], table is not None) for i, table in enumerate(self.tables)]
         self.starts = store.add("starts", "int64")
+        self.byte_starts = store.add("byte_starts", "int64")
         self.conversations = store.add("conversations", "int64", 4)
         self.names = store.add_strings("names")
         self.skipped_documents = store.add_strings("skipped_documents")
@@ -178,6 +180,8 @@ class _TextWriter:
         """By stream, pieces of plain documents that are not appended yet"""
         self._pending_names: list[str | None] = []
         """Of each pending piece, the name of the document that begins with it"""
+        self._pending_byte_starts: list[int] = []
+        """Of each pending document, `num_bytes` before it"""
         self._is_begun = self._is_void = False
         """Of the document at hand: something is appended, or pending; it cannot be encoded, or is empty"""
         self._changed_by: list[str] = []
@@ -257,6 +261,7 @@ class _TextWriter:
         return kept
 
     def _add_piece(self, piece: TextPiece, ids: Sequence, dummies: Sequence[int]) -> None:
+        self._pending_byte_starts += [] if self._is_begun else [self.num_bytes]
         # A space that both tokenizers put before the text is text; one that only one of them puts is not.
         is_text = all(dummies)
         for side, (own, dummy) in enumerate(zip(ids, dummies, strict=True)):
@@ -276,7 +281,7 @@ class _TextWriter:
         """Skip the document at hand, which cannot be encoded or is empty, and take back what is appended of it."""
         if self._is_begun or self._changed_by:
             sizes, last_ends, self.num_bytes, self.changed_bytes = self._checkpoint
-            self._pending, self._pending_names = [[] for _ in self.streams], []
+            self._pending, self._pending_names, self._pending_byte_starts = [[] for _ in self.streams], [], []
             self.store.truncate(sizes)
             for stream, last_end in zip(self.streams, last_ends, strict=True):
                 stream.last_end = last_end
@@ -287,7 +292,8 @@ class _TextWriter:
         if self._pending_names:
             self._append(self._pending, np.array([name is not None for name in self._pending_names]))
             self.names.append([name for name in self._pending_names if name is not None])
-            self._pending, self._pending_names = [[] for _ in self.streams], []
+            self.byte_starts.append(self._pending_byte_starts)
+            self._pending, self._pending_names, self._pending_byte_starts = [[] for _ in self.streams], [], []
 
     def _append(self, sides: list[list[list[Span]]], is_first: np.ndarray) -> list[np.ndarray]:
         """Append documents, or pieces of which some are the first of a document.
@@ -329,6 +335,7 @@ class _TextWriter:
                 inner = {int(token) for span in spans if span.kind == FORMAT for token in span.ids}
                 self._inner_ids[number] |= {token for token in inner if kinds[token] != CONTENT}
             names.append(name)
+            self.byte_starts.append([self.num_bytes])
             responses = (span for span in kept[0] if span.kind == RESPONSE)
             self.num_bytes += sum(int(rendered.tables[0].lengths[s.ids].sum()) - s.has_dummy for s in responses)
             dropped = num_tokens(whole[0], targets=True) - num_tokens(kept[0], targets=True)

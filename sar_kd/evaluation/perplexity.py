@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -32,6 +32,8 @@ class Evaluation:
     """Tokens at whose position the logits are not finite"""
     num_masked: int = 0
     """Tokens that the model masks at their position, so that their loss is infinite"""
+    document_nats: tuple[float, ...] = field(default=(), repr=False, compare=False)
+    """The sum over the tokens of each document, where their number was given"""
 
     @property
     def loss(self) -> float:
@@ -65,6 +67,7 @@ def evaluate(
     heads: LMHeads | None = None,
     workspace_mb: int = 64,
     after_batch: Callable[[TokenBatch], None] | None = None,
+    num_documents: int = 0,
 ) -> Evaluation:
     """Total loss of `model` over `batches`; each rank evaluates its shard of them, and the totals are summed.
 
@@ -74,9 +77,11 @@ def evaluate(
     heads: LM heads that have been verified already
     workspace_mb: memory for logits, MiB; the logits of a whole batch never exist at once
     after_batch: called with each batch of this rank, on the device, after its forward
+    num_documents: in the text, whose batches name the document of each target; 0 to sum over the whole text only
     """
     heads = LMHeads(precision) if heads is None else heads
     nats = torch.zeros((), dtype=torch.float64, device=precision.device)
+    document_nats = torch.zeros(num_documents, dtype=torch.float64, device=precision.device)
     num_nonfinite = num_masked = torch.zeros((), dtype=torch.int64, device=precision.device)
     num_tokens = 0
     for batch in shard_batches(batches, process_group):
@@ -84,12 +89,15 @@ def evaluate(
         log_probs, is_finite = log_probs_of(model, batch, precision, heads, workspace_mb)
         nats -= log_probs.double().sum()
         num_tokens += len(batch.targets)
+        if num_documents and batch.documents is not None:
+            document_nats.index_add_(0, batch.documents, log_probs.double(), alpha=-1)
         num_nonfinite = num_nonfinite + (~is_finite).sum()
         num_masked = num_masked + log_probs.isneginf().sum()
         if after_batch is not None:
             after_batch(batch)
-    sums = process_group.all_reduce_sum([nats.item(), num_tokens, num_nonfinite.item(), num_masked.item()])
-    return Evaluation(sums[0], int(sums[1]), num_bytes, int(sums[2]), int(sums[3]))
+    totals = [nats.item(), num_tokens, num_nonfinite.item(), num_masked.item(), *document_nats.tolist()]
+    sums = process_group.all_reduce_sum(totals)
+    return Evaluation(sums[0], int(sums[1]), num_bytes, int(sums[2]), int(sums[3]), tuple(sums[4:]))
 
 
 def shard_batches(batches: Iterable[TokenBatch], process_group: ProcessGroup) -> Iterator[TokenBatch]:
@@ -104,7 +112,7 @@ def shard_batches(batches: Iterable[TokenBatch], process_group: ProcessGroup) ->
             yield group[process_group.rank]
         else:
             none = group[0].positions[:0]
-            yield dataclasses.replace(group[0], positions=none, targets=none)
+            yield dataclasses.replace(group[0], positions=none, targets=none, documents=none)
 
 
 def log_probs_of(

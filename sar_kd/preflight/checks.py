@@ -38,7 +38,7 @@ from sar_kd.models.memory_saving import quantizable_layers, require_quantization
 from sar_kd.models.model_files import is_local
 from sar_kd.models.optimizer_state import state_bytes
 from sar_kd.preflight.clamp_checks import clamp_lines, require_learnable
-from sar_kd.preflight.data_checks import alignment_warnings, text_warnings
+from sar_kd.preflight.data_checks import alignment_warnings, how_text_is_used, text_warnings
 from sar_kd.preflight.memory_plan import NotEstimated, advice, plan
 from sar_kd.preflight.memory_tracker import with_adapter
 from sar_kd.runtime import environment, hub
@@ -295,7 +295,7 @@ def _check_text(meta: MetaModels) -> Finding:
     pair = load_tokenizers(config.models, compares, meta.loaded, config.data.template_date)
     limit = context_length_of(meta.models[meta.roles[0]])
     train, validation = (build_dataset(text, pair, block_size, limit or 8 * block_size) for text in (sample, held_out))
-    found = text_warnings(train, validation, config.train, share=share, is_generated=bool(config.data.task))
+    found = text_warnings(train, validation, config.train, share=share, **how_text_is_used(config))
     found += alignment_warnings(pair, config.loss)
     warnings = [as_called(line) for line in found]
     if not compares:

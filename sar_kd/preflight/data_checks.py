@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
+
 import numpy as np
 
+from sar_kd.config.fields import RunConfig
 from sar_kd.config.sections import LossConfig, TrainConfig
 from sar_kd.data.dataset import Dataset
 from sar_kd.errors import UsageError
-from sar_kd.runtime.console import count_of
+from sar_kd.reporting.comparison import FEWEST_DOCUMENTS
+from sar_kd.runtime.console import count_of, first_few
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
 _FEW_TOKENS = 1000
@@ -35,11 +40,13 @@ def text_warnings(
     num_ranks: int = 1,
     share: float = 1.0,
     is_generated: bool = False,
+    has_control: bool = False,
 ) -> list[str]:
     """A line for each reason why a run with this text teaches or shows little.
 
     num_ranks: processes, each with micro-batches of its own; share: of the training text that is in `train`
     is_generated: a task made both texts; its held-out questions are new, although answers of one form end alike
+    has_control: the run is judged by the held-out documents
     Raises: UsageError if a step reads the training text more than a thousand times
     """
     lines = []
@@ -54,6 +61,19 @@ def text_warnings(
         lines.append(
             f"Warning: {known:.0%} of the held-out text is in the training text too: its perplexity shows what was "
             "memorized; name other text with --validation_file"
+        )
+    elif repeated := [] if is_generated else repeated_documents(train, validation):
+        number, count = len(repeated), count_of(len(validation.text.names), "held-out document")
+        lines.append(
+            f"Warning: {number} of {count} {'is' if number == 1 else 'are'} in the training text too, word for word "
+            f"({first_few(repeated)}): they show what was memorized; leave them out"
+        )
+    num_documents = len(validation.text.names)
+    if has_control and num_documents < FEWEST_DOCUMENTS:
+        lines.append(
+            f"Warning: {count_of(num_documents, 'held-out document')} cannot show whether the student and its control "
+            f"differ by chance; it takes at least {FEWEST_DOCUMENTS}: give more with --validation_file, such as a "
+            ".jsonl file, in which each line is a document"
         )
     blocks = settings.per_device_batch_size * settings.grad_accum_steps * num_ranks
     num_blocks = max(1, round(len(train) / share))
@@ -72,6 +92,11 @@ def text_warnings(
         remedy = "lower --train_steps, or give more text"
         lines.append(f"Warning: {steps} read the training text {passes:,.0f} times; {remedy}")
     return lines
+
+
+def how_text_is_used(config: RunConfig) -> dict[str, bool]:
+    """The last arguments of `text_warnings` for a run."""
+    return {"is_generated": bool(config.data.task), "has_control": bool(getattr(config, "has_control", False))}
 
 
 def alignment_warnings(pair: TokenizerPair, loss: LossConfig) -> list[str]:
@@ -109,6 +134,24 @@ def overlap(train: Dataset, validation: Dataset) -> float:
     is_target = np.asarray(validation.text.student.is_target[:_MAX_TOKENS])
     is_known = np.isin(_window_hashes(held_out), _window_hashes(known))
     return float((is_known & is_target[_WINDOW - 1 :]).sum() / max(1, is_target.sum()))
+
+
+def repeated_documents(train: Dataset, validation: Dataset) -> list[str]:
+    """Names of the held-out documents of 16 tokens or more that the training text has too, token for token.
+
+    Of a large text the documents within the first eight million tokens are compared.
+    """
+    known = {digest for _, digest in _document_digests(train)}
+    return [validation.text.names[number] for number, digest in _document_digests(validation) if digest in known]
+
+
+def _document_digests(data: Dataset) -> Iterator[tuple[int, bytes]]:
+    """The number and a digest of each document that is long enough."""
+    ids = np.asarray(data.text.student.ids[:_MAX_TOKENS])
+    firsts = data.text.first_tokens("student")
+    ends = np.append(firsts[1:], len(data.text.student.ids))
+    for number in np.flatnonzero((ends - firsts >= _WINDOW) & (ends <= len(ids))).tolist():
+        yield number, hashlib.blake2b(ids[firsts[number] : ends[number]].tobytes(), digest_size=16).digest()
 
 
 def _window_hashes(ids: np.ndarray) -> np.ndarray:

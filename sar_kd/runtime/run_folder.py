@@ -19,8 +19,8 @@ GIVEN_TEXTS = "given_texts"
 """Where a run that was started from Python keeps the texts that it was given in memory"""
 
 RUN_FILES = (
-    CONFIG, "metrics.jsonl", "summary.json", "report.html", "log.txt", "samples.json", "router_update.safetensors",
-    "student", "adapter", CHECKPOINTS, "crash", "tensorboard", "wandb",
+    CONFIG, "metrics.jsonl", "summary.json", "report.html", "log.txt", "samples.json", "held_out.json",
+    "router_update.safetensors", "student", "adapter", CHECKPOINTS, "crash", "tensorboard", "wandb",
 )  # fmt: skip
 """All that a run writes into its folder; `--overwrite` deletes these and nothing else."""
 

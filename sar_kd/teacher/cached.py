@@ -9,6 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from tqdm import tqdm
 
 from sar_kd.config.fields import RunConfig
@@ -183,8 +184,14 @@ class CachedTeacher(Teacher):
 
     def evaluate_start(self, validation: Dataset, precision: Precision) -> tuple[dict, list[str]]:
         assert validation.cached_records is not None
-        nats, num_tokens, num_nonfinite = validation.cached_records.total_nats(validation.blocks)
-        metrics, lines = Evaluation(nats, num_tokens, validation.text.num_bytes, num_nonfinite).metrics(), []
+        total, num_tokens, num_nonfinite = 0.0, 0, 0
+        document_nats = np.zeros(len(validation.text.names))
+        for block in validation.blocks:
+            nats, count = validation.cached_records.target_nats(block)
+            np.add.at(document_nats, validation.documents_of_targets("teacher", [block]), nats)
+            total, num_tokens, num_nonfinite = total + float(nats.sum()), num_tokens + len(nats), num_nonfinite + count
+        self.document_nats = document_nats.tolist()
+        metrics, lines = Evaluation(total, num_tokens, validation.text.num_bytes, num_nonfinite).metrics(), []
         del metrics["val_loss"]
         if missing := validation.cached_records.num_missing:
             found = count_of(missing, "held-out document")

@@ -145,6 +145,8 @@ class TokenizedText:
     """int64: where each document starts, in the unit of `TokenStream.ends`."""
     num_bytes: int
     """Bytes of the text that is predicted."""
+    document_bytes: np.ndarray
+    """int64 [documents]: those of each document."""
     skipped_documents: Sequence[str]
     """Names of the documents that cannot be used, with the reason except where one is empty."""
     conversations: Blocks
@@ -167,6 +169,15 @@ class TokenizedText:
     """Bytes of the text that would be predicted, were it not for the tokenizers."""
     skipped_ranges: Blocks = field(default_factory=lambda: Blocks.of(()))
     """Of the skipped passages those that are in the streams, and in no block."""
+
+    def first_tokens(self, which: str) -> np.ndarray:
+        """int64 [documents]: where each document begins in the stream of one model ('student' or 'teacher')."""
+        stream, column = getattr(self, which), 0 if which == "student" else 2
+        firsts = np.asarray(self.starts[: len(self.names) - len(self.conversations)])
+        if not isinstance(stream.ends, TokenCount):  # behind the last token with bytes that ends there
+            plain_ends = stream.ends[: self.conversations[0][column]] if len(self.conversations) else stream.ends
+            firsts = np.where(firsts > 0, np.searchsorted(plain_ends, firsts) + 1, 0)
+        return np.concatenate([firsts, self.conversations.ranges[:, column]]).astype(np.int64)
 
     def num_tokens(self, stream: TokenStream) -> int:
         """The tokens of one of the two streams, without the start tokens of plain documents."""

@@ -21,7 +21,7 @@ from sar_kd.models.loading import Models
 from sar_kd.models.lora import models_to_save
 from sar_kd.preflight.checks import describe_text
 from sar_kd.preflight.clamp_checks import check_clamps
-from sar_kd.preflight.data_checks import alignment_warnings, learns_chat, text_warnings
+from sar_kd.preflight.data_checks import alignment_warnings, how_text_is_used, learns_chat, text_warnings
 from sar_kd.reporting.run_log import RunLog
 from sar_kd.runtime.console import format_share
 from sar_kd.runtime.files import CHECKPOINTS
@@ -31,6 +31,7 @@ from sar_kd.teacher.base import Teacher
 from sar_kd.training.batch_loader import BatchLoader
 from sar_kd.training.callbacks import Callback, MicroBatches
 from sar_kd.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint, save_student
+from sar_kd.training.document_losses import DocumentLosses
 from sar_kd.training.guards import nothing_applied, skips_in_words, verdict_messages
 from sar_kd.training.on_policy import OnPolicy
 from sar_kd.training.optimizer import learning_rate_at, set_learning_rate_
@@ -75,6 +76,7 @@ class Trainer:
         self.folder = Path(config.train.output_dir)
         self.state, self.inputs = TrainerState(inputs=dict(inputs)), dict(inputs)
         log.same_tokenizer = self.train.pair.equal
+        self.document_losses = DocumentLosses(self.validation, inputs.get("the student's tokenizer", ""))
         self.recovery = Recovery(config, self.train, context)
         self.callbacks = [self.recovery, *callbacks, *([] if on_policy is None else [on_policy])]
         self.loader = BatchLoader(
@@ -114,9 +116,8 @@ class Trainer:
         """Evaluate both models, refuse a run that cannot learn, save the student as it is."""
         state, config, context = self.state, self.config, self.context
         lines, details = describe_text(self.train, self.validation, config.data.describe(), config.loss.alignment)
-        warnings = text_warnings(
-            self.train, self.validation, config.train, self.process_group.size, is_generated=bool(config.data.task)
-        )
+        of_run = how_text_is_used(config)
+        warnings = text_warnings(self.train, self.validation, config.train, self.process_group.size, **of_run)
         warnings += alignment_warnings(self.models.tokenizers, config.loss)
         self._log([*lines, *warnings, *context.strategy.messages, *self.teacher.lines])
         for line in (*details, *self.teacher.details):
@@ -125,6 +126,8 @@ class Trainer:
         self._log([*messages, *self._check_teacher()])
         evaluation = self._evaluate()
         state.start = state.last = state.best = evaluation.metrics()
+        nats = list(evaluation.document_nats)
+        state.document_nats = {"start": nats, "best": nats, "final": nats, "teacher": list(self.teacher.document_nats)}
         self._log(self._check_student())
         context.strategy.inference(self._check_first_steps)
         state.last_step = 0
@@ -134,6 +137,7 @@ class Trainer:
         self._log(message for callback in self.callbacks for message in callback.on_train_begin())
         self.process_group.on_rank_zero(lambda: self.log.open(0, config.train))
         self._save_student()
+        self._write_document_losses()
         facts = {"val_bytes": self.validation.text.num_bytes, "learns_chat": learns_chat(self.train)}
         self.log.log_start({**state.start, **facts}, state.teacher)
         if self.recovery.may_rewind:
@@ -274,20 +278,28 @@ class Trainer:
                 self.process_group,
                 heads=self.context.objective.heads,
                 workspace_mb=self.config.loss.loss_workspace_mb,
+                num_documents=len(self.validation.text.names),
             )
         )
+
+    def _write_document_losses(self) -> None:
+        write = partial(self.document_losses.write, self.folder, self.state.document_nats)
+        self.process_group.on_rank_zero(write)
 
     def _validate(self) -> None:
         """Evaluate the student, save it if it is the best so far; evaluate routers that learn."""
         self.recovery.on_validation()
         state, evaluation = self.state, self._evaluate()
         state.last, state.last_step = evaluation.metrics(), self.state.step
+        state.document_nats["final"] = list(evaluation.document_nats)
         best = state.best["val_loss"]
         is_best = evaluation.loss < best or not (math.isfinite(best) or math.isnan(evaluation.loss))
         is_best = is_best and not self.recovery.weights_are_lost
         if is_best:
             state.best, state.best_step = state.last, state.step
+            state.document_nats["best"] = state.document_nats["final"]
             self._save_student()
+        self._write_document_losses()
         routers, alarms = self.teacher.evaluate_routers(state.step, self.validation, self.context.precision)
         self.log.log_evaluation({"step": state.step, **state.last, **routers}, is_best)
         self._log(alarms)

@@ -88,7 +88,7 @@ def finished(request, inputs, tmp_path_factory):
 def test_a_run_finishes_and_leaves_its_folder(finished):
     assert finished.summary["status"] == "finished"
     assert {path.name for path in finished.folder.iterdir()} == {
-        "config.json", "log.txt", "metrics.jsonl", "summary.json", "student", "checkpoint"
+        "config.json", "log.txt", "metrics.jsonl", "summary.json", "held_out.json", "student", "checkpoint"
     } | ({"report.html"} if is_installed("matplotlib") else set())  # fmt: skip
 
 

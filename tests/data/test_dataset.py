@@ -91,6 +91,33 @@ def test_an_epoch_predicts_every_token_of_every_document_once(datasets, document
     assert predicted.tolist() == wanted
 
 
+@pytest.mark.parametrize("names", PAIRS)
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_an_evaluation_names_the_document_of_each_target(datasets, documents, names, which):
+    dataset = datasets[names]
+    tokenizer, _, end_id, _ = _side(dataset, which)
+    batches = list(dataset.token_batches(which, 3))
+    targets, numbers = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("targets", "documents"))
+    texts = [dataset.pair.canonical(document.text) for document in documents]
+    for number, ids in enumerate(encode(tokenizer, texts)):
+        assert targets[numbers == number].tolist() == [*ids, end_id]
+    assert dataset.text.document_bytes.tolist() == [len(text.encode()) for text in texts]
+
+
+@pytest.mark.parametrize("names", [("byte", "byte"), ("sp", "byte")])
+def test_so_it_does_where_conversations_stand_between_the_documents(pairs, names):
+    talk = Conversation("talk", (Message("user", "How?", False), Message("assistant", "Like so.", True)), False)
+    documents = [Document("first", "The first text."), talk, Document("last", "And the last one."), talk]
+    dataset = build_dataset(documents, pairs[names], 200, 200)
+    assert list(dataset.text.names) == ["first", "last", "talk", "talk"]
+    assert dataset.text.document_bytes.tolist() == [15, 17, 8, 8]
+    for which in ("student", "teacher"):
+        (batch,) = dataset.token_batches(which, 9)
+        alone = [len(next(build_dataset([each], pairs[names], 200, 200).token_batches(which, 9)).targets)
+                 for each in (documents[0], documents[2], talk)]  # fmt: skip
+        assert torch.bincount(batch.documents).tolist() == [*alone, alone[-1]]
+
+
 def test_the_number_of_tokens_is_the_students_and_the_number_of_bytes_the_texts(datasets, documents):
     dataset = datasets["sp", "byte"]
     predicted = sum(len(batch.targets) for batch in dataset.token_batches("student", 4))
@@ -225,6 +252,8 @@ def test_all_but_passages_without_a_common_end_is_read_once(spanning, names, joi
     assert text.num_bytes == len(wanted) - len(joined)
     assert text.skipped_bytes == sum(end - start for rest in skipped.values() for start, end in rest) > 0
     assert text.num_bytes + text.skipped_bytes == sum(len(document.text.encode()) for document in joined)
+    fitting = [by_hand[document.name][0] for document in joined]
+    assert text.document_bytes.tolist() == [sum(end - start for start, end in fit) - 1 for fit in fitting]
     reason = "the two tokenizers end no token at the same place within a block"
     assert text.skipped_passages == [f"{name} ({reason})" for name, rest in skipped.items() for _ in rest]
     for which in ("student", "teacher"):
@@ -286,6 +315,7 @@ def test_a_space_that_both_tokenizers_put_before_a_text_is_no_byte_of_a_skipped_
     kept = b"".join(_text_of_blocks(dataset, "student"))
     assert not kept.startswith(b" The")
     assert dataset.text.num_bytes == len(kept) - 2
+    assert dataset.text.document_bytes.tolist() == [len(kept) // 2 - 1] * 2
 
 
 # Start tokens

@@ -9,7 +9,7 @@ from sar_kd.data.dataset import build_dataset
 from sar_kd.data.files.samples import Conversation, Document, Message
 from sar_kd.errors import UsageError
 from sar_kd.preflight.checks import describe_text
-from sar_kd.preflight.data_checks import alignment_warnings, learns_chat, overlap, text_warnings
+from sar_kd.preflight.data_checks import alignment_warnings, learns_chat, overlap, repeated_documents, text_warnings
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
 BLOCK = 32
@@ -44,6 +44,31 @@ def test_the_overlap_is_that_of_the_definition(build):
     expected = _naive_overlap(train.text.student.ids[:].tolist(), held_out.text.student.ids[:].tolist())
     assert 0.1 < expected < 0.5
     assert overlap(train, held_out) == pytest.approx(expected, abs=1e-12)
+
+
+def test_held_out_documents_that_are_trained_on_are_named_however_few(build):
+    texts = [_text(seed, 200) for seed in range(40)]
+    train, held_out = build(*texts[:30]), build(*texts[30:], texts[3], texts[7][:-1], "a short one", block=BLOCK)
+    settings = TrainConfig(train_steps=1)
+    assert repeated_documents(train, held_out) == ["10"]
+    assert overlap(train, held_out) < 0.2
+    (line,) = text_warnings(train, held_out, settings)
+    assert line == (
+        "Warning: 1 of 13 held-out documents is in the training text too, word for word (10): they show what was "
+        "memorized; leave them out"
+    )
+    assert text_warnings(build("a short one", *texts[:30]), build(*texts[30:], "a short one"), settings) == []
+    talk = Conversation("talk", (Message("user", _text(50, 40), False), Message("assistant", "yes", True)), plain=True)
+    train, held_out = build(talk, texts[0], block=200), build(texts[1], talk, talk, block=200)
+    assert repeated_documents(train, held_out) == ["talk", "talk"]
+
+
+def test_held_out_documents_too_few_for_a_verdict_are_told_where_one_is_asked_for(build):
+    train, few, enough = (build(*(_text(seed, 200) for seed in range(*seeds))) for seeds in ((0, 9), (9, 28), (9, 29)))
+    settings = TrainConfig(train_steps=1)
+    (line,) = text_warnings(train, few, settings, has_control=True)
+    assert line.startswith("Warning: 19 held-out documents cannot show whether the student and its control differ by")
+    assert text_warnings(train, few, settings) == text_warnings(train, enough, settings, has_control=True) == []
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17])

@@ -20,7 +20,7 @@ from sar_kd.alignment.segments import split_range
 from sar_kd.data.batch import CachedTopK
 from sar_kd.data.column_store import DamagedStore, open_column_store, strings_of
 from sar_kd.teacher.cache.format import Shards, damaged_cache, index_key, index_path
-from sar_kd.tokenization.token_stream import Block, TokenCount, TokenizedText
+from sar_kd.tokenization.token_stream import Block, TokenizedText
 
 CHUNK = 2**20
 """Tokens that are processed at once"""
@@ -172,19 +172,15 @@ class CacheLookup:
             is_missing=not (indices >= 0).any(),
         )
 
-    def total_nats(self, blocks: Sequence[Block]) -> tuple[float, int, int]:
-        """The teacher's total loss over some blocks, nan if some target has no record; their number of target tokens;
-        and the number of records that are not finite.
+    def target_nats(self, block: Block) -> tuple[np.ndarray, int]:
+        """The teacher's loss at each target token of a block, float64 [N], nan where it has no record; and the number
+        of records that are not finite.
         """
         assert self._cached is not None
-        total, count, num_nonfinite = 0.0, 0, 0
-        for block in blocks:
-            indices = self.record_indices(block.teacher_start, block.teacher_end)
-            records = self._cached.shards.take(indices)
-            total -= float(records["target_log_prob"].astype(np.float64).sum())
-            count += len(indices)
-            num_nonfinite += int((np.isnan(records["max_log_prob"]) & (indices >= 0)).sum())
-        return total, count, num_nonfinite
+        indices = self.record_indices(block.teacher_start, block.teacher_end)
+        records = self._cached.shards.take(indices)
+        num_nonfinite = int((np.isnan(records["max_log_prob"]) & (indices >= 0)).sum())
+        return -records["target_log_prob"].astype(np.float64), num_nonfinite
 
     def block_ends(self) -> np.ndarray:
         """int64, ascending: where the teacher's blocks end, in its tokens of this text's plain documents."""
@@ -214,11 +210,8 @@ class PlainTargets:
     def __init__(self, text: TokenizedText):
         count = len(text.names) - len(text.conversations)
         end = int(text.conversations[0].teacher_start) if len(text.conversations) else len(text.teacher.ids)
-        firsts = np.asarray(text.starts[:count])
-        if not isinstance(text.teacher.ends, TokenCount):  # behind the last token with bytes that ends there
-            firsts = np.where(firsts > 0, np.searchsorted(text.teacher.ends[:end], firsts) + 1, 0)
         self._ids, self._num_starts = text.teacher.ids, int(count > 0 and not text.teacher.is_target[0])
-        self._first_tokens = firsts.astype(np.int64)
+        self._first_tokens = text.first_tokens("teacher")[:count]
         self.num_tokens = end
         """Tokens of the plain documents, start tokens included"""
         self.starts = np.append(self._first_tokens, end) - self._num_starts * np.arange(count + 1)
