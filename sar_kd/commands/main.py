@@ -38,6 +38,7 @@ cache           run a teacher once over a text and store its logits
 write           let a teacher write the text that a student trains on
 shrink          cut a model down to a smaller one, as a student
 report          show a run, or compare several, on one HTML page
+compare         tell whether one run is better than another, by their held-out text
 generate        continue a prompt with the teacher and the student, before and after
 sft             fine-tune a model on questions with answers
 explain         find the likely cause of bad losses in a training log

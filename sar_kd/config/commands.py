@@ -87,6 +87,25 @@ REPORT = Command("report", "Show a run, or compare several, on one HTML page.", 
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompareConfig(Section):
+    """Runs: which ones to compare."""
+
+    runs: tuple[str, ...] = option(
+        (), "folders of runs with the same held-out text; a single one is compared with its control",
+        metavar="RUN_DIR", positional=True,
+    )  # fmt: skip
+    json: bool = option(False, "print JSON")
+
+
+COMPARE = Command(
+    "compare",
+    "Tell whether one run is better than another, by their held-out documents.",
+    CompareConfig,
+    "compare:main",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerateConfig(Section):
     """Generation: which models continue the prompt, and how."""
 
@@ -182,7 +201,8 @@ EMBEDDED_PAIR = Command(
 )
 
 _ALL: tuple[Command, ...] = (
-    TRAIN, PREFLIGHT, CACHE, WRITE, SHRINK, REPORT, GENERATE, SFT, EXPLAIN, FORENSICS, AUDIT, ROUTERS, EMBEDDED_PAIR,
+    TRAIN, PREFLIGHT, CACHE, WRITE, SHRINK, REPORT, COMPARE, GENERATE, SFT, EXPLAIN, FORENSICS, AUDIT, ROUTERS,
+    EMBEDDED_PAIR,
 )  # fmt: skip
 
 COMMANDS: dict[str, Command] = {command.name: command for command in _ALL}

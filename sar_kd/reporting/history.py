@@ -85,6 +85,13 @@ class RunHistory:
         return (self.validations() or [{}])[-1]
 
     @property
+    def best(self) -> dict:
+        """The validation with the lowest loss; {} before the first."""
+        losses = [as_float(record.get("val_loss")) for record in self.validations()]
+        ranked = [math.inf if math.isnan(loss) else loss for loss in losses]
+        return self.validations()[ranked.index(min(ranked))] if ranked else {}
+
+    @property
     def num_applied(self) -> int:
         """Steps whose update was applied."""
         return self.num_steps - len(self.skipped)
@@ -110,6 +117,27 @@ class RunHistory:
         except (OSError, ValueError, RecursionError):
             return []
         return found if isinstance(found, list) and all(isinstance(each, dict) for each in found) else []
+
+    def verdict(self) -> list[str]:
+        """What the control shows that the teacher was worth, in sentences; [] without a control."""
+        found = self.summary.get("comparison")
+        sentences = found.get("sentences") if isinstance(found, dict) else None
+        return list(map(str, sentences)) if isinstance(sentences, list) else []
+
+    def models(self) -> list[tuple[str, float, float]]:
+        """Start, control, distilled and teacher: name, perplexity and bits per byte; [] without a control."""
+        control = self.summary.get("control")
+        if not isinstance(control, dict) or "best_step" not in control:
+            return []
+        start, best = ("val_ppl_start", "val_bits_per_byte_start"), ("val_ppl_best", "val_bits_per_byte_best")
+        teacher = "teacher_val_ppl", "teacher_val_bits_per_byte"
+        found = (
+            ("start", self.summary, start),
+            (f"control: cross-entropy alone (step {control['best_step']})", control, best),
+            (f"distilled (step {self.summary.get('best_step')})", self.summary, best),
+            ("teacher", self.summary, teacher),
+        )
+        return [(name, as_float(values.get(ppl)), as_float(values.get(bits))) for name, values, (ppl, bits) in found]
 
     def log_head(self) -> list[str]:
         """The lines of `log.txt` up to the first step, those that the terminal shows with --verbose too."""
@@ -206,7 +234,7 @@ def findings_of(run: RunHistory, with_status: bool = True) -> list[str]:
     if not run.num_steps or not validations:
         return [*lines, "Nothing has been trained yet."]
     status = [_status(run)] if with_status else []
-    return [*lines, *status, *_quality(run, validations), *_updates(run), *_advice(run, validations)]
+    return [*lines, *run.verdict(), *status, *_quality(run, validations), *_updates(run), *_advice(run, validations)]
 
 
 def _status(run: RunHistory) -> str:

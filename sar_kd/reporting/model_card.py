@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from sar_kd.reporting.history import RunHistory, read_history
@@ -48,9 +47,10 @@ def build_model_card(run: RunHistory) -> str:
     """The card of a run's best student, Markdown with the metadata that the Hugging Face hub reads."""
     from huggingface_hub import ModelCardData
 
-    best = min(run.validations(), key=lambda record: _sortable(record.get("val_loss")), default={})
+    best = run.best
     names = [run.setting(f"{role}_model") for role in ("teacher", "student")]
     teacher, student = (public_name(str(name)) if name else "" for name in names)  # fine-tuning has no teacher
+    teacher = "" if as_float(run.setting("alpha_kd")) == 0 else teacher
     dataset = run.setting("dataset_name")
     metadata = ModelCardData(
         library_name="transformers",
@@ -62,6 +62,7 @@ def build_model_card(run: RunHistory) -> str:
     results = [
         _result("student, before", run.start),
         _result(f"student, this one (step {best.get('step', 0)})", best),
+        *(model for model in run.models() if model[0].startswith("control")),
         *([_result("teacher", run.start, "teacher_")] if teacher else []),
     ]
     settings = {"mode": run.config.get("mode"), **{name: run.setting(name) for name in _SETTINGS}}
@@ -73,6 +74,7 @@ def build_model_card(run: RunHistory) -> str:
         version=__version__,
         step=best.get("step", 0),
         results=results,
+        verdict=run.verdict(),
         text=_text_of(run),
         settings={name: value for name, value in settings.items() if value is not None},
     )
@@ -98,8 +100,3 @@ def public_name(name: str) -> str:
     """A model's name without the folders of the machine that it lies on."""
     is_path = name.startswith((".", "/", "~")) or Path(name).expanduser().is_dir()
     return Path(name).name if is_path else name
-
-
-def _sortable(loss: object) -> float:
-    value = as_float(loss)
-    return math.inf if math.isnan(value) else value
