@@ -27,6 +27,7 @@ from sar_kd.models.model_files import IN_MEMORY
 from sar_kd.reporting.history import findings_of, read_history
 from sar_kd.reporting.report import FILE as REPORT
 from sar_kd.reporting.report import check_page, results_of, write_report
+from sar_kd.reporting.run_comparison import compare_runs
 from sar_kd.runtime.console import print_stderr
 from sar_kd.runtime.run_folder import saved_student
 
@@ -83,9 +84,12 @@ class Comparison:
     findings: dict[str, list[str]]
     """What each run shows, in sentences"""
     page: Path
+    verdicts: list[str]
+    """Which run is better than which, on the held-out documents of both; or why that cannot be said"""
 
     def __repr__(self) -> str:
-        return "\n".join([*("  ".join(f"{k} {v}" for k, v in row.items()) for row in self.results), f"<{self.page}>"])
+        results = ("  ".join(f"{k} {v}" for k, v in row.items()) for row in self.results)
+        return "\n".join([*self.verdicts, *results, f"<{self.page}>"])
 
     def _repr_html_(self) -> str:
         return _page(self.page)
@@ -125,11 +129,6 @@ def distill(
         values, pairs = call.values, call.pairs
         if values.get("teacher_cache") and "teacher_model" in pairs:
             raise UsageError(f"--teacher_cache {values['teacher_cache']}: give the teacher by name, not one in memory")
-        if values.get("task") and "student_model" in pairs and not values.get("skip_baseline"):
-            raise UsageError(
-                f"--task {values['task']}: the baseline would need a second student, and the one in memory exists "
-                "once; give --skip_baseline"
-            )
         return call.run(train, output_dir, texts, validation_texts, callback)
 
 
@@ -201,17 +200,23 @@ def preflight(
 
 
 def compare(*runs: str | Path | RunResult, page: str | Path = REPORT) -> Comparison:
-    """Write one page about several runs, or about one. runs: run folders, or results of `distill` and `sft`
+    """Write one page about several runs, or about one, and say which is better. runs: folders, or results of `distill`
+    and `sft`
 
     Raises: UsageError if a folder holds no run, or matplotlib is missing
     """
     if not runs:
         raise UsageError("compare: give the folders of the runs")
-    histories = [read_history(run.folder if isinstance(run, RunResult) else _folder("runs", run)) for run in runs]
+    folders = [run.folder if isinstance(run, RunResult) else _folder("runs", run) for run in runs]
+    histories = [read_history(folder) for folder in folders]
     path = _folder("page", page)
     check_page(path, f"page={str(page)!r}")
     write_report(histories, path)
-    return Comparison(results_of(histories), {run.name: findings_of(run) for run in histories}, path)
+    try:
+        verdicts = compare_runs(folders)["sentences"]
+    except UsageError as error:
+        verdicts = [str(error)]
+    return Comparison(results_of(histories), {run.name: findings_of(run) for run in histories}, path, verdicts)
 
 
 class _Call:

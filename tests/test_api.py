@@ -405,12 +405,12 @@ def test_an_option_that_has_another_name_here_is_refused(option):
 
 
 @pytest.mark.slow
-def test_a_student_in_memory_has_a_task_without_a_baseline(tmp_path, monkeypatch):
+def test_a_student_in_memory_has_a_task_and_a_control(tmp_path, monkeypatch):
     monkeypatch.setattr(unit_questions, "COUNTS", {"train": 16, "validation": 4, "test": 4})
     student = transformers.AutoModelForCausalLM.from_pretrained(STUDENT_DIR)
     given = {"student": (student, transformers.AutoTokenizer.from_pretrained(STUDENT_DIR)), "task": "units"}
-    with pytest.raises(UsageError, match="give skip_baseline=True"):
-        distill(**given)
     few = {"task_teacher_steps": 0, "train_steps": 1, "per_device_batch_size": 1, "output_dir": tmp_path / "run"}
-    summary = distill(**given, **few, skip_baseline=True).summary
+    summary = distill(**given, **few).summary
     assert summary["benchmark_result"].keys() == {"student_start", "teacher", "student_end", "student"}
+    assert summary["control"].keys() >= {"accuracy", "val_bits_per_byte_best"}
+    assert "control" not in distill(**given, **few | {"output_dir": tmp_path / "other"}, skip_baseline=True).summary

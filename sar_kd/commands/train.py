@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+from sar_kd.commands.control import Control, TrainedText
 from sar_kd.commands.unit_task import prepare_task, task_callbacks
 from sar_kd.config.runs import Config
 from sar_kd.data.dataset import build_dataset
@@ -48,13 +49,18 @@ def train(
     group = join_process_group()  # torchrun's processes, or this one alone
     config = group.check_same_config(config)
     with hold_run_folder(config.train, group), texts or nullcontext():  # one run in it at a time
-        return _run(config, loaded, listeners, group)
+        config = set_template_date(config)  # that chat templates write
+        config = fit_batch_size(config, group, loaded)  # --per_device_batch_size auto
+        control = Control(config, loaded, group) if config.has_control else None  # --control: may it be trained?
+        config = prepare_task(config, loaded)  # --task: fine-tune the teacher
+        summary, text = _run(config, loaded, listeners, group)
+        return control.compare(config, summary, text) if control else summary  # --control: train it, on the same text
 
 
-def _run(config: Config, loaded: LoadedModels, listeners: Sequence[Observer], group: ProcessGroup) -> dict:
-    config = set_template_date(config)  # that chat templates write
-    config = fit_batch_size(config, group, loaded)  # --per_device_batch_size auto
-    config, baseline = prepare_task(config, loaded)  # --task: fine-tune the teacher, train a baseline
+def _run(
+    config: Config, loaded: LoadedModels, listeners: Sequence[Observer], group: ProcessGroup
+) -> tuple[dict, TrainedText]:
+    """The distillation; returns its summary, and its text for a control."""
     log = open_run(config, process_group=group, listeners=listeners)  # terminal, metrics.jsonl, summary.json
     group.on_rank_zero(lambda: preflight(config, log.info, loaded, log.detail))  # refuse a run that cannot work
     precision = setup_precision(config.precision, config.train.seed, group)  # device, compute dtype, loss scale
@@ -80,7 +86,8 @@ def _run(config: Config, loaded: LoadedModels, listeners: Sequence[Observer], gr
     guard = StepGuard(config.guards)  # may an update be applied?
     context = StepContext(objective, optimizer, guard, precision, config.guards.max_grad_norm, strategy=strategy)
     samples = SampleTexts(models, documents[1], precision, config.train)  # for the report
-    callbacks = [*task_callbacks(config, baseline, models, limits, precision), samples]
+    callbacks = [*task_callbacks(config, models, limits, precision), samples]
     inputs = digest_inputs(config, documents, models, group)  # of text, tokenizers, models: for --resume
-    trainer = Trainer(config, models, Datasets(train, validation), context, log, teacher, callbacks, on_policy, inputs)
-    return trainer.run()
+    datasets = Datasets(train, validation)
+    trainer = Trainer(config, models, datasets, context, log, teacher, callbacks, on_policy, inputs)
+    return trainer.run(), TrainedText(documents, datasets, models.tokenizers, limits, teacher.passes)

@@ -24,6 +24,7 @@ MAY_CHANGE_ON_RESUME = {
     "device", "trust_remote_code", "time_limit", "tensorboard", "wandb", "token_cache", "epochs", "max_steps",
     "save_strategy", "allow_changed_inputs", "gradient_checkpointing", "offload_teacher_to_cpu", "json", "verbose",
     "quiet", "overwrite", "teacher_device", "teacher_device_map", "teacher_max_memory",
+    "control", "skip_baseline",
 }  # fmt: skip
 
 

@@ -68,6 +68,7 @@ class DistillOptions(TrainingOptions, total=False):
     teacher_cache: str
     task_teacher_steps: int
     skip_baseline: bool
+    control: bool
     temperature: float
     alpha_kd: float
     alpha_ce: float

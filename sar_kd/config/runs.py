@@ -107,6 +107,14 @@ class OnPolicyConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ComparisonConfig(Section):
+    """Control: the same student, start and batches by cross-entropy alone (alpha_kd 0, alpha_ce 1), to compare with."""
+
+    control: bool = option(False, "after the run train the control too, in OUTPUT_DIR-control, and compare with it")
+    skip_baseline: bool = option(False, "with --task, which trains a control unless told otherwise: train none")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
     """Everything a distillation run is made from; each module gets its own section."""
 
@@ -115,6 +123,7 @@ class Config(RunConfig):
     loss: LossConfig = field(default_factory=LossConfig)
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     on_policy: OnPolicyConfig = field(default_factory=OnPolicyConfig)
+    comparison: ComparisonConfig = field(default_factory=ComparisonConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
@@ -126,6 +135,8 @@ class Config(RunConfig):
         fraction = self.on_policy.on_policy_fraction
         uses_teacher = self.loss.alpha_kd > 0 or not fraction
         require(uses_teacher, "on_policy_fraction", fraction, "generated text is learned by --alpha_kd, which is 0")
+        if self.comparison.control and not self.loss.alpha_kd:
+            raise UsageError("--control: --alpha_kd is 0, so the run is by cross-entropy alone itself; leave it out")
         routing = self.routing.routing
         obstacle = self.routing_obstacle(routing == "sar", self.train.parallel == "fsdp")
         if routing in ("all", "ka", "sar") and obstacle:
@@ -140,6 +151,12 @@ class Config(RunConfig):
             require(not learns_first, "teacher_cache", self.models.teacher_cache,
                     "--task first fine-tunes the embedded teacher, so the cache is not of this teacher; give the "
                     "fine-tuned one as --teacher_model, and a cache made with it")  # fmt: skip
+
+    @property
+    def has_control(self) -> bool:
+        """Is a control trained after the run?"""
+        asked = self.comparison.control or (bool(self.data.task) and not self.comparison.skip_baseline)
+        return asked and self.loss.alpha_kd > 0
 
     def routing_obstacle(self, trains_routers: bool, is_sharded: bool) -> tuple[str, str] | None:
         """Why no routing but the native one is possible with these settings, and the remedy; None if one is.
@@ -163,9 +180,10 @@ class Config(RunConfig):
     def summary_lines(self) -> list[str]:
         """The run in its first line, and further lines that few people need."""
         models, loss = self.models, self.loss
+        what = f"Distilling {models.teacher_model} into {models.student_model}"
+        what = what if loss.alpha_kd else f"Training {models.student_model} by cross-entropy alone"
         return [
-            f"Distilling {models.teacher_model} into {models.student_model}, {self.lora.describe()}, mode {self.mode}; "
-            f"run folder {self.train.output_dir}",
+            f"{what}, {self.lora.describe()}, mode {self.mode}; run folder {self.train.output_dir}",
             f"Loss: {loss.alpha_ce:g} * ce + {loss.alpha_kd:g} * kd at temperature {loss.temperature:g}, "
             "shown unclamped",
         ]

@@ -6,13 +6,17 @@ option, its value and the remedy.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sar_kd.config.fields import Section, is_date, option, require, seconds_of
 from sar_kd.config.placement import TeacherPlacementConfig
 from sar_kd.errors import UsageError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 EMBEDDED = "embedded"
 """The value of --teacher_model and --student_model that means the models shipped with the package."""
@@ -116,7 +120,6 @@ class DistillationDataConfig(DataConfig):
     task_teacher_steps: int = option(
         1500, "with --task: steps of fine-tuning the embedded teacher before distillation; 0: none", at_least=0
     )
-    skip_baseline: bool = option(False, "with --task: train no baseline student by cross-entropy alone")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,6 +294,10 @@ class TrainConfig(Section):
     def time_limit_seconds(self) -> float:
         """`--time_limit` in seconds, inf if it is not given; 0 for text that is not a time."""
         return seconds_of(self.time_limit) if self.time_limit else math.inf
+
+    def with_time_left(self, seconds: float) -> Self:
+        """The section with this `--time_limit`, at least a second; inf: as it is."""
+        return self if seconds == math.inf else dataclasses.replace(self, time_limit=f"{max(1, int(seconds))}s")
 
 
 @dataclass(frozen=True, kw_only=True)

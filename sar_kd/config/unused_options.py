@@ -47,6 +47,7 @@ _RULES = (
     _Rule(("replay_fraction",), lambda v: v["replay_size"] > 0, "without --replay_size above 0"),
     _Rule(("sample_top_p", "seed"), lambda v: v["sample_temperature"] > 0, "with --sample_temperature 0"),
     _Rule(_TASK, lambda v: bool(v["task"]), "without --task"),
+    _Rule(("skip_baseline",), lambda v: not v["control"], "beside --control"),
     _Rule(("task_teacher_steps",), lambda v: v["teacher_model"] == EMBEDDED, "without the embedded teacher"),
     _Rule(("text_field",), lambda v: bool(v["train_file"] or v["dataset_name"]),
           "without --train_file or --dataset_name"),

@@ -184,7 +184,7 @@ def _load_placed_teacher(
     return teacher
 
 
-def load_student(config: SftConfig, precision: Precision, loaded: LoadedModels = NO_LOADED_MODELS) -> Models:
+def load_student(config: Config | SftConfig, precision: Precision, loaded: LoadedModels = NO_LOADED_MODELS) -> Models:
     """Load `--student_model` and no teacher; its tokenizer stands for both of the pair.
 
     Raises: UsageError as `load_models`
@@ -198,7 +198,9 @@ def load_student(config: SftConfig, precision: Precision, loaded: LoadedModels =
     how: dict[str, Any] = {"projects": False, "stop_ids": (stop_ids, stop_ids)}
     how["template_date"] = config.data.template_date
     pair = _pair_tokenizers(names, [tokenizer] * 2, [vocab_size_of(student)] * 2, **how)
-    student, more_notes = _make_trainable(student.to(precision.device), config, pair, precision)
+    if config.train.parallel != "fsdp":  # as in `load_models`
+        student.to(precision.device)
+    student, more_notes = _make_trainable(student, config, pair, precision)
     return Models(None, student, pair, names.student_model == EMBEDDED, notes=(*notes, *more_notes))
 
 

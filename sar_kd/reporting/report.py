@@ -133,6 +133,7 @@ def _values_of_one(run: RunHistory) -> dict:
     return {
         "models": f"{models}, mode {run.config.get('mode')}",
         "findings": findings_of(run),
+        "compared": [(name, format_perplexity(ppl), f"{bits:.4f}") for name, ppl, bits in run.models()],
         "level": _LEVELS.get(str(run.summary.get("status")), "calm"),
         "environment": {name: _as_typed(value) for name, value in run.environment.items() if value},
         "log": run.log_head(),

@@ -137,6 +137,10 @@ class RunLog:
             file=sys.stdout,
         )
 
+    def append(self) -> None:
+        """Write the next lines to the end of `log.txt`, after the run has ended."""
+        self._text = open(self.folder / LOG, "a", encoding="utf-8", errors="backslashreplace", buffering=1)
+
     def _open_metrics(self, first_step: int) -> float:
         """Returns the seconds that the kept part took."""
         path = self.folder / "metrics.jsonl"
@@ -225,9 +229,12 @@ class RunLog:
         if summary["status"] == "interrupted" and time.monotonic() >= self.deadline:
             self.info(f"--time_limit {self._config.train.time_limit}: the time is over, everything is saved")
         self._close_bar()
-        for line in (*summary_table(summary, self.folder), *closing_lines(self.folder)):
+        for line in self._last_lines(summary):
             self.info(line)
         self.close()
+
+    def _last_lines(self, summary: dict) -> list[str]:
+        return [*summary_table(summary, self.folder), *closing_lines(self.folder)]
 
     def close(self) -> None:
         """Release the terminal and the files, however the run has ended."""
@@ -275,6 +282,21 @@ class SftLog(RunLog):
 
     def _print_step(self, pace: Pace) -> None:
         self.info(sft_line(self._recent, pace))
+
+
+class ControlLog(RunLog):
+    """The log of a run's control. What it has come to stands in the table of its run."""
+
+    def _last_lines(self, summary: dict) -> list[str]:
+        return []
+
+
+def log_with_control(config: RunConfig, summary: dict) -> None:
+    """Write the summary and the pages of a run that has ended once more, now with its control; print the table."""
+    folder = Path(config.train.output_dir)
+    log = RunLog(config, [CardWriter(folder), *find_report_writer(folder)[0]])
+    log.append()
+    log.log_summary(summary)
 
 
 def open_run(

@@ -25,11 +25,12 @@ _Metrics = tuple[float, float]
 def summary_table(summary: dict, folder: Path) -> list[str]:
     """The results in a table: the student at the start, at its best and at the end, and the teacher, if there is one.
 
-    A run with a task also has the accuracy of each of them, and a student that was trained without the teacher.
+    With a control, that too: the student that was trained without the teacher. A run with a task also has the accuracy
+    of each of them.
     """
     scores = summary.get("benchmark_result", {})
-    if "cross_entropy_only" in summary:
-        scores = scores | {"cross_entropy_only": summary["cross_entropy_only"]}
+    if "accuracy" in summary.get("control", {}):
+        scores = scores | {"control": summary["control"]}
     columns = list(_COLUMNS.items())[: None if scores else 2]
     skipped = ", ".join(f"{cause} {count}" for cause, count in summary["skipped"].items() if count)
     status = {"finished": "Finished", "interrupted": "Interrupted"}.get(summary["status"], "Emergency stop")
@@ -50,6 +51,8 @@ def summary_table(summary: dict, folder: Path) -> list[str]:
     if share := unshared_share(summary):
         why = "too little of its distribution is in its top k or in shared tokens"
         lines.append(f"  teacher not compared at {format_share(share)} of its positions: {why}")
+    if control := summary.get("control"):
+        lines.append(_control_line(control))
     if "on_policy" in summary:
         lines.append(_on_policy_line(summary["on_policy"], summary["wall_seconds"]))
     lines.append(f"  student saved in {saved_student(folder)}, metrics in {folder / 'summary.json'}")
@@ -70,7 +73,8 @@ def closing_lines(folder: Path) -> list[str]:
 def _next_commands(run: RunHistory) -> list[str]:
     """The commands to type next, the most useful first."""
     status, folder, program = run.summary.get("status"), run.folder, program_name()
-    if status == "interrupted":
+    control = run.summary.get("control")
+    if status == "interrupted" or (isinstance(control, dict) and control.get("status") == "interrupted"):
         return [f"Next: continue with the same command and --resume --output_dir {folder}"]
     if status == "emergency_stop":
         explained = (folder / "crash").is_dir()  # a run that was stopped without a NaN batch has said why
@@ -87,6 +91,17 @@ def _next_commands(run: RunHistory) -> list[str]:
     if has_teacher and not is_worse and run.config.get("mode") != "precise" and last < start:
         lines.append("To learn more from the teacher: the same command with --mode precise")
     return lines
+
+
+def _control_line(control: dict) -> str:
+    """What the control is, and how long it took."""
+    if control["status"] == "emergency_stop":
+        return f"  control: {control['stop_reason']}"
+    how = "interrupted after " * (control["status"] == "interrupted")
+    return (
+        f"  control: by cross-entropy alone, same start and batches, in {control['folder']}; {how}"
+        f"{count_of(control['steps'], 'step')} in {format_duration(control['wall_seconds'])}"
+    )
 
 
 def _on_policy_line(found: dict, seconds: float) -> str:
@@ -120,10 +135,9 @@ def _models(summary: dict) -> list[tuple[str, str, _Metrics]]:
         student(_name_of_last(summary), "student_end", "final"),
         student(f"student, best (step {summary['best_step']})", "student", "best"),
     ]
-    if "cross_entropy_only" in summary:
-        alone = summary["cross_entropy_only"]
-        metrics = alone["val_ppl_best"], alone["val_bits_per_byte_best"]
-        models.append(("student without teacher", "cross_entropy_only", metrics))
+    if "best_step" in (control := summary.get("control", {})):
+        metrics = control["val_ppl_best"], control["val_bits_per_byte_best"]
+        models.append((f"control, best (step {control['best_step']})", "control", metrics))
     return models + [(name, name, metrics) for name, metrics in _teachers(summary).items()]
 
 

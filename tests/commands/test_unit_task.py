@@ -1,6 +1,4 @@
-"""`--task units` for the distillation scripts: teacher and baseline first, then the run, then one table of all."""
-
-from pathlib import Path
+"""`--task units` for the distillation scripts: the teacher, then the run and its control, and one table of all."""
 
 import pytest
 
@@ -8,7 +6,7 @@ from sar_kd.commands import unit_task
 from sar_kd.config.command_line import parse
 from sar_kd.config.presets import STABLE
 from sar_kd.data import unit_questions
-from tests.helpers.runs import read_json, read_metrics, run_script
+from tests.helpers.runs import read_json, run_script
 
 pytestmark = pytest.mark.slow
 
@@ -37,9 +35,9 @@ def done(small, tmp_path_factory):
     return folder, out
 
 
-def test_teacher_and_baseline_are_runs_of_their_own_beside_it(done):
+def test_teacher_and_control_are_runs_of_their_own_beside_it(done):
     folder, _ = done
-    teacher, baseline = (read_json(f"{folder}-{name}/summary.json") for name in ("teacher", "cross-entropy"))
+    teacher, baseline = (read_json(f"{folder}-{name}/summary.json") for name in ("teacher", "control"))
     assert (teacher["status"], teacher["steps"]) == ("finished", 3)
     assert (baseline["status"], baseline["steps"]) == ("finished", 4)
     assert read_json(folder / "config.json")["models"]["teacher_model"] == f"{folder}-teacher/student"
@@ -48,32 +46,21 @@ def test_teacher_and_baseline_are_runs_of_their_own_beside_it(done):
 
 def test_each_part_begins_with_its_purpose(done):
     _, out = done
-    starts = [i for i, line in enumerate(out) if line.startswith(("Fine-tuning ", "Distilling "))]
+    starts = [i for i, line in enumerate(out) if line.startswith(("Fine-tuning ", "Distilling ", "Training embedded "))]
     assert len(starts) == 3
     assert out[starts[0] + 1].startswith("First the teacher learns --task units")
-    assert out[starts[1] + 1].startswith("For comparison the student learns without a teacher")
-
-
-def test_the_baseline_differs_in_the_teacher_only(done):
-    folder, _ = done
-    run, baseline = read_json(folder / "config.json"), read_json(f"{folder}-cross-entropy/config.json")
-    assert baseline["loss"] == run["loss"] | {"alpha_kd": 0.0}
-    assert baseline["guards"] == run["guards"]
-    assert baseline["optim"]["student_lr"] == run["optim"]["student_lr"]
-    a, b = (read_metrics(Path(path), "step") for path in (folder, f"{folder}-cross-entropy"))
-    assert a[0]["ce_loss"] == pytest.approx(b[0]["ce_loss"], rel=1e-5)  # the same batch, the same student
-    assert [r["num_target_tokens"] for r in a] == [r["num_target_tokens"] for r in b]
+    assert out[starts[2] + 1].startswith("Control: the same student, start, batches and steps")
 
 
 def test_accuracy_and_answer_rate_stand_beside_perplexity_for_all_four(done):
     folder, out = done
     summary = read_json(folder / "summary.json")
     assert summary["benchmark_result"].keys() == {"student_start", "student_end", "student", "teacher"}
-    assert summary["cross_entropy_only"].keys() >= {"val_ppl_best", "accuracy", "answer_rate"}
+    assert summary["control"].keys() >= {"val_ppl_best", "accuracy", "answer_rate"}
     header = max(i for i, line in enumerate(out) if "answer rate" in line and "perplexity" in line)  # the last run's
     rows = {line[:30].strip(): line[30:].split() for line in out[header + 1 : header + 6]}
     assert {name.split(" (")[0] for name in rows} == {
-        "student, start", "student, end", "student, best", "student without teacher", "teacher"
+        "student, start", "student, end", "student, best", "control, best", "teacher"
     }  # fmt: skip
     assert all(len(metrics) == 4 for metrics in rows.values())
 
@@ -91,14 +78,14 @@ def test_the_same_command_uses_finished_runs_as_they_are(done, monkeypatch):
 def test_without_a_task_nothing_comes_before(monkeypatch):
     monkeypatch.setattr(unit_task, "fine_tune", lambda config: pytest.fail("trained"))
     config = parse(STABLE, [])
-    assert unit_task.prepare_task(config) == (config, None)
-    assert unit_task.task_callbacks(config, None, None, (8, 8), None) == []
+    assert unit_task.prepare_task(config) is config
+    assert unit_task.task_callbacks(config, None, (8, 8), None) == []
 
 
-def test_the_baseline_can_be_left_out(small, tmp_path):
+def test_the_control_can_be_left_out(small, tmp_path):
     code, out, err = _run(tmp_path / "run", "--skip_baseline", "--task_teacher_steps", "0")
     assert (code, err) == (0, [])
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     scores = read_json(tmp_path / "run" / "summary.json")["benchmark_result"]
     assert scores.keys() == {"student", "teacher", "student_start", "student_end"}
-    assert not any("without teacher" in line for line in out)
+    assert not any("control" in line for line in out)

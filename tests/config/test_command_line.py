@@ -20,7 +20,7 @@ OPTIONS = [
     "teacher_model", "student_model", "trust_remote_code", "teacher_cache",
     "train_file", "validation_file", "text_field", "dataset_name", "dataset_config_name",
     "dataset_split", "task", "template_date",
-    "block_size", "token_cache", "task_teacher_steps", "skip_baseline",
+    "block_size", "token_cache", "task_teacher_steps",
     "temperature", "alpha_kd", "alpha_ce", "logit_clamp", "logit_clamp_style", "loss_clamp", "loss_clamp_style",
     "alignment", "kd_direction", "jsd_beta", "teacher_top_k", "alm_tau", "loss_workspace_mb",
     "force",
@@ -29,6 +29,7 @@ OPTIONS = [
     "ka_passes",
     "recipe", "on_policy_fraction", "sample_temperature", "sample_top_p", "max_new_tokens", "replay_size",
     "replay_fraction",
+    "control", "skip_baseline",
     "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "adapter_only",
     "optimizer", "weight_decay", "warmup_steps", "lr_schedule", "student_lr",
     "model_dtype", "device", "init_loss_scale",
@@ -482,7 +483,8 @@ def test_help_shows_the_scripts_defaults(script, shown, capsys, monkeypatch):
 def test_help_has_a_group_for_each_section_and_every_option(capsys, monkeypatch):
     text = _help(STABLE, capsys, monkeypatch)
     assert [line[:-1] for line in text.splitlines() if line[:1].isupper() and line.endswith(":")] == [
-        "Models", "Text", "Loss", "Routing", "On-policy", "LoRA", "Optimizer", "Precision", "Memory", "Guards", "Run"
+        "Models", "Text", "Loss", "Routing", "On-policy", "Control", "LoRA", "Optimizer", "Precision", "Memory",
+        "Guards", "Run",
     ]  # fmt: skip
     assert all(f"  --{name}" in text for name in OPTIONS)
 

@@ -14,7 +14,7 @@ ALWAYS = {
     "teacher_model", "student_model", "model", "train_file", "validation_file", "dataset_name", "dataset_config_name",
     "dataset_split", "task", "block_size", "token_cache", "teacher_cache", "alpha_kd", "alpha_ce", "routing", "recipe",
     "optimizer", "on_policy_fraction", "weight_decay", "warmup_steps", "lr_schedule", "student_lr", "model_dtype",
-    "device",
+    "device", "control",
     "gradient_checkpointing", "teacher_device", "teacher_device_map", "teacher_quantization",
     "max_grad_norm", "skip_grad_norm", "skip_rule",
     "max_nan_batches", "on_divergence", "train_steps", "per_device_batch_size", "grad_accum_steps", "eval_steps",

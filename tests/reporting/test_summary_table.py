@@ -20,8 +20,20 @@ SUMMARY = {
 }  # fmt: skip
 TASK = {
     "benchmark_result": dict.fromkeys(("student_start", "student_end", "student", "teacher"), SCORE),
-    "cross_entropy_only": {"val_ppl_best": 2.5, "val_bits_per_byte_best": 1.5, **SCORE},
+    "control": {
+        "status": "finished",
+        "steps": 12345,
+        "wall_seconds": 61.0,
+        "folder": "runs/a-control",
+        "best_step": 12000,
+        "val_ppl_best": 2.5,
+        "val_bits_per_byte_best": 1.5,
+        **SCORE,
+    },
 }
+
+
+ALONE = "by cross-entropy alone, same start and batches, in runs/a-control"
 
 
 def _table(summary):
@@ -57,6 +69,21 @@ def test_scores_stand_under_their_names():
 def test_the_last_validation_has_its_step_where_the_run_went_on_after_it(more, name):
     _, _, last, *_ = _table(SUMMARY | more)
     assert last.startswith(f"  {name}")
+
+
+@pytest.mark.parametrize(
+    ("control", "line"),
+    [
+        (TASK["control"], f"{ALONE}; 12,345 steps in 1 min 01 s"),
+        (TASK["control"] | {"status": "interrupted", "steps": 7}, f"{ALONE}; interrupted after 7 steps in 1 min 01 s"),
+        ({"status": "emergency_stop", "stop_reason": "stopped at step 3: nan"}, "stopped at step 3: nan"),
+    ],
+    ids=["finished", "interrupted", "stopped"],
+)  # fmt: skip
+def test_a_control_has_a_line_with_its_time(control, line):
+    found = summary_table(SUMMARY | {"control": control}, Path("runs/a"))
+    assert f"  control: {line}" in found
+    assert any("control, best (step 12000)" in row for row in found) == ("best_step" in control)
 
 
 def test_the_share_of_the_teacher_that_was_left_out_has_a_line():
