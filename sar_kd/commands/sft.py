@@ -16,7 +16,7 @@ from sar_kd.errors import UsageError
 from sar_kd.losses.objective import Objective
 from sar_kd.models.loading import NO_LOADED_MODELS, LoadedModels, load_student
 from sar_kd.preflight.checks import preflight
-from sar_kd.preflight.memory_plan import fit_batch_size
+from sar_kd.preflight.fitting import fit, fit_batch_size
 from sar_kd.reporting.run_log import Observer, SftLog, open_run
 from sar_kd.runtime.distributed import ProcessGroup, join_process_group
 from sar_kd.runtime.precision import setup_precision
@@ -58,6 +58,7 @@ def fine_tune(
 
 
 def _run(config: SftConfig, loaded: LoadedModels, listeners: Sequence[Observer], group: ProcessGroup) -> dict:
+    config = fit(config, group, loaded)  # --fit: the cheapest options with which it fits
     config = set_template_date(config)  # that the chat template writes
     config = fit_batch_size(config, group, loaded)  # --per_device_batch_size auto
     log = open_run(config, SftLog, listeners=listeners)  # terminal, metrics.jsonl, summary.json

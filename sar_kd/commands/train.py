@@ -13,11 +13,12 @@ from sar_kd.commands.unit_task import prepare_task, task_callbacks
 from sar_kd.config.runs import Config
 from sar_kd.data.dataset import build_dataset
 from sar_kd.data.files.sources import load_documents
+from sar_kd.data.teacher_prompt import build_teacher_prompt
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.losses.objective import Objective
 from sar_kd.models.loading import NO_LOADED_MODELS, LoadedModels, load_models
 from sar_kd.preflight.checks import preflight
-from sar_kd.preflight.memory_plan import fit_batch_size
+from sar_kd.preflight.fitting import fit, fit_batch_size
 from sar_kd.reporting.run_log import Observer, open_run
 from sar_kd.runtime.distributed import ProcessGroup, join_process_group
 from sar_kd.runtime.precision import setup_precision
@@ -49,6 +50,7 @@ def train(
     group = join_process_group()  # torchrun's processes, or this one alone
     config = group.check_same_config(config)
     with hold_run_folder(config.train, group), texts or nullcontext():  # one run in it at a time
+        config = fit(config, group, loaded)  # --fit: the cheapest options with which it fits
         config = set_template_date(config)  # that chat templates write
         config = fit_batch_size(config, group, loaded)  # --per_device_batch_size auto
         control = Control(config, loaded, group) if config.has_control else None  # --control: may it be trained?
@@ -71,10 +73,12 @@ def _run(
     for line in models.notes:
         log.info(line)
     limits = models.block_limits(config.data.block_size)  # tokens in a block, for each model
+    prompt = build_teacher_prompt(config.models.teacher_system_prompt, models.tokenizers, *reversed(limits))
+    limits = limits[0], limits[1] - (prompt.num_tokens if prompt else 0)  # --teacher_system_prompt
     logits = cache.texts(documents, models.tokenizers.teacher) if cache else (None, None)
     tokens, workspace_mb = TokenCache(config.data.token_cache), config.loss.loss_workspace_mb
     train, validation = (
-        build_dataset(text, models.tokenizers, *limits, tokens, cached, workspace_mb, option)
+        build_dataset(text, models.tokenizers, *limits, tokens, cached, workspace_mb, option, prompt)
         for text, cached, option in zip(documents, logits, config.data.text_options(), strict=True)
     )
 

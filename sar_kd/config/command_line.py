@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import shlex
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sar_kd.config.config_file import OptionFile, read_option_file, read_run_options
-from sar_kd.config.fields import AUTO, C, Command, known_options, options_of, require, value_error
+from sar_kd.config.fields import AUTO, C, Command, Origin, R, known_options, options_of, require, value_error
+from sar_kd.config.installation import program_name
 from sar_kd.config.option_parser import CONFIG, build_parser, unknown_option
 from sar_kd.config.presets import ADAFACTOR_LR_FACTOR, default_batch_size, recipe_lines
-from sar_kd.config.sections import EMBEDDED
+from sar_kd.config.sections import EMBEDDED, SELF
 from sar_kd.config.unused_options import unused_option_lines
 from sar_kd.errors import UsageError
 
@@ -23,7 +25,7 @@ MAY_CHANGE_ON_RESUME = {
     "eval_steps", "log_steps", "save_steps", "keep_checkpoints", "on_divergence", "resume", "output_dir", "train_steps",
     "device", "trust_remote_code", "time_limit", "tensorboard", "wandb", "token_cache", "epochs", "max_steps",
     "save_strategy", "allow_changed_inputs", "gradient_checkpointing", "offload_teacher_to_cpu", "json", "verbose",
-    "quiet", "overwrite", "teacher_device", "teacher_device_map", "teacher_max_memory",
+    "quiet", "overwrite", "fit", "teacher_device", "teacher_device_map", "teacher_max_memory",
     "control", "skip_baseline",
 }  # fmt: skip
 
@@ -56,7 +58,7 @@ def configure(command: Command[C], options: Mapping[str, object]) -> C:
 
 
 def _configure(command: Command[C], given: dict[str, Any]) -> C:
-    path = given.pop(CONFIG, "")
+    origin, path = dict(given), given.pop(CONFIG, "")
     if given.get("resume"):
         require(not path, CONFIG, path, "--resume takes the options of the run itself; leave it out")
         return _resume(command, given)
@@ -71,15 +73,41 @@ def _configure(command: Command[C], given: dict[str, Any]) -> C:
     notices = (*_embedded_lines(values), *file.notices, *recipe_lines(values.get("recipe", "")))
     for rate in command.embedded_lr_factors:
         notices += _scale_rate_(values, rate, file.options.keys() | given.keys(), command)
-    notices += unused_option_lines(command.name, values, given.keys() if file.of_run else file.options.keys() | given)
+    chosen = frozenset(given if file.of_run else file.options.keys() | given)
+    notices += unused_option_lines(command.name, values, chosen)
     if command.run_name and not values["output_dir"]:
         values["output_dir"] = new_run_folder(command.run_name)
-    return command.build(values, values.get("mode", command.name), notices)
+    return command.build(values, values.get("mode", command.name), notices, Origin(command, origin, chosen))
+
+
+def reconfigure(config: R, options: Mapping[str, Any]) -> R:
+    """The configuration as if these options had been given too, in the same run folder."""
+    if config.origin is None:
+        return config.changed(options)
+    given = {**config.origin.given, "output_dir": config.train.output_dir, **options}
+    return _configure(config.origin.command, given)
+
+
+def as_typed(options: Mapping[str, Any]) -> list[str]:
+    """Options as the words of a command line."""
+    words = list[str]()
+    for name, value in options.items():
+        values = value if isinstance(value, (list, tuple)) else [f"{value:g}" if isinstance(value, float) else value]
+        if value not in (False, ""):
+            words += [f"--{name}", *(shlex.quote(str(each)) for each in values if each is not True)]
+    return words
+
+
+def typed_command(command: Command, options: Mapping[str, Any]) -> str:
+    """A command line to be pasted, with those of the options that the command has."""
+    known = {CONFIG, *command.presets, *known_options(command.sections.values())} - {"fit"}
+    return " ".join([program_name(), command.name, *as_typed({k: v for k, v in options.items() if k in known})])
 
 
 def _embedded_lines(values: dict[str, Any]) -> tuple[str, ...]:
     """A warning where a model of one's own is to be trained with the embedded text, or with an embedded model."""
     models = {role: model for role in ("teacher", "student") if (model := values.get(f"{role}_model"))}
+    models = {role: models["student"] if model == SELF else model for role, model in models.items()}
     embedded = [role for role, model in models.items() if model == EMBEDDED]
     if len(embedded) == len(models) or values.get("task", "") or "train_file" not in values:
         return ()
@@ -132,6 +160,7 @@ def _resume(command: Command[C], given: dict[str, Any]) -> C:
         raise UsageError(f"--output_dir {given['output_dir']}: holds no run to resume ({path.name} is missing)")
     values, saved_mode = read_run_options(command, path, MAY_CHANGE_ON_RESUME)
     mode = given.pop("mode", None)
+    given.pop("fit", None)  # what it set is among the run's own options
     _drop_found_auto_(given, values, command)
     for name, value in given.items():
         same = name in MAY_CHANGE_ON_RESUME or values[name] == (list(value) if isinstance(value, tuple) else value)
@@ -147,7 +176,8 @@ def _resume(command: Command[C], given: dict[str, Any]) -> C:
     if given.get("train_steps", values["train_steps"]) != values["train_steps"]:
         notices += (f"--train_steps {given['train_steps']}: changes the learning rate schedule from here on",)
     values |= {"overwrite": False, "allow_changed_inputs": False}  # once given, not for the next time
-    return command.build(values | given, saved_mode, notices)
+    origin = Origin(command, given, frozenset(values.keys() - MAY_CHANGE_ON_RESUME | given.keys()))
+    return command.build(values | given, saved_mode, notices, origin)
 
 
 def _drop_found_auto_(given: dict[str, Any], values: dict[str, Any], command: Command) -> None:

@@ -17,6 +17,7 @@ from sar_kd.errors import UsageError
 from sar_kd.version import RUN_FORMAT
 
 C = TypeVar("C", bound="RunConfig | Section")
+R = TypeVar("R", bound="RunConfig")
 
 AUTO = "auto"
 """The value of a count that the program is to find; `fit_batch_size` puts a number in its place."""
@@ -145,6 +146,8 @@ class RunConfig:
     mode: str = "balanced"
     notices: tuple[str, ...] = field(default=(), compare=False)
     """Lines to show at the start of the run; they are not saved."""
+    origin: Origin | None = field(default=None, compare=False, repr=False)
+    """The command line; not saved either."""
 
     if typing.TYPE_CHECKING:
 
@@ -153,8 +156,20 @@ class RunConfig:
 
     def to_dict(self) -> dict:
         """Plain values for `config.json`: format, sections and mode."""
-        values = {name: value for name, value in dataclasses.asdict(self).items() if name != "notices"}
+        saved = dataclasses.replace(self, origin=None)
+        values = {k: v for k, v in dataclasses.asdict(saved).items() if k not in ("notices", "origin")}
         return {"format": RUN_FORMAT, **values}
+
+    @property
+    def chosen(self) -> frozenset[str]:
+        """The options whose values somebody chose; of a run to resume all that may not change."""
+        return self.origin.chosen if self.origin else frozenset()
+
+    def changed(self, options: Mapping[str, Any]):
+        """The same with other values of these options, whatever else the command line would make of them."""
+        parts = {name: getattr(self, name) for name in self.sections()}
+        own = {name: {key: options[key] for key in vars(part) if key in options} for name, part in parts.items()}
+        return dataclasses.replace(self, **{k: dataclasses.replace(parts[k], **v) for k, v in own.items() if v})
 
     @classmethod
     def sections(cls) -> dict[str, type[Section]]:
@@ -164,10 +179,12 @@ class RunConfig:
         return {name: kinds[name] for name in names if dataclasses.is_dataclass(kinds[name])}
 
     @classmethod
-    def from_options(cls, values: dict[str, Any], mode: str, notices: tuple[str, ...] = ()):
+    def from_options(
+        cls, values: dict[str, Any], mode: str, notices: tuple[str, ...] = (), origin: Origin | None = None
+    ):
         """The configuration in which each option named in `values` has that value and the others their default."""
         parts: dict[str, Any] = {name: section.from_options(values) for name, section in cls.sections().items()}
-        return cls(**parts, mode=mode, notices=notices)
+        return cls(**parts, mode=mode, notices=notices, origin=origin)
 
 
 @dataclass(frozen=True)
@@ -200,10 +217,23 @@ class Command(Generic[C]):
         """The sections whose fields are its options."""
         return self.config.sections() if issubclass(self.config, RunConfig) else {self.name: self.config}
 
-    def build(self, values: dict[str, Any], mode: str, notices: tuple[str, ...] = ()) -> C:
-        """Its configuration with these values; mode and notices are a run's."""
+    def build(
+        self, values: dict[str, Any], mode: str, notices: tuple[str, ...] = (), origin: Origin | None = None
+    ) -> C:
+        """Its configuration with these values; mode, notices and origin are a run's."""
         if issubclass(self.config, RunConfig):
-            return self.config.from_options(values, mode, notices)
+            return self.config.from_options(values, mode, notices, origin)
         section = self.config.from_options(values)
         object.__setattr__(section, "notices", notices)  # it is frozen, and this is no setting
         return section
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a configuration was made from."""
+
+    command: Command
+    given: Mapping[str, Any]
+    """The options of the command line, or of the call from Python"""
+    chosen: frozenset[str]
+    """The names of those, and of the ones in a file of options; of a run to resume, of all that may not change"""

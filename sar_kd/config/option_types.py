@@ -37,6 +37,7 @@ class TrainingOptions(TypedDict, total=False):
     device: str
     init_loss_scale: float
     gradient_checkpointing: bool
+    fit: bool
     max_grad_norm: float
     skip_grad_norm: float
     skip_rule: Literal["adaptive", "fixed"]
@@ -66,6 +67,7 @@ class DistillOptions(TrainingOptions, total=False):
     """Options of `distill` and `preflight`."""
 
     teacher_cache: str
+    teacher_system_prompt: str
     task_teacher_steps: int
     skip_baseline: bool
     control: bool

@@ -75,6 +75,9 @@ EMBEDDED_ROUTER_LR_FACTOR = 20.0
 ADAFACTOR_LR_FACTOR = 10.0
 """Adafactor multiplies the rate by the root mean square of each weight tensor: 0.02 to 0.4 in the models looked at."""
 
+LORA_LR_FACTOR = 10.0
+"""An adapter needs a higher rate than all weights; where `--fit` sets `--lora_rank`, it multiplies the mode's rate."""
+
 STABLE: Command[Config] = Command(
     "",
     "Distil a large causal language model into a small one, in fp16, without NaN.",

@@ -39,7 +39,8 @@ from sar_kd.models.model_files import is_local
 from sar_kd.models.optimizer_state import state_bytes
 from sar_kd.preflight.clamp_checks import clamp_lines, require_learnable
 from sar_kd.preflight.data_checks import alignment_warnings, how_text_is_used, text_warnings
-from sar_kd.preflight.memory_plan import NotEstimated, advice, plan
+from sar_kd.preflight.fitting import advice
+from sar_kd.preflight.memory_plan import NotEstimated, plan
 from sar_kd.preflight.memory_tracker import with_adapter
 from sar_kd.runtime import environment, hub
 from sar_kd.runtime.console import count_of, first_few
@@ -235,10 +236,12 @@ def _check_memory(meta: MetaModels) -> Finding:
     except NotEstimated as reason:
         record = {"verdict": "not estimated", "reason": str(reason)}
         return Finding("memory", [*lines, f"Memory: not estimated ({reason})"], record)
-    plan_lines, refusal = advice(memory_plan, config, models, dtype, len(environment.find_gpus()))
-    needed, at_the_peak, *others = plan_lines
-    table = memory_plan.table()
-    return Finding("memory", [*lines, needed, *others], memory_plan.record(), [at_the_peak], table, refusal)
+    found = advice(memory_plan, config, models, dtype, len(environment.find_gpus()))
+    needed, at_the_peak, *others = found.lines
+    record, table = memory_plan.record(), memory_plan.table()
+    if found.fit:
+        record["fit" if found.fit.fits else "closest"] = found.fit.record()
+    return Finding("memory", [*lines, needed, *others], record, [at_the_peak], table, found.refusal)
 
 
 def _teacher_memory_lines(config: RunConfig, models: dict, device: torch.device) -> list[str]:

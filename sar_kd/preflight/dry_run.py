@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sar_kd.alignment.segments import positions_per_tile, split_range
 from sar_kd.config.fields import RunConfig
 from sar_kd.config.runs import OnPolicyConfig
+from sar_kd.config.sections import SELF
 from sar_kd.data.batch import Batch, TokenBatch
 from sar_kd.evaluation.perplexity import log_probs_of
 from sar_kd.losses.distillation import Distillation
@@ -30,24 +31,20 @@ from sar_kd.losses.tiled_loss import Tile, TileGrad, TileLoss
 from sar_kd.models.half_precision import compute_in_range_
 from sar_kd.models.lm_head import LMHeads, backbone_of
 from sar_kd.models.logit_tiles import limit_blocks
-from sar_kd.models.memory_saving import (
-    BYTES_PER_WEIGHT,
-    Offload,
-    assume_unpacked_sequences,
-    offloaded_parameters,
-    quantizable_layers,
-    recompute_activations_,
-)
+from sar_kd.models.memory_saving import Offload, assume_unpacked_sequences, offloaded_parameters, recompute_activations_
 from sar_kd.models.model_checks import vocab_size_of
 from sar_kd.models.optimizer_state import state_of, update_bytes
+from sar_kd.models.own_base import WithoutAdapter
 from sar_kd.preflight.memory_tracker import (
     OFF_DEVICE,
     MemoryTracker,
     fake_copy,
     fake_tensors,
+    quantize_fake_,
     spread_fake_teacher_,
     with_adapter,
 )
+from sar_kd.preflight.repeated_layers import stand_in_
 from sar_kd.runtime.precision import Precision
 from sar_kd.teacher.moe.discovery import find_routers, router_parameters
 from sar_kd.teacher.moe.routing_hooks import Routing
@@ -75,11 +72,13 @@ def dry_run(
     device: torch.device,
     dtype: torch.dtype,
     keeps_gradients: bool = False,
+    runs_every_layer: bool = False,
 ) -> list[Phase]:
     """The phases of a step of this run on this device, and of an evaluation.
 
     models: 'student', and 'teacher' if there is one; on the meta device, or real; without adapters
     keeps_gradients: gradients stay allocated from step to step, as with DDP
+    runs_every_layer: without `stand_in_`
 
     Raises: whatever a model raises that needs tensor values
     """
@@ -88,6 +87,8 @@ def dry_run(
         tracker.device = device
         run = _DryRun(config, models, Precision(device, dtype, 1.0), tracker, keeps_gradients)
         run.sample()
+        if not runs_every_layer:
+            run.shorten_()
         with run.routing() as trains_routers:
             run.step(trains_routers)
         run.evaluate()
@@ -123,6 +124,8 @@ class _DryRun:
         self.keeps_gradients, self.phases = keeps_gradients, list[Phase]()
         self.student = self._student(models["student"])
         self.teacher: Any = self._teacher(models["teacher"]) if "teacher" in models else None
+        if getattr(config.models, "teacher_model", "") == SELF:
+            self.teacher = WithoutAdapter(self.student)
         self.heads = LMHeads(precision)
         for model, label in ((self.student, "student"), (self.teacher, "teacher")):
             if model is not None:
@@ -175,15 +178,17 @@ class _DryRun:
             compute_in_range_(teacher)
         self.tracker.relabel([*teacher.parameters(), *teacher.buffers()], "teacher")
         if self.config.memory.teacher_quantization != "off":
-            weights = [layer.weight for layer in quantizable_layers(teacher)]
-            self.quantized = self._empty(torch.uint8, round(BYTES_PER_WEIGHT * sum(w.numel() for w in weights)))
-            self.tracker.relabel([self.quantized], "teacher")
-            self.tracker.relabel(weights, OFF_DEVICE)
-            for layer in quantizable_layers(teacher):  # each is dequantized while it computes
-                layer.register_forward_pre_hook(lambda layer, _: (torch.empty_like(layer.weight), None)[1])
+            self.quantized = quantize_fake_(teacher, self.tracker, "teacher")
         if memory.teacher_device_map:
             spread_fake_teacher_(self.tracker, teacher, memory, self.precision)
         return teacher
+
+    def shorten_(self) -> None:
+        """Run few of the layers that are alike, from now on; of a teacher whose routing is watched, all."""
+        is_watched = getattr(getattr(self.config, "routing", None), "routing", "native") != "native"
+        is_own = isinstance(self.teacher, WithoutAdapter)  # its layers are the student's
+        for model in filter(None, (self.student, None if is_watched or is_own else self.teacher)):
+            stand_in_(model, self.tracker)
 
     @contextlib.contextmanager
     def routing(self) -> Iterator[bool]:

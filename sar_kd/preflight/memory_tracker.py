@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from sar_kd.config.placement import TeacherPlacementConfig
 from sar_kd.config.sections import LoraConfig
 from sar_kd.models.lora import add_adapter
+from sar_kd.models.memory_saving import BYTES_PER_WEIGHT, quantizable_layers
 from sar_kd.models.placement import place_of, spread_over_devices
 from sar_kd.runtime.precision import Precision, same_device
 
@@ -134,6 +135,18 @@ def fake_copy(model: M, device: torch.device, dtype: torch.dtype | None = None) 
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
     return copy.deepcopy(model, memo)
+
+
+def quantize_fake_(model: nn.Module, tracker: MemoryTracker, label: str) -> Tensor:
+    """Put the weights of linear layers into 4 bits; returns what holds them. Each is dequantized while it computes."""
+    layers = quantizable_layers(model)
+    num_bytes = round(BYTES_PER_WEIGHT * sum(layer.weight.numel() for layer in layers))
+    held = torch.empty(num_bytes, dtype=torch.uint8, device=next(model.parameters()).device)
+    tracker.relabel([held], label)
+    tracker.relabel([layer.weight for layer in layers], OFF_DEVICE)
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda layer, _: (torch.empty_like(layer.weight), None)[1])
+    return held
 
 
 def spread_fake_teacher_(

@@ -14,8 +14,9 @@ from sar_kd.config.fields import AUTO
 from sar_kd.config.presets import STABLE
 from sar_kd.errors import UsageError
 from sar_kd.models.loading import MetaModels
-from sar_kd.preflight import memory_plan
-from sar_kd.preflight.memory_plan import MARGIN, NotEstimated, fit_batch_size, plan
+from sar_kd.preflight import fitting, memory_plan
+from sar_kd.preflight.fitting import fit_batch_size
+from sar_kd.preflight.memory_plan import MARGIN, NotEstimated, plan
 from sar_kd.runtime import environment
 from sar_kd.runtime.distributed import SINGLE_PROCESS
 
@@ -81,10 +82,10 @@ def test_a_task_and_fine_tuning_have_their_own_default(limited):
 
 def test_a_micro_batch_on_a_cpu_is_no_larger_than_makes_it_faster(limited, monkeypatch):
     limited(10**15)
-    monkeypatch.setattr(memory_plan, "MAX_TOKENS_ON_CPU", 8 * 64)
+    monkeypatch.setattr(fitting, "MAX_TOKENS_ON_CPU", 8 * 64)
     found = fit_batch_size(_parse("--grad_accum_steps", "8"), SINGLE_PROCESS).train
     assert (found.per_device_batch_size, found.grad_accum_steps) == (8, 4)
-    monkeypatch.setattr(memory_plan, "MAX_TOKENS_ON_CPU", 1)
+    monkeypatch.setattr(fitting, "MAX_TOKENS_ON_CPU", 1)
     assert fit_batch_size(_parse(), SINGLE_PROCESS).train.per_device_batch_size == 1
 
 
@@ -96,7 +97,7 @@ def test_if_not_even_one_block_fits_the_notice_says_so(limited):
 
 
 def test_a_number_is_unchanged(monkeypatch):
-    monkeypatch.setattr(memory_plan, "plan", lambda *a: pytest.fail("planned"))
+    monkeypatch.setattr(fitting, "plan", lambda *a: pytest.fail("planned"))
     config = parse(STABLE, ["--per_device_batch_size", "3"])
     assert fit_batch_size(config, SINGLE_PROCESS) is config
 
@@ -144,7 +145,7 @@ def test_without_an_estimate_the_default_is_taken_and_the_notice_gives_the_reaso
     def plan(*_):
         raise NotEstimated("a model needs tensor values")
 
-    monkeypatch.setattr(memory_plan, "plan", plan)
+    monkeypatch.setattr(fitting, "plan", plan)
     limited(10**15)
     config = fit_batch_size(_parse("--grad_accum_steps", "2"), SINGLE_PROCESS)
     assert (config.train.per_device_batch_size, config.train.grad_accum_steps) == (4, 2)

@@ -29,7 +29,8 @@ from sar_kd.preflight import dry_run as dry_run_module
 from sar_kd.preflight import memory_plan
 from sar_kd.preflight.checks import preflight
 from sar_kd.preflight.dry_run import CATEGORIES, Phase, largest_generation, teacher_block_size
-from sar_kd.preflight.memory_plan import MARGIN, NotEstimated, Plan, advice, plan
+from sar_kd.preflight.fitting import advice
+from sar_kd.preflight.memory_plan import MARGIN, NotEstimated, Plan, plan
 from sar_kd.preflight.memory_tracker import OFF_DEVICE, MemoryTracker, fake_copy, fake_tensors
 from sar_kd.runtime import environment
 from sar_kd.runtime.distributed import SINGLE_PROCESS, ProcessGroup
@@ -294,11 +295,11 @@ def test_the_sampling_phase_is_within_15_percent_of_what_generation_allocates(na
     kind = _kind(name, vocab_size, **changes)
     with torch.device("meta"):
         models = {"student": _build(kind), "teacher": _build(kind)}
-    config = _config(on_policy_fraction=0.5, grad_accum_steps=5, max_new_tokens=40, sample_top_p=top_p)
+    config = _config(on_policy_fraction=0.5, grad_accum_steps=5, max_new_tokens=12, sample_top_p=top_p)
     found = plan(config, models, CPU, dtype)
     (sampling,) = (phase for phase in found.phases if phase.name == "sampling")
     batch_size, prompt, total = largest_generation(config.on_policy, config.train, 64)
-    assert (batch_size, prompt, total) == (6, 63, 102)
+    assert (batch_size, prompt, total) == (6, 63, 74)
     assert sampling.bytes["gradients"] == 0
     measured = _sampling_peak(kind, dtype, batch_size, prompt, total, top_p)
     assert sampling.bytes["activations"] == pytest.approx(measured, rel=MARGIN)
@@ -331,7 +332,7 @@ def test_sampling_is_planned_whatever_the_cache_holds_windows_and_states_too(fam
     kind = FAMILIES[family]()
     with torch.device("meta"):
         models = {"student": _build(kind), "teacher": _build(_kind("llama"))}
-    config = _config(on_policy_fraction=0.5, grad_accum_steps=5, max_new_tokens=40)
+    config = _config(on_policy_fraction=0.5, grad_accum_steps=5, max_new_tokens=12)
     (sampling,) = (phase for phase in plan(config, models, CPU, torch.float32).phases if phase.name == "sampling")
     assert capfd.readouterr().err == ""
     measured = _sampling_peak(kind, torch.float32, *largest_generation(config.on_policy, config.train, 64), 1.0)
@@ -476,7 +477,7 @@ def test_too_little_memory_is_refused_with_options_that_fit(monkeypatch):
     monkeypatch.setattr(environment, "free_memory", lambda device: usual.peak.total // 2)
     config, models = _config(**flags), _meta_models()
     found = plan(config, models, CPU, torch.float32)
-    lines, refusal = advice(found, config, models, torch.float32)
+    lines, refusal, _ = advice(found, config, models, torch.float32)
     assert found.verdict == "too large"
     assert str(refusal).startswith("--per_device_batch_size 64: the run needs about ")
     assert "--force" in str(refusal)
@@ -487,7 +488,7 @@ def test_too_little_memory_is_refused_with_options_that_fit(monkeypatch):
     fitted = plan(_config(**flags | {"per_device_batch_size": size}), models, CPU, torch.float32)
     assert fitted.verdict == "fits"
     forced = dataclasses.replace(config, loss=dataclasses.replace(config.loss, force=True))
-    lines, refusal = advice(found, forced, models, torch.float32)
+    lines, refusal, _ = advice(found, forced, models, torch.float32)
     assert refusal is None
     assert "may not be enough; what fits" in lines[-1]
 
@@ -497,7 +498,7 @@ def test_if_the_weights_alone_are_too_large_the_remedy_is_not_a_smaller_batch(mo
     monkeypatch.setattr(environment, "resident_memory", lambda: 0)
     monkeypatch.setattr(environment, "free_memory", lambda device: 2**20)
     config, models = _config(), _meta_models()
-    _, refusal = advice(plan(config, models, CPU, torch.float32), config, models, torch.float32)
+    _, refusal, _ = advice(plan(config, models, CPU, torch.float32), config, models, torch.float32)
     assert "take smaller models" in str(refusal)
 
 
@@ -507,7 +508,7 @@ def test_a_close_plan_and_a_command_without_force_give_a_warning_only(monkeypatc
     models = {"student": _meta_models()["student"]}
     config = SftConfig()
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, block_size=32))
-    lines, refusal = advice(plan(config, models, CPU, torch.float32), config, models, torch.float32)
+    lines, refusal, _ = advice(plan(config, models, CPU, torch.float32), config, models, torch.float32)
     assert refusal is None
     assert "may not be enough" in lines[-1]
 
