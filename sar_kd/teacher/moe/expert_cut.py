@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
 
 from sar_kd.data.batch import TokenBatch
 from sar_kd.errors import UsageError
@@ -19,6 +22,9 @@ from sar_kd.teacher.moe.routing_hooks import Routing
 
 _NUMBERS = ("n_experts", "num_classes", "out_features")
 """Attributes of routers and experts that hold the number of experts, under other names than the settings"""
+
+
+_PRODUCTS = (linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
 def require_cuttable(title: str, model: Any, specs: list[RouterSpec]) -> None:
@@ -41,6 +47,44 @@ def count_usage(model: Any, specs: list[RouterSpec], batches: Iterable[TokenBatc
                 chosen = logits[batch.positions.to(logits.device)].topk(spec.top_k).indices
                 count += torch.bincount(chosen.flatten().cpu(), minlength=spec.num_experts)
     return counts
+
+
+class _MaskLogits(TorchFunctionMode):
+    """Sets the logits of experts to -inf as a router computes them, before it makes weights of them."""
+
+    def __init__(self, num_experts: int, dropped: Tensor):
+        super().__init__()
+        self.num_experts, self.dropped, self.was_used = num_experts, dropped, False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if func in _PRODUCTS and output.shape[-1] == self.num_experts:
+            self.was_used = True
+            return output.index_fill(-1, self.dropped.to(output.device), -torch.inf)
+        return output
+
+
+@contextlib.contextmanager
+def without_experts(title: str, specs: list[RouterSpec], kept: list[Tensor]) -> Iterator[None]:
+    """Let each router choose among these experts alone, int64; nothing else of the model is changed.
+
+    Raises: UsageError, which begins with the title, for a router whose logits are not found
+    """
+    with contextlib.ExitStack() as stack:
+        modes = []
+        for spec, indices in zip(specs, kept, strict=True):
+            mode = _MaskLogits(spec.num_experts, torch.tensor(sorted({*range(spec.num_experts)} - {*indices.tolist()})))
+            modes.append(mode)
+            module = spec.module
+            stack.enter_context(module.register_forward_pre_hook(lambda *_, mode=mode: mode.__enter__() and None))
+            stack.enter_context(
+                module.register_forward_hook(lambda *_, mode=mode: mode.__exit__(None, None, None), always_call=True)
+            )
+        yield
+        for spec, mode in zip(specs, modes, strict=True):
+            if not mode.was_used:
+                kind = type(spec.module).__name__
+                raise UsageError(f"{title}: the logits of its {kind} are not found; leave out --experts")
 
 
 def keep_experts_(title: str, model: Any, specs: list[RouterSpec], kept: list[Tensor]) -> None:
