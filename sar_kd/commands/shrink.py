@@ -12,97 +12,151 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
-from sar_kd.config.fields import require
+from sar_kd.commands.cuts import BATCH_SIZE, Cutter, Goal
+from sar_kd.commands.healing import heal, healed_student
 from sar_kd.config.installation import program_name
 from sar_kd.config.sections import DeviceConfig
-from sar_kd.config.shrinking import ShrinkConfig, ShrinkingConfig, kept_count
+from sar_kd.config.shrinking import ShrinkingConfig
 from sar_kd.data.dataset import Dataset, build_dataset
 from sar_kd.data.files.samples import Conversation, Sample
-from sar_kd.data.files.sources import Documents, load_documents
+from sar_kd.data.files.sources import Documents, load_documents, load_whole_texts
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.errors import UsageError
-from sar_kd.evaluation.layer_influence import LayerInfluence, measure_influence
 from sar_kd.evaluation.perplexity import Evaluation, evaluate
 from sar_kd.models.cutting import WholeModel, check_equal, load_whole, probe_logits
-from sar_kd.models.feed_forward import channel_norms, find_feed_forward, keep_channels_, without_channels
 from sar_kd.models.generation import generate
-from sar_kd.models.layers import (
-    check_follows,
-    find_layers,
-    keep_layers_,
-    shown_layers,
-    spread_evenly,
-    without_layers,
-)
+from sar_kd.models.layers import check_follows
 from sar_kd.models.loading import context_length_of
 from sar_kd.models.model_checks import vocab_size_of
 from sar_kd.models.pretrained import rebuild_on_meta
 from sar_kd.reporting.report import require_matplotlib
 from sar_kd.reporting.shrink_page import PAGE, Measured, Shrunk, build_shrink_card, build_shrink_page
-from sar_kd.runtime.console import format_share, print_stderr
-from sar_kd.runtime.files import atomic_rename, json_safe
+from sar_kd.runtime.console import print_stderr
+from sar_kd.runtime.files import atomic_rename, atomic_write, json_safe
 from sar_kd.runtime.precision import Precision, setup_precision
-from sar_kd.teacher.moe.discovery import find_routers
-from sar_kd.teacher.moe.expert_cut import count_usage, keep_experts_, require_cuttable
 from sar_kd.training.checkpoint import save_student
-
-_BATCH_SIZE = 4
 
 _PROMPT, _NEW_TOKENS = 8, 16
 """Tokens of the generation whose time is measured"""
-
-_NUM_LAST = 2
-"""Last layers that are kept, as they form the next token's distribution; one where fewer than 8 layers are kept"""
 
 
 def main(config: ShrinkingConfig) -> dict:
     """Cut `--model`, write it into `--output_dir`, and print what it was worth before and after; `--json`: as JSON.
 
-    Raises: UsageError for what the user can mend
+    Raises: UsageError for what the user can mend; TrainingDiverged as a run, with `--heal_steps`
     """
     settings, folder = config.shrink, Path(config.shrink.output_dir)
     _check_new(folder)
     require_matplotlib("shrink")
-    precision = setup_precision(DeviceConfig(device=settings.device, model_dtype="float32"), 0)
     documents = load_documents(config.data, print_stderr)  # before the weights: a mistake in the files shows at once
-    how = settings.trust_remote_code, precision, config.data.template_date
-    whole = load_whole(settings.model, *how)
-    say = print_stderr if config.output.json else print
-    say(f"{settings.model}: {type(whole.model).__name__}, {whole.num_parameters:,} parameters")
-    texts = [list(_beginning(text, chars)) for text, chars in zip(documents, settings.text_sizes, strict=True)]
-    calibration, held_out = _datasets(config, whole, texts)
-    before, evaluation = _measure(whole, held_out, precision)
-    shrunk = Shrunk(settings.model, f"{evaluation.num_bytes:,} bytes of {config.data.describe()}", before)
+    named = load_whole_texts("vocab_from", settings.vocab_from, config.data.text_field)
+    texts = _Texts(
+        config,
+        [list(_beginning(text, chars)) for text, chars in zip(documents, settings.text_sizes, strict=True)],
+        named or [documents[0]],
+    )
+    goal, source, shrunk, status = Goal(settings.iterative), settings.model, None, "finished"
+    place = folder
+    while goal.rounds and status == "finished":
+        place = folder if goal.rounds == 1 else folder / f"round_{settings.iterative - goal.rounds + 1}"
+        shrunk = _shrink(config, source, place, texts, goal, shrunk)
+        if settings.heal_steps:
+            status, source = heal(config, place), str(healed_student(place))
+        if settings.heal_steps and status == "finished":
+            run = Path(source).relative_to(place).as_posix()
+            shrunk = dataclasses.replace(shrunk, healed=_measure_healed(config, source, texts), run=run)
+            _write_pages(shrunk, place, place.name)
+        goal.rounds -= 1
+    assert shrunk is not None
+    _report(shrunk, place, config)
+    return {"status": status}
 
-    for is_asked, cut in (
-        (settings.layers or settings.listed_layers, _cut_layers_),
-        (settings.intermediate, _cut_channels_),
-        (settings.experts, _cut_experts_),
-    ):
-        if is_asked:
-            shrunk, expected = cut(settings, whole, calibration, shrunk, precision)
-            say(shrunk.cuts[-1])
-            check_follows(whole.title, whole.model, rebuild_on_meta(f"{whole.title}, cut", whole.model))
-            check_equal(whole.title, probe_logits(whole.model, precision), expected)
-    with _written_aside(folder) as partial:
+
+@dataclass(frozen=True)
+class _Texts:
+    """The texts, and a model's tokens of them."""
+
+    config: ShrinkingConfig
+    samples: list[list[Sample]]
+    """What the choice is made on, and what is held out"""
+    vocabulary: list[Documents]
+    """What the tokens are counted in"""
+
+    def datasets(self, whole: WholeModel) -> tuple[Dataset, Dataset]:
+        """The text that the choice is made on and the held-out one."""
+        calibration, held_out = (
+            self._dataset(whole, text, option)
+            for text, option in zip(self.samples, self.config.data.text_options(), strict=True)
+        )
+        return calibration, held_out
+
+    def vocabulary_texts(self, whole: WholeModel) -> Iterator[Dataset]:
+        """The texts whose tokens are counted."""
+        for text in self.vocabulary:
+            yield self._dataset(whole, text, "--vocab_from")
+
+    def _dataset(self, whole: WholeModel, text: Documents, option: str) -> Dataset:
+        size, context = self.config.data.block_size, context_length_of(whole.model)
+        if context and context < size:
+            raise UsageError(f"--block_size {size}: the model takes {context} tokens at most; lower it")
+        cache = TokenCache(self.config.data.token_cache)
+        return build_dataset(text, whole.pair, size, size, cache, option=option)
+
+
+def _load(config: ShrinkingConfig, name: str, title: str = "") -> tuple[WholeModel, Precision]:
+    settings = config.shrink
+    precision = setup_precision(DeviceConfig(device=settings.device, model_dtype="float32"), 0)
+    return load_whole(name, settings.trust_remote_code, precision, config.data.template_date, title), precision
+
+
+def _shrink(
+    config: ShrinkingConfig, source: str, folder: Path, texts: _Texts, goal: Goal, last: Shrunk | None
+) -> Shrunk:
+    """Cut a model once, and write it; returns what was done to it since the first round. last: the round before"""
+    settings, say = config.shrink, print_stderr if config.output.json else print
+    whole, precision = _load(config, source)
+    say(f"{source}: {type(whole.model).__name__}, {whole.num_parameters:,} parameters")
+    calibration, held_out = texts.datasets(whole)
+    if last is None:
+        before, evaluation = _measure(whole, held_out, precision)
+        shrunk = Shrunk(settings.model, f"{evaluation.num_bytes:,} bytes of {config.data.describe()}", before)
+    else:
+        shrunk = last.next_round()
+    vocabulary_texts = partial(texts.vocabulary_texts, whole)
+    cutter = Cutter(settings, whole, calibration, vocabulary_texts, precision, goal, shrunk)
+    for expected in cutter.cuts_():
+        say(cutter.shrunk.cuts[-1])
+        check_follows(whole.title, whole.model, rebuild_on_meta(f"{whole.title}, cut", whole.model))
+        check_equal(whole.title, probe_logits(whole.model, precision), expected)
+    with _written_aside(folder) as partial_folder:
         whole.restore_dtypes_()
-        save_student(whole.model, whole.tokenizer, partial)
+        save_student(whole.model, whole.tokenizer, partial_folder)
         del whole.model  # its memory is the next one's
-        written = load_whole(str(partial), *how, f"{whole.title}, cut")
+        written, _ = _load(config, str(partial_folder), f"{whole.title}, cut")
+        cutter.check_tokenizer(written)
         check_equal(whole.title, probe_logits(written.model, precision), expected)
-        calibration, held_out = _datasets(config, written, texts)
+        calibration, held_out = texts.datasets(written)
         after, evaluation = _measure(written, held_out, precision)
         warnings = _compare_with_chance(evaluation, calibration, held_out)
-        shrunk = dataclasses.replace(shrunk, after=after, warnings=warnings)
-        (partial / "README.md").write_text(build_shrink_card(shrunk, folder), encoding="utf-8")
-        (partial / PAGE).write_text(build_shrink_page(shrunk), encoding="utf-8")
-    _report(shrunk, folder, config)
-    return {"status": "finished"}
+        shrunk = dataclasses.replace(cutter.shrunk, after=after, warnings=warnings)
+        _write_pages(shrunk, partial_folder, folder.name)
+    return shrunk
+
+
+def _measure_healed(config: ShrinkingConfig, name: str, texts: _Texts) -> Measured:
+    healed, precision = _load(config, name)
+    return _measure(healed, texts.datasets(healed)[1], precision)[0]
+
+
+def _write_pages(shrunk: Shrunk, folder: Path, title: str) -> None:
+    atomic_write(folder / "README.md", build_shrink_card(shrunk, title))
+    atomic_write(folder / PAGE, build_shrink_page(shrunk))
 
 
 def _check_new(folder: Path) -> None:
@@ -123,22 +177,11 @@ def _beginning(documents: Documents, num_chars: int) -> Iterator[Sample]:
         num_chars -= sample.num_chars
 
 
-def _datasets(config: ShrinkingConfig, whole: WholeModel, texts: list[list[Sample]]) -> list[Dataset]:
-    """The text that the choice is made on and the held-out one, in the model's tokens."""
-    size, context = config.data.block_size, context_length_of(whole.model)
-    if context and context < size:
-        raise UsageError(f"--block_size {size}: the model takes {context} tokens at most; lower it")
-    return [
-        build_dataset(text, whole.pair, size, size, TokenCache(config.data.token_cache), option=option)
-        for text, option in zip(texts, config.data.text_options(), strict=True)
-    ]
-
-
 def _measure(whole: WholeModel, held_out: Dataset, precision: Precision) -> tuple[Measured, Evaluation]:
-    batches = held_out.token_batches("student", _BATCH_SIZE)
+    batches = held_out.token_batches("student", BATCH_SIZE)
     evaluation = evaluate(whole.model, batches, held_out.text.num_bytes, precision)
     seconds = _seconds_per_token(whole, held_out.text.student.ids[:_PROMPT].tolist())
-    values = evaluation.perplexity, evaluation.bits_per_byte, seconds
+    values = evaluation.num_tokens / evaluation.num_bytes, evaluation.perplexity, evaluation.bits_per_byte, seconds
     return Measured(whole.num_parameters, whole.num_bytes, *values), evaluation
 
 
@@ -160,87 +203,6 @@ def _seconds_per_token(whole: WholeModel, prompt: list[int]) -> float:
     return min(seconds)
 
 
-def _cut_layers_(
-    settings: ShrinkConfig, whole: WholeModel, calibration: Dataset, shrunk: Shrunk, precision: Precision
-) -> tuple[Shrunk, Tensor]:
-    """Cut the depth; returns what was done, and the logits that the cut model has to have: those of the whole one whose
-    other layers hand on what they are given.
-    """
-    model = whole.model
-    name, layers = find_layers(whole.title, model)
-    influence = measure_influence(whole.title, model, layers, calibration.token_batches("student", _BATCH_SIZE))
-    kept = choose_layers(settings, influence)
-    dropped = [index for index in range(len(layers)) if index not in kept]
-    with without_layers(layers, dropped):
-        expected = probe_logits(model, precision)
-    keep_layers_(f"{whole.title}, cut", model, name, kept)
-    how = "given by hand" if settings.listed_layers else settings.layer_choice
-    line = (
-        f"Layers: {len(kept)} of {len(layers)} kept ({how}, over {influence.num_tokens:,} tokens); cut, counted from "
-        f"0: {shown_layers(dropped)}"
-    )
-    cuts = [*shrunk.cuts, line]
-    return dataclasses.replace(shrunk, cuts=cuts, influence=influence.of_each(), dropped_layers=dropped), expected
-
-
-def _cut_channels_(
-    settings: ShrinkConfig, whole: WholeModel, calibration: Dataset, shrunk: Shrunk, precision: Precision
-) -> tuple[Shrunk, Tensor]:
-    """Cut the width of the feed-forward parts; returns as `_cut_layers_`, of the model whose other channels are 0."""
-    parts, setting, size = find_feed_forward(whole.title, whole.model)
-    count = kept_count("intermediate", settings.intermediate, size)
-    norms = channel_norms(whole.model, parts, calibration.token_batches("student", _BATCH_SIZE))
-    kept = [each.topk(count).indices.sort().values for each in norms]
-    with without_channels(parts, kept):
-        expected = probe_logits(whole.model, precision)
-    keep_channels_(f"{whole.title}, cut", whole.model, parts, kept, setting)
-    line = (
-        f"Feed-forward: {count:,} of {size:,} channels kept in each of {len(parts)} parts, those of the largest norm "
-        f"over {calibration.num_tokens:,} tokens"
-    )
-    return dataclasses.replace(shrunk, cuts=[*shrunk.cuts, line]), expected
-
-
-def _cut_experts_(
-    settings: ShrinkConfig, whole: WholeModel, calibration: Dataset, shrunk: Shrunk, precision: Precision
-) -> tuple[Shrunk, Tensor]:
-    """Cut the experts of each block; returns as `_cut_layers_`, the logits being those of the cut model itself."""
-    specs = find_routers(whole.model)
-    require_cuttable(whole.title, whole.model, specs)
-    size, top_k = specs[0].num_experts, max(spec.top_k for spec in specs)
-    count = kept_count("experts", settings.experts, size)
-    require(count >= top_k, "experts", settings.experts, f"each token takes {top_k} experts; keep at least as many")
-    usage = count_usage(whole.model, specs, calibration.token_batches("student", _BATCH_SIZE))
-    kept = [each.topk(count).indices.sort().values for each in usage]
-    chosen = sum(int(each[indices].sum()) for each, indices in zip(usage, kept, strict=True))
-    share = format_share(chosen / sum(int(each.sum()) for each in usage))
-    keep_experts_(f"{whole.title}, cut", whole.model, specs, kept)
-    line = (
-        f"Experts: {count} of {size} kept in each of {len(specs)} blocks, those that {calibration.num_tokens:,} tokens "
-        f"use most: {share} of their choices"
-    )
-    return dataclasses.replace(shrunk, cuts=[*shrunk.cuts, line]), probe_logits(whole.model, precision)
-
-
-def choose_layers(settings: ShrinkConfig, influence: LayerInfluence) -> list[int]:
-    """The layers to keep, ascending. Raises: UsageError if there are not so many, or nothing would be cut"""
-    total, listed = influence.num_layers, settings.listed_layers
-    if listed:
-        choice = settings.layer_choice
-        require(listed[-1] < total, "layer_choice", choice, f"the model has layers 0 to {total - 1}")
-        require(len(listed) < total, "layer_choice", choice, "keeps every layer of the model; leave some out")
-        return list(listed)
-    count = kept_count("layers", settings.layers, total)
-    if settings.layer_choice == "even":
-        return spread_evenly(total, count)
-    num_last, size = _NUM_LAST if count >= 8 else 1, total - count
-    if settings.layer_choice == "influence":
-        first = influence.least(size, num_last)
-    else:
-        first = count if settings.layer_choice == "first" else count - num_last
-    return [index for index in range(total) if not first <= index < first + size]
-
-
 def _compare_with_chance(evaluation: Evaluation, calibration: Dataset, held_out: Dataset) -> list[str]:
     """A warning if the model is no better than one that knows only how often each token is.
 
@@ -259,13 +221,19 @@ def _compare_with_chance(evaluation: Evaluation, calibration: Dataset, held_out:
 
 @contextlib.contextmanager
 def _written_aside(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which gets its name once all is in it; after an error nothing is left."""
+    """A folder to write into, which gets its name once all is in it; after an error nothing is left. Where there is a
+    folder of that name, of earlier rounds, its files go there.
+    """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         yield partial
-        atomic_rename(partial, folder)
+        if folder.exists():
+            for path in sorted(partial.iterdir()):
+                atomic_rename(path, folder / path.name)
+        else:
+            atomic_rename(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -277,4 +245,7 @@ def _report(shrunk: Shrunk, folder: Path, config: ShrinkingConfig) -> None:
     for line in (*shrunk.table(), *shrunk.warnings):
         print(line)
     print(f"Written: {folder}, with README.md and {PAGE}")
-    print(f"Next: {program_name()} train --teacher_model {shrunk.model} --student_model {folder}")
+    if shrunk.healed:
+        print(f"Distilled: {healed_student(folder)}")
+    elif not config.shrink.heal_steps:
+        print(f"Next: {program_name()} train --teacher_model {shrunk.model} --student_model {folder}")

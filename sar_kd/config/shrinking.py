@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from sar_kd.config.fields import RunConfig, Section, option, require
-from sar_kd.config.sections import DataConfig, OutputConfig, model_option
+from sar_kd.config.sections import AUTO_BATCH, DataConfig, OutputConfig, model_option
 from sar_kd.errors import UsageError
 
 CHOICES = ("influence", "late", "even", "first")
@@ -16,6 +16,9 @@ _COUNT = re.compile(r"[1-9][0-9]{0,8}|0?\.[0-9]{1,9}")
 _RANGE = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")
 
 _MAX_LAYERS = 10_000
+
+_PARTS = {"layers": "layers", "intermediate": "channels", "experts": "experts", "vocab_size": "tokens"}
+"""What each option says how much of is kept"""
 
 
 def kept_count(option_name: str, text: str, total: int) -> int:
@@ -49,17 +52,39 @@ class ShrinkConfig(Section):
     experts: str = option(
         "", "experts to keep in each block of a mixture of experts, the most used ones: their number, or a share"
     )
+    vocab_size: str = option(
+        "",
+        "tokens to keep: their number, or a share; bytes and special tokens first, then those that the text uses most, "
+        "then those that it uses with other case or spaces, then those of the lowest ids",
+    )
+    vocab_from: tuple[str, ...] = option(
+        (),
+        "files of the text that the tokens are counted in, each as --train_file; 'embedded': the embedded text; by "
+        "default all of the training text",
+    )
     calibration_chars: int = option(
         100_000, "characters of the training text on which the choice is made", at_least=1000
     )
     eval_chars: int = option(
         100_000, "characters of the held-out text on which the model is measured before and after", at_least=1000
     )
-    device: str = option("auto", "auto, cpu, cuda or cuda:N; it computes in float32")
+    heal_steps: int = option(
+        0, "then distil the whole model into the smaller one for this many steps, in each round; 0: do not", at_least=0
+    )
+    iterative: int = option(1, "rounds, each of which cuts an equal part and distils", at_least=1)
+    student_lr: float = option(1e-4, "peak learning rate of --heal_steps", positive=True)
+    per_device_batch_size: int = option(
+        4, f"of --heal_steps: {AUTO_BATCH.format(what='blocks')}", at_least=1, auto=True
+    )
+    model_dtype: str = option(
+        "auto", "compute dtype of --heal_steps, as that of a run; the cut is made in float32",
+        choices=("auto", "float16", "bfloat16", "float32"),
+    )  # fmt: skip
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
 
     def __post_init__(self):
         super().__post_init__()
-        for name, what in (("layers", "layers"), ("intermediate", "channels"), ("experts", "experts")):
+        for name, what in _PARTS.items():
             value = getattr(self, name)
             require(not value or bool(_COUNT.fullmatch(value)), name, value,
                     f"must be a number of {what}, or a share above 0 and below 1 such as 0.75")  # fmt: skip
@@ -68,8 +93,11 @@ class ShrinkConfig(Section):
             raise UsageError(f"--layer_choice {self.layer_choice}: says how many layers are kept; leave out --layers")
         if self.layer_choice != "influence" and not (self.layers or listed):
             raise UsageError(f"--layer_choice {self.layer_choice}: needs --layers, how many to keep")
-        if not (self.layers or listed or self.intermediate or self.experts):
-            raise UsageError("shrink: nothing is to be cut; give --layers, --intermediate or --experts")
+        if not (listed or any(getattr(self, name) for name in _PARTS)):
+            raise UsageError("shrink: nothing is to be cut; give --layers, --intermediate, --experts or --vocab_size")
+        if self.iterative > 1:
+            require(self.heal_steps > 0, "iterative", self.iterative, "distils between the cuts; give --heal_steps too")
+            require(not listed, "iterative", self.iterative, "needs --layers, not a list of them in --layer_choice")
 
     @property
     def text_sizes(self) -> tuple[int, int]:

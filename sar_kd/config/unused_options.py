@@ -28,7 +28,15 @@ ROUTER_OPTIONS = (
 """Of routers that learn"""
 
 _SAMPLING = ("sample_temperature", "sample_top_p", "max_new_tokens", "replay_size", "replay_fraction")
-_DISTILLATION = ("temperature", "alignment", "kd_direction", "jsd_beta", "alm_tau", "teacher_top_k")
+_DISTILLATION = (
+    "teacher_system_prompt",
+    "temperature",
+    "alignment",
+    "kd_direction",
+    "jsd_beta",
+    "alm_tau",
+    "teacher_top_k",
+)
 
 _RULES = (
     _Rule(_DISTILLATION, lambda v: v["alpha_kd"] > 0, "where --alpha_kd is 0: nothing is distilled"),
@@ -58,6 +66,9 @@ _RULES = (
     _Rule(("teacher_max_memory",), lambda v: bool(v["teacher_device_map"]), "without --teacher_device_map"),
     _Rule(("lora_alpha", "lora_dropout", "lora_targets", "adapter_only"), lambda v: v["lora_rank"] > 0,
           "without --lora_rank above 0"),
+    _Rule(("student_lr", "per_device_batch_size", "model_dtype"), lambda v: v["heal_steps"] > 0,
+          "without --heal_steps"),
+    _Rule(("vocab_from",), lambda v: bool(v["vocab_size"]), "without --vocab_size"),
     _Rule(("epochs",), lambda v: v["train_steps"] == 0, "beside --train_steps"),
     _Rule(("save_steps",), lambda v: v["save_strategy"] == "steps", "without --save_strategy steps"),
     _Rule(("parallel",), lambda v: "epochs" not in v, "on fine-tuning, which takes one process"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -27,14 +28,11 @@ class WholeModel:
     """The option and its value, with which an error begins"""
     files: ModelFiles
     model: Any
+    tokenizer: Any
     pair: TokenizerPair
-    """The tokenizer stands for both"""
+    """The tokenizer that was loaded stands for both"""
     dtypes: WeakKeyDictionary[nn.Module, dict[str, torch.dtype]]
     """By module, and name of a parameter or a buffer in it: a cut changes the names of modules"""
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.pair.student
 
     def restore_dtypes_(self) -> None:
         """Give every tensor the dtype of its file again; their values are unchanged."""
@@ -86,7 +84,7 @@ def load_whole(
         )  # fmt: skip
     except UnfitTokenizer as error:
         raise UsageError(f"{title}: its tokenizer {error.reason}; use another model") from None
-    return WholeModel(title, files, model, pair, dtypes)
+    return WholeModel(title, files, model, tokenizer, pair, dtypes)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -95,12 +93,17 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def probe_logits(model: Any, precision: Precision) -> Tensor:
-    """The logits of a fixed text, float32 [T, V] on the CPU: 32 tokens, or as many as the model takes."""
+def probe_logits(model: Any, precision: Precision, tokens: Sequence[int] = ()) -> Tensor:
+    """The logits of a fixed text, float32 [T, V] on the CPU: 32 tokens, or as many as the model takes.
+
+    tokens: ids of the model that stand for its vocabulary, in the text and in the logits; none for all of them
+    """
+    kept = torch.tensor(tokens or range(vocab_size_of(model)))
     length = min(32, context_length_of(model) or 32)
-    input_ids = (7 * torch.arange(length) % vocab_size_of(model))[None].to(precision.device)
+    step = 7 + len(kept) // length  # over all of the vocabulary
+    input_ids = kept[step * torch.arange(length) % len(kept)][None].to(precision.device)
     with in_eval_mode(model):
-        return model(input_ids=input_ids, use_cache=False).logits[0].float().cpu()
+        return model(input_ids=input_ids, use_cache=False).logits[0].float().cpu()[:, kept]
 
 
 def check_equal(title: str, found: Tensor, expected: Tensor) -> None:

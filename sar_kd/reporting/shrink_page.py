@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from sar_kd.reporting.charts import build_influence_chart
 from sar_kd.reporting.model_card import public_name
@@ -21,6 +21,7 @@ class Measured:
 
     parameters: int
     bytes: int
+    tokens_per_byte: float
     perplexity: float
     bits_per_byte: float
     seconds_per_token: float
@@ -31,6 +32,7 @@ class Measured:
         return {
             "parameters": f"{self.parameters:,}",
             "bytes": format_bytes(self.bytes),
+            "tokens a byte": f"{self.tokens_per_byte:.4f}",
             "perplexity": format_perplexity(self.perplexity),
             "bits per byte": f"{self.bits_per_byte:.4f}",
             "ms a token, generating": f"{1000 * self.seconds_per_token:.1f}",
@@ -47,24 +49,50 @@ class Shrunk:
     before: Measured
     after: Measured | None = None
     """None until the cut model was written"""
+    healed: Measured | None = None
+    """After distillation; None without"""
+    run: str = ""
+    """The folder of the distilled student, in that of the cut model"""
     cuts: Sequence[str] = ()
     """Each cut in words"""
     warnings: Sequence[str] = ()
     influence: Sequence[float] = ()
     """Of each layer; nothing where none was measured"""
     dropped_layers: Sequence[int] = ()
+    rounds: Sequence[tuple[Measured, Measured]] = ()
+    """After the cut and after distillation, of each round before the last"""
 
-    def rows(self) -> list[tuple[str, str, str]]:
-        """Name, before, after."""
+    def next_round(self) -> Shrunk:
+        """The same model at the start of the round behind one that has ended."""
         assert self.after is not None
-        after = self.after.cells()
-        return [(name, cell, after[name]) for name, cell in self.before.cells().items()]
+        assert self.healed is not None
+        rounds = [*self.rounds, (self.after, self.healed)]
+        return dataclasses.replace(self, after=None, healed=None, run="", rounds=rounds, warnings=())
+
+    def columns(self) -> list[tuple[str, Measured]]:
+        """What was measured, by name, in order."""
+        assert self.after is not None
+        if self.healed is None and not self.rounds:
+            return [("before", self.before), ("after", self.after)]
+        numbers = [f" {number}" for number in range(1, len(self.rounds) + 2)] if self.rounds else [""]
+        stages = [*self.rounds, (self.after, self.healed)]
+        pairs = ((f"{name}{number}", measured) for number, pair in zip(numbers, stages, strict=True)
+                 for name, measured in zip(("cut", "distilled"), pair, strict=True))  # fmt: skip
+        return [("before", self.before), *((name, measured) for name, measured in pairs if measured)]
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The names of the columns; then name and values of each row."""
+        columns = self.columns()
+        cells = [measured.cells() for _, measured in columns]
+        return [("", *(name for name, _ in columns)), *((name, *(each[name] for each in cells)) for name in cells[0])]
 
     def table(self) -> list[str]:
         """The rows in columns."""
-        rows = [("", "before", "after"), *self.rows()]
+        rows = self.rows()
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return [f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}" for row in rows]
+        lines = (zip(row, widths, strict=True) for row in rows)
+        return ["  ".join(f"{cell:>{width}}" if i else f"{cell:<{width}}" for i, (cell, width) in enumerate(line))
+                for line in lines]  # fmt: skip
 
 
 def build_shrink_page(shrunk: Shrunk) -> str:
@@ -73,7 +101,7 @@ def build_shrink_page(shrunk: Shrunk) -> str:
     return render(PAGE, shrunk=shrunk, name=public_name(shrunk.model), charts=charts, version=__version__)
 
 
-def build_shrink_card(shrunk: Shrunk, folder: Path) -> str:
+def build_shrink_card(shrunk: Shrunk, title: str) -> str:
     """The model card, Markdown with the metadata that the Hugging Face hub reads."""
     from huggingface_hub import ModelCardData
 
@@ -85,4 +113,4 @@ def build_shrink_card(shrunk: Shrunk, folder: Path) -> str:
         base_model=name if "/" in name else None,
     )
     values = {"shrunk": shrunk, "name": name, "version": __version__}
-    return render("shrink_card.md", metadata=metadata.to_yaml(), title=folder.name, **values)
+    return render("shrink_card.md", metadata=metadata.to_yaml(), title=title, **values)

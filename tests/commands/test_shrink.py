@@ -8,8 +8,8 @@ import torch
 import transformers
 from safetensors import safe_open
 
+from sar_kd.commands.cuts import Goal, choose_layers
 from sar_kd.commands.main import main
-from sar_kd.commands.shrink import choose_layers
 from sar_kd.config.shrinking import ShrinkConfig
 from sar_kd.data.batch import IGNORE_INDEX, TokenBatch, next_token_targets
 from sar_kd.errors import UsageError
@@ -193,12 +193,12 @@ def _influence(num_layers=12, quiet=(3, 4, 5)):
     ],
 )
 def test_each_choice_keeps_its_layers(options, kept):
-    assert choose_layers(ShrinkConfig(output_dir="x", **options), _influence()) == kept
+    assert choose_layers(ShrinkConfig(output_dir="x", **options), _influence(), Goal(1)) == kept
 
 
 def test_the_last_layers_stay_although_they_change_the_least():
     config = ShrinkConfig(output_dir="x", layers="9")
-    assert choose_layers(config, _influence(quiet=(9, 10, 11)))[-2:] == [10, 11]
+    assert choose_layers(config, _influence(quiet=(9, 10, 11)), Goal(1))[-2:] == [10, 11]
 
 
 def test_a_checkpoint_keeps_its_dtypes_and_is_counted_in_them(saved, shrink, tmp_path, capsys):
@@ -258,7 +258,7 @@ def test_the_measures_are_those_of_the_two_folders(saved, shrink, tmp_path, caps
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "shrink: nothing is to be cut; give --layers, --intermediate or --experts"),
+        ("", "shrink: nothing is to be cut; give --layers, --intermediate, --experts or --vocab_size"),
         ("--intermediate 1.0", "--intermediate 1.0: must be a number of channels, or a share above 0 and below 1"),
         ("--intermediate 48", "--intermediate 48: keeps 48 of 48; give a number from 1 to 47"),
         ("--layers 6", "--layers 6: keeps 6 of 6; give a number from 1 to 5"),

@@ -22,16 +22,21 @@ _KINDS = {
 def require_files(config: DataConfig) -> None:
     """Raise UsageError unless each of `--train_file` and `--validation_file` is a file that can be opened."""
     for option, path in _files(config):
-        try:
-            mode = path.stat().st_mode
-        except OSError as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UsageError(f"--{option} {path}: cannot be read ({reason})") from None
-        for is_kind, reason in _KINDS.items():
-            if is_kind(mode):
-                raise UsageError(f"--{option} {path}: {reason}")
-        if not os.access(path, os.R_OK):
-            raise UsageError(f"--{option} {path}: cannot be read (Permission denied)")
+        require_file(option, path)
+
+
+def require_file(option: str, path: Path) -> None:
+    """Raise UsageError, which names the option, unless the path is of a file that can be opened."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"--{option} {path}: cannot be read ({reason})") from None
+    for is_kind, reason in _KINDS.items():
+        if is_kind(mode):
+            raise UsageError(f"--{option} {path}: {reason}")
+    if not os.access(path, os.R_OK):
+        raise UsageError(f"--{option} {path}: cannot be read (Permission denied)")
 
 
 def check_first_lines(config: DataConfig) -> None:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sar_kd import embedded
-from sar_kd.config.sections import DataConfig
-from sar_kd.data.files.file_checks import require_files
+from sar_kd.config.sections import EMBEDDED, DataConfig
+from sar_kd.data.files.file_checks import require_file, require_files
 from sar_kd.data.files.public_forms import has_known_form
 from sar_kd.data.files.samples import PAIRS, Conversation, Document, LongDocument, Sample, conversation_of, read_file
 from sar_kd.data.unit_questions import task_questions
@@ -92,8 +92,7 @@ def load_documents(
     elif config.train_file:
         train, validation = _load_files("train_file", config.train_file, config.text_field), _Text([], ())
     else:
-        splits = embedded.read_text("transfer", "validation")
-        train, validation = (_read(_Source(partial(starmap, Document, texts.items()))) for texts in splits)
+        train, validation = _embedded("transfer", "validation")
     if config.validation_file:
         validation = _load_files("validation_file", config.validation_file, config.text_field)
     if not train.count:
@@ -104,6 +103,24 @@ def load_documents(
     if not validation.count:
         return _hold_out(train)
     return train.all, validation.all
+
+
+def load_whole_texts(option: str, names: Sequence[str], text_field: str) -> list[Documents]:
+    """All documents of each of these files; 'embedded' is the embedded training text.
+
+    Raises: UsageError, which names the option, as `load_documents`
+    """
+    for name in names:
+        if name != EMBEDDED:
+            require_file(option, Path(name))
+    return [
+        (_embedded("transfer")[0] if name == EMBEDDED else _load_files(option, (name,), text_field)).all
+        for name in names
+    ]
+
+
+def _embedded(*splits: str) -> list[_Text]:
+    return [_read(_Source(partial(starmap, Document, texts.items()))) for texts in embedded.read_text(*splits)]
 
 
 @dataclass(frozen=True)
