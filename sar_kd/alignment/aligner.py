@@ -158,12 +158,16 @@ class Aligner:
         class_of[self._shared_table.fine_tokens] = self._shared_table.fine_classes
         return class_of
 
-    def align_equal(self, positions: Tensor) -> Alignment:
-        """The alignment of a batch that both models read in the same tokens; `TokenBatch.positions`, int64 [N]."""
+    def align_equal(self, positions: Tensor, teacher_positions: Tensor | None = None) -> Alignment:
+        """The alignment of a batch that both models read in the same tokens.
+
+        positions: `TokenBatch.positions`, int64 [N]; teacher_positions: the teacher's, where a prompt shifts them
+        """
+        teacher_positions = positions if teacher_positions is None else teacher_positions
         every = torch.arange(len(positions))
         return Alignment(
             student_positions=every,
-            teacher_positions=positions,
+            teacher_positions=teacher_positions,
             strict=torch.ones(len(positions), dtype=torch.bool),
             teacher_continuations=None,
             student_continuations=None,
@@ -173,16 +177,21 @@ class Aligner:
             teacher_chunks=every,
             num_chunks=len(positions),
             student_ends=positions + 1,
-            teacher_ends=positions + 1,
+            teacher_ends=teacher_positions + 1,
         )
 
-    def align(self, blocks: Sequence[Block], student_width: int, teacher_width: int) -> Alignment:
+    def align(
+        self, blocks: Sequence[Block], student_width: int, teacher_width: int, teacher_shifts: np.ndarray | None = None
+    ) -> Alignment:
         """The alignment of a batch of blocks, each one row of inputs of these widths, start token first.
 
+        teacher_shifts: int64 [B], by how many places a prompt moves the teacher's tokens
         Blocks begin and end at common boundaries, so each has the same bytes on both sides.
         """
         student = BatchTokens(self._text.student, [block[:2] for block in blocks], student_width, STUDENT)
-        teacher = BatchTokens(self._text.teacher, [block[2:] for block in blocks], teacher_width, TEACHER)
+        teacher = BatchTokens(
+            self._text.teacher, [block[2:] for block in blocks], teacher_width, TEACHER, teacher_shifts
+        )
         boundaries = find_boundaries(student.ends, teacher.ends)
         common = (boundaries.student_prefix_length == 0) & (boundaries.teacher_prefix_length == 0)
         common &= student.is_usable[boundaries.student] & teacher.is_usable[boundaries.teacher]

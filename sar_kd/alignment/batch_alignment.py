@@ -121,8 +121,18 @@ class Alignment:
 class BatchTokens:
     """One tokenizer's tokens of a batch, block after block; byte offsets continue across blocks."""
 
-    def __init__(self, stream: TokenStream, ranges: Sequence[tuple[int, ...]], width: int, side: int):
-        """ranges: of the blocks in the stream; width: of the inputs, start token first; side: STUDENT or TEACHER"""
+    def __init__(
+        self,
+        stream: TokenStream,
+        ranges: Sequence[tuple[int, ...]],
+        width: int,
+        side: int,
+        shifts: np.ndarray | None = None,
+    ):
+        """ranges: of the blocks in the stream; width: of the inputs, start token first; side: STUDENT or TEACHER
+
+        shifts: int64 [B], by how many places each block's tokens stand later in the inputs; None for 0
+        """
         spans = [slice(*span) for span in ranges]
         num_tokens = np.array([span.stop - span.start for span in spans])
         bounds = np.array([[stream.ends[i - 1] if i else 0 for i in span] for span in ranges], dtype=np.int64)
@@ -138,6 +148,8 @@ class BatchTokens:
         firsts = np.cumsum(num_tokens) - num_tokens
         self.inputs = np.arange(len(self.ids)) + np.repeat(1 + width * np.arange(len(spans)) - firsts, num_tokens)
         """Index of each token in the flattened inputs"""
+        if shifts is not None:
+            self.inputs += np.repeat(shifts, num_tokens)
         self.positions = np.cumsum(self.is_target) - 1 if side == STUDENT else self.inputs - 1
         """The position that predicts each token: the student's among its N targets, the teacher's in all logits"""
         dummy = np.concatenate([stream.has_dummy[span] for span in spans])

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from sar_kd.config.commands import GenerateConfig
-from sar_kd.config.sections import PrecisionConfig
+from sar_kd.config.sections import SELF, PrecisionConfig
 from sar_kd.data.chat.encoding import DEFAULT_TEMPLATE, chat_prompt_ids
 from sar_kd.errors import UsageError
 from sar_kd.models.generation import generate
@@ -73,7 +73,7 @@ def _models_of(run: RunHistory) -> dict[str, tuple[str, str]]:
         "student, before": ("student_model", str(run.setting("student_model"))),
         _AFTER: ("student_model", str(student)),
     }
-    if not run.setting("teacher_model"):  # a fine-tuning run has none
+    if run.setting("teacher_model") in (None, "", SELF):  # a fine-tuning run has none; the student, before, is itself
         del sources["teacher"]
     return sources
 

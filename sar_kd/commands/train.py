@@ -13,6 +13,7 @@ from sar_kd.commands.unit_task import prepare_task, task_callbacks
 from sar_kd.config.runs import Config
 from sar_kd.data.dataset import build_dataset
 from sar_kd.data.files.sources import load_documents
+from sar_kd.data.teacher_prompt import build_teacher_prompt
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.losses.objective import Objective
 from sar_kd.models.loading import NO_LOADED_MODELS, LoadedModels, load_models
@@ -72,10 +73,12 @@ def _run(
     for line in models.notes:
         log.info(line)
     limits = models.block_limits(config.data.block_size)  # tokens in a block, for each model
+    prompt = build_teacher_prompt(config.models.teacher_system_prompt, models.tokenizers, *reversed(limits))
+    limits = limits[0], limits[1] - (prompt.num_tokens if prompt else 0)  # --teacher_system_prompt
     logits = cache.texts(documents, models.tokenizers.teacher) if cache else (None, None)
     tokens, workspace_mb = TokenCache(config.data.token_cache), config.loss.loss_workspace_mb
     train, validation = (
-        build_dataset(text, models.tokenizers, *limits, tokens, cached, workspace_mb, option)
+        build_dataset(text, models.tokenizers, *limits, tokens, cached, workspace_mb, option, prompt)
         for text, cached, option in zip(documents, logits, config.data.text_options(), strict=True)
     )
 

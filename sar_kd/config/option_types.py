@@ -67,6 +67,7 @@ class DistillOptions(TrainingOptions, total=False):
     """Options of `distill` and `preflight`."""
 
     teacher_cache: str
+    teacher_system_prompt: str
     task_teacher_steps: int
     skip_baseline: bool
     control: bool

@@ -14,6 +14,7 @@ from sar_kd.config.placement import TeacherPlacementConfig
 from sar_kd.config.sections import (
     AUTO_BATCH,
     EMBEDDED,
+    SELF,
     DataConfig,
     DeviceConfig,
     DistillationDataConfig,
@@ -142,6 +143,8 @@ class Config(RunConfig):
         if routing in ("all", "ka", "sar") and obstacle:
             raise UsageError(f"--routing {routing}: {'; '.join(obstacle)}")
         _require_fitting_optimizer(self)
+        if self.models.teacher_model == SELF:
+            self._require_own_base()
         is_sharded, rank = self.train.parallel == "fsdp", self.lora.lora_rank
         require(not (is_sharded and rank), "lora_rank", rank,
                 "with --parallel fsdp no device has the whole student that an adapter belongs to; use --parallel ddp, "
@@ -158,6 +161,21 @@ class Config(RunConfig):
         asked = self.comparison.control or (bool(self.data.task) and not self.comparison.skip_baseline)
         return asked and self.loss.alpha_kd > 0
 
+    def _require_own_base(self) -> None:
+        """Raise UsageError where the student cannot be its own teacher."""
+        memory, routing = self.memory, self.routing.routing
+        refusals = {
+            "is the student without its adapter; give --lora_rank": self.lora.lora_rank == 0,
+            "is not used, as --alpha_kd is 0": self.loss.alpha_kd == 0,
+            "is in no cache; leave out --teacher_cache": bool(self.models.teacher_cache),
+            f"its experts are the student's, so --routing {routing} would change both; use --routing native":
+                routing not in ("native", "auto"),
+            "has no weights of its own; leave out the options of the teacher's memory":
+                bool(memory.placement() or memory.offload_teacher_to_cpu or memory.teacher_quantization != "off"),
+        }  # fmt: skip
+        for reason, is_refused in refusals.items():
+            require(not is_refused, "teacher_model", SELF, reason)
+
     def routing_obstacle(self, trains_routers: bool, is_sharded: bool) -> tuple[str, str] | None:
         """Why no routing but the native one is possible with these settings, and the remedy; None if one is.
 
@@ -167,6 +185,8 @@ class Config(RunConfig):
             return "distillation is off (--alpha_kd is 0)", "use --routing native"
         if not trains_routers:
             return None
+        if self.models.teacher_model == SELF:
+            return "--teacher_model self has the student's routers", "use --routing native"
         if self.loss.alignment == "hidden":
             reason = "--alignment hidden compares no probabilities, from which routers learn"
             return reason, "use another alignment, or --routing all"

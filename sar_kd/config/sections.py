@@ -18,6 +18,9 @@ from sar_kd.errors import UsageError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+SELF = "self"
+"""The value of --teacher_model that means the student without its adapter."""
+
 EMBEDDED = "embedded"
 """The value of --teacher_model and --student_model that means the models shipped with the package."""
 
@@ -41,9 +44,24 @@ class PairConfig(Section):
 class ModelConfig(PairConfig):
     """Models: which teacher and which student."""
 
+    teacher_model: str = option(
+        EMBEDDED,
+        "directory or hub id; 'embedded' is the teacher shipped with the package; 'self', with --lora_rank, the "
+        "student without its adapter",
+        not_empty="give a directory or a hub id",
+    )
     teacher_cache: str = option(
         "", "folder made by `sar-kd cache`: the teacher's logits are read from it and the teacher is not loaded"
     )
+    teacher_system_prompt: str = option(
+        "", "a prompt, or @FILE, that only the teacher sees: a conversation's system message, or the beginning of a "
+        "block of plain text",
+    )  # fmt: skip
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(not (self.teacher_system_prompt and self.teacher_cache), "teacher_cache", self.teacher_cache,
+                "was made without --teacher_system_prompt; leave one of them out")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

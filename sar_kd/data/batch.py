@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,16 +83,18 @@ def _to(record, device: torch.device):
     return dataclasses.replace(record, **changed)
 
 
-def token_batch(stream: TokenStream, ranges: list[tuple[int, int]], start_ids: list[int]) -> TokenBatch:
-    """Ranges of a token stream as one padded batch, each after a start token of its own."""
-    width = 1 + max(end - start for start, end in ranges)
-    input_ids = torch.tensor(start_ids, dtype=torch.int64)[:, None].repeat(1, width)
+def token_batch(stream: TokenStream, ranges: list[tuple[int, int]], beginnings: Sequence[Sequence[int]]) -> TokenBatch:
+    """Ranges of a token stream as one padded batch, each after tokens of its own, of which the first one pads it."""
+    width = max(len(first) + end - start for first, (start, end) in zip(beginnings, ranges, strict=True))
+    input_ids = torch.tensor([first[0] for first in beginnings], dtype=torch.int64)[:, None].repeat(1, width)
     labels = torch.full((len(ranges), width), IGNORE_INDEX, dtype=torch.int64)
     for i, (start, end) in enumerate(ranges):
         ids = torch.from_numpy(stream.ids[start:end].astype(np.int64))
         is_target = torch.from_numpy(stream.is_target[start:end].copy())  # a memory-mapped array is read-only
-        input_ids[i, 1 : 1 + len(ids)] = ids
-        labels[i, 1 : 1 + len(ids)] = torch.where(is_target, ids, IGNORE_INDEX)
+        first = len(beginnings[i])
+        input_ids[i, :first] = torch.tensor(beginnings[i])
+        input_ids[i, first : first + len(ids)] = ids
+        labels[i, first : first + len(ids)] = torch.where(is_target, ids, IGNORE_INDEX)
     return TokenBatch(input_ids, labels, *next_token_targets(labels))
 
 

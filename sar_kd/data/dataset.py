@@ -21,6 +21,7 @@ from sar_kd.alignment.segments import Segment, build_segments
 from sar_kd.data.batch import Batch, CachedTopK, TokenBatch, token_batch
 from sar_kd.data.blocks import pack, skip_passages, skip_start_tokens
 from sar_kd.data.files.sources import Documents
+from sar_kd.data.teacher_prompt import TeacherPrompt, shifts_of
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.data.tokenized_text import tokenize
 from sar_kd.tokenization.token_stream import Block, Blocks, TokenizedText
@@ -64,19 +65,25 @@ def build_dataset(
     cached_logits: CachedLogits | None = None,
     loss_workspace_mb: int | None = None,
     option: str = "--train_file",
+    teacher_prompt: TeacherPrompt | None = None,
 ) -> Dataset:
     """Documents to token streams to blocks to a dataset.
 
-    max_student, max_teacher: most tokens of a block, start token included
+    max_student, max_teacher: most tokens of a block, start token included, and without a teacher's prompt
     token_cache: for the tokens of a large text; cached_logits: the teacher's, of this text
-    loss_workspace_mb: as `Dataset`; option: that names the text, for an error
-    Raises: UsageError as `tokenize` and `skip_passages`
+    loss_workspace_mb, teacher_prompt: as `Dataset`; option: that names the text, for an error
+    Raises: UsageError as `tokenize` and `skip_passages`, and for a conversation that the prompt does not fit into
     """
     limits = max_student - 1, max_teacher - 1
     text = tokenize(documents, pair, limits, token_cache, option)
     records = cached_logits.lookup(text) if cached_logits else None
     blocks = pack(text, *limits, records.block_ends() if records else None)
-    return Dataset(skip_passages(text, blocks, pair, limits[0]), blocks, pair, records, loss_workspace_mb)
+    text = skip_passages(text, blocks, pair, limits[0])
+    dataset = Dataset(text, blocks, pair, records, loss_workspace_mb, teacher_prompt)
+    if teacher_prompt is not None:
+        for block in dataset.blocks[len(blocks) - len(text.conversations) :]:
+            dataset.before(block, "teacher")  # one into which the prompt does not fit ends the run before it begins
+    return dataset
 
 
 class Dataset:
@@ -89,8 +96,14 @@ class Dataset:
         pair: TokenizerPair,
         cached_records: CachedRecords | None = None,
         loss_workspace_mb: int | None = None,
+        teacher_prompt: TeacherPrompt | None = None,
     ):
-        """loss_workspace_mb: memory for the logits of one segment of a batch, MiB; None: a batch is one segment"""
+        """loss_workspace_mb: memory for the logits of one segment of a batch, MiB; None: a batch is one segment
+
+        teacher_prompt: what only the teacher reads, before each block
+        """
+        self.teacher_prompt, self.plain_starts = teacher_prompt, frozenset[int]()
+        """plain_starts: teacher starts of blocks of plain text that stand among the conversations"""
         self.text, self.pair, self.cached_records = text, pair, cached_records
         self.blocks = skip_start_tokens(blocks, text)
         self._loss_workspace_mb = loss_workspace_mb
@@ -118,10 +131,12 @@ class Dataset:
         ranges = [self.blocks[i] for i in blocks]
         student = self._token_batch("student", ranges)
         if self.pair.tables is None:
-            alignment = self.aligner.align_equal(student.positions)
-            return Batch(student, student, alignment, tuple(blocks), cached_logits=self._records(ranges, student))
+            teacher = self._token_batch("teacher", ranges) if self.teacher_prompt else student
+            alignment = self.aligner.align_equal(student.positions, teacher.positions)
+            return Batch(student, teacher, alignment, tuple(blocks), cached_logits=self._records(ranges, student))
         teacher = self._token_batch("teacher", ranges)
-        alignment = self.aligner.align(ranges, student.input_ids.shape[1], teacher.input_ids.shape[1])
+        shifts = shifts_of([self.before(block, "teacher") for block in ranges]) if self.teacher_prompt else None
+        alignment = self.aligner.align(ranges, student.input_ids.shape[1], teacher.input_ids.shape[1], shifts)
         segments: tuple[Segment, ...] = ()
         if alignment.teacher_continuations is not None:
             coarser, limit = self.aligner.teacher_is_coarser, self.aligner.segment_size
@@ -129,8 +144,20 @@ class Dataset:
         return Batch(student, teacher, alignment, tuple(blocks), segments, cached_logits=self._records(ranges, teacher))
 
     def _token_batch(self, which: str, blocks: Sequence[Block]) -> TokenBatch:
-        ranges = [(getattr(block, f"{which}_start"), getattr(block, f"{which}_end")) for block in blocks]
-        return token_batch(getattr(self.text, which), ranges, [self.start_of(block, which) for block in blocks])
+        beginnings, replaced = zip(*(self.before(block, which) for block in blocks), strict=True)
+        starts, ends = ([getattr(block, f"{which}_{end}") for block in blocks] for end in ("start", "end"))
+        ranges = [(start + skip, end) for start, skip, end in zip(starts, replaced, ends, strict=True)]
+        return token_batch(getattr(self.text, which), ranges, beginnings)
+
+    def before(self, block: Block, which: str) -> tuple[list[int], int]:
+        """The tokens before a block, and how many of its own they replace: the start token; the teacher's prompt."""
+        start = self.start_of(block, which)
+        if self.teacher_prompt is None or which == "student":
+            return [start], 0
+        conversations = self.text.conversations
+        is_conversation = len(conversations) > 0 and block.teacher_start > conversations[0].teacher_start
+        is_conversation = is_conversation and block.teacher_start not in self.plain_starts
+        return self.teacher_prompt.begin(self.text, block, start, is_conversation)
 
     def start_of(self, block: Block, which: str) -> int:
         """The input before a block, of which nothing is predicted: a conversation's first token, or the start token."""

@@ -17,7 +17,7 @@ from torch import nn
 from sar_kd.config.fields import RunConfig
 from sar_kd.config.placement import TeacherPlacementConfig
 from sar_kd.config.runs import Config, SftConfig
-from sar_kd.config.sections import EMBEDDED, ModelConfig
+from sar_kd.config.sections import EMBEDDED, SELF, ModelConfig
 from sar_kd.errors import UsageError
 from sar_kd.models.half_precision import compute_in_range_
 from sar_kd.models.lm_head import backbone_of
@@ -33,6 +33,7 @@ from sar_kd.models.model_checks import (
     vocab_size_of,
 )
 from sar_kd.models.model_files import find_model, no_tokenizer, require_weights
+from sar_kd.models.own_base import WithoutAdapter
 from sar_kd.models.placement import device_of_teacher, load_outside_modes_, spreading_options
 from sar_kd.models.pretrained import (
     build_meta_model,
@@ -114,9 +115,9 @@ def load_models(
             f"--teacher_quantization {quantization}: the teacher is in memory already; leave the option out"
         )
     teacher: Any = None
-    if cached is None:
+    if cached is None and names.teacher_model != SELF:
         teacher = _load_placed_teacher(names, config.memory, precision, loaded, notes, quantization, has_student=True)
-    info = cached or _teacher_info(names, teacher)
+    info = cached or _teacher_info(names, student if teacher is None else teacher)
     tokenizers = _load_tokenizers(
         names,
         {"student_model": vocab_size_of(student), "teacher_model": info.vocab_size},
@@ -133,15 +134,14 @@ def load_models(
         student.to(precision.device)
     student, more_notes = _make_trainable(student, config, tokenizers, precision)
     notes += more_notes
-    is_embedded = names.teacher_model == names.student_model == EMBEDDED
+    if names.teacher_model == SELF:
+        teacher = WithoutAdapter(student)
+    is_embedded = names.student_model == EMBEDDED and names.teacher_model in (EMBEDDED, SELF)
     return Models(teacher, student, tokenizers, is_embedded, info.limit or None, offload, tuple(notes))
 
 
 def load_teacher(
-    names: Any,
-    precision: Precision,
-    memory: TeacherPlacementConfig | None = None,
-    notes: list[str] | None = None,
+    names: Any, precision: Precision, memory: TeacherPlacementConfig | None = None, notes: list[str] | None = None
 ) -> tuple[nn.Module, Any, TeacherInfo]:
     """Load `--teacher_model`, frozen, and its tokenizer, without a student.
 
@@ -176,10 +176,7 @@ def _load_placed_teacher(
         options = spreading_options(meta, memory, precision, has_student, notes)
     teacher: Any = _load_checked_model("teacher_model", names, precision.dtype, precision, loaded, notes, **options)
     teacher.requires_grad_(False).eval()
-    if memory.teacher_device_map:
-        load_outside_modes_(teacher)
-    else:
-        teacher.to(device)
+    load_outside_modes_(teacher) if memory.teacher_device_map else teacher.to(device)
     require_causal(f"--teacher_model {names.teacher_model}", teacher, precision)
     return teacher
 
@@ -233,12 +230,17 @@ def load_tokenizers(
     names: `teacher_model`, `student_model` and `trust_remote_code`; template_date: as of `TokenizerPair`
     Raises: UsageError as `load_models`
     """
-    models = {role: loaded.model(role) for role in ("student_model", "teacher_model")}
+    models = {role: loaded.model(_source(role, names)) for role in ("student_model", "teacher_model")}
     sizes = {
-        role: vocab_size_of(model) if model is not None else _configured_vocab_size(role, names)
+        role: vocab_size_of(model) if model is not None else _configured_vocab_size(_source(role, names), names)
         for role, model in models.items()
     }
     return _load_tokenizers(names, sizes, loaded, aligns=aligns, template_date=template_date)
+
+
+def _source(option: str, names: Any) -> str:
+    """The option whose model this one's is, which is another one where the student is its own teacher."""
+    return "student_model" if getattr(names, option) == SELF else option
 
 
 def load_for_generation(
@@ -269,7 +271,8 @@ class MetaModels:
         self.config, self.loaded = config, loaded
         self.conversions: dict[str, str] = {}
         """By role, what is made of the files before the model is used; of models from such files only"""
-        self.roles = [role for role in ("teacher", "student") if hasattr(config.models, f"{role}_model")]
+        named = {role: getattr(config.models, f"{role}_model", SELF) for role in ("teacher", "student")}
+        self.roles = [role for role, name in named.items() if name != SELF]
 
     @cached_property
     def models(self) -> dict[str, nn.Module]:
@@ -345,7 +348,8 @@ def _load_tokenizers(
     names: ModelConfig, vocab_sizes: Mapping[str, int], loaded: LoadedModels = NO_LOADED_MODELS, **options
 ) -> TokenizerPair:
     """vocab_sizes: of the models, by option, student first; options: further arguments of `TokenizerPair`"""
-    tokenizers = [_load_checked_tokenizer(option, names, size, loaded) for option, size in vocab_sizes.items()]
+    sizes = vocab_sizes.items()
+    tokenizers = [_load_checked_tokenizer(_source(option, names), names, size, loaded) for option, size in sizes]
     return _pair_tokenizers(names, tokenizers, list(vocab_sizes.values()), **options)
 
 

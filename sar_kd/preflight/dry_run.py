@@ -123,9 +123,9 @@ class _DryRun:
         self.config, self.precision, self.tracker = config, precision, tracker
         self.keeps_gradients, self.phases = keeps_gradients, list[Phase]()
         self.student = self._student(models["student"])
+        self.is_own_teacher = getattr(config.models, "teacher_model", "") == SELF
         self.teacher: Any = self._teacher(models["teacher"]) if "teacher" in models else None
-        if getattr(config.models, "teacher_model", "") == SELF:
-            self.teacher = WithoutAdapter(self.student)
+        self.teacher = WithoutAdapter(self.student) if self.is_own_teacher else self.teacher
         self.heads = LMHeads(precision)
         for model, label in ((self.student, "student"), (self.teacher, "teacher")):
             if model is not None:
@@ -186,8 +186,7 @@ class _DryRun:
     def shorten_(self) -> None:
         """Run few of the layers that are alike, from now on; of a teacher whose routing is watched, all."""
         is_watched = getattr(getattr(self.config, "routing", None), "routing", "native") != "native"
-        is_own = isinstance(self.teacher, WithoutAdapter)  # its layers are the student's
-        for model in filter(None, (self.student, None if is_watched or is_own else self.teacher)):
+        for model in filter(None, (self.student, None if is_watched or self.is_own_teacher else self.teacher)):
             stand_in_(model, self.tracker)
 
     @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sar_kd.config.sections import SELF
 from sar_kd.reporting.history import RunHistory, read_history
 from sar_kd.reporting.rendering import render
 from sar_kd.runtime.files import as_float, atomic_write
@@ -49,6 +50,7 @@ def build_model_card(run: RunHistory) -> str:
 
     best = run.best
     names = [run.setting(f"{role}_model") for role in ("teacher", "student")]
+    names[0] = names[1] if names[0] == SELF else names[0]
     teacher, student = (public_name(str(name)) if name else "" for name in names)  # fine-tuning has no teacher
     teacher = "" if as_float(run.setting("alpha_kd")) == 0 else teacher
     dataset = run.setting("dataset_name")

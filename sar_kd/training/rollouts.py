@@ -145,6 +145,8 @@ class Rollouts:
         dataset = copy.copy(self.train)
         dataset.text, dataset.blocks = text, skip_start_tokens(ranges, text)
         dataset.aligner = self.train.aligner.for_text(text)
+        starts = zip(responses, dataset.blocks, strict=True)
+        dataset.plain_starts = frozenset(b.teacher_start for r, b in starts if r.prompt.block < self._num_plain)
         batch = dataset.batch(list(range(len(responses))))
         blocks = tuple(response.prompt.block for response in responses)
         return dataclasses.replace(batch, blocks=blocks, is_on_policy=True)

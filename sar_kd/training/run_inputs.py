@@ -12,7 +12,9 @@ from torch import nn
 from sar_kd.config.command_line import MAY_CHANGE_ON_RESUME
 from sar_kd.config.config_file import options_in
 from sar_kd.config.fields import RunConfig
+from sar_kd.config.sections import SELF
 from sar_kd.data.files.sources import Documents, digest_of
+from sar_kd.data.teacher_prompt import read_prompt
 from sar_kd.errors import UsageError
 from sar_kd.models.loading import Models
 from sar_kd.models.model_files import IN_MEMORY
@@ -50,7 +52,9 @@ def _digests(config: RunConfig, documents: tuple[Documents, Documents], models: 
     found["the student's files"] = _digest_model(config, "student_model", models.student)
     if tokenizers.teacher is not tokenizers.student:
         found["the teacher's tokenizer"] = fingerprint(tokenizers.teacher)
-    if models.teacher is not None:
+    if prompt := getattr(config.models, "teacher_system_prompt", ""):
+        found["the teacher's prompt"] = _digest({"text": read_prompt(prompt)})
+    if models.teacher is not None and config.models.teacher_model != SELF:
         found["the teacher's files"] = _digest_model(config, "teacher_model", models.teacher)
     elif cache := getattr(config.models, "teacher_cache", ""):
         found["the teacher cache"] = _digest(read_header(Path(cache)))

@@ -17,7 +17,7 @@ from sar_kd.errors import UsageError
 from sar_kd.version import RUN_FORMAT
 
 OPTIONS = [
-    "teacher_model", "student_model", "trust_remote_code", "teacher_cache",
+    "teacher_model", "student_model", "trust_remote_code", "teacher_cache", "teacher_system_prompt",
     "train_file", "validation_file", "text_field", "dataset_name", "dataset_config_name",
     "dataset_split", "task", "template_date",
     "block_size", "token_cache", "task_teacher_steps",

@@ -9,15 +9,15 @@ and the stop token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 from sar_kd.data.blocks import pack_streams
 from sar_kd.data.chat.layout import Form, Layout, LayoutFinder, SkippedConversation, forms
 from sar_kd.data.chat.templates import TemplateFailure, TemplateSandbox, TooMuchWork
-from sar_kd.data.files.samples import Conversation
+from sar_kd.data.files.samples import Conversation, Message
 from sar_kd.errors import UsageError
 from sar_kd.tokenization.backends import called_ids, encode
 from sar_kd.tokenization.long_text import ANCHORS, encode_after, encode_texts
@@ -201,6 +201,25 @@ class ChatTemplate:
         layout = self._finders[template].find(conversation, form)
         self.took_default |= is_default
         return layout
+
+    def beginnings(self, prompt: str) -> Iterator[tuple[list[int], list[int]]]:
+        """How a conversation begins up to the user's text, and how with a system message of this text, in tokens.
+
+        Several where the tokens at their end depend on the user's text. Raises: SkippedConversation as `find_layout`
+        """
+        user, heads = Message("user", "a", is_target=False), list[str]()
+        for messages in ((user,), (Message("system", prompt, is_target=False), user)):
+            conversation = Conversation("", messages, plain=False)
+            form = next(forms(conversation, [message.content for message in messages]))
+            layout = self.find_layout(conversation, form)
+            texts = [form.texts[i].text for i in layout.texts[:-1]]
+            heads.append("".join(chain.from_iterable(zip(layout.separators, [*texts, ""], strict=False))))
+        for end in ("", " "):  # a space may belong to the text behind it
+            if all(head.endswith(end) for head in heads):
+                old, new = (self._ids_of_separator(head.removesuffix(end), True, False) for head in heads)
+                yield old or [self.table.start_id], new or [self.table.start_id]
+        if not getattr(self.tokenizer, "chat_template", None):  # two texts that are only concatenated
+            yield [self.table.start_id], [self.table.start_id, *self._template_ids(f"{prompt}\n\n")]
 
     # Tokens
 
