@@ -6,8 +6,8 @@ Also the teacher's top-k logits, cut from a tile or read from a teacher cache, w
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
