@@ -83,6 +83,8 @@ class Cutter:
                 yield cut_()
 
     def _say_(self, line: str, **values: object) -> None:
+        rounds = self.settings.iterative
+        line = f"Round {rounds - self.goal.rounds + 1}: {line}" if rounds > 1 else line
         self.shrunk = dataclasses.replace(self.shrunk, cuts=[*self.shrunk.cuts, line], **values)  # type: ignore[arg-type]
 
     def _batches(self):

@@ -119,7 +119,8 @@ def test_each_round_cuts_what_the_one_before_has_distilled(shrink, tmp_path, cap
         expected = before.model.layers[old].self_attn.q_proj.weight
         assert torch.equal(after.model.layers[new].self_attn.q_proj.weight, expected)
     assert [line.split(" kept")[0] for line in record["cuts"]] == [
-        "Layers: 4 of 6", "Feed-forward: 36 of 48 channels", "Layers: 2 of 4", "Feed-forward: 24 of 36 channels"
+        "Round 1: Layers: 4 of 6", "Round 1: Feed-forward: 36 of 48 channels", "Round 2: Layers: 2 of 4",
+        "Round 2: Feed-forward: 24 of 36 channels",
     ]  # fmt: skip
     summary = json.loads((small / "round_1" / "healing" / "summary.json").read_text())
     assert record["rounds"][0][1]["perplexity"] == pytest.approx(summary["val_ppl_best"], rel=1e-3)

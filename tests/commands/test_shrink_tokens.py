@@ -7,7 +7,9 @@ import torch
 import transformers
 
 from sar_kd.commands.main import main
+from sar_kd.errors import UsageError
 from sar_kd.models.pretrained import silence_transformers
+from sar_kd.models.token_rows import keep_tokens_
 from sar_kd.tokenization.token_table import PROBES
 from tests.helpers.cut_models import build_to_cut
 
@@ -156,6 +158,13 @@ def test_ids_that_cannot_be_renumbered_are_named(saved, shrink, capsys):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"sequence_bias": [[[5], -1.0]]}))
     assert shrink(folder, "--vocab_size 300") == 2
     assert "sequence_bias in its generation config cannot follow; remove it first" in capsys.readouterr().err
+
+
+def test_a_tensor_that_cannot_follow_is_named():
+    model = build_to_cut("llama", 600)
+    model.model.register_buffer("masks", torch.zeros(2, 600))
+    with pytest.raises(UsageError, match=r"it: model\.masks has an entry for each token and cannot follow"):
+        keep_tokens_("it", model, range(300))
 
 
 @pytest.mark.slow
