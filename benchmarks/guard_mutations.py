@@ -28,6 +28,8 @@ TILES, LOSSES = "tests/losses/test_tiled_loss.py", "tests/losses/test_distillati
 MODELS, ROUTERS = "tests/stress/test_nonfinite_models.py", "tests/teacher/moe/test_router_training.py"
 ADAPTERS, LORA = "tests/stress/test_adapters.py", "tests/models/test_lora.py"
 DATASET, FILES = "tests/data/test_dataset.py", "tests/models/test_model_files.py"
+TOKENS, ROWS = "tests/tokenization/test_vocabulary_cut.py", "tests/commands/test_shrink_tokens.py"
+EXPERTS = "tests/teacher/moe/test_expert_cut.py"
 
 
 class Mutation(NamedTuple):
@@ -261,6 +263,16 @@ MUTATIONS = (
              "        if user is not None:\n", "        if False:\n", "tests/data/chat/test_layout.py"),
     Mutation("a prepared teacher and student", "models/loading.py",
              "    if precision.dtype is torch.float16:\n        compute_in_range_(model)\n", "", HALF),
+    # a cut model
+    Mutation("a kept token is kept with those that it is formed from", "tokenization/vocabulary_cut.py",
+             'return {self._model["vocab"][string] for string in formed}', "return {index}", suite=TOKENS),
+    Mutation("fewer tokens spell the same texts", "tokenization/vocabulary_cut.py",
+             "if before != after:", "if False:", suite=TOKENS),
+    Mutation("token ids in the configs follow", "models/token_rows.py",
+             "return new.get(value, value) if type(value) is int else value", "return value", suite=ROWS),
+    Mutation("a cut of experts is compared with masked routers", "teacher/moe/expert_cut.py",
+             "return output.index_fill(-1, self.dropped.to(output.device), -torch.inf)", "return output",
+             suite=EXPERTS),
     # the printed metrics
     Mutation("evaluation is not clamped", "evaluation/perplexity.py",
              "target_log_probs(logits.select(batch.positions), batch.targets, tile_size)",
