@@ -147,8 +147,8 @@ class _SameStart:
         if record["event"] == "start" and abs(record["val_bits_per_byte"] - self._start) > _SAME_START * self._start:
             raise UsageError(
                 f"--student_model {self._config.models.student_model}: has {record['val_bits_per_byte']:.4f} bits per "
-                f"byte on the held-out text, and had {self._start:.4f} when the run began, so it can be no control: "
-                "put back what was there"
+                f"byte on the held-out text, and had {self._start:.4f} when the run began: one of them has changed "
+                "since, so there can be no control; put back what was there"
             )
 
     def log_summary(self, summary: dict) -> None:

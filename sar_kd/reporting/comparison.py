@@ -166,6 +166,8 @@ def compare_with_control(run: HeldOut, control: HeldOut) -> dict:
     """
     start, best, size = (run.nats.get("start"), run.nats.get("best"), run.num_bytes)
     alone, teacher = control.nats.get("best"), run.nats.get("teacher")
+    if run.text != control.text:
+        return {"outcome": "not judged", "sentences": ["The run and its control were measured on different texts."]}
     if start is None or best is None or alone is None:
         return {"outcome": "not judged", "sentences": ["The losses on single documents were not kept by both runs."]}
     found = difference(best, alone, size)

@@ -182,6 +182,8 @@ class Trainer:
                 "for (--train_steps, --epochs, --max_steps); ask for more, or leave it out"
             )
         self._log(check_inputs(self.state.inputs, self.inputs, self.config.train.allow_changed_inputs))
+        if self.state.inputs != self.inputs:  # the losses so far may be of another text
+            self.state.document_nats = {}
         self.state.inputs = self.inputs
         self.log.info(f"Resumed after step {step}")
         if step == train_steps:

@@ -217,6 +217,24 @@ def test_a_finished_run_gets_a_control_by_resuming_it(done, texts, tmp_path):
     assert a == b
 
 
+@pytest.mark.slow
+def test_losses_of_a_text_that_was_changed_are_not_mixed_with_those_of_the_new_one(texts, tmp_path):
+    argv = _argv(texts, tmp_path / "run")
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text((texts / "held_out.jsonl").read_text())
+    argv[argv.index("--validation_file") + 1] = str(held_out)
+    assert run_script(argv)[0] == 0
+    held_out.write_text("".join(held_out.read_text().splitlines(keepends=True)[:21]))
+    resumed = ["--resume", "--allow_changed_inputs", "--output_dir", str(tmp_path / "run"), "--train_steps", "5"]
+    assert run_script(resumed)[0] == 0
+    found = read_held_out(tmp_path / "run")
+    assert len(found.names) == 21
+    assert "start" not in found.nats
+    code, _, (line,) = run_script([*resumed, "--control"])
+    assert code == 2
+    assert line.endswith("so there can be no control; put back what was there")
+
+
 def test_a_control_that_is_there_is_neither_taken_nor_overwritten_unasked(done, texts, tmp_path):
     _control(tmp_path / "run").mkdir()
     (_control(tmp_path / "run") / "config.json").write_text('{"mode": "balanced"}')
@@ -283,5 +301,5 @@ def test_a_student_in_memory_begins_its_control_as_it_was(texts, tmp_path):
     shutil.rmtree(_control(tmp_path / "run"))  # it is to be made again
     other = given()
     other[0].lm_head.weight.data.mul_(3.0)
-    with pytest.raises(UsageError, match="so it can be no control"):
+    with pytest.raises(UsageError, match="so there can be no control"):
         sar_kd.distill(student=other, resume=True, output_dir=tmp_path / "run")

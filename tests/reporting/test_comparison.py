@@ -1,5 +1,6 @@
 """What held-out documents show about the difference of two models: the arithmetic, its uncertainty, the sentences."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -152,6 +153,14 @@ def test_a_teacher_that_is_no_better_than_the_start_leaves_no_gap():
         found = compare_with_control(run, _held_out(best=alone))
         assert len(found["sentences"]) == 1
         assert "gap_closed" not in found
+
+
+def test_a_control_on_another_text_is_not_judged():
+    one, other, _ = _documents(60)
+    run, control = _held_out(start=other, best=one), dataclasses.replace(_held_out(best=other), text="another")
+    assert compare_with_control(run, control) == {
+        "outcome": "not judged", "sentences": ["The run and its control were measured on different texts."]
+    }  # fmt: skip
 
 
 def test_without_losses_on_documents_nothing_is_judged():
