@@ -115,7 +115,7 @@ def card() -> Iterator[None]:
     adapted = functools.cache(lambda student, config, dtype: memory_tracker.with_adapter(student, config, dtype))
     with contextlib.ExitStack() as stack:
         for module, name, value in (
-            (environment, "free_memory", lambda device: int(CARD)),
+            (environment, "free_memory", lambda device: int(CARD) - memory_plan._LIBRARIES["cuda"]),
             (environment, "resident_memory", lambda: 0),
             (memory_plan, "_LIBRARIES", {"cpu": memory_plan._LIBRARIES["cuda"]}),
             (dry_run, "Precision", Plain),
@@ -153,17 +153,18 @@ def plan_of(student: str, teacher: str, block_size: int, lora: bool, how: str):
 
 
 def with_optimizer(planned, student: str, optimizer: str):
-    """The plan with another optimizer: its state in every phase, and what an update holds for a moment in that one."""
+    """A plan with AdamW as one with another optimizer: its state, and what an update holds for a moment."""
     import dataclasses
 
     from sar_kd.models.optimizer_state import state_bytes, update_bytes
     from sar_kd.preflight.dry_run import Phase
 
     weights = list(model(student).parameters())
-    state, moment = (sum(state_bytes(weight, optimizer) for weight in weights), update_bytes(weights, optimizer))
+    more = sum(state_bytes(weight, optimizer) - state_bytes(weight, "adamw") for weight in weights)
+    moment = {"update": update_bytes(weights, optimizer)}
     phases = [
-        Phase(phase.name, {**phase.bytes, "optimizer": state + moment * (phase.name == "update")})
-        for phase in planned.phases
+        Phase(name, {**sizes, "optimizer": sizes["optimizer"] + more + moment.get(name, 0)})
+        for name, sizes in ((phase.name, phase.bytes) for phase in planned.phases)
     ]
     return dataclasses.replace(planned, phases=phases)
 

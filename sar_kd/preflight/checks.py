@@ -10,7 +10,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -238,10 +238,10 @@ def _check_memory(meta: MetaModels) -> Finding:
         return Finding("memory", [*lines, f"Memory: not estimated ({reason})"], record)
     found = advice(memory_plan, config, models, dtype, len(environment.find_gpus()))
     needed, at_the_peak, *others = found.lines
-    record, table = memory_plan.record(), memory_plan.table()
+    record: dict[str, Any] = memory_plan.record()
     if found.fit:
         record["fit" if found.fit.fits else "closest"] = found.fit.record()
-    return Finding("memory", [*lines, needed, *others], record, [at_the_peak], table, found.refusal)
+    return Finding("memory", [*lines, needed, *others], record, [at_the_peak], memory_plan.table(), found.refusal)
 
 
 def _teacher_memory_lines(config: RunConfig, models: dict, device: torch.device) -> list[str]:

@@ -209,7 +209,7 @@ class _Search:
                 self._plans[key] = None
         planned = self._plans[key]
         used = [each for each in active if options.items() & each.options.items()]
-        return planned and Fit(options, planned, _missing(used))
+        return Fit(options, planned, _missing(used)) if planned else None
 
 
 class Advice(NamedTuple):

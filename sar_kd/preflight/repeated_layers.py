@@ -26,7 +26,7 @@ def stand_in_(model: nn.Module, tracker: MemoryTracker) -> None:
     last, calls = {kind: layer for layer, kind in kinds.items()}, _Calls(tracker)
     for layer, kind in kinds.items():
         if layer is not last[kind]:
-            layer.forward = functools.partial(calls.run, layer, kind, layer.forward)  # type: ignore[method-assign]
+            layer.forward = functools.partial(calls.run, layer, kind, layer.forward)
     backbone_of(model).register_forward_hook(lambda *_: calls.casts.clear())
 
 
