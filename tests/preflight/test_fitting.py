@@ -218,7 +218,7 @@ def test_a_cache_is_made_by_a_command_of_its_own_before(monkeypatch):
         first, second = commands_of(config, record, {"teacher_cache": "folder", "gradient_checkpointing": True})
         cache = parse(CACHE, shlex.split(first.split(" cache ")[1]))
         assert (cache.cache.teacher_cache, cache.cache.teacher_model, cache.data.block_size) == ("folder", "a b", 64)
-        default = parse(CACHE, []).cache.per_device_batch_size
+        default = parse(CACHE, ["--teacher_device_map", spread] if spread else []).cache.per_device_batch_size
         assert (cache.data.train_file, cache.cache.per_device_batch_size) == (("x.txt", "y.txt"), default)
         assert cache.memory.teacher_device_map == spread
         run = parse(TRAIN, shlex.split(second.split(" train ")[1]))
