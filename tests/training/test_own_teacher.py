@@ -192,10 +192,22 @@ def test_a_prompt_that_leaves_no_room_and_a_file_that_is_not_there_are_refused(b
 def _run(tmp_path, name, *more):
     (tmp_path / "text.txt").write_text("\n".join(f"{i} small things make {i % 7} large ones." for i in range(400)))
     argv = ["--train_file", str(tmp_path / "text.txt"), "--device", "cpu", "--block_size", "48", "--eval_steps", "2"]
-    argv += ["--lora_rank", "4", "--alpha_kd", "0.5", "--model_dtype", "float16", "--output_dir", str(tmp_path / name)]
+    argv += [
+        "--warmup_steps",
+        "0",
+        "--lora_rank",
+        "4",
+        "--alpha_kd",
+        "0.5",
+        "--model_dtype",
+        "float16",
+        "--output_dir",
+        str(tmp_path / name),
+    ]
     return train([*argv, *more])
 
 
+@pytest.mark.slow
 def test_a_run_with_itself_as_teacher_resumes_bit_for_bit(tmp_path):
     flags = ["--teacher_model", "self", "--teacher_system_prompt", PROMPT]
     whole = _run(tmp_path, "whole", *flags, "--train_steps", "4", "--lr_schedule", "constant")
