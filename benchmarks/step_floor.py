@@ -99,7 +99,7 @@ class Sides:
 
     def __init__(self, flags: list[str], folder: Path, modes: list[str]):
         with contextlib.redirect_stdout(io.StringIO()):
-            start(CACHE, [*flags, "--teacher_cache", str(folder)])
+            start(CACHE, [*flags, "--keep", "topk", "--teacher_cache", str(folder)])
         flags = [*flags, *NEVER_SKIPS, "--student_lr", "1e-6"]
         self.runs: dict[str, Run] = {}
         for mode in modes:

@@ -3,11 +3,13 @@
     python benchmarks/teacher_cache.py
     python benchmarks/teacher_cache.py --sizes 3 30
 
-First: bytes a token, the cost of building, the cost of a batch with its records, and how far the cached losses and
-gradients are from the live ones on the same batches; for the embedded pair also where the text was cut for a student
-with the teacher's own tokenizer, so that in many blocks the teacher had more context than the student has. Two pairs:
-the embedded one, whose tokenizers differ; and a student of 5 M parameters with a vocabulary of 8,192 that is the
-teacher's too, made here from a seed. One thread, CPU seconds. The cost of a step with a cache: `step_floor.py`.
+With `--keep topk`, whose losses are those of a live teacher cut to its top k; what each kind of cache is worth to a
+student: `cache_gain.py`. First: bytes a token, the cost of building, the cost of a batch with its records, and how
+far the cached losses and gradients are from the live ones on the same batches; for the embedded pair also where the
+text was cut for a student with the teacher's own tokenizer, so that in many blocks the teacher had more context than
+the student has. Two pairs: the embedded one, whose tokenizers differ; and a student of 5 M parameters with a
+vocabulary of 8,192 that is the teacher's too, made here from a seed. One thread, CPU seconds. The cost of a step with
+a cache: `step_floor.py`.
 
 Then, for a text of each of --sizes MB: the peak of the anonymous memory (RssAnon, every 20 ms) of a process that builds
 the cache with a tiny teacher, and of one that trains from it, beyond what each had before. Files that are mapped do
@@ -55,7 +57,7 @@ def build(flags: list[str], folder: Path) -> dict:
     """Build a cache; its figures, and the CPU seconds that it took."""
     started = time.process_time()
     with contextlib.redirect_stdout(io.StringIO()):
-        found = start(CACHE, [*flags, "--teacher_cache", str(folder)])
+        found = start(CACHE, [*flags, "--keep", "topk", "--teacher_cache", str(folder)])
     return {**found, "build_seconds": time.process_time() - started}
 
 
@@ -119,7 +121,7 @@ def memory(size_mb: int, folder: Path, steps: int) -> dict:
     ]
     train = ["--train_steps", str(steps), "--eval_steps", str(steps), "--output_dir", str(folder / "run")]
     found: dict = {"text_mb": text.stat().st_size / 1e6}
-    for command_name, more in (("cache", ["--teacher_top_k", str(FEW)]), ("train", train)):
+    for command_name, more in (("cache", ["--keep", "topk", "--teacher_top_k", str(FEW)]), ("train", train)):
         command = [sys.executable, __file__, "--command", command_name, *flags, *more, "--device", "cpu"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         row = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"code": done.returncode}

@@ -34,6 +34,7 @@ from sar_kd.teacher.cache.format import (
     Shards,
     cache_error,
     check_compatible,
+    describe_kept,
     read_header,
     record_dtype,
     remove_unnamed,
@@ -43,8 +44,8 @@ from sar_kd.teacher.cached import model_fingerprint
 from sar_kd.tokenization.token_table import fingerprint
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair, UnfitTokenizer
 
-_INDEX_BYTES = 12
-"""Of a record in the index: the target token, and where it ends"""
+_INDEX_BYTES = 4
+"""Of a record in the index: the target token"""
 
 
 def main(config: CachingConfig) -> dict:
@@ -80,7 +81,7 @@ def _build(config: CachingConfig, folder: Path) -> dict:
     has_header = (folder / HEADER).exists()
     date = data.template_date or (read_header(folder)["metadata"].get("template_date", "") if has_header else "")
     teacher_pair, student_pair = _tokenizer_pairs(config, tokenizer, info, date)
-    if settings.teacher_top_k >= teacher_pair.num_teacher_tokens:
+    if settings.teacher_top_k + (settings.keep != "topk") >= teacher_pair.num_teacher_tokens:
         num_tokens = teacher_pair.num_teacher_tokens
         raise UsageError(f"--teacher_top_k {settings.teacher_top_k}: the teacher has {num_tokens} tokens; give fewer")
     has_dates = any(pair.dated_templates for pair in (teacher_pair, student_pair) if pair)
@@ -95,11 +96,13 @@ def _build(config: CachingConfig, folder: Path) -> dict:
         "block_size": data.block_size,
         "template_date": teacher_pair.template_date if has_dates else "",
         "block_tokenizer": "" if student_pair is None else fingerprint(student_pair.student),
+        "keep": settings.keep,
         "teacher_top_k": settings.teacher_top_k,
         "temperatures": settings.temperature_values(),
         "dtype": str(precision.dtype).removeprefix("torch."),
         "batch_size": settings.per_device_batch_size,
         "shard_size": SHARD_SIZE,
+        "seed": 0 if settings.keep == "topk" else settings.seed,
     }
     header = _open_header(folder, metadata)
     token_cache = TokenCache(data.token_cache)
@@ -109,7 +112,8 @@ def _build(config: CachingConfig, folder: Path) -> dict:
     for line in date_lines(teacher_pair) if has_dates else ():
         print(line)
     _print_plan(settings.teacher_model, folder, header, texts)
-    builder = CacheBuilder(config, folder, header, precision, teacher)
+    pieces = None if teacher_pair.tables is None else teacher_pair.token_tables[0].pieces
+    builder = CacheBuilder(config, folder, header, precision, teacher, pieces)
     total = sum(text.num_records for text in texts)
     with tqdm(
         total=total, initial=_num_cached(header), unit=" tokens", unit_scale=True, desc="Running the teacher",
@@ -200,9 +204,8 @@ def _print_plan(teacher: str, folder: Path, header: dict, texts: list[TeacherTex
     size = record_dtype(metadata).itemsize + _INDEX_BYTES
     total = sum(text.num_records for text in texts)
     print(
-        f"Teacher {teacher} in {metadata['dtype']}, {metadata['teacher_top_k']} most likely of "
-        f"{metadata['num_tokens']:,} tokens: {size} bytes a token, {total:,} tokens, {total * size / 1e6:,.1f} MB in "
-        f"{folder}"
+        f"Teacher {teacher} in {metadata['dtype']}, {describe_kept(metadata)} of {metadata['num_tokens']:,}: {size} "
+        f"bytes a token, {total:,} tokens, {total * size / 1e6:,.1f} MB in {folder}"
     )
     if num_cached:
         print(f"Going on: {num_cached:,} of {total:,} tokens are cached")

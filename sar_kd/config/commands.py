@@ -49,7 +49,10 @@ CACHE = Command(
     "Run a teacher once over a text and store its logits, for runs that do not load it.",
     CachingConfig,
     "cache:main",
-    presets={"teacher_device_map": {"auto": {"per_device_batch_size": 32}}},  # many blocks for each copy of a layer
+    presets={
+        "keep": {"topk": {"teacher_top_k": 32}},
+        "teacher_device_map": {"auto": {"per_device_batch_size": 32}},  # many blocks for each copy of a layer
+    },
 )
 
 WRITE = Command(

@@ -318,12 +318,19 @@ class CacheConfig(Section):
     teacher_cache: str = option(
         "teacher_cache", "folder of the cache; an interrupted one is continued", not_empty="give a folder"
     )
-    teacher_top_k: int = option(32, "logits stored at each position, those of the most likely tokens", at_least=1)
+    keep: str = option(
+        "mixed",
+        "what is kept of the teacher's distribution. topk: the most likely tokens and the mass of all others; sampled: "
+        "tokens drawn at random, with replacement; mixed: tokens drawn without, the most likely ones always",
+        choices=("topk", "sampled", "mixed"),
+    )
+    teacher_top_k: int = option(11, "tokens kept at each position; by default 32 with --keep topk, else 11", at_least=1)
     temperatures: tuple[str, ...] = option(
         ("1", "1.5", "2"),
-        "values of --temperature that runs may use; for each, the total mass of the other tokens is stored",
+        "values of --temperature that runs may use; for each, a sum over all tokens is stored",
         metavar="T",
     )
+    seed: int = option(0, "seed of the draws", at_least=0)
     per_device_batch_size: int = option(4, "blocks in one forward of the teacher", at_least=1)
     loss_workspace_mb: int = option(64, "MiB for the teacher's logits, computed in tiles of this size", at_least=1)
     overwrite: bool = option(False, "delete the cache in --teacher_cache and start again")
@@ -331,6 +338,8 @@ class CacheConfig(Section):
     def __post_init__(self):
         super().__post_init__()
         self.temperature_values()
+        within = self.keep == "topk" or self.teacher_top_k <= 255
+        require(within, "teacher_top_k", self.teacher_top_k, f"must be at most 255 with --keep {self.keep}")
 
     def temperature_values(self) -> list[float]:
         """The temperatures as numbers, each once, ascending. Raises: UsageError"""

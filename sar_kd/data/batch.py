@@ -1,6 +1,7 @@
 """A micro-batch: token ids and labels of both models, their alignment, and the one label shift of the package.
 
-Also the teacher's top-k logits, cut from a tile or read from a teacher cache, which a batch may carry.
+Also the few logits of each position that are kept of a teacher: its top k, cut from a tile or read from a teacher
+cache, or tokens drawn from its distribution, which a batch may carry.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ class Batch:
     """The alignment in parts that can be compared independently, for byte-prefix projection"""
     is_on_policy: bool = False
     """The text was sampled from the student: it takes part in distillation, not in cross-entropy"""
-    cached_logits: CachedTopK | None = None
-    """The teacher's top-k logits from a teacher cache; then the teacher is not run"""
+    cached_logits: CachedTokenLogits | None = None
+    """The teacher's logits from a teacher cache; then the teacher is not run"""
 
     @property
     def num_target_tokens(self) -> int:
@@ -114,16 +115,21 @@ def next_token_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class TopKLogits(NamedTuple):
-    """The teacher's k largest logits at n positions, and the logsumexp of all others (the tail)."""
+    """The teacher's k largest logits at n positions, and the logsumexp of all others (the tail).
+
+    Or k tokens of which `CachedDraws` estimates the whole distribution: T * log of the estimates, and no tail.
+    """
 
     ids: Tensor
-    """int64 [k, n], by descending logit"""
+    """int64 [k, n], each once at its position; the k largest by descending logit"""
     logits: Tensor
     """float32 [k, n], at each position up to a constant; 0 where the position is not finite"""
     tail_logsumexp: Tensor
     """float32 [n]: T * log sum exp(z / T) over all other tokens, up to the same constant, at the run's temperature T"""
     is_finite: Tensor
     """bool [n]: all logits of the position are finite"""
+    weights: Tensor
+    """float32 [n]: factor of the position's loss: 1, or the sum of the estimated probabilities, on average 1"""
 
     def truncate(self, k: int, temperature: float) -> TopKLogits:
         """Keep the first k; add the others to the tail."""
@@ -156,22 +162,20 @@ class TopKLogits(NamedTuple):
         return tile.scatter_(0, self.ids, self.logits)
 
 
-@dataclass(frozen=True)
-class CachedTopK:
-    """A batch's teacher logits from a teacher cache: the top k at its N positions with a target."""
+@dataclass(frozen=True, kw_only=True)
+class CachedTokenLogits:
+    """A batch's teacher logits from a teacher cache, at its N positions with a target."""
 
     record_index: Tensor
     """int64 [B * T]: for each position of the flattened logits its record, 0 to N - 1; arbitrary without a target"""
     ids: Tensor
-    """int32 [N, k], by descending logit"""
+    """int32 [N, k]: the tokens that are kept"""
     max_log_probs: Tensor
     """float32 [N]: the largest log-probability, nats; NaN where the logits were not finite"""
     log_prob_gaps: Tensor
-    """float16 [N, k]: each log-probability minus the largest, nats, at most 0; -inf for a masked token"""
+    """float16 or float32 [N, k]: each log-probability minus the largest, nats, at most 0; -inf for a masked token"""
     target_log_probs: Tensor
     """float32 [N]: log-probability of the target token, nats; -inf for a masked one"""
-    tail_log_ratios: Tensor
-    """float16 [N]: log sum exp(z / T) over all other tokens, minus that over these k; -inf if all of them are masked"""
     temperature: float
     """T"""
     is_missing: bool = False
@@ -184,12 +188,23 @@ class CachedTopK:
         """bool [N]: the logits were finite."""
         return self.max_log_probs.isfinite()
 
-    def detach(self) -> CachedTopK:
+    def detach(self) -> CachedTokenLogits:
         """Itself: it has no graph."""
         return self
 
     def tile(self, positions: slice | Tensor) -> TopKLogits:
-        """The top-k logits at some positions of the flattened logits."""
+        """The logits at some positions of the flattened logits."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedTopK(CachedTokenLogits):
+    """The k most likely tokens, by descending logit, and the mass of all others."""
+
+    tail_log_ratios: Tensor
+    """float16 [N]: log sum exp(z / T) over all other tokens, minus that over these k; -inf if all of them are masked"""
+
+    def tile(self, positions: slice | Tensor) -> TopKLogits:
         records = self.record_index[positions]
         max_log_probs = self.max_log_probs[records]
         is_finite = max_log_probs.isfinite()
@@ -197,4 +212,34 @@ class CachedTopK:
         logits = log_probs.clamp_min(MASKED_LOGIT).where(is_finite[:, None], 0.0).T.contiguous()
         tail = self.tail_log_ratios[records].float().where(is_finite, 0.0) + (logits / self.temperature).logsumexp(0)
         tail = (tail * self.temperature).clamp_min(MASKED_LOGIT)
-        return TopKLogits(self.ids[records].T.long(), logits, tail, is_finite)
+        return TopKLogits(self.ids[records].T.long(), logits, tail, is_finite, torch.ones_like(tail))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedDraws(CachedTokenLogits):
+    """k tokens drawn from the teacher's distribution t, and the target: an unbiased estimate of t at temperature T.
+
+    estimate of t(v) = t(v) * number of draws of v / expected number;   of the target t(v) itself;   of all others 0
+
+    Tokens that were not drawn have log-probability -inf. Whatever is linear in t has the estimate's as its mean:
+    the gradient of the forward KL is. The sum of an estimate is 1 on average.
+    """
+
+    log_factors: Tensor
+    """float32 [N, k]: log of the number of draws over the expected number"""
+    log_sums: Tensor
+    """float32 [N]: log sum exp((z - max z) / T) over the vocabulary"""
+    targets: Tensor
+    """int32 [N]: the target token, which is none of the k"""
+
+    def tile(self, positions: slice | Tensor) -> TopKLogits:
+        records = self.record_index[positions]
+        largest = self.max_log_probs[records]
+        is_finite = largest.isfinite()
+        drawn = self.log_prob_gaps[records].float() / self.temperature + self.log_factors[records]
+        target = (self.target_log_probs[records] - largest) / self.temperature
+        log_probs = torch.cat([drawn, target[:, None]], 1) - self.log_sums[records, None]
+        logits = (self.temperature * log_probs).clamp_min(MASKED_LOGIT).where(is_finite[:, None], 0.0).T.contiguous()
+        ids = torch.cat([self.ids[records], self.targets[records, None]], 1).T.long()
+        no_tail = torch.full_like(largest, MASKED_LOGIT)
+        return TopKLogits(ids, logits, no_tail, is_finite, log_probs.exp().sum(1).where(is_finite, 1.0))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sar_kd.alignment.aligner import Aligner
 from sar_kd.alignment.segments import Segment, build_segments
-from sar_kd.data.batch import Batch, CachedTopK, TokenBatch, token_batch
+from sar_kd.data.batch import Batch, CachedTokenLogits, TokenBatch, token_batch
 from sar_kd.data.blocks import pack, skip_passages, skip_start_tokens
 from sar_kd.data.files.sources import Documents
 from sar_kd.data.teacher_prompt import TeacherPrompt, shifts_of
@@ -42,7 +42,7 @@ class CachedRecords(Protocol):
     def block_ends(self) -> np.ndarray:
         """int64, ascending: where the teacher's blocks end, in its tokens of the plain documents."""
 
-    def records(self, blocks: Sequence[Block], positions: Tensor, num_positions: int) -> CachedTopK:
+    def records(self, blocks: Sequence[Block], positions: Tensor, num_positions: int) -> CachedTokenLogits:
         """The records of a batch of blocks."""
 
     def target_nats(self, block: Block) -> tuple[np.ndarray, int]:
@@ -167,7 +167,7 @@ class Dataset:
             return int(getattr(self.text, which).ids[start - 1])
         return self.pair.teacher_start if is_teacher else self.pair.student_start
 
-    def _records(self, blocks: Sequence[Block], teacher: TokenBatch) -> CachedTopK | None:
+    def _records(self, blocks: Sequence[Block], teacher: TokenBatch) -> CachedTokenLogits | None:
         if self.cached_records is None:
             return None
         return self.cached_records.records(blocks, teacher.positions, teacher.input_ids.numel())

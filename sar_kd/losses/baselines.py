@@ -15,7 +15,7 @@ from sar_kd.alignment.aligner import Aligner
 from sar_kd.alignment.batch_alignment import Alignment
 from sar_kd.alignment.segments import split_range
 from sar_kd.config.sections import LossConfig
-from sar_kd.data.batch import Batch, CachedTopK
+from sar_kd.data.batch import Batch, CachedTokenLogits
 from sar_kd.losses.distillation import Distillation, DistillationTerms, ForwardOutputs, dense_tile
 from sar_kd.losses.functional import (
     GroupSums,
@@ -128,7 +128,7 @@ class ChunkLikelihood(Distillation[None]):
         """As `target_log_probs`, of the teacher's targets."""
         teacher, tokens = outputs.teacher, batch.teacher
         assert teacher is not None
-        if isinstance(teacher, CachedTopK):
+        if isinstance(teacher, CachedTokenLogits):
             return teacher.target_log_probs, teacher.is_finite
         return target_log_probs(teacher.select(tokens.positions), tokens.targets, self.positions_per_tile, bound)
 

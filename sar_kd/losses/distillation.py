@@ -3,6 +3,9 @@
 A teacher truncated to its top k is a distribution over k + 1 classes: those tokens, and the tail. Logits are known up
 to a constant per position, so log-probabilities at temperature 1 serve as logits of the k tokens at every temperature;
 the tail's logsumexp depends on the temperature and is stored for each.
+
+Of tokens drawn from the teacher's distribution t the estimates w, with E[w] = t, are a distribution w / S without a
+tail, and S = sum w is a weight of the position: S * (p - w / S), the gradient of the forward KL, has the mean p - t.
 """
 
 from __future__ import annotations
@@ -173,23 +176,33 @@ class TokenLevel(Distillation[None]):
         log_p, log_t = (LogProbs.from_logits(torch.cat(parts), self.temperature) for parts in sides)
         if not needs_grad:
             flat.index_copy_(0, indices, top_logits)
-            return self._loss(log_p, log_t, top.is_finite)
+            return self._loss(log_p, log_t, top.is_finite, weights=top.weights)
         grad = torch.empty_like(log_t.tile)
-        tile_loss = self._loss(log_p, log_t, top.is_finite, GradTarget("student", grad))
+        tile_loss = self._loss(log_p, log_t, top.is_finite, GradTarget("student", grad), top.weights)
         tail_grad = logsumexp_backward(student, tail, grad[-1], self.temperature)
         flat.index_copy_(0, indices, top_logits)
         return tile_loss._replace(grad=TileGrad(((0, tail_grad),), SparseGrad(indices, grad[:-1].reshape(-1))))
 
-    def _loss(self, student: LogProbs, teacher: LogProbs, keep: Tensor, target: GradTarget | None = None) -> TileLoss:
-        """The divergence over one set of classes; the gradient of the logits goes to the target's buffer."""
+    def _loss(
+        self,
+        student: LogProbs,
+        teacher: LogProbs,
+        keep: Tensor,
+        target: GradTarget | None = None,
+        weights: Tensor | float = 1.0,
+    ) -> TileLoss:
+        """The divergence over one set of classes; the gradient of the logits goes to the target's buffer.
+
+        weights: float32 [n], a factor of each position
+        """
         loss, unclamped, grad_sum, is_infinite = self.divergence.per_position(student, teacher, target)
         is_infinite = is_infinite & keep
         keep = keep & ~is_infinite
         # T^2 keeps the size of the gradient (arXiv 1503.02531, section 2); dividing logits by T takes one T away.
         if target is not None:
             log_probs = student if target.side == "student" else teacher
-            log_softmax_backward_(target.grad, grad_sum, log_probs, keep * self.temperature)
-        weights = keep * self.temperature**2
+            log_softmax_backward_(target.grad, grad_sum, log_probs, keep * weights * self.temperature)
+        weights = keep * weights * self.temperature**2
         infinite, dropped = is_infinite.sum(), (~keep).sum()
         loss, unclamped = (loss * weights).sum(), (unclamped * weights).sum()
         return TileLoss(loss, unclamped, dropped, infinite, unshared=torch.zeros_like(dropped))
@@ -203,4 +216,6 @@ def top_k_of(tile: Tensor, k: int, num_tokens: int, temperature: float) -> TopKL
     is_finite = finite_positions(tile)
     top = tile[:num_tokens].topk(min(k, num_tokens), dim=0)
     tail = temperature * logsumexp_per_position(tile.scatter(0, top.indices, MASKED_LOGIT), temperature)
-    return TopKLogits(top.indices, top.values.where(is_finite, 0.0), tail.where(is_finite, 0.0), is_finite)
+    return TopKLogits(
+        top.indices, top.values.where(is_finite, 0.0), tail.where(is_finite, 0.0), is_finite, torch.ones_like(tail)
+    )

@@ -94,7 +94,7 @@ class Divergence:
         """The sum over all classes and positions, differentiable in both arguments.
 
         student, teacher: float32 log-probabilities of the same classes, of one shape
-        keep: bool, broadcast to that shape: the entries that count; all if None
+        keep: bool or float32, broadcast to that shape: the entries that count, or a factor of each; all if None
         Returns: the sum with the floor; the sum without it, which has no gradient; fp32 scalars, nats
         """
         return _Divergence.apply(student, teacher, keep, self)

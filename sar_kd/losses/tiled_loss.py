@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sar_kd.alignment.segments import split_range
-from sar_kd.data.batch import CachedTopK, TopKLogits
+from sar_kd.data.batch import CachedTokenLogits, TopKLogits
 from sar_kd.losses.functional import LogitClamp
 from sar_kd.models.lm_head import Gradients, LazyLogits, PositionIndex
 from sar_kd.models.logit_tiles import (
@@ -34,11 +34,11 @@ from sar_kd.models.logit_tiles import (
 )
 from sar_kd.runtime.precision import MASKED_BELOW
 
-TeacherLogits = LazyLogits | CachedTopK
-"""Where tiles of the teacher's logits, or of its top k, come from"""
+TeacherLogits = LazyLogits | CachedTokenLogits
+"""Where tiles of the teacher's logits, or of those that are kept, come from"""
 
 TeacherTile = Tensor | TopKLogits
-"""A tile of the teacher's logits, float32 [V_t, m], or its cached top k"""
+"""A tile of the teacher's logits, float32 [V_t, m], or its cached ones"""
 
 Context = TypeVar("Context")
 """Data of a distillation method about the positions of a tile"""

@@ -47,6 +47,7 @@ from sar_kd.runtime.console import count_of, first_few
 from sar_kd.runtime.files import FolderLock, require_disk_space
 from sar_kd.runtime.precision import choose_device
 from sar_kd.runtime.run_folder import check_run_folder
+from sar_kd.teacher.cache.format import describe_kept
 from sar_kd.teacher.cached import check_settings
 from sar_kd.teacher.moe.discovery import find_routers, require_routers
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
@@ -263,10 +264,9 @@ def _check_teacher_cache(meta: MetaModels) -> Finding:
     if not folder:
         return Finding("teacher_cache", [], {"used": False})
     metadata = check_settings(meta.config)["metadata"]
-    top_k, dtype = metadata["teacher_top_k"], metadata["dtype"]
     line = (
-        f"Teacher cache {folder}: the {top_k} largest logits of each position, in {dtype}; a run verifies that "
-        "teacher, text and shard digests match the cache"
+        f"Teacher cache {folder}: at each position the {describe_kept(metadata)}, in {metadata['dtype']}; a run "
+        "verifies that teacher, text and shard digests match the cache"
     )
     return Finding("teacher_cache", [line], {"used": True, **metadata})
 

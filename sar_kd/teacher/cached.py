@@ -25,7 +25,7 @@ from sar_kd.runtime.distributed import ProcessGroup
 from sar_kd.runtime.files import file_digest
 from sar_kd.runtime.precision import Precision
 from sar_kd.teacher.base import Teacher
-from sar_kd.teacher.cache.format import TEXTS, cache_error, check_compatible, read_header
+from sar_kd.teacher.cache.format import TEXTS, cache_error, check_compatible, describe_kept, read_header
 from sar_kd.teacher.cache.lookup import CachedText
 from sar_kd.tokenization.token_table import fingerprint
 
@@ -54,7 +54,8 @@ def open_teacher_cache(
         return config, None
     reader = CacheReader(Path(config.models.teacher_cache), check_settings(config), config.loss.temperature)
     process_group.on_rank_zero(lambda: reader.check(config, show))
-    top_k = config.loss.teacher_top_k or reader.metadata["teacher_top_k"]
+    is_drawn = reader.metadata["keep"] != "topk"  # then the target comes to the k
+    top_k = config.loss.teacher_top_k or reader.metadata["teacher_top_k"] + is_drawn
     return dataclasses.replace(config, loss=dataclasses.replace(config.loss, teacher_top_k=top_k)), reader
 
 
@@ -88,7 +89,19 @@ def check_settings(config: RunConfig) -> dict:
         needed["template_date"] = config.data.template_date
     check_compatible(folder, header, needed)
     k, temperatures = header["metadata"]["teacher_top_k"], header["metadata"]["temperatures"]
-    if loss.teacher_top_k > k:
+    if (keep := header["metadata"]["keep"]) != "topk":
+        drawn = {
+            f"--kd_direction {loss.kd_direction}": loss.kd_direction != "forward" and loss.alignment != "alm",
+            f"--alignment {loss.alignment}": loss.alignment in ("strict", "uld"),
+            f"--teacher_top_k {loss.teacher_top_k}": loss.teacher_top_k not in (0, k + 1),  # all, the target too
+        }
+        for setting in (setting for setting, is_given in drawn.items() if is_given):
+            raise cache_error(
+                folder,
+                f"holds drawn tokens (--keep {keep}); {setting} needs the most likely ones: leave it out, or make a "
+                "cache with --keep topk",
+            )
+    elif loss.teacher_top_k > k:
         raise cache_error(folder, f"holds {k} tokens per position, fewer than --teacher_top_k {loss.teacher_top_k}")
     if loss.alignment in ("auto", "projection") and loss.temperature not in temperatures:
         served = ", ".join(f"{value:g}" for value in temperatures)
@@ -125,10 +138,10 @@ class CacheReader:
                     bar.update(text.shards.check(number))
         found = model_fingerprint(config.models.teacher_model, config.models.trust_remote_code)
         compared = _check_teacher(self.folder, self.metadata["teacher"], found)
-        k, dtype = self.metadata["teacher_top_k"], self.metadata["dtype"]
+        kept, dtype = describe_kept(self.metadata), self.metadata["dtype"]
         show(
-            f"Teacher: not loaded; {size / 1e6:,.1f} MB of cached logits, the {k} most likely tokens per position, in "
-            f"{dtype}, are read from {self.folder}" + ("" if compared else "; its weights are not here to compare")
+            f"Teacher: not loaded; {size / 1e6:,.1f} MB of cached logits, at each position the {kept}, in {dtype}, are "
+            f"read from {self.folder}" + ("" if compared else "; its weights are not here to compare")
         )
 
     def texts(self, texts: tuple[Any, Any], tokenizer) -> tuple[CachedText, ...]:

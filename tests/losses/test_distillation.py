@@ -1244,8 +1244,8 @@ def _cached(case, k: int, temperature: float) -> CachedTopK:
     others = log_probs.scatter(1, top.indices, -math.inf)
     tail_log_ratios = (others / temperature).logsumexp(1) - (top.values / temperature).logsumexp(1)
     return CachedTopK(
-        record_index,
-        top.indices.int(),
+        record_index=record_index,
+        ids=top.indices.int(),
         max_log_probs=largest[:, 0].float(),
         log_prob_gaps=(top.values - largest).half(),
         target_log_probs=log_probs.gather(1, tokens.targets[:, None])[:, 0].float(),

@@ -501,7 +501,13 @@ def test_text_that_a_cache_does_not_hold_is_learned_without_a_teacher(make_run):
     index = torch.zeros(batch.teacher.input_ids.numel(), dtype=torch.int64)
     index[batch.teacher.positions] = torch.arange(count)
     cached = CachedTopK(
-        index, torch.zeros(count, 4, dtype=torch.int32), none, torch.zeros(count, 4).half(), none, none.half(), 2.0
+        record_index=index,
+        ids=torch.zeros(count, 4, dtype=torch.int32),
+        max_log_probs=none,
+        log_prob_gaps=torch.zeros(count, 4).half(),
+        target_log_probs=none,
+        tail_log_ratios=none.half(),
+        temperature=2.0,
     )
     run.objective.distillation.top_k = 4
     report = run.step([dataclasses.replace(batch, cached_logits=cached)])  # records that are not finite

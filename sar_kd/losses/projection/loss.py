@@ -180,7 +180,7 @@ class Projection(Distillation[Segment]):
 
     def _top_k_loss_and_grad(self, student: Tensor, top: TopKLogits, segment: Segment, needs_grad: bool) -> TileLoss:
         num_pairs, temperature, class_map = segment.num_pairs, self.temperature, self.student_map
-        teacher_continuing, teacher_inside, inside_mask = self._truncated_teacher(top, segment)
+        teacher_continuing, teacher_inside, weights = self._truncated_teacher(top, segment)
         paths, mask = self._paths(teacher_continuing, segment, top.is_finite)
         known = known_classes(top.slice(0, num_pairs), self.teacher_map, temperature, paths)
         student_logits = self._continuation_logits(
@@ -204,9 +204,7 @@ class Projection(Distillation[Segment]):
             with torch.enable_grad():
                 student_continuing = continuing_log_probs(student_logits.entries, segment.student_continuations)
                 continuing, starting = (student_continuing, teacher_continuing), (student_logits.inside, teacher_inside)
-                *inside, infinite, unshared = self._inside_loss(
-                    continuing, starting, segment, top.is_finite, inside_mask
-                )
+                *inside, infinite, unshared = self._inside_loss(continuing, starting, segment, top.is_finite, weights)
                 multi_logits = torch.cat([multi_token, multi_token.new_zeros(1, num_pairs)])[
                     multi_index, known.positions
                 ]
@@ -216,7 +214,8 @@ class Projection(Distillation[Segment]):
                 groups = GroupSums(positions, num_pairs)
                 log_p, log_t, shared = renormalise(log_p, log_t, groups)
                 is_infinite = groups.any(self.divergence.infinite_classes(log_p, log_t)) & mask & shared
-                boundary = self.divergence(log_p, log_t, (mask & shared & ~is_infinite)[positions])
+                keep = (mask & shared & ~is_infinite) * top.weights[:num_pairs]
+                boundary = self.divergence(log_p, log_t, keep[positions])
                 infinite, unshared = infinite + is_infinite.sum(), unshared + (mask & ~shared).sum()
                 loss, unclamped = (temperature**2 * (a + b) for a, b in zip(inside, boundary, strict=True))
             dropped = self._num_dropped(segment, top.is_finite) + infinite
@@ -265,14 +264,12 @@ class Projection(Distillation[Segment]):
 
     def differentiable_loss(self, student: Tensor, teacher: TeacherTile, context: Segment) -> TileLoss:
         segment, num_pairs, top = context, context.num_pairs, self._top_k(teacher)
-        teacher_continuing, teacher_inside, inside_mask = self._truncated_teacher(top, segment)
-        num_inside, continuations = segment.teacher_continuations.num_inside, segment.student_continuations
-        student_logits = gather_logits(
-            student, self.student_map, num_pairs, num_inside, continuations, self.temperature
-        )
+        teacher_continuing, teacher_inside, weights = self._truncated_teacher(top, segment)
+        count, continuations = segment.teacher_continuations.num_inside, segment.student_continuations
+        student_logits = gather_logits(student, self.student_map, num_pairs, count, continuations, self.temperature)
         continuing = continuing_log_probs(student_logits.entries, continuations), teacher_continuing
         starting = student_logits.inside, teacher_inside
-        *inside, infinite, unshared = self._inside_loss(continuing, starting, segment, top.is_finite, inside_mask)
+        *inside, infinite, unshared = self._inside_loss(continuing, starting, segment, top.is_finite, weights)
         paths, mask = self._paths(continuing[STUDENT], segment, top.is_finite)
         log_p = add_continuation_paths(student_logits.boundary.log_softmax(0), paths)
         known = known_classes(top.slice(0, num_pairs), self.teacher_map, self.temperature)
@@ -284,7 +281,7 @@ class Projection(Distillation[Segment]):
         log_p = torch.cat([log_p.where(is_known, MASKED_LOGIT), tail[None]])
         log_p, log_t, shared = renormalise(log_p, log_t)
         is_infinite = self.divergence.infinite_classes(log_p, log_t).any(0) & mask & shared
-        boundary = self.divergence(log_p, log_t, mask & shared & ~is_infinite)
+        boundary = self.divergence(log_p, log_t, (mask & shared & ~is_infinite) * top.weights[:num_pairs])
         loss, unclamped = (self.temperature**2 * (a + b) for a, b in zip(inside, boundary, strict=True))
         infinite, unshared = infinite + is_infinite.sum(), unshared + (mask & ~shared).sum()
         dropped = self._num_dropped(segment, top.is_finite) + infinite
@@ -315,18 +312,19 @@ class Projection(Distillation[Segment]):
         parts = logits.split([len(entries), len(tokens)])
         return _TileBefore(BeforeLogits(parts[0].clone(), parts[1].clone(), normalisers), indices, columns, after_end)
 
-    def _truncated_teacher(self, top: TopKLogits, segment: Segment) -> tuple[Tensor, Tensor, Tensor]:
+    def _truncated_teacher(self, top: TopKLogits, segment: Segment) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """The teacher's top k at boundaries inside a token.
 
         Returns: log-probabilities of its own continuations, float32 [O]; its logits inside the student's tokens, the
-        tail last, float32 [V_t + 1, K_1]; the continuations inside its own tokens that are compared, bool [K_1]
+        tail last, float32 [V_t + 1, K_1]; `weights` of `_inside_loss`
         """
         continuations, num_pairs = segment.teacher_continuations, segment.num_pairs
         entries, mask = known_entries(top, continuations, self.teacher_vocab_size, self.temperature)
         inside = top.slice(num_pairs, num_pairs + segment.student_continuations.num_inside)
         logits = dense_with_tail(inside, self.teacher_vocab_size, self.temperature)
         before = known_before(top, continuations, self.teacher_vocab_size, self.temperature)
-        return continuing_log_probs(entries, continuations, before), logits, mask[: continuations.num_inside]
+        weights = mask[: continuations.num_inside], inside.weights
+        return continuing_log_probs(entries, continuations, before), logits, weights
 
     def _paths(self, log_probs: Tensor, segment: Segment, is_finite: Tensor) -> tuple[ContinuationPaths, Tensor]:
         """The coarser side's continuations at common boundaries, and a mask of the boundaries: bool [num_pairs].
@@ -355,42 +353,43 @@ class Projection(Distillation[Segment]):
         starting: tuple[Tensor, Tensor],
         segment: Segment,
         is_finite: Tensor,
-        known: Tensor | None = None,
+        weights: tuple[Tensor, Tensor] | None = None,
     ) -> Sums:
         """The divergence where one side starts a token inside a token of the other; student first in all pairs.
 
         continuing: float32 [O], log-probabilities of each side's continuations
         starting: float32 [V, K_1], logits of each side inside the other's tokens
-        known: bool [K_1]: the continuations inside a truncated teacher's tokens of which enough is known
+        weights: of a truncated teacher: which continuations inside its tokens enough is known of, bool; and the
+        `TopKLogits.weights` inside the student's, float32
         """
         continuations = segment.teacher_continuations
         mask, before = is_finite[continuations.continuing_positions[: continuations.num_inside]], continuations.before
         if before is not None:
             mask = mask.index_copy(0, before.continuations, mask[before.continuations] & is_finite[before.positions])
         student = starting_log_probs(starting[STUDENT], continuations, self.divergence.needs_teacher_support)
-        coarse, is_known = continuing[TEACHER][: continuations.num_inside_classes], mask if known is None else known
-        in_teacher = self._continuation_loss(student, coarse, continuations, mask, is_known)
+        coarse = continuing[TEACHER][: continuations.num_inside_classes]
+        in_teacher = self._continuation_loss(student, coarse, continuations, mask, weights[0] if weights else mask)
         continuations = segment.student_continuations
         teacher = starting_log_probs(starting[TEACHER], continuations, masks_impossible_end=True)
         mask = is_finite[continuations.starting_positions]
         coarse = continuing[STUDENT][: continuations.num_inside_classes]
-        in_student = self._continuation_loss(coarse, teacher, continuations, mask, mask)
+        in_student = self._continuation_loss(coarse, teacher, continuations, mask, weights[1] if weights else mask)
         loss, unclamped, infinite, unshared = (a + b for a, b in zip(in_teacher, in_student, strict=True))
         return loss, unclamped, infinite, unshared
 
     def _continuation_loss(
-        self, student: Tensor, teacher: Tensor, continuations: Continuations, is_finite: Tensor, is_known: Tensor
+        self, student: Tensor, teacher: Tensor, continuations: Continuations, is_finite: Tensor, weights: Tensor
     ) -> Sums:
         continuation_of = continuations.class_continuations[: continuations.num_inside_classes]
         groups = GroupSums(continuation_of, continuations.num_inside)
-        mask = is_finite & is_known
+        mask = is_finite & (weights > 0)
         if self.top_k:
             if self.divergence.needs_teacher_support:  # a class outside the top k has probability 0
                 student = on_support(student, teacher)
             student, teacher, shared = renormalise(student, teacher, groups)
             mask = mask & shared
         is_infinite = groups.any(self.divergence.infinite_classes(student, teacher)) & mask
-        sums = self.divergence(student, teacher, (mask & ~is_infinite)[continuation_of])
+        sums = self.divergence(student, teacher, ((mask & ~is_infinite) * weights)[continuation_of])
         return *sums, is_infinite.sum(), (is_finite & ~mask).sum()
 
 

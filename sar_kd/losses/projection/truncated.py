@@ -5,6 +5,11 @@ which tokens make up the tail is not known, so all of it is taken to have a clas
 how much of the tail extends the prefix: none is taken to, and the continuation counts only if its known tokens are at
 least as likely as the whole tail. A token of the text that ended at a common boundary is one token of the tail if it is
 not among the k: it is taken to be as likely as it can be, as the k-th, or as the whole tail if that is less.
+
+Drawn tokens (`CachedDraws`) have no tail, and the text's own token is always among them. Sums over classes at a common
+boundary are linear in the teacher's distribution, so theirs are unbiased where every token of the teacher has a class.
+Conditioning on a prefix divides by a sum of estimates, whose mean is not the quotient of the means: the bias falls as
+1/k, and the draws favour tokens that share the text's bytes (`teacher.cache.draws`), which makes it small.
 """
 
 from __future__ import annotations
@@ -103,7 +108,8 @@ def known_entries(
     continuation, token, class_ = continuations.continuing_entries
     positions = continuations.continuing_positions
     entries = top.logits_of(token, positions[continuation], vocab_size).div_(temperature)
-    mask = GroupSums(continuation, len(positions)).logsumexp(entries) >= top.tail_logsumexp[positions] / temperature
+    least = (top.tail_logsumexp[positions] / temperature).clamp_min(MASKED_BELOW)
+    mask = GroupSums(continuation, len(positions)).logsumexp(entries) >= least
     has_ended = (class_ == continuations.end_classes[continuation]) & (continuation >= continuations.num_inside)
     most = _most_likely_tail(top, positions, temperature)[continuation]
     entries = torch.where(has_ended & (entries < MASKED_BELOW), most, entries)

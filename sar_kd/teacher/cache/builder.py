@@ -7,12 +7,12 @@ is cut into the blocks of a run with one given student.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sar_kd.alignment.segments import positions_per_tile, split_range
 from sar_kd.config.runs import CachingConfig
@@ -26,12 +26,21 @@ from sar_kd.data.tokenized_text import tokenize
 from sar_kd.evaluation.nonfinite import check_finite
 from sar_kd.losses.distillation import top_k_of
 from sar_kd.models.lm_head import LMHeads, forward_to_lm_head
-from sar_kd.models.logit_tiles import logsumexp_per_position
+from sar_kd.models.logit_tiles import finite_positions, logsumexp_per_position, mask_positions_
 from sar_kd.runtime.console import count_of
 from sar_kd.runtime.files import atomic_rename
 from sar_kd.runtime.precision import MASKED_BELOW, MASKED_LOGIT, Precision
 from sar_kd.teacher.base import Teacher
-from sar_kd.teacher.cache.format import index_key, index_path, record_dtype, shard_path, write_header, write_shard
+from sar_kd.teacher.cache.draws import TokenSampler
+from sar_kd.teacher.cache.format import (
+    TEXTS,
+    index_key,
+    index_path,
+    record_dtype,
+    shard_path,
+    write_header,
+    write_shard,
+)
 from sar_kd.teacher.cache.lookup import CHUNK, CacheIndex, CacheLookup, PlainTargets
 from sar_kd.tokenization.token_stream import Blocks, TokenizedText
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
@@ -46,7 +55,16 @@ _MAX_SHARDS = 1024
 class CacheBuilder:
     """Runs the teacher and writes shards."""
 
-    def __init__(self, config: CachingConfig, folder: Path, header: dict, precision: Precision, teacher: nn.Module):
+    def __init__(
+        self,
+        config: CachingConfig,
+        folder: Path,
+        header: dict,
+        precision: Precision,
+        teacher: nn.Module,
+        pieces: Sequence[bytes] | None,
+    ):
+        """pieces: the bytes of each of the teacher's tokens, None if its tokenizer does not keep them"""
         self.folder, self.header, self.precision, self.teacher = folder, header, precision, teacher
         metadata = header["metadata"]
         self.k, self.num_tokens, self.temperatures = (
@@ -57,6 +75,8 @@ class CacheBuilder:
         self.tile_size = positions_per_tile(config.cache.loss_workspace_mb, metadata["vocab_size"])
         self._heads, self._title = LMHeads(precision), f"--teacher_model {config.cache.teacher_model}"
         self._num_records = self._num_nonfinite = 0
+        self._seed = metadata["seed"]
+        self._sampler = None if metadata["keep"] == "topk" else TokenSampler(metadata, pieces, precision.device)
 
     def build(self, name: str, text: TeacherText) -> Iterator[int]:
         """Write the missing shards of a text; yields the number of target tokens of each batch after its forward.
@@ -68,13 +88,15 @@ class CacheBuilder:
             text.write_index(path, index_key(self.header, name))
         firsts = np.arange(0, len(text.dataset.blocks), self.batch_size)
         sizes = np.add.reduceat(text.block_sizes, firsts)
+        seed = self._seed, TEXTS.index(name)
         parts = _shard_parts(sizes, max(self.shard_size, text.num_records // _MAX_SHARDS))
         for number, part in enumerate(parts):
             if number < len(shards):
                 continue
-            found = []
+            found, first = [], int(sizes[: part.start].sum())
             for batch in text.dataset.token_batches_at("teacher", firsts[part].tolist(), self.batch_size):
-                found.append(self._records(batch.to(self.precision.device)))
+                found.append(self._records(batch.to(self.precision.device), seed, first))
+                first += len(found[-1])
                 yield len(found[-1])
             records = np.concatenate(found)
             self._num_records += len(records)
@@ -88,25 +110,33 @@ class CacheBuilder:
             write_header(self.folder, self.header)
 
     @torch.no_grad()
-    def _records(self, batch: TokenBatch) -> np.ndarray:
-        """The records of a batch's target tokens."""
+    def _records(self, batch: TokenBatch, seed: tuple[int, int], first: int) -> np.ndarray:
+        """The records of a batch's target tokens. first: the number of the first one in the text"""
         logits, _ = forward_to_lm_head(self.teacher, self._heads.of(self.teacher), batch.input_ids, self.precision)
         records = np.zeros(len(batch.positions), dtype=self.dtype)
         for part in split_range(len(batch.positions), self.tile_size):
-            tile = logits.tile(batch.positions[part])
-            top, logsumexp = top_k_of(tile, self.k, self.num_tokens, 1.0), logsumexp_per_position(tile)
-            targets = tile.gather(0, batch.targets[None, part])[0]
-            targets = targets.where(targets >= MASKED_BELOW, -torch.inf)
-            for field, logit in (("target_log_prob", targets), ("max_log_prob", top.logits[0])):
-                log_prob = (logit - logsumexp).masked_fill(~top.is_finite, torch.nan)
-                records[field][part] = log_prob.cpu().numpy()
-            records["ids"][part] = top.ids.T.cpu().numpy()
-            records["log_prob_gaps"][part] = (top.logits - top.logits[0]).half().T.cpu().numpy()
-            others = tile.scatter_(0, top.ids, MASKED_LOGIT)
-            for i, temperature in enumerate(self.temperatures):
-                ratio = logsumexp_per_position(others, temperature) - (top.logits / temperature).logsumexp(0)
-                records["tail_log_ratios"][part, i] = ratio.masked_fill(~top.is_finite, torch.nan).half().cpu().numpy()
+            tile, targets = logits.tile(batch.positions[part]), batch.targets[part]
+            is_finite, largest = finite_positions(tile), tile[: self.num_tokens].amax(0)
+            logsumexp, target_logits = logsumexp_per_position(tile), tile.gather(0, targets[None])[0]
+            target_logits = target_logits.where(target_logits >= MASKED_BELOW, -torch.inf)
+            for field, logit in (("target_log_prob", target_logits), ("max_log_prob", largest)):
+                records[field][part] = (logit - logsumexp).masked_fill(~is_finite, torch.nan).cpu().numpy()
+            if self._sampler is None:
+                self._keep_top_k(records[part], tile)
+            else:
+                uniforms = self._sampler.uniforms(seed, first + part.start, len(targets))
+                self._sampler.write(records[part], mask_positions_(tile, is_finite), targets, uniforms)
         return records
+
+    def _keep_top_k(self, records: np.ndarray, tile: Tensor) -> None:
+        """Write the k largest logits of a tile, which is overwritten."""
+        top = top_k_of(tile, self.k, self.num_tokens, 1.0)
+        records["ids"] = top.ids.T.cpu().numpy()
+        records["log_prob_gaps"] = (top.logits - top.logits[0]).half().T.cpu().numpy()
+        others = tile.scatter_(0, top.ids, MASKED_LOGIT)
+        for i, temperature in enumerate(self.temperatures):
+            ratio = logsumexp_per_position(others, temperature) - (top.logits / temperature).logsumexp(0)
+            records["tail_log_ratios"][:, i] = ratio.masked_fill(~top.is_finite, torch.nan).half().cpu().numpy()
 
 
 def _shard_parts(sizes: np.ndarray, shard_size: int) -> Iterator[slice]:
@@ -164,7 +194,7 @@ class TeacherText:
         """Where the student's blocks of plain documents begin and end in the teacher's tokens of `text`."""
         no_conversations = np.full(len(text.conversations), len(self._plain))
         documents, none = np.append(self._plain.starts, no_conversations), self._plain.starts[:0]
-        index = CacheIndex(self._plain, none, documents, text.names, none, len(text.conversations))
+        index = CacheIndex(self._plain, documents, text.names, none, len(text.conversations))
         ends = CacheLookup(student.text, index).record_ends(_plain_bounds(student.text, student.blocks))
         return self._plain.token_ends(ends)
 
@@ -186,12 +216,10 @@ class TeacherText:
         partial.mkdir(parents=True)
         text, store = self.dataset.text, ColumnStore(partial)
         store.metadata = {"num_conversations": len(text.conversations)}
-        tokens, ends = store.add("tokens", "int32"), store.add("ends", "int64")
+        tokens = store.add("tokens", "int32")
         conversations = (slice(start, end) for _, _, start, end in text.conversations.ranges.tolist())
         for part in (*split_range(self._plain.num_tokens, CHUNK), *conversations):
-            is_target = text.teacher.is_target[part]
-            tokens.append(text.teacher.ids[part][is_target])
-            ends.append(np.asarray(text.teacher.ends[part])[is_target])
+            tokens.append(text.teacher.ids[part][text.teacher.is_target[part]])
         store.add("documents", "int64").append(self._first_records)
         store.add("block_ends", "int64").append(self.block_ends)
         names = store.add_strings("names")

@@ -1,7 +1,7 @@
 """The files of a teacher cache: a verified header and, for each text, an index and shards of records.
 
     header.json                  metadata that everything depends on, the digest of each finished shard, its own digest
-    train/index/                 columns: target tokens, their ends, the documents, the teacher's blocks
+    train/index/                 columns: target tokens, the documents, the teacher's blocks
     train/00000.records ...      one record per target token: see `record_dtype`
     validation/ ...              the same for the held-out text
 
@@ -25,7 +25,7 @@ from sar_kd.config.installation import program_name
 from sar_kd.errors import UsageError
 from sar_kd.runtime.files import atomic_write, file_digest
 
-FORMAT = 4
+FORMAT = 5
 """Version of all these files; a cache of another one is refused"""
 
 HEADER = "header.json"
@@ -43,12 +43,14 @@ _DIFFERENCES = {
     "tokenizer": "a different teacher tokenizer",
     "teacher": "a different teacher",
     "block_size": "a different --block_size",
+    "keep": "a different --keep",
     "teacher_top_k": "a different --teacher_top_k",
     "block_tokenizer": "blocks cut for a different student tokenizer",
     "template_date": "a different --template_date",
     "dtype": "a different --model_dtype",
     "batch_size": "a different --per_device_batch_size",
     "temperatures": "different --temperatures",
+    "seed": "a different --seed",
 }
 """In an error message, by name in the metadata; the names that an option determines"""
 
@@ -58,20 +60,34 @@ def record_dtype(metadata: dict) -> np.dtype:
 
     target_log_prob  float32, log-probability of the target token, nats
     max_log_prob     float32, the largest log-probability, nats; nan where the logits were not finite
-    ids              [k], the k most likely tokens, the most likely first; uint16 where that suffices, else int32
+    ids              [k], tokens; uint16 where that suffices, else int32
+
+    --keep topk, where the tokens are the k most likely, the most likely first:
     log_prob_gaps    float16 [k], log-probability of each minus the largest, nats
     tail_log_ratios  float16, for each temperature T: log sum exp(z / T) over all other tokens, minus that over these k
+
+    --keep mixed or sampled, where they are drawn:
+    gap_codes        uint8 [k], log-probability of each minus the largest: see `draws.gaps_of`
+    codes            uint8 [k], for mixed see `Draws.codes`; for sampled how often each was drawn
+    log_sums         float16, for each temperature T: log sum exp((z - max z) / T)
     """
     k, ids = metadata["teacher_top_k"], "<u2" if metadata["num_tokens"] <= 2**16 else "<i4"
-    return np.dtype(
-        [
-            ("target_log_prob", "<f4"),
-            ("max_log_prob", "<f4"),
-            ("ids", ids, (k,)),
-            ("log_prob_gaps", "<f2", (k,)),
-            ("tail_log_ratios", "<f2", (len(metadata["temperatures"]),)),
-        ]
-    )
+    per_temperature = "<f2", (len(metadata["temperatures"]),)
+    fields = [
+        ("target_log_prob", "<f4"),
+        ("max_log_prob", "<f4"),
+        ("ids", ids, (k,)),
+    ]
+    if metadata["keep"] == "topk":
+        return np.dtype([*fields, ("log_prob_gaps", "<f2", (k,)), ("tail_log_ratios", *per_temperature)])
+    return np.dtype([*fields, ("gap_codes", "u1", (k,)), ("codes", "u1", (k,)), ("log_sums", *per_temperature)])
+
+
+def describe_kept(metadata: dict) -> str:
+    """Which tokens of a position a cache holds."""
+    k = metadata["teacher_top_k"]
+    drawn = "drawn without replacement" if metadata["keep"] == "mixed" else "drawn with replacement"
+    return f"{k} most likely tokens" if metadata["keep"] == "topk" else f"target token and {k} {drawn}"
 
 
 def cache_error(folder: Path, reason: str) -> UsageError:

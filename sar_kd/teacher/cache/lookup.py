@@ -11,14 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sar_kd.alignment.segments import split_range
-from sar_kd.data.batch import CachedTopK
+from sar_kd.data.batch import CachedDraws, CachedTokenLogits, CachedTopK
 from sar_kd.data.column_store import DamagedStore, open_column_store, strings_of
+from sar_kd.teacher.cache.draws import gaps_of, log_factors_of
 from sar_kd.teacher.cache.format import Shards, damaged_cache, index_key, index_path
 from sar_kd.tokenization.token_stream import Block, TokenizedText
 
@@ -32,8 +34,6 @@ class CacheIndex:
 
     tokens: np.ndarray | PlainTargets
     """int32 [N]: the target token of each record"""
-    ends: np.ndarray
-    """int64 [N]: where that token ends in the concatenated text, in bytes; in tokens if the tokenizer has no bytes"""
     documents: np.ndarray
     """int64 [documents + 1]: cumulative record counts (offsets)"""
     names: Sequence[str]
@@ -50,26 +50,25 @@ class CachedText:
     def __init__(self, folder: Path, header: dict, text: str, temperature: float):
         """text: one of `TEXTS`; temperature: of the run
 
-        The tail is read at that temperature, or at the cache's first one if it lacks that: `check_settings` refuses
-        this for the methods that use the tail.
+        Tail and sums are read at that temperature, or at the cache's first one if it lacks that: `check_settings`
+        refuses this for the methods that use them.
 
         Raises: UsageError if the index is damaged
         """
-        self.shards, temperatures = Shards(folder, header, text), header["metadata"]["temperatures"]
-        self.temperature = temperature
+        self.shards, self.metadata = Shards(folder, header, text), header["metadata"]
+        self.temperature, temperatures = temperature, self.metadata["temperatures"]
         self.temperature_index = temperatures.index(temperature) if temperature in temperatures else 0
         path = index_path(folder, text)
         try:
-            columns, metadata = open_column_store(path, index_key(header, text))
+            columns, of_index = open_column_store(path, index_key(header, text))
         except (DamagedStore, OSError) as error:
             raise damaged_cache(folder, f"{path.relative_to(folder)} cannot be used ({error})") from None
         self.index = CacheIndex(
             columns["tokens"],
-            columns["ends"],
             columns["documents"],
             strings_of(columns, "names"),
             columns["block_ends"],
-            metadata["num_conversations"],
+            of_index["num_conversations"],
         )
 
     def lookup(self, text: TokenizedText) -> CacheLookup:
@@ -150,7 +149,7 @@ class CacheLookup:
         first = self.first_records[len(self.plain.starts) - 1 + number]
         return np.full(count, -1) if first < 0 else np.arange(first, first + count)
 
-    def records(self, blocks: Sequence[Block], positions: Tensor, num_positions: int) -> CachedTopK:
+    def records(self, blocks: Sequence[Block], positions: Tensor, num_positions: int) -> CachedTokenLogits:
         """The cached logits of a batch.
 
         positions: int64 [N], ascending: which of the teacher's `num_positions` flattened positions predict a target
@@ -160,16 +159,25 @@ class CacheLookup:
         records = self._cached.shards.take(indices)
         record_index = torch.zeros(num_positions, dtype=torch.int64)
         record_index[positions] = torch.arange(len(positions))
-        tail_log_ratios = records["tail_log_ratios"][:, self._cached.temperature_index]
-        return CachedTopK(
-            record_index,
-            ids=torch.from_numpy(records["ids"].astype(np.int32)),
-            max_log_probs=torch.from_numpy(records["max_log_prob"].copy()),
-            log_prob_gaps=torch.from_numpy(records["log_prob_gaps"].copy()),
-            target_log_probs=torch.from_numpy(records["target_log_prob"].copy()),
-            tail_log_ratios=torch.from_numpy(tail_log_ratios.copy()),
-            temperature=self._cached.temperature,
-            is_missing=not (indices >= 0).any(),
+        kept, temperature_index = self._cached, self._cached.temperature_index
+        common: dict[str, Any] = {
+            "record_index": record_index,
+            "ids": torch.from_numpy(records["ids"].astype(np.int32)),
+            "max_log_probs": torch.from_numpy(records["max_log_prob"].copy()),
+            "target_log_probs": torch.from_numpy(records["target_log_prob"].copy()),
+            "temperature": kept.temperature,
+            "is_missing": not (indices >= 0).any(),
+        }
+        if kept.metadata["keep"] == "topk":
+            tail_log_ratios = records["tail_log_ratios"][:, temperature_index].copy()
+            gaps = torch.from_numpy(records["log_prob_gaps"].copy())
+            return CachedTopK(**common, log_prob_gaps=gaps, tail_log_ratios=torch.from_numpy(tail_log_ratios))
+        return CachedDraws(
+            **common,
+            log_prob_gaps=torch.from_numpy(gaps_of(records)),
+            log_factors=torch.from_numpy(log_factors_of(records, kept.metadata)),
+            log_sums=torch.from_numpy(records["log_sums"][:, temperature_index].astype(np.float32)),
+            targets=torch.from_numpy(self.index.tokens[np.maximum(indices, 0)].astype(np.int32)),
         )
 
     def target_nats(self, block: Block) -> tuple[np.ndarray, int]:

@@ -83,11 +83,11 @@ def _model_flags(inputs, student="student", teacher="teacher"):
     return ["--teacher_model", str(inputs / teacher), "--student_model", str(inputs / student)]
 
 
-def _build(inputs, folder, *more, student="student", text="text.txt", dtype="float32"):
+def _build(inputs, folder, *more, student="student", text="text.txt", dtype="float32", keep="topk"):
     """Build a cache; returns its output."""
     out = io.StringIO()
     argv = [*_model_flags(inputs, student), *_text(inputs, text), "--model_dtype", dtype, "--device", "cpu"]
-    argv += ["--teacher_cache", str(folder), "--teacher_top_k", str(K), "--per_device_batch_size", "3"]
+    argv += ["--teacher_cache", str(folder), "--teacher_top_k", str(K), "--per_device_batch_size", "3", "--keep", keep]
     with contextlib.redirect_stdout(out):
         main.start(CACHE, [*argv, *map(str, more)])
     return out.getvalue()
@@ -221,6 +221,31 @@ def test_another_temperature_is_served_by_a_cache_that_was_made_for_it(inputs, t
     _build(inputs, tmp_path / "cache", "--temperatures", "3", "0.5", student=student)
     for temperature in (3.0, 0.5):
         _assert_same(*_runs(inputs, tmp_path / "cache", "--temperature", temperature, student=student))
+
+
+@pytest.mark.parametrize("student", ["equal_student", "student"])
+@pytest.mark.parametrize(("temperature", "dtype"), [(1.0, "float32"), (2.0, "float16")])
+def test_drawn_tokens_have_about_the_gradient_of_the_whole_teacher(inputs, tmp_path, student, temperature, dtype):
+    how = {"student": student, "text": "mixed.jsonl", "dtype": dtype}
+    _build(inputs, tmp_path / "cache", "--teacher_top_k", 200, keep="mixed", **how)
+    more = (*CLAMPS, "--temperature", temperature)
+    cached, _ = _runs(inputs, tmp_path / "cache", *more, **how)
+    common = [*_model_flags(inputs, student), *_text(inputs, "mixed.jsonl"), "--model_dtype", dtype, "--device", "cpu"]
+    live = _Run([*common, "--alpha_kd", "0.6", "--alpha_ce", "0.4", "--output_dir", "none", *map(str, more)])
+    for blocks in ([0, 1, 2], [len(live.dataset) - 2, len(live.dataset) - 1]):
+        (own, own_grad), (terms, grad) = cached.terms_and_gradient(blocks), live.terms_and_gradient(blocks)
+        torch.testing.assert_close(own.ce, terms.ce, rtol=1e-3, atol=0.0)
+        assert (own_grad - grad).norm() < 0.2 * grad.norm()
+        assert own.unshared_positions == 0
+
+
+def test_the_text_alone_is_learned_from_drawn_tokens_as_from_others(inputs, built):
+    drawn, kept = (
+        _runs(inputs, built(student="student", keep=keep), "--alignment", "alm")[0] for keep in ("mixed", "topk")
+    )
+    (terms, grad), (others, other_grad) = (run.terms_and_gradient([0, 1, 2]) for run in (drawn, kept))
+    assert torch.equal(terms.kd, others.kd)
+    assert torch.equal(grad, other_grad)
 
 
 def test_the_records_hold_the_teachers_log_probabilities(inputs, built):
@@ -394,8 +419,9 @@ def test_a_run_renders_the_date_that_its_cache_was_made_with(inputs, tmp_path):
     assert "was made with a different --template_date (2026-01-31, not 2026-02-01)" in err[0]
 
 
-def test_a_run_resumes_with_its_cache(inputs, built, tmp_path):
-    folder = built(student="student")
+@pytest.mark.parametrize("keep", ["topk", "mixed"])
+def test_a_run_resumes_with_its_cache(inputs, built, tmp_path, keep):
+    folder = built(student="student", keep=keep)
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     more = ("--teacher_cache", folder, "--lr_schedule", "constant")
     assert run_script(_argv(inputs, whole, *more, steps=4))[0] == 0
@@ -416,11 +442,16 @@ class _Killed(BaseException):
     """A kill: nothing catches it."""
 
 
-@pytest.mark.parametrize("moment", ["index", "write_shard", "rename", "header"])
-@pytest.mark.parametrize("after", [1, 3])
-def test_a_build_that_was_killed_goes_on_and_ends_with_the_same_bytes(inputs, tmp_path, monkeypatch, moment, after):
+@pytest.mark.parametrize(
+    ("moment", "after", "keep"),
+    [(moment, after, "topk") for moment in ("index", "write_shard", "rename", "header") for after in (1, 3)]
+    + [("write_shard", 3, "mixed"), ("header", 1, "sampled")],
+)
+def test_a_build_that_was_killed_goes_on_and_ends_with_the_same_bytes(
+    inputs, tmp_path, monkeypatch, moment, after, keep
+):
     monkeypatch.setattr(cache, "SHARD_SIZE", 500)
-    how = {"student": "student", "text": "mixed.jsonl"}
+    how = {"student": "student", "text": "mixed.jsonl", "keep": keep}
     _build(inputs, tmp_path / "whole", **how)
     wanted = _content(tmp_path / "whole")
     assert sum(name.endswith(".records") for name in wanted) >= 4
@@ -513,7 +544,7 @@ def test_the_size_is_printed_before_and_is_the_size_that_is_written(inputs, tmp_
     printed = re.search(r"(\d+) bytes a token, ([\d,]+) tokens", out[0])
     records = sum(p.stat().st_size for p in (tmp_path / "cache").rglob("*.records"))
     index = sum((tmp_path / "cache" / text / "index" / name).stat().st_size for text in TEXTS for name in
-                ("tokens", "ends"))  # fmt: skip
+                ("tokens",))  # fmt: skip
     assert int(printed[1]) * int(printed[2].replace(",", "")) == records + index
 
 
@@ -533,6 +564,8 @@ def test_a_disk_without_room_is_one_line(inputs, tmp_path, monkeypatch):
         (["--model_dtype", "float16"], r"a different --model_dtype \(float32, not float16\)"),
         (["--teacher_top_k", 600], "the teacher has 600 tokens; give fewer"),
         (["--temperatures", 1, 3], "different --temperatures"),
+        (["--keep", "mixed"], r"a different --keep \(topk, not mixed\)"),
+        (["--keep", "mixed", "--teacher_top_k", 256], "--teacher_top_k 256: must be at most 255 with --keep mixed"),
         (["--temperatures", 1, "warm"], "--temperatures 1 warm: must be numbers from 0.001 to 1000"),
     ],
 )
@@ -622,6 +655,36 @@ def test_a_run_that_the_cache_cannot_serve_is_refused_in_one_line(inputs, built,
     assert reason in err[0]
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        ("--kd_direction", "reverse"),
+        ("--kd_direction", "jsd"),
+        ("--alignment", "strict"),
+        ("--alignment", "uld"),
+        ("--teacher_top_k", "4"),
+    ],
+)
+def test_drawn_tokens_are_refused_in_one_line_where_the_most_likely_ones_are_needed(inputs, built, tmp_path, setting):
+    folder = built(student="student", keep="mixed")
+    code, _, err = run_script(_argv(inputs, tmp_path / "run", "--teacher_cache", folder, *setting))
+    assert (code, len(err)) == (2, 1)
+    assert f"holds drawn tokens (--keep mixed); {' '.join(setting)} needs the most likely ones" in err[0]
+    assert "make a cache with --keep topk" in err[0]
+
+
+def test_other_draws_have_another_seed(inputs, built, tmp_path):
+    folder = built(student="student", keep="mixed")
+    with pytest.raises(UsageError, match=r"a different --seed \(0, not 1\)"):
+        _build(inputs, folder, "--seed", 1, student="student", keep="mixed")
+    _build(inputs, tmp_path / "again", student="student", keep="mixed")
+    _build(inputs, tmp_path / "other", "--seed", 1, student="student", keep="mixed")
+    again, other, first = (
+        _content(path)["train/00000.records"] for path in (tmp_path / "again", tmp_path / "other", folder)
+    )
+    assert again == first != other
+
+
 def test_a_task_that_fine_tunes_its_teacher_first_has_no_cache_of_it(built, tmp_path):
     argv = ["--task", "units", "--teacher_cache", built(student="student"), "--output_dir", tmp_path / "run"]
     code, _, err = run_script([str(word) for word in argv])
@@ -664,9 +727,7 @@ def _index(dataset):
     text = dataset.text
     size = len(text.teacher.ids)
     starts = np.searchsorted(text.teacher.ends, text.starts, side="right")
-    return CacheIndex(
-        text.teacher.ids, text.teacher.ends, np.append(starts, size), list(text.names), np.array([size]), 0
-    )
+    return CacheIndex(text.teacher.ids, np.append(starts, size), list(text.names), np.array([size]), 0)
 
 
 @pytest.fixture(scope="module")
@@ -695,7 +756,7 @@ def test_every_target_of_a_block_has_its_record_and_a_start_token_has_none(
     ids, ends = stream.ids[stream.is_target], stream.ends[stream.is_target]
     assert len(stream.ids) == len(ids) + len(documents)
     offsets = np.searchsorted(ends, starts, side="right")
-    index = CacheIndex(ids, ends, offsets, list(whole.text.names), np.array([len(ids)]), 0)
+    index = CacheIndex(ids, offsets, list(whole.text.names), np.array([len(ids)]), 0)
     kept = [d for number, d in enumerate(documents) if number % 3 != 1]
     run = _dataset(kept, byte_tokenizer if student == "byte" else sp_tokenizer, sp_tokenizer)
     lookup, found = CacheLookup(run.text, index), []
