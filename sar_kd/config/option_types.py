@@ -125,8 +125,10 @@ class CacheOptions(TypedDict, total=False):
 
     student_model: str
     trust_remote_code: bool
+    keep: Literal["topk", "sampled", "mixed"]
     teacher_top_k: int
     temperatures: Sequence[str]
+    seed: int
     per_device_batch_size: int
     loss_workspace_mb: int
     overwrite: bool
