@@ -15,7 +15,7 @@ import pytest
 from sar_kd import embedded
 from sar_kd.commands.main import COMMANDS, main, run
 from sar_kd.config.presets import MODES
-from sar_kd.config.runs import SECTIONS, SftConfig
+from sar_kd.config.runs import SECTIONS, CacheConfig, SftConfig
 from sar_kd.config.shrinking import ShrinkConfig
 from sar_kd.config.writing import WriteConfig
 
@@ -133,7 +133,7 @@ def test_every_link_of_a_page_leads_somewhere(page):
 
 @pytest.mark.parametrize("page", sorted(PAGES))
 def test_every_flag_and_verb_that_a_page_names_exists(page):
-    sections = [*SECTIONS.values(), *SftConfig.sections().values(), ShrinkConfig, WriteConfig]
+    sections = [*SECTIONS.values(), *SftConfig.sections().values(), CacheConfig, ShrinkConfig, WriteConfig]
     flags = {name for section in sections for name in section.__dataclass_fields__}
     of_commands = {"help", "json", "mode", "version", "output", "chat", "model", "max_new_tokens", "sample_temperature"}
     of_others = {
@@ -141,7 +141,7 @@ def test_every_flag_and_verb_that_a_page_names_exists(page):
         "kills", "variants", "seeds", "flags", "groups", "pairs", "rounds", "steps", "sizes", "shapes", "limit_mb",
         "vocab_size", "rows", "cpu_time", "minutes", "warmup", "shape", "batch_size",
         "nproc_per_node", "repo-type",
-        "nnodes", "node_rank", "master_addr", "master_port", "ranks", "workspaces", "temperatures", "positions",
+        "nnodes", "node_rank", "master_addr", "master_port", "ranks", "workspaces", "positions",
         "upgrade", "config", "learning_rate", "student-lr",
     }  # fmt: skip
     named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", PAGES[page]))

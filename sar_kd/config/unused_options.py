@@ -69,6 +69,7 @@ _RULES = (
     _Rule(("student_lr", "per_device_batch_size", "model_dtype"), lambda v: v["heal_steps"] > 0,
           "without --heal_steps"),
     _Rule(("vocab_from",), lambda v: bool(v["vocab_size"]), "without --vocab_size"),
+    _Rule(("seed",), lambda v: v["keep"] != "topk", "with --keep topk, which draws nothing"),
     _Rule(("epochs",), lambda v: v["train_steps"] == 0, "beside --train_steps"),
     _Rule(("save_steps",), lambda v: v["save_strategy"] == "steps", "without --save_strategy steps"),
     _Rule(("parallel",), lambda v: "epochs" not in v, "on fine-tuning, which takes one process"),
@@ -78,7 +79,7 @@ _RULES = (
 )  # fmt: skip
 """A rule counts where the command has all options that its condition asks for."""
 
-_ONLY_FOR = {"seed": "generate"}
+_ONLY_FOR = {"seed": ("generate", "cache")}
 
 
 def unused_option_lines(command: str, values: _Values, given: Collection[str]) -> tuple[str, ...]:
@@ -89,7 +90,7 @@ def unused_option_lines(command: str, values: _Values, given: Collection[str]) -
     lines, named = [], set[str]()
     for options, has_effect, condition in _RULES:
         found = [name for name in options if name in given and name not in named]
-        found = [name for name in found if _ONLY_FOR.get(name, command) == command]
+        found = [name for name in found if command in _ONLY_FOR.get(name, (command,))]
         if found and not _holds(has_effect, values):
             named.update(found)
             names = ", ".join(f"--{name}" for name in found)

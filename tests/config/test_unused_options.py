@@ -3,7 +3,7 @@
 import pytest
 
 from sar_kd.config.command_line import parse
-from sar_kd.config.commands import COMMANDS, SFT
+from sar_kd.config.commands import CACHE, COMMANDS, SFT
 from sar_kd.config.fields import options_of
 from sar_kd.config.presets import STABLE
 from sar_kd.config.unused_options import _RULES
@@ -22,7 +22,7 @@ ALWAYS = {
     "logit_clamp_style", "loss_clamp_style", "max_steps", "save_strategy", "lora_rank", "teacher_top_k",
     "temperatures", "json", "verbose", "quiet", "runs", "output", "run", "prompt", "chat", "log", "teacher_steps",
     "layers", "layer_choice", "intermediate", "experts", "vocab_size", "heal_steps", "iterative", "calibration_chars",
-    "eval_chars",
+    "eval_chars", "keep",
     "prompts", "samples", "prompt_tokens", "keep_unfinished", "repeat_limit",
     "student_steps", "repetition_penalty", "alignment", "save_steps", "log_steps", "seed",
     # permissions: they have an effect where something would be refused without them
@@ -98,6 +98,12 @@ def test_so_is_one_of_fine_tuning(line, expected):
 )
 def test_an_option_that_has_an_effect_is_not_named(line):
     assert not _lines(line)
+
+
+def test_a_seed_has_no_effect_where_nothing_is_drawn():
+    (found,) = _lines("--keep topk --seed 3", CACHE)
+    assert found.startswith("--seed: has no effect with --keep topk")
+    assert not _lines("--keep mixed --seed 3", CACHE)
 
 
 def test_with_several_processes_parallel_has_an_effect(monkeypatch):
