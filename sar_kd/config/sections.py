@@ -9,14 +9,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from sar_kd.config.fields import Section, is_date, option, require, seconds_of
 from sar_kd.config.placement import TeacherPlacementConfig
 from sar_kd.errors import UsageError
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 SELF = "self"
 """The value of --teacher_model that means the student without its adapter."""
@@ -269,6 +266,9 @@ AUTO_BATCH = "{what} in a micro-batch of each device; auto: as many as fit in me
 """The help of `--per_device_batch_size`."""
 
 
+_Train = TypeVar("_Train", bound="TrainConfig")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Section):
     """Run: how long, how often, where to. A step is one attempted update, applied or skipped."""
@@ -313,7 +313,7 @@ class TrainConfig(Section):
         """`--time_limit` in seconds, inf if it is not given; 0 for text that is not a time."""
         return seconds_of(self.time_limit) if self.time_limit else math.inf
 
-    def with_time_left(self, seconds: float) -> Self:
+    def with_time_left(self: _Train, seconds: float) -> _Train:
         """The section with this `--time_limit`, at least a second; inf: as it is."""
         return self if seconds == math.inf else dataclasses.replace(self, time_limit=f"{max(1, int(seconds))}s")
 

@@ -86,7 +86,8 @@ def build_teacher_prompt(value: str, pair: TokenizerPair, limit: int, block_size
         (ids,) = encode(pair.teacher, [f"{prompt}\n\n"])
     except EncodingFailure as error:
         raise UsageError(f"{_OPTION}: the teacher's tokenizer {error.reason}") from None
-    heads, fault = (), ""
+    heads: tuple[tuple[list[int], list[int]], ...] = ()
+    fault = ""
     try:
         heads = tuple(chat_templates(pair)[-1].beginnings(prompt))
     except SkippedConversation as reason:

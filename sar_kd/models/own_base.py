@@ -44,7 +44,8 @@ class WithoutAdapter(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("student").get_base_model(), name)
+            student: Any = super().__getattr__("student")
+            return getattr(student.get_base_model(), name)
 
 
 class _Part(nn.Module):

@@ -170,9 +170,10 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter by name; one that is not loaded now is read for this, and not kept."""
     for name, parameter in model.named_parameters():
         module_name, _, own = name.rpartition(".")
-        hook = getattr(model.get_submodule(module_name), "_hf_hook", None)
-        if parameter.is_meta and getattr(hook, "weights_map", None) is not None:
-            yield name, hook.weights_map[own]
+        hook: Any = getattr(model.get_submodule(module_name), "_hf_hook", None)
+        weights = getattr(hook, "weights_map", None)
+        if parameter.is_meta and weights is not None:
+            yield name, weights[own]
         else:
             yield name, parameter
 

@@ -235,8 +235,8 @@ def _check_memory(meta: MetaModels) -> Finding:
     try:
         memory_plan = plan(config, models, device, dtype)
     except NotEstimated as reason:
-        record = {"verdict": "not estimated", "reason": str(reason)}
-        return Finding("memory", [*lines, f"Memory: not estimated ({reason})"], record)
+        unknown = {"verdict": "not estimated", "reason": str(reason)}
+        return Finding("memory", [*lines, f"Memory: not estimated ({reason})"], unknown)
     found = advice(memory_plan, config, models, dtype, len(environment.find_gpus()))
     needed, at_the_peak, *others = found.lines
     record: dict[str, Any] = memory_plan.record()
