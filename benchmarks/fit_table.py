@@ -69,8 +69,8 @@ MODELS = {
 }  # fmt: skip
 """Name -> config class, its values, and billions of parameters, as the model's card or technical report has them.
 
-Source: config.json of Qwen/Qwen3-*, meta-llama/Llama-3.2-1B and -3.1-8B, HuggingFaceTB/SmolLM2-360M and SmolLM3-3B,
-google/gemma-3-1b-pt and, its text model, gemma-3-4b-pt
+The shapes are those of Qwen/Qwen3-*, meta-llama/Llama-3.2-1B and -3.1-8B, HuggingFaceTB/SmolLM2-360M and SmolLM3-3B,
+google/gemma-3-1b-pt and, its text model, gemma-3-4b-pt; the test compares the number of parameters.
 """
 
 PAIRS = {
@@ -112,12 +112,13 @@ def card() -> Iterator[None]:
             super().__init__(*args)
             self.emulates_float16 = False
 
+    libraries = memory_plan._LIBRARIES["cuda"]
     adapted = functools.cache(lambda student, config, dtype: memory_tracker.with_adapter(student, config, dtype))
     with contextlib.ExitStack() as stack:
         for module, name, value in (
-            (environment, "free_memory", lambda device: int(CARD) - memory_plan._LIBRARIES["cuda"]),
+            (environment, "free_memory", lambda device: int(CARD) - libraries),
             (environment, "resident_memory", lambda: 0),
-            (memory_plan, "_LIBRARIES", {"cpu": memory_plan._LIBRARIES["cuda"]}),
+            (memory_plan, "_LIBRARIES", {"cpu": libraries}),
             (dry_run, "Precision", Plain),
             (dry_run, "with_adapter", adapted),
         ):
