@@ -51,7 +51,7 @@ _IN_FLOAT32 = {
     "--student_lr",
     "shards": "a sharded student is not replayed: try --parallel ddp or one process, to see which module it is",
     "quantized": "quantized weights are not replayed in float32: try --teacher_quantization off",
-    "offloaded": "weights that are not on the device are not replayed: leave out --teacher_device_map for 10 steps",
+    "offloaded": "weights that are not on the device are not replayed: leave out --teacher_device_map where it fits",
     "cache": "the logits in the teacher cache are not finite: make it again",
     "not reproduced": "the replay, without dropout, is finite: it was dropout or the hardware; if it happens again, "
     "lower --student_lr, and test the card's memory",
