@@ -69,6 +69,7 @@ class Results:
                 lines = (done.stderr or done.stdout).strip().splitlines()
                 return f"{run.key}\n    exit {done.returncode}: {lines[-1] if lines else ''}"
             summary = json.loads((Path(folder) / "run" / "summary.json").read_text())
+            summary["environment"].pop("command")  # it names a temporary folder; the key says the rest
             if self.measure is not None:
                 summary |= self.measure(run, Path(folder) / "run")
         bits, seconds = summary["val_bits_per_byte_final"], summary["wall_seconds"]
