@@ -82,7 +82,7 @@ def test_without_a_task_nothing_comes_before(monkeypatch):
     assert unit_task.task_callbacks(config, None, (8, 8), None) == []
 
 
-def test_the_control_can_be_left_out(small, tmp_path):
+def test_skip_baseline_leaves_it_out(small, tmp_path):
     code, out, err = _run(tmp_path / "run", "--skip_baseline", "--task_teacher_steps", "0")
     assert (code, err) == (0, [])
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
