@@ -265,7 +265,7 @@ MUTATIONS = (
              "    if precision.dtype is torch.float16:\n        compute_in_range_(model)\n", "", HALF),
     # a cut model
     Mutation("a kept token is kept with those that it is formed from", "tokenization/vocabulary_cut.py",
-             'return {self._model["vocab"][string] for string in formed}', "return {index}", suite=TOKENS),
+             'return {index} | {self._model["vocab"][string] for string in formed}', "return {index}", suite=TOKENS),
     Mutation("fewer tokens spell the same texts", "tokenization/vocabulary_cut.py",
              "if before != after:", "if False:", suite=TOKENS),
     Mutation("token ids in the configs follow", "models/token_rows.py",

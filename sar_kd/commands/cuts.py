@@ -133,7 +133,8 @@ class Cutter:
         require_cuttable(whole.title, whole.model, specs)
         size, top_k = specs[0].num_experts, max(spec.top_k for spec in specs)
         count = self.goal.count("experts", settings.experts, size)
-        require(count >= top_k, "experts", settings.experts, f"each token takes {top_k} experts; keep at least as many")
+        enough = self.goal.counts["experts"] >= top_k  # in the last round
+        require(enough, "experts", settings.experts, f"each token takes {top_k} experts; keep at least as many")
         usage = count_usage(whole.model, specs, self._batches())
         kept = [each.topk(count).indices.sort().values for each in usage]
         chosen = sum(int(each[indices].sum()) for each, indices in zip(usage, kept, strict=True))
@@ -155,14 +156,15 @@ class Cutter:
         count = self.goal.count("vocab_size", self.settings.vocab_size, size)
         usage = sum((_usage(text, size) for text in self.vocabulary_texts()), np.zeros(size, np.int64))
         required = vocabulary.required(ids_in_configs(whole.title, whole.model))
+        num_required = vocabulary.require_room(required, size, self.goal.counts["vocab_size"])  # in the last round
         self.vocabulary, self.kept_tokens = vocabulary, tuple(vocabulary.choose(usage, required, count))
         rows = [index for index in self.kept_tokens if index < size]
         expected = probe_logits(whole.model, self.precision, rows)
         keep_tokens_(f"{whole.title}, cut", whole.model, self.kept_tokens)
         whole.tokenizer = vocabulary.keep(self.kept_tokens)
-        num_required, share = sum(index < size for index in required), format_share(usage[rows].sum() / usage.sum())
+        share = format_share(usage[rows].sum() / usage.sum())
         self._say_(
-            f"Vocabulary: {len(rows):,} of {size:,} tokens kept: {num_required:,} that stay in any case, and "
+            f"Vocabulary: {len(rows):,} of {size:,} tokens kept: {num_required:,} that stay in any case; in all, "
             f"{(usage[rows] > 0).sum():,} of the {(usage > 0).sum():,} that the text uses, {share} of its tokens"
         )
         return expected

@@ -52,17 +52,28 @@ class CuttableVocabulary:
         return UsageError(f"{self.title}: its tokenizer {reason}; leave out --vocab_size")
 
     def required(self, named: Collection[int]) -> set[int]:
-        """The ids that stay in any case: single bytes, special and added tokens, those of the definition, `named` ones.
-
-        Without a token for each byte, every single character too.
+        """The ids that stay in any case: single bytes, special and added tokens, those of the definition, `named` ones;
+        each with the tokens that it is formed from. Without a token for each byte, every single character too.
         """
         names = special_tokens(self.tokenizer) | {METASPACE, self._model.get("unk_token")}
         single = {index for index, piece in self._pieces.items() if len(piece) == 1}
         if len({self._pieces[index] for index in single}) < 256:
             single |= {index for index, string in self._strings.items() if len(string) == 1}
         found = single | {*named} | {token["id"] for token in self._definition["added_tokens"]}
-        found |= {part[key] for part, key in self._places(self._definition) if isinstance(part[key], int)}
-        return found | {index for index, string in self._strings.items() if string in names}
+        for part, key in self._places(self._definition):
+            found |= {*part[key]} if isinstance(part[key], list) else {part[key]}
+        found |= {index for index, string in self._strings.items() if string in names}
+        return {part for index in found for part in self._formed_from(index)}
+
+    def require_room(self, required: Collection[int], num_rows: int, size: int) -> int:
+        """How many required ids have one of the logit's `num_rows`. Raises: UsageError if they are more than `size`"""
+        num_required = sum(index < num_rows for index in required)
+        if num_required > size:
+            raise UsageError(
+                f"--vocab_size {size}: {num_required:,} tokens stay in any case (bytes, special and added tokens); "
+                "keep more"
+            )
+        return num_required
 
     def choose(self, usage: np.ndarray, required: Collection[int], size: int) -> list[int]:
         """The ids to keep, ascending: `size` that have a logit, as far as there are so many, and required ones without.
@@ -74,14 +85,7 @@ class CuttableVocabulary:
 
         Raises: UsageError if there is no room for the required ones
         """
-        kept = {*required}
-        num_required = sum(index < len(usage) for index in kept)
-        if num_required > size:
-            raise UsageError(
-                f"--vocab_size {size}: {num_required:,} tokens stay in any case (bytes, special and added tokens); "
-                "keep more"
-            )
-        room = size - num_required
+        kept, room = {*required}, size - self.require_room(required, len(usage), size)
         for index in np.lexsort((-self._usage_of_words(usage), -usage)).tolist():
             if not room:
                 break
@@ -103,8 +107,8 @@ class CuttableVocabulary:
 
     def _formed_from(self, index: int) -> set[int]:
         """The token and, of BPE, every token that is formed on the way to it."""
-        token = self._strings[index]
-        if self._model["type"] != "BPE" or token not in self._model["vocab"]:
+        token = self._strings.get(index)
+        if self._model["type"] != "BPE" or token is None or token not in self._model["vocab"]:
             return {index}
         symbols, formed = [*token], {*token}
         while len(symbols) > 1:
@@ -113,7 +117,7 @@ class CuttableVocabulary:
                 return {index}
             symbols[first : first + 2] = ["".join(symbols[first : first + 2])]
             formed.add(symbols[first])
-        return {self._model["vocab"][string] for string in formed}
+        return {index} | {self._model["vocab"][string] for string in formed}
 
     @cached_property
     def _ranks(self) -> Mapping[tuple[str, str], int]:

@@ -124,7 +124,7 @@ def test_what_it_costs_is_shown(saved, shrink, tmp_path, capsys, byte_tokenizer)
         assert record[name]["tokens_per_byte"] == pytest.approx(count / 1000)
     assert record["after"]["tokens_per_byte"] >= record["before"]["tokens_per_byte"]
     total, half = len(byte_tokenizer), round(len(byte_tokenizer) / 2)
-    assert f"Vocabulary: {half} of {total} tokens kept: 258 that stay in any case, and " in record["cuts"][1]
+    assert f"Vocabulary: {half} of {total} tokens kept: 258 that stay in any case; in all, " in record["cuts"][1]
     card = (tmp_path / "small" / "README.md").read_text()
     assert "| tokens a byte | " in card
     assert record["cuts"][1] in card

@@ -121,6 +121,29 @@ def test_special_and_added_tokens_stay_with_new_ids(unigram, corpus_texts):
     assert {"<unk>", "<s>", "</s>", "<0x00>", "<0xFF>", "\u2581"} <= small.get_vocab().keys()
 
 
+@pytest.mark.parametrize("kind", ["template", "roberta"])
+def test_tokens_that_the_definition_puts_around_a_text_stay(byte_tokenizer, corpus_texts, kind):
+    """Also those that are not marked as special."""
+    definition = json.loads(byte_tokenizer.backend_tokenizer.to_str())
+    own = Tokenizer.from_str(json.dumps(definition))
+    first, last = (own.id_to_token(own.get_vocab_size() - place) for place in (2, 1))
+    ids = own.token_to_id(first), own.token_to_id(last)
+    own.post_processor = (
+        processors.TemplateProcessing(
+            f"{first}:0 $A:0 {last}:0", special_tokens=list(zip((first, last), ids, strict=True))
+        )
+        if kind == "template"
+        else processors.RobertaProcessing((last, ids[1]), (first, ids[0]), add_prefix_space=False)
+    )
+    end = "<|endoftext|>"
+    whole = transformers.PreTrainedTokenizerFast(tokenizer_object=own, bos_token=end, eos_token=end)
+    small, _ = _cut(whole, corpus_texts[:8], 40)
+    tokens = small.convert_ids_to_tokens(small("a")["input_ids"])
+    assert (tokens[0], tokens[-1]) == (first, last)
+    assert small.convert_tokens_to_ids(last) < ids[1]
+    assert _tokens(small, last) == _tokens(whole, last)
+
+
 def test_the_tokens_that_the_text_uses_most_are_kept_then_their_other_forms_then_the_first_ones(byte_tokenizer):
     vocabulary = CuttableVocabulary("it", byte_tokenizer)
     required, usage = vocabulary.required(set()), np.zeros(len(byte_tokenizer), np.int64)
@@ -191,3 +214,25 @@ def test_a_tokenizer_that_is_another_one_once_loaded_is_named(byte_tokenizer, sp
     lower = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(definition)))
     with pytest.raises(UsageError, match="it: its tokenizer cannot spell 'Hello world' any more with fewer tokens"):
         vocabulary.check(kept, lower)
+
+
+def test_a_token_that_the_config_names_stays_with_those_that_it_is_formed_from(byte_tokenizer):
+    """It is formed by merges, and stands in a text as before."""
+    vocabulary = CuttableVocabulary("it", byte_tokenizer)
+    merges = json.loads(byte_tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    named = byte_tokenizer.convert_tokens_to_ids(max(map("".join, merges), key=len))
+    text = byte_tokenizer.decode([named])
+    required = vocabulary.required({named})
+    small = vocabulary.keep(vocabulary.choose(np.zeros(len(byte_tokenizer), np.int64), required, len(required)))
+    assert len(byte_tokenizer.tokenize(text)) == 1
+    assert small.tokenize(text) == byte_tokenizer.tokenize(text)
+
+
+def test_an_id_without_a_string_and_a_token_without_letters_stay(byte_tokenizer):
+    definition = json.loads(byte_tokenizer.backend_tokenizer.to_str())
+    ids = [*definition["model"]["vocab"].values(), *(token["id"] for token in definition["added_tokens"])]
+    empty, unknown = max(ids) + 1, max(ids) + 5
+    definition["model"]["vocab"][""] = empty
+    tokenizer, end = Tokenizer.from_str(json.dumps(definition)), "<|endoftext|>"
+    own = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end)
+    assert {empty, unknown} <= CuttableVocabulary("it", own).required({empty, unknown})
