@@ -40,6 +40,8 @@ def heal(config: ShrinkingConfig, folder: Path) -> str:
         for item in dataclasses.fields(DataConfig)
         if getattr(config.data, item.name) != item.default
     }
+    if config.data.task:  # its teacher is the whole model as it is, and nothing else is trained
+        options |= {"skip_baseline": True, "task_teacher_steps": 0}
     status = "failed"
     try:
         status = str(train(configure(TRAIN, options | text))["status"])

@@ -38,6 +38,7 @@ from sar_kd.models.pretrained import rebuild_on_meta
 from sar_kd.reporting.report import require_matplotlib
 from sar_kd.reporting.shrink_page import PAGE, Measured, Shrunk, build_shrink_card, build_shrink_page
 from sar_kd.runtime.console import print_stderr
+from sar_kd.runtime.distributed import join_process_group
 from sar_kd.runtime.files import atomic_rename, atomic_write, json_safe
 from sar_kd.runtime.precision import Precision, setup_precision
 from sar_kd.training.checkpoint import save_student
@@ -51,6 +52,8 @@ def main(config: ShrinkingConfig) -> dict:
 
     Raises: UsageError for what the user can mend; TrainingDiverged as a run, with `--heal_steps`
     """
+    if join_process_group().size > 1:
+        raise UsageError("shrink: one process cuts; start it without torchrun")
     settings, folder = config.shrink, Path(config.shrink.output_dir)
     _check_new(folder)
     require_matplotlib("shrink")

@@ -1,6 +1,7 @@
 """`shrink --heal_steps`: cut and distilled by one command, in one round or several."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,9 @@ import transformers
 
 from sar_kd.commands import healing
 from sar_kd.commands.main import main
+from sar_kd.commands.unit_task import prepare_task
+from sar_kd.config.command_line import parse
+from sar_kd.config.commands import SHRINK
 from sar_kd.errors import TrainingDiverged, UsageError
 from sar_kd.models.pretrained import silence_transformers
 from tests.helpers.cut_models import build_to_cut
@@ -72,6 +76,23 @@ def test_one_command_cuts_and_distils(shrink, tmp_path, capsys):
     assert table["distilled"] in page
 
 
+def test_a_task_is_distilled_from_the_whole_model_and_starts_no_run_of_its_own(tmp_path, monkeypatch):
+    configs = []
+    monkeypatch.setattr(healing, "train", lambda config: configs.append(config) or {"status": "finished"})
+    given = ["--output_dir", str(tmp_path), "--layers", "3", "--task", "units", "--heal_steps", "7"]
+    assert healing.heal(parse(SHRINK, given), tmp_path) == "finished"
+    (config,) = configs
+    assert (config.models.teacher_model, config.has_control) == ("embedded", False)
+    assert prepare_task(config) is config
+
+
+def test_several_processes_are_refused(shrink, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sar_kd.commands.shrink.join_process_group", lambda: SimpleNamespace(size=2))
+    assert shrink("--layers 4") == 2
+    assert capsys.readouterr().err == "error: shrink: one process cuts; start it without torchrun\n"
+    assert not (tmp_path / "small").exists()
+
+
 @pytest.mark.parametrize(
     ("error", "code"), [(UsageError("--x 1: no"), 2), (TrainingDiverged("it diverged"), 3), (KeyboardInterrupt(), 130)]
 )
@@ -133,6 +154,7 @@ def test_each_round_cuts_what_the_one_before_has_distilled(shrink, tmp_path, cap
         ("--layers 4 --iterative 2", "--iterative 2: distils between the cuts; give --heal_steps too"),
         ("--layer_choice 0-3 --heal_steps 1 --iterative 2", "--iterative 2: needs --layers, not a list of them"),
         ("--layers 5 --heal_steps 1 --iterative 3", "--layers 5: cuts 1 of 6, too few for --iterative 3"),
+        ("--vocab_size 200 --heal_steps 1 --iterative 2", "--vocab_size 200: 257 tokens stay in any case (bytes, "),
         ("--layers 5 --heal_steps -1", "--heal_steps -1: must be a number of at least 0"),
     ],
 )
