@@ -17,7 +17,7 @@ import torch
 
 from sar_kd.commands.unit_task import task_callbacks
 from sar_kd.config.runs import ComparisonConfig, Config, OnPolicyConfig
-from sar_kd.config.sections import TrainConfig
+from sar_kd.config.sections import SELF, TrainConfig
 from sar_kd.data.files.sources import Documents
 from sar_kd.errors import TrainingDiverged, UsageError
 from sar_kd.losses.objective import Objective
@@ -28,7 +28,7 @@ from sar_kd.reporting.run_log import ControlLog, log_with_control, open_run
 from sar_kd.runtime.distributed import ProcessGroup
 from sar_kd.runtime.files import CHECKPOINTS
 from sar_kd.runtime.precision import setup_precision
-from sar_kd.runtime.run_folder import check_run_folder, hold_run_folder, holds_run
+from sar_kd.runtime.run_folder import check_run_folder, clear_run_folder, hold_run_folder, holds_run
 from sar_kd.teacher.base import NoTeacher
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 from sar_kd.training.guards import StepGuard
@@ -66,6 +66,9 @@ class Control:
         self._group, self._folder = group, Path(f"{config.train.output_dir.rstrip('/')}-control")
         group.on_rank_zero(lambda: self._check_folder(config.train))
         pairs = {name: pair for name, pair in loaded.pairs.items() if name == _STUDENT}
+        self.observers = [_ClearedAtStart(self._folder)] if config.train.overwrite else []
+        """For the log of the run"""
+        self._config_of(config)  # refuses here what it would refuse behind the run
         self._loaded = LoadedModels({name: (copy.deepcopy(model), own) for name, (model, own) in pairs.items()})
 
     def _check_folder(self, train: TrainConfig) -> None:
@@ -105,9 +108,12 @@ class Control:
         """The run's settings with cross-entropy as the only loss, and without what needs the teacher."""
         resumes = config.train.resume and (self._folder / CHECKPOINTS / "latest").is_file()
         overwrites = not resumes and holds_run(self._folder)
-        train = config.train.with_time_left(self._deadline - time.monotonic())
+        train, models = config.train.with_time_left(self._deadline - time.monotonic()), config.models
+        if models.teacher_model == SELF:  # there is no teacher, and this one asks for a loss with it
+            models = dataclasses.replace(models, teacher_model=models.student_model)
         return dataclasses.replace(
             config,
+            models=models,
             loss=dataclasses.replace(config.loss, alpha_kd=0.0, alpha_ce=1.0),
             routing=dataclasses.replace(config.routing, routing="native"),
             on_policy=OnPolicyConfig(),
@@ -133,6 +139,25 @@ class Control:
         inputs = digest_inputs(config, text.documents, models, group)
         teacher = NoTeacher(text.passes)
         return Trainer(config, models, text.datasets, context, log, teacher, callbacks, inputs=inputs).run()
+
+
+class _ClearedAtStart:
+    """An observer of a run's log that deletes the control of the run which this one overwrites."""
+
+    name = "the removal of an earlier control"
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def log_record(self, record: dict) -> None:
+        if record["event"] == "start" and holds_run(self._folder):
+            clear_run_folder(self._folder)
+
+    def log_summary(self, summary: dict) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 class _SameStart:

@@ -55,6 +55,7 @@ def train(
         config = fit_batch_size(config, group, loaded)  # --per_device_batch_size auto
         control = Control(config, loaded, group) if config.has_control else None  # --control: may it be trained?
         config = prepare_task(config, loaded)  # --task: fine-tune the teacher
+        listeners = [*listeners, *(control.observers if control else [])]
         summary, text = _run(config, loaded, listeners, group)
         return control.compare(config, summary, text) if control else summary  # --control: train it, on the same text
 

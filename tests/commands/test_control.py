@@ -244,6 +244,27 @@ def test_a_control_that_is_there_is_neither_taken_nor_overwritten_unasked(done, 
 
 
 @pytest.mark.slow
+def test_a_student_that_is_its_own_teacher_has_a_control(texts, tmp_path):
+    own = ["--teacher_model", "self", "--lora_rank", "2", "--control"]
+    code, _, err = run_script(_argv(texts, tmp_path / "run", *own))
+    assert (code, err) == (0, [])
+    assert read_json(tmp_path / "run" / "summary.json")["control"]["status"] == "finished"
+
+
+@pytest.mark.slow
+def test_the_control_of_an_overwritten_run_does_not_stay_for_the_new_one(done, texts, tmp_path, monkeypatch):
+    folder, _ = done
+    for source, target in ((folder, tmp_path / "run"), (_control(folder), _control(tmp_path / "run"))):
+        shutil.copytree(source, target)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train_step", interrupting(trainer.train_step, 1))
+        assert run_script(_argv(texts, tmp_path / "run", "--control", "--overwrite", steps=2))[0] == 130
+    assert not (_control(tmp_path / "run") / "checkpoint").exists()
+    assert run_script(["--resume", "--output_dir", str(tmp_path / "run")])[0] == 0
+    assert read_json(tmp_path / "run" / "summary.json")["control"]["steps"] == 2
+
+
+@pytest.mark.slow
 def test_an_emergency_stop_of_the_control_leaves_the_run_its_result(texts, tmp_path, monkeypatch):
     train_step, calls = trainer.train_step, []
 
