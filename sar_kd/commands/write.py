@@ -59,9 +59,10 @@ class _Output:
 
         Raises: UsageError if there is something else, or it has been changed since
         """
+        if self.path.is_dir():
+            raise UsageError(f"--output {self.path}: is a folder; name a .jsonl file")
         if overwrite:
-            self.record_path.unlink(missing_ok=True)
-            self.path.unlink(missing_ok=True)
+            return  # `begin` deletes what is there, once all else is known to be right
         if not self.record_path.exists():
             if self.path.exists() and self.path.stat().st_size:
                 raise self._error("is there already, and this command did not write it")
@@ -90,6 +91,8 @@ class _Output:
         Raises: UsageError naming the first difference
         """
         if not self.record:
+            self.record_path.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
             counts = dict.fromkeys(("written", "tokens", "cut_off", *REASONS, "skipped_prompts"), 0)
             self.record = {"format": _FORMAT, "complete": False, "metadata": metadata, "answers": num_answers,
                            "done": 0, "counts": counts, "skipped": []}  # fmt: skip
@@ -237,7 +240,7 @@ def _report(output: _Output, config: WritingConfig, say) -> dict:
     if counts["nonfinite"]:
         say("Warning: some logits of the teacher were not finite; float32 may hold them: --model_dtype float32")
     if 2 * counts["unfinished"] > record["answers"]:
-        say("Warning: most answers have not ended; raise --max_new_tokens")
+        say("Warning: most answers have not ended; raise --max_new_tokens, or keep them with --keep_unfinished")
     if counts["written"]:
         say(f"Use it: give a run --train_file {output.path}")
     else:

@@ -149,7 +149,11 @@ def test_what_was_begun_otherwise_is_refused(run, tmp_path, teacher):
     (tmp_path / "out.jsonl").write_bytes(before)
     code, out = run("out.jsonl")
     assert (code, "a different teacher" in out) == (2, True), out
+    assert run("out.jsonl", "--overwrite", "--teacher_model", "nowhere")[0] == 2
+    assert (tmp_path / "out.jsonl").read_bytes() == before  # nothing is lost before all else is known to be right
     assert run("out.jsonl", "--overwrite")[0] == 0
+    (tmp_path / "folder.jsonl").mkdir()
+    assert "is a folder; name a .jsonl file" in run("folder.jsonl", "--overwrite")[1]
 
 
 def test_a_teacher_that_writes_nothing_finite_is_refused_and_single_answers_are_counted(
