@@ -30,7 +30,7 @@ class TeacherPlacementConfig(Section):
     def __post_init__(self):
         super().__post_init__()
         where = self.teacher_device
-        known = where in ("", "cpu", "cuda") or where.removeprefix("cuda:").isdecimal()
+        known = where in ("", "cpu", "cuda") or bool(re.fullmatch("cuda:[0-9]{1,3}", where))
         require(known, "teacher_device", where, "must be cpu, cuda or cuda:N")
         if where and self.teacher_device_map:
             raise UsageError(f"--teacher_device {where}: --teacher_device_map chooses the devices; give one of them")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -222,7 +223,7 @@ class DeviceConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        known = self.device in ("auto", "cpu", "cuda") or self.device.removeprefix("cuda:").isdecimal()
+        known = self.device in ("auto", "cpu", "cuda") or bool(re.fullmatch("cuda:[0-9]{1,3}", self.device))
         require(known, "device", self.device, "must be auto, cpu, cuda or cuda:N")
 
 

@@ -58,7 +58,9 @@ def limits_of(config: TeacherPlacementConfig) -> dict[int | str, int]:
     """`--teacher_max_memory` in bytes, by the index of a GPU or 'cpu'."""
     return {
         device if device == "cpu" else int(device.removeprefix("cuda:")): int(float(size) * _UNITS[unit.upper()])
-        for device, size, unit in (re.split("=|(?<=[0-9])(?=[A-Za-z])", each) for each in config.teacher_max_memory)
+        for device, size, unit in (
+            re.split("=|(?<=[0-9])(?=[a-z])", each.lower()) for each in config.teacher_max_memory
+        )
     }
 
 

@@ -74,6 +74,7 @@ def check_settings(config: RunConfig) -> dict:
             config.on_policy.on_policy_fraction > 0,
         "replaces the teacher; leave out --offload_teacher_to_cpu and --teacher_quantization":
             memory.offload_teacher_to_cpu or memory.teacher_quantization != "off",
+        f"replaces the teacher; leave out {memory.placement()}": bool(memory.placement()),
         "holds no hidden states, which --alignment hidden compares; leave the cache out": loss.alignment == "hidden",
         "holds no logits for --logit_clamp_style raw to clamp; use normalized, or leave the cache out":
             loss.logit_clamp_style == "raw",

@@ -92,6 +92,8 @@ BAD_VALUES = [
     ("--device gpu", "gpu", "cpu, cuda or cuda:N"),
     ("--device cuda:", "cuda:", "cpu, cuda or cuda:N"),
     ("--device cuda:x", "cuda:x", "cpu, cuda or cuda:N"),
+    ("--device 0", "0", "cpu, cuda or cuda:N"),
+    ("--teacher_device 0", "0", "cpu, cuda or cuda:N"),
     ("--init_loss_scale 0.5", "0.5", "between 1 and 16777216"),
     ("--init_loss_scale 33554432", "33554432", "between 1 and 16777216"),
     ("--init_loss_scale 3", "3", "a power of two"),

@@ -209,6 +209,8 @@ def test_sizes_are_read_in_decimal_and_binary_units():
     sizes = ("cuda:1=1.5GB", "cpu=2GiB", "cuda:0=3mb")
     config = TeacherPlacementConfig(teacher_device_map="auto", teacher_max_memory=sizes)
     assert limits_of(config) == {1: 1_500_000_000, "cpu": 2 * 2**30, 0: 3_000_000}
+    config = TeacherPlacementConfig(teacher_device_map="auto", teacher_max_memory=("CPU=1GB", "CUDA:0=6gib"))
+    assert limits_of(config) == {"cpu": 10**9, 0: 6 * 2**30}
 
 
 # Refusals
