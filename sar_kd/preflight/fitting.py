@@ -61,6 +61,11 @@ class Fit:
     def fits(self) -> bool:
         return self.plan.verdict == "fits"
 
+    @property
+    def is_ready(self) -> bool:
+        """Is nothing to be installed or made first?"""
+        return not self.missing and CACHE not in self.options
+
     def record(self) -> dict:
         """As JSON."""
         return {"options": self.options, "needed_bytes": self.plan.needed, "missing": list(self.missing)}
@@ -243,7 +248,7 @@ def _remedy(fit: Fit | None, memory_plan: Plan, config: Any, num_gpus: int) -> s
     sharded = f"torchrun --nproc_per_node {num_gpus} with --parallel fsdp"
     can_shard = num_gpus > 1 and current_process_group().size == 1
     if fit and fit.fits:
-        by_itself = not (fit.missing or CACHE in fit.options or fit.options.keys() & config.chosen)
+        by_itself = fit.is_ready and not fit.options.keys() & config.chosen
         return f"what fits: {fit}" + ", which --fit sets" * by_itself + f", or {sharded}" * can_shard
     if can_shard:
         return f"what may fit: {sharded}"
@@ -283,17 +288,22 @@ def _apply(config: R, loaded: LoadedModels) -> R:
             note = "sets nothing, the free memory is not known"
         elif planned.verdict != "fits":
             found = cheapest_fit(smallest, models, device, dtype, config.chosen)
-            planned, options, note = _require_fit(found, planned, config)
+            is_ready = found is not None and found.is_ready and found.fits
+            free = None if is_ready else cheapest_fit(smallest, models, device, dtype, may_need_more=False)
+            planned, options, note = _require_fit(found, free, planned, config)
     except NotEstimated as error:
         note = f"sets nothing, the memory is not estimated ({error})"
     changed = reconfigure(config, {**options, "fit": False})
     return dataclasses.replace(changed, notices=(*changed.notices, f"--fit: {note}"))
 
 
-def _require_fit(found: Fit | None, planned: Plan, config: Any) -> tuple[Plan, dict[str, Any], str]:
-    """The plan, the options and the line about them. Raises: UsageError if nothing fits"""
-    is_ready = found is not None and not found.missing and CACHE not in found.options
-    if found and is_ready and (found.plan.verdict != "too large" or getattr(config.loss, "force", False)):
+def _require_fit(found: Fit | None, free: Fit | None, planned: Plan, config: Any) -> tuple[Plan, dict[str, Any], str]:
+    """The plan, the options and the line about them.
+
+    found, free: the cheapest fit that leaves the options that are given, and one that does not
+    Raises: UsageError if nothing fits
+    """
+    if found and found.is_ready and (found.plan.verdict != "too large" or getattr(config.loss, "force", False)):
         return found.plan, found.options, f"sets {found} of {format_bytes(found.plan.available or 0)}"
     if planned.verdict == "close":
         return planned, {}, f"sets nothing, no option makes the run smaller ({format_bytes(planned.needed)})"
@@ -301,6 +311,8 @@ def _require_fit(found: Fit | None, planned: Plan, config: Any) -> tuple[Plan, d
     verb = "what fits is" if found and found.fits else closest
     rest = f" {found}" if found and found.fits else ""
     chosen = "; options that are given keep their values" if config.chosen else ""
+    if free and free.fits and (changed := sorted(free.options.keys() & config.chosen)):
+        chosen += f": without {', '.join(f'--{name}' for name in changed)} it fits with {free}"
     raise UsageError(f"--fit: the run needs about {_sizes(planned)}; {verb}{rest}{chosen}")
 
 

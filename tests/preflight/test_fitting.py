@@ -235,3 +235,12 @@ def test_a_resumed_run_is_advised_no_option_that_may_not_change(limited, models)
 def test_fit_is_refused_where_a_value_is_wrong():
     with pytest.raises(UsageError, match="--lora_rank 4: with --parallel fsdp"):
         _config().changed({"lora_rank": 4, "parallel": "fsdp"})
+
+
+def test_a_given_option_in_the_way_is_named_with_what_would_fit_without_it(limited, sizes, capsys, monkeypatch):
+    _with_packages(monkeypatch)
+    limited(sizes[2])
+    given = ["--gradient_checkpointing", "--optimizer", "adafactor", "--per_device_batch_size", "4"]
+    assert main(["train", *FLAGS, *given, "--block_size", "256", "--fit", "--output_dir", "none"]) == 2
+    line = capsys.readouterr().err
+    assert ": without --per_device_batch_size it fits with --per_device_batch_size " in line
