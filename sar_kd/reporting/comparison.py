@@ -173,6 +173,9 @@ def compare_with_control(run: HeldOut, control: HeldOut) -> dict:
     found = difference(best, alone, size)
     entry = found.to_dict()
     sentences = [found.sentence("The distilled student", "the control")]
+    for name, nats, own in (("distilled student", best, start), ("control", alone, control.nats.get("start"))):
+        if own is not None and np.array_equal(nats, own):
+            sentences.append(f"The best {name} is the student as it was: no validation found it better; train longer.")
     closed = {
         name: gap_closed(start, student, teacher, size) if teacher is not None else None
         for name, student in (("gap_closed", best), ("control_gap_closed", alone))

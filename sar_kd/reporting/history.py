@@ -312,7 +312,8 @@ def _advice(run: RunHistory, validations: list[dict]) -> list[str]:
         rate = as_float(run.setting("student_lr"))
         lines.append(f"The updates made it much worse: a lower --student_lr may help (it is {rate:g}).")
     teacher = as_float(run.start.get("teacher_val_bits_per_byte"))
-    if finite and teacher >= finite[0][0] and as_float(run.setting("alpha_kd")) > 0:
+    teaches_its_prompt = run.setting("teacher_system_prompt") not in (None, "")  # not to be better on this text
+    if finite and teacher >= finite[0][0] and as_float(run.setting("alpha_kd")) > 0 and not teaches_its_prompt:
         lines.append("The teacher is no better than the student was on this text: it has little to teach here.")
     if rewound := run.summary.get("rewound_from"):
         lines.append(f"It diverged at step {rewound} and went back once, at half the learning rate.")

@@ -54,7 +54,10 @@ def compare_runs(folders: Sequence[Path]) -> dict:
 
 
 def _control_of(folder: Path) -> Path:
-    control = read_history(folder, with_steps=False).summary.get("control")
+    run = read_history(folder, with_steps=False)
+    if not as_float(run.setting("alpha_kd")) > 0:
+        raise UsageError(f"{folder}: a run by cross-entropy alone has no control; give a second run to compare it with")
+    control = run.summary.get("control")
     if not isinstance(control, dict) or control.get("status") != "finished":
         raise UsageError(
             f"{folder}: has no finished control; give another run to compare it with, or train one: the run's own "

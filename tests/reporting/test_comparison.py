@@ -155,6 +155,14 @@ def test_a_teacher_that_is_no_better_than_the_start_leaves_no_gap():
         assert "gap_closed" not in found
 
 
+def test_a_best_student_that_is_the_one_at_the_start_is_named():
+    alone, start, _ = _documents(60, gain=0.2, noise=0.02)
+    found = compare_with_control(_held_out(start=start, best=alone), _held_out(start=start, best=start))
+    assert found["sentences"][1].startswith("The best control is the student as it was")
+    found = compare_with_control(_held_out(start=start, best=start), _held_out(start=start, best=alone))
+    assert found["sentences"][1].startswith("The best distilled student is the student as it was")
+
+
 def test_a_control_on_another_text_is_not_judged():
     one, other, _ = _documents(60)
     run, control = _held_out(start=other, best=one), dataclasses.replace(_held_out(best=other), text="another")

@@ -403,6 +403,12 @@ def test_a_teacher_that_is_no_better_than_the_student_was_is_mentioned(make_run)
     assert any("little to teach" in line for line in findings_of(read_history(folder)))
 
 
+def test_a_teacher_that_teaches_its_prompt_need_not_be_better(make_run):
+    start = START | {"teacher_val_bits_per_byte": 2.6}
+    folder = make_run(RECORDS, "--teacher_system_prompt", "Be brief.", start=start)
+    assert not any("little to teach" in line for line in findings_of(read_history(folder)))
+
+
 def test_a_summary_of_an_earlier_part_is_not_taken_for_the_end(make_run):
     folder = make_run(RECORDS, summary={"status": "interrupted", "steps": 2})
     assert findings_of(read_history(folder))[0] == "Under way: 4 of 500 steps."

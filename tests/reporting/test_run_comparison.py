@@ -71,6 +71,8 @@ def test_a_run_alone_is_compared_with_its_control(make_run):
     run, control = make_run("run", 1.5, 1), make_run("run-control", 1.6, 2, alpha_kd=0.0)
     with pytest.raises(UsageError, match="run: has no finished control; give another run"):
         compare_runs([run])
+    with pytest.raises(UsageError, match="run-control: a run by cross-entropy alone has no control"):
+        compare_runs([control])
     summary = {"control": {"status": "finished", "folder": "elsewhere/run-control"}}  # it was moved since
     (run / "summary.json").write_text(json.dumps(summary))
     assert compare_runs([run])["reference"] == str(control)
