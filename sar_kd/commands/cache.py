@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from sar_kd.config.runs import CachingConfig
 from sar_kd.data.files.sources import digest_of, load_documents
@@ -22,7 +20,7 @@ from sar_kd.data.token_cache import TokenCache
 from sar_kd.errors import UsageError
 from sar_kd.models.loading import TeacherInfo, load_teacher, load_tokenizers
 from sar_kd.preflight.checks import date_lines
-from sar_kd.runtime.console import format_share, print_stderr
+from sar_kd.runtime.console import format_share, print_stderr, progress
 from sar_kd.runtime.distributed import join_process_group
 from sar_kd.runtime.files import LOCK_FILES, FolderLock, json_safe, require_disk_space
 from sar_kd.runtime.precision import setup_precision
@@ -115,18 +113,14 @@ def _build(config: CachingConfig, folder: Path) -> dict:
     pieces = None if teacher_pair.tables is None else teacher_pair.token_tables[0].pieces
     builder = CacheBuilder(config, folder, header, precision, teacher, pieces)
     total = sum(text.num_records for text in texts)
-    with tqdm(
-        total=total, initial=_num_cached(header), unit=" tokens", unit_scale=True, desc="Running the teacher",
-        disable=not sys.stderr.isatty(), file=sys.stderr,
-    ) as bar:  # fmt: skip
-        try:
+    try:
+        with progress(total, _num_cached(header), "tokens", "Running the teacher") as advance:
             for name, text in zip(TEXTS, texts, strict=True):
                 for count in builder.build(name, text):
-                    bar.update(count)
-        except KeyboardInterrupt:
-            bar.close()
-            print(f"Interrupted: {_num_cached(header):,} of {total:,} tokens are cached; the same command goes on")
-            return {"status": "interrupted"}
+                    advance(count)
+    except KeyboardInterrupt:
+        print(f"Interrupted: {_num_cached(header):,} of {total:,} tokens are cached; the same command goes on")
+        return {"status": "interrupted"}
     header["complete"] = True
     write_header(folder, header)
     return _report(folder, header, config.output.json)

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from sar_kd.commands.cuts import BATCH_SIZE, Cutter, Goal
-from sar_kd.commands.healing import heal, healed_student
+from sar_kd.commands.healing import HEALING, heal, healed_student
 from sar_kd.config.installation import program_name
 from sar_kd.config.sections import DeviceConfig
 from sar_kd.config.shrinking import ShrinkingConfig
@@ -250,5 +250,6 @@ def _report(shrunk: Shrunk, folder: Path, config: ShrinkingConfig) -> None:
     print(f"Written: {folder}, with README.md and {PAGE}")
     if shrunk.healed:
         print(f"Distilled: {healed_student(folder)}")
+        print(f"Next: {program_name()} generate {folder / HEALING}")
     elif not config.shrink.heal_steps:
         print(f"Next: {program_name()} train --teacher_model {shrunk.model} --student_model {folder}")

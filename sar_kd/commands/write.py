@@ -8,14 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from sar_kd.config.writing import WritingConfig
 from sar_kd.data.files.prompts import read_prompts, row_of
@@ -23,7 +20,7 @@ from sar_kd.data.files.samples import Sample
 from sar_kd.data.files.sources import digest_of
 from sar_kd.errors import UsageError
 from sar_kd.models.loading import load_teacher
-from sar_kd.runtime.console import count_of, format_share, print_stderr
+from sar_kd.runtime.console import count_of, format_share, print_stderr, progress
 from sar_kd.runtime.distributed import join_process_group
 from sar_kd.runtime.files import FolderLock, atomic_write
 from sar_kd.runtime.precision import setup_precision
@@ -172,19 +169,15 @@ def _write(config: WritingConfig, output: _Output) -> dict:
     if done := output.record["done"]:
         say(f"Going on: {done:,} are done")
     size = settings.per_device_batch_size
-    with tqdm(
-        total=num_answers, initial=done, unit=" answers", desc="The teacher writes",
-        disable=not sys.stderr.isatty(), file=sys.stderr,
-    ) as bar:  # fmt: skip
-        try:
+    try:
+        with progress(num_answers, done, "answers", "Generating") as advance:
             for first in range(done, num_answers, size):
                 numbers = [divmod(i, settings.samples) for i in range(first, min(first + size, num_answers))]
                 _write_batch(writer, prompts, numbers, output)
-                bar.update(len(numbers))
-        except KeyboardInterrupt:
-            bar.close()
-            say(f"Interrupted: {output.record['done']:,} of {num_answers:,} are done; the same command goes on")
-            return {"status": "interrupted"}
+                advance(len(numbers))
+    except KeyboardInterrupt:
+        say(f"Interrupted: {output.record['done']:,} of {num_answers:,} are done; the same command goes on")
+        return {"status": "interrupted"}
     if writer.template.took_default:
         say("The teacher has no chat template, so its prompts were written as 'User: ... Assistant: ...'")
     return _report(output, config, say)

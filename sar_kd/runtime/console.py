@@ -8,7 +8,8 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -25,6 +26,8 @@ _COLOURS = (
     (re.compile(r"(Finished|Interrupted) after |Next:"), _BOLD),
 )
 """By the beginning of a line: the colour of the whole line"""
+
+_SECONDS_BETWEEN_LINES = 60.0
 
 _COMMAND = re.compile(r"Next: | {6}")
 
@@ -58,6 +61,29 @@ def tokenizing_bar(num_chars: int, is_shown: bool) -> Iterator[tqdm]:
         total=num_chars, unit="char", unit_scale=True, desc="Tokenizing", disable=not (is_shown and sys.stderr.isatty())
     ) as bar:
         yield bar
+
+
+@contextmanager
+def progress(total: int, done: int, unit: str, title: str) -> Iterator[Callable[[int], object]]:
+    """A function that counts what is done: a progress bar on a terminal, elsewhere a line on standard error a minute.
+
+    done: what was done before; unit: in the plural
+    """
+    if sys.stderr.isatty():
+        with tqdm(total=total, initial=done, unit=f" {unit}", unit_scale=True, desc=title, file=sys.stderr) as bar:
+            yield bar.update
+        return
+    start = last = time.monotonic()
+    count = done
+
+    def advance(number: int) -> None:
+        nonlocal count, last
+        count, now = count + number, time.monotonic()
+        if now - last >= _SECONDS_BETWEEN_LINES and count < total:
+            last, left = now, (total - count) * (now - start) / max(1, count - done)
+            print_stderr(f"{title}: {count:,} of {total:,} {unit}, about {format_duration(left)} left")
+
+    yield advance
 
 
 def first_few(names: Sequence[str]) -> str:
