@@ -122,7 +122,8 @@ def test_two_processes_finish_and_the_first_prints_and_writes_for_both(finished)
     assert "2 processes" in finished.ended[0].out
     assert finished.ended[1].out == ""
     assert {path.name for path in finished.folder.iterdir()} == {
-        "config.json", "metrics.jsonl", "summary.json", "student", "checkpoint", "report.html", "log.txt"
+        "config.json", "metrics.jsonl", "summary.json", "held_out.json", "student", "checkpoint", "report.html",
+        "log.txt",
     }  # fmt: skip
 
 
