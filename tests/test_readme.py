@@ -142,7 +142,7 @@ def test_every_flag_and_verb_that_a_page_names_exists(page):
         "vocab_size", "rows", "cpu_time", "minutes", "warmup", "shape", "batch_size",
         "nproc_per_node", "repo-type",
         "nnodes", "node_rank", "master_addr", "master_port", "ranks", "workspaces", "positions",
-        "upgrade", "config", "learning_rate", "student-lr", "prepare", "trl_python",
+        "upgrade", "config", "learning_rate", "student-lr", "prepare", "trl_python", "kinds",
     }  # fmt: skip
     named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", PAGES[page]))
     assert named <= flags | of_commands | of_others
