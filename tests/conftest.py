@@ -16,8 +16,12 @@ from tokenizers.trainers import BpeTrainer
 
 from sar_kd.commands.build_embedded import byte_level_bpe, sentencepiece_bpe
 from sar_kd.data.batch import IGNORE_INDEX
+from sar_kd.preflight import memory_plan
+from sar_kd.preflight.dry_run import dry_run
+from sar_kd.reporting import charts
 
 BYTE_VOCAB, SP_VOCAB = 600, 520
+_PLANNED = ("per_device_batch_size", "grad_accum_steps")
 
 _ENGLISH = """\
 The quick brown fox jumps over the lazy dog.
@@ -99,6 +103,42 @@ def _own_cache(tmp_path_factory):
     root = tmp_path_factory.getbasetemp()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str((root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "cache"))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _empty_charts():
+    """Drawing is half of a run of a few steps: pages have empty charts, but in tests/reporting."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(charts, "_svg", lambda draw: "<svg></svg>")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_dry_run_of_each_run():
+    """A quarter of a run of a few steps is its memory plan: it is made once for equal runs, but in tests/preflight."""
+    phases: dict = {}
+
+    def dry_run_once(config, models, *args, **kwargs):
+        sections = config.to_dict()
+        decisive = {name: sections.get(name) for name in ("loss", "routing", "on_policy", "lora", "optim", "memory")}
+        sizes = [sections["data"]["block_size"], *(sections["train"][name] for name in _PLANNED)]
+        parts = [
+            [
+                (name, param.shape, param.dtype, param.device, param.requires_grad)
+                for name, param in m.named_parameters()
+            ]
+            + [m.config.to_json_string()]
+            for m in models.values()
+        ]
+        teacher = sections["models"].get("teacher_model")
+        key = repr((decisive, sizes, teacher, list(models), parts, args, kwargs))
+        if key not in phases:
+            phases[key] = dry_run(config, models, *args, **kwargs)
+        return phases[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory_plan, "dry_run", dry_run_once)
         yield
 
 

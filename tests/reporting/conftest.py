@@ -1,0 +1,14 @@
+"""The pages of these tests have their charts."""
+
+import pytest
+
+from sar_kd.reporting import charts
+
+_DRAWN = charts._svg  # conftest.py of all tests has not replaced it yet
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _drawn_charts(_empty_charts):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(charts, "_svg", _DRAWN)
+        yield
