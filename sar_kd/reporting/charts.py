@@ -67,11 +67,29 @@ def build_charts(runs: Sequence[RunHistory]) -> list[tuple[str, str]]:
     return [(caption, _svg(draw)) for caption, draw in charts]
 
 
+def build_lead_chart(run: RunHistory) -> tuple[str, str]:
+    """The caption and the chart of the student's way from its start towards the teacher, beside its control if there
+    is one.
+
+    Raises: ModuleNotFoundError without matplotlib
+    """
+    control = run.control()
+
+    def draw(axes) -> None:
+        if control is not None:
+            steps, values = control.series(control.validations(), "val_bits_per_byte")
+            axes.plot(steps, _drawable(values), color=_COLOURS[1], marker="o", markersize=3, label="control")
+        label = "distilled" if control is not None else "student"
+        _validation(axes, [run], "val_bits_per_byte", "Bits per byte", label=label)
+
+    beside = " Control: the same student, start and batches, by cross-entropy alone." if control is not None else ""
+    return _BITS + beside, _svg(draw, size=(5.6, 2.8))
+
+
 def _charts_of_one(run: RunHistory) -> list[tuple[str, Draw]]:
     has_responses = any(record.get("responses") for record in run.steps)
     charts = [
         (_LOSS + " A step on on-policy text has no ce." * has_responses, lambda axes: _losses(axes, run)),
-        (_BITS, lambda axes: _validation(axes, [run], "val_bits_per_byte", "Bits per byte")),
         (_PERPLEXITY, lambda axes: _validation(axes, [run], "val_ppl", "Perplexity")),
         (_NORM, lambda axes: _norms(axes, run)),
         (_RATE, lambda axes: _rates(axes, [run])),
@@ -135,14 +153,14 @@ def build_influence_chart(influence: Sequence[float], dropped: Collection[int]) 
     return caption, _svg(draw)
 
 
-def _svg(draw: Draw) -> str:
+def _svg(draw: Draw, size: tuple[float, float] = (6.0, 2.9)) -> str:
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(6.0, 2.9))
-        figure.subplots_adjust(left=0.11, right=0.955, top=0.9, bottom=0.11)
+        figure, width = Figure(figsize=size), size[0]
+        figure.subplots_adjust(left=0.66 / width, right=1 - 0.27 / width, top=0.9, bottom=0.11)
         draw(figure.subplots())
         file = io.StringIO()
         FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
@@ -220,11 +238,14 @@ def _legend(axes) -> None:
     axes.legend(loc="lower right", bbox_to_anchor=(1.01, 0.985), ncols=columns, columnspacing=1.0, handlelength=1.4)
 
 
-def _validation(axes, runs: Sequence[RunHistory], key: str, title: str) -> None:
+def _drawable(values: Sequence[float]) -> list[float]:
+    return [value if abs(value) <= _LARGEST else math.nan for value in values]
+
+
+def _validation(axes, runs: Sequence[RunHistory], key: str, title: str, label: str = "student") -> None:
     for run, style in _styled(runs):
         steps, values = run.series(run.validations(), key)
-        values = [value if abs(value) <= _LARGEST else math.nan for value in values]
-        axes.plot(steps, values, **style, marker="o", markersize=3, label="student")
+        axes.plot(steps, _drawable(values), **style, marker="o", markersize=3, label=label)
     teachers = {as_float(run.start.get(f"teacher_{key}")) for run in runs} if _compares(runs, key) else set()
     for index, value in enumerate(sorted(filter(math.isfinite, teachers))):
         axes.axhline(value, color=_INK, linestyle="--", linewidth=1.1, label="teacher" if index == 0 else None)

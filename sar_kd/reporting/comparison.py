@@ -157,6 +157,52 @@ def gap_closed(start: np.ndarray, student: np.ndarray, teacher: np.ndarray, num_
     return ratio_of_sums(start - student, start - teacher)
 
 
+@dataclass(frozen=True)
+class FileLoss:
+    """What the models of a run lose on the held-out documents of one file."""
+
+    name: str
+    num_documents: int
+    num_bytes: int
+    bits_per_byte: dict[str, float]
+    """By model"""
+    difference: Difference | None
+    """Of the distilled student and the control, where there is one"""
+
+
+_MAX_FILES = 12
+
+
+def losses_by_file(run: HeldOut, control: HeldOut | None = None) -> list[FileLoss]:
+    """The losses on each held-out file, those with most bytes first, the rest together; [] with a single file.
+
+    A document's file is its name without what follows the last colon. control: of the run by cross-entropy alone, on
+    the same held-out text; its best student is the model 'control'
+    """
+    if control is not None and control.text != run.text:
+        control = None
+    nats = {"start": run.nats.get("start"), "control": control.nats.get("best") if control else None}
+    nats |= {"best": run.nats.get("best"), "teacher": run.nats.get("teacher")}
+    known = {model: values for model, values in nats.items() if values is not None}
+    documents: dict[str, list[int]] = {}
+    for index, name in enumerate(run.names):
+        documents.setdefault(name.rpartition(":")[0] or name, []).append(index)
+    if len(documents) < 2:
+        return []
+    ranked = sorted(documents.items(), key=lambda pair: -run.num_bytes[pair[1]].sum())
+    if others := ranked[_MAX_FILES:]:
+        together = [index for _, members in others for index in members]
+        ranked[_MAX_FILES:] = [(f"the other {len(others):,} files", together)]
+    rows = []
+    for name, members in ranked:
+        sizes, own = run.num_bytes[members], {model: values[members] for model, values in known.items()}
+        bits = {model: float(values.sum() / math.log(2) / sizes.sum()) for model, values in own.items()}
+        has_both = {"best", "control"} <= own.keys()
+        gain = difference(own["best"], own["control"], sizes) if has_both else None
+        rows.append(FileLoss(name, len(members), int(sizes.sum()), bits, gain))
+    return rows
+
+
 def compare_with_control(run: HeldOut, control: HeldOut) -> dict:
     """The entry `comparison` of `summary.json`, of a run and of its control on the same held-out text.
 

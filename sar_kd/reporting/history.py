@@ -110,6 +110,16 @@ class RunHistory:
         """Every option with its value."""
         return options_in(self.config)
 
+    def control(self) -> RunHistory | None:
+        """The run by cross-entropy alone that belongs to this one, without its steps; None without a control."""
+        if not self.models():
+            return None
+        try:
+            folder = self.folder.resolve()
+            return read_history(folder.with_name(f"{folder.name}-control"), with_steps=False)
+        except UsageError:  # it was deleted, or moved
+            return None
+
     def samples(self) -> list[dict]:
         """Prompts of the held-out text and how the models continue them; [] where the run wrote none."""
         try:
@@ -235,6 +245,17 @@ def findings_of(run: RunHistory, with_status: bool = True) -> list[str]:
         return [*lines, "Nothing has been trained yet."]
     status = [_status(run)] if with_status else []
     return [*lines, *run.verdict(), *status, *_quality(run, validations), *_updates(run), *_advice(run, validations)]
+
+
+def headline_of(run: RunHistory) -> tuple[str, list[str]]:
+    """The sentence about a run that matters most, and the other findings: what the teacher was worth, else how far the
+    student came; of a run that has not finished, how far it is, and why it ended.
+    """
+    findings = findings_of(run)
+    if run.summary.get("status") == "finished" and not run.verdict() and len(findings) > 1:
+        status = next((i for i, line in enumerate(findings) if line.startswith("Finished: ")), len(findings))
+        findings[status : status + 2] = findings[status : status + 2][::-1]
+    return findings[0], findings[1:]
 
 
 def _status(run: RunHistory) -> str:

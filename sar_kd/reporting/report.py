@@ -15,8 +15,10 @@ from pathlib import Path
 from sar_kd.config.installation import program_name
 from sar_kd.config.runs import SECTIONS
 from sar_kd.errors import UsageError
-from sar_kd.reporting.charts import build_charts
-from sar_kd.reporting.history import RunHistory, findings_of, read_history
+from sar_kd.reporting.charts import build_charts, build_lead_chart
+from sar_kd.reporting.comparison import losses_by_file
+from sar_kd.reporting.held_out import HeldOut, read_held_out
+from sar_kd.reporting.history import RunHistory, headline_of, read_history
 from sar_kd.reporting.rendering import render
 from sar_kd.runtime.console import format_bytes, format_duration, format_perplexity
 from sar_kd.runtime.environment import is_installed
@@ -130,17 +132,67 @@ def _values_of_one(run: RunHistory) -> dict:
         default = defaults.get(name)
         is_changed = name in defaults and value != (list(default) if isinstance(default, tuple) else default)
         settings.append((name, _as_typed(value), is_changed))
+    headline, findings = headline_of(run)
     return {
         "models": f"{models}, mode {run.config.get('mode')}",
-        "findings": findings_of(run),
+        "headline": headline,
+        "findings": findings,
+        "lead": build_lead_chart(run),
+        "files": _files_of(run),
         "compared": [(name, format_perplexity(ppl), f"{bits:.4f}") for name, ppl, bits in run.models()],
         "level": _LEVELS.get(str(run.summary.get("status")), "calm"),
         "environment": {name: _as_typed(value) for name, value in run.environment.items() if value},
         "log": run.log_head(),
-        "samples": run.samples(),
+        "samples": _samples_of(run),
         "tiles": tiles,
         "settings": settings,
     }
+
+
+_FILE_COLUMNS = {"start": "start", "control": "control", "best": "best student", "teacher": "teacher"}
+
+
+def _files_of(run: RunHistory) -> list[tuple[str, ...]]:
+    """A table of the loss on each held-out file, its header first; [] with one file, or if the losses are not there."""
+    control, own = run.control(), _held_out_of(run)
+    rows = losses_by_file(own, None if control is None else _held_out_of(control)) if own else []
+    if not rows:
+        return []
+    models = [model for model in _FILE_COLUMNS if model in rows[0].bits_per_byte]
+    header = ("file", "documents", "bytes", *(_FILE_COLUMNS[model] for model in models))
+    has_difference = rows[0].difference is not None
+    table: list[tuple[str, ...]] = [(*header, "better than the control by") if has_difference else header]
+    for row in rows:
+        cells = [row.name, f"{row.num_documents:,}", f"{row.num_bytes:,}"]
+        cells += [f"{row.bits_per_byte[model]:.4f}" for model in models]
+        if row.difference:
+            gain, is_judged = row.difference.gain, row.difference.is_judged
+            cells.append(f"{gain.value:.4f}" + (f" +- {gain.half_width:.4f}" if is_judged else ""))
+        table.append(tuple(cells))
+    return table
+
+
+def _held_out_of(run: RunHistory) -> HeldOut | None:
+    try:
+        return read_held_out(run.folder)
+    except UsageError:  # of an earlier version, or one that was not begun
+        return None
+
+
+def _samples_of(run: RunHistory) -> list[dict]:
+    """Beginnings of texts, each with how start, control, distilled and teacher continue it; without a control as the
+    run has named its models.
+    """
+    control = run.control()
+    if control is None:
+        return run.samples()
+    names = {"student, before": "start", "control": "control", "student, after": "distilled", "teacher": "teacher"}
+    found = {sample.get("text"): sample.get("student, after") for sample in control.samples()}
+    samples = [{**sample, "control": found.get(sample.get("text"))} for sample in run.samples()]
+    return [
+        {"text": sample.get("text"), **{shown: sample[name] for name, shown in names.items() if sample.get(name)}}
+        for sample in samples
+    ]
 
 
 RESULTS = ("run", "status", "steps", "bits per byte", "best", "perplexity", "teacher's bits", "applied")

@@ -24,7 +24,7 @@ from sar_kd.training.callbacks import Callback
 FEWEST_STEPS = 20
 """A shorter run writes no samples."""
 
-_NUM_SAMPLES, _PROMPT_CHARACTERS, _NEW_TOKENS = 2, 100, 40
+_NUM_SAMPLES, _PROMPT_CHARACTERS, _NEW_TOKENS = 3, 100, 40
 
 _REPETITION_PENALTY = 1.1
 
@@ -35,8 +35,8 @@ _GENERATION_ERRORS = (
 
 
 class SampleTexts(Callback):
-    """Lets the student, and a teacher that is in memory, continue two texts before the first step; the student also at
-    the end. Greedy, so that no random number of the run is used.
+    """Lets the student, and a teacher that is in memory, continue three texts before the first step, and the student at
+    the end too. Greedy, so that no random number of the run is used.
     """
 
     def __init__(self, models: Models, held_out: Iterable[Sample], precision: Precision, train: TrainConfig):

@@ -12,6 +12,7 @@ from sar_kd.reporting.comparison import (
     compare_with_control,
     difference,
     gap_closed,
+    losses_by_file,
     ratio_of_sums,
 )
 from sar_kd.reporting.held_out import HeldOut
@@ -176,3 +177,36 @@ def test_without_losses_on_documents_nothing_is_judged():
     assert found == {
         "outcome": "not judged", "sentences": ["The losses on single documents were not kept by both runs."]
     }  # fmt: skip
+
+
+def test_losses_by_file_are_the_sums_over_the_documents_of_each():
+    random = np.random.default_rng(1)
+    names = [f"{'abcdefghijklmnopq'[i % 17]}.txt:{i}" for i in range(600)]
+    size = random.integers(50, 300, 600)
+    nats = {model: random.uniform(50, 300, 600) for model in ("start", "best", "teacher")}
+    run = HeldOut("t", "k", "b", names, size, nats)
+    control = HeldOut("t", "k", "b", names, size, {"best": random.uniform(50, 300, 600)})
+    rows = losses_by_file(run, control)
+    assert len(rows) == 13
+    assert rows[-1].name == "the other 5 files"
+    assert sum(row.num_documents for row in rows) == 600
+    named = {row.name for row in rows[:-1]}
+    for row in rows:
+        own = [i for i, n in enumerate(names) if (n.split(":")[0] == row.name or row is rows[-1]) and
+               (row is not rows[-1] or n.split(":")[0] not in named)]  # fmt: skip
+        assert row.num_bytes == sum(int(size[i]) for i in own)
+        for model, values in (*nats.items(), ("control", control.nats["best"])):
+            expected = sum(float(values[i]) for i in own) / math.log(2) / row.num_bytes
+            assert row.bits_per_byte[model] == pytest.approx(expected, rel=1e-12)
+        gain = row.bits_per_byte["control"] - row.bits_per_byte["best"]
+        assert row.difference.gain.value == pytest.approx(gain, abs=1e-12)
+        assert row.difference.num_documents == len(own)
+    assert [row.num_bytes for row in rows[:-1]] == sorted((row.num_bytes for row in rows[:-1]), reverse=True)
+
+
+def test_a_single_file_has_no_table_and_another_text_no_control():
+    one = HeldOut("t", "k", "b", ["a.txt:1", "a.txt:2"], np.array([10, 20]), {"best": np.array([5.0, 6.0])})
+    assert losses_by_file(one) == []
+    two = HeldOut("t", "k", "b", ["a.txt", "b.txt"], np.array([10, 20]), {"best": np.array([5.0, 6.0])})
+    other = HeldOut("u", "k", "b", ["a.txt", "b.txt"], np.array([10, 20]), {"best": np.array([5.0, 6.0])})
+    assert all(row.difference is None for row in losses_by_file(two, other))

@@ -10,6 +10,7 @@ import time
 import types
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 
@@ -20,6 +21,7 @@ from sar_kd.config.commands import REPORT
 from sar_kd.config.presets import STABLE
 from sar_kd.errors import UsageError
 from sar_kd.reporting import history, report, trackers
+from sar_kd.reporting.held_out import HeldOut
 from sar_kd.reporting.history import findings_of, read_history
 from sar_kd.reporting.model_card import build_model_card
 from sar_kd.reporting.report import results_of
@@ -286,6 +288,62 @@ def test_the_page_has_where_the_run_was_made_its_first_lines_and_its_samples(mak
     assert any("Once" in part for part in page.texts)
     assert "after" not in page.texts
     assert not any("torch" in str(name) for name in read_history(folder).settings())
+
+
+def _write_held_out(folder, **nats):
+    names = ["a.txt", "b.jsonl:1", "b.jsonl:2"]
+    found = {model: np.array(values, dtype=np.float64) for model, values in nats.items()}
+    HeldOut("text", "tokenizer", "blocks", names, np.array([100, 40, 60]), found).write(folder)
+
+
+def test_the_page_opens_on_the_verdict_and_the_curves_of_run_and_control_and_folds_the_rest(make_run):
+    sentence = "The distilled student is 0.1000 +- 0.0100 bits per byte better than the control."
+    best = {"best_step": 4, "val_ppl_best": 40.0, "val_bits_per_byte_best": 2.2, "status": "finished", "steps": 4}
+    folder = make_run(RECORDS, summary={**best, "control": {"best_step": 2, "val_ppl_best": 50.0},
+                                        "comparison": {"sentences": [sentence]}})  # fmt: skip
+    control = make_run([_evaluation(2, 2.45), _evaluation(4, 2.3)], name="run-control")
+    for path, answer in ((folder, "by the teacher"), (control, "alone")):
+        sample = {"text": "Once", "student, before": "at first", "student, after": answer, "teacher": "taught"}
+        (path / "samples.json").write_text(json.dumps([sample]))
+    _write_held_out(folder, start=[200, 80, 150], best=[100, 40, 70], teacher=[50, 20, 30])
+    _write_held_out(control, start=[200, 80, 150], best=[150, 60, 80])
+    text, page = _page(folder)
+    assert text.index("<h1") < text.index(sentence) < text.index("<svg") < text.index("<details")
+    lead = text[: text.index("<details")]
+    assert lead.count("<svg") == 1
+    assert all(f">{label}<" in lead for label in ("control", "distilled", "teacher"))
+    assert re.search(r'role="img" aria-label="On held-out text', lead)
+    shown = [page.texts.index(name) for name in ("at first", "alone", "by the teacher", "taught")]
+    assert shown == sorted(shown)
+    rows = [tuple(re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row)) for row in text.split("<tr>")]
+    models = ("start", "control", "best student", "teacher")
+    assert ("file", "documents", "bytes", *models, "better than the control by") in rows
+    ln2 = math.log(2)
+    losses = [f"{nats / ln2 / 100:.4f}" for nats in (230, 140, 110, 50, 30)]
+    assert ("b.jsonl", "2", "100", *losses) in rows
+
+
+def test_a_control_that_is_gone_leaves_the_page_as_one_without(make_run):
+    folder = make_run(RECORDS, summary={"status": "finished", "control": {"best_step": 2}})
+    _, page = _page(folder)
+    assert "control" not in page.texts
+
+
+@pytest.mark.parametrize(
+    ("summary", "beginning"),
+    [
+        ({"status": "finished", "steps": 4}, "Bits per byte on held-out text fell from 2.5000 to 2.2000"),
+        ({"status": "emergency_stop", "steps": 4, "stop_reason": "10 NaN batches"}, "Emergency stop at step 4"),
+        ({}, "Under way: 4 of"),
+    ],
+)
+def test_without_a_control_a_page_opens_on_how_far_the_student_came_or_why_it_ended(make_run, summary, beginning):
+    text, _ = _page(make_run(RECORDS, summary=summary))
+    (headline,) = re.findall(r"<h1[^>]*>(.*?)</h1>", text)
+    assert headline.startswith(beginning)
+    others = findings_of(read_history(make_run(RECORDS, summary=summary, name="other")))
+    findings = text[text.index('<div class="findings') : text.index("<details")]
+    assert findings.count("<p>") == len(others) - 1
 
 
 def test_a_long_run_is_thinned_and_its_counts_are_of_all_steps(make_run, monkeypatch):
