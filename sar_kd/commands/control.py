@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from sar_kd.commands.unit_task import task_callbacks
+from sar_kd.config.hand_over import HandOverConfig
 from sar_kd.config.runs import ComparisonConfig, Config, OnPolicyConfig
 from sar_kd.config.sections import SELF, TrainConfig
 from sar_kd.data.files.sources import Documents
@@ -118,6 +119,7 @@ class Control:
             routing=dataclasses.replace(config.routing, routing="native"),
             on_policy=OnPolicyConfig(),
             comparison=ComparisonConfig(skip_baseline=True),
+            hand_over=HandOverConfig(),
             train=dataclasses.replace(train, output_dir=str(self._folder), resume=resumes, overwrite=overwrites),
             notices=("Control: the same student, start, batches and steps as the run's, without the teacher",),
         )

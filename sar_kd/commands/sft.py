@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+from sar_kd.commands.hand_over import check_hand_over, hand_over
 from sar_kd.config.runs import SftConfig
 from sar_kd.data.dataset import build_dataset
 from sar_kd.data.files.sources import load_documents
@@ -54,7 +55,8 @@ def fine_tune(
             "which fine-tunes first"
         )
     with hold_run_folder(config.train), texts or nullcontext():  # one run in it at a time
-        return _run(config, loaded, listeners, group)
+        summary = _run(config, loaded, listeners, group)
+        return hand_over(config, summary, group)  # --save_dtype, --push_to_hub
 
 
 def _run(config: SftConfig, loaded: LoadedModels, listeners: Sequence[Observer], group: ProcessGroup) -> dict:
@@ -76,6 +78,7 @@ def _run(config: SftConfig, loaded: LoadedModels, listeners: Sequence[Observer],
     config = config.in_steps(len(train))  # epochs to steps
     for line in (*models.notes, *check_targets(train, config.data)):
         log.info(line)
+    check_hand_over(config, models.student)  # --save_dtype, --push_to_hub: what would be refused at the end
 
     objective = Objective(None, models.student, config.loss, train.aligner, precision)  # cross-entropy alone
     optimizer = build_optimizer(models.student, config.optim)

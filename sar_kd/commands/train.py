@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from sar_kd.commands.control import Control, TrainedText
+from sar_kd.commands.hand_over import check_hand_over, hand_over
 from sar_kd.commands.unit_task import prepare_task, task_callbacks
 from sar_kd.config.runs import Config
 from sar_kd.data.dataset import build_dataset
@@ -57,7 +58,9 @@ def train(
         config = prepare_task(config, loaded)  # --task: fine-tune the teacher
         listeners = [*listeners, *(control.observers if control else [])]
         summary, text = _run(config, loaded, listeners, group)
-        return control.compare(config, summary, text) if control else summary  # --control: train it, on the same text
+        if control:  # --control: train it, on the same text
+            summary = control.compare(config, summary, text)
+        return hand_over(config, summary, group)  # --save_dtype, --push_to_hub
 
 
 def _run(
@@ -73,6 +76,7 @@ def _run(
     models = load_models(config, precision, cache.teacher if cache else None, loaded)  # and their tokenizers
     for line in models.notes:
         log.info(line)
+    check_hand_over(config, models.student)  # --save_dtype, --push_to_hub: what would be refused at the end
     limits = models.block_limits(config.data.block_size)  # tokens in a block, for each model
     prompt = build_teacher_prompt(config.models.teacher_system_prompt, models.tokenizers, *reversed(limits))
     limits = limits[0], limits[1] - (prompt.num_tokens if prompt else 0)  # --teacher_system_prompt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from sar_kd.config.sections import SELF
@@ -75,11 +76,21 @@ def build_model_card(run: RunHistory) -> str:
         student=student,
         version=__version__,
         step=best.get("step", 0),
+        dtype=saved_dtype(saved_student(run.folder)),
         results=results,
         verdict=run.verdict(),
         text=_text_of(run),
         settings={name: value for name, value in settings.items() if value is not None},
     )
+
+
+def saved_dtype(student: Path) -> str:
+    """The dtype of a saved student's weights; of an adapter float32."""
+    try:
+        config = json.loads((student / "config.json").read_text(encoding="utf-8"))
+        return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return "float32"
 
 
 def _result(name: str, record: dict, prefix: str = "") -> tuple[str, float, float]:

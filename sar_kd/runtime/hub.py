@@ -1,4 +1,8 @@
-"""The Hugging Face hub: whether it may be used, and its errors in one line each."""
+"""The Hugging Face hub: whether it may be used, an upload to it, and its errors in one line each.
+
+A token is read by `huggingface_hub` alone, from the environment or from its own login; this program never holds one in
+a setting, and takes it out of the text of an error.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from sar_kd.errors import UsageError
 
 _OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
@@ -38,6 +44,47 @@ def has_token() -> bool:
     from huggingface_hub import get_token
 
     return get_token() is not None
+
+
+def require_upload(name: str) -> None:
+    """Raise UsageError if an upload to `--push_to_hub` cannot succeed, as far as that is known without the network."""
+    if offline := offline_variable():
+        raise UsageError(f"--push_to_hub {name}: {offline} forbids the network; unset it")
+    if not has_token():
+        raise UsageError(f"--push_to_hub {name}: there is no token; log in with `hf auth login`, or set HF_TOKEN")
+
+
+def push_folder(folder: Path, name: str, public: bool, message: str) -> str:
+    """Upload a folder into a repository of models, which is made if there is none; returns its address.
+
+    Raises: UsageError if the hub refuses it or cannot be reached, or if a public repository is there and public is not
+    asked for
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HTTPError  # of the network; its own errors are OSError and ValueError too
+
+    require_upload(name)
+    api = huggingface_hub.HfApi()
+    try:
+        url = api.create_repo(name, private=not public, exist_ok=True)
+        is_public = not api.model_info(url.repo_id).private
+        if not is_public or public:
+            api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message=message, ignore_patterns=[".*"])
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:  # the last: of its transfer, in Rust
+        kinds = {kind.__name__ for link in _chain(error) for kind in type(link).__mro__}
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = "the hub cannot be reached" if kinds & _UNREACHABLE else f"the hub refuses it ({lines[0]})"
+        raise UsageError(f"--push_to_hub {name}: {_without_token(reason)}") from None
+    if is_public and not public:
+        raise UsageError(f"--push_to_hub {name}: is there already, and public; give --public too, or another name")
+    return str(url)
+
+
+def _without_token(text: str) -> str:
+    from huggingface_hub import get_token
+
+    token = get_token()
+    return text.replace(token, "***") if token else text
 
 
 def explain_hub_error(error: BaseException, name: str, what: str = "model") -> str:

@@ -18,9 +18,12 @@ from sar_kd.runtime.signals import cleaned_up
 GIVEN_TEXTS = "given_texts"
 """Where a run that was started from Python keeps the texts that it was given in memory"""
 
+EXPORTS = "gguf"
+"""Where `sar-kd export` puts the files that it makes of a run's student"""
+
 RUN_FILES = (
     CONFIG, "metrics.jsonl", "summary.json", "report.html", "log.txt", "samples.json", "held_out.json",
-    "router_update.safetensors", "student", "adapter", CHECKPOINTS, "crash", "tensorboard", "wandb",
+    "router_update.safetensors", "student", "adapter", EXPORTS, CHECKPOINTS, "crash", "tensorboard", "wandb",
 )  # fmt: skip
 """All that a run writes into its folder; `--overwrite` deletes these and nothing else."""
 

