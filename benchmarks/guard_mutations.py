@@ -29,6 +29,7 @@ MODELS, ROUTERS = "tests/stress/test_nonfinite_models.py", "tests/teacher/moe/te
 ADAPTERS, LORA = "tests/stress/test_adapters.py", "tests/models/test_lora.py"
 DATASET, FILES = "tests/data/test_dataset.py", "tests/models/test_model_files.py"
 TOKENS, ROWS = "tests/tokenization/test_vocabulary_cut.py", "tests/commands/test_shrink_tokens.py"
+HAND_OVER, EXPORT = "tests/commands/test_hand_over.py", "tests/commands/test_export.py"
 EXPERTS = "tests/teacher/moe/test_expert_cut.py"
 
 
@@ -277,6 +278,18 @@ MUTATIONS = (
     Mutation("evaluation is not clamped", "evaluation/perplexity.py",
              "target_log_probs(logits.select(batch.positions), batch.targets, tile_size)",
              "target_log_probs(logits.select(batch.positions), batch.targets, tile_size, 5.0)"),
+    # the saved student
+    Mutation("a weight that a saved dtype cannot hold is refused", "models/saved_weights.py",
+             "if overflows.any():", "if False:", suite=HAND_OVER),
+    Mutation("no file of a student is rounded before all are checked", "models/saved_weights.py",
+             "            require_fits(title, name, weight, dtype)\n    num_zeros", "            pass\n    num_zeros",
+             suite=HAND_OVER),
+    Mutation("a token is taken out of the hub's error", "runtime/hub.py",
+             'return text.replace(token, "***") if token else text', "return text", suite=HAND_OVER),
+    Mutation("a GGUF file's logits are compared", "models/gguf_check.py",
+             "if not relative_error <= LIMITS[kind]:", "if False:", suite=EXPORT),
+    Mutation("a GGUF file's tokens are compared", "models/gguf_check.py",
+             "if found != expected:", "if False:", suite=EXPORT),
     Mutation("perplexity weighs tokens", "evaluation/perplexity.py",
              "log_probs.double().sum()\n        num_tokens += len(batch.targets)",
              "log_probs.double().mean()\n        num_tokens += 1"),

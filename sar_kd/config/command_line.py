@@ -26,7 +26,7 @@ MAY_CHANGE_ON_RESUME = {
     "device", "trust_remote_code", "time_limit", "tensorboard", "wandb", "token_cache", "epochs", "max_steps",
     "save_strategy", "allow_changed_inputs", "gradient_checkpointing", "offload_teacher_to_cpu", "json", "verbose",
     "quiet", "overwrite", "fit", "teacher_device", "teacher_device_map", "teacher_max_memory",
-    "control", "skip_baseline",
+    "control", "skip_baseline", "save_dtype", "push_to_hub", "public",
 }  # fmt: skip
 
 

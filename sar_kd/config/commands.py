@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
+from sar_kd.config.exporting import ExportConfig
 from sar_kd.config.fields import Command, RunConfig, Section, option
 from sar_kd.config.presets import STABLE, TASKS
 from sar_kd.config.runs import ROUTER_PATTERNS, CachingConfig, Config, SftConfig
@@ -136,6 +137,11 @@ GENERATE = Command(
 )
 
 
+EXPORT = Command(
+    "export", "Write a student as a GGUF file for llama.cpp and Ollama, or upload it.", ExportConfig, "export:main"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExplainConfig(Section):
     """Log: the one to explain."""
@@ -204,8 +210,8 @@ EMBEDDED_PAIR = Command(
 )
 
 _ALL: tuple[Command, ...] = (
-    TRAIN, PREFLIGHT, CACHE, WRITE, SHRINK, REPORT, COMPARE, GENERATE, SFT, EXPLAIN, FORENSICS, AUDIT, ROUTERS,
-    EMBEDDED_PAIR,
+    TRAIN, PREFLIGHT, CACHE, WRITE, SHRINK, REPORT, COMPARE, GENERATE, EXPORT, SFT, EXPLAIN, FORENSICS, AUDIT,
+    ROUTERS, EMBEDDED_PAIR,
 )  # fmt: skip
 
 COMMANDS: dict[str, Command] = {command.name: command for command in _ALL}

@@ -58,6 +58,9 @@ class TrainingOptions(TypedDict, total=False):
     tensorboard: bool
     wandb: bool
     seed: int
+    save_dtype: Literal["float32", "float16", "bfloat16"]
+    push_to_hub: str
+    public: bool
     resume: bool
     allow_changed_inputs: bool
     overwrite: bool

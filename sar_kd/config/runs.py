@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field
 
 from sar_kd.config.fields import RunConfig, Section, option, require
+from sar_kd.config.hand_over import HandOverConfig
 from sar_kd.config.placement import TeacherPlacementConfig
 from sar_kd.config.sections import (
     AUTO_BATCH,
@@ -131,6 +132,7 @@ class Config(RunConfig):
     memory: TeacherMemoryConfig = field(default_factory=TeacherMemoryConfig)
     guards: GuardConfig = field(default_factory=GuardConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    hand_over: HandOverConfig = field(default_factory=HandOverConfig)
 
     def __post_init__(self):
         fraction = self.on_policy.on_policy_fraction
@@ -285,6 +287,7 @@ class SftConfig(RunConfig):
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     guards: GuardConfig = field(default_factory=GuardConfig)
     train: SftTrainConfig = field(default_factory=SftTrainConfig)
+    hand_over: HandOverConfig = field(default_factory=HandOverConfig)
     loss: LossConfig = field(default=CROSS_ENTROPY, metadata={"options": False})
     mode: str = "sft"
 

@@ -22,7 +22,7 @@ ALWAYS = {
     "logit_clamp_style", "loss_clamp_style", "max_steps", "save_strategy", "lora_rank", "teacher_top_k",
     "temperatures", "json", "verbose", "quiet", "runs", "output", "run", "prompt", "chat", "log", "teacher_steps",
     "layers", "layer_choice", "intermediate", "experts", "vocab_size", "heal_steps", "iterative", "calibration_chars",
-    "eval_chars", "keep", "fit",
+    "eval_chars", "keep", "fit", "gguf", "push_to_hub",
     "prompts", "samples", "prompt_tokens", "keep_unfinished", "repeat_limit",
     "student_steps", "repetition_penalty", "alignment", "save_steps", "log_steps", "seed",
     # permissions: they have an effect where something would be refused without them
