@@ -110,7 +110,7 @@ def _own_cache(tmp_path_factory):
 def _empty_charts():
     """Drawing is half of a run of a few steps: pages have empty charts, but in tests/reporting."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(charts, "_svg", lambda draw: "<svg></svg>")
+        patch.setattr(charts, "_svg", lambda draw, **size: "<svg></svg>")
         yield
 
 

@@ -13,7 +13,8 @@ from sar_kd.config.sections import SELF, PrecisionConfig
 from sar_kd.data.chat.encoding import DEFAULT_TEMPLATE, chat_prompt_ids
 from sar_kd.errors import UsageError
 from sar_kd.models.generation import generate
-from sar_kd.models.loading import context_length_of, load_for_generation
+from sar_kd.models.loading import load_for_generation
+from sar_kd.models.model_checks import context_length_of
 from sar_kd.reporting.history import RunHistory, read_history
 from sar_kd.runtime.console import count_of, print_stderr
 from sar_kd.runtime.files import as_float

@@ -32,8 +32,7 @@ from sar_kd.evaluation.perplexity import Evaluation, evaluate
 from sar_kd.models.cutting import WholeModel, check_equal, load_whole, probe_logits
 from sar_kd.models.generation import generate
 from sar_kd.models.layers import check_follows
-from sar_kd.models.loading import context_length_of
-from sar_kd.models.model_checks import vocab_size_of
+from sar_kd.models.model_checks import context_length_of, vocab_size_of
 from sar_kd.models.pretrained import rebuild_on_meta
 from sar_kd.reporting.report import require_matplotlib
 from sar_kd.reporting.shrink_page import PAGE, Measured, Shrunk, build_shrink_card, build_shrink_page

@@ -27,6 +27,7 @@ class TrainingOptions(TypedDict, total=False):
     lora_alpha: float
     lora_dropout: float
     lora_targets: Sequence[str]
+    lora_quantization: Literal["off", "nf4"]
     adapter_only: bool
     optimizer: Literal["adamw", "adamw8bit", "adafactor"]
     weight_decay: float

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from sar_kd.config.fields import RunConfig, Section, option, require
 from sar_kd.config.hand_over import HandOverConfig
+from sar_kd.config.lora import LoraConfig
 from sar_kd.config.placement import TeacherPlacementConfig
 from sar_kd.config.sections import (
     AUTO_BATCH,
@@ -20,7 +21,6 @@ from sar_kd.config.sections import (
     DeviceConfig,
     DistillationDataConfig,
     GuardConfig,
-    LoraConfig,
     LossConfig,
     MemoryConfig,
     ModelConfig,

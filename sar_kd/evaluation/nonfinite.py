@@ -30,8 +30,8 @@ REMEDIES = {
     "or bfloat16 on a card that has it",
     "weights": "a weight is not finite: start from an intact checkpoint",
     "weights or data": "the forward is not finite in float32 either: look at the module and the text",
-    "quantized": "quantized weights are not replayed in float32: try --teacher_quantization off, or --model_dtype "
-    "float32",
+    "quantized": "quantized weights are not replayed in float32: try without --teacher_quantization and "
+    "--lora_quantization, or --model_dtype float32",
     "offloaded": "weights that are not on the device are not replayed in float32: try --model_dtype float32",
     "cache": "the logits in the teacher cache are not finite: make it again, with --model_dtype float32",
     "loss": "the logits are finite and the loss is not: leave out text with tokens that the student masks (logits of "
@@ -50,7 +50,8 @@ _IN_FLOAT32 = {
     "gradient": "the forward is finite and the gradients are not, in float32: look at the module named here, and lower "
     "--student_lr",
     "shards": "a sharded student is not replayed: try --parallel ddp or one process, to see which module it is",
-    "quantized": "quantized weights are not replayed in float32: try --teacher_quantization off",
+    "quantized": "quantized weights are not replayed in float32: try without --teacher_quantization and "
+    "--lora_quantization",
     "offloaded": "weights that are not on the device are not replayed: leave out --teacher_device_map where it fits",
     "cache": "the logits in the teacher cache are not finite: make it again",
     "not reproduced": "the replay, without dropout, is finite: it was dropout or the hardware; if it happens again, "

@@ -12,8 +12,15 @@ from torch import Tensor, nn
 
 from sar_kd.errors import UsageError
 from sar_kd.models.lm_head import in_eval_mode
-from sar_kd.models.loading import context_length_of, load_tokenizer_of
-from sar_kd.models.model_checks import require_causal, require_finite, require_lm_head, stop_ids_of, vocab_size_of
+from sar_kd.models.loading import load_tokenizer_of
+from sar_kd.models.model_checks import (
+    context_length_of,
+    require_causal,
+    require_finite,
+    require_lm_head,
+    stop_ids_of,
+    vocab_size_of,
+)
 from sar_kd.models.model_files import ModelFiles, find_model
 from sar_kd.models.pretrained import load_config, load_model
 from sar_kd.runtime.precision import Precision

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,10 +22,12 @@ from sar_kd.errors import UsageError
 from sar_kd.models.half_precision import compute_in_range_
 from sar_kd.models.lm_head import backbone_of
 from sar_kd.models.lora import add_adapter, describe_trainable
-from sar_kd.models.memory_saving import Offload, quantization_options, recompute_activations_
+from sar_kd.models.memory_saving import Offload, prepare_quantized_, quantization_options, recompute_activations_
 from sar_kd.models.model_checks import (
+    context_length_of,
     learn_pad_row_,
     require_causal,
+    require_context,
     require_finite,
     require_lm_head,
     require_trainable,
@@ -108,8 +110,7 @@ def load_models(
     Raises: UsageError naming the option, where a model or tokenizer is missing or cannot be used
     """
     names, quantization, notes = config.models, config.memory.teacher_quantization, list[str]()
-    dtype = _student_dtype(config, precision)
-    student = _load_checked_model("student_model", names, dtype, precision, loaded, notes)
+    student = _load_student_model(config, precision, loaded, notes)
     if quantization != "off" and loaded.model("teacher_model") is not None:
         raise UsageError(
             f"--teacher_quantization {quantization}: the teacher is in memory already; leave the option out"
@@ -187,9 +188,8 @@ def load_student(config: Config | SftConfig, precision: Precision, loaded: Loade
     Raises: UsageError as `load_models`
     """
     names: Any = config.models
-    dtype, notes = _student_dtype(config, precision), list[str]()
-    title = f"--student_model {names.student_model}"
-    student = _load_checked_model("student_model", names, dtype, precision, loaded, notes)
+    title, notes = f"--student_model {names.student_model}", list[str]()
+    student = _load_student_model(config, precision, loaded, notes)
     tokenizer = _load_checked_tokenizer("student_model", names, vocab_size_of(student), loaded)
     stop_ids = stop_ids_of(title, student)
     how: dict[str, Any] = {"projects": False, "stop_ids": (stop_ids, stop_ids)}
@@ -201,9 +201,20 @@ def load_student(config: Config | SftConfig, precision: Precision, loaded: Loade
     return Models(None, student, pair, names.student_model == EMBEDDED, notes=(*notes, *more_notes))
 
 
-def _student_dtype(config: Config | SftConfig, precision: Precision) -> torch.dtype:
-    """Of the weights as they are loaded: trained ones are float32, those behind an adapter are as they compute."""
-    return precision.dtype if config.lora.lora_rank else torch.float32
+def _load_student_model(
+    config: Config | SftConfig, precision: Precision, loaded: LoadedModels, notes: list[str]
+) -> nn.Module:
+    """The student, checked: trained weights are float32, those behind an adapter are as they compute, or in 4 bits."""
+    lora, names = config.lora, cast(ModelConfig, config.models)
+    dtype = precision.dtype if lora.lora_rank else torch.float32
+    if not lora.is_quantized:
+        return _load_checked_model("student_model", names, dtype, precision, loaded, notes)
+    if loaded.model("student_model") is not None:
+        raise UsageError(
+            f"--lora_quantization {lora.lora_quantization}: the student is in memory already; leave the option out"
+        )
+    options = quantization_options(lora.lora_quantization, precision, "lora_quantization")
+    return _load_checked_model("student_model", names, dtype, precision, loaded, notes, **options)
 
 
 def _make_trainable(
@@ -298,18 +309,6 @@ def load_meta_model(option: str, name: str, trust_remote_code: bool) -> nn.Modul
     return build_meta_model(find_model(option, name), trust_remote_code)
 
 
-def require_context(student: Any, block_size: int) -> None:
-    """Raise UsageError if the student's context is shorter than a block."""
-    context = context_length_of(student)
-    if context and context < block_size:
-        raise UsageError(f"--block_size {block_size}: the student takes {context} tokens at most; lower it")
-
-
-def context_length_of(model: Any) -> int | None:
-    """Most tokens of one input; None if the model states none."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
 def _teacher_info(names: ModelConfig, teacher: Any) -> TeacherInfo:
     stop_ids = stop_ids_of(f"--teacher_model {names.teacher_model}", teacher)
     return TeacherInfo(vocab_size_of(teacher), stop_ids, context_length_of(teacher) or 0)
@@ -335,6 +334,7 @@ def _load_checked_model(
     else:
         silence_transformers()
         model = model.to(dtype)
+    prepare_quantized_(title, model)
     require_lm_head(title, model)
     require_finite(title, model, dtype)
     if precision.dtype is torch.float16:

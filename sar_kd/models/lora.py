@@ -8,6 +8,7 @@ Source: Hu et al., 2021 (arXiv 2106.09685), section 4.1
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from sar_kd.config.sections import ALL_LINEAR, LoraConfig
+from sar_kd.config.lora import ALL_LINEAR, LoraConfig
 from sar_kd.errors import UsageError
 from sar_kd.models.lm_head import in_eval_mode
+from sar_kd.models.memory_saving import dequantized_weight, quantized_layers
 from sar_kd.runtime.precision import MASKED_BELOW, Precision
 
 
@@ -87,13 +89,18 @@ def models_to_save(student: nn.Module, precision: Precision, adapter_only: bool 
 def merged_model(student: nn.Module) -> nn.Module:
     """A copy without an adapter, its product added to the weights, in float32 on the CPU.
 
-    W + (alpha / rank) * B A
+    W + (alpha / rank) * B A, W dequantized where it is in 4 bits: as the student was trained
 
     Where only one of a tied LM head and embedding has an adapter, they differ in the copy, and its config says so. The
     student is unchanged: merging in place and unmerging would not restore its weights bit for bit.
     """
     base: Any = student.get_base_model()  # type: ignore[operator]  # peft's
-    weights = {_plain(name): value.cpu().float() for name, value in base.state_dict().items() if ".lora_" not in name}
+    quantized = {f"{name}.weight": layer for name, layer in quantized_layers(base).items()}
+    weights = {
+        _plain(name): (dequantized_weight(quantized[name]) if name in quantized else value).cpu().float()
+        for name, value in base.state_dict().items()
+        if ".lora_" not in name and name.partition(".weight.")[0] + ".weight" not in quantized.keys() - {name}
+    }
     for name, module in base.named_modules():
         if hasattr(module, "get_delta_weight"):
             # peft adapts a linear layer's weight, or, of experts stacked in one tensor, the parameter that it names.
@@ -101,6 +108,8 @@ def merged_model(student: nn.Module) -> nn.Module:
             for adapter in module.active_adapters:
                 weights[key] = weights[key] + module.get_delta_weight(adapter).cpu().float()
     config = copy.deepcopy(base.config)
+    if quantized:
+        del config.quantization_config
     names = {module: _plain(name) for name, module in base.named_modules()}
     ends = base.get_output_embeddings(), base.get_input_embeddings()
     if not torch.equal(*(weights[f"{names[module]}.weight"] for module in ends)):
@@ -204,7 +213,11 @@ def _trainable(student: nn.Module) -> dict[str, nn.Parameter]:
 def describe_trainable(student: nn.Module) -> str:
     """A line that counts the student's trainable parameters."""
     trainable = sum(value.numel() for value in _trainable(student).values())
-    total = sum(value.numel() for value in student.parameters())
-    frozen = {str(value.dtype).removeprefix("torch.") for value in student.parameters() if not value.requires_grad}
+    total, frozen = 0, set()
+    for value in student.parameters():
+        state = getattr(value, "quant_state", None)  # two weights are in a byte
+        total += value.numel() if state is None else math.prod(state.shape)
+        if not value.requires_grad:
+            frozen.add(str(value.dtype).removeprefix("torch.") if state is None else state.quant_type)
     rest = f"; the rest is frozen, in {', '.join(sorted(frozen))}" if frozen else ""
     return f"Trainable: {trainable:,} of {total:,} parameters, in float32{rest}"

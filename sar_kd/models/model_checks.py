@@ -136,3 +136,15 @@ def require_finite(title: str, model: nn.Module, dtype: torch.dtype) -> None:
             count = int((~values.isfinite()).sum())
             reason = f"holds {count:,} values that are not finite: its file is damaged; fetch it again"
         raise UsageError(f"{title}: its weight {name} {reason}")
+
+
+def require_context(student: Any, block_size: int) -> None:
+    """Raise UsageError if the student's context is shorter than a block."""
+    context = context_length_of(student)
+    if context and context < block_size:
+        raise UsageError(f"--block_size {block_size}: the student takes {context} tokens at most; lower it")
+
+
+def context_length_of(model: Any) -> int | None:
+    """Most tokens of one input; None if the model states none."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)

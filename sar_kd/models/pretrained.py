@@ -133,7 +133,8 @@ def load_model(
     if options and (files.gguf_file or files.adapter):
         what = "a GGUF file" if files.gguf_file else "an adapter"
         verb, option = ("quantized", "quantization") if "quantization_config" in options else ("spread", "device_map")
-        raise UsageError(f"{files.title}: {what} cannot be {verb}; leave out --teacher_{option}")
+        owner = "lora" if files.title.startswith("--student_model") else "teacher"
+        raise UsageError(f"{files.title}: {what} cannot be {verb}; leave out --{owner}_{option}")
     if files.gguf_file and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     options |= {

@@ -29,12 +29,10 @@ from sar_kd.models.loading import (
     NO_LOADED_MODELS,
     LoadedModels,
     MetaModels,
-    context_length_of,
     load_tokenizers,
-    require_context,
-    vocab_size_of,
 )
 from sar_kd.models.memory_saving import quantizable_layers, require_quantization_packages
+from sar_kd.models.model_checks import context_length_of, require_context, vocab_size_of
 from sar_kd.models.model_files import is_local
 from sar_kd.models.optimizer_state import state_bytes
 from sar_kd.preflight.clamp_checks import clamp_lines, require_learnable
@@ -232,6 +230,8 @@ def _check_memory(meta: MetaModels) -> Finding:
     config, models = meta.config, meta.models
     device, dtype, _ = choose_device(config.precision)
     lines = _teacher_memory_lines(config, models, device) if "teacher" in models else []
+    if config.lora.is_quantized:
+        lines += _quantization_line("lora_quantization", config.lora.lora_quantization, models["student"], "student")
     try:
         memory_plan = plan(config, models, device, dtype)
     except NotEstimated as reason:
@@ -245,18 +245,23 @@ def _check_memory(meta: MetaModels) -> Finding:
     return Finding("memory", [*lines, needed, *others], record, [at_the_peak], memory_plan.table(), found.refusal)
 
 
+def _quantization_line(option: str, kind: str, model: Any, role: str) -> list[str]:
+    """How much of a model is quantized; UsageError if a package is missing."""
+    if kind == "off":
+        return []
+    require_quantization_packages(kind, option)
+    share = sum(layer.weight.numel() for layer in quantizable_layers(model)) / _num_parameters(model)
+    why = " (experts that are stacked in one tensor are not)" if share < 0.5 else ""
+    return [f"--{option} {kind}: {share:.0%} of the {role}'s weights{why}"]
+
+
 def _teacher_memory_lines(config: RunConfig, models: dict, device: torch.device) -> list[str]:
     """Lines about options of the teacher's memory whose effect may surprise; UsageError if they cannot be used."""
     memory, lines = config.memory, []
     if memory.offload_teacher_to_cpu and device.type == "cpu":
         lines.append("--offload_teacher_to_cpu: has no effect, the run is on the CPU already")
-    if memory.teacher_quantization != "off":
-        require_quantization_packages(memory.teacher_quantization)
-        quantized = sum(layer.weight.numel() for layer in quantizable_layers(models["teacher"]))
-        share = quantized / _num_parameters(models["teacher"])
-        why = " (experts that are stacked in one tensor are not)" if share < 0.5 else ""
-        lines.append(f"--teacher_quantization {memory.teacher_quantization}: {share:.0%} of the teacher's weights{why}")
-    return lines
+    teacher = models["teacher"]
+    return [*lines, *_quantization_line("teacher_quantization", memory.teacher_quantization, teacher, "teacher")]
 
 
 def _check_teacher_cache(meta: MetaModels) -> Finding:

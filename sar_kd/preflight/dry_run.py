@@ -140,9 +140,8 @@ class _DryRun:
             student_vocab_size=vocab_size, teacher_vocab_size=teacher_size, num_teacher_tokens=teacher_size, tables=None
         )
         aligner: Any = SimpleNamespace(pair=pair, same_token=self._empty(torch.int64, teacher_size))
-        self.offload = None
-        if self.teacher is not None and loss.alpha_kd > 0 and config.memory.offloads_from(precision.device):
-            self.offload = StubOffload(tracker, self.teacher)
+        offloads = self.teacher is not None and loss.alpha_kd > 0 and config.memory.offloads_from(precision.device)
+        self.offload = StubOffload(tracker, self.teacher) if offloads else None
         # A stub replaces projection; hidden states take less memory than chunk likelihoods.
         alignment = {"projection": "auto", "hidden": "alm"}.get(loss.alignment, loss.alignment)
         runnable = dataclasses.replace(loss, alignment=alignment)
@@ -168,17 +167,18 @@ class _DryRun:
         if self.config.memory.gradient_checkpointing:
             recompute_activations_(student, same_dropout=True)
         self.tracker.relabel([*student.parameters(), *student.buffers()], "student")
+        self.held = [quantize_fake_(student, self.tracker, "student")] if self.config.lora.is_quantized else []
         return student
 
     def _teacher(self, model: nn.Module) -> nn.Module:
-        memory = self.config.memory
+        memory, dtype = self.config.memory, self.precision.dtype
         device = torch.device(memory.teacher_device or self.precision.device)
-        teacher = fake_copy(model, device, self.precision.dtype).requires_grad_(False).eval()
-        if self.precision.dtype is torch.float16:
+        teacher = fake_copy(model, device, dtype).requires_grad_(False).eval()
+        if dtype is torch.float16:
             compute_in_range_(teacher)
         self.tracker.relabel([*teacher.parameters(), *teacher.buffers()], "teacher")
-        if self.config.memory.teacher_quantization != "off":
-            self.quantized = quantize_fake_(teacher, self.tracker, "teacher")
+        if memory.teacher_quantization != "off":
+            self.held.append(quantize_fake_(teacher, self.tracker, "teacher"))
         if memory.teacher_device_map:
             spread_fake_teacher_(self.tracker, teacher, memory, self.precision)
         return teacher

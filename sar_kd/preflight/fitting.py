@@ -35,6 +35,9 @@ CACHE = "teacher_cache"
 
 _RANK = 16
 
+_QUANTIZES = ("bitsandbytes", "accelerate")
+"""Packages that put weights into 4 bits"""
+
 _TEACHER = {"teacher_device": "", "teacher_device_map": "", "offload_teacher_to_cpu": False,
             "teacher_quantization": "off"}  # fmt: skip
 """Options of a teacher that is where the student is, in the compute dtype"""
@@ -130,6 +133,9 @@ def _candidates(
         if "student_lr" not in config.chosen and "loss" in type(config).sections():  # the rate of `sft` is one for LoRA
             options["student_lr"] = LORA_LR_FACTOR * config.optim.student_lr
         yield _Candidate(options, ("peft",))
+        yield _Candidate({**options, "lora_quantization": "nf4"}, ("peft", *_QUANTIZES))
+    elif config.lora.lora_rank and config.lora.lora_quantization == "off":
+        yield _Candidate({"lora_quantization": "nf4"}, _QUANTIZES)
 
 
 def _teacher_candidates(config: Any, teacher: nn.Module, device: torch.device) -> Iterator[_Candidate]:
@@ -145,7 +151,7 @@ def _teacher_candidates(config: Any, teacher: nn.Module, device: torch.device) -
         yield _Candidate({"offload_teacher_to_cpu": True, "teacher_device": ""})
     quantizable = sum(layer.weight.numel() for layer in quantizable_layers(teacher))
     if memory.teacher_quantization == "off" and 2 * quantizable > sum(p.numel() for p in teacher.parameters()):
-        yield _Candidate({"teacher_quantization": "nf4"}, ("bitsandbytes", "accelerate"))
+        yield _Candidate({"teacher_quantization": "nf4"}, _QUANTIZES)
 
 
 def _cache_candidate(config: Any, models: Mapping[str, nn.Module], fixed: Collection[str]) -> list[_Candidate]:

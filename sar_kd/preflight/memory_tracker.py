@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sar_kd.config.lora import LoraConfig
 from sar_kd.config.placement import TeacherPlacementConfig
-from sar_kd.config.sections import LoraConfig
 from sar_kd.models.lora import add_adapter
 from sar_kd.models.memory_saving import BYTES_PER_WEIGHT, quantizable_layers
 from sar_kd.models.placement import place_of, spread_over_devices
@@ -145,8 +145,18 @@ def quantize_fake_(model: nn.Module, tracker: MemoryTracker, label: str) -> Tens
     tracker.relabel([held], label)
     tracker.relabel([layer.weight for layer in layers], OFF_DEVICE)
     for layer in layers:
-        layer.register_forward_pre_hook(lambda layer, _: (torch.empty_like(layer.weight), None)[1])
+        layer.register_forward_pre_hook(lambda layer, _: _dequantize_fake(layer))
+        layer.register_forward_hook(_dequantize_fake_in_backward)
     return held
+
+
+def _dequantize_fake(layer: Any) -> None:
+    torch.empty_like(layer.weight)  # and freed
+
+
+def _dequantize_fake_in_backward(layer: Any, _: object, output: Tensor) -> None:
+    if output.requires_grad:
+        output.register_hook(lambda _: _dequantize_fake(layer))
 
 
 def spread_fake_teacher_(

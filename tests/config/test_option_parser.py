@@ -63,6 +63,7 @@ def test_hyphens_stand_for_underscores_in_names_and_not_in_values():
         (STABLE, "-o", "--output_dir"),
         (STABLE, "--lr=1e-4", "--student_lr"),
         (STABLE, "--quantize", "--teacher_quantization nf4"),
+        (STABLE, "--load_in_4bit", "--lora_quantization nf4"),
     ],
 )
 def test_a_name_from_another_program_is_answered_with_the_one_here(command, typed, meant):

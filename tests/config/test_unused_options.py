@@ -76,6 +76,7 @@ def test_an_option_that_changes_nothing_is_named_once_with_the_reason(line, expe
         ("--lora_alpha 8 --lora_targets q_proj", "--lora_alpha, --lora_targets: have no effect without --lora_rank"),
         ("--epochs 2 --train_steps 5", "--epochs: has no effect beside --train_steps"),
         ("--save_steps 2", "--save_steps: has no effect without --save_strategy steps"),
+        ("--lora_quantization nf4", "--lora_quantization: has no effect without --lora_rank"),
         ("--max_steps 2 --log_steps 5", "--log_steps: has no effect with --max_steps"),
         ("--parallel fsdp", "--parallel: has no effect on fine-tuning"),
     ],

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from sar_kd.config.sections import LoraConfig
+from sar_kd.config.lora import LoraConfig
 from sar_kd.errors import UsageError
 from sar_kd.models import lora
 from sar_kd.models.half_precision import range_report

@@ -12,9 +12,10 @@ import transformers
 
 from sar_kd.commands.main import main
 from sar_kd.config.command_line import parse
+from sar_kd.config.lora import LoraConfig
 from sar_kd.config.presets import MODES, STABLE
 from sar_kd.config.runs import Config, SftConfig
-from sar_kd.config.sections import LoraConfig, TeacherMemoryConfig
+from sar_kd.config.sections import TeacherMemoryConfig
 from sar_kd.data.batch import Batch, TokenBatch
 from sar_kd.evaluation.perplexity import evaluate
 from sar_kd.losses.objective import Objective
@@ -389,6 +390,19 @@ def test_a_quantized_teacher_takes_a_bit_more_than_4_bits_for_each_linear_weight
     )
     saved = whole.peak.bytes["teacher"] - quantized.peak.bytes["teacher"]
     assert saved == pytest.approx((2 - 0.5625) * linear, rel=1e-3)
+
+
+def test_the_weights_behind_an_adapter_take_as_little_in_4_bits():
+    models = _meta_models()
+    whole, quantized = (
+        _plan(models, torch.float16, lora_rank=4, lora_quantization=word, gradient_checkpointing=True)
+        for word in ("off", "nf4")
+    )
+    linear = sum(
+        layer.weight.numel() for layer in models["student"].model.modules() if isinstance(layer, torch.nn.Linear)
+    )
+    for before, after in zip(whole.phases, quantized.phases, strict=True):
+        assert before.bytes["student"] - after.bytes["student"] == pytest.approx((2 - 0.5625) * linear, rel=1e-3)
 
 
 def test_the_teachers_block_size_follows_the_vocabularies():

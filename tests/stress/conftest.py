@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sar_kd.config.sections import GuardConfig, LoraConfig, LossConfig
+from sar_kd.config.lora import LoraConfig
+from sar_kd.config.sections import GuardConfig, LossConfig
 from sar_kd.data.dataset import build_dataset
 from sar_kd.data.files.samples import Document
 from sar_kd.models.lora import add_adapter

@@ -8,8 +8,9 @@ import torch
 from torch.nn import functional
 
 from sar_kd.config.command_line import parse
+from sar_kd.config.lora import LoraConfig
 from sar_kd.config.presets import STABLE
-from sar_kd.config.sections import LoraConfig, LossConfig
+from sar_kd.config.sections import LossConfig
 from sar_kd.data.dataset import build_dataset
 from sar_kd.data.files.samples import Conversation, Document, Message
 from sar_kd.data.teacher_prompt import build_teacher_prompt

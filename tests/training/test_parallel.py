@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from sar_kd.config.sections import GuardConfig, LoraConfig, LossConfig, OptimConfig, TrainConfig
+from sar_kd.config.lora import LoraConfig
+from sar_kd.config.sections import GuardConfig, LossConfig, OptimConfig, TrainConfig
 from sar_kd.data.batch import IGNORE_INDEX, Batch, TokenBatch, next_token_targets
 from sar_kd.data.dataset import build_dataset
 from sar_kd.data.files.samples import Document
