@@ -30,6 +30,7 @@ ADAPTERS, LORA = "tests/stress/test_adapters.py", "tests/models/test_lora.py"
 DATASET, FILES = "tests/data/test_dataset.py", "tests/models/test_model_files.py"
 TOKENS, ROWS = "tests/tokenization/test_vocabulary_cut.py", "tests/commands/test_shrink_tokens.py"
 HAND_OVER, EXPORT = "tests/commands/test_hand_over.py", "tests/commands/test_export.py"
+ANSWERS, SERVED = "tests/teacher/cache/test_logprobs.py", "tests/teacher/cache/test_elsewhere.py"
 EXPERTS = "tests/teacher/moe/test_expert_cut.py"
 
 
@@ -290,6 +291,20 @@ MUTATIONS = (
              "if not relative_error <= LIMITS[kind]:", "if False:", suite=EXPORT),
     Mutation("a GGUF file's tokens are compared", "models/gguf_check.py",
              "if found != expected:", "if False:", suite=EXPORT),
+    Mutation("a server's answer is of the text", "teacher/cache/logprobs.py",
+             "if not size:", "if False:", suite=ANSWERS),
+    Mutation("a server's probabilities are one distribution", "teacher/cache/logprobs.py",
+             "if mass > 1.0 + _TOLERANCE:", "if False:", suite=ANSWERS),
+    Mutation("a server's log-probabilities are of this token", "teacher/cache/logprobs.py",
+             "if len(places) >= _MIN_SHIFT_TOKENS and", "if False and", suite=SERVED),
+    Mutation("a token of the top k has a name of its own", "teacher/cache/logprobs.py",
+             "or min(ids) < 0 or", "or", suite=ANSWERS),
+    Mutation("the server's model keeps its name", "teacher/cache/served.py",
+             "if answers_as != self._answers_as:", "if False:", suite=SERVED),
+    Mutation("the same model answers after a lost connection", "teacher/cache/served.py",
+             "if self._client.num_lost > lost:", "if False:", suite=SERVED),
+    Mutation("a key is not taken along by a redirect", "teacher/cache/server.py",
+             "build_opener(_NoRedirects)", "build_opener()", suite=SERVED),
     Mutation("perplexity weighs tokens", "evaluation/perplexity.py",
              "log_probs.double().sum()\n        num_tokens += len(batch.targets)",
              "log_probs.double().mean()\n        num_tokens += 1"),

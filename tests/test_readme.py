@@ -14,9 +14,10 @@ import pytest
 
 from sar_kd import embedded
 from sar_kd.commands.main import COMMANDS, main, run
+from sar_kd.config.caching import CachingConfig
 from sar_kd.config.exporting import ExportConfig
 from sar_kd.config.presets import MODES
-from sar_kd.config.runs import SECTIONS, CacheConfig, SftConfig
+from sar_kd.config.runs import SECTIONS, SftConfig
 from sar_kd.config.shrinking import ShrinkConfig
 from sar_kd.config.writing import WriteConfig
 
@@ -134,7 +135,14 @@ def test_every_link_of_a_page_leads_somewhere(page):
 
 @pytest.mark.parametrize("page", sorted(PAGES))
 def test_every_flag_and_verb_that_a_page_names_exists(page):
-    sections = [*SECTIONS.values(), *SftConfig.sections().values(), CacheConfig, ShrinkConfig, WriteConfig, ExportConfig]
+    sections = [
+        *SECTIONS.values(),
+        *SftConfig.sections().values(),
+        *CachingConfig.sections().values(),
+        ShrinkConfig,
+        WriteConfig,
+        ExportConfig,
+    ]
     flags = {name for section in sections for name in section.__dataclass_fields__}
     of_commands = {"help", "json", "mode", "version", "output", "chat", "model", "max_new_tokens", "sample_temperature"}
     of_others = {

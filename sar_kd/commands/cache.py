@@ -1,4 +1,5 @@
-"""`sar-kd cache`: run the teacher once over a text and cache its logits for every token, for any student.
+"""`sar-kd cache`: run the teacher once over a text and cache its logits for every token, for any student; or take its
+log-probabilities from files or a server, where another program runs it.
 
 After an interruption or a kill, the same command goes on after the last finished shard, and ends with the same bytes.
 """
@@ -6,6 +7,7 @@ After an interruption or a kill, the same command goes on after the last finishe
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from contextlib import suppress
 from dataclasses import replace
@@ -14,17 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from sar_kd.config.runs import CachingConfig
+from sar_kd.config.caching import CacheConfig, CachingConfig
+from sar_kd.config.sections import EMBEDDED
 from sar_kd.data.files.sources import digest_of, load_documents
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.errors import UsageError
 from sar_kd.models.loading import TeacherInfo, load_teacher, load_tokenizers
+from sar_kd.models.without_weights import load_teacher_tokenizer
 from sar_kd.preflight.checks import date_lines
 from sar_kd.runtime.console import format_share, print_stderr, progress
 from sar_kd.runtime.distributed import join_process_group
 from sar_kd.runtime.files import LOCK_FILES, FolderLock, json_safe, require_disk_space
-from sar_kd.runtime.precision import setup_precision
-from sar_kd.teacher.cache.builder import SHARD_SIZE, CacheBuilder, TeacherText
+from sar_kd.runtime.precision import Precision, setup_precision
+from sar_kd.teacher.cache.builder import SHARD_SIZE, CacheBuilder, LiveRecords, TeacherText
 from sar_kd.teacher.cache.format import (
     FORMAT,
     HEADER,
@@ -38,8 +42,11 @@ from sar_kd.teacher.cache.format import (
     remove_unnamed,
     write_header,
 )
+from sar_kd.teacher.cache.logprob_files import FileRecords
+from sar_kd.teacher.cache.logprobs import count_lines
+from sar_kd.teacher.cache.served import ServerRecords
 from sar_kd.teacher.cached import model_fingerprint
-from sar_kd.tokenization.token_table import fingerprint
+from sar_kd.tokenization.token_table import TokenTable, fingerprint
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair, UnfitTokenizer
 
 _INDEX_BYTES = 4
@@ -67,18 +74,15 @@ def main(config: CachingConfig) -> dict:
 
 
 def _build(config: CachingConfig, folder: Path) -> dict:
-    settings, data = config.cache, config.data
+    settings, data = config.teacher, config.data
     _prepare_folder(folder, settings.overwrite)
     precision = setup_precision(config.precision, 0)
     documents = load_documents(data, print_stderr)  # before the weights: a mistake in the files shows at once
-    notes: list[str] = []
-    teacher, tokenizer, info = load_teacher(settings, precision, config.memory, notes)
-    for line in notes:
-        print_stderr(line)
+    elsewhere, teacher, tokenizer, info = _load(config, settings, precision)
     info = replace(info, limit=min(info.limit or 8 * data.block_size, 8 * data.block_size))
     has_header = (folder / HEADER).exists()
     date = data.template_date or (read_header(folder)["metadata"].get("template_date", "") if has_header else "")
-    teacher_pair, student_pair = _tokenizer_pairs(config, tokenizer, info, date)
+    teacher_pair, student_pair = _tokenizer_pairs(settings, tokenizer, info, date, compares=elsewhere is not None)
     if settings.teacher_top_k + (settings.keep != "topk") >= teacher_pair.num_teacher_tokens:
         num_tokens = teacher_pair.num_teacher_tokens
         raise UsageError(f"--teacher_top_k {settings.teacher_top_k}: the teacher has {num_tokens} tokens; give fewer")
@@ -86,7 +90,7 @@ def _build(config: CachingConfig, folder: Path) -> dict:
     metadata = {
         "text": [digest_of(text) for text in documents],
         "tokenizer": fingerprint(tokenizer),
-        "teacher": model_fingerprint(settings.teacher_model, settings.trust_remote_code),
+        "teacher": {} if elsewhere else model_fingerprint(settings.teacher_model, settings.trust_remote_code),
         "vocab_size": info.vocab_size,
         "num_tokens": teacher_pair.num_teacher_tokens,
         "stop_ids": list(info.stop_ids),
@@ -97,33 +101,68 @@ def _build(config: CachingConfig, folder: Path) -> dict:
         "keep": settings.keep,
         "teacher_top_k": settings.teacher_top_k,
         "temperatures": settings.temperature_values(),
-        "dtype": str(precision.dtype).removeprefix("torch."),
+        "dtype": "its own precision" if elsewhere else str(precision.dtype).removeprefix("torch."),
         "batch_size": settings.per_device_batch_size,
         "shard_size": SHARD_SIZE,
         "seed": 0 if settings.keep == "topk" else settings.seed,
     }
-    header = _open_header(folder, metadata)
     token_cache = TokenCache(data.token_cache)
     texts = [
         TeacherText(text, teacher_pair, student_pair, data.block_size, info.limit, token_cache) for text in documents
     ]
+    pieces = None if teacher_pair.tables is None else teacher_pair.token_tables[0].pieces
+    if elsewhere:
+        metadata |= elsewhere.begin(texts, _table_of(teacher_pair, settings.teacher_model), settings.teacher_top_k)
+    header = _open_header(folder, metadata)
     for line in date_lines(teacher_pair) if has_dates else ():
         print(line)
-    _print_plan(settings.teacher_model, folder, header, texts)
-    pieces = None if teacher_pair.tables is None else teacher_pair.token_tables[0].pieces
-    builder = CacheBuilder(config, folder, header, precision, teacher, pieces)
+    name = metadata["source"].get("served_model", "elsewhere") if elsewhere else settings.teacher_model
+    _print_plan(name, folder, header, texts)
+    if elsewhere:
+        elsewhere.start(folder, header, texts)
+    source = elsewhere or LiveRecords(config, metadata, precision, teacher, pieces)
+    builder = CacheBuilder(folder, header, source)
     total = sum(text.num_records for text in texts)
     try:
-        with progress(total, _num_cached(header), "tokens", "Running the teacher") as advance:
+        with progress(total, _num_cached(header), "tokens", source.title) as advance:
             for name, text in zip(TEXTS, texts, strict=True):
                 for count in builder.build(name, text):
                     advance(count)
     except KeyboardInterrupt:
         print(f"Interrupted: {_num_cached(header):,} of {total:,} tokens are cached; the same command goes on")
         return {"status": "interrupted"}
+    finally:
+        if isinstance(source, FileRecords):
+            source.close()
     header["complete"] = True
     write_header(folder, header)
     return _report(folder, header, config.output.json)
+
+
+def _load(config: CachingConfig, settings: CacheConfig, precision: Precision) -> tuple:
+    """Where the records come from, None for a teacher that is loaded; that teacher; its tokenizer and facts."""
+    elsewhere = config.elsewhere
+    if not elsewhere.is_given:
+        notes: list[str] = []
+        loaded = load_teacher(settings, precision, config.memory, notes)
+        for line in notes:
+            print_stderr(line)
+        return None, *loaded
+    tokenizer, info = load_teacher_tokenizer(settings.teacher_model, settings.trust_remote_code)
+    if elsewhere.from_logprobs:
+        return FileRecords(elsewhere.from_logprobs, print_stderr), None, tokenizer, info
+    wanted = config.cache.teacher_model if config.cache.teacher_model != EMBEDDED else ""
+    server = ServerRecords(elsewhere, wanted, print_stderr)
+    limits = [limit for limit in (info.limit, server.limit) if limit]
+    return server, None, tokenizer, replace(info, limit=min(limits, default=0))
+
+
+def _table_of(pair: TokenizerPair, name: str) -> TokenTable:
+    """The bytes of the teacher's tokens, with which answers are compared."""
+    if pair.tables is None:
+        raise UsageError(f"--teacher_tokenizer {name}: the bytes of its tokens cannot be known, so answers cannot be "
+                         "compared with the text; load the teacher itself")  # fmt: skip
+    return pair.token_tables[0]
 
 
 def _prepare_folder(folder: Path, overwrite: bool) -> None:
@@ -139,10 +178,12 @@ def _prepare_folder(folder: Path, overwrite: bool) -> None:
 
 
 def _tokenizer_pairs(
-    config: CachingConfig, tokenizer: Any, info: TeacherInfo, template_date: str
+    settings: CacheConfig, tokenizer: Any, info: TeacherInfo, template_date: str, compares: bool
 ) -> tuple[TokenizerPair, TokenizerPair | None]:
     """The teacher's tokenizer on both sides, by bytes if it keeps them; and the pair of the student whose blocks the
     text is cut into, if that student has another tokenizer.
+
+    compares: bytes are needed, to compare answers with the text; what the tokenizer changes is skipped
     """
 
     def build_pair(**more) -> TokenizerPair:
@@ -155,10 +196,10 @@ def _tokenizer_pairs(
     # Students with the same tokenizer need no bytes, so no document is skipped for them.
     with suppress(UnfitTokenizer):
         aligned = build_pair(aligns=True, stop_ids=(info.stop_ids, info.stop_ids))
-        teacher_pair = teacher_pair if aligned.token_tables[0].change else aligned
-    if not config.cache.block_tokenizer:
+        teacher_pair = aligned if compares or not aligned.token_tables[0].change else teacher_pair
+    if not settings.block_tokenizer:
         return teacher_pair, None
-    names = replace(config.cache, student_model=config.cache.block_tokenizer)
+    names = replace(settings, student_model=settings.block_tokenizer)
     student_pair = load_tokenizers(names, aligns=False, template_date=template_date)
     return teacher_pair, None if student_pair.equal else student_pair
 
@@ -213,16 +254,25 @@ def _report(folder: Path, header: dict, as_json: bool) -> dict:
     train, validation = (Shards(folder, header, text) for text in TEXTS)
     num_tokens = len(train) + len(validation)
     num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    loss, num_nonfinite = validation.total_nats() / len(validation), train.num_nonfinite() + validation.num_nonfinite()
+    nats, num_known = validation.total_nats()
+    num_nonfinite, is_elsewhere = train.num_nonfinite() + validation.num_nonfinite(), "source" in header["metadata"]
+    is_partial = num_known < len(validation)
+    loss = nats / num_known if num_known and (is_elsewhere or not is_partial) else math.nan
     metrics = {"tokens": num_tokens, "bytes": num_bytes, "bytes_per_token": num_bytes / num_tokens,
                "teacher_val_loss": loss, "nonfinite_tokens": num_nonfinite}  # fmt: skip
     if as_json:
         print(json.dumps(json_safe(metrics), indent=2))
     else:
         size = f"{num_tokens:,} tokens, {num_bytes / 1e6:,.1f} MB, {num_bytes / num_tokens:.0f} bytes a token"
-        print(f"Cached: {size}; the teacher's PPL on held-out text is {np.exp(loss):.2f}")
-        if num_nonfinite:
+        known = f", over the {format_share(num_known / len(validation))} of it that are known"
+        known = known if is_partial and is_elsewhere else ""
+        print(f"Cached: {size}; the teacher's PPL on held-out text is {np.exp(loss):.2f}{known}")
+        lines = count_lines(header.get("counts", {}), num_tokens)
+        if num_nonfinite and not is_elsewhere:
             share = format_share(num_nonfinite / num_tokens)
-            print(f"Warning: not finite at {share} of the tokens, which a student learns from the text alone")
-        print(f"Use it: give a run --teacher_cache {folder}")
+            lines = [f"Warning: not finite at {share} of the tokens, which a student learns from the text alone"]
+        for line in lines:
+            print(line)
+        more = " --temperature 1" if is_elsewhere else ""
+        print(f"Use it: give a run --teacher_cache {folder}{more}")
     return {"status": "finished", **metrics}

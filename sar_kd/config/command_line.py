@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sar_kd.config.config_file import OptionFile, read_option_file, read_run_options
-from sar_kd.config.fields import AUTO, C, Command, Origin, R, known_options, options_of, require, value_error
+from sar_kd.config.fields import AUTO, GIVEN, C, Command, Origin, R, known_options, options_of, require, value_error
 from sar_kd.config.installation import program_name
 from sar_kd.config.option_parser import CONFIG, build_parser, unknown_option
 from sar_kd.config.presets import ADAFACTOR_LR_FACTOR, default_batch_size, recipe_lines
@@ -68,7 +68,8 @@ def _configure(command: Command[C], given: dict[str, Any]) -> C:
     values: dict[str, Any] = {item.name: item.default for item, _ in options_of(command.sections.values())}
     for source in (command.defaults, file.options, given):
         for name, presets in command.presets.items():
-            values |= presets.get(source.get(name, ""), {})
+            if value := source.get(name):
+                values |= presets.get(GIVEN if GIVEN in presets else value, {})
         values |= source
     notices = (*_embedded_lines(values), *file.notices, *recipe_lines(values.get("recipe", "")))
     for rate in command.embedded_lr_factors:
@@ -106,7 +107,9 @@ def typed_command(command: Command, options: Mapping[str, Any]) -> str:
 
 def _embedded_lines(values: dict[str, Any]) -> tuple[str, ...]:
     """A warning where a model of one's own is to be trained with the embedded text, or with an embedded model."""
-    models = {role: model for role in ("teacher", "student") if (model := values.get(f"{role}_model"))}
+    named = {role: values.get(f"{role}_model") for role in ("teacher", "student")}
+    named["teacher"] = values.get("teacher_tokenizer") or named["teacher"]
+    models = {role: model for role, model in named.items() if model}
     models = {role: models["student"] if model == SELF else model for role, model in models.items()}
     embedded = [role for role, model in models.items() if model == EMBEDDED]
     if len(embedded) == len(models) or values.get("task", "") or "train_file" not in values:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
+from sar_kd.config.caching import ELSEWHERE, CachingConfig
 from sar_kd.config.exporting import ExportConfig
-from sar_kd.config.fields import Command, RunConfig, Section, option
+from sar_kd.config.fields import GIVEN, Command, RunConfig, Section, option
 from sar_kd.config.presets import STABLE, TASKS
-from sar_kd.config.runs import ROUTER_PATTERNS, CachingConfig, Config, SftConfig
+from sar_kd.config.runs import ROUTER_PATTERNS, Config, SftConfig
 from sar_kd.config.sections import DataConfig, OutputConfig, PairConfig, model_option
 from sar_kd.config.shrinking import ShrinkingConfig
 from sar_kd.config.writing import WritingConfig
@@ -53,6 +54,8 @@ CACHE = Command(
     presets={
         "keep": {"topk": {"teacher_top_k": 32}},
         "teacher_device_map": {"auto": {"per_device_batch_size": 32}},  # many blocks for each copy of a layer
+        "from_logprobs": {GIVEN: ELSEWHERE},
+        "teacher_url": {GIVEN: ELSEWHERE},
     },
 )
 

@@ -22,6 +22,9 @@ R = TypeVar("R", bound="RunConfig")
 AUTO = "auto"
 """The value of a count that the program is to find; `fit_batch_size` puts a number in its place."""
 
+GIVEN = "*"
+"""Of the presets of an option: those that any value brings"""
+
 KIND_NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 """A field's type in words."""
 
@@ -201,7 +204,7 @@ class Command(Generic[C]):
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Values that differ from the fields' own; where there is a `--mode`, its default is one of them"""
     presets: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
-    """Option -> its value -> the settings that this value brings; a later option wins"""
+    """Option -> its value, or `GIVEN` -> the settings that this value brings; a later option wins"""
     embedded_lr_factors: Mapping[str, float] = field(default_factory=dict)
     """Learning rate option -> its factor where the model is the embedded one and the rate is not given"""
     run_name: str = ""

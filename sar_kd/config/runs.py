@@ -1,31 +1,27 @@
-"""Each kind of run as a configuration made of sections: `Config` (distillation), `SftConfig` (fine-tuning) and
-`CachingConfig` (building a teacher cache); and the sections that only one of them has.
+"""Each kind of training as a configuration made of sections: `Config` (distillation) and `SftConfig` (fine-tuning);
+and the sections that only one of them has.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from dataclasses import dataclass, field
 
 from sar_kd.config.fields import RunConfig, Section, option, require
 from sar_kd.config.hand_over import HandOverConfig
 from sar_kd.config.lora import LoraConfig
-from sar_kd.config.placement import TeacherPlacementConfig
 from sar_kd.config.sections import (
     AUTO_BATCH,
     EMBEDDED,
     SELF,
     DataConfig,
-    DeviceConfig,
     DistillationDataConfig,
     GuardConfig,
     LossConfig,
     MemoryConfig,
     ModelConfig,
     OptimConfig,
-    OutputConfig,
     PrecisionConfig,
     TeacherMemoryConfig,
     TrainConfig,
@@ -301,71 +297,3 @@ class SftConfig(RunConfig):
     def summary_lines(self) -> list[str]:
         """The run in its first line."""
         return [f"Fine-tuning {self.models.student_model}, {self.lora.describe()}; run folder {self.train.output_dir}"]
-
-
-_NUMBER = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheConfig(Section):
-    """Cache: which teacher, what is stored, and where."""
-
-    teacher_model: str = model_option("teacher")
-    student_model: str = option(
-        "",
-        "student whose tokenizer cuts the text into blocks: its runs then have the same blocks as without a cache, and "
-        "other students can still use it; by default the teacher's tokenizer, or for the embedded teacher its "
-        "student's",
-    )
-    trust_remote_code: bool = option(False, "run model code that comes with a checkpoint")
-    teacher_cache: str = option(
-        "teacher_cache", "folder of the cache; an interrupted one is continued", not_empty="give a folder"
-    )
-    keep: str = option(
-        "mixed",
-        "what is kept of the teacher's distribution. topk: the most likely tokens and the mass of all others; sampled: "
-        "tokens drawn at random, with replacement; mixed: tokens drawn without, the most likely ones always",
-        choices=("topk", "sampled", "mixed"),
-    )
-    teacher_top_k: int = option(11, "tokens kept at each position; by default 32 with --keep topk, else 11", at_least=1)
-    temperatures: tuple[str, ...] = option(
-        ("1", "1.5", "2"),
-        "values of --temperature that runs may use; for each, a sum over all tokens is stored",
-        metavar="T",
-    )
-    seed: int = option(0, "seed of the draws", at_least=0)
-    per_device_batch_size: int = option(4, "blocks in one forward of the teacher", at_least=1)
-    loss_workspace_mb: int = option(64, "MiB for the teacher's logits, computed in tiles of this size", at_least=1)
-    overwrite: bool = option(False, "delete the cache in --teacher_cache and start again")
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.temperature_values()
-        within = self.keep == "topk" or self.teacher_top_k <= 255
-        require(within, "teacher_top_k", self.teacher_top_k, f"must be at most 255 with --keep {self.keep}")
-
-    def temperature_values(self) -> list[float]:
-        """The temperatures as numbers, each once, ascending. Raises: UsageError"""
-        found = set()
-        for text in self.temperatures:
-            value = float(text) if _NUMBER.fullmatch(text) else 0.0
-            within = 1e-3 <= value <= 1e3
-            require(within, "temperatures", " ".join(self.temperatures), "must be numbers from 0.001 to 1000")
-            found.add(value)
-        return sorted(found)
-
-    @property
-    def block_tokenizer(self) -> str:
-        """The model whose tokenizer cuts the text into blocks; '' for the teacher."""
-        return self.student_model or (EMBEDDED if self.teacher_model == EMBEDDED else "")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CachingConfig(RunConfig):
-    """Everything a teacher cache is made from."""
-
-    cache: CacheConfig = field(default_factory=CacheConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    precision: DeviceConfig = field(default_factory=DeviceConfig)
-    memory: TeacherPlacementConfig = field(default_factory=TeacherPlacementConfig)
-    output: OutputConfig = field(default_factory=OutputConfig)

@@ -38,6 +38,11 @@ _DISTILLATION = (
     "teacher_top_k",
 )
 
+_LIVE_CACHE = (
+    "model_dtype", "device", "loss_workspace_mb", "teacher_device", "teacher_device_map", "teacher_max_memory",
+)  # fmt: skip
+"""Of a cache's options those of a teacher that is loaded"""
+
 _RULES = (
     _Rule(_DISTILLATION, lambda v: v["alpha_kd"] > 0, "where --alpha_kd is 0: nothing is distilled"),
     _Rule(("temperature", "kd_direction", "jsd_beta", "teacher_top_k"), lambda v: v["alignment"] != "hidden",
@@ -73,6 +78,13 @@ _RULES = (
     _Rule(("quantize", "output", "converter"), lambda v: v["gguf"], "without --gguf"),
     _Rule(("vocab_from",), lambda v: bool(v["vocab_size"]), "without --vocab_size"),
     _Rule(("seed",), lambda v: v["keep"] != "topk", "with --keep topk, which draws nothing"),
+    _Rule(("teacher_model",), lambda v: not v["from_logprobs"], "with --from_logprobs: --teacher_tokenizer names it"),
+    _Rule(("per_device_batch_size",), lambda v: not v["from_logprobs"], "with --from_logprobs, which is read"),
+    _Rule(_LIVE_CACHE, lambda v: not (v["from_logprobs"] or v["teacher_url"]),
+          "where another program runs the teacher"),
+    _Rule(("teacher_tokenizer",), lambda v: bool(v["from_logprobs"] or v["teacher_url"]),
+          "without --teacher_url or --from_logprobs"),
+    _Rule(("server_timeout",), lambda v: bool(v["teacher_url"]), "without --teacher_url"),
     _Rule(("epochs",), lambda v: v["train_steps"] == 0, "beside --train_steps"),
     _Rule(("save_steps",), lambda v: v["save_strategy"] == "steps", "without --save_strategy steps"),
     _Rule(("parallel",), lambda v: "epochs" not in v, "on fine-tuning, which takes one process"),

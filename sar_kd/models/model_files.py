@@ -32,6 +32,7 @@ _EMBEDDED_DIRS = {
     "teacher_model": embedded.TEACHER_DIR,
     "student_model": embedded.STUDENT_DIR,
     "model": embedded.TEACHER_DIR,
+    "teacher_tokenizer": embedded.TEACHER_DIR,
 }
 
 _SIZES = (

@@ -68,7 +68,10 @@ def unshared_share(record: dict) -> float:
     return as_float(record.get("teacher_rows_unshared", 0)) / positions if positions > 0 else 0.0
 
 
-_NOT_FINITE = "its logits are not finite", "--model_dtype float32, or bfloat16 on a card that has it"
+_NOT_FINITE = (
+    "its logits are not finite, or not in its cache",
+    "--model_dtype float32, or bfloat16 on a card that has it",
+)
 
 _INFINITE = "KL is infinite (masked tokens)", "--kd_direction jsd"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable
 from datetime import date
@@ -105,6 +106,9 @@ def check_settings(config: RunConfig) -> dict:
     elif loss.teacher_top_k > k:
         raise cache_error(folder, f"holds {k} tokens per position, fewer than --teacher_top_k {loss.teacher_top_k}")
     if loss.alignment in ("auto", "projection") and loss.temperature not in temperatures:
+        if "source" in header["metadata"]:
+            known = "its log-probabilities give the mass of all other tokens at temperature 1 alone"
+            raise cache_error(folder, f"{known}; give --temperature 1")
         served = ", ".join(f"{value:g}" for value in temperatures)
         raise cache_error(
             folder,
@@ -198,16 +202,23 @@ class CachedTeacher(Teacher):
 
     def evaluate_start(self, validation: Dataset, precision: Precision) -> tuple[dict, list[str]]:
         assert validation.cached_records is not None
-        total, num_tokens, num_nonfinite = 0.0, 0, 0
+        total, num_tokens, num_nonfinite, num_known = 0.0, 0, 0, 0
         document_nats = np.zeros(len(validation.text.names))
         for block in validation.blocks:
             nats, count = validation.cached_records.target_nats(block)
             np.add.at(document_nats, validation.documents_of_targets("teacher", [block]), nats)
-            total, num_tokens, num_nonfinite = total + float(nats.sum()), num_tokens + len(nats), num_nonfinite + count
+            is_known = ~np.isnan(nats)
+            total, num_known = total + float(nats[is_known].sum()), num_known + int(is_known.sum())
+            num_tokens, num_nonfinite = num_tokens + len(nats), num_nonfinite + count
         self.document_nats = document_nats.tolist()
-        metrics, lines = Evaluation(total, num_tokens, validation.text.num_bytes, num_nonfinite).metrics(), []
+        missing, whole = validation.cached_records.num_missing, total if num_known == num_tokens else math.nan
+        metrics, lines = Evaluation(whole, num_tokens, validation.text.num_bytes, num_nonfinite).metrics(), []
         del metrics["val_loss"]
-        if missing := validation.cached_records.num_missing:
+        if 0 < num_known < num_tokens and not missing and not num_nonfinite:
+            metrics["val_ppl"] = Evaluation(total, num_known, 1).perplexity
+            left_out = f"{num_tokens - num_known:,} of {num_tokens:,} held-out tokens"
+            lines = [f"{left_out} have no log-probabilities in the cache and are left out of the teacher's perplexity"]
+        if missing:
             found = count_of(missing, "held-out document")
             lines = [f"{found} not in the cache with the tokens of this run, so the teacher's perplexity is nan"]
         return metrics, lines

@@ -21,6 +21,7 @@ ALWAYS = {
     "keep_checkpoints", "time_limit", "tensorboard", "wandb", "output_dir", "resume", "loss_workspace_mb",
     "logit_clamp_style", "loss_clamp_style", "max_steps", "save_strategy", "lora_rank", "teacher_top_k",
     "temperatures", "json", "verbose", "quiet", "runs", "output", "run", "prompt", "chat", "log", "teacher_steps",
+    "from_logprobs", "teacher_url",
     "layers", "layer_choice", "intermediate", "experts", "vocab_size", "heal_steps", "iterative", "calibration_chars",
     "eval_chars", "keep", "fit", "gguf", "push_to_hub",
     "prompts", "samples", "prompt_tokens", "keep_unfinished", "repeat_limit",
@@ -108,6 +109,26 @@ def test_a_seed_has_no_effect_where_nothing_is_drawn():
 
 
 def test_with_several_processes_parallel_has_an_effect(monkeypatch):
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("--from_logprobs a.jsonl --teacher_tokenizer t --teacher_model m",
+         "--teacher_model: has no effect with --from_logprobs"),
+        ("--from_logprobs a.jsonl --teacher_tokenizer t --per_device_batch_size 2",
+         "--per_device_batch_size: has no effect with --from_logprobs"),
+        ("--teacher_url http://h/v1 --teacher_tokenizer t --model_dtype float16 --teacher_device cpu",
+         "--model_dtype, --teacher_device: have no effect where another program runs the teacher"),
+        ("--teacher_tokenizer t --train_file a.txt --student_model s --teacher_model m",
+         "--teacher_tokenizer: has no effect without --teacher_url or --from_logprobs"),
+        ("--server_timeout 9", "--server_timeout: has no effect without --teacher_url"),
+    ],
+)  # fmt: skip
+def test_of_a_cache_options_for_another_teacher_are_named(line, expected):
+    (found,) = _lines(line, CACHE)
+    assert found.startswith(expected)
+    assert not _lines("--teacher_url http://h/v1 --teacher_tokenizer t --server_timeout 9 --teacher_model m", CACHE)
+
+
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert not _lines("--parallel fsdp")
     assert _lines("--parallel fsdp", SFT)

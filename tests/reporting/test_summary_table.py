@@ -92,10 +92,10 @@ def test_the_share_of_the_teacher_that_was_left_out_has_a_line():
 
     assert lines() == lines(teacher_rows_dropped=0, teacher_positions=400) == []
     assert lines(teacher_rows_dropped=30, teacher_positions=400) == [
-        "  teacher left out at 7.5% of its positions: its logits are not finite"
+        "  teacher left out at 7.5% of its positions: its logits are not finite, or not in its cache"
     ]
     masked = "KL is infinite (masked tokens)"
-    for infinite, why in ((30, masked), (10, f"its logits are not finite, or {masked}")):
+    for infinite, why in ((30, masked), (10, f"its logits are not finite, or not in its cache, or {masked}")):
         (line,) = lines(teacher_rows_dropped=30, teacher_rows_infinite=infinite, teacher_positions=400)
         assert line == f"  teacher left out at 7.5% of its positions: {why}"
 

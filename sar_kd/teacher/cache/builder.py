@@ -1,4 +1,4 @@
-"""Runs a teacher over a text and writes its cache, for any student.
+"""Writes the cache of a teacher over a text, for any student; runs the teacher, where it is loaded.
 
 A conversation is one block of the teacher's, as far as its limit allows, so that a run may cut it anywhere. Plain text
 is cut into the blocks of a run with one given student.
@@ -9,13 +9,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sar_kd.alignment.segments import positions_per_tile, split_range
-from sar_kd.config.runs import CachingConfig
+from sar_kd.config.caching import CachingConfig
 from sar_kd.data.batch import TokenBatch
 from sar_kd.data.blocks import pack
 from sar_kd.data.column_store import ColumnStore
@@ -52,25 +53,72 @@ _MAX_SHARDS = 1024
 """For one text: the header names each shard and is rewritten after each"""
 
 
+class RecordSource(Protocol):
+    """Gives the records of the teacher's blocks: a teacher that is loaded, or what another program computed."""
+
+    title: str
+    """Of the progress bar"""
+    counts: dict[str, int]
+    """What the records so far lack, by the reason; kept in the header where there is any"""
+
+    def records(self, name: str, text: TeacherText, firsts: Sequence[int], size: int) -> Iterator[np.ndarray]:
+        """The records of `size` blocks from each of `firsts` on, of the text with this name."""
+
+    def check(self, records: np.ndarray, text: TeacherText, firsts: Sequence[int], size: int) -> None:
+        """Look at all of these records, a shard. Raises: UsageError where they are not worth a shard"""
+
+
 class CacheBuilder:
-    """Runs the teacher and writes shards."""
+    """Writes shards of records."""
+
+    def __init__(self, folder: Path, header: dict, source: RecordSource):
+        self.folder, self.header, self.source = folder, header, source
+        self.batch_size, self.shard_size = header["metadata"]["batch_size"], header["metadata"]["shard_size"]
+
+    def build(self, name: str, text: TeacherText) -> Iterator[int]:
+        """Write the missing shards of a text; yields the number of target tokens of each batch that is done.
+
+        Raises: UsageError as the source
+        """
+        path, shards, source = index_path(self.folder, name), self.header["shards"][name], self.source
+        if not path.exists():
+            text.write_index(path, index_key(self.header, name))
+        firsts = np.arange(0, len(text.dataset.blocks), self.batch_size)
+        sizes = np.add.reduceat(text.block_sizes, firsts)
+        parts = _shard_parts(sizes, max(self.shard_size, text.num_records // _MAX_SHARDS))
+        for number, part in enumerate(parts):
+            if number < len(shards):
+                continue
+            found = []
+            for records in source.records(name, text, firsts[part].tolist(), self.batch_size):
+                found.append(records)
+                yield len(records)
+            records = np.concatenate(found)
+            source.check(records, text, firsts[part].tolist(), self.batch_size)
+            digest = write_shard(shard_path(self.folder, name, number), records)
+            shards.append([len(records), digest])
+            self.header |= {"counts": dict(source.counts)} if source.counts else {}
+            write_header(self.folder, self.header)
+
+
+class LiveRecords:
+    """Runs a loaded teacher."""
+
+    title = "Running the teacher"
 
     def __init__(
         self,
         config: CachingConfig,
-        folder: Path,
-        header: dict,
+        metadata: dict,
         precision: Precision,
         teacher: nn.Module,
         pieces: Sequence[bytes] | None,
     ):
         """pieces: the bytes of each of the teacher's tokens, None if its tokenizer does not keep them"""
-        self.folder, self.header, self.precision, self.teacher = folder, header, precision, teacher
-        metadata = header["metadata"]
+        self.precision, self.teacher, self.counts = precision, teacher, dict[str, int]()
         self.k, self.num_tokens, self.temperatures = (
             metadata[name] for name in ("teacher_top_k", "num_tokens", "temperatures")
         )
-        self.batch_size, self.shard_size = metadata["batch_size"], metadata["shard_size"]
         self.dtype = record_dtype(metadata)
         self.tile_size = positions_per_tile(config.cache.loss_workspace_mb, metadata["vocab_size"])
         self._heads, self._title = LMHeads(precision), f"--teacher_model {config.cache.teacher_model}"
@@ -78,36 +126,22 @@ class CacheBuilder:
         self._seed = metadata["seed"]
         self._sampler = None if metadata["keep"] == "topk" else TokenSampler(metadata, pieces, precision.device)
 
-    def build(self, name: str, text: TeacherText) -> Iterator[int]:
-        """Write the missing shards of a text; yields the number of target tokens of each batch after its forward.
+    def records(self, name: str, text: TeacherText, firsts: Sequence[int], size: int) -> Iterator[np.ndarray]:
+        """The records of `size` blocks from each of `firsts` on."""
+        seed, first = (self._seed, TEXTS.index(name)), int(text.block_sizes[: firsts[0]].sum())
+        for batch in text.dataset.token_batches_at("teacher", firsts, size):
+            records = self._records(batch.to(self.precision.device), seed, first)
+            first += len(records)
+            yield records
 
-        Raises: UsageError if most of the logits so far are not finite, with the module and the remedy
-        """
-        path, shards = index_path(self.folder, name), self.header["shards"][name]
-        if not path.exists():
-            text.write_index(path, index_key(self.header, name))
-        firsts = np.arange(0, len(text.dataset.blocks), self.batch_size)
-        sizes = np.add.reduceat(text.block_sizes, firsts)
-        seed = self._seed, TEXTS.index(name)
-        parts = _shard_parts(sizes, max(self.shard_size, text.num_records // _MAX_SHARDS))
-        for number, part in enumerate(parts):
-            if number < len(shards):
-                continue
-            found, first = [], int(sizes[: part.start].sum())
-            for batch in text.dataset.token_batches_at("teacher", firsts[part].tolist(), self.batch_size):
-                found.append(self._records(batch.to(self.precision.device), seed, first))
-                first += len(found[-1])
-                yield len(found[-1])
-            records = np.concatenate(found)
-            self._num_records += len(records)
-            self._num_nonfinite += int(np.isnan(records["max_log_prob"]).sum())
-            batches = text.dataset.token_batches_at("teacher", firsts[part].tolist(), self.batch_size)
-            share, limit = self._num_nonfinite / self._num_records, Teacher.max_nonfinite
-            where = f"{count_of(self._num_records, 'token')} of the text"
-            check_finite(self._title, share, limit, self.precision, self.teacher, batches, where=where)
-            digest = write_shard(shard_path(self.folder, name, number), records)
-            shards.append([len(records), digest])
-            write_header(self.folder, self.header)
+    def check(self, records: np.ndarray, text: TeacherText, firsts: Sequence[int], size: int) -> None:
+        """Raises: UsageError if most of the logits so far are not finite, with the module and the remedy"""
+        self._num_records += len(records)
+        self._num_nonfinite += int(np.isnan(records["max_log_prob"]).sum())
+        batches = text.dataset.token_batches_at("teacher", firsts, size)
+        share, limit = self._num_nonfinite / self._num_records, Teacher.max_nonfinite
+        where = f"{count_of(self._num_records, 'token')} of the text"
+        check_finite(self._title, share, limit, self.precision, self.teacher, batches, where=where)
 
     @torch.no_grad()
     def _records(self, batch: TokenBatch, seed: tuple[int, int], first: int) -> np.ndarray:
@@ -183,7 +217,9 @@ class TeacherText:
         targets = np.array(counts, dtype=np.int64)
         self.block_sizes = np.append(np.diff(self.block_ends, prepend=0), targets)
         """int64 [blocks]: records of each block"""
-        self._first_records = np.append(self._plain.starts, len(self._plain) + np.cumsum(targets))
+        self._first_tokens = np.append(text.first_tokens("teacher"), len(text.teacher.ids))
+        self.first_records = np.append(self._plain.starts, len(self._plain) + np.cumsum(targets))
+        """int64 [documents + 1]: the number of records before each document, and of all"""
 
     @property
     def num_records(self) -> int:
@@ -209,6 +245,10 @@ class TeacherText:
         ]
         return np.union1d(ends, np.concatenate([ends[:0], *more]))
 
+    def document_part(self, document: int) -> slice:
+        """The tokens of a document in the teacher's stream."""
+        return slice(*self._first_tokens[document : document + 2].tolist())
+
     def write_index(self, folder: Path, key: str) -> None:
         """Write the index through which a run finds its records; atomic."""
         partial = folder.with_name(f"{folder.name}.partial")
@@ -220,7 +260,7 @@ class TeacherText:
         conversations = (slice(start, end) for _, _, start, end in text.conversations.ranges.tolist())
         for part in (*split_range(self._plain.num_tokens, CHUNK), *conversations):
             tokens.append(text.teacher.ids[part][text.teacher.is_target[part]])
-        store.add("documents", "int64").append(self._first_records)
+        store.add("documents", "int64").append(self.first_records)
         store.add("block_ends", "int64").append(self.block_ends)
         names = store.add_strings("names")
         for part in split_range(len(text.names), CHUNK):

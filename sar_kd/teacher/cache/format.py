@@ -51,6 +51,7 @@ _DIFFERENCES = {
     "batch_size": "a different --per_device_batch_size",
     "temperatures": "different --temperatures",
     "seed": "a different --seed",
+    "source": "other log-probabilities, or another served model",
 }
 """In an error message, by name in the metadata; the names that an option determines"""
 
@@ -213,9 +214,11 @@ class Shards:
             records[chosen] = self._map(int(number))[indices[chosen] - first]
         return records
 
-    def total_nats(self) -> float:
-        """The teacher's loss over all targets: the sum of -log p, in float64."""
-        return -sum(float(records["target_log_prob"].astype(np.float64).sum()) for records in self._maps())
+    def total_nats(self) -> tuple[float, int]:
+        """The teacher's loss over the targets with a log-probability, the sum of -log p in float64; their number."""
+        found = [records["target_log_prob"].astype(np.float64) for records in self._maps()]
+        known = [log_probs[~np.isnan(log_probs)] for log_probs in found]
+        return -sum(float(log_probs.sum()) for log_probs in known), sum(map(len, known))
 
     def num_nonfinite(self) -> int:
         """Records whose logits were not finite."""

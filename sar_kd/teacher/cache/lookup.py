@@ -56,6 +56,8 @@ class CachedText:
         Raises: UsageError if the index is damaged
         """
         self.shards, self.metadata = Shards(folder, header, text), header["metadata"]
+        self.is_elsewhere = "source" in self.metadata
+        """Another program computed it, and gave no log-probabilities where a record holds none"""
         self.temperature, temperatures = temperature, self.metadata["temperatures"]
         self.temperature_index = temperatures.index(temperature) if temperature in temperatures else 0
         path = index_path(folder, text)
@@ -187,7 +189,9 @@ class CacheLookup:
         assert self._cached is not None
         indices = self.record_indices(block.teacher_start, block.teacher_end)
         records = self._cached.shards.take(indices)
-        num_nonfinite = int((np.isnan(records["max_log_prob"]) & (indices >= 0)).sum())
+        num_nonfinite = 0
+        if not self._cached.is_elsewhere:  # there it is a token of which nothing was given
+            num_nonfinite = int((np.isnan(records["max_log_prob"]) & (indices >= 0)).sum())
         return -records["target_log_prob"].astype(np.float64), num_nonfinite
 
     def block_ends(self) -> np.ndarray:
