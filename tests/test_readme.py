@@ -15,6 +15,7 @@ import pytest
 from sar_kd import embedded
 from sar_kd.commands.main import COMMANDS, main, run
 from sar_kd.config.caching import CachingConfig
+from sar_kd.config.evaluating import EvalConfig
 from sar_kd.config.exporting import ExportConfig
 from sar_kd.config.presets import MODES
 from sar_kd.config.runs import SECTIONS, SftConfig
@@ -141,6 +142,7 @@ def test_every_flag_and_verb_that_a_page_names_exists(page):
         *CachingConfig.sections().values(),
         ShrinkConfig,
         WriteConfig,
+        EvalConfig,
         ExportConfig,
     ]
     flags = {name for section in sections for name in section.__dataclass_fields__}
@@ -151,7 +153,7 @@ def test_every_flag_and_verb_that_a_page_names_exists(page):
         "vocab_size", "rows", "cpu_time", "minutes", "warmup", "shape", "batch_size",
         "nproc_per_node", "repo-type",
         "nnodes", "node_rank", "master_addr", "master_port", "ranks", "workspaces", "positions",
-        "upgrade", "config", "learning_rate", "student-lr", "prepare", "trl_python", "kinds",
+        "upgrade", "config", "include_path", "learning_rate", "student-lr", "prepare", "trl_python", "kinds",
     }  # fmt: skip
     named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", PAGES[page]))
     assert named <= flags | of_commands | of_others

@@ -53,7 +53,8 @@ def _write_gguf(config: ExportConfig, run: Path, student: Path) -> None:
     print(f"Converting {student} to {kind}, by {converter.name}")
     partial = path.with_name(f".{path.name}.partial.gguf")
     try:
-        write_gguf(student, partial, kind, converter, quantizer, vocab_size_of(model))
+        for line in write_gguf(student, partial, kind, converter, quantizer, vocab_size_of(model)):
+            print(line)
         check = check_gguf(partial, path.name, kind, model, tokenizer)
         atomic_rename(partial, path)
     finally:

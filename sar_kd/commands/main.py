@@ -40,6 +40,7 @@ shrink          cut a model down to a smaller one, as a student
 report          show a run, or compare several, on one HTML page
 compare         tell whether one run is better than another, by their held-out text
 generate        continue a prompt with the teacher and the student, before and after
+eval            let a run's models answer tasks of lm-evaluation-harness
 export          write a student as a GGUF file, for llama.cpp and Ollama, or upload it
 sft             fine-tune a model on questions with answers
 explain         find the likely cause of bad losses in a training log

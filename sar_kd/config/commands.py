@@ -9,6 +9,7 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from sar_kd.config.caching import ELSEWHERE, CachingConfig
+from sar_kd.config.evaluating import EvalConfig
 from sar_kd.config.exporting import ExportConfig
 from sar_kd.config.fields import GIVEN, Command, RunConfig, Section, option
 from sar_kd.config.presets import STABLE, TASKS
@@ -145,6 +146,11 @@ EXPORT = Command(
 )
 
 
+EVAL = Command(
+    "eval", "Let the models of a run answer the tasks of lm-evaluation-harness.", EvalConfig, "evaluate:main"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExplainConfig(Section):
     """Log: the one to explain."""
@@ -213,7 +219,7 @@ EMBEDDED_PAIR = Command(
 )
 
 _ALL: tuple[Command, ...] = (
-    TRAIN, PREFLIGHT, CACHE, WRITE, SHRINK, REPORT, COMPARE, GENERATE, EXPORT, SFT, EXPLAIN, FORENSICS, AUDIT,
+    TRAIN, PREFLIGHT, CACHE, WRITE, SHRINK, REPORT, COMPARE, GENERATE, EVAL, EXPORT, SFT, EXPLAIN, FORENSICS, AUDIT,
     ROUTERS, EMBEDDED_PAIR,
 )  # fmt: skip
 

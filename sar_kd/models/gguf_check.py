@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sar_kd.errors import UsageError
+from sar_kd.models.gguf_export import LIBRARY, llama_library
 from sar_kd.models.gguf_tokens import cut_as_llama
 from sar_kd.models.model_files import find_model
 from sar_kd.models.pretrained import load_model
@@ -76,7 +77,7 @@ def check_gguf(path: Path, name: str, kind: str, model: Any, tokenizer: Any) -> 
             read, _ = load_model(find_model("output", str(path)), torch.float32, False)
             logits = read.eval()(input_ids=batch, use_cache=False).logits
         except UsageError as error:  # a kind of model that transformers reads from no GGUF file, or not rightly
-            if not is_installed("llama_cpp"):
+            if not is_installed(LIBRARY):
                 return GgufCheck(None, 0, 0.0, reader, f"as transformers cannot read the file: {error}")
             logits = _logits_by_llama(path, batch)
         own, other = map(_centred, (model(input_ids=batch, use_cache=False).logits, logits))
@@ -104,7 +105,7 @@ def _centred(logits: torch.Tensor) -> torch.Tensor:
 def _check_tokens(path: Path, name: str, tokenizer: Any, expected: list[int]) -> str:
     """Who has read the file's tokens, see `GgufCheck.reader`. Raises: UsageError where they differ"""
     found: list[int] | None
-    if is_installed("llama_cpp"):
+    if is_installed(LIBRARY):
         found, reader = _tokens_by_llama(path), "llama.cpp"
     else:
         found, reader = cut_as_llama(path, SAMPLE), "its entries, as llama.cpp reads them"
@@ -122,18 +123,12 @@ def _check_tokens(path: Path, name: str, tokenizer: Any, expected: list[int]) ->
 
 
 def _tokens_by_llama(path: Path) -> list[int]:
-    import llama_cpp
-
-    library: Any = llama_cpp
-    model = library.Llama(str(path), vocab_only=True, verbose=False)
+    model = llama_library([]).Llama(str(path), verbose=False, vocab_only=True)
     return list(model.tokenize(SAMPLE.encode(), add_bos=False, special=False))
 
 
 def _logits_by_llama(path: Path, ids: torch.Tensor) -> torch.Tensor:
     """float32 [1, T, V]"""
-    import llama_cpp
-
-    library: Any = llama_cpp
-    model = library.Llama(str(path), n_ctx=ids.shape[1], logits_all=True, verbose=False)
+    model = llama_library([]).Llama(str(path), verbose=False, n_ctx=ids.shape[1], logits_all=True)
     model.eval(ids[0].tolist())
     return torch.tensor(model.scores[: ids.shape[1]])[None]

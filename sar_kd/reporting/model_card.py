@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from sar_kd.config.sections import SELF
+from sar_kd.reporting.harness_table import HARNESS, harness_rows, harness_scores
 from sar_kd.reporting.history import RunHistory, read_history
 from sar_kd.reporting.rendering import render
 from sar_kd.runtime.files import as_float, atomic_write
@@ -47,7 +48,7 @@ class CardWriter:
 
 def build_model_card(run: RunHistory) -> str:
     """The card of a run's best student, Markdown with the metadata that the Hugging Face hub reads."""
-    from huggingface_hub import ModelCardData
+    from huggingface_hub import EvalResult, ModelCardData
 
     best = run.best
     names = [run.setting(f"{role}_model") for role in ("teacher", "student")]
@@ -55,7 +56,18 @@ def build_model_card(run: RunHistory) -> str:
     teacher, student = (public_name(str(name)) if name else "" for name in names)  # fine-tuning has no teacher
     teacher = "" if as_float(run.setting("alpha_kd")) == 0 else teacher
     dataset = run.setting("dataset_name")
+    found = run.summary.get(HARNESS)
+    results_of_tasks = [
+        EvalResult(
+            task_type="text-generation", dataset_type=task, dataset_name=task, metric_type=metric, metric_value=value,
+            metric_args={"num_questions": entry.get("num_questions"), **({"stderr": stderr} if stderr >= 0 else {})},
+        )
+        for model, task, metric, value, stderr, entry in harness_scores(found) if model == "distilled"
+    ]  # fmt: skip
+    title = f"{student}, distilled from {teacher}" if teacher else f"{student}, fine-tuned"
     metadata = ModelCardData(
+        model_name=title if results_of_tasks else None,
+        eval_results=results_of_tasks or None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["knowledge-distillation" if teacher else "fine-tuning", "sar-kd"],
@@ -78,6 +90,7 @@ def build_model_card(run: RunHistory) -> str:
         step=best.get("step", 0),
         dtype=saved_dtype(saved_student(run.folder)),
         results=results,
+        tasks=harness_rows(found),
         verdict=run.verdict(),
         text=_text_of(run),
         settings={name: value for name, value in settings.items() if value is not None},

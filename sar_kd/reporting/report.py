@@ -17,6 +17,7 @@ from sar_kd.config.runs import SECTIONS
 from sar_kd.errors import UsageError
 from sar_kd.reporting.charts import build_charts, build_lead_chart
 from sar_kd.reporting.comparison import losses_by_file
+from sar_kd.reporting.harness_table import HARNESS, harness_rows
 from sar_kd.reporting.held_out import HeldOut, read_held_out
 from sar_kd.reporting.history import RunHistory, headline_of, read_history
 from sar_kd.reporting.rendering import render
@@ -140,6 +141,7 @@ def _values_of_one(run: RunHistory) -> dict:
         "lead": build_lead_chart(run),
         "files": _files_of(run),
         "compared": [(name, format_perplexity(ppl), f"{bits:.4f}") for name, ppl, bits in run.models()],
+        "tasks": harness_rows(run.summary.get(HARNESS)),
         "level": _LEVELS.get(str(run.summary.get("status")), "calm"),
         "environment": {name: _as_typed(value) for name, value in run.environment.items() if value},
         "log": run.log_head(),

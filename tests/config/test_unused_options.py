@@ -24,6 +24,7 @@ ALWAYS = {
     "from_logprobs", "teacher_url",
     "layers", "layer_choice", "intermediate", "experts", "vocab_size", "heal_steps", "iterative", "calibration_chars",
     "eval_chars", "keep", "fit", "gguf", "push_to_hub",
+    "which", "tasks", "limit", "num_fewshot", "apply_chat_template", "add_bos_token",
     "prompts", "samples", "prompt_tokens", "keep_unfinished", "repeat_limit",
     "student_steps", "repetition_penalty", "alignment", "save_steps", "log_steps", "seed",
     # permissions: they have an effect where something would be refused without them
@@ -75,9 +76,9 @@ def test_an_option_that_changes_nothing_is_named_once_with_the_reason(line, expe
     ("line", "expected"),
     [
         ("--lora_alpha 8 --lora_targets q_proj", "--lora_alpha, --lora_targets: have no effect without --lora_rank"),
+        ("--lora_quantization nf4", "--lora_quantization: has no effect without --lora_rank"),
         ("--epochs 2 --train_steps 5", "--epochs: has no effect beside --train_steps"),
         ("--save_steps 2", "--save_steps: has no effect without --save_strategy steps"),
-        ("--lora_quantization nf4", "--lora_quantization: has no effect without --lora_rank"),
         ("--max_steps 2 --log_steps 5", "--log_steps: has no effect with --max_steps"),
         ("--parallel fsdp", "--parallel: has no effect on fine-tuning"),
     ],
@@ -108,7 +109,6 @@ def test_a_seed_has_no_effect_where_nothing_is_drawn():
     assert not _lines("--keep mixed --seed 3", CACHE)
 
 
-def test_with_several_processes_parallel_has_an_effect(monkeypatch):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
@@ -129,6 +129,7 @@ def test_of_a_cache_options_for_another_teacher_are_named(line, expected):
     assert not _lines("--teacher_url http://h/v1 --teacher_tokenizer t --server_timeout 9 --teacher_model m", CACHE)
 
 
+def test_with_several_processes_parallel_has_an_effect(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert not _lines("--parallel fsdp")
     assert _lines("--parallel fsdp", SFT)
