@@ -15,7 +15,7 @@ from sar_kd.models.pretrained import load_model
 from sar_kd.runtime.environment import is_installed
 from sar_kd.tokenization.backends import encode
 
-LIMITS = {"float32": 1e-3, "float16": 1e-2, "q8_0": 8e-2, "q4_k_m": 4e-1}
+LIMITS = {"float32": 1e-3, "float16": 1e-2, "q8_0": 1e-1, "q4_k_m": 4e-1}
 """Largest relative error of the logits, by `--quantize`"""
 
 SAMPLE = """The quick brown fox didn't jump over 13 lazy dogs; it's 3.14159 or 1,000,000 times FASTER than they'd think.

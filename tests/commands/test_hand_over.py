@@ -110,6 +110,18 @@ def test_weights_that_become_0_are_counted(tmp_path, make_student):
     assert convert_saved("", tmp_path, torch.float16) == small >= 3
 
 
+def test_a_merged_student_is_rounded_and_its_adapter_stays(inputs, tmp_path):
+    """Fine-tuned, by an adapter."""
+    argv = ["sft", "--student_model", inputs / "student", "--train_file", inputs / "text.txt", "--max_steps", 2]
+    argv += ["--block_size", 32, "--lora_rank", 2, "--device", "cpu", "--save_dtype", "bfloat16"]
+    assert main.main([*map(str, argv), "--output_dir", str(tmp_path / "run")]) == 0
+    merged = read_weights(tmp_path / "run" / "student" / "model.safetensors")
+    adapter = read_weights(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert {weight.dtype for weight in merged.values()} == {torch.bfloat16}
+    assert {weight.dtype for weight in adapter.values()} == {torch.float32}
+    assert read_json(tmp_path / "run" / "student" / "config.json")["dtype"] == "bfloat16"
+
+
 class _Hub:
     """What HfApi is asked for; a class of it stands for a hub."""
 
