@@ -124,7 +124,7 @@ def _assert_equal(found, wanted, known=1.0, same_context=1.0, has_ids=True):
         return
     assert (found["ids"] == wanted["ids"]).mean() > 0.999  # but for ties
     gaps = [each["log_prob_gaps"].astype(np.float32) for each in (found, wanted)]
-    assert np.allclose(*gaps, atol=1e-4, rtol=1e-3)  # float16
+    assert np.allclose(*gaps, atol=2e-3, rtol=1e-3)  # float16
     shares = [1 / (1 + np.exp(-each["tail_log_ratios"][:, 0].astype(np.float32))) for each in (found, wanted)]
     assert np.abs(shares[0] - shares[1]).max() < 1e-3
 
