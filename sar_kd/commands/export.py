@@ -59,6 +59,8 @@ def _write_gguf(config: ExportConfig, run: Path, student: Path) -> None:
         atomic_rename(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+        if path.parent.name == EXPORTS and not any(path.parent.iterdir()):
+            path.parent.rmdir()
     print(f"Written: {path}, {format_bytes(path.stat().st_size)}")
     print(check.line(kind))
     text, said = modelfile(path.name, tokenizer, stop_ids_of(f"export {student}", model))

