@@ -2,6 +2,7 @@
 
     python benchmarks/fit_table.py
     python benchmarks/fit_table.py --students Qwen3-0.6B    # the rows of others stay as they are in the result
+    python benchmarks/fit_table.py --trainings "LoRA 16, 4 bits"    # likewise
 
 A T4 has 14.7 GiB. Each run has one block at once, accumulation and activation checkpointing, and computes in float16;
 'fits' leaves the plan's margin of 15 %. There is no GPU here: the operations are those of a CPU with a GPU's float16
@@ -16,7 +17,7 @@ import functools
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -83,7 +84,14 @@ PAIRS = {
 }
 """Student -> teachers"""
 
-TRAININGS = {"AdamW": "adamw", "8-bit AdamW": "adamw8bit", "Adafactor": "adafactor", "LoRA 16": "lora"}
+TRAININGS = {
+    "AdamW": ("all", "adamw"),
+    "8-bit AdamW": ("all", "adamw8bit"),
+    "Adafactor": ("all", "adafactor"),
+    "LoRA 16": ("adapter", "adamw"),
+    "LoRA 16, 4 bits": ("adapter over nf4", "adamw"),
+}
+"""What is trained, and by which optimizer"""
 TEACHERS = ("live", "4 bits", "spread", "cached")
 
 
@@ -126,8 +134,8 @@ def card() -> Iterator[None]:
         yield
 
 
-def plan_of(student: str, teacher: str, block_size: int, lora: bool, how: str):
-    """The plan of a run with AdamW. how: of `TEACHERS`"""
+def plan_of(student: str, teacher: str, block_size: int, trained: str, how: str):
+    """The plan of a run with AdamW. trained: of `TRAININGS`; how: of `TEACHERS`"""
     import torch
 
     from sar_kd.config.presets import MODES
@@ -137,7 +145,8 @@ def plan_of(student: str, teacher: str, block_size: int, lora: bool, how: str):
 
     options = {
         "per_device_batch_size": 1, "grad_accum_steps": 8, "block_size": block_size, "gradient_checkpointing": True,
-        "device": "cpu", "model_dtype": "float16", "lora_rank": 16 if lora else 0,
+        "device": "cpu", "model_dtype": "float16", "lora_rank": 0 if trained == "all" else 16,
+        "lora_quantization": "nf4" if trained == "adapter over nf4" else "off",
     }  # fmt: skip
     if how == "4 bits":
         options["teacher_quantization"] = "nf4"
@@ -170,21 +179,19 @@ def with_optimizer(planned, student: str, optimizer: str):
     return dataclasses.replace(planned, phases=phases)
 
 
-def rows_of(student: str) -> list[dict]:
-    """Every run of a student."""
-    rows = []
+def rows_of(student: str, trainings: Collection[str]) -> list[dict]:
+    """The runs of a student. trainings: of `TRAININGS`"""
+    rows, plans = [], functools.cache(plan_of)
     for teacher in PAIRS[student]:
         for block_size in BLOCKS:
             for how in TEACHERS:
-                for lora in (False, True):
-                    planned = plan_of(student, teacher, block_size, lora, how)
-                    for training, optimizer in TRAININGS.items():
-                        if (optimizer == "lora") != lora:
-                            continue
-                        found = planned if lora else with_optimizer(planned, student, optimizer)
-                        row = {"student": student, "teacher": teacher, "block_size": block_size, "training": training}
-                        row |= {"how": how, "gib": round(found.needed / 2**30, 2), "verdict": found.verdict}
-                        rows.append(row | {"peak": found.peak.name})
+                for training in trainings:
+                    trained, optimizer = TRAININGS[training]
+                    found = plans(student, teacher, block_size, trained, how)
+                    found = found if optimizer == "adamw" else with_optimizer(found, student, optimizer)
+                    row = {"student": student, "teacher": teacher, "block_size": block_size, "training": training}
+                    row |= {"how": how, "gib": round(found.needed / 2**30, 2), "verdict": found.verdict}
+                    rows.append(row | {"peak": found.peak.name})
     return rows
 
 
@@ -208,12 +215,14 @@ def lines_of(rows: list[dict]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--students", nargs="+", default=list(PAIRS), choices=list(PAIRS))
+    parser.add_argument("--trainings", nargs="+", default=list(TRAININGS), choices=list(TRAININGS))
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
     rows = json.loads(options.output.read_text())["rows"] if options.output.exists() else []
     with card():
         for student in options.students:
-            rows = [row for row in rows if row["student"] != student] + rows_of(student)
+            others = [row for row in rows if row["student"] != student or row["training"] not in options.trainings]
+            rows = others + rows_of(student, options.trainings)
             options.output.write_text(json.dumps({"card_gib": 14.7, "rows": rows}, indent=1) + "\n")
             print(f"{student}: planned", flush=True)
     print("\n".join(lines_of(rows)))

@@ -31,9 +31,10 @@ def test_the_shapes_have_the_published_number_of_parameters(table):
 
 def test_an_adapter_of_qwen3_1_7b_fits_a_t4_under_a_4_bit_teacher_of_8_billion_and_all_weights_do_not(table):
     with table.card():
-        adapter = table.plan_of("Qwen3-1.7B", "Qwen3-8B", 512, True, "4 bits")
+        adapter = table.plan_of("Qwen3-1.7B", "Qwen3-8B", 512, "adapter", "4 bits")
         assert adapter.available == int(14.7 * 2**30)
         assert adapter.verdict == "fits"
+        assert table.plan_of("Qwen3-1.7B", "Qwen3-8B", 512, "adapter over nf4", "4 bits").needed < adapter.needed
         weights = sum(parameter.numel() for parameter in table.model("Qwen3-1.7B").parameters())
         assert 16 * weights > adapter.available
 
