@@ -117,7 +117,7 @@ def _build(config: CachingConfig, folder: Path) -> dict:
     for line in date_lines(teacher_pair) if has_dates else ():
         print(line)
     name = metadata["source"].get("served_model", "elsewhere") if elsewhere else settings.teacher_model
-    _print_plan(name, folder, header, texts)
+    _print_plan(name, folder, header, texts, copies=2 if isinstance(elsewhere, FileRecords) else 1)
     if elsewhere:
         elsewhere.start(folder, header, texts)
     source = elsewhere or LiveRecords(config, metadata, precision, teacher, pieces)
@@ -233,8 +233,11 @@ def _num_cached(header: dict) -> int:
     return sum(num_records for text in TEXTS for num_records, _ in header["shards"][text])
 
 
-def _print_plan(teacher: str, folder: Path, header: dict, texts: list[TeacherText]) -> None:
-    """Print how much will be written. Raises UsageError if the disk has no space for it."""
+def _print_plan(teacher: str, folder: Path, header: dict, texts: list[TeacherText], copies: int) -> None:
+    """Print how much will be written. Raises UsageError if the disk has no space for it.
+
+    copies: 2 where all records stand in a file of their own until the shards are written
+    """
     metadata, num_cached = header["metadata"], _num_cached(header)
     size = record_dtype(metadata).itemsize + _INDEX_BYTES
     total = sum(text.num_records for text in texts)
@@ -245,7 +248,7 @@ def _print_plan(teacher: str, folder: Path, header: dict, texts: list[TeacherTex
     if num_cached:
         print(f"Going on: {num_cached:,} of {total:,} tokens are cached")
     remedy = "free some, lower --teacher_top_k, or name another folder"
-    missing = (total - num_cached) * size
+    missing = (copies * total - num_cached) * size
     require_disk_space(folder, missing, "the teacher's logits", option="teacher_cache", remedy=remedy)
 
 

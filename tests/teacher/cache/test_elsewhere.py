@@ -605,6 +605,22 @@ def test_other_files_do_not_go_on_with_a_cache_and_the_same_ones_do(inputs, tmp_
     assert "was made with other log-probabilities, or another served model" in line
 
 
+def test_a_disk_without_room_for_the_records_and_their_copy_is_one_line(inputs, tmp_path, monkeypatch):
+    path = _file(tmp_path / "given.jsonl", _lines_of_vllm(inputs, "byte"))
+    out = _build(inputs, tmp_path / "whole", *_from(inputs, path))
+    size, tokens = (
+        int(word.replace(",", "")) for word in re.search(r"(\d+) bytes a token, ([\d,]+) tokens", out).groups()
+    )
+    spare = 2**24
+    for factor, fits in ((1.9, False), (2.1, True)):
+        usage = SimpleNamespace(free=spare + int(factor * size * tokens))
+        monkeypatch.setattr("sar_kd.runtime.files.shutil.disk_usage", lambda _, usage=usage: usage)
+        if fits:
+            _build(inputs, tmp_path / "cache", *_from(inputs, path))
+        else:
+            assert "no room for the teacher's logits" in _refusal(inputs, tmp_path / "cache", *_from(inputs, path))
+
+
 # The command line
 
 
