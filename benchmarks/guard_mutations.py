@@ -215,7 +215,7 @@ MUTATIONS = (
     Mutation("the loss scale is kept in a checkpoint", "runtime/precision.py",
              '            self._scaler.load_state_dict(state["scaler"])', "            pass"),
     Mutation("weights that learn are float32", "models/loading.py",
-             "precision.dtype if config.lora.lora_rank else torch.float32", "precision.dtype"),
+             "precision.dtype if lora.lora_rank else torch.float32", "precision.dtype"),
     Mutation("an adapter is trained in float32", "models/lora.py",
              "autocast_adapter_dtype=True", "autocast_adapter_dtype=False", ADAPTERS),
     Mutation("an adapted layer is kept in range as without its adapter", "models/half_precision.py",

@@ -154,6 +154,7 @@ def test_every_flag_and_verb_that_a_page_names_exists(page):
         "nproc_per_node", "repo-type",
         "nnodes", "node_rank", "master_addr", "master_port", "ranks", "workspaces", "positions",
         "upgrade", "config", "include_path", "learning_rate", "student-lr", "prepare", "trl_python", "kinds",
+        "real",
     }  # fmt: skip
     named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", PAGES[page]))
     assert named <= flags | of_commands | of_others

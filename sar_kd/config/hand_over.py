@@ -24,7 +24,7 @@ def check_repository(name: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class HandOverConfig(Section):
-    """Hand-over: what the best student is saved as, and where it goes, once the run has finished."""
+    """Saving: what the best student is saved as, and where it is uploaded, once the run has finished."""
 
     save_dtype: str = option(
         "float32",

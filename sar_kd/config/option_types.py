@@ -127,6 +127,10 @@ class SftOptions(TrainingOptions, total=False):
 class CacheOptions(TypedDict, total=False):
     """Options of `cache`."""
 
+    from_logprobs: Sequence[str]
+    teacher_url: str
+    teacher_tokenizer: str
+    server_timeout: float
     student_model: str
     trust_remote_code: bool
     keep: Literal["topk", "sampled", "mixed"]

@@ -40,6 +40,7 @@ OPTIONS = [
     "train_steps", "per_device_batch_size", "grad_accum_steps", "eval_steps", "log_steps", "verbose", "quiet",
     "save_steps", "parallel", "keep_checkpoints", "time_limit", "tensorboard", "wandb", "seed", "output_dir", "resume",
     "allow_changed_inputs", "overwrite",
+    "save_dtype", "push_to_hub", "public",
 ]  # fmt: skip
 
 BAD_VALUES = [
@@ -487,7 +488,7 @@ def test_help_has_a_group_for_each_section_and_every_option(capsys, monkeypatch)
     text = _help(STABLE, capsys, monkeypatch)
     assert [line[:-1] for line in text.splitlines() if line[:1].isupper() and line.endswith(":")] == [
         "Models", "Text", "Loss", "Routing", "On-policy", "Control", "LoRA", "Optimizer", "Precision", "Memory",
-        "Guards", "Run",
+        "Guards", "Run", "Saving",
     ]  # fmt: skip
     assert all(f"  --{name}" in text for name in OPTIONS)
 
