@@ -25,7 +25,7 @@ from sar_kd.reporting.model_card import CardWriter
 from sar_kd.reporting.report import find_report_writer
 from sar_kd.reporting.run_environment import describe_environment, timestamp
 from sar_kd.reporting.step_lines import Pace, dropped_share, evaluation_line, fit, sft_line, start_line, step_parts
-from sar_kd.reporting.summary_table import closing_lines, summary_table
+from sar_kd.reporting.summary_table import closing_lines, ended_line, summary_table
 from sar_kd.reporting.trackers import find_trackers
 from sar_kd.runtime.console import first_few, format_perplexity, format_share, paint
 from sar_kd.runtime.distributed import SINGLE_PROCESS, ProcessGroup
@@ -160,7 +160,7 @@ class RunLog:
         self._write({"event": "start", "step": 0, "same_tokenizer": self.same_tokenizer, **student, **teacher})
 
     def log_step(self, record: dict, success_rate: float, tokens_per_second: float) -> None:
-        """Write one attempted update; its `step` counts from 1. Every `log_steps` a line is printed."""
+        """Write one attempted update; its `step` counts from 1. Every `log_steps`, and at the end, it prints a line."""
         if not self._enabled:
             return
         self._write({"event": "step", **record})
@@ -168,7 +168,7 @@ class RunLog:
         postfix = f"{self._postfix(record, success_rate)} tok/s={tokens_per_second:,.0f}"
         self._bar.set_postfix_str(self._shorten(postfix), refresh=False)
         self._bar.update(1)
-        if record["step"] % self._log_steps == 0:
+        if record["step"] % self._log_steps == 0 or record["step"] == self._bar.total:
             elapsed = time.monotonic() - self._started
             left = elapsed / (record["step"] - self._first_step) * (self._bar.total - record["step"])
             pace = Pace(record["step"], self._bar.total, success_rate, tokens_per_second, elapsed, left)
@@ -234,6 +234,8 @@ class RunLog:
         self.close()
 
     def _last_lines(self, summary: dict) -> list[str]:
+        if summary["status"] == "finished" and "control" not in summary and getattr(self._config, "has_control", False):
+            return ["", f"{ended_line(summary)}; its control is trained now, then come the results"]
         return [*summary_table(summary, self.folder), *closing_lines(self.folder)]
 
     def close(self) -> None:

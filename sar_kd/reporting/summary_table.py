@@ -33,12 +33,10 @@ def summary_table(summary: dict, folder: Path) -> list[str]:
         scores = scores | {"control": summary["control"]}
     columns = list(_COLUMNS.items())[: None if scores else 2]
     skipped = ", ".join(f"{cause} {count}" for cause, count in summary["skipped"].items() if count)
-    status = {"finished": "Finished", "interrupted": "Interrupted"}.get(summary["status"], "Emergency stop")
     mark = "" if summary.get("same_tokenizer", True) else "*"
     lines = [
         "",
-        f"{status} after {count_of(summary['steps'], 'step')} in {format_duration(summary['wall_seconds'])}, "
-        f"{summary['tokens_per_second']:,.0f} tokens/s",
+        ended_line(summary),
         f"  {'':<28}" + "".join(f"{name:>{width}}" for name, width in columns),
         *(_line(name, metrics, scores.get(key), mark) for name, key, metrics in _models(summary)),
         *(["  * in the teacher's own tokens: compare its bits per byte, not its perplexity"] if mark else []),
@@ -61,6 +59,15 @@ def summary_table(summary: dict, folder: Path) -> list[str]:
     return lines
 
 
+def ended_line(summary: dict) -> str:
+    """How the run ended, and how long it took."""
+    status = {"finished": "Finished", "interrupted": "Interrupted"}.get(summary["status"], "Emergency stop")
+    return (
+        f"{status} after {count_of(summary['steps'], 'step')} in {format_duration(summary['wall_seconds'])}, "
+        f"{summary['tokens_per_second']:,.0f} tokens/s"
+    )
+
+
 def closing_lines(folder: Path) -> list[str]:
     """What the run in this folder shows, and the next commands; nothing if its files cannot be read back."""
     try:
@@ -79,6 +86,9 @@ def _next_commands(run: RunHistory) -> list[str]:
     if status == "emergency_stop":
         explained = (folder / "crash").is_dir()  # a run that was stopped without a NaN batch has said why
         return [f"Next: {program} forensics {folder} shows why, and what to try"] if explained else []
+    if run.summary.get("best_step") == 0:
+        rate = as_float(run.setting("student_lr"))
+        return [f"Next: the same command with another --student_lr (it was {rate:g}), or more --train_steps"]
     prompt = '"Return the largest"' if run.setting("student_model") == EMBEDDED else '"The"'
     if run.start.get("learns_chat") is True:
         prompt = '"Hello" --chat'

@@ -141,6 +141,8 @@ def test_table_summary_page_and_card_show_start_control_distilled_and_teacher(do
     assert (entry["status"], entry["steps"], entry["folder"]) == ("finished", 3, str(_control(folder)))
     assert entry["val_bits_per_byte_best"] == control["val_bits_per_byte_best"]
     assert entry["val_bits_per_byte_start"] == summary["val_bits_per_byte_start"]
+    assert sum(line.startswith("  student, start") for line in out) == 1  # the table, once
+    assert any(line.endswith("; its control is trained now, then come the results") for line in out)
     start = max(i for i, line in enumerate(out) if line.startswith("Finished after"))
     rows = {line[:30].strip(): line.split() for line in out[start + 2 :] if line.startswith("  ")}
     assert rows["student, start"][-1] == f"{summary['val_bits_per_byte_start']:.4f}"

@@ -437,6 +437,13 @@ def test_a_student_that_got_much_worse_names_the_rate_and_no_mode_that_teaches_m
     assert not any("To learn more" in line for line in closing_lines(folder))
 
 
+def test_a_run_that_made_nothing_better_is_followed_by_another_rate_and_not_by_its_texts(make_run):
+    summary = {"status": "finished", "steps": 2, "best_step": 0}
+    lines = closing_lines(make_run([_step(1), _step(2), _evaluation(2, 2.6)], "--student_lr", "0.5", summary=summary))
+    assert lines[-1] == "Next: the same command with another --student_lr (it was 0.5), or more --train_steps"
+    assert not any("generate" in line for line in lines)
+
+
 def test_a_run_without_a_teacher_has_no_figure_of_one_in_a_comparison(make_run):
     start = {name: value for name, value in START.items() if not name.startswith("teacher_")}
     starts = {"distilled": START, "alone": start, "not_finite": START | {"teacher_val_bits_per_byte": math.nan}}

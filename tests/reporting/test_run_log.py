@@ -3,6 +3,7 @@
 import datetime
 import io
 import json
+import re
 import sys
 import types
 
@@ -139,6 +140,16 @@ def test_a_narrow_terminal_gets_the_parts_that_fit_and_the_file_all(tmp_path, mo
             "Step 1: avg_loss=4.0000 (kd=2.5000, ce=4.2500) lr=1.0e-03 grad_norm=0.75 success_rate=100%"
         )
         assert full.endswith("left")
+
+
+def test_the_last_step_has_a_line_however_few_there_are(tmp_path, capsys):
+    log, config = _log(tmp_path, "--log_steps", "3")
+    log.open(0, config.train)
+    for step in range(1, 5):
+        log.log_step({"step": step, **RECORD}, 1.0, 5286.0)
+    log.close()
+    printed = re.findall(r"Step (\d+): avg_loss", capsys.readouterr().out)
+    assert printed == ["3", "4"]
 
 
 def test_fine_tuning_prints_its_pace_too(tmp_path, capsys):
