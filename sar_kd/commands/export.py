@@ -10,8 +10,8 @@ from sar_kd.commands.hand_over import push_student
 from sar_kd.config.exporting import ExportConfig
 from sar_kd.data.chat.ollama import modelfile
 from sar_kd.errors import UsageError
-from sar_kd.models.gguf_check import check_gguf
-from sar_kd.models.gguf_export import find_converter, find_quantizer, write_gguf
+from sar_kd.models.gguf.check import check_gguf
+from sar_kd.models.gguf.export import find_converter, find_quantizer, write_gguf
 from sar_kd.models.loading import load_for_generation
 from sar_kd.models.model_checks import stop_ids_of, vocab_size_of
 from sar_kd.models.saved_weights import require_fits

@@ -9,7 +9,8 @@ import torch
 import transformers
 
 from sar_kd.commands import export, main
-from sar_kd.models import gguf_check, gguf_export
+from sar_kd.models.gguf import check as gguf_check
+from sar_kd.models.gguf import export as gguf_export
 from sar_kd.models.loading import load_for_generation
 from tests.helpers.gguf_files import write_gguf as write_other
 

@@ -1,5 +1,5 @@
 """Run llama.cpp's `convert_hf_to_gguf.py`, in a process of its own, so that it also takes a byte-level vocabulary that
-it does not know: python gguf_driver.py CONVERTER PRE_TOKENIZER OPTIONS...
+it does not know: python driver.py CONVERTER PRE_TOKENIZER OPTIONS...
 
 PRE_TOKENIZER is the name that such a vocabulary gets, or '' if it is to be refused as the converter does.
 """

@@ -16,7 +16,7 @@ from typing import Any
 
 import tokenizers
 
-from sar_kd.models.gguf_vocabulary import PRE_TOKENIZERS
+from sar_kd.models.gguf.vocabulary import PRE_TOKENIZERS
 
 _CONTROL, _USER_DEFINED = 3, 4
 """Kinds of tokens in `tokenizer.ggml.token_type`"""

@@ -8,9 +8,9 @@ import transformers
 from tokenizers import Tokenizer, pre_tokenizers
 
 from sar_kd import embedded
-from sar_kd.models.gguf_check import SAMPLE
-from sar_kd.models.gguf_tokens import cut_by_scores
-from sar_kd.models.gguf_vocabulary import PRE_TOKENIZERS, pre_tokenizer_name, puts_space_first, sentencepiece_model
+from sar_kd.models.gguf.check import SAMPLE
+from sar_kd.models.gguf.tokens import cut_by_scores
+from sar_kd.models.gguf.vocabulary import PRE_TOKENIZERS, pre_tokenizer_name, puts_space_first, sentencepiece_model
 
 
 def _definition(tokenizer) -> dict:

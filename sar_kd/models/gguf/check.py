@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from sar_kd.errors import UsageError
-from sar_kd.models.gguf_export import LIBRARY, llama_library
-from sar_kd.models.gguf_tokens import cut_as_llama
+from sar_kd.models.gguf.export import LIBRARY, llama_library
+from sar_kd.models.gguf.tokens import cut_as_llama
 from sar_kd.models.model_files import find_model
 from sar_kd.models.pretrained import load_model
 from sar_kd.runtime.environment import is_installed

@@ -16,8 +16,8 @@ from typing import Any
 
 from sar_kd.config.installation import program_name
 from sar_kd.errors import UsageError
-from sar_kd.models import gguf_driver
-from sar_kd.models.gguf_vocabulary import (
+from sar_kd.models.gguf import driver
+from sar_kd.models.gguf.vocabulary import (
     is_sentencepiece_like,
     pre_tokenizer_name,
     puts_space_first,
@@ -111,9 +111,9 @@ def _stage(source: Path, folder: Path, vocab_size: int) -> str:
 
 
 def _convert(source: Path, folder: Path, path: Path, outtype: str, converter: Path, pre_tokenizer: str) -> None:
-    driver = [sys.executable, str(gguf_driver.__file__), str(converter), pre_tokenizer]
+    command = [sys.executable, str(driver.__file__), str(converter), pre_tokenizer]
     options = [str(folder), "--outfile", str(path), "--outtype", outtype]
-    done = subprocess.run([*driver, *options], capture_output=True, text=True, errors="replace")
+    done = subprocess.run([*command, *options], capture_output=True, text=True, errors="replace")
     if done.returncode == 0 and path.is_file():
         return
     if _UNKNOWN in done.stderr:
