@@ -38,7 +38,7 @@ from sar_kd.reporting.report import require_matplotlib
 from sar_kd.reporting.shrink_page import PAGE, Measured, Shrunk, build_shrink_card, build_shrink_page
 from sar_kd.runtime.console import print_stderr
 from sar_kd.runtime.distributed import join_process_group
-from sar_kd.runtime.files import atomic_rename, atomic_write, json_safe
+from sar_kd.runtime.files import FolderLock, atomic_rename, atomic_write, json_safe
 from sar_kd.runtime.precision import Precision, setup_precision
 from sar_kd.training.checkpoint import save_student
 
@@ -53,8 +53,20 @@ def main(config: ShrinkingConfig) -> dict:
     """
     if join_process_group().size > 1:
         raise UsageError("shrink: one process cuts; start it without torchrun")
-    settings, folder = config.shrink, Path(config.shrink.output_dir)
+    folder = Path(config.shrink.output_dir)
     _check_new(folder)
+    lock = FolderLock(folder.parent, "output_dir", folder.name)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock.acquire()
+    try:
+        _check_new(folder)  # again: another command may have ended in the meantime
+        return _cut(config, folder)
+    finally:
+        lock.release()
+
+
+def _cut(config: ShrinkingConfig, folder: Path) -> dict:
+    settings = config.shrink
     require_matplotlib("shrink")
     documents = load_documents(config.data, print_stderr)  # before the weights: a mistake in the files shows at once
     named = load_whole_texts("vocab_from", settings.vocab_from, config.data.text_field)

@@ -139,7 +139,7 @@ class Trainer:
         self._save_student()
         self._write_document_losses()
         facts = {"val_bytes": self.validation.text.num_bytes, "learns_chat": learns_chat(self.train)}
-        self.log.log_start({**state.start, **facts}, state.teacher)
+        self.process_group.on_rank_zero(lambda: self.log.log_start({**state.start, **facts}, state.teacher))
         if self.recovery.may_rewind:
             self._save()  # a checkpoint to go back to
 

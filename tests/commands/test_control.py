@@ -14,6 +14,8 @@ from sar_kd.config.presets import STABLE
 from sar_kd.reporting.held_out import read_held_out
 from sar_kd.reporting.history import read_history
 from sar_kd.reporting.model_card import build_model_card
+from sar_kd.reporting.run_log import RunLog
+from sar_kd.runtime.distributed import ProcessGroup
 from sar_kd.training import trainer
 from tests.helpers.runs import (
     argv_of,
@@ -179,6 +181,24 @@ def test_what_a_run_keeps_of_each_document_makes_its_totals(done):
 
 
 # Stopping and resuming
+
+
+def test_a_start_that_is_refused_is_refused_on_every_rank(texts, tmp_path, monkeypatch):
+    """What rank 0 raises alone would leave the others waiting for it."""
+    inside, seen = [], []
+    on_rank_zero, log_start = ProcessGroup.on_rank_zero, RunLog.log_start
+
+    def entered(group, act):
+        inside.append(1)
+        try:
+            return on_rank_zero(group, act)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(ProcessGroup, "on_rank_zero", entered)
+    monkeypatch.setattr(RunLog, "log_start", lambda *args: (seen.append(bool(inside)), log_start(*args))[1])
+    assert run_script(_argv(texts, tmp_path / "run", steps=1))[0] == 0
+    assert seen == [True]
 
 
 @pytest.mark.parametrize("after", [2, 5], ids=["in_the_run", "in_the_control"])

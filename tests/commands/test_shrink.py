@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from sar_kd.models import layers
 from sar_kd.models.layer_settings import keep_layer_settings
 from sar_kd.models.layers import find_layers
 from sar_kd.models.pretrained import rebuild_on_meta, silence_transformers
+from sar_kd.runtime.files import FolderLock
 from tests.helpers.cut_models import CONFIGS, LAYERS, build_to_cut
 
 KEPT = [0, 2, 3, 5]
@@ -316,6 +318,18 @@ def test_a_cut_that_the_model_cannot_follow_is_refused(
     assert error.startswith(f"error: --model {folder}")
     assert message in error
     assert len(error.splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["whole"]
+
+
+def test_a_second_command_into_the_same_folder_is_refused(saved, shrink, tmp_path, capsys):
+    folder, lock = saved("llama"), FolderLock(tmp_path, "output_dir", "small")
+    lock.acquire()
+    assert shrink(folder, "--layers 2") == 2
+    assert capsys.readouterr().err == (
+        f"error: --output_dir {tmp_path / 'small'}: process {os.getpid()} is running in it; wait for it, or name "
+        "another\n"
+    )
+    lock.release()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["whole"]
 
 
