@@ -87,7 +87,7 @@ def test_quantized_weights_are_not_replayed_and_said_to_be_so(make_student):
     model.model.layers[0].mlp.down_proj = Quantized()
     found, _, _ = replay(model, torch.arange(3, 43).view(2, 20), HALF)
     assert (found["verdict"], found["finite_in_float32"]) == ("quantized", None)
-    assert "--teacher_quantization off" in found["remedy"]
+    assert "without --teacher_quantization" in found["remedy"]
 
 
 def test_a_model_that_is_finite_is_not_replayed(make_student):

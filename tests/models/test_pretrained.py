@@ -75,7 +75,7 @@ def test_an_adapter_that_does_not_fit_its_base_is_one_line(make_student, sp_toke
     _save(make_student(len(sp_tokenizer), hidden_size=16), sp_tokenizer, tmp_path / "base")
     with pytest.raises(UsageError, match=r"--student_model \S+: cannot be loaded \(its adapter: "):
         _load(tmp_path / "a")
-    with pytest.raises(UsageError, match="an adapter cannot be quantized; leave out --teacher_quantization"):
+    with pytest.raises(UsageError, match="an adapter cannot be quantized; leave out --lora_quantization"):
         _load(tmp_path / "a", quantization_config=None)
 
 
