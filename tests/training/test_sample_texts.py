@@ -15,7 +15,7 @@ from sar_kd.training.sample_texts import SampleTexts
 
 @pytest.fixture
 def build(make_student, make_teacher, sp_tokenizer, byte_tokenizer):
-    def build(steps=20, texts=("The loss scale is " + "halved " * 30, "one two", "three")):
+    def build(steps=20, texts=("The loss scale is " + "halved " * 30, "one two", "three", "four")):
         student = make_student(len(sp_tokenizer), num_hidden_layers=1).train()
         teacher = make_teacher(len(byte_tokenizer), num_hidden_layers=1)
         tokenizers = SimpleNamespace(student=sp_tokenizer, teacher=byte_tokenizer)
@@ -27,7 +27,7 @@ def build(make_student, make_teacher, sp_tokenizer, byte_tokenizer):
     return build
 
 
-def test_both_models_continue_two_beginnings_and_nothing_else_changes(build, tmp_path):
+def test_both_models_continue_three_beginnings_and_nothing_else_changes(build, tmp_path):
     samples, student = build()
     before = torch.get_rng_state()
     assert samples.on_train_begin() == []
@@ -35,7 +35,7 @@ def test_both_models_continue_two_beginnings_and_nothing_else_changes(build, tmp
     assert torch.equal(torch.get_rng_state(), before)
     assert student.training
     found = json.loads((tmp_path / "samples.json").read_text())
-    assert [sample.keys() for sample in found] == [{"text", "student, before", "teacher", "student, after"}] * 2
+    assert [sample.keys() for sample in found] == [{"text", "student, before", "teacher", "student, after"}] * 3
     assert len(found[0]["text"]) <= 100
     assert found[0]["text"].endswith("halved")
     assert found[1]["text"] == "one"
