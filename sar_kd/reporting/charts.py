@@ -42,7 +42,7 @@ _STYLE: dict[Any, Any] = {
 
 _LOSS = "Training loss by step, nats per token, unclamped."
 
-_BITS = "On held-out text. Compares across tokenizers; lower is better."
+_BITS = "On held-out text, by step. It compares across tokenizers; lower is better."
 
 _PERPLEXITY = "On held-out text, in each model's own tokens; lower is better."
 
