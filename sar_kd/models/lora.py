@@ -99,7 +99,7 @@ def merged_model(student: nn.Module) -> nn.Module:
     weights = {
         _plain(name): (dequantized_weight(quantized[name]) if name in quantized else value).cpu().float()
         for name, value in base.state_dict().items()
-        if ".lora_" not in name and name.partition(".weight.")[0] + ".weight" not in quantized.keys() - {name}
+        if ".lora_" not in name and name.partition(".weight.")[0] + ".weight" not in quantized  # a scale, say
     }
     for name, module in base.named_modules():
         if hasattr(module, "get_delta_weight"):
