@@ -18,6 +18,7 @@ from sar_kd.models.saved_weights import require_fits
 from sar_kd.reporting.summary_file import amend_summary
 from sar_kd.runtime.console import format_bytes
 from sar_kd.runtime.files import atomic_rename, atomic_write, require_disk_space
+from sar_kd.runtime.hub import require_upload
 from sar_kd.runtime.run_folder import EXPORTS, holds_run, saved_student
 
 
@@ -27,6 +28,8 @@ def main(config: ExportConfig) -> dict:
     """
     run = Path(config.run).expanduser()
     student = _student_of(run)
+    if config.push_to_hub:
+        require_upload(config.push_to_hub)  # before the conversion, which takes minutes
     if config.gguf:
         _write_gguf(config, run, student)
     if config.push_to_hub:
@@ -40,7 +43,7 @@ def _write_gguf(config: ExportConfig, run: Path, student: Path) -> None:
     if not (student / "config.json").is_file():
         raise UsageError(f"--gguf: {student} is an adapter; merge it first: a run without --adapter_only does")
     path, kind = _output(config, run), config.quantize
-    converter = find_converter(config.converter, student)
+    converter = find_converter(config.converter, student, kind)
     quantizer = find_quantizer() if kind == "q4_k_m" else ""
     model, tokenizer = load_for_generation("model", str(student), False, title=f"export {student}")
     if kind == "float16":
@@ -64,9 +67,9 @@ def _write_gguf(config: ExportConfig, run: Path, student: Path) -> None:
     print(f"Written: {path}, {format_bytes(path.stat().st_size)}")
     print(check.line(kind))
     text, said = modelfile(path.name, tokenizer, stop_ids_of(f"export {student}", model))
-    atomic_write(path.parent / "Modelfile", text, "output", "name another folder")
-    print(f"Written: {path.parent / 'Modelfile'}, with {said}")
-    print(f"Next: ollama create {path.stem} -f {path.parent / 'Modelfile'}")
+    atomic_write(_modelfile_of(path), text, "output", "name another folder")
+    print(f"Written: {_modelfile_of(path)}, with {said}")
+    print(f"Next: ollama create {path.stem} -f {_modelfile_of(path)}")
 
 
 def _output(config: ExportConfig, run: Path) -> Path:
@@ -74,9 +77,15 @@ def _output(config: ExportConfig, run: Path) -> Path:
         raise UsageError(f"export {run}: is no run; name the file with --output FILE.gguf")
     default = run / EXPORTS / f"{run.resolve().name}-{config.quantize}.gguf"
     path = Path(config.output).expanduser() if config.output else default
-    if path.exists() and not config.overwrite:
-        raise UsageError(f"--output {path}: is there already; name another file, or give --overwrite")
+    for file in (path, _modelfile_of(path)):
+        if file.exists() and not config.overwrite:
+            raise UsageError(f"--output {file}: is there already; name another file, or give --overwrite")
     return path
+
+
+def _modelfile_of(path: Path) -> Path:
+    """Of each file its own, so that two of one run stay apart."""
+    return path.with_suffix(".Modelfile")
 
 
 def _student_of(folder: Path) -> Path:

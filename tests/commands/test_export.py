@@ -12,6 +12,7 @@ from sar_kd.commands import export, main
 from sar_kd.models.gguf import check as gguf_check
 from sar_kd.models.gguf import export as gguf_export
 from sar_kd.models.loading import load_for_generation
+from sar_kd.runtime import hub
 from tests.helpers.gguf_files import write_gguf as write_other
 
 needs_converter = pytest.mark.skipif(
@@ -71,19 +72,19 @@ def test_the_file_has_the_students_logits_and_tokens(students, tmp_path, capsys,
     assert error < gguf_check.LIMITS[kind]
     num_weights = sum(weight.numel() for weight in set(model.parameters()))
     assert path.stat().st_size > num_weights * bits / 8 * 0.95
-    assert sorted(p.name for p in path.parent.iterdir()) == ["Modelfile", "a.gguf"]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["a.Modelfile", "a.gguf"]
 
 
 @needs_converter
 def test_the_modelfile_has_the_template_and_all_stop_tokens(students, tmp_path, capsys):
     code, out, _ = _export(capsys, students / "bytes", "--gguf", "--output", tmp_path / "a.gguf")
     assert code == 0
-    text = (tmp_path / "Modelfile").read_text()
+    text = (tmp_path / "a.Modelfile").read_text()
     tokenizer = transformers.AutoTokenizer.from_pretrained(students / "bytes")
     assert text.startswith('FROM ./a.gguf\nTEMPLATE """{{ if .System }}<|im_start|>system\n')
     stops = [f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(id_)}"' for id_ in (tokenizer.eos_token_id, 7)]
     assert text.splitlines()[-2:] == stops
-    assert out[-1] == f"Next: ollama create a -f {tmp_path / 'Modelfile'}"
+    assert out[-1] == f"Next: ollama create a -f {tmp_path / 'a.Modelfile'}"
 
 
 @needs_converter
@@ -107,7 +108,7 @@ def test_a_file_with_other_weights_or_tokens_is_an_error_that_names_both(
         write_other(model, tokenizer, path)
         return []
 
-    monkeypatch.setattr(export, "find_converter", lambda given, source: students)
+    monkeypatch.setattr(export, "find_converter", lambda *args: students)
     monkeypatch.setattr(export, "write_gguf", write)
     monkeypatch.setattr(gguf_check, "cut_as_llama", lambda path, text: None)
     argv = students / "bytes", "--gguf", "--quantize", "float32", "--output", tmp_path / "a.gguf"
@@ -119,7 +120,7 @@ def test_a_file_with_other_weights_or_tokens_is_an_error_that_names_both(
     code, _, err = _export(capsys, *argv, "--overwrite")
     assert code == 2
     assert re.search(r"logits of a\.gguf differ from the student's by [\d.]+%, and the limit of float32 is 0\.1%", err)
-    assert "Modelfile" in {p.name for p in tmp_path.iterdir()}  # of the file that was right
+    assert "a.Modelfile" in {p.name for p in tmp_path.iterdir()}  # of the file that was right
     assert not list(tmp_path.glob(".*.gguf"))
     factor = 1.0
     monkeypatch.setattr(gguf_check, "cut_as_llama", lambda path, text: [*byte_tokenizer.encode(text)[:9], 5])
@@ -136,8 +137,32 @@ def test_without_a_converter_the_commands_are_printed(students, tmp_path, capsys
     assert f"`python llama.cpp/convert_hf_to_gguf.py {students / 'bytes'} --outfile student.gguf" in err
 
 
+def test_a_file_that_is_there_stays_and_another_script_is_not_run(students, tmp_path, capsys):
+    (tmp_path / "a.Modelfile").write_text("mine")
+    argv = students / "bytes", "--gguf", "--output", tmp_path / "a.gguf"
+    code, _, err = _export(capsys, *argv)
+    assert (code, err.split(";")[0]) == (2, f"error: --output {tmp_path / 'a.Modelfile'}: is there already")
+    assert (tmp_path / "a.Modelfile").read_text() == "mine"
+    script = tmp_path / "mine.py"
+    script.write_text("open('ran', 'w')")
+    code, _, err = _export(capsys, *argv, "--overwrite", "--converter", script)
+    assert code == 2
+    assert err.startswith(f"error: --converter {script}: is not llama.cpp's convert_hf_to_gguf.py")
+
+
+def test_an_upload_without_a_token_is_refused_before_the_conversion(students, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(hub, "has_token", lambda: False)
+    monkeypatch.setattr(hub, "offline_variable", lambda: "")
+    monkeypatch.setattr(export, "find_converter", lambda *args: pytest.fail("converted"))
+    argv = students / "bytes", "--gguf", "--output", tmp_path / "a.gguf", "--push_to_hub", "me/x"
+    code, out, err = _export(capsys, *argv)
+    assert (code, out) == (2, [])
+    assert err.startswith("error: --push_to_hub me/x: there is no token")
+
+
 def test_without_a_quantizer_the_commands_are_printed(students, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(export, "find_converter", lambda given, source: students)
+    monkeypatch.setattr(export, "find_converter", lambda *args: students)
     monkeypatch.setattr(gguf_export, "is_installed", lambda name: False)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     code, _, err = _export(
@@ -153,7 +178,7 @@ def test_a_matrix_beyond_float16_is_named(tmp_path, capsys, monkeypatch, make_st
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = -1e5
     model.save_pretrained(tmp_path / "m")
     byte_tokenizer.save_pretrained(tmp_path / "m")
-    monkeypatch.setattr(export, "find_converter", lambda given, source: tmp_path)
+    monkeypatch.setattr(export, "find_converter", lambda *args: tmp_path)
     code, _, err = _export(capsys, tmp_path / "m", "--gguf", "--output", tmp_path / "a.gguf")
     assert code == 2
     assert "--quantize float16: model.layers.0.mlp.up_proj.weight holds -100,000" in err

