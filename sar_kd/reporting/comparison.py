@@ -116,7 +116,8 @@ class Difference:
         measured = f"{amount} +- {gain.half_width:.4f} bits per byte"
         if gain.is_clear:
             return f"{one} is {measured} {direction} than {other} ({on})."
-        return f"{one} and {other}: no difference that this text can show ({measured}, {on}); {self._remedy()}."
+        remedy = f"; {self._remedy()}" if float(amount) else ""  # none is worth showing
+        return f"{one} and {other}: no difference that this text can show ({measured}, {on}){remedy}."
 
     def _remedy(self) -> str:
         """About how much text would show a difference of this size: the interval shrinks with 1 / sqrt(documents)."""

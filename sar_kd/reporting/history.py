@@ -135,9 +135,9 @@ class RunHistory:
         return list(map(str, sentences)) if isinstance(sentences, list) else []
 
     def models(self) -> list[tuple[str, float, float]]:
-        """Start, control, distilled and teacher: name, perplexity and bits per byte; [] without a control."""
+        """Start, control, distilled and teacher: name, perplexity and bits per byte; [] without a finished control."""
         control = self.summary.get("control")
-        if not isinstance(control, dict) or "best_step" not in control:
+        if not isinstance(control, dict) or control.get("status") != "finished" or "best_step" not in control:
             return []
         start, best = ("val_ppl_start", "val_bits_per_byte_start"), ("val_ppl_best", "val_bits_per_byte_best")
         teacher = "teacher_val_ppl", "teacher_val_bits_per_byte"
@@ -243,7 +243,7 @@ def findings_of(run: RunHistory, with_status: bool = True) -> list[str]:
     lines = [] if own_format == RUN_FORMAT else lines
     if not run.num_steps or not validations:
         return [*lines, "Nothing has been trained yet."]
-    status = [_status(run)] if with_status else []
+    status = [*([_status(run)] if with_status else []), *_control_status(run)]
     return [*lines, *run.verdict(), *status, *_quality(run, validations), *_updates(run), *_advice(run, validations)]
 
 
@@ -268,6 +268,16 @@ def _status(run: RunHistory) -> str:
     if status == "interrupted":
         return f"Interrupted after {last} of {total} steps; --resume goes on from there."
     return f"Under way: {last} of {total} steps."
+
+
+def _control_status(run: RunHistory) -> list[str]:
+    """What became of a control that has not finished."""
+    control = run.summary.get("control")
+    if not isinstance(control, dict) or control.get("status") == "finished":
+        return []
+    if control.get("status") == "interrupted":
+        return [f"Its control was interrupted after {control.get('steps')} steps; --resume goes on with it."]
+    return [f"Its control has come to no result: {control.get('stop_reason', control.get('status'))}"]
 
 
 def _quality(run: RunHistory, validations: list[dict]) -> list[str]:

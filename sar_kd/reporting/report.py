@@ -169,7 +169,7 @@ def _files_of(run: RunHistory) -> list[tuple[str, ...]]:
         cells += [f"{row.bits_per_byte[model]:.4f}" for model in models]
         if row.difference:
             gain, is_judged = row.difference.gain, row.difference.is_judged
-            cells.append(f"{gain.value:.4f}" + (f" +- {gain.half_width:.4f}" if is_judged else ""))
+            cells.append(f"{round(gain.value, 4) + 0.0:.4f}" + (f" +- {gain.half_width:.4f}" if is_judged else ""))
         table.append(tuple(cells))
     return table
 

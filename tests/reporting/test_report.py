@@ -299,7 +299,7 @@ def _write_held_out(folder, **nats):
 def test_the_page_opens_on_the_verdict_and_the_curves_of_run_and_control_and_folds_the_rest(make_run):
     sentence = "The distilled student is 0.1000 +- 0.0100 bits per byte better than the control."
     best = {"best_step": 4, "val_ppl_best": 40.0, "val_bits_per_byte_best": 2.2, "status": "finished", "steps": 4}
-    folder = make_run(RECORDS, summary={**best, "control": {"best_step": 2, "val_ppl_best": 50.0},
+    folder = make_run(RECORDS, summary={**best, "control": {"status": "finished", "best_step": 2, "val_ppl_best": 50.0},
                                         "comparison": {"sentences": [sentence]}})  # fmt: skip
     control = make_run([_evaluation(2, 2.45), _evaluation(4, 2.3)], name="run-control")
     for path, answer in ((folder, "by the teacher"), (control, "alone")):
@@ -323,8 +323,21 @@ def test_the_page_opens_on_the_verdict_and_the_curves_of_run_and_control_and_fol
     assert ("b.jsonl", "2", "100", *losses) in rows
 
 
+def test_a_control_that_has_not_finished_is_named_and_not_compared(make_run):
+    control = {"status": "interrupted", "steps": 3, "best_step": 0, "val_ppl_best": 71.0, "val_bits_per_byte_best": 2.5}
+    folder = make_run(RECORDS, summary={"status": "finished", "steps": 4, "control": control})
+    other = make_run([_evaluation(2, 2.5)], name="run-control")
+    for path in (folder, other):
+        _write_held_out(path, start=[200, 80, 150], best=[100, 40, 70])
+    _, page = _page(folder)
+    assert "control" not in page.texts
+    assert "better than the control by" not in page.texts
+    assert "Its control was interrupted after 3 steps; --resume goes on with it." in page.texts
+    assert "| control" not in build_model_card(read_history(folder))
+
+
 def test_a_control_that_is_gone_leaves_the_page_as_one_without(make_run):
-    folder = make_run(RECORDS, summary={"status": "finished", "control": {"best_step": 2}})
+    folder = make_run(RECORDS, summary={"status": "finished", "control": {"status": "finished", "best_step": 2}})
     _, page = _page(folder)
     assert "control" not in page.texts
 
