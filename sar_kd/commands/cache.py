@@ -61,7 +61,7 @@ def main(config: CachingConfig) -> dict:
     if join_process_group().size > 1:
         raise UsageError("cache: one process builds it; start it without torchrun")
     folder = Path(config.cache.teacher_cache)
-    lock = FolderLock(folder, "teacher_cache")
+    lock, is_new = FolderLock(folder, "teacher_cache"), not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -71,6 +71,9 @@ def main(config: CachingConfig) -> dict:
         return _build(config, folder)
     finally:
         lock.release()
+        if is_new:
+            with suppress(OSError):  # there is something in it
+                folder.rmdir()
 
 
 def _build(config: CachingConfig, folder: Path) -> dict:
@@ -209,13 +212,13 @@ def _open_header(folder: Path, metadata: dict) -> dict:
 
     Raises: UsageError if the cache there was made with other metadata, or a shard is damaged
     """
-    if not (folder / HEADER).exists():
+    header = read_header(folder) if (folder / HEADER).exists() else {}
+    if not any(header.get("shards", {}).values()):  # nothing, or a command that was refused before its first record
         header = {"format": FORMAT, "metadata": metadata, "complete": False, "shards": {text: [] for text in TEXTS}}
         for text in TEXTS:
             shutil.rmtree(folder / text, ignore_errors=True)
         write_header(folder, header)
         return header
-    header = read_header(folder)
     try:
         check_compatible(folder, header, metadata)
     except UsageError as error:

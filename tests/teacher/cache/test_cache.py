@@ -712,6 +712,14 @@ def test_the_command_refuses_a_wrong_option_in_one_line(capsys, tmp_path, monkey
     ):
         assert main.main(["cache", *argv]) == 2
         assert message in capsys.readouterr().err
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_header_without_a_record_keeps_no_other_command_out(built, tmp_path):
+    metadata = format.read_header(built())["metadata"]
+    cache._open_header(tmp_path, metadata)
+    other = metadata | {"teacher_top_k": 3}
+    assert cache._open_header(tmp_path, other)["metadata"] == format.read_header(tmp_path)["metadata"] == other
 
 
 # Documents and blocks
