@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sar_kd.config.fields import Section, option, require
+from sar_kd.errors import UsageError
 
 ALL_LINEAR = "all-linear"
 
@@ -26,6 +27,10 @@ class LoraConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.lora_quantization != "off" and not self.lora_rank:
+            raise UsageError(
+                f"--lora_quantization {self.lora_quantization}: needs --lora_rank; weights in 4 bits cannot be trained"
+            )
         require(0.0 <= self.lora_dropout < 1.0, "lora_dropout", self.lora_dropout, "must be at least 0 and below 1")
 
     @property

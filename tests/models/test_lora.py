@@ -236,6 +236,7 @@ def test_layers_that_are_not_there_are_named(make_student):
         ({"lora_rank": -1}, "--lora_rank -1"),
         ({"lora_alpha": 0.0}, "--lora_alpha 0"),
         ({"lora_dropout": 1.0}, "--lora_dropout 1.0"),
+        ({"lora_quantization": "nf4"}, "--lora_quantization nf4: needs --lora_rank"),
     ],
 )
 def test_settings_out_of_range_are_named(settings, line):
