@@ -26,7 +26,6 @@ def main(config: EvalConfig) -> dict:
 
     Raises: UsageError if the harness is missing, or a model or a task cannot be loaded
     """
-    require_harness()
     folder = Path(config.run).expanduser()
     if not holds_run(folder):
         raise UsageError(f"eval {config.run}: holds no run; give a run folder")
@@ -34,6 +33,7 @@ def main(config: EvalConfig) -> dict:
     if not run.summary:
         raise UsageError(f"eval {config.run}: its run has not ended")
     sources = {which: _source(run, which) for which in config.which}
+    require_harness()
     trust = config.trust_remote_code or run.setting("trust_remote_code") is True
     dtype = config.model_dtype or str(run.setting("model_dtype") or "auto")
     precision = setup_precision(PrecisionConfig(device=config.device, model_dtype=dtype), 0)
