@@ -200,7 +200,10 @@ def test_the_tables_of_quality_have_the_measured_bits_per_byte():
         assert abs(sum(map(float, seeds)) / 3 - float(mean)) < 1e-4
     means = {mean for *_, mean in rows}
     bits = _final_bits("real_models.json")
-    rows = re.findall(r"^\| [^|]+ \| ([\d.]+) \| ([\d.]*) ?\| ([\d.]*) ?\|", real, re.MULTILINE)
+    rows = re.findall(r"^\| [^|]+ \| [\d.]+ \| [\d.]+ \| ([\d.]+) \| ([\d.]+) \|$", real, re.MULTILINE)
+    assert len(rows) == 2
+    assert {float(value) for row in rows for value in row} <= bits
+    rows = re.findall(r"^\| [^|]+ \| ([\d.]+) \| ([\d.]*) ?\| ([\d.]*) ?\| (?!\d)", real, re.MULTILINE)
     assert len(rows) == 8
     for row in rows:
         values = [float(value) for value in row if value]
