@@ -73,7 +73,7 @@ def build_lead_chart(run: RunHistory) -> tuple[str, str]:
 
     Raises: ModuleNotFoundError without matplotlib
     """
-    control = run.control()
+    control = run.control
 
     def draw(axes) -> None:
         if control is not None:

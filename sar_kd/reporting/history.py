@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from sar_kd.config.config_file import options_in
@@ -110,6 +111,7 @@ class RunHistory:
         """Every option with its value."""
         return options_in(self.config)
 
+    @cached_property
     def control(self) -> RunHistory | None:
         """The run by cross-entropy alone that belongs to this one, without its steps; None without a control."""
         if not self.models():

@@ -156,7 +156,7 @@ _FILE_COLUMNS = {"start": "start", "control": "control", "best": "best student",
 
 def _files_of(run: RunHistory) -> list[tuple[str, ...]]:
     """A table of the loss on each held-out file, its header first; [] with one file, or if the losses are not there."""
-    control, own = run.control(), _held_out_of(run)
+    control, own = run.control, _held_out_of(run)
     rows = losses_by_file(own, None if control is None else _held_out_of(control)) if own else []
     if not rows:
         return []
@@ -185,7 +185,7 @@ def _samples_of(run: RunHistory) -> list[dict]:
     """Beginnings of texts, each with how start, control, distilled and teacher continue it; without a control as the
     run has named its models.
     """
-    control = run.control()
+    control = run.control
     if control is None:
         return run.samples()
     names = {"student, before": "start", "control": "control", "student, after": "distilled", "teacher": "teacher"}
