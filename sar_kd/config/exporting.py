@@ -33,5 +33,5 @@ class ExportConfig(Section):
         super().__post_init__()
         check_repository(self.push_to_hub)
         if not (self.gguf or self.push_to_hub):
-            raise UsageError("export: nothing is asked for; give --gguf or --push_to_hub NAME")
+            raise UsageError("export: give --gguf or --push_to_hub NAME")
         require(not self.output or self.output.endswith(".gguf"), "output", self.output, "must be a .gguf file")

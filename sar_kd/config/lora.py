@@ -36,7 +36,7 @@ class LoraConfig(Section):
     @property
     def is_quantized(self) -> bool:
         """Are the weights behind the adapter in 4 bits?"""
-        return self.lora_rank > 0 and self.lora_quantization != "off"
+        return self.lora_quantization != "off"
 
     def describe(self) -> str:
         """What is trained, in a few words."""

@@ -151,7 +151,7 @@ def prepare_quantized_(title: str, model: nn.Module) -> None:
     """
     for name, layer in quantized_layers(model).items():
         width = layer.in_features
-        if _weight_of(layer).device.type == "cpu" and width % _BLOCK:  # seen with 0.50: off by up to 0.8 of the largest
+        if _weight_of(layer).device.type == "cpu" and width % _BLOCK:  # as seen with 0.50
             raise UsageError(
                 f"{title}: {name} has {width} inputs, and on a CPU bitsandbytes reads 4 bits rightly only of multiples "
                 f"of {_BLOCK}; leave the quantization out"

@@ -134,7 +134,7 @@ def _candidates(
             options["student_lr"] = LORA_LR_FACTOR * config.optim.student_lr
         yield _Candidate(options, ("peft",))
         yield _Candidate({**options, "lora_quantization": "nf4"}, ("peft", *_QUANTIZES))
-    elif config.lora.lora_rank and config.lora.lora_quantization == "off":
+    elif config.lora.lora_rank and not config.lora.is_quantized:
         yield _Candidate({"lora_quantization": "nf4"}, _QUANTIZES)
 
 

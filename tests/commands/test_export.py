@@ -187,7 +187,7 @@ def test_a_matrix_beyond_float16_is_named(tmp_path, capsys, monkeypatch, make_st
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["x"], "export: nothing is asked for"),
+        (["x"], "export: give --gguf or --push_to_hub NAME"),
         (["x", "--gguf"], "export x: no such directory"),
         ([".", "--gguf"], "holds no run and no model"),
         (["x", "--gguf", "--output", "a.bin"], "--output a.bin: must be a .gguf file"),
