@@ -9,7 +9,7 @@ that it can best do without of those that were tried. Two comparisons, each run 
 
 - `equal`: the teacher is SmolLM2 as it was, the tokenizers are equal; in float32 and float16.
 - `different`: the teacher is Gemma 3, on three texts: English documentation (the embedded text), Python source (the
-  standard library) and German (manual pages, from the Debian package `manpages-de`).
+  standard library) and German (a handbook, the Debian package `debian-reference-de`).
 
 Every student of a comparison reads the same text in a step. Bits per byte are of held-out text; those of Python source
 are also given apart for tokens that are white space. `gold` is TRL's loss (`gold.py`). The tables go to the terminal,
@@ -145,15 +145,26 @@ def _python(folder: Path) -> Iterator[str]:
 
 
 def _german(folder: Path) -> Iterator[str]:
-    """Manual pages without their formatting commands."""
-    if not (folder / "manpages-de").is_dir():
-        subprocess.run(["apt-get", "download", "manpages-de"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-        (archive,) = folder.glob("manpages-de_*.deb")
-        subprocess.run(["dpkg-deb", "-x", str(archive), str(folder / "manpages-de")], check=True)
-    for file in sorted((folder / "manpages-de" / "usr/share/man").rglob("*.gz")):
-        lines = gzip.decompress(file.read_bytes()).decode("utf-8", errors="ignore").splitlines()
-        text = " ".join(line for line in lines if not line.startswith((".", "'", "\\")))
-        yield re.sub(r"\\f[A-Z]|\\&|\\[%:]|\\\(..", "", text).replace("\\-", "-").replace("\\", "")
+    """A handbook, about 3,000 bytes of paragraphs at a time, without tables, contents and what was there before.
+
+    Manual pages end alike (authors, licence): with them half of a held-out text is in the training text too.
+    """
+    book = folder / "debian-reference-de" / "usr/share/debian-reference/debian-reference.de.txt.gz"
+    if not book.is_file():
+        package = "debian-reference-de"
+        subprocess.run(["apt-get", "download", package], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        (archive,) = folder.glob(f"{package}_*.deb")
+        subprocess.run(["dpkg-deb", "-x", str(archive), str(folder / package)], check=True)
+    paragraphs, seen = [], set()
+    for paragraph in gzip.decompress(book.read_bytes()).decode("utf-8").split("\n\n"):
+        text = re.sub(r"\s+", " ", paragraph).strip()
+        if not 60 <= len(text) <= 2000 or text in seen or re.search(r"[\u2500-\u257f|]|\.{4}|- ?- ?-", text):
+            continue
+        seen.add(text)
+        paragraphs.append(text)
+        if sum(map(len, paragraphs)) >= 3000:
+            yield "\n\n".join(paragraphs)
+            paragraphs = []
 
 
 def _write_text(folder: Path, name: str, documents: Iterator[str]) -> None:
