@@ -270,7 +270,7 @@ MUTATIONS = (
              'return {index} | {self._model["vocab"][string] for string in formed}', "return {index}", suite=TOKENS),
     Mutation("fewer tokens spell the same texts", "tokenization/vocabulary_cut.py",
              "if before != after:", "if False:", suite=TOKENS),
-    Mutation("token ids in the configs follow", "models/token_rows.py",
+    Mutation("token ids in the configs follow", "models/cut/token_rows.py",
              "return new.get(value, value) if type(value) is int else value", "return value", suite=ROWS),
     Mutation("a cut of experts is compared with masked routers", "teacher/moe/expert_cut.py",
              "return output.index_fill(-1, self.dropped.to(output.device), -torch.inf)", "return output",

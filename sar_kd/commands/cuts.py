@@ -16,11 +16,11 @@ from sar_kd.config.fields import require
 from sar_kd.config.shrinking import ShrinkConfig, kept_count
 from sar_kd.data.dataset import Dataset
 from sar_kd.evaluation.layer_influence import LayerInfluence, measure_influence
-from sar_kd.models.cutting import WholeModel, probe_logits
-from sar_kd.models.feed_forward import channel_norms, find_feed_forward, keep_channels_, without_channels
-from sar_kd.models.layers import find_layers, keep_layers_, shown_layers, spread_evenly, without_layers
+from sar_kd.models.cut.feed_forward import channel_norms, find_feed_forward, keep_channels_, without_channels
+from sar_kd.models.cut.layers import find_layers, keep_layers_, shown_layers, spread_evenly, without_layers
+from sar_kd.models.cut.token_rows import ids_in_configs, keep_tokens_
+from sar_kd.models.cut.whole_model import WholeModel, probe_logits
 from sar_kd.models.model_checks import vocab_size_of
-from sar_kd.models.token_rows import ids_in_configs, keep_tokens_
 from sar_kd.reporting.shrink_page import Shrunk
 from sar_kd.runtime.console import format_share
 from sar_kd.runtime.precision import Precision

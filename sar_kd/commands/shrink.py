@@ -29,9 +29,9 @@ from sar_kd.data.files.sources import Documents, load_documents, load_whole_text
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.errors import UsageError
 from sar_kd.evaluation.perplexity import Evaluation, evaluate
-from sar_kd.models.cutting import WholeModel, check_equal, load_whole, probe_logits
+from sar_kd.models.cut.layers import check_follows
+from sar_kd.models.cut.whole_model import WholeModel, check_equal, load_whole, probe_logits
 from sar_kd.models.generation import generate
-from sar_kd.models.layers import check_follows
 from sar_kd.models.model_checks import context_length_of, vocab_size_of
 from sar_kd.models.pretrained import rebuild_on_meta
 from sar_kd.reporting.report import require_matplotlib

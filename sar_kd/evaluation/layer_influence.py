@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sar_kd.data.batch import TokenBatch
 from sar_kd.errors import UsageError
-from sar_kd.models.layers import input_states, output_states, run_backbone
+from sar_kd.models.cut.layers import input_states, output_states, run_backbone
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import transformers
 
 from sar_kd.commands.main import main
 from sar_kd.errors import UsageError
+from sar_kd.models.cut.token_rows import keep_tokens_
 from sar_kd.models.pretrained import silence_transformers
-from sar_kd.models.token_rows import keep_tokens_
 from sar_kd.tokenization.token_table import PROBES
 from tests.helpers.cut_models import build_to_cut
 

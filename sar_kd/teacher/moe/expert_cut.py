@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from sar_kd.data.batch import TokenBatch
 from sar_kd.errors import UsageError
-from sar_kd.models.layers import run_backbone
+from sar_kd.models.cut.layers import run_backbone
 from sar_kd.models.lm_head import text_config_of
 from sar_kd.models.pretrained import renew_config_
 from sar_kd.teacher.moe.discovery import CONFIG_COUNTS, RouterSpec, experts_of

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sar_kd.errors import UsageError
-from sar_kd.models.layers import run_backbone
+from sar_kd.models.cut.layers import run_backbone
 from sar_kd.models.lm_head import text_config_of
 from sar_kd.models.pretrained import renew_config_
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sar_kd.errors import UsageError
-from sar_kd.models.layer_settings import keep_layer_settings
+from sar_kd.models.cut.layer_settings import keep_layer_settings
 from sar_kd.models.lm_head import backbone_of, in_eval_mode, text_config_of
 from sar_kd.models.pretrained import renew_config_
 
