@@ -2,11 +2,13 @@
 
     python benchmarks/cache_gain.py
     python benchmarks/cache_gain.py --pairs different --keep topk mixed --seeds 0
+    python benchmarks/cache_gain.py --pairs real            # after real_models.py --prepare
 
 Bits per byte after 200 steps, `--mode precise`, of cross-entropy alone, of each cache and of the live teacher, and the
-share of the gain from the first to the last that a cache keeps. Two pairs: the embedded one, whose tokenizers differ;
-and the embedded teacher with a student of its tokenizer, a Llama of 2 layers from a seed. The caches are built once, in
-`benchmarks/models/cache_gain`. Runs are made by `runs.py`, each in its own process with one thread.
+share of the gain from the first to the last that a cache keeps. The pairs: `different`, the embedded one, whose
+tokenizers differ; `equal`, the embedded teacher with a student of its tokenizer, a Llama of 2 layers from a seed; and
+`real`, SmolLM2 with its cut copy as `real_models.py` trains them (60 steps, equal tokenizers). The caches are built
+once, in `benchmarks/models/cache_gain`. Runs are made by `runs.py`, each in its own process with one thread.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import real_models
 from paired import Shape, make_model
 
 from runs import ROOT, Results, Run, add_flags, bits_of, table
@@ -25,6 +28,7 @@ from sar_kd import embedded
 
 FOLDER = Path("benchmarks/models/cache_gain")  # from the repository's root, where runs are made
 PAIRS = ("different", "equal")
+REAL = Path("benchmarks/models/real")
 KEEP = {
     "topk": ("--keep", "topk"),
     "sampled": ("--keep", "sampled"),
@@ -37,9 +41,15 @@ RATE = "4e-3"
 
 
 def flags_of(pair: str) -> list[str]:
-    """The flags that name a pair, whose student is made if it is missing."""
+    """The flags that name a pair and its text; a student that has to be made is made if it is missing."""
     if pair == "different":
         return []
+    if pair == "real":
+        return [
+            "--teacher_model", str(REAL / "smollm2"), "--student_model", str(REAL / "smollm2_cut"),
+            "--train_file", str(REAL / "english_train.jsonl"), "--validation_file",
+            str(REAL / "english_validation.jsonl"), "--block_size", "256", "--model_dtype", "float32",
+        ]  # fmt: skip
     from transformers import AutoTokenizer
 
     folder = FOLDER / "student"
@@ -62,23 +72,23 @@ def build(pair: str, keep: str, flags: list[str]) -> tuple[Path, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=PAIRS)
+    parser.add_argument("--pairs", nargs="+", choices=(*PAIRS, "real"), default=PAIRS)
     parser.add_argument("--keep", nargs="+", choices=KEEP, default=list(KEEP))
     add_flags(parser, "cache_gain.json")
-    parser.set_defaults(train_steps=200)
+    parser.set_defaults(train_steps=None)
     options = parser.parse_args()
     results = Results(options.output, options.fresh)
-    common = ["--mode", "precise", "--routing", "native", *options.flags.split()]
-    common += ["--train_steps", str(options.train_steps), "--eval_steps", str(options.train_steps)]
     failed = []
     for pair in options.pairs:
-        flags = flags_of(pair)
+        flags, steps = flags_of(pair), str(options.train_steps or (60 if pair == "real" else 200))
+        common = ["--mode", "precise", "--routing", "native", *options.flags.split()]
+        common += ["--train_steps", steps, "--eval_steps", steps]
         arms, sizes = {"cross-entropy only": ["--alpha_kd", "0", "--alpha_ce", "1"]}, {}
         for keep in options.keep:
             folder, sizes[keep] = build(pair, keep, flags)
             arms[keep] = ["--teacher_cache", str(folder)]
         arms["live teacher"] = []
-        rate = ["--student_lr", RATE] if flags else []
+        rate = {"different": [], "equal": ["--student_lr", RATE], "real": [*real_models.COMMON]}[pair]
         grid = {
             arm: [Run((*flags, *common, *rate, *more, "--seed", str(seed))) for seed in options.seeds]
             for arm, more in arms.items()
