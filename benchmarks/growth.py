@@ -51,7 +51,7 @@ def by_parts(run: Run, batch: Batch, meter: Callable[[Callable[[], object]], flo
     kept, count = {}, batch.num_target_tokens
     scale = run.precision.loss_scale / count
 
-    def read():
+    def forward():
         kept["outputs"] = run.objective.forward_models(batch)
 
     def loss():
@@ -69,7 +69,7 @@ def by_parts(run: Run, batch: Batch, meter: Callable[[Callable[[], object]], flo
         run.precision._scaler.update(1024.0 if run.precision.dtype is torch.float16 else None)
         run.optimizer.zero_grad(set_to_none=True)
 
-    return {part.__name__: meter(part) for part in (read, loss, backward, update)}
+    return {part.__name__: meter(part) for part in (forward, loss, backward, update)}
 
 
 def measure(runs: dict[int, Run], rounds: int, of_cpu: bool) -> list[dict]:

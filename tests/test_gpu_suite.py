@@ -129,3 +129,16 @@ def test_what_does_not_end_in_its_time_is_cut_off_and_named(tmp_path):
     done = _suite("--device", "cpu", "--minutes", "1", "--results", tmp_path)
     assert done.returncode == 1
     assert "Not measured: the 1 minutes were over." in (tmp_path / "gpu-cpu.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_parts_of_a_step_have_their_names(benchmark, tmp_path):
+    growth, paired = importlib.import_module("growth"), importlib.import_module("paired")
+    text = tmp_path / "text.txt"
+    text.write_text("One sentence is enough for a block of a few tokens. " * 40, encoding="utf-8")
+    flags = ["--train_file", text, "--block_size", 32, "--per_device_batch_size", 1, "--device", "cpu"]
+    run = paired.Run([*map(str, flags), "--token_cache", "off"])
+    (batch,) = run.batches(0)
+    found = growth.by_parts(run, batch, paired.Clock(torch.device("cpu")))
+    assert tuple(found) == growth.PARTS
+    assert min(found.values()) > 0
