@@ -18,7 +18,7 @@ from sar_kd.commands.build_embedded import byte_level_bpe, sentencepiece_bpe
 from sar_kd.data.batch import IGNORE_INDEX
 from sar_kd.preflight import memory_plan
 from sar_kd.preflight.dry_run import dry_run
-from sar_kd.reporting import charts
+from sar_kd.reporting import drawing
 
 BYTE_VOCAB, SP_VOCAB = 600, 520
 _PLANNED = ("per_device_batch_size", "grad_accum_steps")
@@ -110,7 +110,7 @@ def _own_cache(tmp_path_factory):
 def _empty_charts():
     """Drawing is half of a run of a few steps: pages have empty charts, but in tests/reporting."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(charts, "_svg", lambda draw, **size: "<svg></svg>")
+        patch.setattr(drawing, "_svg", lambda draw, height: ("", "<svg></svg>"))
         yield
 
 

@@ -16,6 +16,7 @@ from sar_kd.data.dataset import build_dataset
 from sar_kd.data.files.sources import load_documents
 from sar_kd.data.teacher_prompt import build_teacher_prompt
 from sar_kd.data.token_cache import TokenCache
+from sar_kd.data.words import find_words
 from sar_kd.losses.objective import Objective
 from sar_kd.models.loading import NO_LOADED_MODELS, LoadedModels, load_models
 from sar_kd.preflight.checks import preflight
@@ -86,6 +87,9 @@ def _run(
         build_dataset(text, models.tokenizers, *limits, tokens, cached, workspace_mb, option, prompt)
         for text, cached, option in zip(documents, logits, config.data.text_options(), strict=True)
     )
+
+    if config.has_control:
+        validation.words = find_words(validation.text, models.tokenizers, log.info)  # to compare the models on each
 
     objective = Objective(models.teacher, models.student, config.loss, train.aligner, precision, models.offload)
     strategy = build_strategy(objective, config.train, group)  # one device, DDP or FSDP

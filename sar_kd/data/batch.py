@@ -39,8 +39,9 @@ class TokenBatch:
     """int64 [N]: positions of the flattened logits [B * T, V] that have a target"""
     targets: Tensor
     """int64 [N]: the target token of each"""
-    documents: Tensor | None = None
-    """int64 [N]: the document of each, by its number in the text; in an evaluation only"""
+    groups: Tensor | None = None
+    """int64 [G, N]: the groups of each whose losses are summed apart, as `Dataset.groups_of_targets`; in an evaluation
+    only"""
 
     def to(self, device: torch.device) -> TokenBatch:
         return _to(self, device)

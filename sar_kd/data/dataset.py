@@ -24,6 +24,7 @@ from sar_kd.data.files.sources import Documents
 from sar_kd.data.teacher_prompt import TeacherPrompt, shifts_of
 from sar_kd.data.token_cache import TokenCache
 from sar_kd.data.tokenized_text import tokenize
+from sar_kd.data.words import Words
 from sar_kd.tokenization.token_stream import Block, Blocks, TokenizedText
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 
@@ -104,6 +105,8 @@ class Dataset:
         """
         self.teacher_prompt, self.plain_starts = teacher_prompt, frozenset[int]()
         """plain_starts: teacher starts of blocks of plain text that stand among the conversations"""
+        self.words: Words | None = None
+        """Whose losses evaluations sum too"""
         self.text, self.pair, self.cached_records = text, pair, cached_records
         self.blocks = skip_start_tokens(blocks, text)
         self._loss_workspace_mb = loss_workspace_mb
@@ -185,15 +188,25 @@ class Dataset:
         """`batch_size` blocks from each of `firsts` on, as `token_batches`."""
         for first in firsts:
             blocks = self.blocks[first : first + batch_size]
-            documents = torch.from_numpy(self.documents_of_targets(which, blocks))
-            yield dataclasses.replace(self._token_batch(which, blocks), documents=documents)
+            groups = torch.from_numpy(self.groups_of_targets(which, blocks))
+            yield dataclasses.replace(self._token_batch(which, blocks), groups=groups)
 
-    def documents_of_targets(self, which: str, blocks: Sequence[Block]) -> np.ndarray:
-        """int64 [N]: the number of the document of each target token in these blocks, in the tokens of one model."""
+    @property
+    def num_groups(self) -> int:
+        """Of target tokens, in an evaluation: the documents; behind them the `words`, and all other tokens."""
+        return len(self.text.names) + (0 if self.words is None else len(self.words.names) + 1)
+
+    def groups_of_targets(self, which: str, blocks: Sequence[Block]) -> np.ndarray:
+        """int64 [G, N]: the document, and the word if there are `words`, of each target token in these blocks, in the
+        tokens of one model.
+        """
         ranges = [(getattr(block, f"{which}_start"), getattr(block, f"{which}_end")) for block in blocks]
         tokens = np.concatenate([np.arange(start, end) for start, end in ranges])
         tokens = tokens[np.asarray(getattr(self.text, which).is_target)[tokens]]
-        return np.searchsorted(self._first_tokens[which], tokens, side="right") - 1
+        groups = [np.searchsorted(self._first_tokens[which], tokens, side="right") - 1]
+        if self.words is not None:
+            groups.append(len(self.text.names) + self.words.of(which, tokens))
+        return np.stack(groups)
 
     @cached_property
     def _first_tokens(self) -> dict[str, np.ndarray]:

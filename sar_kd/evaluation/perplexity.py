@@ -32,8 +32,8 @@ class Evaluation:
     """Tokens at whose position the logits are not finite"""
     num_masked: int = 0
     """Tokens that the model masks at their position, so that their loss is infinite"""
-    document_nats: tuple[float, ...] = field(default=(), repr=False, compare=False)
-    """The sum over the tokens of each document, where their number was given"""
+    group_nats: tuple[float, ...] = field(default=(), repr=False, compare=False)
+    """The sum over the tokens of each group, such as a document, where their number was given"""
 
     @property
     def loss(self) -> float:
@@ -67,7 +67,7 @@ def evaluate(
     heads: LMHeads | None = None,
     workspace_mb: int = 64,
     after_batch: Callable[[TokenBatch], None] | None = None,
-    num_documents: int = 0,
+    num_groups: int = 0,
 ) -> Evaluation:
     """Total loss of `model` over `batches`; each rank evaluates its shard of them, and the totals are summed.
 
@@ -77,11 +77,11 @@ def evaluate(
     heads: LM heads that have been verified already
     workspace_mb: memory for logits, MiB; the logits of a whole batch never exist at once
     after_batch: called with each batch of this rank, on the device, after its forward
-    num_documents: in the text, whose batches name the document of each target; 0 to sum over the whole text only
+    num_groups: in the text, whose batches name the groups of each target; 0 to sum over the whole text only
     """
     heads = LMHeads(precision) if heads is None else heads
     nats = torch.zeros((), dtype=torch.float64, device=precision.device)
-    document_nats = torch.zeros(num_documents, dtype=torch.float64, device=precision.device)
+    group_nats = torch.zeros(num_groups, dtype=torch.float64, device=precision.device)
     num_nonfinite = num_masked = torch.zeros((), dtype=torch.int64, device=precision.device)
     num_tokens = 0
     for batch in shard_batches(batches, process_group):
@@ -89,13 +89,13 @@ def evaluate(
         log_probs, is_finite = log_probs_of(model, batch, precision, heads, workspace_mb)
         nats -= log_probs.double().sum()
         num_tokens += len(batch.targets)
-        if num_documents and batch.documents is not None:
-            document_nats.index_add_(0, batch.documents, log_probs.double(), alpha=-1)
+        for groups in batch.groups if num_groups and batch.groups is not None else ():
+            group_nats.index_add_(0, groups, log_probs.double(), alpha=-1)
         num_nonfinite = num_nonfinite + (~is_finite).sum()
         num_masked = num_masked + log_probs.isneginf().sum()
         if after_batch is not None:
             after_batch(batch)
-    totals = [nats.item(), num_tokens, num_nonfinite.item(), num_masked.item(), *document_nats.tolist()]
+    totals = [nats.item(), num_tokens, num_nonfinite.item(), num_masked.item(), *group_nats.tolist()]
     sums = process_group.all_reduce_sum(totals)
     return Evaluation(sums[0], int(sums[1]), num_bytes, int(sums[2]), int(sums[3]), tuple(sums[4:]))
 
@@ -112,7 +112,7 @@ def shard_batches(batches: Iterable[TokenBatch], process_group: ProcessGroup) ->
             yield group[process_group.rank]
         else:
             none = group[0].positions[:0]
-            yield dataclasses.replace(group[0], positions=none, targets=none, documents=none)
+            yield dataclasses.replace(group[0], positions=none, targets=none, groups=None)
 
 
 def log_probs_of(

@@ -140,7 +140,7 @@ def _without_cached_teacher(config: Any, models: Mapping[str, nn.Module]) -> tup
     if not getattr(config.models, "teacher_cache", ""):
         return config, models
     # Both are refused beside a cache, later and by name.
-    others = {"on_policy_fraction": 0.0, "routing": "native", "alpha_kd": 0.0, "alpha_ce": 1.0}
+    others = {"on_policy_fraction": 0.0, "routing": "native", "alpha_kd": 0.0, "alpha_ce": 1.0, "control": False}
     return config.changed(others), {"student": models["student"]}
 
 

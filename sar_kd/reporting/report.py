@@ -15,13 +15,14 @@ from pathlib import Path
 from sar_kd.config.installation import program_name
 from sar_kd.config.runs import SECTIONS
 from sar_kd.errors import UsageError
-from sar_kd.reporting.charts import build_charts, build_lead_chart
+from sar_kd.reporting.charts import build_charts, build_lead_chart, build_word_chart
 from sar_kd.reporting.comparison import losses_by_file
 from sar_kd.reporting.harness_table import HARNESS, harness_rows
 from sar_kd.reporting.held_out import HeldOut, read_held_out
 from sar_kd.reporting.history import RunHistory, headline_of, read_history
 from sar_kd.reporting.rendering import render
-from sar_kd.runtime.console import format_bytes, format_duration, format_perplexity
+from sar_kd.reporting.word_gaps import largest_gaps
+from sar_kd.runtime.console import count_of, format_bytes, format_duration, format_perplexity
 from sar_kd.runtime.environment import is_installed
 from sar_kd.runtime.files import as_float, atomic_write
 from sar_kd.version import __version__
@@ -140,6 +141,7 @@ def _values_of_one(run: RunHistory) -> dict:
         "findings": findings,
         "lead": build_lead_chart(run),
         "files": _files_of(run),
+        **_words_of(run),
         "compared": [(name, format_perplexity(ppl), f"{bits:.4f}") for name, ppl, bits in run.models()],
         "tasks": harness_rows(run.summary.get(HARNESS)),
         "level": _LEVELS.get(str(run.summary.get("status")), "calm"),
@@ -172,6 +174,27 @@ def _files_of(run: RunHistory) -> list[tuple[str, ...]]:
             cells.append(f"{round(gain.value, 4) + 0.0:.4f}" + (f" +- {gain.half_width:.4f}" if is_judged else ""))
         table.append(tuple(cells))
     return table
+
+
+def _words_of(run: RunHistory) -> dict:
+    """What the page shows of the losses by word; `words` is empty where there are none."""
+    control, own = run.control, _held_out_of(run)
+    gaps = largest_gaps(own, None if control is None else _held_out_of(control)) if own else None
+    if own is None or gaps is None:
+        return {"words": []}
+    tables = (("Where the student loses most beyond the teacher:", gaps.behind), ("Where it loses less:", gaps.ahead))
+    line = f"On all {count_of(gaps.num_words, 'such word')} the student loses {abs(gaps.gap):,.0f} nats "
+    line += f"{'more' if gaps.gap > 0 else 'less'} than the teacher."
+    if gaps.num_nonfinite:
+        line += f" {count_of(gaps.num_nonfinite, 'more')} left out: a loss on them is not finite."
+    is_part = gaps.num_bytes < own.num_bytes.sum()
+    return {
+        "words": [(title, [word.cells() for word in words]) for title, words in tables if words],
+        "words_header": gaps.header,
+        "words_line": line,
+        "words_read": f" in the first {format_bytes(gaps.num_bytes)} of the held-out text" if is_part else "",
+        "words_chart": build_word_chart(gaps),
+    }
 
 
 def _held_out_of(run: RunHistory) -> HeldOut | None:

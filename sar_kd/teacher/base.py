@@ -21,8 +21,9 @@ class Teacher:
     """Shown when the run starts"""
     details: Sequence[str] = ()
     """Likewise, with --verbose"""
-    document_nats: Sequence[float] = ()
-    """Its loss on each held-out document in its own routing, nats, at the last evaluation"""
+    group_nats: Sequence[float] = ()
+    """Its loss on each group of `Dataset.num_groups`, such as a held-out document, in its own routing, nats, at the last
+    evaluation"""
 
     def __enter__(self) -> Teacher:
         return self

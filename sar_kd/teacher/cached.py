@@ -203,14 +203,15 @@ class CachedTeacher(Teacher):
     def evaluate_start(self, validation: Dataset, precision: Precision) -> tuple[dict, list[str]]:
         assert validation.cached_records is not None
         total, num_tokens, num_nonfinite, num_known = 0.0, 0, 0, 0
-        document_nats = np.zeros(len(validation.text.names))
+        group_nats = np.zeros(validation.num_groups)
         for block in validation.blocks:
             nats, count = validation.cached_records.target_nats(block)
-            np.add.at(document_nats, validation.documents_of_targets("teacher", [block]), nats)
+            for groups in validation.groups_of_targets("teacher", [block]):
+                np.add.at(group_nats, groups, nats)
             is_known = ~np.isnan(nats)
             total, num_known = total + float(nats[is_known].sum()), num_known + int(is_known.sum())
             num_tokens, num_nonfinite = num_tokens + len(nats), num_nonfinite + count
-        self.document_nats = document_nats.tolist()
+        self.group_nats = group_nats.tolist()
         missing, whole = validation.cached_records.num_missing, total if num_known == num_tokens else math.nan
         metrics, lines = Evaluation(whole, num_tokens, validation.text.num_bytes, num_nonfinite).metrics(), []
         del metrics["val_loss"]

@@ -128,7 +128,7 @@ class LiveTeacher(Teacher):
         """Metrics of the teacher in its own routing and in the run's, with the entropy and usage of its routers."""
         with self.routing.using("native"):
             native, router_metrics = self._evaluate_once(validation, precision)
-        self.document_nats = native.document_nats
+        self.group_nats = native.group_nats
         if self.routing_name == "native":
             return teacher_metrics(native, "native")
         routed = native
@@ -148,7 +148,7 @@ class LiveTeacher(Teacher):
             heads=self._objective.heads,
             workspace_mb=self._config.loss.loss_workspace_mb,
             after_batch=statistics.add,
-            num_documents=len(validation.text.names),
+            num_groups=validation.num_groups,
         )
         return evaluation, statistics.metrics()
 

@@ -1,4 +1,4 @@
-"""The loss of each held-out document, kept in the run folder for the comparison of models."""
+"""The loss of each held-out document, and of each word, kept in the run folder for the comparison of models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from sar_kd.data.dataset import Dataset
-from sar_kd.reporting.held_out import HeldOut
+from sar_kd.reporting.held_out import HeldOut, WordLosses
 from sar_kd.tokenization.token_stream import CHUNK_TOKENS
 
 
@@ -30,10 +30,17 @@ class DocumentLosses:
         return _digest(stream.ids, stream.is_target, firsts), self._tokenizer, _digest(blocks)
 
     def write(self, folder: Path, nats: Mapping[str, Sequence[float]]) -> None:
-        """nats: for each model, its loss on each document, in order; a model without any is left out"""
-        text = self._validation.text
-        known = {model: np.array(values) for model, values in nats.items() if len(values)}
-        HeldOut(*self._digests, text.names, text.document_bytes, known).write(folder)
+        """nats: for each model, its loss on each group of `Dataset.num_groups`; a model without any is left out"""
+        text, words = self._validation.text, self._validation.words
+        count = len(text.names)
+        known = {model: np.array(values[:count]) for model, values in nats.items() if len(values)}
+        by_word = None
+        if words is not None:  # which a part of the run that was without a control has not measured
+            size = self._validation.num_groups
+            measured = {model: np.array(values[count:-1]) for model, values in nats.items() if len(values) == size}
+            measured.pop("final", None)
+            by_word = WordLosses(words.names, words.counts, words.num_bytes, measured)
+        HeldOut(*self._digests, text.names, text.document_bytes, known, by_word).write(folder)
 
 
 def _digest(*arrays: np.ndarray) -> str:

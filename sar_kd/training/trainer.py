@@ -126,8 +126,8 @@ class Trainer:
         self._log([*messages, *self._check_teacher()])
         evaluation = self._evaluate()
         state.start = state.last = state.best = evaluation.metrics()
-        nats = list(evaluation.document_nats)
-        state.document_nats = {"start": nats, "best": nats, "final": nats, "teacher": list(self.teacher.document_nats)}
+        nats = list(evaluation.group_nats)
+        state.document_nats = {"start": nats, "best": nats, "final": nats, "teacher": list(self.teacher.group_nats)}
         self._log(self._check_student())
         context.strategy.inference(self._check_first_steps)
         state.last_step = 0
@@ -280,7 +280,7 @@ class Trainer:
                 self.process_group,
                 heads=self.context.objective.heads,
                 workspace_mb=self.config.loss.loss_workspace_mb,
-                num_documents=len(self.validation.text.names),
+                num_groups=self.validation.num_groups,
             )
         )
 
@@ -293,7 +293,7 @@ class Trainer:
         self.recovery.on_validation()
         state, evaluation = self.state, self._evaluate()
         state.last, state.last_step = evaluation.metrics(), self.state.step
-        state.document_nats["final"] = list(evaluation.document_nats)
+        state.document_nats["final"] = list(evaluation.group_nats)
         best = state.best["val_loss"]
         is_best = evaluation.loss < best or not (math.isfinite(best) or math.isnan(evaluation.loss))
         is_best = is_best and not self.recovery.weights_are_lost

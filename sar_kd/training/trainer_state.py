@@ -35,7 +35,7 @@ class TrainerState:
     last: dict = field(default_factory=dict)
     best: dict = field(default_factory=dict)
     document_nats: dict[str, list[float]] = field(default_factory=dict)
-    """For each model of `held_out.json`, its loss on each held-out document, nats"""
+    """For each model of `held_out.json`, its loss on each group of `Dataset.num_groups`, documents first, nats"""
     last_step: int | None = None
     """The step of the last validation; None in a checkpoint of a version that did not keep it"""
     best_step: int = 0

@@ -132,6 +132,7 @@ def test_a_run_that_does_not_ask_for_it_is_as_it_was(done, texts, tmp_path):
     assert not any("control" in line.lower() for line in out)
     assert equal_weights(*(read_weights(run / WEIGHTS) for run in (folder, tmp_path / "plain")))
     summaries = [untimed(read_json(run / "summary.json")) for run in (folder, tmp_path / "plain")]
+    assert read_held_out(tmp_path / "plain").words is None
     added = {"control", "comparison"}
     assert {name: value for name, value in summaries[0].items() if name not in added} == summaries[1]
 
@@ -178,6 +179,13 @@ def test_what_a_run_keeps_of_each_document_makes_its_totals(done):
     for model, name in names.items():
         assert found.nats[model].sum() / size == pytest.approx(summary[name], rel=1e-7)
     assert len(found.names) == 24
+    words = found.words
+    assert set(words.nats) == {"start", "best", "teacher"}
+    assert words.num_bytes == found.num_bytes.sum() + 24  # a stop token counts one
+    assert words.counts[words.words.index("(end of text)")] == 24
+    for model, values in words.nats.items():
+        assert 0.3 * found.nats[model].sum() < values.sum() < found.nats[model].sum()  # the rest is of rare words
+    assert read_held_out(_control(folder)).words.counts.tolist() == words.counts.tolist()
 
 
 # Stopping and resuming

@@ -97,7 +97,7 @@ def test_an_evaluation_names_the_document_of_each_target(datasets, documents, na
     dataset = datasets[names]
     tokenizer, _, end_id, _ = _side(dataset, which)
     batches = list(dataset.token_batches(which, 3))
-    targets, numbers = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("targets", "documents"))
+    targets, numbers = torch.cat([batch.targets for batch in batches]), torch.cat([batch.groups[0] for batch in batches])
     texts = [dataset.pair.canonical(document.text) for document in documents]
     for number, ids in enumerate(encode(tokenizer, texts)):
         assert targets[numbers == number].tolist() == [*ids, end_id]
@@ -115,7 +115,7 @@ def test_so_it_does_where_conversations_stand_between_the_documents(pairs, names
         (batch,) = dataset.token_batches(which, 9)
         alone = [len(next(build_dataset([each], pairs[names], 200, 200).token_batches(which, 9)).targets)
                  for each in (documents[0], documents[2], talk)]  # fmt: skip
-        assert torch.bincount(batch.documents).tolist() == [*alone, alone[-1]]
+        assert torch.bincount(batch.groups[0]).tolist() == [*alone, alone[-1]]
 
 
 def test_the_number_of_tokens_is_the_students_and_the_number_of_bytes_the_texts(datasets, documents):

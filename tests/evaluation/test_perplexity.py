@@ -91,25 +91,28 @@ def test_the_nats_of_tiles_are_those_of_whole_logits_in_float64(name):
     assert found.nats == pytest.approx(_nats(model, batches), rel=2e-6)
 
 
-def test_the_nats_of_each_document_come_from_the_same_pass_and_make_the_total():
+def test_the_nats_of_each_group_come_from_the_same_pass_and_make_the_total():
     model, calls = _llama(), []
     model.model.register_forward_hook(lambda *_: calls.append(1))
-    batches = [dataclasses.replace(batch, documents=torch.arange(len(batch.targets)) // 17 % 4)
-               for batch in (_batch(), _batch((2, 60), ragged=False))]  # fmt: skip
-    found = evaluate(model, batches, 100, Precision(CPU, torch.float32, 1.0), **ONE_MB, num_documents=5)
+    batches = []
+    for batch in (_batch(), _batch((2, 60), ragged=False)):
+        document = torch.arange(len(batch.targets)) // 17 % 4
+        batches.append(dataclasses.replace(batch, groups=torch.stack([document, torch.full_like(document, 5)])))
+    found = evaluate(model, batches, 100, Precision(CPU, torch.float32, 1.0), **ONE_MB, num_groups=6)
     num_calls = len(calls)
     plain = evaluate(model, batches, 100, Precision(CPU, torch.float32, 1.0), **ONE_MB)
-    assert (found, plain.document_nats) == (plain, ())
+    assert (found, plain.group_nats) == (plain, ())
     assert len(calls) == 2 * num_calls
     wanted = [0.0] * 5
     for batch in batches:
         with torch.no_grad():
             log_probs = model.double().eval()(input_ids=batch.input_ids).logits.log_softmax(-1).flatten(0, 1)
-        for at, target, number in zip(batch.positions, batch.targets, batch.documents, strict=True):
+        for at, target, number in zip(batch.positions, batch.targets, batch.groups[0], strict=True):
             wanted[int(number)] -= log_probs[at, target].item()
-    assert found.document_nats == pytest.approx(wanted, rel=2e-6)
-    assert found.document_nats[4] == 0.0
-    assert sum(found.document_nats) == pytest.approx(found.nats, rel=1e-12)
+    assert found.group_nats[:5] == pytest.approx(wanted, rel=2e-6)
+    assert found.group_nats[4] == 0.0
+    assert sum(found.group_nats[:4]) == pytest.approx(found.nats, rel=1e-12)
+    assert found.group_nats[5] == pytest.approx(found.nats, rel=1e-12)  # of a second group that each target is in
 
 
 def test_a_float16_teacher_has_the_loss_of_its_own_logits():

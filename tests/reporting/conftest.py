@@ -2,13 +2,13 @@
 
 import pytest
 
-from sar_kd.reporting import charts
+from sar_kd.reporting import drawing
 
-_DRAWN = charts._svg  # conftest.py of all tests has not replaced it yet
+_DRAWN = drawing._svg  # conftest.py of all tests has not replaced it yet
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _drawn_charts(_empty_charts):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(charts, "_svg", _DRAWN)
+        patch.setattr(drawing, "_svg", _DRAWN)
         yield

@@ -216,7 +216,7 @@ def test_each_of_many_runs_has_a_line_of_its_own_and_its_whole_name(make_run):
     assert all(page.texts.count(name) == 2 for name in names)  # in the table and in the charts' legend
     keys = re.findall(r'class="key".*?style="(.*?)"', text)[:10]
     assert len(set(keys)) == 10
-    bits = text[text.index("Bits per byte</text>") - 20_000 :]
+    bits = text[text.index("<b>Bits per byte</b>") :]
     assert len(set(re.findall(r"stroke: (var\(--s\d\))", bits))) == 8
 
 
@@ -312,7 +312,7 @@ def test_the_page_opens_on_the_verdict_and_the_curves_of_run_and_control_and_fol
     lead = text[: text.index("<details")]
     assert lead.count("<svg") == 1
     assert all(f">{label}<" in lead for label in ("control", "distilled", "teacher"))
-    assert re.search(r'role="img" aria-label="On held-out text', lead)
+    assert re.search(r'role="img" aria-label="Bits per byte. On held-out text', lead)
     shown = [page.texts.index(name) for name in ("at first", "alone", "by the teacher", "taught")]
     assert shown == sorted(shown)
     rows = [tuple(re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row)) for row in text.split("<tr>")]

@@ -19,6 +19,7 @@ from sar_kd.commands import cache, main
 from sar_kd.config.command_line import parse
 from sar_kd.config.commands import CACHE
 from sar_kd.config.presets import STABLE
+from sar_kd.data import words
 from sar_kd.data.blocks import pack, skip_start_tokens
 from sar_kd.data.dataset import build_dataset
 from sar_kd.data.files.samples import Document
@@ -27,6 +28,7 @@ from sar_kd.errors import UsageError
 from sar_kd.losses.objective import Objective
 from sar_kd.models import loading
 from sar_kd.models.loading import load_models
+from sar_kd.reporting.held_out import read_held_out
 from sar_kd.runtime.distributed import SINGLE_PROCESS
 from sar_kd.runtime.precision import setup_precision
 from sar_kd.teacher.cache import builder, format
@@ -284,11 +286,12 @@ def _argv(inputs, out, *more, student="student", text="text.txt", steps=3):
 
 
 @pytest.mark.parametrize("student", ["equal_student", "student"])
-def test_a_run_with_the_cache_has_the_metrics_of_one_with_the_teacher(inputs, built, tmp_path, student):
+def test_a_run_with_the_cache_has_the_metrics_of_one_with_the_teacher(inputs, built, tmp_path, student, monkeypatch):
+    monkeypatch.setattr(words, "FEWEST", 1)  # so that a short text has some
     folder = built(student=student, text="mixed.jsonl")
     summaries = []
     for name, more in (("cached", ["--teacher_cache", folder]), ("live", ["--teacher_top_k", K])):
-        argv = _argv(inputs, tmp_path / name, *more, student=student, text="mixed.jsonl")
+        argv = _argv(inputs, tmp_path / name, *more, "--control", student=student, text="mixed.jsonl")
         assert run_script(argv)[0] == 0
         steps = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         losses = [[s["loss"], s["kd_loss"], s["ce_loss"], s["grad_norm"]] for s in steps if s["event"] == "step"]
@@ -298,6 +301,10 @@ def test_a_run_with_the_cache_has_the_metrics_of_one_with_the_teacher(inputs, bu
     for name in ("val_ppl_final", "teacher_val_ppl", "teacher_val_bits_per_byte", "val_bits_per_byte_final"):
         assert cached[name] == pytest.approx(live[name], rel=1e-4)
     assert (cached["tokens"], cached["applied"]) == (live["tokens"], live["applied"])
+    found, wanted = (read_held_out(tmp_path / name) for name in ("cached", "live"))
+    assert found.nats["teacher"] == pytest.approx(wanted.nats["teacher"], rel=1e-4)
+    assert found.words.nats["teacher"] == pytest.approx(wanted.words.nats["teacher"], rel=1e-4)
+    assert len(found.words.words) > 5
 
 
 # A teacher that is not finite
