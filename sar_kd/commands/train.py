@@ -94,7 +94,7 @@ def _run(
     objective = Objective(models.teacher, models.student, config.loss, train.aligner, precision, models.offload)
     strategy = build_strategy(objective, config.train, group)  # one device, DDP or FSDP
     teacher = CachedTeacher(config, train) if cache else LiveTeacher(config, objective, train.aligner, group)
-    on_policy = build_on_policy(config, models, train, limits, precision, group)  # if the student generates text
+    on_policy = build_on_policy(config, models, train, limits, precision, strategy)  # if the student generates text
     optimizer = build_optimizer(models.student, config.optim, objective.parameters())
     guard = StepGuard(config.guards)  # may an update be applied?
     context = StepContext(objective, optimizer, guard, precision, config.guards.max_grad_norm, strategy=strategy)

@@ -86,6 +86,7 @@ def generate(
             use_cache=True,
             eos_token_id=sorted(set(stop_token_ids)),
             pad_token_id=padding,
+            synced_gpus=False,  # a sharded model is gathered whole, so no forward waits for another rank
         )[:, width:].tolist()
     finally:
         model.generation_config = saved_config

@@ -145,9 +145,13 @@ def _without_cached_teacher(config: Any, models: Mapping[str, nn.Module]) -> tup
 
 
 def _shard(phase: Phase, student: nn.Module, ranks: int) -> Phase:
-    """With FSDP: a share of all that is trained, and whole what is gathered: weights outside the layers, two layers."""
+    """With FSDP: a share of all that is trained, and whole what is gathered: weights outside the layers, two layers, or
+    all of them while the student samples.
+    """
     layers = [4 * sum(p.numel() for p in layer.parameters()) for layer in layers_of(student)]
-    gathered = 4 * sum(p.numel() for p in student.parameters()) - sum(layers) + 2 * max(layers, default=0)
+    gathered = 4 * sum(p.numel() for p in student.parameters())
+    if phase.name != "sampling":
+        gathered += 2 * max(layers, default=0) - sum(layers)
     sizes = dict(phase.bytes)
     for category in ("student", "gradients", "optimizer"):
         sizes[category] //= ranks

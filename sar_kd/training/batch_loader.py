@@ -57,7 +57,10 @@ class BatchLoader:
             return micro_batches
         # Whose gradient is not finite is not known: it is already the sum of all.
         ranks = [report.first_nonfinite_rank] if report.verdict.cause == "forward" else range(self._process_group.size)
-        return [batch for rank in ranks for batch in self._micro_batches(step, rank)]
+        made = ((rank, self._micro_batches(step, rank)) for rank in ranks)
+        if self._on_policy is not None:
+            made = ((rank, self._on_policy.batches(items, rank)) for rank, items in made)
+        return [batch for _, batches in made for batch in batches]
 
     def _micro_batches(self, step: int, rank: int) -> list:
         """Batches; for an on-policy micro-batch the blocks of its prompts."""

@@ -6,10 +6,12 @@ where a step begins with the student's responses.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,13 +20,12 @@ import torch
 from sar_kd.config.runs import Config, OnPolicyConfig
 from sar_kd.data.batch import Batch
 from sar_kd.data.dataset import Dataset
-from sar_kd.errors import UsageError
 from sar_kd.models.generation import ISSUES, Generation, generate
 from sar_kd.models.lm_head import in_eval_mode
 from sar_kd.models.loading import Models
-from sar_kd.runtime.distributed import ProcessGroup
 from sar_kd.runtime.precision import Precision
 from sar_kd.training.callbacks import Callback, MicroBatches, StepResult
+from sar_kd.training.parallel import SINGLE_DEVICE, ParallelStrategy
 from sar_kd.training.rollouts import Prompt, Response, Rollouts
 from sar_kd.training.step import StepReport
 
@@ -43,22 +44,20 @@ def build_on_policy(
     train: Dataset,
     limits: tuple[int, int],
     precision: Precision,
-    process_group: ProcessGroup,
+    strategy: ParallelStrategy,
 ) -> OnPolicy | None:
-    """None if no micro-batch is on-policy. Raises: UsageError with several processes"""
-    fraction = config.on_policy.on_policy_fraction
-    if not fraction:
+    """None if no micro-batch is on-policy."""
+    if not config.on_policy.on_policy_fraction:
         return None
-    if process_group.size > 1:
-        raise UsageError(
-            f"--on_policy_fraction {fraction:g}: takes one process, and {process_group.size} are running; start it "
-            "without torchrun"
-        )
-    return OnPolicy(config.on_policy, models, train, limits, precision, config.train.seed)
+    return OnPolicy(config.on_policy, models, train, limits, precision, config.train.seed, strategy)
 
 
 class OnPolicy(Callback):
-    """Generates the responses of the on-policy micro-batches, and keeps a replay buffer of them."""
+    """Generates the responses of the on-policy micro-batches, and keeps a replay buffer of them.
+
+    Of several ranks each generates those to its own prompts. Then all have the responses, counts and the replay buffer
+    of all, and each takes its part of every micro-batch.
+    """
 
     def __init__(
         self,
@@ -68,9 +67,11 @@ class OnPolicy(Callback):
         limits: tuple[int, int],
         precision: Precision,
         seed: int,
+        strategy: ParallelStrategy = SINGLE_DEVICE,
     ):
         """limits: most tokens of a block for each model, start token included"""
         super().__init__()
+        self._strategy, self._process_group = strategy, strategy.process_group
         self.config, self.student, self.precision, self.seed = config, models.student, precision, seed
         self.rollouts = Rollouts(train, *limits)
         self._stop_token_ids = self.rollouts.stop_token_ids()
@@ -89,10 +90,10 @@ class OnPolicy(Callback):
         return _is_due(index, self.config.on_policy_fraction)
 
     def micro_batches(self, step: int, made: Sequence[Batch | list[int]]) -> list[Batch]:
-        """The micro-batches of a step.
+        """This rank's micro-batches of a step.
 
         step: the same for consecutive steps on the same text, which then have the same responses
-        made: a batch, or for an on-policy micro-batch the blocks of its prompts
+        made: a batch, or for an on-policy micro-batch the blocks of this rank's prompts
         """
         self._metrics, self._next = {}, dict(self.state)
         state = self._next
@@ -101,38 +102,50 @@ class OnPolicy(Callback):
         if blocks and state["step"] != step:
             state |= {"step": step, "responses": {}}
             self._fill_responses(step, len(made), blocks)
-        batches = []
-        for index, item in enumerate(made):
-            responses = state["responses"].get(str(index))
-            if isinstance(item, Batch):
-                batches.append(item)
-            elif responses:
-                batches.append(self.rollouts.batch([_from_json(response) for response in responses]))
-            else:  # no response is usable: the text itself
-                batches.append(self.rollouts.train.batch(item))
+        batches = self.batches(made, self._process_group.rank)
         if blocks:
             state["sampling_seconds"] += time.monotonic() - started
+        return batches
+
+    def batches(self, made: Sequence[Batch | list[int]], rank: int) -> list[Batch]:
+        """The micro-batches of a rank in the step under way, whose responses are there. made: that rank's own"""
+        batches, size = [], self._process_group.size
+        for index, item in enumerate(made):
+            responses = [_from_json(response) for response in self._next["responses"].get(str(index), ())]
+            own = responses[rank * len(responses) // size : (rank + 1) * len(responses) // size]
+            if isinstance(item, Batch):
+                batches.append(item)
+            elif responses:  # fewer than ranks: one has none, and learns nothing
+                batches.append(self.rollouts.batch(own or responses[:1], is_learned=bool(own)))
+            else:  # no response is usable: the text itself
+                batches.append(self.rollouts.train.batch(item))
         return batches
 
     def _fill_responses(self, step: int, num_micro_batches: int, blocks: dict[int, list[int]]) -> None:
         """Set the responses of each on-policy micro-batch: from the replay buffer, or generated, all in one batch."""
         prompts: dict[int, list[Prompt]] = {}
-        responses, replay = self._next["responses"], self._next["replay"]
+        responses, replay, group = self._next["responses"], self._next["replay"], self._process_group
         for index, own_blocks in blocks.items():
-            rng = np.random.default_rng([self.seed, step, index])
             num_before = math.floor((step * num_micro_batches + index) * self.config.on_policy_fraction)
             if replay and _is_due(num_before, self.config.replay_fraction):
-                picks = rng.choice(len(replay), min(len(own_blocks), len(replay)), replace=False)
+                rng = np.random.default_rng([self.seed, step, index])
+                picks = rng.choice(len(replay), min(group.size * len(own_blocks), len(replay)), replace=False)
                 responses[str(index)] = [replay[pick] for pick in picks]
-            else:
-                prompts[index] = [self.rollouts.sample_prompt(block, rng) for block in own_blocks]
+            else:  # a prompt depends on its place among those of all ranks, so any number of them has the same ones
+                places = enumerate(own_blocks, group.rank * len(own_blocks))
+                rngs = ((block, np.random.default_rng([self.seed, step, index, place])) for place, block in places)
+                prompts[index] = [self.rollouts.sample_prompt(block, rng) for block, rng in rngs]
         if not prompts:
             return
-        generations = self._generate(step, [prompt for own in prompts.values() for prompt in own])
-        remaining, issues = iter(generations), Counter[str]()
+        own_prompts = [prompt for own in prompts.values() for prompt in own]
+        own_pairs = list(zip(own_prompts, self._generate(step, own_prompts), strict=True))
+        by_rank = [iter(pairs) for pairs in group.all_gather_object(own_pairs)]
+        generations, issues = list[Generation](), Counter[str]()
         for index, own in prompts.items():
-            usable, own_issues = self.rollouts.keep_usable([(prompt, next(remaining)) for prompt in own])
+            pairs = [pair for pairs in by_rank for pair in itertools.islice(pairs, len(own))]
+            usable, own_issues = self.rollouts.keep_usable(pairs)
             responses[str(index)] = [_to_json(response) for response in usable]
+            generations += [generation for _, generation in pairs]
             issues.update(own_issues)
         if self.config.replay_size:
             new = [response for index in prompts for response in responses[str(index)]]
@@ -140,8 +153,11 @@ class OnPolicy(Callback):
         self._count(generations, issues)
 
     def _generate(self, step: int, prompts: list[Prompt]) -> list[Generation]:
+        return self._strategy.inference(partial(self._sample, step, prompts), whole=True)
+
+    def _sample(self, step: int, prompts: list[Prompt]) -> list[Generation]:
         student, config = self.student, self.config
-        seed = int(np.random.SeedSequence([self.seed, step]).generate_state(1)[0])
+        seed = int(np.random.SeedSequence([self.seed, step, self._process_group.rank]).generate_state(1)[0])
         with in_eval_mode(student), self.precision.fork_rng(), self.precision.autocast():
             torch.manual_seed(seed)
             return generate(

@@ -8,6 +8,7 @@ target tokens of all ranks: that of one process with the joined batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import safetensors.torch
@@ -64,8 +65,11 @@ class ParallelStrategy:
         """`compute(batch, *args)`: the loss with its graph, and anything beside it."""
         return compute(batch, *args)
 
-    def inference(self, compute: Callable):
-        """`compute()`, which runs the student outside a step and without a gradient."""
+    def inference(self, compute: Callable, whole: bool = False):
+        """`compute()`, which runs the student outside a step and without a gradient.
+
+        whole: with a forward for each token, whose number differs between ranks
+        """
         return compute()
 
     def grad_norm(self, gradients: list[Tensor]) -> Tensor:
@@ -179,7 +183,7 @@ class FSDP(ParallelStrategy):
 
     A layer is gathered while it computes; autocast casts it then, as elsewhere, so the numbers are those of one
     process. Parameters outside the layers (embeddings, head, those of the objective) are gathered while `forward` or
-    `inference` runs.
+    `inference` runs; a `whole` inference gathers every layer once, before it begins.
     """
 
     is_sharded = True
@@ -195,8 +199,7 @@ class FSDP(ParallelStrategy):
             )
         mesh = init_device_mesh(device.type, (process_group.size,))
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for layer in layers_of(student):
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        self._layers = [fully_shard(layer, mesh=mesh, mp_policy=policy) for layer in layers_of(student)]
         self._root = _Root(student, objective.distillation)
         self._fsdp_root = fully_shard(self._root, mesh=mesh, mp_policy=policy)  # the same module, typed as FSDPModule
 
@@ -218,11 +221,23 @@ class FSDP(ParallelStrategy):
             logits = self._objective.student(input_ids=batch.student.input_ids, use_cache=False).logits
         return _ZeroWithZeroGradient.apply(logits, *self._objective.parameters()), LossTerms.zero(precision.device)
 
-    def inference(self, compute: Callable):
+    def inference(self, compute: Callable, whole: bool = False):
         with torch.no_grad():
-            result = self._root(compute)
+            result = self._root(partial(self._with_all_layers, compute) if whole else compute)
         self._fsdp_root.reshard()  # else the next forward would use the weights of before the next update
         return result
+
+    def _with_all_layers(self, compute: Callable):
+        """`compute()` with every layer gathered, so that no forward in it waits for another rank."""
+        for layer in self._layers:
+            layer.set_reshard_after_forward(False)
+            layer.unshard()
+        try:
+            return compute()
+        finally:
+            for layer in self._layers:
+                layer.set_reshard_after_forward(True)
+                layer.reshard()
 
     def grad_norm(self, gradients: list[Tensor]) -> Tensor:
         norm = torch.nn.utils.get_total_norm(gradients)

@@ -133,9 +133,14 @@ class Rollouts:
                 usable.append(response)
         return usable, issues
 
-    def batch(self, responses: Sequence[Response]) -> Batch:
-        """A batch of usable responses behind their prompts; only the responses are targets."""
+    def batch(self, responses: Sequence[Response], is_learned: bool = True) -> Batch:
+        """A batch of usable responses behind their prompts; only the responses are targets.
+
+        is_learned: false: nothing is a target
+        """
         spans = [self._with_start(response) for response in responses]
+        if not is_learned:
+            spans = [[[span._replace(kind=TEMPLATE) for span in side] for side in sides] for sides in spans]
         tables = self._tables or (None,)
         sides = [concatenate_spans(own, table) for own, table in zip(zip(*spans, strict=True), tables, strict=True)]
         (student, student_bounds), (teacher, teacher_bounds) = sides[0], sides[-1]

@@ -164,6 +164,22 @@ def test_a_signal_to_one_rank_ends_both_with_130_and_resumed_they_equal_a_run_ne
     _assert_equal_runs(finished.folder, tmp_path / "run")
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_an_on_policy_run_of_two_ranks_goes_on_bit_for_bit_with_the_replay_buffer_of_both(inputs, tmp_path, parallel):
+    more = ("--parallel", parallel, "--on_policy_fraction", 1, "--replay_size", 6, "--max_new_tokens", 5)
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    ended = _run(tmp_path / "output", _argv(inputs, whole, *more))
+    assert (_codes(ended), _lines(ended)) == ([0, 0], [])
+    argv = _argv(inputs, halves, *more)
+    assert _codes(_run(tmp_path / "stopped", argv, _Changed(_interrupt, at=2, rank=1))) == [130, 130]
+    assert _codes(_run(tmp_path / "resumed", ["--resume", "--output_dir", str(halves)])) == [0, 0]
+    _assert_equal_runs(whole, halves)
+    steps = read_metrics(whole, "step")
+    assert [record.get("responses") for record in steps] == [8, 4, 4, 4]  # the others are replayed
+    assert read_json(whole / "summary.json")["on_policy"]["responses"] == 20
+    assert len({step["num_target_tokens"] for step in steps}) > 1
+
+
 def _assert_equal_runs(a, b):
     states = [torch.load(latest_checkpoint(run) / "state.pt", weights_only=True) for run in (a, b)]
     assert len(states[0]["other_ranks"]) == 1

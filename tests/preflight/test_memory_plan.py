@@ -171,6 +171,15 @@ def test_a_sharded_student_has_its_share_and_the_layers_that_are_gathered():
     assert free[1] <= free[0] * 0.51
 
 
+def test_a_sharded_student_is_whole_on_each_device_while_it_samples():
+    two, models = type("Two", (ProcessGroup,), {"size": 2})(), _meta_models(num_hidden_layers=6)
+    config = _config(parallel="fsdp", on_policy_fraction=1.0)
+    weights = sum(parameter.nbytes for parameter in models["student"].parameters())
+    found = {phase.name: phase.bytes for phase in plan(config, models, CPU, torch.float32, two).phases}
+    assert found["sampling"]["student"] == pytest.approx(1.5 * weights, rel=0.01)  # all, beside its own share
+    assert max(sizes["student"] for name, sizes in found.items() if name != "sampling") < 1.3 * weights
+
+
 def test_the_float32_residual_stream_of_a_half_teacher_is_counted(monkeypatch):
     flags = {"per_device_batch_size": 8, "block_size": 512}
     models = _meta_models(intermediate_size=16)

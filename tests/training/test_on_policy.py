@@ -16,7 +16,6 @@ from sar_kd.config.runs import Config, OnPolicyConfig
 from sar_kd.config.sections import LossConfig, OptimConfig
 from sar_kd.data.dataset import build_dataset
 from sar_kd.data.files.samples import Conversation, Document, Message
-from sar_kd.errors import UsageError
 from sar_kd.losses.objective import Objective
 from sar_kd.models.generation import Generation
 from sar_kd.runtime.precision import Precision
@@ -452,12 +451,6 @@ def test_if_no_response_is_usable_the_text_itself_is_used(make_dataset, make_mod
     assert not batch.is_on_policy
     assert torch.equal(batch.student.input_ids, dataset.batch([0, 1]).student.input_ids)
     assert policy.state["totals"]["nonfinite"] == policy.state["totals"]["nothing"] == 2
-
-
-def test_several_processes_are_refused_in_one_line(make_dataset, make_models):
-    config = Config(on_policy=OnPolicyConfig(on_policy_fraction=0.5))
-    with pytest.raises(UsageError, match=r"--on_policy_fraction 0.5: takes one process, and 2 are running"):
-        build_on_policy(config, make_models(), make_dataset(), LIMITS, None, SimpleNamespace(size=2))
 
 
 # A step

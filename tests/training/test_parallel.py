@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from sar_kd.config.lora import LoraConfig
+from sar_kd.config.runs import OnPolicyConfig
 from sar_kd.config.sections import GuardConfig, LossConfig, OptimConfig, TrainConfig
 from sar_kd.data.batch import IGNORE_INDEX, Batch, TokenBatch, next_token_targets
 from sar_kd.data.dataset import build_dataset
@@ -17,13 +19,16 @@ from sar_kd.data.files.samples import Document
 from sar_kd.errors import UsageError
 from sar_kd.evaluation.perplexity import shard_batches
 from sar_kd.losses.objective import Objective
+from sar_kd.models.generation import Generation
 from sar_kd.models.lora import add_adapter
 from sar_kd.runtime.distributed import SINGLE_PROCESS, join_process_group, sum_and_max
 from sar_kd.runtime.precision import Precision
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair
 from sar_kd.training.guards import StepGuard
+from sar_kd.training.on_policy import OnPolicy
 from sar_kd.training.optimizer import build_optimizer, parameters_of
 from sar_kd.training.parallel import SINGLE_DEVICE, build_strategy
+from sar_kd.training.rollouts import Prompt
 from sar_kd.training.step import StepContext, train_step
 from tests.helpers import ranks
 
@@ -153,6 +158,16 @@ def _scenarios(rank, dataset, student, teacher):
         run = build(process_group, *parts, FLOAT, parallel)
         run.step(micro_batches(dataset, rank), clip=0.01)
         found[f"clipped {parallel}"] = run.gradients[0]
+        run = build(process_group, *parts, FLOAT, parallel)
+        found[f"on-policy {parallel}"] = _on_policy_steps(run, [rank])
+        for name, usable in RESPONSES.items():
+            run = build(process_group, *parts, FLOAT, parallel)
+            found[f"{name} {parallel}"] = _step_on_fixed_responses(run, [usable[rank]], rank)
+        run = build(process_group, *parts, FLOAT, parallel)
+        policy = _on_policy(run, sample_temperature=1.0)
+        policy.rollouts.sample_prompt = _only_start
+        policy.micro_batches(0, [[0, 1]])
+        found[f"sampled {parallel}"] = policy._next["responses"]["0"], torch.get_rng_state()
     torch.manual_seed(rank)  # each rank draws another adapter, of which the first one counts
     run = build(process_group, dataset, student, teacher, HALF, rank=RANK)
     report = run.step(micro_batches(dataset, rank))
@@ -163,6 +178,62 @@ def _scenarios(rank, dataset, student, teacher):
     with pytest.raises(UsageError, match="--parallel ddp"):
         build(process_group, dataset, _with_experts(student), teacher, parallel="fsdp")
     return found
+
+
+def _on_policy(run, **settings):
+    config = OnPolicyConfig(**{"on_policy_fraction": 1.0, "sample_temperature": 0.0, "max_new_tokens": 23} | settings)
+    models = SimpleNamespace(student=run.student)
+    return OnPolicy(config, models, run.dataset, (24, 60), run.precision, 0, run.strategy)
+
+
+def _only_start(block, rng):
+    """A prompt of no token but the start."""
+    return Prompt(block, 0, 0)
+
+
+def _on_policy_steps(run, ranks_here):
+    """Two greedy steps, the second one with the weights of the first; ranks_here: whose prompts this process has."""
+    policy, forwards, counts = _on_policy(run, replay_size=4), [], []
+    handle = run.student.get_input_embeddings().register_forward_hook(lambda *_: forwards.append(1))
+    for step in range(2):
+        made = [[8 * step + 4 * micro + 2 * r + i for r in ranks_here for i in range(2)] for micro in range(2)]
+        before = len(forwards)
+        batches = policy.micro_batches(step, made)
+        counts.append(len(forwards) - before)
+        run.step(batches)
+        policy.on_step_end(step, None, None)
+    handle.remove()
+    state = {name: value for name, value in policy.state.items() if name != "sampling_seconds"}
+    return state, counts, run.gradients, _weights(run), policy.metrics()
+
+
+# Of a micro-batch with two prompts on each rank: which of the four responses can be used.
+RESPONSES = {
+    "three": ((True, True), (False, True)),
+    "one": ((False, False), (True, False)),
+    "no": ((False, False), (False, False)),
+}
+
+
+def _step_on_fixed_responses(run, usable, rank):
+    """A step of one micro-batch whose responses are the same text, as far as they are usable."""
+    policy, num_prompts = _on_policy(run), 2 * len(usable)
+    policy.rollouts.sample_prompt = _only_start
+    first = 2 * rank
+
+    def generate(step, prompts):
+        ids = [run.dataset.text.student.ids[40 * p.block : 40 * p.block + 5 + 3 * p.block].tolist() for p in prompts]
+        flags = [flag for flags in usable for flag in flags]
+        return [Generation(own if flag else [], None, flag) for own, flag in zip(ids, flags, strict=True)]
+
+    policy._generate = generate
+    batches = policy.micro_batches(0, [list(range(first, first + num_prompts))])
+    report = run.step(batches)
+    of_ranks = (
+        policy.batches([list(range(2 * r, 2 * r + num_prompts))], r) for r in range(run.strategy.process_group.size)
+    )
+    targets = [batch.student.targets.tolist() for (batch,) in of_ranks]
+    return _figures(report), run.gradients[0], targets, len(batches[0].student.targets)
 
 
 def _with_less(dataset, rank):
@@ -357,6 +428,44 @@ def test_the_joined_gradient_is_what_is_clipped(both, parallel):
     for end in both:
         norm = torch.stack([gradient.norm() for gradient in end[f"clipped {parallel}"]]).norm().item()
         assert norm == pytest.approx(0.01, rel=1e-4)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_on_policy_steps_of_two_ranks_are_those_of_one_process_with_the_joined_batch(parts, both, parallel):
+    state, counts, gradients, weights, metrics = _on_policy_steps(build(SINGLE_PROCESS, *parts), [0, 1])
+    ended = [end[f"on-policy {parallel}"] for end in both]
+    assert ended[0][1] != ended[1][1]  # the ranks have run another number of forwards
+    assert max(ended[0][1][0], ended[1][1][0]) == counts[0] > 5
+    for own_state, _, own_gradients, own_weights, own_metrics in ended:
+        assert own_state == state
+        assert own_metrics == metrics
+        for own, alone in zip(own_gradients, gradients, strict=True):
+            _assert_close(own, alone, 1e-6)
+        assert max((a - b).abs().max().item() for a, b in zip(own_weights, weights, strict=True)) <= 1e-5
+    assert all(map(torch.equal, ended[0][3], ended[1][3]))
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", RESPONSES)
+def test_fixed_responses_have_the_joined_gradient_however_few_can_be_used(parts, both, name, parallel):
+    expected, gradients, (targets,), _ = _step_on_fixed_responses(build(SINGLE_PROCESS, *parts), RESPONSES[name], 0)
+    ended = [end[f"{name} {parallel}"] for end in both]
+    for figures, own_gradients, own_targets, _ in ended:
+        assert figures["num_target_tokens"] == expected["num_target_tokens"] == len(targets)
+        assert figures["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        assert list(itertools.chain(*own_targets)) == targets
+        _assert_close(own_gradients, gradients, 1e-6)
+    assert [num_targets == 0 for *_, num_targets in ended] == [name == "one", False]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_ranks_sample_other_responses_to_equal_prompts_and_all_know_all_of_them(both, parallel):
+    (first, state), (second, other_state) = (end[f"sampled {parallel}"] for end in both)
+    assert first == second
+    assert len(first) == 4
+    assert first[0][:1] == first[2][:1]  # the prompt
+    assert first[:2] != first[2:]
+    assert torch.equal(state, other_state)  # neither has drawn from the generator of training
 
 
 def test_ranks_train_the_adapter_that_the_first_one_drew_with_the_joined_gradient(parts, both):
