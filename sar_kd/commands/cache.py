@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from sar_kd.config.caching import CacheConfig, CachingConfig
+from sar_kd.config.command_line import typed_command
+from sar_kd.config.commands import TRAIN
 from sar_kd.config.sections import EMBEDDED
 from sar_kd.data.files.sources import digest_of, load_documents
 from sar_kd.data.token_cache import TokenCache
@@ -48,6 +50,11 @@ from sar_kd.teacher.cache.served import ServerRecords
 from sar_kd.teacher.cached import model_fingerprint
 from sar_kd.tokenization.token_table import TokenTable, fingerprint
 from sar_kd.tokenization.tokenizer_pair import TokenizerPair, UnfitTokenizer
+
+_OF_THE_CACHE = (
+    "keep", "teacher_top_k", "temperatures", "seed", "per_device_batch_size", "loss_workspace_mb", "overwrite",
+)  # fmt: skip
+"""Options that have another meaning in a run, or none"""
 
 _INDEX_BYTES = 4
 """Of a record in the index: the target token"""
@@ -139,7 +146,7 @@ def _build(config: CachingConfig, folder: Path) -> dict:
             source.close()
     header["complete"] = True
     write_header(folder, header)
-    return _report(folder, header, config.output.json)
+    return _report(folder, header, config)
 
 
 def _load(config: CachingConfig, settings: CacheConfig, precision: Precision) -> tuple:
@@ -255,7 +262,18 @@ def _print_plan(teacher: str, folder: Path, header: dict, texts: list[TeacherTex
     require_disk_space(folder, missing, "the teacher's logits", option="teacher_cache", remedy=remedy)
 
 
-def _report(folder: Path, header: dict, as_json: bool) -> dict:
+def _command_of_run(config: CachingConfig, folder: Path) -> str:
+    """A run with the cache: with its teacher, text, block size and, where temperatures were chosen, one of them."""
+    sections = {**vars(config.data), **vars(config.teacher)}
+    options = {name: value for name, value in sections.items() if name in config.chosen and name not in _OF_THE_CACHE}
+    if config.teacher.teacher_model != EMBEDDED:
+        options["teacher_model"] = config.teacher.teacher_model
+    if config.elsewhere.is_given or "temperatures" in config.chosen:
+        options["temperature"] = config.cache.temperature_values()[0]
+    return typed_command(TRAIN, options | {"teacher_cache": str(folder)})
+
+
+def _report(folder: Path, header: dict, config: CachingConfig) -> dict:
     """Print the size of the cache, and the teacher's loss on the held-out text."""
     train, validation = (Shards(folder, header, text) for text in TEXTS)
     num_tokens = len(train) + len(validation)
@@ -266,7 +284,7 @@ def _report(folder: Path, header: dict, as_json: bool) -> dict:
     loss = nats / num_known if num_known and (is_elsewhere or not is_partial) else math.nan
     metrics = {"tokens": num_tokens, "bytes": num_bytes, "bytes_per_token": num_bytes / num_tokens,
                "teacher_val_loss": loss, "nonfinite_tokens": num_nonfinite}  # fmt: skip
-    if as_json:
+    if config.output.json:
         print(json.dumps(json_safe(metrics), indent=2))
     else:
         size = f"{num_tokens:,} tokens, {num_bytes / 1e6:,.1f} MB, {num_bytes / num_tokens:.0f} bytes a token"
@@ -279,6 +297,5 @@ def _report(folder: Path, header: dict, as_json: bool) -> dict:
             lines = [f"Warning: not finite at {share} of the tokens, which a student learns from the text alone"]
         for line in lines:
             print(line)
-        more = " --temperature 1" if is_elsewhere else ""
-        print(f"Use it: give a run --teacher_cache {folder}{more}")
+        print(f"Use it: {_command_of_run(config, folder)}")
     return {"status": "finished", **metrics}

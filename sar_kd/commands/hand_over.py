@@ -16,6 +16,7 @@ from sar_kd.models.saved_weights import convert_saved, require_in_range
 from sar_kd.reporting.model_card import saved_dtype
 from sar_kd.reporting.run_log import RunLog
 from sar_kd.reporting.summary_file import amend_summary
+from sar_kd.reporting.summary_table import next_commands
 from sar_kd.runtime.console import format_bytes
 from sar_kd.runtime.distributed import ProcessGroup
 from sar_kd.runtime.hub import push_folder, require_upload
@@ -38,7 +39,7 @@ def hand_over(config: RunConfig, summary: dict, group: ProcessGroup) -> dict:
     Raises: UsageError if a weight would overflow, or the hub refuses the upload; the run's results stay as they are
     """
     settings: HandOverConfig = config.hand_over
-    if settings.save_dtype == "float32" and not settings.push_to_hub:
+    if not settings.is_asked:
         return summary
     done = group.broadcast(group.on_rank_zero(lambda: _hand_over(config, settings, summary["status"])))
     return summary | (done or {})
@@ -63,6 +64,8 @@ def _hand_over(config: RunConfig, settings: HandOverConfig, status: str) -> dict
         if settings.push_to_hub:
             done["hub_url"] = push_student(folder, student, settings.push_to_hub, settings.public, log)
             amend_summary(folder, {"hub_url": done["hub_url"]})
+        for line in next_commands(folder):
+            log.info(line)
         return done
     finally:
         log.close()

@@ -31,6 +31,8 @@ def main(config: PreflightConfig) -> dict:
     record = check(config, (lambda line: None) if as_json else print)
     if found := record.get("fit") or record.get("memory", {}).get("fit"):
         found["commands"] = commands_of(config, record, found["options"])
+        if found.get("missing"):
+            found["commands"].insert(0, f"pip install {' '.join(found['missing'])}")
         for line in () if as_json else ("What fits:", *(f"  {command}" for command in found["commands"])):
             print(line)
     if as_json:

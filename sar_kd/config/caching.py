@@ -103,6 +103,9 @@ class ElsewhereConfig(Section):
         if self.from_logprobs and self.teacher_url:
             raise UsageError(f"--teacher_url {self.teacher_url}: give it or --from_logprobs, not both")
         for name in self.from_logprobs:
+            require(not self.teacher_tokenizer, "teacher_tokenizer", self.teacher_tokenizer, "is that of a teacher "
+                    "elsewhere; give --teacher_url or --from_logprobs too, or --teacher_model for one that is loaded "
+                    "here")  # fmt: skip
             require(name.endswith((".jsonl", ".jsonl.gz")), "from_logprobs", name, "must be .jsonl or .jsonl.gz")
         if self.teacher_url:
             self._check_url()

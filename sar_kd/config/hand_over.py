@@ -38,3 +38,8 @@ class HandOverConfig(Section):
     def __post_init__(self):
         super().__post_init__()
         check_repository(self.push_to_hub)
+
+    @property
+    def is_asked(self) -> bool:
+        """Is there something to be done behind the run?"""
+        return self.save_dtype != "float32" or bool(self.push_to_hub)

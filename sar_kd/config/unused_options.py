@@ -82,8 +82,6 @@ _RULES = (
     _Rule(("per_device_batch_size",), lambda v: not v["from_logprobs"], "with --from_logprobs, which is read"),
     _Rule(_LIVE_CACHE, lambda v: not (v["from_logprobs"] or v["teacher_url"]),
           "where another program runs the teacher"),
-    _Rule(("teacher_tokenizer",), lambda v: bool(v["from_logprobs"] or v["teacher_url"]),
-          "without --teacher_url or --from_logprobs"),
     _Rule(("server_timeout",), lambda v: bool(v["teacher_url"]), "without --teacher_url"),
     _Rule(("epochs",), lambda v: v["train_steps"] == 0, "beside --train_steps"),
     _Rule(("save_steps",), lambda v: v["save_strategy"] == "steps", "without --save_strategy steps"),

@@ -31,7 +31,7 @@ from sar_kd.models.loading import (
     MetaModels,
     load_tokenizers,
 )
-from sar_kd.models.memory_saving import quantizable_layers, require_quantization_packages
+from sar_kd.models.memory_saving import quantizable_layers
 from sar_kd.models.model_checks import context_length_of, require_context, vocab_size_of
 from sar_kd.models.model_files import is_local
 from sar_kd.models.optimizer_state import state_bytes
@@ -40,6 +40,7 @@ from sar_kd.preflight.data_checks import alignment_warnings, how_text_is_used, t
 from sar_kd.preflight.fitting import advice
 from sar_kd.preflight.memory_plan import NotEstimated, plan
 from sar_kd.preflight.memory_tracker import with_adapter
+from sar_kd.preflight.packages import check_packages
 from sar_kd.runtime import environment, hub
 from sar_kd.runtime.console import count_of, first_few
 from sar_kd.runtime.files import FolderLock, require_disk_space
@@ -117,18 +118,7 @@ def _check_device(meta: MetaModels) -> Finding:
 
 
 def _check_packages(meta: MetaModels) -> Finding:
-    config = meta.config
-    needed = {
-        "dataset_name": ("datasets",) if config.data.dataset_name else (),
-        "teacher_device_map": ("accelerate",) if getattr(config.memory, "teacher_device_map", "") else (),
-        "optimizer adamw8bit": ("bitsandbytes",) if config.optim.optimizer == "adamw8bit" else (),
-        "lora_rank": ("peft",) if config.lora.lora_rank else (),
-        "tensorboard": ("tensorboard",) if config.train.tensorboard else (),
-        "wandb": ("wandb",) if config.train.wandb else (),
-    }
-    for option, packages in needed.items():
-        environment.require_packages(f"--{option}", packages)
-    return Finding("packages", [], {"needed": [name for packages in needed.values() for name in packages]})
+    return Finding("packages", [], {"needed": check_packages(meta.config)})
 
 
 def _check_files(meta: MetaModels) -> Finding:
@@ -212,7 +202,9 @@ def _check_clamps(meta: MetaModels) -> Finding:
 
 
 def _check_disk(meta: MetaModels) -> Finding:
-    """Needed: `student/` twice while it is replaced; `--keep_checkpoints` checkpoints and one that is being written."""
+    """Needed: `student/` twice while it is replaced, and with `--keep_last` the last student; `--keep_checkpoints`
+    checkpoints and one that is being written.
+    """
     config = meta.config
     train, lora, whole = config.train, config.lora, meta.models["student"]
     parameters = [p for p in with_adapter(whole, lora, torch.float16).parameters() if p.requires_grad]
@@ -246,10 +238,9 @@ def _check_memory(meta: MetaModels) -> Finding:
 
 
 def _quantization_line(option: str, kind: str, model: Any, role: str) -> list[str]:
-    """How much of a model is quantized; UsageError if a package is missing."""
+    """How much of a model is quantized."""
     if kind == "off":
         return []
-    require_quantization_packages(kind, option)
     share = sum(layer.weight.numel() for layer in quantizable_layers(model)) / _num_parameters(model)
     why = " (experts that are stacked in one tensor are not)" if share < 0.5 else ""
     return [f"--{option} {kind}: {share:.0%} of the {role}'s weights{why}"]

@@ -22,6 +22,7 @@ from sar_kd.errors import UsageError
 from sar_kd.models.loading import NO_LOADED_MODELS, LoadedModels, MetaModels
 from sar_kd.models.memory_saving import layers_of, quantizable_layers
 from sar_kd.preflight.memory_plan import MARGIN, NotEstimated, Plan, plan
+from sar_kd.preflight.packages import QUANTIZATION, check_packages
 from sar_kd.runtime import environment
 from sar_kd.runtime.console import format_bytes
 from sar_kd.runtime.distributed import ProcessGroup, current_process_group
@@ -34,9 +35,6 @@ CACHE = "teacher_cache"
 """The folder of the teacher cache that is advised"""
 
 _RANK = 16
-
-_QUANTIZES = ("bitsandbytes", "accelerate")
-"""Packages that put weights into 4 bits"""
 
 _TEACHER = {"teacher_device": "", "teacher_device_map": "", "offload_teacher_to_cpu": False,
             "teacher_quantization": "off"}  # fmt: skip
@@ -133,9 +131,9 @@ def _candidates(
         if "student_lr" not in config.chosen and "loss" in type(config).sections():  # the rate of `sft` is one for LoRA
             options["student_lr"] = LORA_LR_FACTOR * config.optim.student_lr
         yield _Candidate(options, ("peft",))
-        yield _Candidate({**options, "lora_quantization": "nf4"}, ("peft", *_QUANTIZES))
+        yield _Candidate({**options, "lora_quantization": "nf4"}, ("peft", *QUANTIZATION))
     elif config.lora.lora_rank and not config.lora.is_quantized:
-        yield _Candidate({"lora_quantization": "nf4"}, _QUANTIZES)
+        yield _Candidate({"lora_quantization": "nf4"}, QUANTIZATION)
 
 
 def _teacher_candidates(config: Any, teacher: nn.Module, device: torch.device) -> Iterator[_Candidate]:
@@ -151,7 +149,7 @@ def _teacher_candidates(config: Any, teacher: nn.Module, device: torch.device) -
         yield _Candidate({"offload_teacher_to_cpu": True, "teacher_device": ""})
     quantizable = sum(layer.weight.numel() for layer in quantizable_layers(teacher))
     if memory.teacher_quantization == "off" and 2 * quantizable > sum(p.numel() for p in teacher.parameters()):
-        yield _Candidate({"teacher_quantization": "nf4"}, _QUANTIZES)
+        yield _Candidate({"teacher_quantization": "nf4"}, QUANTIZATION)
 
 
 def _cache_candidate(config: Any, models: Mapping[str, nn.Module], fixed: Collection[str]) -> list[_Candidate]:
@@ -282,6 +280,7 @@ def fit(config: R, process_group: ProcessGroup, loaded: LoadedModels = NO_LOADED
 
 
 def _apply(config: R, loaded: LoadedModels) -> R:
+    check_packages(config)  # before the models are described
     models, (device, dtype, _) = MetaModels(config, loaded).models, choose_device(config.precision)
     smallest = config
     if config.train.per_device_batch_size == AUTO:  # the largest that fits is found afterwards
@@ -341,6 +340,7 @@ def fit_batch_size(config: R, process_group: ProcessGroup, loaded: LoadedModels 
 
 
 def _fit_batch(config: R, loaded: LoadedModels) -> R:
+    check_packages(config)
     models, (device, dtype, _) = MetaModels(config, loaded).models, choose_device(config.precision)
     blocks = _num_blocks(config)
     sizes = [size for size in range(blocks, 0, -1) if blocks % size == 0]

@@ -25,7 +25,7 @@ from sar_kd.reporting.model_card import CardWriter
 from sar_kd.reporting.report import find_report_writer
 from sar_kd.reporting.run_environment import describe_environment, timestamp
 from sar_kd.reporting.step_lines import Pace, dropped_share, evaluation_line, fit, sft_line, start_line, step_parts
-from sar_kd.reporting.summary_table import closing_lines, ended_line, summary_table
+from sar_kd.reporting.summary_table import closing_lines, ended_line, next_commands, summary_table
 from sar_kd.reporting.trackers import find_trackers
 from sar_kd.runtime.console import first_few, format_perplexity, format_share, paint
 from sar_kd.runtime.distributed import SINGLE_PROCESS, ProcessGroup
@@ -236,7 +236,10 @@ class RunLog:
     def _last_lines(self, summary: dict) -> list[str]:
         if summary["status"] == "finished" and "control" not in summary and getattr(self._config, "has_control", False):
             return ["", f"{ended_line(summary)}; its control is trained now, then come the results"]
-        return [*summary_table(summary, self.folder), *closing_lines(self.folder)]
+        # What `hand_over` does follows, and then what to type next.
+        is_last = summary["status"] != "finished" or not self._config.hand_over.is_asked
+        commands = next_commands(self.folder) if is_last else []
+        return [*summary_table(summary, self.folder), *closing_lines(self.folder), *commands]
 
     def close(self) -> None:
         """Release the terminal and the files, however the run has ended."""

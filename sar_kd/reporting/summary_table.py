@@ -69,16 +69,22 @@ def ended_line(summary: dict) -> str:
 
 
 def closing_lines(folder: Path) -> list[str]:
-    """What the run in this folder shows, and the next commands; nothing if its files cannot be read back."""
+    """What the run in this folder shows; nothing if its files cannot be read back."""
     try:
-        run = read_history(folder)
+        return ["", *findings_of(read_history(folder), with_status=False)]
     except UsageError:
         return []
-    return ["", *findings_of(run, with_status=False), *_next_commands(run)]
+
+
+def next_commands(folder: Path) -> list[str]:
+    """The commands to type next, the most useful first; nothing if the run's files cannot be read back."""
+    try:
+        return _next_commands(read_history(folder, with_steps=False))
+    except UsageError:
+        return []
 
 
 def _next_commands(run: RunHistory) -> list[str]:
-    """The commands to type next, the most useful first."""
     status, folder, program = run.summary.get("status"), run.folder, program_name()
     control = run.summary.get("control")
     if status == "interrupted" or (isinstance(control, dict) and control.get("status") == "interrupted"):
@@ -119,6 +125,8 @@ def _on_policy_line(found: dict, seconds: float) -> str:
     count = max(1, found["responses"])
     issues = ", ".join(f"{name} {count}" for name, count in found["issues"].items() if count)
     shown = f" (issues: {issues})" if issues else ""
+    alarms = ", ".join(f"{name} in {count_of(steps, 'step')}" for name, steps in found["alarms"].items() if steps)
+    shown += f"; alarms: {alarms}" if alarms else ""
     return (
         f"  generated {found['responses']:,} responses of {found['tokens'] / count:.1f} tokens on average, "
         f"{found['ended'] / count:.0%} of them ended{shown}; that took "

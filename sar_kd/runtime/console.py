@@ -104,8 +104,10 @@ def format_clock(seconds: float) -> str:
 
 
 def format_bytes(size: float) -> str:
-    """1,234 MB or 1.23 GB."""
-    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
+    """1.23 GB, 1,234 MB, 12 kB or 1 byte."""
+    if size >= 1e6:
+        return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
+    return f"{size / 1e3:,.0f} kB" if size >= 1e3 else count_of(round(size), "byte")
 
 
 def format_duration(seconds: float) -> str:

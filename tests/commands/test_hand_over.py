@@ -22,9 +22,20 @@ def runs(inputs, tmp_path_factory):
     """Two equal runs: the student of one is saved in float16."""
     folder = tmp_path_factory.mktemp("runs")
     for name, dtype in (("full", "float32"), ("half", "float16")):
-        code, _, err = run_script(argv_of(inputs, folder / name, *SOUND, "--save_dtype", dtype, "--overwrite"))
+        code, out, err = run_script(argv_of(inputs, folder / name, *SOUND, "--save_dtype", dtype, "--overwrite"))
         assert code == 0, err
+        (folder / f"{name}.out").write_text("\n".join(out))
     return folder
+
+
+def test_what_to_type_next_is_the_last_line(runs):
+    for name in ("full", "half"):
+        for lines in (runs / f"{name}.out", runs / name / "log.txt"):
+            starts = [line.split(":")[0] for line in lines.read_text().splitlines()]
+            assert starts.count("Next") == 1, lines
+            behind = starts[starts.index("Next") + 1 :]
+            assert not any(line.startswith(("Saved", "Finished", "  student")) for line in behind)
+            assert ("Saved in float16" in starts) == (name == "half")
 
 
 def test_the_saved_student_is_the_float32_one_rounded(runs):

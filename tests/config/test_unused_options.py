@@ -7,10 +7,11 @@ from sar_kd.config.commands import CACHE, COMMANDS, SFT
 from sar_kd.config.fields import options_of
 from sar_kd.config.presets import STABLE
 from sar_kd.config.unused_options import _RULES
+from sar_kd.errors import UsageError
 
 ALWAYS = {
     # models, text, devices, lengths, files: every value of the others leaves them an effect
-    "template_date",
+    "template_date", "teacher_tokenizer",
     "teacher_model", "student_model", "model", "train_file", "validation_file", "dataset_name", "dataset_config_name",
     "dataset_split", "task", "block_size", "token_cache", "teacher_cache", "alpha_kd", "alpha_ce", "routing", "recipe",
     "optimizer", "on_policy_fraction", "weight_decay", "warmup_steps", "lr_schedule", "student_lr", "model_dtype",
@@ -118,8 +119,6 @@ def test_a_seed_has_no_effect_where_nothing_is_drawn():
          "--per_device_batch_size: has no effect with --from_logprobs"),
         ("--teacher_url http://h/v1 --teacher_tokenizer t --model_dtype float16 --teacher_device cpu",
          "--model_dtype, --teacher_device: have no effect where another program runs the teacher"),
-        ("--teacher_tokenizer t --train_file a.txt --student_model s --teacher_model m",
-         "--teacher_tokenizer: has no effect without --teacher_url or --from_logprobs"),
         ("--server_timeout 9", "--server_timeout: has no effect without --teacher_url"),
     ],
 )  # fmt: skip
@@ -127,6 +126,13 @@ def test_of_a_cache_options_for_another_teacher_are_named(line, expected):
     (found,) = _lines(line, CACHE)
     assert found.startswith(expected)
     assert not _lines("--teacher_url http://h/v1 --teacher_tokenizer t --server_timeout 9 --teacher_model m", CACHE)
+
+
+def test_a_tokenizer_of_a_teacher_elsewhere_alone_is_refused():
+    with pytest.raises(
+        UsageError, match="--teacher_tokenizer t: is that of a teacher elsewhere; give --teacher_url or"
+    ):
+        parse(CACHE, ["--teacher_tokenizer", "t"])
 
 
 def test_with_several_processes_parallel_has_an_effect(monkeypatch):

@@ -97,7 +97,8 @@ def test_an_evaluation_names_the_document_of_each_target(datasets, documents, na
     dataset = datasets[names]
     tokenizer, _, end_id, _ = _side(dataset, which)
     batches = list(dataset.token_batches(which, 3))
-    targets, numbers = torch.cat([batch.targets for batch in batches]), torch.cat([batch.groups[0] for batch in batches])
+    targets = torch.cat([batch.targets for batch in batches])
+    numbers = torch.cat([batch.groups[0] for batch in batches])
     texts = [dataset.pair.canonical(document.text) for document in documents]
     for number, ids in enumerate(encode(tokenizer, texts)):
         assert targets[numbers == number].tolist() == [*ids, end_id]

@@ -105,6 +105,10 @@ REFUSED = {
     "--task units --teacher_cache {tmp}": "--teacher_cache {tmp}: --task first fine-tunes the embedded teacher",
     "--dataset_name some/dataset": "--dataset_name: needs `pip install datasets`",
     "--wandb": "--wandb: needs `pip install wandb`",
+    "--lora_rank 4 --lora_quantization nf4": "--lora_quantization nf4: needs `pip install bitsandbytes accelerate`",
+    "--teacher_quantization nf4": "--teacher_quantization nf4: needs `pip install bitsandbytes accelerate`",
+    "--optimizer adamw8bit --fit": "--optimizer adamw8bit: needs `pip install bitsandbytes`",
+    "--optimizer adamw8bit --per_device_batch_size auto": "--optimizer adamw8bit: needs `pip install bitsandbytes`",
     "--tensorboard": "--tensorboard: needs `pip install tensorboard`",
     "--output_dir {text}/run": "--output_dir {text}/run: cannot be written",
     "--output_dir {tmp}": "--output_dir {tmp}: holds no run, and is not empty",
@@ -127,8 +131,10 @@ def test_preflight_and_a_run_refuse_the_same_before_a_weight_is_loaded(line, tex
     argv, expected = line.format(**names).split(), REFUSED[line].format(**names)
     for command in ("preflight", "train"):
         assert main([command, *argv]) == 2
-        (found,) = capsys.readouterr().err.splitlines()
-        assert found.startswith(f"error: {expected}"), command
+        out, err = capsys.readouterr()
+        assert err.startswith(f"error: {expected}"), command
+        assert err.count("\n") == 1
+        assert not ("needs `pip" in err and "parameters" in out)  # a package is missed before a model is described
 
 
 @pytest.mark.parametrize(

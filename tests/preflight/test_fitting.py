@@ -209,6 +209,16 @@ def test_preflight_prints_a_command_line_that_fits(limited, sizes, tmp_path, cap
     assert config == parse(TRAIN, [*flags, "--per_device_batch_size", "2", "--grad_accum_steps", "2"])
 
 
+def test_what_fits_begins_with_what_is_to_be_installed(limited, capsys, monkeypatch):
+    _with_packages(monkeypatch)
+    limited(_size(["--per_device_batch_size", "1", "--gradient_checkpointing", "--lora_rank", "16"]))
+    main(["preflight", *FLAGS, "--student_lr", "1e-3", "--routing", "native"])  # no Adafactor, whose rate is another
+    command, run, *_ = capsys.readouterr().out.split("What fits:\n")[1].splitlines()
+    assert command.startswith("  pip install ")
+    assert "peft" in command
+    assert "--lora_rank 16" in run
+
+
 def test_a_cache_is_made_by_a_command_of_its_own_before(monkeypatch):
     flags = ["--teacher_model", "a b", "--block_size", "64", "--train_file", "x.txt", "y.txt"]
     config = parse(PREFLIGHT, [*flags, "--per_device_batch_size", "8", "--mode", "precise", "--student_lr", "1e-4"])

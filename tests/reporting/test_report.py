@@ -26,7 +26,7 @@ from sar_kd.reporting.history import findings_of, read_history
 from sar_kd.reporting.model_card import build_model_card
 from sar_kd.reporting.report import results_of
 from sar_kd.reporting.run_log import RunLog, open_run
-from sar_kd.reporting.summary_table import closing_lines
+from sar_kd.reporting.summary_table import next_commands
 from sar_kd.runtime import environment
 from sar_kd.runtime.files import json_safe
 from sar_kd.version import RUN_FORMAT
@@ -424,6 +424,17 @@ def test_the_course_of_the_validations_is_described(make_run, bits, expected):
     assert any(line.startswith(expected) for line in findings_of(read_history(make_run(records))))
 
 
+def test_alarms_about_the_students_responses_are_findings(make_run):
+    alarms = ["length"], [], ["cut_off", "length"]
+    records = [_step(i, responses=4, response_alarms=names) for i, names in enumerate(alarms, 1)]
+    lines = findings_of(read_history(make_run([*records, _step(4), _evaluation(4, 2.4)])))
+    (length,) = (line for line in lines if "grew by more than half" in line)
+    assert "(so in 2 steps)" in length
+    assert "--on_policy_fraction" in length
+    assert any("came to end less often (so in 1 step)" in line for line in lines)
+    assert not any("repeat" in line for line in lines)
+
+
 def test_a_run_without_an_applied_update_or_a_better_validation_says_so(make_run):
     folder = make_run([_step(1, "norm"), _step(2, "forward"), _evaluation(2, 2.5)])
     lines = findings_of(read_history(folder))
@@ -441,18 +452,18 @@ def test_a_student_that_got_much_worse_names_the_rate_and_no_mode_that_teaches_m
     lines = findings_of(read_history(folder))
     assert names_rate == ("The updates made it much worse: a lower --student_lr may help (it is 0.5)." in lines)
     assert not any("still falling" in line for line in lines)
-    assert not any("To learn more" in line for line in closing_lines(folder))
+    assert not any("To learn more" in line for line in next_commands(folder))
     better = json_safe({**summary, "val_bits_per_byte_final": 2.4})
     (folder / "summary.json").write_text(json.dumps(better))
-    assert any("To learn more" in line for line in closing_lines(folder))
+    assert any("To learn more" in line for line in next_commands(folder))
     better_than_its_teacher = json_safe({**summary, "val_bits_per_byte_start": 1.75, "val_bits_per_byte_final": 1.5})
     (folder / "summary.json").write_text(json.dumps(better_than_its_teacher))
-    assert not any("To learn more" in line for line in closing_lines(folder))
+    assert not any("To learn more" in line for line in next_commands(folder))
 
 
 def test_a_run_that_made_nothing_better_is_followed_by_another_rate_and_not_by_its_texts(make_run):
     summary = {"status": "finished", "steps": 2, "best_step": 0}
-    lines = closing_lines(make_run([_step(1), _step(2), _evaluation(2, 2.6)], "--student_lr", "0.5", summary=summary))
+    lines = next_commands(make_run([_step(1), _step(2), _evaluation(2, 2.6)], "--student_lr", "0.5", summary=summary))
     assert lines[-1] == "Next: the same command with another --student_lr (it was 0.5), or more --train_steps"
     assert not any("generate" in line for line in lines)
 

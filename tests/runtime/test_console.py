@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from sar_kd.runtime import console
-from sar_kd.runtime.console import progress
+from sar_kd.runtime.console import format_bytes, progress
 
 
 @pytest.fixture
@@ -26,6 +26,15 @@ def test_without_a_terminal_a_line_a_minute_says_how_long_it_still_takes(clock, 
     first, second = capsys.readouterr().err.splitlines()
     assert first == "Running the teacher: 500 of 1,000 tokens, about 1 min 42 s left"  # 500 left, 300 in 61 s
     assert second == "Running the teacher: 700 of 1,000 tokens, about 1 min 18 s left"  # 300 left, 500 in 130 s
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [(0, "0 bytes"), (1, "1 byte"), (999, "999 bytes"), (1000, "1 kB"), (431_499, "431 kB"), (1e6, "1 MB"),
+     (123_456_789, "123 MB"), (2.345e9, "2.35 GB")],
+)  # fmt: skip
+def test_no_size_is_shown_as_none(size, shown):
+    assert format_bytes(size) == shown
 
 
 def test_on_a_terminal_it_is_a_bar(monkeypatch):

@@ -186,7 +186,7 @@ def test_a_disk_without_room_is_reported_before_anything_is_written(run_folder, 
     usage = shutil._ntuple_diskusage(10**9, 10**9, 0)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage)
-        _assert_refused(_resume(run_folder), "no room for", "0 MB free")
+        _assert_refused(_resume(run_folder), "no room for", " 0 bytes free")
     assert _run(_resume(run_folder))[0] == 0
 
 

