@@ -27,6 +27,7 @@ from sar_kd.runtime.precision import setup_precision
 from sar_kd.runtime.run_folder import hold_run_folder
 from sar_kd.teacher.cached import CachedTeacher, open_teacher_cache, set_template_date
 from sar_kd.teacher.live import LiveTeacher
+from sar_kd.training.callbacks import LastStudent
 from sar_kd.training.guards import StepGuard
 from sar_kd.training.on_policy import build_on_policy
 from sar_kd.training.optimizer import build_optimizer
@@ -99,7 +100,8 @@ def _run(
     guard = StepGuard(config.guards)  # may an update be applied?
     context = StepContext(objective, optimizer, guard, precision, config.guards.max_grad_norm, strategy=strategy)
     samples = SampleTexts(models, documents[1], precision, config.train)  # for the report
-    callbacks = [*task_callbacks(config, models, limits, precision), samples]
+    last = [LastStudent(config, models, context, train)] if config.on_policy.keep_last else []
+    callbacks = [*task_callbacks(config, models, limits, precision), samples, *last]
     inputs = digest_inputs(config, documents, models, group)  # of text, tokenizers, models: for --resume
     datasets = Datasets(train, validation)
     trainer = Trainer(config, models, datasets, context, log, teacher, callbacks, on_policy, inputs)

@@ -71,7 +71,7 @@ def _configure(command: Command[C], given: dict[str, Any]) -> C:
             if value := source.get(name):
                 values |= presets.get(GIVEN if GIVEN in presets else value, {})
         values |= source
-    notices = (*_embedded_lines(values), *file.notices, *recipe_lines(values.get("recipe", "")))
+    notices = (*_embedded_lines(values), *file.notices, *recipe_lines(values))
     for rate in command.embedded_lr_factors:
         notices += _scale_rate_(values, rate, file.options.keys() | given.keys(), command)
     chosen = frozenset(given if file.of_run else file.options.keys() | given)

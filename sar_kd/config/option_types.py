@@ -102,13 +102,15 @@ class DistillOptions(TrainingOptions, total=False):
     activation_checkpointing: bool
     ka_lambda: float
     ka_passes: int
-    recipe: Literal["", "sar-paper", "ka-paper"]
+    recipe: Literal["", "on-policy", "sar-paper", "ka-paper"]
     on_policy_fraction: float
+    on_policy_start: float
     sample_temperature: float
     sample_top_p: float
     max_new_tokens: int
     replay_size: int
     replay_fraction: float
+    keep_last: bool
     teacher_device: str
     teacher_device_map: Literal["", "auto"]
     teacher_max_memory: Sequence[str]

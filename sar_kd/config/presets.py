@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from sar_kd.config.fields import Command
@@ -34,13 +35,20 @@ _PAPER = {
 }  # fmt: skip
 
 RECIPES = {
+    "on-policy": {
+        **MODES["precise"], "student_lr": 1e-5, "lr_schedule": "cosine", "kd_direction": "forward",
+        "on_policy_start": 0.5, "on_policy_fraction": 0.5, "sample_temperature": 1.0, "sample_top_p": 1.0,
+        "max_new_tokens": 64, "keep_last": True,
+    },
     "sar-paper": {
         **_PAPER, "routing": "sar", "sar_schedule": "two_stage", "sar_routing": "all", "router_lr": 1e-5,
         "router_beta": 0.01, "router_anchor": 0.0, "router_direction": "forward",
     },
     "ka-paper": {**_PAPER, "routing": "ka", "ka_lambda": 0.05, "ka_passes": 2},
 }  # fmt: skip
-"""`--recipe`: Algorithms 2 and 1 of arXiv 2502.12947, with the values of its section 4 and appendix."""
+"""`--recipe`. on-policy: by the cosine schedule the rate of the second half of the steps is a third of the first's.
+The others: Algorithms 2 and 1 of arXiv 2502.12947, with the values of its section 4 and appendix.
+"""
 
 DEVIATIONS = {
     "sar-paper": (
@@ -59,10 +67,16 @@ _COMMON_DEVIATIONS = (
 )
 
 
-def recipe_lines(recipe: str) -> tuple[str, ...]:
-    """How a recipe differs from the paper, a line each; none without a recipe."""
+def recipe_lines(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a recipe does, or how it differs from its paper, a line each. values: of all options"""
+    recipe = values.get("recipe", "")
     if not recipe:
         return ()
+    if recipe not in DEVIATIONS:
+        start, fraction = values["on_policy_start"], values["on_policy_fraction"]
+        first = f"Recipe {recipe}: {start:.0%} of the steps on the given text, then {fraction:.0%} of the micro-batches"
+        command = as_called_here("`sar-kd write`")
+        return (f"{first} with responses of the student; the text should be the teacher's own answers: {command}",)
     return tuple(as_called_here(f"Unlike the paper: {line}.") for line in (*DEVIATIONS[recipe], *_COMMON_DEVIATIONS))
 
 

@@ -85,20 +85,25 @@ class OnPolicyConfig(Section):
 
     recipe: str = option(
         "",
-        "sar-paper, ka-paper: Algorithm 2 or 1 of arXiv 2502.12947 with its values; the run lists what differs",
-        choices=("", "sar-paper", "ka-paper"),
+        "a set of options; on-policy: first the teacher's own text, then half of it the student's, in short responses "
+        "at a low rate; sar-paper, ka-paper: Algorithm 2 or 1 of arXiv 2502.12947, the run lists what differs",
+        choices=("", "on-policy", "sar-paper", "ka-paper"),
     )
     on_policy_fraction: float = option(0.0, "share of micro-batches whose responses the student generates; 1: all")
+    on_policy_start: float = option(0.0, "share of the steps before the first generated response")
     sample_temperature: float = option(1.0, "temperature of the student's generation; 0: greedy", at_least=0)
     sample_top_p: float = option(1.0, "sample from the fewest tokens with this total probability", positive=True)
     max_new_tokens: int = option(128, "longest generated response in tokens, within a block", at_least=1)
     replay_size: int = option(0, "generated responses to keep and train on again; 0: each is used once", at_least=0)
     replay_fraction: float = option(0.5, "share of the on-policy micro-batches taken from the kept responses")
+    keep_last: bool = option(False, "save the student of the last step too, in last_student/, beside the best one")
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("on_policy_fraction", "replay_fraction"):
+        for name in ("on_policy_fraction", "on_policy_start", "replay_fraction"):
             require(0.0 <= getattr(self, name) <= 1.0, name, getattr(self, name), "must be between 0 and 1")
+        require(self.on_policy_start < 1.0, "on_policy_start", self.on_policy_start,
+                "must be below 1, or nothing is generated")  # fmt: skip
         require(self.sample_top_p <= 1.0, "sample_top_p", self.sample_top_p, "must be at most 1")
         require(self.replay_fraction < 1.0 or not self.replay_size, "replay_fraction", self.replay_fraction,
                 "must be below 1, or nothing is generated")  # fmt: skip

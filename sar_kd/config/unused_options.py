@@ -27,7 +27,9 @@ ROUTER_OPTIONS = (
 )  # fmt: skip
 """Of routers that learn"""
 
-_SAMPLING = ("sample_temperature", "sample_top_p", "max_new_tokens", "replay_size", "replay_fraction")
+_SAMPLING = (
+    "on_policy_start", "sample_temperature", "sample_top_p", "max_new_tokens", "replay_size", "replay_fraction",
+)  # fmt: skip
 _DISTILLATION = (
     "teacher_system_prompt",
     "temperature",

@@ -211,7 +211,8 @@ def _check_disk(meta: MetaModels) -> Finding:
     trained = 4 * sum(parameter.numel() for parameter in parameters)
     student = (0 if lora.adapter_only else 4 * _num_parameters(whole)) + (trained if lora.lora_rank else 0)
     checkpoint = trained + sum(state_bytes(parameter, config.optim.optimizer) for parameter in parameters)
-    needed = 2 * student + (train.keep_checkpoints + 1) * checkpoint
+    keeps_last = getattr(getattr(config, "on_policy", None), "keep_last", False)
+    needed = (2 + keeps_last) * student + (train.keep_checkpoints + 1) * checkpoint
     remedy = "free some, or lower --keep_checkpoints" if train.keep_checkpoints > 1 else "free some"
     free = require_disk_space(Path(train.output_dir), needed, "the run's files", remedy=remedy)
     line = f"Disk: up to {needed / 1e9:,.2f} GB will be written to {train.output_dir}, {free / 1e9:,.1f} GB are free"

@@ -52,6 +52,13 @@ _ADVICE = {
 }
 """By cause of a skipped step"""
 
+_RESPONSE_ALARMS = {
+    "repetition": "came to repeat themselves",
+    "length": "grew by more than half",
+    "cut_off": "came to end less often",
+}
+"""By name in `response_alarms`: what the student's responses did"""
+
 _MANY_SKIPS = 0.05
 """The share of the steps above which advice is given"""
 
@@ -323,6 +330,12 @@ def _advice(run: RunHistory, validations: list[dict]) -> list[str]:
         lines.append(
             f"The teacher was left out at {format_share(share)} of its positions ({why}), where the student learned "
             f"from the text alone: {remedy}."
+        )
+    alarms = Counter(name for record in run.steps for name in record.get("response_alarms") or ())
+    for name, count in alarms.items():
+        lines.append(
+            f"The student's responses {_RESPONSE_ALARMS.get(name, name)} (so in {count_of(count, 'step')}): a lower "
+            "--student_lr or --on_policy_fraction, or weight for --alpha_ce, may help."
         )
     bits = [(as_float(record.get("val_bits_per_byte")), record["step"]) for record in validations]
     finite = [pair for pair in bits if math.isfinite(pair[0])]

@@ -23,7 +23,8 @@ EXPORTS = "gguf"
 
 RUN_FILES = (
     CONFIG, "metrics.jsonl", "summary.json", "report.html", "log.txt", "samples.json", "held_out.json",
-    "router_update.safetensors", "student", "adapter", EXPORTS, CHECKPOINTS, "crash", "tensorboard", "wandb",
+    "router_update.safetensors", "student", "adapter", "last_student", "last_adapter", EXPORTS, CHECKPOINTS, "crash",
+    "tensorboard", "wandb",
 )  # fmt: skip
 """All that a run writes into its folder; `--overwrite` deletes these and nothing else."""
 

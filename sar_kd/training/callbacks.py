@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from sar_kd.config.fields import RunConfig
 from sar_kd.config.sections import DataConfig
 from sar_kd.data import unit_questions
 from sar_kd.data.batch import Batch
@@ -17,10 +18,14 @@ from sar_kd.evaluation.question_answering import answer_questions
 from sar_kd.models.loading import Models, load_for_generation
 from sar_kd.runtime.console import first_few
 from sar_kd.runtime.precision import Precision
-from sar_kd.training.step import StepReport
+from sar_kd.training.checkpoint import save_student_of_run
+from sar_kd.training.step import StepContext, StepReport
 
 MicroBatches = Callable[[], list[Batch]]
 """Makes the micro-batches of a step; on several ranks those in which a NaN may lie, of any rank."""
+
+LAST = "last_"
+"""Before the name of a folder: it holds the student of the last step, not the best one"""
 
 StepResult = tuple[list[str], str | None]
 """Messages, and the reason why the run must stop, if it must."""
@@ -52,6 +57,18 @@ class Callback:
     def summary(self) -> dict:
         """Entries of `summary.json`."""
         return {}
+
+
+class LastStudent(Callback):
+    """Saves the student of the last step beside the best one, in `last_student/`, and an adapter in `last_adapter/`."""
+
+    def __init__(self, config: RunConfig, models: Models, context: StepContext, train: Dataset):
+        super().__init__()
+        self._saved = config, models, context, train.text
+
+    def on_train_end(self, student_folder: Path) -> list[str]:
+        save_student_of_run(*self._saved, LAST)
+        return [f"The student of the last step is saved in {student_folder.with_name(LAST + student_folder.name)}"]
 
 
 _MAX_WITHOUT_TARGETS = 0.01

@@ -23,9 +23,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from sar_kd.config.fields import RunConfig
 from sar_kd.data.chat.encoding import DEFAULT_TEMPLATE
 from sar_kd.errors import UsageError
-from sar_kd.models.lora import save_trainable
+from sar_kd.models.loading import Models
+from sar_kd.models.lora import models_to_save, save_trainable
 from sar_kd.models.model_checks import is_finite_weight, lm_head_bias_name
 from sar_kd.models.optimizer_state import state_of
 from sar_kd.runtime.files import (
@@ -93,6 +95,21 @@ def save_student(
             target.parent.mkdir(parents=True, exist_ok=True)
             atomic_rename(path, target)
     shutil.rmtree(partial)
+
+
+def save_student_of_run(
+    config: RunConfig, models: Models, context: StepContext, text: TokenizedText, prefix: str = ""
+) -> None:
+    """Write the student as it is into the run folder, and with an adapter this too. Every rank must call this; rank 0
+    writes. prefix: of the folders' names
+    """
+    weights, folder = context.strategy.full_weights(), Path(config.train.output_dir)
+
+    def save() -> None:
+        for name, model in models_to_save(models.student, context.precision, config.lora.adapter_only).items():
+            save_student(model, models.tokenizers.student, folder / f"{prefix}{name}", weights, text)
+
+    context.strategy.process_group.on_rank_zero(save)
 
 
 def _complete_generation_config_(model: nn.Module, tokenizer, stop_ids: tuple[int, ...]) -> None:

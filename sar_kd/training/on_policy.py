@@ -10,9 +10,9 @@ import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,9 +30,34 @@ from sar_kd.training.rollouts import Prompt, Response, Rollouts
 from sar_kd.training.step import StepReport
 
 _NUM_COMPARED = 10
-"""Steps with generation whose share of distinct tokens is averaged: the first ones, and the last ones."""
+"""Steps with generation whose metrics are averaged: the first ones, and the last ones."""
 
-_COLLAPSE = 0.5
+
+class _Alarm(NamedTuple):
+    """A metric of a step's responses, and when its change since the first steps is a warning."""
+
+    metric: str
+    is_due: Callable[[float, float], bool]
+    """By the metric at first and now"""
+    text: str
+
+
+_ALARMS = {
+    "repetition": _Alarm(
+        "response_distinct_tokens", lambda first, now: now < 0.5 * first,
+        "the student repeats itself: {now:.0%} of a response's tokens are distinct, {first:.0%} at first",
+    ),
+    "length": _Alarm(
+        "response_length", lambda first, now: now > 1.5 * first,
+        "the student's responses grow: {now:.1f} tokens on average, {first:.1f} at first",
+    ),
+    "cut_off": _Alarm(
+        "response_cut_off_rate", lambda first, now: now > first + 0.25,
+        "more of the student's responses do not end: {now:.0%} reach the most tokens, {first:.0%} at first",
+    ),
+}  # fmt: skip
+
+_REMEDY = "Lower --student_lr or --on_policy_fraction, or give --alpha_ce weight."
 
 _COUNTS = ("responses", "tokens", "ended", "empty", "cut_off")
 """Of all responses: tokens without the stop token; cut_off: at `max_new_tokens`."""
@@ -49,7 +74,10 @@ def build_on_policy(
     """None if no micro-batch is on-policy."""
     if not config.on_policy.on_policy_fraction:
         return None
-    return OnPolicy(config.on_policy, models, train, limits, precision, config.train.seed, strategy)
+    passes = config.routing.ka_passes if config.routing.routing == "ka" else 1
+    first_step = round(config.on_policy.on_policy_start * config.train.train_steps / passes)
+    first = first_step * config.train.grad_accum_steps
+    return OnPolicy(config.on_policy, models, train, limits, precision, config.train.seed, strategy, first)
 
 
 class OnPolicy(Callback):
@@ -68,16 +96,21 @@ class OnPolicy(Callback):
         precision: Precision,
         seed: int,
         strategy: ParallelStrategy = SINGLE_DEVICE,
+        first: int = 0,
     ):
-        """limits: most tokens of a block for each model, start token included"""
+        """limits: most tokens of a block for each model, start token included
+
+        first: the first micro-batch that may be on-policy, counted from the start of the run
+        """
         super().__init__()
+        self._first = first
         self._strategy, self._process_group = strategy, strategy.process_group
         self.config, self.student, self.precision, self.seed = config, models.student, precision, seed
         self.rollouts = Rollouts(train, *limits)
         self._stop_token_ids = self.rollouts.stop_token_ids()
         self._metrics: dict = {}
         self.state: dict[str, Any] = {"replay": [], "step": -1, "responses": {}, "sampling_seconds": 0.0}
-        self.state |= {"early_distinct": [], "late_distinct": [], "alarmed": False}
+        self.state |= {"first_metrics": [], "last_metrics": [], "alarms": dict.fromkeys(_ALARMS, 0)}
         self.state["totals"] = dict.fromkeys((*_COUNTS, *ISSUES), 0)
         self._next = self.state
         """The state after the attempt under way; an attempt that fails changes nothing that a checkpoint keeps"""
@@ -85,9 +118,9 @@ class OnPolicy(Callback):
     def is_on_policy(self, index: int) -> bool:
         """Is the micro-batch on-policy, counted from the start of the run?
 
-        floor((i + 1) f) > floor(i f): the exact share, evenly spread
+        floor((i + 1) f) > floor(i f): the exact share, evenly spread; i counts from the first that may be
         """
-        return _is_due(index, self.config.on_policy_fraction)
+        return index >= self._first and _is_due(index - self._first, self.config.on_policy_fraction)
 
     def micro_batches(self, step: int, made: Sequence[Batch | list[int]]) -> list[Batch]:
         """This rank's micro-batches of a step.
@@ -126,7 +159,8 @@ class OnPolicy(Callback):
         prompts: dict[int, list[Prompt]] = {}
         responses, replay, group = self._next["responses"], self._next["replay"], self._process_group
         for index, own_blocks in blocks.items():
-            num_before = math.floor((step * num_micro_batches + index) * self.config.on_policy_fraction)
+            position = step * num_micro_batches + index - self._first
+            num_before = math.floor(position * self.config.on_policy_fraction)
             if replay and _is_due(num_before, self.config.replay_fraction):
                 rng = np.random.default_rng([self.seed, step, index])
                 picks = rng.choice(len(replay), min(group.size * len(own_blocks), len(replay)), replace=False)
@@ -172,7 +206,6 @@ class OnPolicy(Callback):
     def _count(self, generations: list[Generation], issues: Counter) -> None:
         state, lengths = self._next, [len(generation.ids) for generation in generations]
         distinct_shares = [len(set(g.ids)) / len(g.ids) for g in generations if g.ids]
-        distinct = sum(distinct_shares) / len(distinct_shares) if distinct_shares else 0.0
         counts = {
             "responses": len(generations),
             "tokens": sum(lengths),
@@ -182,38 +215,49 @@ class OnPolicy(Callback):
             **issues,
         }
         state["totals"] = {name: total + counts.get(name, 0) for name, total in state["totals"].items()}
-        state["early_distinct"] = [*state["early_distinct"], distinct][:_NUM_COMPARED]
-        state["late_distinct"] = [*state["late_distinct"], distinct][-_NUM_COMPARED:]
+        metrics = {
+            "response_length": sum(lengths) / len(generations),
+            "response_distinct_tokens": sum(distinct_shares) / max(1, len(distinct_shares)),
+            "response_end_rate": counts["ended"] / len(generations),
+            "response_cut_off_rate": counts["cut_off"] / len(generations),
+        }
+        state["first_metrics"] = [*state["first_metrics"], metrics][:_NUM_COMPARED]
+        state["last_metrics"] = [*state["last_metrics"], metrics][-_NUM_COMPARED:]
+        alarms = [name for name in _ALARMS if self._is_due(name)]
+        state["alarms"] = {name: count + (name in alarms) for name, count in state["alarms"].items()}
         self._metrics |= {
             "responses": len(generations),
-            "response_length": sum(lengths) / len(generations),
-            "response_distinct_tokens": distinct,
-            "response_end_rate": counts["ended"] / len(generations),
+            **metrics,
+            "response_alarms": alarms,
             "response_faults": {issue: count for issue, count in issues.items() if count},
         }
+
+    def _first_and_now(self, name: str) -> tuple[float, ...]:
+        """The mean of an alarm's metric over the first steps, and over the last ones."""
+        metric, state = _ALARMS[name].metric, self._next
+        return tuple(sum(m[metric] for m in state[when]) / _NUM_COMPARED for when in ("first_metrics", "last_metrics"))
+
+    def _is_due(self, name: str) -> bool:
+        is_known = len(self._next["first_metrics"]) == _NUM_COMPARED
+        return is_known and _ALARMS[name].is_due(*self._first_and_now(name))
 
     def metrics(self) -> dict:
         return self._metrics
 
     def on_step_end(self, step: int, report: StepReport, micro_batches: MicroBatches) -> StepResult:
-        """An alarm, once, if the student repeats itself: half as many distinct tokens as at first."""
-        self.state = self._next
-        early, late = self.state["early_distinct"], self.state["late_distinct"]
-        if self.state["alarmed"] or len(early) < _NUM_COMPARED:
-            return [], None
-        before, now = sum(early) / len(early), sum(late) / len(late)
-        if now >= _COLLAPSE * before:
-            return [], None
-        self.state["alarmed"] = True
-        return [
-            f"Step {step}: the student repeats itself: {now:.0%} of a response's tokens are distinct, {before:.0%} at "
-            "first. Lower --student_lr or --on_policy_fraction, or give --alpha_ce weight."
-        ], None
+        """A message about each alarm, at the first step that has it."""
+        self.state, messages = self._next, []
+        for name in self._metrics.get("response_alarms", ()):
+            if self.state["alarms"][name] == 1:
+                first, now = self._first_and_now(name)
+                messages.append(f"Step {step}: {_ALARMS[name].text.format(first=first, now=now)}. {_REMEDY}")
+        return messages, None
 
     def summary(self) -> dict:
         totals = self.state["totals"]
         counts, issues = ({name: totals[name] for name in names} for names in (_COUNTS, ISSUES))
-        return {"on_policy": {"sampling_seconds": self.state["sampling_seconds"], **counts, "issues": issues}}
+        found = {"sampling_seconds": self.state["sampling_seconds"], **counts, "issues": issues}
+        return {"on_policy": {**found, "alarms": self.state["alarms"]}}
 
 
 def _is_due(index: int, share: float) -> bool:

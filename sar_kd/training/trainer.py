@@ -18,7 +18,6 @@ from sar_kd.errors import TrainingDiverged, UsageError
 from sar_kd.evaluation.nonfinite import check_finite, check_first_steps
 from sar_kd.evaluation.perplexity import Evaluation, evaluate
 from sar_kd.models.loading import Models
-from sar_kd.models.lora import models_to_save
 from sar_kd.preflight.checks import describe_text
 from sar_kd.preflight.clamp_checks import check_clamps
 from sar_kd.preflight.data_checks import alignment_warnings, how_text_is_used, learns_chat, text_warnings
@@ -30,7 +29,7 @@ from sar_kd.runtime.signals import StopRequest
 from sar_kd.teacher.base import Teacher
 from sar_kd.training.batch_loader import BatchLoader
 from sar_kd.training.callbacks import Callback, MicroBatches
-from sar_kd.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint, save_student
+from sar_kd.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint, save_student_of_run
 from sar_kd.training.document_losses import DocumentLosses
 from sar_kd.training.guards import nothing_applied, skips_in_words, verdict_messages
 from sar_kd.training.on_policy import OnPolicy
@@ -307,14 +306,7 @@ class Trainer:
         self._log(alarms)
 
     def _save_student(self) -> None:
-        tokenizer, weights = self.models.tokenizers.student, self.context.strategy.full_weights()
-        models = self.models.student, self.context.precision, self.config.lora.adapter_only
-
-        def save() -> None:
-            for name, model in models_to_save(*models).items():
-                save_student(model, tokenizer, self.folder / name, weights, self.train.text)
-
-        self.process_group.on_rank_zero(save)
+        save_student_of_run(self.config, self.models, self.context, self.train.text)
 
     def _save(self) -> None:
         state = self.state

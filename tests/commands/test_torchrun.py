@@ -167,6 +167,7 @@ def test_a_signal_to_one_rank_ends_both_with_130_and_resumed_they_equal_a_run_ne
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_an_on_policy_run_of_two_ranks_goes_on_bit_for_bit_with_the_replay_buffer_of_both(inputs, tmp_path, parallel):
     more = ("--parallel", parallel, "--on_policy_fraction", 1, "--replay_size", 6, "--max_new_tokens", 5)
+    more += ("--keep_last",)
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     ended = _run(tmp_path / "output", _argv(inputs, whole, *more))
     assert (_codes(ended), _lines(ended)) == ([0, 0], [])
@@ -177,7 +178,9 @@ def test_an_on_policy_run_of_two_ranks_goes_on_bit_for_bit_with_the_replay_buffe
     steps = read_metrics(whole, "step")
     assert [record.get("responses") for record in steps] == [8, 4, 4, 4]  # the others are replayed
     assert read_json(whole / "summary.json")["on_policy"]["responses"] == 20
-    assert len({step["num_target_tokens"] for step in steps}) > 1
+    last = transformers.AutoModelForCausalLM.from_pretrained(whole / "last_student").state_dict()
+    saved = safetensors.torch.load_file(latest_checkpoint(whole) / "student.safetensors")
+    assert all(torch.equal(last[name], value) for name, value in saved.items())
 
 
 def _assert_equal_runs(a, b):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sar_kd.config.command_line import parse
+from sar_kd.config.command_line import configure, parse
 from sar_kd.config.commands import CACHE, PREFLIGHT, SFT
 from sar_kd.config.presets import EMBEDDED_LR_FACTOR, EMBEDDED_ROUTER_LR_FACTOR, FP16_SAFE, MODES, STABLE
 from sar_kd.config.runs import SECTIONS, Config
@@ -27,8 +27,8 @@ OPTIONS = [
     "routing", "router_patterns", "sar_schedule", "sar_routing", "router_lr", "router_beta", "router_anchor",
     "router_direction", "router_max_grad_norm", "router_stop_on_drift", "activation_checkpointing", "ka_lambda",
     "ka_passes",
-    "recipe", "on_policy_fraction", "sample_temperature", "sample_top_p", "max_new_tokens", "replay_size",
-    "replay_fraction",
+    "recipe", "on_policy_fraction", "on_policy_start", "sample_temperature", "sample_top_p", "max_new_tokens",
+    "replay_size", "replay_fraction", "keep_last",
     "control", "skip_baseline",
     "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_quantization",
     "adapter_only",
@@ -256,6 +256,20 @@ def test_a_clamped_mode_has_the_designs_values(mode, rate, temperature, alpha_kd
     assert (loss.loss_clamp, loss.loss_clamp_style) == (6.0, "scale")
     assert (guards.max_grad_norm, guards.skip_grad_norm, guards.skip_rule) == (0.5, 2.0, "adaptive")
     assert guards.max_nan_batches == 10
+
+
+@pytest.mark.parametrize("command", [STABLE, FP16_SAFE])
+def test_a_recipe_is_a_set_of_defaults_in_every_mode_and_an_option_given_wins(command):
+    config = _parse("--recipe on-policy --max_new_tokens 32", command)
+    assert config.on_policy.max_new_tokens == 32
+    assert (config.on_policy.on_policy_start, config.on_policy.on_policy_fraction) == (0.5, 0.5)
+    assert config.on_policy.keep_last
+    assert (config.loss.alpha_kd, config.loss.kd_direction, config.loss.logit_clamp_style) == (0.6, "forward", "off")
+    assert configure(command, {"recipe": "on-policy", "max_new_tokens": 32}).on_policy == config.on_policy
+    (line,) = (line for line in config.notices if line.startswith("Recipe on-policy"))
+    assert "50% of the steps on the given text, then 50% of the micro-batches" in line
+    with pytest.raises(UsageError, match=r"--on_policy_start 1.0: must be below 1"):
+        _parse("--recipe on-policy --on_policy_start 1", command)
 
 
 def test_precise_has_no_clamp_and_an_adaptive_limit():

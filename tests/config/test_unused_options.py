@@ -14,6 +14,7 @@ ALWAYS = {
     "template_date", "teacher_tokenizer",
     "teacher_model", "student_model", "model", "train_file", "validation_file", "dataset_name", "dataset_config_name",
     "dataset_split", "task", "block_size", "token_cache", "teacher_cache", "alpha_kd", "alpha_ce", "routing", "recipe",
+    "keep_last",
     "optimizer", "on_policy_fraction", "weight_decay", "warmup_steps", "lr_schedule", "student_lr", "model_dtype",
     "device", "control",
     "gradient_checkpointing", "teacher_device", "teacher_device_map", "teacher_quantization",

@@ -11,7 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from sar_kd.config.presets import MODES
 from sar_kd.config.runs import Config, OnPolicyConfig
 from sar_kd.config.sections import LossConfig, OptimConfig
 from sar_kd.data.dataset import build_dataset
@@ -24,6 +27,7 @@ from sar_kd.training import on_policy, trainer
 from sar_kd.training.guards import StepGuard
 from sar_kd.training.on_policy import OnPolicy, build_on_policy
 from sar_kd.training.optimizer import build_optimizer
+from sar_kd.training.parallel import SINGLE_DEVICE
 from sar_kd.training.rollouts import Prompt, Rollouts
 from sar_kd.training.step import StepContext, train_step
 from tests.helpers.runs import (
@@ -33,6 +37,7 @@ from tests.helpers.runs import (
     assert_refused,
     inputs,
     interrupting,
+    latest_checkpoint,
     read_json,
     read_metrics,
     run_script,
@@ -375,6 +380,19 @@ def test_the_share_of_on_policy_micro_batches_is_exact_and_evenly_spread(fractio
         assert abs(sum(marks[:size]) - fraction * size) <= 1
 
 
+@pytest.mark.parametrize(("start", "routing", "first"), [(0.0, "native", 0), (0.5, "native", 30), (0.25, "ka", 6)])
+def test_nothing_is_generated_before_the_share_of_the_steps_that_comes_first(
+    start, routing, first, make_dataset, make_models
+):
+    options = {"on_policy_fraction": 0.5, "on_policy_start": start, "routing": routing, "ka_passes": 2}
+    config = Config.from_options({**MODES["precise"], **options, "train_steps": 20, "grad_accum_steps": 3}, "precise")
+    precision = Precision(CPU, torch.float32, 1.0)
+    policy = build_on_policy(config, make_models(), make_dataset(), LIMITS, precision, SINGLE_DEVICE)
+    marks = [policy.is_on_policy(index) for index in range(60)]
+    assert not any(marks[:first])
+    assert marks[first:] == [index % 2 == 1 for index in range(60 - first)]
+
+
 def test_without_an_on_policy_fraction_nothing_is_built(make_dataset, make_models):
     config = Config(on_policy=OnPolicyConfig())
     assert (
@@ -431,15 +449,34 @@ def test_replayed_responses_replace_generation_in_their_share(make_dataset, make
 _GENERATE = on_policy.generate
 
 
-def test_a_student_that_comes_to_repeat_itself_is_reported_once(make_dataset, make_models):
-    policy = _on_policy(make_models(), make_dataset())
-    varied, stuck = [Generation(list(range(20)), None)] * 4, [Generation([7] * 20, None)] * 4
-    messages = []
-    for step, found in enumerate([*[varied] * 15, *[stuck] * 15]):
+ENDED, CUT = Generation(list(range(20)), 1), Generation(list(range(20)), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "later", "text"),
+    [
+        ("repetition", [ENDED] * 4, [Generation([7] * 20, 1)] * 4, "43% of a response's tokens are distinct, 100% at"),
+        ("length", [ENDED] * 4, [Generation(list(range(40)), 1)] * 4, "32.0 tokens on average, 20.0 at first"),
+        ("cut_off", [ENDED] * 3 + [CUT], [ENDED] + [CUT] * 3, "55% reach the most tokens, 25% at first"),
+        ("", [ENDED] * 4, [ENDED] * 3 + [CUT], ""),  # one in four more is no alarm
+        ("", [ENDED] * 4, [ENDED, ENDED, ENDED, Generation(list(range(55)), 1)], ""),
+    ],
+)
+def test_responses_that_change_for_the_worse_are_reported_once_and_counted(
+    name, first, later, text, make_dataset, make_models
+):
+    policy, messages, marked = _on_policy(make_models(), make_dataset()), [], []
+    for step, found in enumerate([*[first] * 15, *[later] * 15]):
+        policy._metrics = {}
         policy._count(found, Counter())
+        marked += policy.metrics()["response_alarms"]
         messages += policy.on_step_end(step, None, None)[0]
-    assert len(messages) == 1
-    assert "repeats itself" in messages[0]
+    assert len(messages) == (1 if name else 0)
+    assert text in "".join(messages)
+    assert set(marked) == ({name} if name else set())
+    alarms = policy.summary()["on_policy"]["alarms"]
+    assert alarms == {"repetition": 0, "length": 0, "cut_off": 0} | Counter(marked)
+    assert not name or alarms[name] == 10  # the mean of ten steps is beyond the limit from the sixth changed one on
 
 
 def test_if_no_response_is_usable_the_text_itself_is_used(make_dataset, make_models):
@@ -587,6 +624,26 @@ def test_a_recipe_runs_the_papers_algorithm_and_prints_the_differences(recipe, i
     steps = ["generate", "train_step"] if recipe == "sar-paper" else ["generate", "train_step", "train_step"]
     assert order == list(itertools.islice(itertools.cycle(steps), len(order)))
     assert order.count("train_step") == 4
+
+
+@pytest.mark.slow
+def test_the_on_policy_recipe_begins_with_the_text_and_keeps_the_last_student_beside_the_best(inputs, tmp_path):
+    more = ("--recipe", "on-policy", "--max_new_tokens", 6, "--student_lr", 3, "--model_dtype", "float32")
+    more += ("--eval_steps", 4, "--skip_rule", "fixed", "--skip_grad_norm", 1e9)
+    code, out, err = run_script(argv_of(inputs, tmp_path / "run", *more, steps=8))
+    assert (code, err) == (0, [])
+    assert any(line.startswith("Recipe on-policy: 50% of the steps on the given text, then 50%") for line in out)
+    run, steps = tmp_path / "run", read_metrics(tmp_path / "run", "step")
+    generated = [step["step"] for step in steps if step.get("responses")]
+    assert generated
+    assert min(generated) > 4
+    assert read_json(run / "summary.json")["best_step"] < 8  # at this rate it only gets worse
+    last, best = (AutoModelForCausalLM.from_pretrained(run / name).state_dict() for name in ("last_student", "student"))
+    saved = load_file(latest_checkpoint(run) / "student.safetensors")
+    assert all(torch.equal(last[name], weight) for name, weight in saved.items())
+    assert not all(torch.equal(best[name], weight) for name, weight in saved.items())
+    assert any("last_student" in line for line in out)
+    assert "alarms" in read_json(run / "summary.json")["on_policy"]
 
 
 def _noting(order, name, function):
