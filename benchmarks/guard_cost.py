@@ -21,7 +21,7 @@ from paired import Clock, Run, add_flags, device_of, ratio_of, take_turns, write
 
 from sar_kd import embedded
 from sar_kd.config.presets import FP16_SAFE
-from sar_kd.losses import distillation, tiled_loss
+from sar_kd.losses import distillation, divergence, tiled_loss
 from sar_kd.losses.projection import loss as projection_loss
 from sar_kd.models import logit_tiles
 
@@ -65,7 +65,7 @@ def _all_positions(tile):
 @contextlib.contextmanager
 def _unchecked():
     """Every position is taken to be finite."""
-    users = tiled_loss, distillation, projection_loss
+    users = tiled_loss, distillation, divergence, projection_loss
     former = logit_tiles.finite_positions, logit_tiles.mask_positions_
     for module in users:
         module.finite_positions, module.mask_positions_ = _all_positions, lambda tile, keep: tile

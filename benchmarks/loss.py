@@ -1,6 +1,6 @@
 """The loss alone: divergence from hidden states to the gradients of states and head, in time and memory.
 
-    python benchmarks/loss.py [--vocab_size 32000 50257 151936] [--rows 1024 2048] [--model_dtype float32 float16]
+    python benchmarks/loss.py [--vocab_size 32000 262144] [--rows 1024 4096] [--width 640] [--cpu_time]
 
 Each side in turns in one process, on the same tensors. `floor` is the four head products alone: two forward, two
 backward. `naive` is the usual code: both logits whole, log_softmax in float32, autograd. With TRL installed its chunked
@@ -21,6 +21,7 @@ import torch
 from paired import Clock, add_flags, device_of, write
 from torch import Tensor
 
+from sar_kd.alignment.segments import split_range
 from sar_kd.config.sections import LossConfig, PrecisionConfig
 from sar_kd.losses.distillation import TokenLevel
 from sar_kd.losses.tiled_loss import TiledLossSpec, tiled_loss
@@ -92,8 +93,9 @@ def floor(case: Case) -> None:
         tensor.to(dtype) for tensor in (case.states, case.weight, case.teacher, case.teacher_weight)
     )
     with case.precision.matmul_context():
-        logits, _ = states @ weight.T, teacher @ teacher_weight.T
-        _, _ = logits @ weight, logits.T @ states
+        for part in split_range(case.rows, 1024):  # of more, the logits would not fit into memory
+            logits, _ = states[part] @ weight.T, teacher[part] @ teacher_weight.T
+            _, _ = logits @ weight, logits.T @ states[part]
 
 
 def trl_chunked(case: Case) -> None:
@@ -136,9 +138,11 @@ def peak(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory("VmHWM")
 
 
-def measure(sides: dict[str, Callable[[Case], None]], case: Case, rounds: int) -> dict[str, dict[str, float]]:
+def measure(
+    sides: dict[str, Callable[[Case], None]], case: Case, rounds: int, of_cpu: bool
+) -> dict[str, dict[str, float]]:
     """Median seconds and extra bytes at the peak of each side, in turns."""
-    device, clock = case.precision.device, Clock(case.precision.device)
+    device, clock = case.precision.device, Clock(case.precision.device, of_cpu)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     extra: dict[str, list[int]] = {name: [] for name in sides}
     for _ in range(rounds):
@@ -152,11 +156,11 @@ def measure(sides: dict[str, Callable[[Case], None]], case: Case, rounds: int) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--vocab_size", type=int, nargs="+", default=[32000, 50257, 151936])
-    parser.add_argument("--rows", type=int, nargs="+", default=[1024, 2048])
-    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--vocab_size", type=int, nargs="+", default=[32000, 50257, 151936, 262144])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1024, 4096])
+    parser.add_argument("--width", type=int, default=896, help="features of the hidden states")
     parser.add_argument("--model_dtype", nargs="+", default=["float32", "float16"])
-    parser.add_argument("--loss_workspace_mb", type=int, default=64)
+    parser.add_argument("--loss_workspace_mb", type=int, default=LossConfig().loss_workspace_mb)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sides", nargs="+", default=["floor", "ours", "naive", "trl_chunked", "trl_gkd"])
     add_flags(parser, "loss.json")
@@ -175,9 +179,9 @@ def main() -> None:
         precision = setup_precision(PrecisionConfig(model_dtype=dtype, device=options.device), 0)
         for vocab_size in options.vocab_size:
             for rows in options.rows:
-                case = Case(vocab_size, rows, options.width, precision, options.loss_workspace_mb)
-                measure(sides, case, 1)
-                found = measure(sides, case, options.rounds)
+                size = options.width, precision, options.loss_workspace_mb
+                measure(sides, Case(vocab_size, 128, *size), 1, options.cpu_time)  # warms up
+                found = measure(sides, Case(vocab_size, rows, *size), options.rounds, options.cpu_time)
                 head_mb = 4 * vocab_size * options.width / 2**20
                 record = {"dtype": dtype, "vocab_size": vocab_size, "rows": rows, "head_gradient_mb": head_mb}
                 results.append(record | {"sides": found})

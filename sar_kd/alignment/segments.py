@@ -43,8 +43,10 @@ def positions_per_tile(workspace_mb: int, *vocab_sizes: int) -> int:
     """Most positions of a tile for the float32 logits of these vocabularies to fit into the workspace; at least one.
 
     A multiple of 8 (see `models.logit_tiles.padded_width`), also where one more is 2 % more than the workspace.
+    workspace_mb: MiB; 0: 64, or what 256 positions take, because products with fewer are slow
     """
-    bytes_per_position, workspace = 4 * sum(vocab_sizes), workspace_mb * 2**20
+    bytes_per_position = 4 * sum(vocab_sizes)
+    workspace = workspace_mb * 2**20 or max(2**26, 256 * bytes_per_position)
     positions = workspace * 51 // (50 * bytes_per_position) // 8 * 8
     return positions if positions >= 32 else max(1, workspace // bytes_per_position)
 

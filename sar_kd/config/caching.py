@@ -56,7 +56,11 @@ class CacheConfig(Section):
     )
     seed: int = option(0, "seed of the draws", at_least=0)
     per_device_batch_size: int = option(4, "blocks in one forward of the teacher", at_least=1)
-    loss_workspace_mb: int = option(64, "MiB for the teacher's logits, computed in tiles of this size", at_least=1)
+    loss_workspace_mb: int = option(
+        0,
+        "MiB for the teacher's logits, computed in tiles of this size; 0: 64, or what 256 positions take",
+        at_least=0,
+    )
     overwrite: bool = option(False, "delete the cache in --teacher_cache and start again")
 
     def __post_init__(self):
@@ -99,13 +103,13 @@ class ElsewhereConfig(Section):
     def __post_init__(self):
         super().__post_init__()
         if not self.is_given:
+            require(not self.teacher_tokenizer, "teacher_tokenizer", self.teacher_tokenizer, "is that of a teacher "
+                    "elsewhere; give --teacher_url or --from_logprobs too, or --teacher_model for one that is loaded "
+                    "here")  # fmt: skip
             return
         if self.from_logprobs and self.teacher_url:
             raise UsageError(f"--teacher_url {self.teacher_url}: give it or --from_logprobs, not both")
         for name in self.from_logprobs:
-            require(not self.teacher_tokenizer, "teacher_tokenizer", self.teacher_tokenizer, "is that of a teacher "
-                    "elsewhere; give --teacher_url or --from_logprobs too, or --teacher_model for one that is loaded "
-                    "here")  # fmt: skip
             require(name.endswith((".jsonl", ".jsonl.gz")), "from_logprobs", name, "must be .jsonl or .jsonl.gz")
         if self.teacher_url:
             self._check_url()

@@ -176,7 +176,9 @@ class LossConfig(Section):
         0, "teacher tokens kept at each position, the most likely; the others form one class; 0: all tokens", at_least=0
     )
     alm_tau: float = option(5.0, "temperature of the chunk likelihoods in --alignment alm", positive=True)
-    loss_workspace_mb: int = option(64, "MiB for logits; the loss is computed in tiles of this size", at_least=1)
+    loss_workspace_mb: int = option(
+        0, "MiB for logits; the loss is computed in tiles of this size; 0: 64, or what 256 positions take", at_least=0
+    )
     force: bool = option(False, "train even if preflight finds that nothing can be learned or memory is short")
 
     def __post_init__(self):

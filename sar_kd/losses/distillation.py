@@ -34,7 +34,7 @@ from sar_kd.losses.tiled_loss import (
     tiled_loss,
 )
 from sar_kd.models.lm_head import LazyLogits
-from sar_kd.models.logit_tiles import LogProbs, finite_positions, flat_view, logsumexp_per_position, mask_positions_
+from sar_kd.models.logit_tiles import LogProbs, finite_positions, flat_view, is_finite_peak, logsumexp_per_position
 from sar_kd.runtime.precision import MASKED_LOGIT
 
 
@@ -156,13 +156,14 @@ class TokenLevel(Distillation[None]):
         whole = dense_tile(teacher)
         # LM heads may be padded to different sizes; the ids that both have are the tokens.
         shared = min(len(student), len(whole))
-        student, teacher, keep = student[:shared], whole[:shared], finite_positions(whole)
-        mask_positions_(teacher, keep)
+        student, teacher = student[:shared], whole[:shared]
         log_p, log_t = (LogProbs.from_logits(tile, self.temperature) for tile in (student, teacher))
+        keep = is_finite_peak(log_t.peak if len(whole) == shared else whole.amax(0))
         if grad_side is None:
             return self._loss(log_p, log_t, keep)
         grad = teacher if grad_side == "student" else student
-        return self._loss(log_p, log_t, keep, GradTarget(grad_side, grad))._replace(grad=TileGrad(((0, grad),)))
+        tile_loss = self._loss(log_p, log_t, keep, GradTarget(grad_side, grad, of_logits=True))
+        return tile_loss._replace(grad=TileGrad(((0, grad),)))
 
     def _top_k_loss_and_grad(self, student: Tensor, top: TopKLogits, needs_grad: bool) -> TileLoss:
         """Over the teacher's top k and the tail."""
@@ -178,7 +179,7 @@ class TokenLevel(Distillation[None]):
             flat.index_copy_(0, indices, top_logits)
             return self._loss(log_p, log_t, top.is_finite, weights=top.weights)
         grad = torch.empty_like(log_t.tile)
-        tile_loss = self._loss(log_p, log_t, top.is_finite, GradTarget("student", grad), top.weights)
+        tile_loss = self._loss(log_p, log_t, top.is_finite, GradTarget("student", grad, of_logits=True), top.weights)
         tail_grad = logsumexp_backward(student, tail, grad[-1], self.temperature)
         flat.index_copy_(0, indices, top_logits)
         return tile_loss._replace(grad=TileGrad(((0, tail_grad),), SparseGrad(indices, grad[:-1].reshape(-1))))
@@ -201,10 +202,10 @@ class TokenLevel(Distillation[None]):
         # T^2 keeps the size of the gradient (arXiv 1503.02531, section 2); dividing logits by T takes one T away.
         if target is not None:
             log_probs = student if target.side == "student" else teacher
-            log_softmax_backward_(target.grad, grad_sum, log_probs, keep * weights * self.temperature)
-        weights = keep * weights * self.temperature**2
+            log_softmax_backward_(target.grad, grad_sum, log_probs, keep, weights * self.temperature)
         infinite, dropped = is_infinite.sum(), (~keep).sum()
-        loss, unclamped = (loss * weights).sum(), (unclamped * weights).sum()
+        weights = weights * self.temperature**2
+        loss, unclamped = ((value * weights).where(keep, 0.0).sum() for value in (loss, unclamped))
         return TileLoss(loss, unclamped, dropped, infinite, unshared=torch.zeros_like(dropped))
 
 

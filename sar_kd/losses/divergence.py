@@ -15,7 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sar_kd.models.logit_tiles import SMALLEST_PROBABILITY, LogProbs, exp_, probabilities, vocab_blocks
+from sar_kd.models.logit_tiles import (
+    SMALLEST_PROBABILITY,
+    LogProbs,
+    exp_,
+    mask_positions_,
+    probabilities,
+    vocab_blocks,
+)
 from sar_kd.runtime.precision import MASKED_BELOW
 
 _INFINITE = 1e9
@@ -50,6 +57,8 @@ class GradTarget(NamedTuple):
     """'student' or 'teacher'"""
     grad: Tensor
     """float32 [V, n]; may be the other side's tile, which is then overwritten"""
+    of_logits: bool = False
+    """Write the gradient of the logits, where `Divergence.grad_sum` is known, instead of the log-probabilities'"""
 
 
 class PositionSums(NamedTuple):
@@ -58,8 +67,8 @@ class PositionSums(NamedTuple):
     loss: Tensor
     """With the floor"""
     unclamped: Tensor
-    grad_sum: Tensor
-    """The sum of the gradient over the classes"""
+    grad_sum: Tensor | None
+    """The sum of the gradient over the classes; None where it is the gradient of the logits already"""
     is_infinite: Tensor
     """bool [n]: infinite by definition, to be left out with its gradient, and counted"""
 
@@ -145,16 +154,21 @@ class Divergence:
         """
         loss = unclamped = grad_sum = torch.zeros_like(teacher.tile[0])
         constant = None if target is None else self.grad_sum(target.side)
+        of_logits = target is not None and target.of_logits and constant is not None
         for block in vocab_blocks(teacher.tile):
-            terms = self.terms(student.block(block), teacher.block(block))
+            log_p, log_t = student.block(block), teacher.block(block)
+            terms = self.terms(log_p, log_t)
             sums = terms.sums(self.floor, dim=0)
             loss, unclamped = loss + sums[0], unclamped + sums[1]
             if target is not None:
                 grad = self.grad(terms, target.side)
                 grad_sum = grad_sum + grad.sum(0) if constant is None else grad_sum
+                if of_logits:
+                    grad.sub_(exp_(log_p if target.side == "student" else log_t), alpha=constant)
                 target.grad[block] = grad
         is_infinite = (unclamped > _INFINITE) | (torch.minimum(student.peak, teacher.peak) < MASKED_BELOW)
-        return PositionSums(loss, unclamped, grad_sum if constant is None else grad_sum + constant, is_infinite)
+        grad_sum = grad_sum if constant is None else grad_sum + constant
+        return PositionSums(loss, unclamped, None if of_logits else grad_sum, is_infinite)
 
 
 class _Divergence(torch.autograd.Function):
@@ -179,16 +193,20 @@ class _Divergence(torch.autograd.Function):
         return grad_p, grad_t, None, None
 
 
-def log_softmax_backward_(grad: Tensor, grad_sum: Tensor, log_probs: LogProbs, factor: Tensor) -> Tensor:
-    """Backward of log_softmax, in place, times a factor:
+def log_softmax_backward_(
+    grad: Tensor, grad_sum: Tensor | None, log_probs: LogProbs, keep: Tensor, factor: Tensor | float
+) -> Tensor:
+    """Backward of log_softmax, in place, times a factor, at the positions of `keep`, bool [n]; 0 elsewhere:
 
     dz[u, n] = factor[n] * (g[u, n] - p[u, n] * sum_v g[v, n])
 
-    grad: g, the gradient of the log-probabilities, float32 [V, n]; grad_sum: sum_v g[v, n], float32 [n]
+    grad: g, the gradient of the log-probabilities, float32 [V, n]
+    grad_sum: sum_v g[v, n], float32 [n]; None: `grad` is that of the logits already
     """
     for block in vocab_blocks(grad):
-        probs = exp_(log_probs.block(block)).mul_(grad_sum)
-        torch.mul(grad[block].sub_(probs), factor, out=grad[block])
+        if grad_sum is not None:
+            grad[block].sub_(exp_(log_probs.block(block)).mul_(grad_sum))
+        mask_positions_(grad[block].mul_(factor), keep)
     return grad
 
 

@@ -224,7 +224,9 @@ class _Tiles(Generic[Context]):
         if spec.targets is not None and spec.ce_weight:
             self._backward_(i, student, kd_grad, kd_weight)
         else:
-            kd_grad.add_to_(logits.zero_(), kd_weight)
+            for block in vocab_blocks(logits):
+                logits[block].zero_()
+                kd_grad.add_to_(logits, kd_weight, block)
         kd_grad.add_sparse_to_(logits, kd_weight)
         gradients.add_(positions, logits if transform_grad is None else logits.mul_(transform_grad))
 

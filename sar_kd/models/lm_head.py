@@ -230,7 +230,7 @@ class LazyLogits:
         padded = nn.functional.pad(states, (0, 0, 0, padded_width(count) - count)).T
         tile = states.new_empty((len(head.weight), padded.shape[1]), dtype=torch.float32)
         with self.precision.matmul_context():
-            for block in vocab_blocks(tile):
+            for block in vocab_blocks(tile, at_least=1024):
                 bias = None if head.bias is None else head.bias.detach()[block, None]
                 self._product(head.weight.detach()[block], padded, bias, tile[block])
                 if head.scale != 1.0:
@@ -317,7 +317,7 @@ class Gradients:
         states = states.to(dtype)
         grad_states = states.new_zeros(states.shape, dtype=torch.float32)
         with logits.precision.matmul_context():
-            for block in vocab_blocks(grad):
+            for block in vocab_blocks(grad, at_least=1024):
                 part, weight = grad[block].to(dtype), head.weight.detach()[block].to(dtype)
                 if self.states is not None:
                     grad_states.add_(part.T @ weight) if is_half else grad_states.addmm_(part.T, weight)

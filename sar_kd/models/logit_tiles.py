@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sar_kd.runtime.precision import MASKED_BELOW
+from sar_kd.runtime.precision import MASKED_BELOW, MASKED_LOGIT
 
 _BLOCK = {"cpu": 2**17, "cuda": 2**23}
 """Numbers in a block: a CPU core's cache holds several such blocks; on a GPU one is enough to keep it busy."""
@@ -22,9 +22,9 @@ _BLOCK = {"cpu": 2**17, "cuda": 2**23}
 _MAX_BLOCKS: ContextVar[int | None] = ContextVar("max blocks", default=None)
 
 
-def vocab_blocks(tile: Tensor) -> Iterator[slice]:
-    """Slices of the vocabulary that cover the tile [V, n]."""
-    size = max(1, _BLOCK.get(tile.device.type, _BLOCK["cuda"]) // max(1, tile.shape[1]))
+def vocab_blocks(tile: Tensor, at_least: int = 1) -> Iterator[slice]:
+    """Slices of the vocabulary that cover the tile [V, n]; at_least: tokens of one, for matrix products 1024."""
+    size = max(at_least, _BLOCK.get(tile.device.type, _BLOCK["cuda"]) // max(1, tile.shape[1]))
     return (slice(first, first + size) for first in range(0, tile.shape[0], size)[: _MAX_BLOCKS.get()])
 
 
@@ -61,16 +61,18 @@ def logsumexp_per_position(tile: Tensor, temperature: float = 1.0, bound: float 
 
 
 def _peaks_and_log_sums(tile: Tensor, temperature: float, bound: float = math.inf) -> tuple[Tensor, Tensor]:
-    """m[n] = max_v z[v, n] and log sum_v exp((z[v, n] - m[n]) / T), float32 [n]."""
-    peaks = tile.new_full((tile.shape[1],), -math.inf)
-    for block in vocab_blocks(tile):
-        peaks = torch.maximum(peaks, tile[block].amax(0))
-    peaks = peaks.clamp(-bound, bound)
+    """m[n] = max_v z[v, n] and log sum_v exp((z[v, n] - m[n]) / T), float32 [n], in one pass over the tile:
+
+    m' = max(m, max of the block),   sum' = sum * exp((m - m') / T) + sum over the block of exp((z - m') / T)
+    """
+    peaks = tile.new_full((tile.shape[1],), MASKED_LOGIT)
     totals = torch.zeros_like(peaks)
     for block in vocab_blocks(tile):
         part = tile[block] if bound == math.inf else tile[block].clamp(-bound, bound)
+        former, peaks = peaks, torch.maximum(peaks, part.amax(0))
         part = part - peaks
-        totals += exp_(part if temperature == 1.0 else part.div_(temperature)).sum(0)
+        _exp_(part if temperature == 1.0 else part.div_(temperature))
+        totals = totals.mul_(exp_((former - peaks).div_(temperature))).add_(part.sum(0))
     return peaks, totals.log()
 
 
@@ -128,9 +130,12 @@ def exp_(values: Tensor) -> Tensor:
     On a CPU, PyTorch's exp takes 12 to 35 times as long for results below the smallest normal number, so a tile in
     which a tenth of the vocabulary is masked would take more than twice as long (`benchmarks/tile_costs.py`).
     """
-    if values.device.type != "cpu":
-        return values.exp_()
-    return torch.threshold_(values.clamp_min_(_MIN_EXPONENT).exp_(), 2e-38, 0.0)
+    return torch.threshold_(_exp_(values), 2e-38, 0.0)
+
+
+def _exp_(values: Tensor) -> Tensor:
+    """exp in place; on a CPU at least 1.6e-38, which a sum that has a term of 1 does not hold."""
+    return (values.clamp_min_(_MIN_EXPONENT) if values.device.type == "cpu" else values).exp_()
 
 
 SMALLEST_PROBABILITY = 1e-18

@@ -13,6 +13,7 @@ from sar_kd.config.sections import LossConfig
 from sar_kd.losses.distillation import TokenLevel
 from sar_kd.losses.functional import LogitClamp, LossClamp
 from sar_kd.losses.tiled_loss import Tile, TiledLossSpec, target_log_probs, tiled_loss
+from sar_kd.models import logit_tiles
 from sar_kd.models.lm_head import LazyLogits, LMHead
 from sar_kd.models.logit_tiles import padded_width
 from sar_kd.runtime.precision import Precision
@@ -138,6 +139,22 @@ def test_values_and_gradients_are_those_of_dense_logits(direction, tile_size, he
     inputs = _inputs(**HEADS[head])
     found = _tiled(inputs, _term(inputs, kd_direction=direction), tile_size)
     _assert_same(found, _dense(inputs, direction))
+
+
+@EVERY_DIRECTION
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("head", ["plain", "all"])
+def test_several_blocks_of_the_vocabulary_give_the_same(monkeypatch, direction, side, head):
+    monkeypatch.setitem(logit_tiles._BLOCK, "cpu", 5 * N)
+    inputs = _inputs(**HEADS[head])
+    assert len(list(logit_tiles.vocab_blocks(torch.empty(V, N)))) == 8
+    ce = 0.7 if side == "student" else 0.0
+    found = _tiled(inputs, _term(inputs, kd_direction=direction), ce=ce, grad_side=side)
+    total, _, kd, expected = _dense(inputs, direction, ce=ce, grad_side=side)
+    torch.testing.assert_close(found[0].total.double(), total, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[0].unclamped_kd.double(), kd, rtol=1e-5, atol=1e-5)
+    for gradient, naive in zip(found[1][:2], expected[:2], strict=True):
+        torch.testing.assert_close(gradient.double(), naive, rtol=1e-4, atol=1e-5)
 
 
 @EVERY_DIRECTION
@@ -357,6 +374,8 @@ def test_a_tile_fits_into_the_workspace_and_has_a_position_at_least():
             assert count + 8 > limit
             assert count == padded_width(count)
     assert positions_per_tile(64, 151936, 151936) == 56
+    assert positions_per_tile(0, 151936, 151936) == positions_per_tile(0, 262144, 262144) == 256
+    assert positions_per_tile(0, 16000, 16000) == positions_per_tile(64, 16000, 16000) > 256
     assert positions_per_tile(1, 10**9) == 1
 
 

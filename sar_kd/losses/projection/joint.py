@@ -107,6 +107,7 @@ def boundary_divergence(
     grad = sides[1 - grad_side].tile
     target = GradTarget(("student", "teacher")[grad_side], grad)
     loss, unclamped, grad_sum, is_infinite = divergence.per_position(student, teacher, target)
+    assert grad_sum is not None, "not of_logits"
     path_grad, mask = None, mask * ~is_infinite
     if grad_side == coarser:
         coarser_probs.tile.index_put_((classes, boundaries), logits)
@@ -121,5 +122,5 @@ def boundary_divergence(
         end_grad = paths.end_log_probs.new_zeros(num_ends + 1)
         end_grad.index_add_(0, paths.token_end.where(paths.token_end >= 0, num_ends), grad_sum * mask)
         path_grad = log_prob_grad, end_grad[:-1]
-    log_softmax_backward_(grad, grad_sum, sides[grad_side], mask * weight)
+    log_softmax_backward_(grad, grad_sum, sides[grad_side], mask > 0, weight)
     return BoundaryLoss(loss, unclamped, is_infinite, grad, path_grad)
