@@ -1,6 +1,9 @@
 """The embedded text: no part of it stands in two splits."""
 
+import ast
+import gc
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +43,7 @@ def test_every_split_has_its_share_of_the_text(texts):
 def test_every_document_is_in_one_split(texts):
     names = [name for documents in texts.values() for name in documents]
     assert len(names) == len(set(names)) > 2000
+    assert gc.isenabled()
 
 
 def test_groups_are_linked_through_other_documents():
@@ -48,3 +52,43 @@ def test_groups_are_linked_through_other_documents():
     linked = [f"one {a}", "short", f"{a} two {b}", f"three {b}", f"only {a[: SHARED_CHARACTERS - 6]} here"]
     assert first_of_groups(linked) == [0, 1, 0, 0, 4]
     assert first_of_groups([]) == []
+
+
+_NESTED = """
+def a():
+    try:
+        def b(): "b"
+    except OSError:
+        class c: "c"
+    else:
+        for x in y:
+            async def d(): "d"
+        else:
+            def e(): "e"
+    finally:
+        with f:
+            def g(): "g"
+    while x:
+        def h(): "h"
+    else:
+        if x:
+            def i(): "i"
+        elif y:
+            def j(): "j"
+    match x:
+        case 1:
+            def k(): "k"
+    class l:
+        def m(self, n=lambda: 0): "m"
+"""
+
+
+@pytest.mark.parametrize("source", [_NESTED, Path(ast.__file__).read_text(encoding="utf-8")], ids=["nested", "ast.py"])
+def test_definitions_are_found_in_the_order_of_a_walk_over_every_node(source):
+    tree = ast.parse(source)
+    found, expected = (
+        [node.name for node in walk(tree) if isinstance(node, embedded._DEFINITIONS)]
+        for walk in (embedded._statements, ast.walk)
+    )
+    assert found == expected
+    assert len(found) > 10

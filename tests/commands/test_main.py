@@ -1,6 +1,7 @@
 """The installed command, and what `generate` shows."""
 
 import errno
+import gc
 import json
 import os
 import re
@@ -9,13 +10,14 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import transformers
 
 from sar_kd import embedded
 from sar_kd.commands import generate
-from sar_kd.commands.main import COMMANDS, main
+from sar_kd.commands.main import COMMANDS, main, start
 from sar_kd.commands.main import run as exit_code
 from sar_kd.config.installation import program_name
 from sar_kd.config.sections import TrainConfig
@@ -130,6 +132,18 @@ print(json.dumps([heavy, used.ru_utime + used.ru_stime]))
 
 
 @pytest.mark.slow
+def test_garbage_is_not_collected_while_a_commands_modules_are_imported_and_is_afterwards(monkeypatch):
+    seen = []
+
+    def import_module(name):
+        seen.append((name, gc.isenabled()))
+        return SimpleNamespace(main=lambda config: {"status": "finished", "collects": gc.isenabled()})
+
+    monkeypatch.setattr("sar_kd.commands.main.importlib", SimpleNamespace(import_module=import_module))
+    assert start(COMMANDS["preflight"], [])["collects"]
+    assert seen == [("sar_kd.commands.preflight", False)]
+
+
 def test_generate_shows_the_three_models_one_after_another(run, capsys):
     assert main(["generate", str(run), "The default value", "--max_new_tokens", "12"]) == 0
     lines = capsys.readouterr().out.splitlines()
