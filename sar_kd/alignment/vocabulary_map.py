@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sar_kd.runtime.garbage import no_garbage_collection
 from sar_kd.tokenization.backends import encode
 from sar_kd.tokenization.token_stream import TokenizedText
 from sar_kd.tokenization.token_table import TokenTable
@@ -101,6 +102,7 @@ class VocabularyMap:
     text corrects the segmentations (`fit_`).
     """
 
+    @no_garbage_collection()
     def __init__(self, coarse: TokenTable, fine: TokenTable, fine_tokenizer):
         self._coarse_table, self._fine_table = coarse, fine
         self._coarse, self._fine = _SortedVocabulary(coarse), _SortedVocabulary(fine)
@@ -122,10 +124,11 @@ class VocabularyMap:
         texts, owners = [], []
         for token in self._coarse.ids.tolist():
             piece = self._coarse_table.pieces[token]
-            text = (anchor + piece).decode("utf-8", "replace")
             if piece in self._fine.by_bytes:
                 yield token, [self._fine.by_bytes[piece]]
-            elif "\ufffd" in text or self._fine_table.canonical(text) != text:
+                continue
+            text = (anchor + piece).decode("utf-8", "replace")
+            if "\ufffd" in text or self._fine_table.canonical(text) != text:
                 yield token, self._fine.longest_matches(piece)
             else:
                 texts.append(text)

@@ -7,7 +7,6 @@ answered at once.
 from __future__ import annotations
 
 import difflib
-import gc
 import importlib
 import os
 import sys
@@ -20,6 +19,7 @@ from sar_kd.config.commands import COMMANDS
 from sar_kd.config.fields import C, Command
 from sar_kd.config.installation import program_name
 from sar_kd.errors import TrainingDiverged, UsageError
+from sar_kd.runtime.garbage import no_garbage_collection
 from sar_kd.runtime.signals import INTERRUPTED, end_at_once_on_ctrl_c
 from sar_kd.version import __version__
 
@@ -84,11 +84,8 @@ def start(command: Command[C], argv: Sequence[str] | None = None) -> dict:
     for line in () if command.run_name else config.notices:  # a run shows them in its first lines
         print(line, file=sys.stderr)
     name, _, function = command.entry.partition(":")
-    gc.disable()  # the objects of an import stay, and looking for garbage among them takes a fifth of its time
-    try:
+    with no_garbage_collection():
         module = importlib.import_module(f"sar_kd.commands.{name}")
-    finally:
-        gc.enable()
     return getattr(module, function)(config)
 
 

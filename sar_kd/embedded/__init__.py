@@ -21,7 +21,6 @@ The models beside this file are trained by `python -m sar_kd embedded` (`command
 from __future__ import annotations
 
 import ast
-import gc
 import hashlib
 import sysconfig
 from collections import Counter, deque
@@ -61,11 +60,7 @@ def read_text(*splits: str) -> list[dict[str, str]]:
 
     Takes about 2 seconds: the sources of the standard library are parsed, never imported.
     """
-    gc.disable()  # a syntax tree has no cycles, and looking for them takes a third of the time
-    try:
-        texts = dict(_documents())
-    finally:
-        gc.enable()
+    texts = dict(_documents())
     names, groups = list(texts), first_of_groups(list(texts.values()))
     sizes: Counter[int] = Counter()
     for text, group in zip(texts.values(), groups, strict=True):

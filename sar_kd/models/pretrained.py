@@ -32,6 +32,7 @@ from sar_kd.models.model_files import (
     require_weights,
     size_error,
 )
+from sar_kd.runtime.garbage import no_garbage_collection
 from sar_kd.runtime.hub import explain_hub_error
 
 _PLAIN_ERRORS = (OSError, ValueError, RuntimeError, ImportError)
@@ -193,6 +194,7 @@ def _state_ties_(model: Any) -> None:
         untie_config_(model.config)
 
 
+@no_garbage_collection()
 def load_tokenizer(files: ModelFiles, trust_remote_code: bool, vocab_size: int) -> Any:
     """The tokenizer of a model with logits of `vocab_size` ids.
 

@@ -23,6 +23,7 @@ from sar_kd.data.files.samples import PAIRS, Conversation, Document, LongDocumen
 from sar_kd.data.unit_questions import task_questions
 from sar_kd.errors import UsageError
 from sar_kd.runtime.console import count_of
+from sar_kd.runtime.garbage import no_garbage_collection
 from sar_kd.runtime.hub import explain_hub_error
 
 LARGE = 2**23
@@ -119,6 +120,7 @@ def load_whole_texts(option: str, names: Sequence[str], text_field: str) -> list
     ]
 
 
+@no_garbage_collection()
 def _embedded(*splits: str) -> list[_Text]:
     return [_read(_Source(partial(starmap, Document, texts.items()))) for texts in embedded.read_text(*splits)]
 
