@@ -150,7 +150,7 @@ def test_every_flag_and_verb_that_a_page_names_exists(page):
     of_others = {
         "check", "index-url", "force-reinstall", "no-index", "find-links", "no-deps", "depth", "local-dir", "logdir",
         "kills", "variants", "seeds", "flags", "groups", "pairs", "rounds", "steps", "sizes", "shapes", "limit_mb",
-        "vocab_size", "rows", "cpu_time", "minutes", "warmup", "shape", "batch_size",
+        "vocab_size", "rows", "sides", "width", "cpu_time", "minutes", "warmup", "shape", "batch_size",
         "nproc_per_node", "repo-type",
         "nnodes", "node_rank", "master_addr", "master_port", "ranks", "workspaces", "positions",
         "upgrade", "config", "include_path", "learning_rate", "student-lr", "prepare", "trl_python", "kinds",
