@@ -1,8 +1,13 @@
 #!/usr/bin/env bash
 # The benchmarks on a CUDA GPU, in float16 and, where the card has it, bfloat16:
 #
-#     benchmarks/gpu.sh [--device cuda|cuda:N|cpu] [--minutes 25] [--results DIR] [--python PYTHON] [--brief]
+#     benchmarks/gpu.sh [--device cuda|cuda:N|cpu] [--minutes 10] [--results DIR] [--python PYTHON] [--brief]
 #
+# What matters most comes first: the main job; a pair of the size of real models, in full and with LoRA, its peak memory
+# beside the plan (and real models, where `real_models.py --prepare` has left them); the losses and whole steps, beside
+# TRL's where TRL is installed; a loss scale that overflows; two places for the teacher. What then is left of the time
+# goes to the floor, growth, the guards and the other memory plans. Nothing is downloaded: `pack_gpu.py` packs what a
+# machine that has only PyTorch needs, and its packages are used from where they were unpacked.
 # Writes benchmarks/results/gpu-CARD.md (the card, its driver, PyTorch, every command with its table), and each
 # benchmark's numbers as JSON in benchmarks/results/gpu-CARD/. A part that does not end in time is cut off, and the page says so.
 # Exit code 0 if every benchmark ended well, 1 if not, 2 without a GPU or with a wrong flag.
@@ -12,7 +17,7 @@ cd "$(dirname "$0")/.." || exit 2
 
 fail() { echo "error: $*" >&2; exit 2; }
 
-device=cuda minutes=25 results=benchmarks/results python=${PYTHON:-python} brief=
+device=cuda minutes=10 results=benchmarks/results python=${PYTHON:-python} brief=
 while [ $# -gt 0 ]; do
     case $1 in
         --device | --minutes | --results | --python)
@@ -27,6 +32,15 @@ done
 [[ $device =~ ^(cpu|cuda(:[0-9]+)?)$ ]] || fail "--device $device: must be cuda, cuda:N or cpu"
 [[ $minutes =~ ^[1-9][0-9]*$ ]] || fail "--minutes $minutes: must be a whole number of minutes"
 command -v "$python" > /dev/null || fail "--python $python: no such program"
+
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+models=benchmarks/models/real wheels=benchmarks/models/wheels
+if [ -d "$wheels" ]; then  # of pack_gpu.py
+    site=$PWD/benchmarks/models/site
+    "$python" -m pip install --quiet --no-index --no-deps --upgrade --target "$site" "$wheels"/*.whl \
+        || fail "--python $python: the packages in $wheels cannot be installed"
+    export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+fi
 
 # The card's name, its driver, PyTorch, and the dtypes to measure; one line each.
 found=$("$python" - "$device" << 'PYTHON'
@@ -87,32 +101,14 @@ measure() {
 
 run() { measure "$1" "$2" "$python" "benchmarks/$3.py" --device "$device" --output "$numbers/$3.json" "${@:4}"; }
 
-both=(--model_dtype "${dtypes[@]}")
-if [ -n "$brief" ]; then
-    run "The losses alone" 120 loss "${both[@]}" --vocab_size 2000 --rows 64 --rounds 1
-    run "A step beside the floor" 300 step_floor "${both[@]}" --vocab_size --rounds 1 --tiny_rounds 1 \
-        --per_device_batch_size 1 --block_size 32
-    run "Growth" 300 growth "${both[@]}" --tokens 256 512 768 --vocab_size 2048 3000 --at_tokens 256 --times --rounds 1
-    run "The guards" 300 guard_cost "${both[@]}" --pairs 1
-    measure "The memory plan" 120 "$python" benchmarks/memory_plan.py --device "$device" --only llama_2048_long \
-        --output "$numbers/memory_plan.json"
-    steps=2
-else
-    run "The losses alone" 240 loss "${both[@]}" --rounds 5
-    run "A step beside the floor" 360 step_floor "${both[@]}" --rounds 15
-    run "Growth" 240 growth "${both[@]}" --rounds 5 --times
-    run "The guards" 180 guard_cost "${both[@]}"
-    for dtype in "${dtypes[@]}"; do
-        measure "The memory plan, $dtype" 240 "$python" benchmarks/memory_plan.py --device "$device" \
-            --model_dtype "$dtype" --output "$numbers/memory_plan_$dtype.json"
-    done
-    steps=50
-fi
-for dtype in "${dtypes[@]}"; do
-    measure "$steps steps, $dtype" 240 "$python" train_sar_kd_fp16_safe.py --device "$device" --model_dtype "$dtype" \
-        --train_steps "$steps" --log_steps "$steps" --output_dir "$numbers/run_$dtype" --overwrite
-    if [ -f "$numbers/run_$dtype/summary.json" ]; then
-        "$python" - "$numbers/run_$dtype/summary.json" >> "$page" << 'PYTHON'
+# job TITLE SECONDS FLAGS...: a run of the script, and the row of its summary.
+job() {
+    local title=$1 limit=$2 folder=$numbers/run
+    shift 2
+    measure "$title" "$limit" "$python" train_sar_kd_fp16_safe.py --device "$device" --train_steps "$steps" \
+        --log_steps "$steps" --eval_steps "$steps" --output_dir "$folder" --overwrite --quiet "$@"
+    if [ -f "$folder/summary.json" ]; then
+        "$python" - "$folder/summary.json" >> "$page" << 'PYTHON'
 import json
 import sys
 
@@ -121,10 +117,49 @@ names = "status", "applied", "skipped", "val_ppl_start", "val_ppl_final", "token
 print("\n| " + " | ".join(names) + " |\n|" + "---|" * len(names))
 print("| " + " | ".join(str(found[name]) for name in names) + " |")
 PYTHON
-        mv "$numbers/run_$dtype/summary.json" "$numbers/summary_$dtype.json"
+        mv "$folder/summary.json" "$numbers/summary-$(tr -cs 'a-z0-9\n' '-' <<< "${title,,}").json"
     fi
-    rm -rf "$numbers/run_$dtype"
+    rm -rf "$folder"
+}
+
+has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
+
+both=(--model_dtype "${dtypes[@]}") steps=50 rounds=3 plans=(real)
+loss=() trl=() floor=() growth=() guards=() rest=()
+if [ -n "$brief" ]; then
+    steps=2 rounds=1 plans=(llama_2048_long)
+    loss=(--vocab_size 2000 --rows 64)
+    trl=(--vocab_size 2000 --tokens 400 --steps 5)
+    floor=(--vocab_size --tiny_rounds 1 --per_device_batch_size 1 --block_size 32)
+    growth=(--tokens 256 512 768 --vocab_size 2048 3000 --at_tokens 256)
+    guards=(--pairs 1)
+    rest=(--only embedded_batch_16)
+fi
+
+for dtype in "${dtypes[@]}"; do
+    job "The main job, $dtype" 90 --model_dtype "$dtype"
 done
+measure "A pair of real size, full and LoRA" 120 "$python" benchmarks/memory_plan.py --device "$device" \
+    --only "${plans[@]}" --output "$numbers/memory_plan_pair.json"
+if [ -z "$brief" ] && [ -f "$models/smollm2/config.json" ] && [ -f "$models/smollm2_cut/config.json" ]; then
+    pair=(--teacher_model "$models/smollm2" --student_model "$models/smollm2_cut" --model_dtype float16)
+    job "Real models, full" 90 "${pair[@]}"
+    has peft && job "Real models, LoRA" 90 "${pair[@]}" --lora_rank 16
+fi
+run "The losses alone" 100 loss "${both[@]}" --rounds "$rounds" "${loss[@]}"
+if has trl && has datasets; then
+    measure "Whole steps beside TRL" 150 "$python" benchmarks/trl_trainers.py --device "${device%:*}" \
+        --output "$numbers/trl_trainers.json" --rounds 1 "${trl[@]}"
+fi
+steps=20 job "A loss scale that overflows" 60 --model_dtype float16 --init_loss_scale 16777216
+job "The teacher in the machine's memory" 60 --model_dtype float16 --routing native --offload_teacher_to_cpu
+has accelerate && [ "$device" != cpu ] &&
+    job "The teacher spread over devices" 60 --model_dtype float16 --routing native --teacher_device_map auto
+run "A step beside the floor" 360 step_floor "${both[@]}" --rounds "$rounds" "${floor[@]}"
+run "Growth" 240 growth "${both[@]}" --rounds "$rounds" --times "${growth[@]}"
+run "The guards" 180 guard_cost "${both[@]}" "${guards[@]}"
+measure "The memory plan" 240 "$python" benchmarks/memory_plan.py --device "$device" "${rest[@]}" \
+    --output "$numbers/memory_plan.json"
 rm -f "$numbers/errors.txt"
 echo "$page"
 exit "$code"

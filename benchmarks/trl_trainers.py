@@ -144,7 +144,7 @@ def run_ours(folder: Path, side: str, options: argparse.Namespace) -> dict:
     from sar_kd.api import distill
     from sar_kd.training import trainer
 
-    watch, train_step = _Watch(), trainer.train_step
+    watch, train_step = _Watch(options.device), trainer.train_step
 
     def timed(*args):
         watch.begin()
@@ -160,7 +160,7 @@ def run_ours(folder: Path, side: str, options: argparse.Namespace) -> dict:
         distill(
             teacher=str(teacher), student=str(student), mode="precise",
             texts=str(folder / "examples.jsonl"), validation_texts=str(folder / "few.jsonl"),
-            alpha_kd=1.0, alpha_ce=0.0, model_dtype="float32", device="cpu", block_size=options.block_size,
+            alpha_kd=1.0, alpha_ce=0.0, model_dtype="float32", device=options.device, block_size=options.block_size,
             per_device_batch_size=options.batch_size, train_steps=options.steps, eval_steps=options.steps,
             save_steps=options.steps, student_lr=1e-4, output_dir=out + "/run", **(on if "_on" in side else {}),
         )  # fmt: skip
@@ -171,7 +171,7 @@ def run_trl(folder: Path, side: str, options: argparse.Namespace) -> dict:
     """TRL's trainer, as its documentation sets it up."""
     from datasets import Dataset
 
-    watch = _Watch()
+    watch = _Watch(options.device)
 
     class Callback(transformers.TrainerCallback):
         def on_train_begin(self, *args, **kwargs):
@@ -187,7 +187,8 @@ def run_trl(folder: Path, side: str, options: argparse.Namespace) -> dict:
         common = {
             "output_dir": out, "max_steps": options.steps, "per_device_train_batch_size": options.batch_size,
             "gradient_accumulation_steps": 1, "learning_rate": 1e-4, "logging_steps": options.steps,
-            "save_strategy": "no", "report_to": "none", "seed": 0, "bf16": False, "fp16": False, "use_cpu": True,
+            "save_strategy": "no", "report_to": "none", "seed": 0, "bf16": False, "fp16": False,
+            "use_cpu": options.device == "cpu",
             "gradient_checkpointing": False, "disable_tqdm": True, "max_length": options.block_size,
             "lmbda": float(on), "beta": float(on), "temperature": 1.0, "dataloader_drop_last": True,
         }  # fmt: skip
@@ -241,20 +242,28 @@ def take_sentencepiece_() -> None:
 
 
 class _Watch:
-    """Seconds between the ends of steps, and the memory that they take."""
+    """Seconds between the ends of steps, and the memory that they take, of the process or of the GPU's allocator."""
 
-    def __init__(self):
+    def __init__(self, device: str):
+        self._on_gpu = device == "cuda"
         self.ends: list[float] = []
         self.spent: list[float] = []
         self.tokens, self._before = 0, 0
 
     def begin(self) -> None:
-        if not self._before:
+        if self._before:
+            return
+        if self._on_gpu:
+            self._before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        else:
             ctypes.CDLL(None).malloc_trim(0)  # what is free is no part of what there was before
             self._before = _status("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
 
     def tick(self) -> None:
+        if self._on_gpu:
+            torch.cuda.synchronize()
         self.ends.append(time.monotonic())
         self.spent.append(time.process_time())
 
@@ -263,7 +272,7 @@ class _Watch:
         return {
             "seconds": steps,
             "cpu_seconds": spent,
-            "memory": _status("VmHWM") - self._before,
+            "memory": (torch.cuda.max_memory_allocated() if self._on_gpu else _status("VmHWM")) - self._before,
             "tokens": self.tokens,
         }
 
@@ -276,6 +285,7 @@ def _status(name: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--real", type=Path, help="folder of the real models; by default small ones are made")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--warm_up", type=int, default=3, help="steps beside the first that do not count")

@@ -1,8 +1,10 @@
 """The benchmarks on a GPU: what the script says where there is none, and that each of them runs as it calls it."""
 
 import importlib
+import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -116,12 +118,18 @@ def test_the_whole_suite_runs_on_a_cpu(tmp_path):
     assert done.returncode == 0, done.stdout + (tmp_path / "gpu-cpu.md").read_text()
     page = (tmp_path / "gpu-cpu.md").read_text()
     assert page.startswith("# cpu\n\nDriver none, PyTorch ")
-    for title in ("The losses alone", "A step beside the floor", "Growth", "The guards", "The memory plan", "2 steps"):
-        assert f"\n## {title}" in page
-    assert "| finished | 2 |" in page
+    titles = (
+        "The main job, float16", "A pair of real size, full and LoRA", "The losses alone",
+        "A loss scale that overflows", "The teacher in the machine's memory", "A step beside the floor", "Growth",
+        "The guards", "The memory plan",
+    )  # fmt: skip
+    places = [page.index(f"\n## {title}\n") for title in titles]
+    assert places == sorted(places)  # what matters most is measured first
+    assert page.count("| finished | 2 |") == 2
+    assert re.search(r"\| finished \| 1\d \| {'no_targets': 0, 'forward': 0, 'teacher': 0, 'overflow': [1-9]", page)
     written = {path.name for path in (tmp_path / "gpu-cpu").iterdir()}
-    names = {"loss.json", "step_floor.json", "growth.json", "guard_cost.json", "memory_plan.json"}
-    assert written == names | {"summary_float16.json"}
+    assert {"loss.json", "step_floor.json", "growth.json", "guard_cost.json", "memory_plan.json"} <= written
+    assert "summary-the-main-job-float16.json" in written
 
 
 @pytest.mark.long
@@ -142,3 +150,12 @@ def test_the_parts_of_a_step_have_their_names(benchmark, tmp_path):
     found = growth.by_parts(run, batch, paired.Clock(torch.device("cpu")))
     assert tuple(found) == growth.PARTS
     assert min(found.values()) > 0
+
+
+def test_what_a_machine_with_pytorch_has_is_not_packed(benchmark):
+    pack = importlib.import_module("pack_gpu")
+    versions, missing = pack.closure(["transformers", "no-such-package"])
+    assert missing == ["no-such-package"]
+    assert {"transformers", "tokenizers", "huggingface-hub"} <= versions.keys()
+    assert "torch" not in versions
+    assert versions["tokenizers"] == importlib.metadata.version("tokenizers")
