@@ -104,7 +104,9 @@ def format_clock(seconds: float) -> str:
 
 
 def format_bytes(size: float) -> str:
-    """1.23 GB, 1,234 MB, 12 kB or 1 byte."""
+    """1.23 GB, 1,234 MB, 12 kB or 1 byte; 'unknown' where it is no number."""
+    if not math.isfinite(size):
+        return "unknown"
     if size >= 1e6:
         return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
     return f"{size / 1e3:,.0f} kB" if size >= 1e3 else count_of(round(size), "byte")

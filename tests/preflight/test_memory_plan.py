@@ -603,7 +603,7 @@ def test_a_line_says_that_offloading_has_no_effect_on_a_cpu(tmp_path):
 
 
 def test_a_missing_package_for_quantization_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr("sar_kd.models.memory_saving.is_installed", lambda package: False)
+    monkeypatch.setattr("sar_kd.runtime.environment.is_installed", lambda package: False)
     assert main(["preflight", "--teacher_quantization", "nf4"]) == 2
     assert capsys.readouterr().err == "error: --teacher_quantization nf4: needs `pip install bitsandbytes accelerate`\n"
 
