@@ -27,8 +27,8 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-REQUIRED = {"torch": ((2, 6), (2, 14)), "transformers": ((5, 6), (6,))}
-"""The lowest version, and the first one that is too new; the same as in `pyproject.toml`"""
+REQUIRED = {"torch": ((2, 6), (2, 15)), "transformers": ((5, 6), (6,))}
+"""The lowest version, as in `pyproject.toml`; and the first one that was not tried, which a run says and goes on"""
 
 _LAST_WITH_OLD_GPUS = (2, 14)
 """The last PyTorch with wheels for GPUs older than Turing, those of CUDA 12.6"""

@@ -15,7 +15,7 @@ from sar_kd.config.shrinking import ShrinkConfig
 from sar_kd.data.batch import IGNORE_INDEX, TokenBatch, next_token_targets
 from sar_kd.errors import UsageError
 from sar_kd.evaluation.layer_influence import LayerInfluence, measure_influence
-from sar_kd.models import layers
+from sar_kd.models.cut import layers
 from sar_kd.models.cut.layer_settings import keep_layer_settings
 from sar_kd.models.cut.layers import find_layers
 from sar_kd.models.pretrained import rebuild_on_meta, silence_transformers

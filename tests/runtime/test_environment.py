@@ -120,11 +120,10 @@ def test_a_package_that_is_newer_than_tried_is_only_mentioned():
     assert "newer" in line
 
 
-def test_the_versions_are_those_of_pyproject():
+def test_the_lowest_versions_are_those_of_pyproject():
     listed = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    for package, (least, limit) in REQUIRED.items():
-        low, high = (".".join(map(str, part)) for part in (least, limit))
-        assert f'"{package}>={low},<{high}"' in listed
+    for package, (least, _) in REQUIRED.items():
+        assert re.search(rf'"{package}>={".".join(map(str, least))}[",]', listed)
 
 
 def test_a_package_that_is_not_installed_is_called_missing(monkeypatch):
