@@ -15,7 +15,7 @@ from sar_kd.config.config_file import OptionFile, read_option_file, read_run_opt
 from sar_kd.config.fields import AUTO, GIVEN, C, Command, Origin, R, known_options, options_of, require, value_error
 from sar_kd.config.installation import program_name
 from sar_kd.config.option_parser import CONFIG, build_parser, unknown_option
-from sar_kd.config.presets import ADAFACTOR_LR_FACTOR, default_batch_size, recipe_lines
+from sar_kd.config.presets import ADAFACTOR_LR_FACTOR, default_batch_size, generation_lines, recipe_lines
 from sar_kd.config.sections import EMBEDDED, SELF
 from sar_kd.config.unused_options import unused_option_lines
 from sar_kd.errors import UsageError
@@ -71,7 +71,7 @@ def _configure(command: Command[C], given: dict[str, Any]) -> C:
             if value := source.get(name):
                 values |= presets.get(GIVEN if GIVEN in presets else value, {})
         values |= source
-    notices = (*_embedded_lines(values), *file.notices, *recipe_lines(values))
+    notices = (*_embedded_lines(values), *file.notices, *recipe_lines(values), *generation_lines(values))
     for rate in command.embedded_lr_factors:
         notices += _scale_rate_(values, rate, file.options.keys() | given.keys(), command)
     chosen = frozenset(given if file.of_run else file.options.keys() | given)
@@ -169,7 +169,8 @@ def _resume(command: Command[C], given: dict[str, Any]) -> C:
         same = name in MAY_CHANGE_ON_RESUME or values[name] == (list(value) if isinstance(value, tuple) else value)
         shown = " ".join(value) if isinstance(value, tuple | list) else value
         former = " ".join(values[name]) if isinstance(values[name], list) else values[name]
-        require(same, name, shown, f"the run to resume has '{former}'; leave it out or start a new run")
+        has = "none" if former == "" else f"'{former}'"
+        require(same, name, shown, f"the run to resume has {has}; leave it out or start a new run")
     require(mode in (None, saved_mode), "mode", mode, f"the run to resume has {saved_mode}; leave it out")
     trusted = not values["trust_remote_code"] or "trust_remote_code" in given
     require(trusted, "resume", given["output_dir"], "its models run code of their own: give --trust_remote_code again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,6 +79,20 @@ def recipe_lines(values: Mapping[str, Any]) -> tuple[str, ...]:
         command = as_called_here("`sar-kd write`")
         return (f"{first} with responses of the student; the text should be the teacher's own answers: {command}",)
     return tuple(as_called_here(f"Unlike the paper: {line}.") for line in (*DEVIATIONS[recipe], *_COMMON_DEVIATIONS))
+
+
+def generation_lines(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """A warning where a run is too short for a single generated response. values: of all options"""
+    fraction = values.get("on_policy_fraction", 0.0)
+    if not fraction:
+        return ()
+    passes = values["ka_passes"] if values["routing"] == "ka" else 1
+    texts = -(-values["train_steps"] // passes)
+    count = (texts - round(values["on_policy_start"] * values["train_steps"] / passes)) * values["grad_accum_steps"]
+    if math.floor(count * fraction) > 0:
+        return ()
+    steps = f"--train_steps {values['train_steps']} --on_policy_fraction {fraction:g}"
+    return (f"Warning: {steps}: no response is generated in so few steps",)
 
 
 EMBEDDED_LR_FACTOR = 200.0

@@ -104,6 +104,8 @@ class OnPolicyConfig(Section):
             require(0.0 <= getattr(self, name) <= 1.0, name, getattr(self, name), "must be between 0 and 1")
         require(self.on_policy_start < 1.0, "on_policy_start", self.on_policy_start,
                 "must be below 1, or nothing is generated")  # fmt: skip
+        require(self.recipe != "on-policy" or self.on_policy_fraction > 0.0, "on_policy_fraction",
+                self.on_policy_fraction, "must be above 0 with --recipe on-policy")  # fmt: skip
         require(self.sample_top_p <= 1.0, "sample_top_p", self.sample_top_p, "must be at most 1")
         require(self.replay_fraction < 1.0 or not self.replay_size, "replay_fraction", self.replay_fraction,
                 "must be below 1, or nothing is generated")  # fmt: skip
@@ -205,11 +207,17 @@ class Config(RunConfig):
         models, loss = self.models, self.loss
         what = f"Distilling {models.teacher_model} into {models.student_model}"
         what = what if loss.alpha_kd else f"Training {models.student_model} by cross-entropy alone"
+        mode = preset_name(self.mode, self.on_policy.recipe)
         return [
-            f"{what}, {self.lora.describe()}, mode {self.mode}; run folder {self.train.output_dir}",
+            f"{what}, {self.lora.describe()}, {mode}; run folder {self.train.output_dir}",
             f"Loss: {loss.alpha_ce:g} * ce + {loss.alpha_kd:g} * kd at temperature {loss.temperature:g}, "
             "shown unclamped",
         ]
+
+
+def preset_name(mode: object, recipe: object) -> str:
+    """Where the values of a run's options come from, as its first line and its page say it."""
+    return f"mode {mode} with the values of recipe {recipe}" if recipe else f"mode {mode}"
 
 
 SECTIONS = Config.sections()

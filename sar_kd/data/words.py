@@ -25,6 +25,9 @@ _MAX_BYTES = 2**21
 _NO_TEXT = b"\xff"
 """For a byte that is no text, as a stop token has one, or a question's; UTF-8 never holds it"""
 
+_JOINERS = "\u200c\u200d"
+"""They shape the letters and emoji around them"""
+
 _PIECE = re.compile(
     r"\udcff|\s+|[\u3040-\u30ff\u3400-\u9fff]|[\w\u0300-\u036f\u0590-\u1fff]+(?:['\u2019]\w+)*|[^\w\s\udcff]+"
 )
@@ -130,6 +133,13 @@ class _Side:
 
 
 def _name(text: str) -> str:
-    """A word as it is shown: without white space around it, which stands for itself only where it is alone."""
+    """A word as it is shown: without white space around it, which stands for itself only where it is alone.
+
+    A character that nobody sees, or that turns the direction of writing, is shown by its number.
+    """
     shown = text.strip() or text.encode("unicode_escape").decode().replace(" ", "\u2423")
-    return shown.replace(_NO_TEXT.decode("utf-8", "surrogateescape"), "(end of text)")
+    shown = shown.replace(_NO_TEXT.decode("utf-8", "surrogateescape"), "(end of text)")
+    seen = any(map(str.isprintable, shown))
+    return "".join(
+        c if c.isprintable() or c.isspace() or (seen and c in _JOINERS) else f"U+{ord(c):04X}" for c in shown
+    )

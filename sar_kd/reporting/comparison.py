@@ -217,6 +217,10 @@ def compare_with_control(run: HeldOut, control: HeldOut) -> dict:
         return {"outcome": "not judged", "sentences": ["The run and its control were measured on different texts."]}
     if start is None or best is None or alone is None:
         return {"outcome": "not judged", "sentences": ["The losses on single documents were not kept by both runs."]}
+    own_starts = start, control.nats.get("start")
+    if all(own is not None and np.array_equal(nats, own) for nats, own in zip((best, alone), own_starts, strict=True)):
+        sentence = "No validation found a student better than the one at the start, with the teacher or without; "
+        return {"outcome": "not judged", "sentences": [sentence + "train longer, or at another rate."]}
     found = difference(best, alone, size)
     entry = found.to_dict()
     sentences = [found.sentence("The distilled student", "the control")]

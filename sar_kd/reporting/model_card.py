@@ -81,6 +81,8 @@ def build_model_card(run: RunHistory) -> str:
         *([_result("teacher", run.start, "teacher_")] if teacher else []),
     ]
     settings = {"mode": run.config.get("mode"), **{name: run.setting(name) for name in _SETTINGS}}
+    if recipe := run.setting("recipe"):  # whose values go before the mode's
+        settings = {"recipe": recipe, **settings}
     return render(
         "model_card.md",
         metadata=metadata.to_yaml(),

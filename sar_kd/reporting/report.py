@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sar_kd.config.installation import program_name
-from sar_kd.config.runs import SECTIONS
+from sar_kd.config.runs import SECTIONS, preset_name
 from sar_kd.errors import UsageError
 from sar_kd.reporting.charts import build_charts, build_lead_chart, build_word_chart
 from sar_kd.reporting.comparison import losses_by_file
@@ -136,7 +136,7 @@ def _values_of_one(run: RunHistory) -> dict:
         settings.append((name, _as_typed(value), is_changed))
     headline, findings = headline_of(run)
     return {
-        "models": f"{models}, mode {run.config.get('mode')}",
+        "models": f"{models}, {preset_name(run.config.get('mode'), run.setting('recipe'))}",
         "headline": headline,
         "findings": findings,
         "lead": build_lead_chart(run),

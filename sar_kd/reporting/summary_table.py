@@ -104,7 +104,8 @@ def _next_commands(run: RunHistory) -> list[str]:
     start, last = (as_float(run.summary.get(f"val_bits_per_byte_{when}")) for when in ("start", "final"))
     has_teacher = run.setting("teacher_model") and as_float(run.setting("alpha_kd")) > 0
     is_worse = as_float(run.start.get("teacher_val_bits_per_byte")) >= start
-    if has_teacher and not is_worse and run.config.get("mode") != "precise" and last < start:
+    has_precise = run.config.get("mode") == "precise" or bool(run.setting("recipe"))
+    if has_teacher and not is_worse and not has_precise and last < start:
         lines.append("To learn more from the teacher: the same command with --mode precise")
     return lines
 

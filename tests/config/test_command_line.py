@@ -270,6 +270,24 @@ def test_a_recipe_is_a_set_of_defaults_in_every_mode_and_an_option_given_wins(co
     assert "50% of the steps on the given text, then 50% of the micro-batches" in line
     with pytest.raises(UsageError, match=r"--on_policy_start 1.0: must be below 1"):
         _parse("--recipe on-policy --on_policy_start 1", command)
+    with pytest.raises(UsageError, match=r"--on_policy_fraction 0.0: must be above 0 with --recipe on-policy"):
+        _parse("--recipe on-policy --on_policy_fraction 0", command)
+    assert ", mode " + config.mode + " with the values of recipe on-policy; " in config.summary_lines()[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_too_short"),
+    [
+        ("--recipe on-policy --train_steps 2 --grad_accum_steps 1", True),
+        ("--recipe on-policy --train_steps 4 --grad_accum_steps 1", False),
+        ("--recipe on-policy --train_steps 2 --grad_accum_steps 2", False),
+        ("--on_policy_fraction 0.25 --train_steps 3 --grad_accum_steps 1", True),
+        ("--on_policy_fraction 0.25 --train_steps 4 --grad_accum_steps 1", False),
+        ("--train_steps 1", False),
+    ],
+)
+def test_a_run_too_short_for_a_response_is_warned_of(flags, is_too_short):
+    assert any("no response is generated in so few" in line for line in _parse(flags).notices) == is_too_short
 
 
 def test_precise_has_no_clamp_and_an_adaptive_limit():

@@ -176,3 +176,19 @@ def test_equal_tokenizers_without_known_bytes_have_no_words_and_a_line_says_so(t
     assert _dataset([Document("a", "a b a b a b")], pair, lines.append).words is None
     assert len(lines) == 1
     assert "No losses by word: the tokenizer is a WordLevel tokenizer" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        (" word ", "word"),
+        ("  \n", "\u2423\u2423\\n"),
+        ("\u200b", "U+200B"),
+        ("a\u202eb", "aU+202Eb"),
+        ("\u200d", "U+200D"),
+        ("\U0001f469\u200d\U0001f4bb", "\U0001f469\u200d\U0001f4bb"),
+        ("\udcff", "(end of text)"),
+    ],
+)
+def test_a_word_is_shown_with_all_its_characters(text, name):
+    assert words._name(text) == name

@@ -162,6 +162,9 @@ def test_a_best_student_that_is_the_one_at_the_start_is_named():
     assert found["sentences"][1].startswith("The best control is the student as it was")
     found = compare_with_control(_held_out(start=start, best=start), _held_out(start=start, best=alone))
     assert found["sentences"][1].startswith("The best distilled student is the student as it was")
+    found = compare_with_control(_held_out(start=start, best=start), _held_out(start=start, best=start))
+    assert found["outcome"] == "not judged"
+    assert found["sentences"][0].startswith("No validation found a student better than the one at the start, with")
 
 
 def test_a_control_on_another_text_is_not_judged():

@@ -456,6 +456,8 @@ def test_a_student_that_got_much_worse_names_the_rate_and_no_mode_that_teaches_m
     better = json_safe({**summary, "val_bits_per_byte_final": 2.4})
     (folder / "summary.json").write_text(json.dumps(better))
     assert any("To learn more" in line for line in next_commands(folder))
+    with_recipe = make_run(records, "--recipe", "on-policy", summary=better, name="recipe")
+    assert not any("To learn more" in line for line in next_commands(with_recipe))
     better_than_its_teacher = json_safe({**summary, "val_bits_per_byte_start": 1.75, "val_bits_per_byte_final": 1.5})
     (folder / "summary.json").write_text(json.dumps(better_than_its_teacher))
     assert not any("To learn more" in line for line in next_commands(folder))
