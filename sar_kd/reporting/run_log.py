@@ -20,6 +20,7 @@ from tqdm import tqdm
 from sar_kd.config.fields import RunConfig
 from sar_kd.config.python_arguments import as_called
 from sar_kd.config.sections import TrainConfig
+from sar_kd.errors import UsageError
 from sar_kd.reporting.history import LOG
 from sar_kd.reporting.model_card import CardWriter
 from sar_kd.reporting.report import find_report_writer
@@ -270,7 +271,8 @@ class RunLog:
                 call(observer)
             except Exception as error:
                 self._observers.remove(observer)
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                kind = "" if isinstance(error, UsageError) else f"{type(error).__name__}: "
+                reason = f"{kind}{error}".splitlines()[0]
                 self.info(f"Warning: {observer.name} is not written from here on ({reason}); the run goes on")
         for listener in self._listeners:
             call(listener)

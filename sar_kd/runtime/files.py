@@ -243,14 +243,16 @@ class FolderLock:
             self._lock.release()
 
 
-def require_disk_space(
-    folder: Path, num_bytes: int, what: str, *, option: str = "output_dir", remedy: str = "free some, then --resume"
-) -> int:
-    """The free bytes of the folder's disk. Raises UsageError unless they are `num_bytes` and 16 MiB more."""
+def require_disk_space(folder: Path, num_bytes: int, what: str, *, option: str = "output_dir", remedy: str = "") -> int:
+    """The free bytes of the folder's disk. Raises UsageError unless they are `num_bytes` and 16 MiB more.
+
+    remedy: what to do; by default what suits a run's folder
+    """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < num_bytes + _SPARE_BYTES:
         needed = format_bytes(num_bytes + _SPARE_BYTES)
+        remedy = remedy or f"free some; {how_to_go_on(folder)}"
         raise UsageError(
             f"--{option} {folder}: no room for {what} ({needed} needed, {format_bytes(free)} free); {remedy}"
         )

@@ -12,6 +12,7 @@ import pytest
 from sar_kd.config.command_line import parse
 from sar_kd.config.commands import SFT
 from sar_kd.config.presets import STABLE
+from sar_kd.errors import UsageError
 from sar_kd.reporting import run_environment
 from sar_kd.reporting.run_environment import command_line, describe_environment, find_commit
 from sar_kd.reporting.run_log import RunLog, SftLog
@@ -96,11 +97,12 @@ def test_the_environment_names_what_is_installed(monkeypatch):
 
 
 @pytest.mark.parametrize("hook", ["log_record", "log_summary", "close"])
-def test_an_observer_that_fails_is_left_out_and_the_run_goes_on(tmp_path, capsys, hook):
+@pytest.mark.parametrize(("error", "kind"), [(RuntimeError, "RuntimeError: "), (UsageError, "")])
+def test_an_observer_that_fails_is_left_out_and_the_run_goes_on(tmp_path, capsys, hook, error, kind):
     calls = []
 
     def fail(*_):
-        raise RuntimeError("no drawing today\nsecond line")
+        raise error("no drawing today\nsecond line")
 
     hooks = {name: (lambda *_, name=name: calls.append(name)) for name in ("log_record", "log_summary", "close")}
     bad = types.SimpleNamespace(name="report.html", **hooks | {hook: fail})
@@ -111,7 +113,7 @@ def test_an_observer_that_fails_is_left_out_and_the_run_goes_on(tmp_path, capsys
     log.log_step({"step": 2, **RECORD}, 1.0, 1.0)
     log.close()
     lines = [line for line in capsys.readouterr().out.splitlines() if "report.html" in line]
-    expected = "Warning: report.html is not written from here on (RuntimeError: no drawing today); the run goes on"
+    expected = f"Warning: report.html is not written from here on ({kind}no drawing today); the run goes on"
     assert lines == ([] if hook == "log_summary" else [expected])
     assert calls.count("log_record") == (2 if hook == "log_record" else 4)
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import pytest
 
 from sar_kd.errors import UsageError
-from sar_kd.runtime.files import LOCK_FILES, FolderLock, atomic_rename, atomic_write
+from sar_kd.runtime.files import LOCK_FILES, FolderLock, atomic_rename, atomic_write, require_disk_space
 
 HOLD = """
 import sys, time
@@ -177,3 +178,19 @@ def test_text_with_the_bytes_of_a_file_name_that_is_not_utf8_is_written_escaped(
     name = os.fsdecode(b"caf\xe9.txt")
     atomic_write(tmp_path / "a", f"\u00e9 {name}")
     assert (tmp_path / "a").read_bytes() == "\u00e9 caf\\udce9.txt".encode()
+
+
+def test_a_disk_without_room_says_what_the_run_has_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 0))
+    for made, ending in (
+        ("", "nothing was saved yet"),
+        ("config.json", "no checkpoint was saved yet, so start again with --overwrite"),
+        ("checkpoint/step-00000006", "the checkpoint of step 6 is intact, --resume continues from it"),
+    ):
+        (tmp_path / made).mkdir(parents=True, exist_ok=True)
+        with pytest.raises(UsageError, match=r"0 bytes free\); free some; " + ending + "$"):
+            require_disk_space(tmp_path, 10**6, "the checkpoint of step 9")
+    with pytest.raises(UsageError, match=r"; name another folder$"):
+        require_disk_space(tmp_path, 10**6, "the tokens", remedy="name another folder")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 10**9))
+    assert require_disk_space(tmp_path, 10**6, "the tokens") == 10**9
