@@ -117,8 +117,8 @@ def _values_of_one(run: RunHistory) -> dict:
     teacher = run.setting("teacher_model")  # fine-tuning has none
     models = f"Student {run.setting('student_model')}" + (f", teacher {teacher}" if teacher else "")
     tiles = {
-        "bits per byte": f"{as_float(run.last.get('val_bits_per_byte')):.4f}",
-        "perplexity": format_perplexity(as_float(run.last.get("val_ppl"))),
+        "bits per byte, last step": f"{as_float(run.last.get('val_bits_per_byte')):.4f}",
+        "perplexity, last step": format_perplexity(as_float(run.last.get("val_ppl"))),
         "updates applied": f"{run.num_applied:,} of {run.num_steps:,}",
     }
     for name, key, form in (
