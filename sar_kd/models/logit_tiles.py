@@ -130,7 +130,8 @@ def exp_(values: Tensor) -> Tensor:
     On a CPU, PyTorch's exp takes 12 to 35 times as long for results below the smallest normal number, so a tile in
     which a tenth of the vocabulary is masked would take more than twice as long (`benchmarks/tile_costs.py`).
     """
-    return torch.threshold_(_exp_(values), 2e-38, 0.0)
+    _exp_(values)
+    return torch.threshold_(values, 2e-38, 0.0) if values.device.type == "cpu" else values
 
 
 def _exp_(values: Tensor) -> Tensor:
