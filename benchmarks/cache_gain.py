@@ -45,11 +45,7 @@ def flags_of(pair: str) -> list[str]:
     if pair == "different":
         return []
     if pair == "real":
-        return [
-            "--teacher_model", str(REAL / "smollm2"), "--student_model", str(REAL / "smollm2_cut"),
-            "--train_file", str(REAL / "english_train.jsonl"), "--validation_file",
-            str(REAL / "english_validation.jsonl"), "--block_size", "256", "--model_dtype", "float32",
-        ]  # fmt: skip
+        return [*real_models.flags_of(REAL, "equal", "english", 256), "--model_dtype", "float32"]
     from transformers import AutoTokenizer
 
     folder = FOLDER / "student"

@@ -185,16 +185,23 @@ def _write_text(folder: Path, name: str, documents: Iterator[str]) -> None:
 # Runs
 
 
+def flags_of(folder: Path, kind: str, text: str, block_size: int) -> list[str]:
+    """The flags that name a comparison's pair and text."""
+    teacher = "smollm2" if kind == "equal" else "gemma3"
+    return [
+        "--teacher_model", str(folder / teacher), "--student_model", str(folder / "smollm2_cut"),
+        "--train_file", str(folder / f"{text}_train.jsonl"),
+        "--validation_file", str(folder / f"{text}_validation.jsonl"), "--block_size", str(block_size),
+    ]  # fmt: skip
+
+
 def run_of(folder: Path, kind: str, text: str, variant: str, seed: int, options: argparse.Namespace) -> Run:
     """The command of one run."""
-    teacher = "smollm2" if kind == "equal" else "gemma3"
     settings = (EQUAL if kind == "equal" else DIFFERENT)[variant][1]
     steps = str(options.train_steps)
     flags = [
-        "--teacher_model", str(folder / teacher), "--student_model", str(folder / "smollm2_cut"),
-        "--train_file", str(folder / f"{text}_train.jsonl"),
-        "--validation_file", str(folder / f"{text}_validation.jsonl"), "--block_size", str(options.block_size),
-        *COMMON, *settings, *options.flags.split(), "--train_steps", steps, "--eval_steps", steps,
+        *flags_of(folder, kind, text, options.block_size), *COMMON, *settings,
+        *options.flags.split(), "--train_steps", steps, "--eval_steps", steps,
         "--save_steps", steps, "--seed", str(seed),
     ]  # fmt: skip
     is_gold = variant.startswith("gold")

@@ -30,12 +30,12 @@ from pathlib import Path
 import torch
 from growth import by_parts
 from paired import NEVER_SKIPS, Clock, Run, add_flags, device_of, ratio_of, take_turns, write
+from real_models import flags_of
 from step_floor import Floor
 
 from sar_kd.data.batch import Batch
 from sar_kd.models.lm_head import forward_to_lm_head
 
-TEACHERS = {"equal": "smollm2", "different": "gemma3"}
 PARTS = ("teacher", "student", "loss", "backward", "update")
 
 
@@ -58,8 +58,7 @@ class Pair:
         batch = self._batch(number)
 
         def act() -> None:
-            with torch.no_grad(), self.run.precision.autocast():
-                self.run.models.teacher(input_ids=batch.teacher.input_ids, use_cache=False)
+            self.floor.read_teacher(batch)
             self.floor.train(batch)
 
         return self.clock(act)
@@ -100,14 +99,12 @@ def main() -> None:
     print("| pair, dtype | floor, ms | step, ms | to the floor | beside equal | " + " | ".join(PARTS) + " |")
     print("|---" * (5 + len(PARTS)) + "|")
     for dtype in options.model_dtype:
-        for name, teacher in TEACHERS.items():
+        for name in ("equal", "different"):
             with tempfile.TemporaryDirectory() as scratch:
                 flags = [
-                    "--teacher_model", str(options.folder / teacher), "--student_model",
-                    str(options.folder / "smollm2_cut"), "--train_file", str(options.folder / "english_train.jsonl"),
-                    "--token_cache", scratch, "--device", options.device, "--model_dtype", dtype, "--mode", "precise",
-                    "--block_size", str(options.block_size), "--per_device_batch_size", "1", *NEVER_SKIPS,
-                    "--student_lr", "1e-6",
+                    *flags_of(options.folder, name, "english", options.block_size), "--token_cache", scratch,
+                    "--device", options.device, "--model_dtype", dtype, "--mode", "precise",
+                    "--per_device_batch_size", "1", *NEVER_SKIPS, "--student_lr", "1e-6",
                 ]  # fmt: skip
                 results[f"{name}, {dtype}"] = found = measure(flags, clock, options.rounds)
             equal = results[f"equal, {dtype}"]["ratio"]

@@ -68,10 +68,14 @@ class Floor:
 
     def live(self, batch: Batch) -> None:
         """The teacher's forward, the student's forward and backward."""
-        with torch.no_grad(), self.precision.autocast():
-            self.models.teacher(input_ids=batch.teacher.input_ids, use_cache=False)
+        self.read_teacher(batch)
         self._learn(batch)
         self.optimizer.zero_grad(set_to_none=True)
+
+    def read_teacher(self, batch: Batch) -> None:
+        """The teacher's forward, with its logits."""
+        with torch.no_grad(), self.precision.autocast():
+            self.models.teacher(input_ids=batch.teacher.input_ids, use_cache=False)
 
     def train(self, batch: Batch) -> None:
         """The student's training step."""

@@ -81,14 +81,20 @@ def recipe_lines(values: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(as_called_here(f"Unlike the paper: {line}.") for line in (*DEVIATIONS[recipe], *_COMMON_DEVIATIONS))
 
 
+def first_on_policy_step(on_policy_start: float, train_steps: int, passes: int) -> int:
+    """The first step that may have responses, of those with a text of their own; passes: steps on one text"""
+    return round(on_policy_start * train_steps / passes)
+
+
 def generation_lines(values: Mapping[str, Any]) -> tuple[str, ...]:
     """A warning where a run is too short for a single generated response. values: of all options"""
     fraction = values.get("on_policy_fraction", 0.0)
     if not fraction:
         return ()
     passes = values["ka_passes"] if values["routing"] == "ka" else 1
-    texts = -(-values["train_steps"] // passes)
-    count = (texts - round(values["on_policy_start"] * values["train_steps"] / passes)) * values["grad_accum_steps"]
+    steps = -(-values["train_steps"] // passes)
+    first = first_on_policy_step(values["on_policy_start"], values["train_steps"], passes)
+    count = (steps - first) * values["grad_accum_steps"]
     if math.floor(count * fraction) > 0:
         return ()
     steps = f"--train_steps {values['train_steps']} --on_policy_fraction {fraction:g}"

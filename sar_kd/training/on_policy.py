@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from sar_kd.config.presets import first_on_policy_step
 from sar_kd.config.runs import Config, OnPolicyConfig
 from sar_kd.data.batch import Batch
 from sar_kd.data.dataset import Dataset
@@ -75,7 +76,7 @@ def build_on_policy(
     if not config.on_policy.on_policy_fraction:
         return None
     passes = config.routing.ka_passes if config.routing.routing == "ka" else 1
-    first_step = round(config.on_policy.on_policy_start * config.train.train_steps / passes)
+    first_step = first_on_policy_step(config.on_policy.on_policy_start, config.train.train_steps, passes)
     first = first_step * config.train.grad_accum_steps
     return OnPolicy(config.on_policy, models, train, limits, precision, config.train.seed, strategy, first)
 
